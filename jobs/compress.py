@@ -1,0 +1,69 @@
+"""The main job: compress a checkpoint as a configuration file says. Run the same command again to resume.
+
+    python jobs/compress.py --config configs/tiny.yaml
+    ray job submit --working-dir . -- python jobs/compress.py --config configs/tiny.yaml --run-root /abs/path
+
+Exit code 0 only if checkpoint/ is complete and verified; 2 for a mistake in what the user supplied; 1 otherwise.
+"""
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from p48ray.config import RunConfig, load_config, unbuilt_settings
+from p48ray.errors import ConfigError, P48Error, UserError
+from p48ray.report.plan_table import print_plan
+from p48ray.report.report import print_report
+from p48ray.runner.console import configure_logging
+from p48ray.runner.pipeline import run_job
+from p48ray.runner.ray_runner import RayRunner
+from p48ray.stages.prepare import prepare
+
+RAY_JOB_MARK = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray's job supervisor for the entrypoint it runs
+
+
+def check_run_root(config: RunConfig) -> None:
+    """A relative run root under a Ray job would land in Ray's temporary copy of the working directory, and be lost with it."""
+    if RAY_JOB_MARK in os.environ and not os.path.isabs(config.run.root) and "://" not in config.run.root:
+        raise ConfigError(
+            f"run.root: expected an absolute path under `ray job submit`, found {config.run.root!r}: it would lie in Ray's temporary copy of the "
+            "working directory; pass --run-root with an absolute path"
+        )
+
+
+def compress(config: RunConfig, dry_run: bool) -> None:
+    console = Console(width=None if os.isatty(1) else 160)
+    check_run_root(config)
+    unbuilt = unbuilt_settings(config)
+    if unbuilt and not dry_run:
+        raise ConfigError("\n".join(unbuilt))
+    prepared = prepare(config, is_dry=dry_run)
+    print_plan(prepared, console)
+    if dry_run:
+        for line in unbuilt:
+            console.print(f"note: the run itself would be refused: {line}", soft_wrap=True)
+        return
+    address = os.environ.get("RAY_ADDRESS")
+    print_report(run_job(prepared, lambda plan, root: RayRunner(plan, root, address)), console)
+
+
+def main(
+    config: Annotated[Path, typer.Option(help="YAML configuration, see configs/.")],
+    run_root: Annotated[str | None, typer.Option(help="Replaces run.root.")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="dotted.key=value, replaces a key of the file; may be repeated.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Plan, print counts, bytes and estimates, and stop.")] = False,
+) -> None:
+    """Compress a mixture-of-experts checkpoint to paired-4:8 sparse NVFP4."""
+    configure_logging()
+    try:
+        compress(load_config(config, tuple(set_ or ()), run_root), dry_run)
+    except P48Error as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2 if isinstance(error, UserError) else 1) from None
+
+
+if __name__ == "__main__":
+    typer.run(main)

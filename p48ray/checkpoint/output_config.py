@@ -1,0 +1,49 @@
+"""The config.json of the compressed checkpoint: the source's, with the NVFP4 quantization_config in place of any other.
+
+Targets have to hold under two naming schemes, because transformers renames modules ("language_model.model.layers" becomes
+"model.language_model.layers") and vLLM does not, and both match from the start of the name: hence one target that names the experts and
+begins with `.*`. Nothing else matches it, so nothing needs to be ignored but experts that stay plain.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from compressed_tensors.quantization import QuantizationConfig, QuantizationStatus, preset_name_to_scheme
+
+from p48ray.checkpoint.layout import ModelLayout
+
+EXPERTS_TARGET = r"re:.*mlp\.experts\.\d+\.(gate|up|down)_proj$"
+NVFP4_FORMAT = "nvfp4-pack-quantized"
+CONFIG_KEY = "quantization_config"
+
+
+def output_config(source_config: Mapping[str, Any], layout: ModelLayout) -> dict[str, Any]:
+    """A new config: the source's without its quantization_config, wherever that was, and with ours at the top level."""
+    config = _without(source_config, CONFIG_KEY)
+    assert isinstance(config, dict)
+    config[CONFIG_KEY] = nvfp4_config(layout)
+    return config
+
+
+def nvfp4_config(layout: ModelLayout) -> dict[str, Any]:
+    """W4A4 NVFP4 for the routed experts, plain JSON. Experts of layers behind the model's last one (MTP) are ignored: they stay as is."""
+    scheme = preset_name_to_scheme("NVFP4", [EXPERTS_TARGET])
+    scheme.format = NVFP4_FORMAT
+    config = QuantizationConfig(
+        config_groups={"group_0": scheme},
+        format=NVFP4_FORMAT,
+        quantization_status=QuantizationStatus.COMPRESSED,
+        ignore=[rf"re:.*layers\.{layer}\.mlp\.experts\..*" for layer in layout.passthrough_expert_layers],
+    )
+    # Newer than most clients, and None here: older releases of compressed-tensors refuse keys that they do not know.
+    dumped: dict[str, Any] = config.model_dump(mode="json", exclude={"moe_sparsity_config"})
+    return dumped
+
+
+def _without(value: object, key: str) -> object:
+    """A deep copy of JSON without one key at any depth."""
+    if isinstance(value, Mapping):
+        return {name: _without(inner, key) for name, inner in value.items() if name != key}
+    if isinstance(value, list):
+        return [_without(inner, key) for inner in value]
+    return value

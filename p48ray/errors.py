@@ -1,0 +1,49 @@
+"""Every error that p48ray raises on purpose. One base, positional arguments only, so that each crosses a Ray process boundary intact."""
+
+
+class P48Error(Exception):
+    """Base of all errors raised on purpose. The message names the file and key, what was expected, what was found and what to do next."""
+
+
+class UserError(P48Error):
+    """Something the user supplied is wrong: configuration, source checkpoint, texts, run root. The job exits with code 2."""
+
+
+class ConfigError(UserError):
+    """A configuration key is unknown, has a bad value, or asks for a feature that is not built yet. Names the dotted key."""
+
+
+class SourceError(UserError):
+    """The source checkpoint is missing something, is corrupt, or has a layout that is not supported. Names file and tensor."""
+
+
+class CalibrationError(UserError):
+    """Calibration or evaluation texts are unusable, or the statistics gathered from them are not finite."""
+
+
+class PlanMismatchError(UserError):
+    """The run root holds the plan of another run. Names the first setting that differs and both values."""
+
+
+class ObjectMissingError(P48Error):
+    """A key is not in the store."""
+
+
+class ShardCorruptError(P48Error):
+    """Stored bytes differ from what their manifest or header claims."""
+
+
+class TransientStoreError(P48Error):
+    """A store operation failed in a way that a retry may cure. The only error that runners retry."""
+
+
+class NumericsError(P48Error):
+    """A solver's precondition does not hold: shape, finiteness, positive definiteness beyond the damping ladder."""
+
+
+class StageFailedError(P48Error):
+    """A stage ended with tasks that have no manifest. Lists them; their tracebacks lie under failures/ in the run root."""
+
+
+class VerificationError(P48Error):
+    """The finished checkpoint does not hold what its plan and manifests promise. Lists what was found."""

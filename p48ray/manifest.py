@@ -1,0 +1,123 @@
+"""What was done: the records that mark finished work. A thing is done when its manifest exists."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from p48ray.records import Record
+
+Outcome = Literal["solved", "one_shot", "round_to_nearest"]
+
+
+class ActivationPart(Record):
+    """One part of one layer's captured expert inputs."""
+
+    schema_version: Literal[1] = 1
+    plan_digest: str
+    layer: int
+    part: int
+    num_tokens: int
+    size_bytes: int
+    sha256: str
+    amax_input: float = Field(ge=0, description="Largest |x| over the MoE inputs, as stored (bf16).")
+    amax_intermediate: float = Field(ge=0, description="Largest |h| over all routed experts' intermediates, original weights.")
+    tokens_per_expert: tuple[int, ...]
+
+
+class LayerScales(Record):
+    """The two input global scales of a complete layer (DESIGN: one scale for all experts of a layer, so that units stay independent)."""
+
+    schema_version: Literal[1] = 1
+    plan_digest: str
+    layer: int
+    amax_input: float
+    amax_intermediate: float
+    gate_up: float = Field(gt=0, description="448 * 6 / amax_input.")
+    down: float = Field(gt=0, description="448 * 6 / (margin * amax_intermediate).")
+    tokens_per_expert: tuple[int, ...]
+
+
+class LinearRecord(Record):
+    """What became of one expert linear."""
+
+    name: str
+    tokens: int
+    outcome: Outcome
+    reason: str
+    damp: float = Field(description="Fraction of the Hessian's mean diagonal that was added; 0 where no factor was needed.")
+    shrinkage: float = Field(description="Weight of the layer's statistics in this expert's, 0 to 1.")
+    relative_weight_error: float = Field(description="|W - Q|^2 / |W|^2.")
+    relative_output_error: float = Field(
+        description="Mean |W h - Q h'|^2 / mean |W h|^2 over the calibration tokens (see stages.compress)."
+    )
+
+
+class UnitManifest(Record):
+    """One finished unit. Names the attempt whose shard counts."""
+
+    schema_version: Literal[1] = 1
+    plan_digest: str
+    unit: str
+    attempt: str
+    size_bytes: int
+    sha256: str
+    data_offset: int = Field(description="Where the tensors begin in the shard, after its header.")
+    linears: tuple[LinearRecord, ...]
+    clipped_input_share: float
+    clipped_intermediate_share: float
+    seconds: dict[str, float]
+    device: str
+    versions: dict[str, str]
+
+
+class CheckpointManifest(Record):
+    """p48ray.json beside the weights: what the checkpoint claims to be, so that it can be verified without its run root."""
+
+    schema_version: Literal[1] = 1
+    plan_digest: str
+    source_fingerprint: str
+    sparsity: str
+    scale_span: int
+    activation_group: int
+    experts_per_unit: int
+    max_shard_size: int
+    relative_weight_errors: dict[str, float] = Field(description="|W - Q|^2 / |W|^2 of every compressed linear, by module name.")
+
+
+class ShardVerdict(Record):
+    """What verification found in one output shard."""
+
+    schema_version: Literal[1] = 1
+    plan_digest: str
+    shard: str
+    size_bytes: int
+    num_tensors: int
+    num_linears: int
+    problems: tuple[str, ...]
+
+
+class EvaluationPart(Record):
+    """Sums over some held-out sequences; natural logarithms."""
+
+    schema_version: Literal[1] = 1
+    plan_digest: str
+    part: int
+    num_tokens: int
+    source_loss: float
+    source_correct: int
+    compressed_loss: float
+    compressed_correct: int
+    kl: float
+
+
+class Failure(Record):
+    """One failed attempt at a task."""
+
+    schema_version: Literal[1] = 1
+    stage: str
+    task: str
+    attempt: str
+    error: str
+    traceback: str
+    input: str
+    is_transient: bool

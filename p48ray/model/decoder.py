@@ -1,0 +1,116 @@
+"""One decoder layer at a time, with the modules that transformers has for the model: built empty, filled by byte range, run, dropped.
+
+Nothing here ever holds more than one layer. The routed experts are replaced by `RoutedExperts`, which decodes an expert when it is used.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from p48ray.checkpoint.index import CheckpointIndex
+from p48ray.checkpoint.layout import ModelLayout
+from p48ray.checkpoint.tensors import read_tensor, read_tensors
+from p48ray.errors import SourceError
+from p48ray.model.experts import RoutedExperts
+
+KEPT_IN_FLOAT32 = ("e_score_correction_bias",)  # the router adds it to fp32 scores; bf16 would change which experts win
+
+
+class Architecture(NamedTuple):
+    """The transformers classes of a family."""
+
+    config: Any
+    layer: Any
+    rotary: Any
+    norm: Any
+
+
+def architecture(family: str) -> Architecture:
+    """transformers' modules for a family of checkpoint.families. All known families are DeepSeek-V3 underneath."""
+    from transformers.models.deepseek_v3 import modeling_deepseek_v3 as deepseek
+    from transformers.models.deepseek_v3.configuration_deepseek_v3 import DeepseekV3Config
+
+    assert family in ("kimi_k25", "kimi_k2", "deepseek_v3"), family
+    return Architecture(DeepseekV3Config, deepseek.DeepseekV3DecoderLayer, deepseek.DeepseekV3RotaryEmbedding, deepseek.DeepseekV3RMSNorm)
+
+
+class Decoder:
+    """The model as a stream: embedding, layers on demand, final norm and head. Holds the configuration and file positions, no weights.
+
+    Args: index, layout: the source. device, dtype: where and in what precision layers run.
+    """
+
+    def __init__(self, index: CheckpointIndex, layout: ModelLayout, device: torch.device, dtype: torch.dtype) -> None:
+        self.index, self.layout, self.device, self.dtype = index, layout, device, dtype
+        self.arch = architecture(layout.family)
+        settings = {
+            k: v for k, v in layout.text_config.items() if k not in ("quantization_config", "model_type", "architectures", "auto_map")
+        }
+        self.config = self.arch.config.from_dict(settings)
+        self.config._attn_implementation = "sdpa"
+        self.rotary = self.arch.rotary(self.config).to(device)
+
+    def read(self, name: str) -> Tensor:
+        if name not in self.index.tensors:
+            raise SourceError(f"{self.index.store.uri}: tensor {name} is missing; the model can not run without it")
+        return read_tensor(self.index.store, self.index.tensors[name])
+
+    def embed(self, token_ids_BS: Tensor) -> Tensor:
+        """(B, S) ids -> (B, S, H) in the compute dtype."""
+        table_VH = self.read(self.layout.embed_name)
+        return table_VH[token_ids_BS.long()].to(self.device, self.dtype)
+
+    def layer(self, number: int, experts: RoutedExperts | None) -> Any:
+        """Layer `number`, a transformers decoder layer, filled with the source's weights; its routed experts replaced by `experts` (None for a dense layer).
+
+        Raises: SourceError naming the tensors that are missing or left over.
+        """
+        with torch.device("meta"):
+            module = self.arch.layer(self.config, number)
+        if experts is not None:
+            module.mlp.experts = experts
+        prefix = f"{self.layout.layer_prefix}{number}."
+        entries = [e for n, e in self.index.tensors.items() if n.startswith(prefix) and not self.layout.is_expert_tensor(n)]
+        state = {name.removeprefix(prefix): self.placed(name, t) for name, t in read_tensors(self.index.store, entries).items()}
+        wanted = set(module.state_dict())
+        if wanted != set(state):
+            raise SourceError(
+                f"{self.index.store.uri}: layer {number}: missing tensors {sorted(wanted - set(state))[:5]}, unexpected {sorted(set(state) - wanted)[:5]}"
+            )
+        module.load_state_dict(state, strict=True, assign=True)
+        return module.eval().requires_grad_(False)
+
+    def placed(self, name: str, tensor: Tensor) -> Tensor:
+        dtype = torch.float32 if name.endswith(KEPT_IN_FLOAT32) else self.dtype
+        return tensor.to(self.device, dtype)
+
+    def positions(self, length: int) -> tuple[Tensor, Tensor]:
+        """cos and sin of the rotary embedding for positions 0..length-1, (1, S, R) each."""
+        ids_1S = torch.arange(length, device=self.device)[None]
+        return self.rotary(torch.empty(0, dtype=self.dtype, device=self.device), ids_1S)
+
+    def head(self) -> nn.Module:
+        """Final norm and output projection: (..., H) -> (..., V) logits in the compute dtype."""
+        with torch.device("meta"):
+            norm = self.arch.norm(self.config.hidden_size, eps=self.config.rms_norm_eps)
+        norm.weight = nn.Parameter(self.placed("", self.read(self.layout.norm_name)), requires_grad=False)
+        weight_VH = self.placed("", self.read(self.layout.head_name))
+        projection = nn.Linear(weight_VH.shape[1], weight_VH.shape[0], bias=False, device="meta")
+        projection.weight = nn.Parameter(weight_VH, requires_grad=False)
+        return nn.Sequential(norm, projection)
+
+
+@torch.no_grad()
+def run_layer(layer: Any, x_BSH: Tensor, positions: tuple[Tensor, Tensor], micro_batch: int) -> Tensor:
+    """One decoder layer on a part: attention by micro-batches of sequences, the mixture on all tokens of the part at once.
+
+    The split is the same whoever runs the part, so the sums are too. Source: DeepseekV3DecoderLayer.forward of transformers.
+    """
+    attended = []
+    for x in x_BSH.split(micro_batch):
+        out, _ = layer.self_attn(hidden_states=layer.input_layernorm(x), position_embeddings=positions, attention_mask=None)
+        attended.append(x + out)
+    x_BSH = torch.cat(attended)
+    out_BSH: Tensor = x_BSH + layer.mlp(layer.post_attention_layernorm(x_BSH))
+    return out_BSH

@@ -1,0 +1,242 @@
+"""From a batch of weights and their curvature to NVFP4 codes: the solvers by name, and what happens to an expert whose Hessian cannot be used.
+
+    round_to_nearest   magnitude mask, searched scales, nearest codes; needs no curvature
+    gptq               column loop with error feedback, dense ([Frantar2022gptq])
+    sparsegpt_gptq     the same with the paired-4:8 mask chosen on the way ([Frantar2023sparsegpt])
+    block_descent      sparsegpt_gptq as the start -> block descent on the damped Hessian -> gptq of the descended values with their mask;
+                       per expert whichever of start and end has the lower tr((T - Q) H (T - Q)^T), H undamped
+
+The global scale belongs to the whole (O, I) matrix of an expert: gate and up come stacked, so that they share it. Its amax is that of what is quantized.
+A solver never falls back in silence: `Solution.outcome` and `.reason` say per expert what was done.
+
+Sources: arXiv 2210.17323 (GPTQ), 2301.00774 (SparseGPT), DESIGN 7.
+Legend: N experts, O out, I in, P pairs (I/2), G scale groups (I/16), B packed bytes (I/2).
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from jaxtyping import Float32
+from torch import Tensor
+
+from p48ray.errors import NumericsError
+from p48ray.numerics import e2m1, nvfp4
+from p48ray.numerics.block_descent import block_descent
+from p48ray.numerics.curvature import damp, damp_from_tokens, mean_diagonal
+from p48ray.numerics.factor import Factor, inverse_factor
+from p48ray.numerics.metrics import hessian_loss
+from p48ray.numerics.paired48 import INPUTS_IN_GROUP, keep_top_pairs, pairs_to_inputs
+from p48ray.numerics.sparsegpt import one_shot
+
+PAIRED_48 = "paired-4:8"
+NO_SPARSITY = "none"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SolverSettings:
+    """solver: a key of SOLVERS. sparsity: "paired-4:8" or "none". scale_span: 16 or 32 inputs a scale. damp: fraction of the mean diagonal, None to take it
+    from the token count. sweeps: of block descent."""
+
+    solver: str
+    sparsity: str
+    scale_span: int
+    damp: float | None
+    sweeps: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Solution:
+    """Quantized weights of a batch. Per expert: outcome "solved", "one_shot" (block descent was no better) or "round_to_nearest" (no usable Hessian);
+    the reason for the latter two, else ""; damp_rel, the damping its factor needed, 0 without a factor."""
+
+    packed_NOB: Tensor
+    scale_NOG: Tensor
+    global_scale_N1: Tensor
+    values_NOI: Tensor
+    keep_NOP: Tensor
+    outcome: tuple[str, ...]
+    reason: tuple[str, ...]
+    damp_rel: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Problem:
+    """What a solver works on: a target and, unless it is round_to_nearest, a Hessian that can be used and its factor."""
+
+    target_NOI: Tensor
+    hessian_NII: Tensor
+    factor: Factor | None
+    settings: SolverSettings
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Draft:
+    """A quantized batch before packing; all tensors start with N."""
+
+    codes_NOI: Tensor
+    scale_NOG: Tensor
+    global_scale_N: Tensor
+    keep_NOP: Tensor
+    is_start_N: Tensor  # block descent kept its one-shot start
+
+    def values(self) -> Tensor:
+        return nvfp4.dequantize(self.codes_NOI, self.scale_NOG, self.global_scale_N)
+
+    def replaced(self, is_replaced_N: Tensor, other: "_Draft") -> "_Draft":
+        """This draft with some experts taken from another."""
+        taken = {}
+        for field in fields(self):
+            mine, theirs = getattr(self, field.name), getattr(other, field.name)
+            taken[field.name] = torch.where(is_replaced_N.view(-1, *[1] * (mine.dim() - 1)), theirs, mine)
+        return _Draft(**taken)
+
+
+def solve(
+    weight: Float32[Tensor, "n o i"],
+    hessian: Float32[Tensor, "n i i"],
+    tokens_per_input: Sequence[float],
+    settings: SolverSettings,
+    target: Float32[Tensor, "n o i"] | None = None,
+) -> Solution:
+    """Quantize a batch of linears.
+
+    Args:    weight: the original weights. hessian: mean second moment of each expert's inputs, undamped. tokens_per_input: decides the damping where
+             settings.damp is None. target: what the values aim at (asymmetric.compensated_target), None for the weight itself.
+    Returns: new tensors on weight's device; values_NOI is what the codes decode to. An expert whose Hessian is zero, not finite or indefinite beyond the
+             damping ladder is rounded to nearest from its WEIGHT, because its target came from the same statistics.
+    Raises:  NumericsError for unknown or unfitting settings, bad shapes, weights or targets that are not finite.
+    """
+    _check(weight, hessian, tokens_per_input, settings, target)
+    aim_NOI = weight if target is None else target
+    if settings.solver == "round_to_nearest":
+        draft = _round_to_nearest(_Problem(target_NOI=aim_NOI, hessian_NII=hessian, factor=None, settings=settings))
+        return _solution(draft, ("",) * len(weight), (0.0,) * len(weight))
+    damp_rel = [damp_from_tokens(t) if settings.damp is None else settings.damp for t in tokens_per_input]
+    factor = inverse_factor(hessian, damp_rel)
+    failed_N = torch.tensor(factor.failed, device=weight.device)
+    usable_NII = torch.where(failed_N[:, None, None], torch.eye(weight.shape[2], device=weight.device), hessian)
+    draft = SOLVERS[settings.solver](_Problem(target_NOI=aim_NOI, hessian_NII=usable_NII, factor=factor, settings=settings))
+    if any(factor.failed):
+        draft = draft.replaced(
+            failed_N, _round_to_nearest(_Problem(target_NOI=weight, hessian_NII=hessian, factor=None, settings=settings))
+        )
+    return _solution(draft, _failure_reasons(hessian, factor), factor.damp_rel)
+
+
+def _round_to_nearest(problem: _Problem) -> _Draft:
+    target_NOI, settings = problem.target_NOI, problem.settings
+    if settings.sparsity == PAIRED_48:
+        keep_NOP = keep_top_pairs(target_NOI.square().unflatten(2, (-1, 2)).sum(-1))
+    else:
+        keep_NOP = torch.ones_like(target_NOI[:, :, ::2], dtype=torch.bool)
+    masked_NOI = target_NOI * pairs_to_inputs(keep_NOP)
+    global_scale_N = _global_scale(target_NOI)
+    scale_NOG = nvfp4.choose_scales(masked_NOI, global_scale_N, settings.scale_span, search=True)
+    codes_NOI = nvfp4.quantize(masked_NOI, scale_NOG, global_scale_N)
+    return _Draft(
+        codes_NOI=codes_NOI, scale_NOG=scale_NOG, global_scale_N=global_scale_N, keep_NOP=keep_NOP, is_start_N=_all_false(target_NOI)
+    )
+
+
+def _one_shot(problem: _Problem) -> _Draft:
+    return _column_loop(problem, problem.target_NOI, keep_NOP=None)
+
+
+def _block_descent(problem: _Problem) -> _Draft:
+    assert problem.factor is not None
+    start = _one_shot(problem)
+    target_NOI, start_values_NOI = problem.target_NOI, start.values()
+    damp_N = torch.tensor(problem.factor.damp_rel, device=target_NOI.device)
+    damped_NII = damp(problem.hessian_NII, damp_N)
+    descended_NOI, keep_NOP = block_descent(target_NOI, start_values_NOI, start.keep_NOP, damped_NII, problem.settings.sweeps)
+    end = _column_loop(problem, descended_NOI, keep_NOP)
+    end_loss_N = hessian_loss(target_NOI - end.values(), problem.hessian_NII)
+    is_worse_N = ~(end_loss_N <= hessian_loss(target_NOI - start_values_NOI, problem.hessian_NII))  # a NaN is worse
+    marked = _Draft(
+        codes_NOI=start.codes_NOI,
+        scale_NOG=start.scale_NOG,
+        global_scale_N=start.global_scale_N,
+        keep_NOP=start.keep_NOP,
+        is_start_N=~start.is_start_N,
+    )
+    return end.replaced(is_worse_N, marked)
+
+
+def _column_loop(problem: _Problem, values_NOI: Tensor, keep_NOP: Tensor | None) -> _Draft:
+    assert problem.factor is not None
+    settings = problem.settings
+    global_scale_N = _global_scale(values_NOI)
+    is_sparse = settings.sparsity == PAIRED_48
+    codes = one_shot(values_NOI, problem.factor.upper_NII, global_scale_N, span=settings.scale_span, keep=keep_NOP, sparsity=is_sparse)
+    return _Draft(
+        codes_NOI=codes.codes, scale_NOG=codes.scale, global_scale_N=global_scale_N, keep_NOP=codes.keep, is_start_N=_all_false(values_NOI)
+    )
+
+
+SOLVERS: dict[str, Callable[[_Problem], _Draft]] = {
+    "round_to_nearest": _round_to_nearest,
+    "gptq": _one_shot,
+    "sparsegpt_gptq": _one_shot,
+    "block_descent": _block_descent,
+}
+SPARSITIES = {
+    "round_to_nearest": (PAIRED_48, NO_SPARSITY),
+    "gptq": (NO_SPARSITY,),
+    "sparsegpt_gptq": (PAIRED_48,),
+    "block_descent": (PAIRED_48,),
+}
+
+
+def _global_scale(values_NOI: Tensor) -> Tensor:
+    return nvfp4.global_scale_from_amax(values_NOI.abs().amax((1, 2)))
+
+
+def _all_false(values_NOI: Tensor) -> Tensor:
+    return torch.zeros(len(values_NOI), dtype=torch.bool, device=values_NOI.device)
+
+
+def _solution(draft: _Draft, failures: tuple[str, ...], damp_rel: tuple[float, ...]) -> Solution:
+    kept_start = draft.is_start_N.tolist()
+    outcome = tuple("round_to_nearest" if f else "one_shot" if s else "solved" for f, s in zip(failures, kept_start, strict=True))
+    worse = "the quantized result of block descent had a higher loss than its one-shot start"
+    reason = tuple(f or (worse if s else "") for f, s in zip(failures, kept_start, strict=True))
+    return Solution(
+        packed_NOB=e2m1.pack(draft.codes_NOI),
+        scale_NOG=draft.scale_NOG,
+        global_scale_N1=draft.global_scale_N[:, None],
+        values_NOI=draft.values(),
+        keep_NOP=draft.keep_NOP,
+        outcome=outcome,
+        reason=reason,
+        damp_rel=damp_rel,
+    )
+
+
+def _failure_reasons(hessian_NII: Tensor, factor: Factor) -> tuple[str, ...]:
+    """Why each expert has no factor; "" where it has one."""
+    if not any(factor.failed):
+        return ("",) * len(factor.failed)
+    finite = torch.isfinite(hessian_NII).all(-1).all(-1).tolist()
+    positive = (mean_diagonal(hessian_NII) > 0).tolist()
+    texts = []
+    for is_failed, is_finite, is_positive, rel in zip(factor.failed, finite, positive, factor.damp_rel, strict=True):
+        why = "is not finite" if not is_finite else "is zero" if not is_positive else f"has no Cholesky factor up to damping {rel:g}"
+        texts.append(f"the Hessian {why}" if is_failed else "")
+    return tuple(texts)
+
+
+def _check(weight: Tensor, hessian: Tensor, tokens_per_input: Sequence[float], settings: SolverSettings, target: Tensor | None) -> None:
+    allowed = SPARSITIES.get(settings.solver)
+    if allowed is None or settings.sparsity not in allowed:
+        raise NumericsError(f"solver {settings.solver!r} with sparsity {settings.sparsity!r}: expected one of {SPARSITIES}")
+    if settings.scale_span not in nvfp4.SCALE_SPANS or weight.shape[2] % settings.scale_span or weight.shape[2] % INPUTS_IN_GROUP:
+        raise NumericsError(f"solve: expected scale_span 16 or 32 dividing {weight.shape[2]} inputs, found {settings.scale_span}")
+    n, _, i = weight.shape
+    if hessian.shape != (n, i, i) or len(tokens_per_input) != n:
+        raise NumericsError(
+            f"solve: expected {n} Hessians of {i} inputs and as many token counts, found {tuple(hessian.shape)}, {len(tokens_per_input)}"
+        )
+    for name, values in (("weight", weight), ("target", target)):
+        if values is not None and not bool(torch.isfinite(values).all()):
+            raise NumericsError(f"solve: {name} holds values that are not finite")

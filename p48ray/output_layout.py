@@ -1,0 +1,104 @@
+"""Where every byte of the output lies: a pure function of the plan and the source's headers.
+
+Shards are filled layer by layer, tensors outside the layers last. Within a shard the units come first, each contiguous and in the order of its own
+shard (so that a unit is one range copy), then source tensors, widest element first. Every unit is a multiple of 8 bytes, so no tensor is misaligned.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from p48ray.checkpoint.header import DTYPE_BYTES, TensorEntry
+from p48ray.checkpoint.index import CheckpointIndex
+from p48ray.checkpoint.layout import PROJECTIONS, ModelLayout
+from p48ray.plan import WorkUnit
+
+HeaderRow = tuple[str, str, tuple[int, ...]]
+SUFFIXES = ("weight_global_scale", "input_global_scale", "weight_scale", "weight_packed")  # widest element first
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OutputShard:
+    """One safetensors file of the result: whole units, then source tensors, in file order."""
+
+    name: str
+    segments: tuple[WorkUnit | TensorEntry, ...]
+    num_bytes: int
+
+
+def unit_rows(layout: ModelLayout, unit: WorkUnit) -> list[HeaderRow]:
+    """Names, dtypes and shapes of a unit's tensors in shard order."""
+    rows: list[HeaderRow] = []
+    for suffix in SUFFIXES:
+        for expert in unit.experts:
+            for projection in PROJECTIONS:
+                out, inputs = layout.linear_shape(projection)
+                dtype, shape = {
+                    "weight_packed": ("U8", (out, inputs // 2)),
+                    "weight_scale": ("F8_E4M3", (out, inputs // 16)),
+                }.get(suffix, ("F32", (1,)))
+                rows.append((f"{layout.expert_linear_name(unit.layer, expert, projection)}.{suffix}", dtype, shape))
+    return rows
+
+
+def layer_of(layout: ModelLayout, name: str) -> int | None:
+    """The decoder layer that a tensor belongs to, None outside the layers."""
+    number = name.removeprefix(layout.layer_prefix).partition(".")[0]
+    return int(number) if name.startswith(layout.layer_prefix) and number.isdigit() else None
+
+
+def unit_bytes(layout: ModelLayout, unit: WorkUnit) -> int:
+    """Data bytes of a unit's shard, header apart."""
+    weights = 3 * layout.moe_intermediate_size * layout.hidden_size
+    return unit.num_experts * (weights // 2 + weights // 16 + 3 * 2 * 4)
+
+
+def untouched_tensors(index: CheckpointIndex, layout: ModelLayout) -> list[TensorEntry]:
+    """Source tensors that go to the output byte for byte, in output order."""
+    entries = [e for e in index.tensors.values() if not layout.is_expert_tensor(e.name)]
+    outside = layout.num_layers + 10**6
+
+    def order(entry: TensorEntry) -> tuple[int, int, str]:
+        layer = layer_of(layout, entry.name)
+        return (outside if layer is None else layer, -DTYPE_BYTES[entry.dtype], entry.name)
+
+    return sorted(entries, key=order)
+
+
+def plan_output(units: Sequence[WorkUnit], max_shard_bytes: int, index: CheckpointIndex, layout: ModelLayout) -> tuple[OutputShard, ...]:
+    """Fill shards in order up to `max_shard_bytes`; a unit or tensor larger than that gets a shard of its own."""
+    filled: list[list[WorkUnit | TensorEntry]] = [[]]
+    sizes = [0]
+    for segment in ordered_segments(units, index, layout):
+        size = unit_bytes(layout, segment) if isinstance(segment, WorkUnit) else segment.num_bytes
+        if filled[-1] and sizes[-1] + size > max_shard_bytes:
+            filled.append([])
+            sizes.append(0)
+        filled[-1].append(segment)
+        sizes[-1] += size
+    names = [f"model-{i:05d}-of-{len(filled):05d}.safetensors" for i in range(1, len(filled) + 1)]
+    return tuple(OutputShard(name=n, segments=aligned(s), num_bytes=b) for n, s, b in zip(names, filled, sizes, strict=True))
+
+
+def aligned(segments: list[WorkUnit | TensorEntry]) -> tuple[WorkUnit | TensorEntry, ...]:
+    """Units, then source tensors by falling element width; otherwise as given."""
+    return tuple(sorted(segments, key=lambda s: -16 if isinstance(s, WorkUnit) else -DTYPE_BYTES[s.dtype]))
+
+
+def ordered_segments(units: Sequence[WorkUnit], index: CheckpointIndex, layout: ModelLayout) -> list[WorkUnit | TensorEntry]:
+    by_layer: dict[int, list[WorkUnit]] = {}
+    for unit in units:
+        by_layer.setdefault(unit.layer, []).append(unit)
+    segments: list[WorkUnit | TensorEntry] = []
+    untouched = untouched_tensors(index, layout)
+    for layer in range(layout.num_layers):
+        segments += by_layer.get(layer, [])
+        segments += [e for e in untouched if layer_of(layout, e.name) == layer]
+    return segments + [e for e in untouched if (n := layer_of(layout, e.name)) is None or n >= layout.num_layers]
+
+
+def shard_rows(shard: OutputShard, layout: ModelLayout) -> list[HeaderRow]:
+    """Header rows of an output shard, in file order."""
+    rows: list[HeaderRow] = []
+    for segment in shard.segments:
+        rows += unit_rows(layout, segment) if isinstance(segment, WorkUnit) else [(segment.name, segment.dtype, segment.shape)]
+    return rows

@@ -1,0 +1,213 @@
+"""What will be done: a pure function of the configuration and the checkpoint's headers. No weight is read to make a plan.
+
+The plan's digest covers everything that can change an output byte. `SETTINGS` says for every configuration key whether it is covered; a run root that
+holds a plan with another digest is refused by the name of the first setting that differs.
+"""
+
+import hashlib
+from typing import Literal
+
+from pydantic import JsonValue
+
+from p48ray import run_root
+from p48ray.checkpoint.families import ModelLayout, check_divisibility
+from p48ray.checkpoint.index import CheckpointIndex
+from p48ray.config import RunConfig, lookup
+from p48ray.errors import ConfigError, PlanMismatchError
+from p48ray.records import Record, canonical_json
+from p48ray.store.base import Store
+
+FORMAT_VERSION = 1  # layout of the run root and of unit shards
+NUMERICS_VERSION = 1  # bumped by whoever changes a number that reaches an output byte
+
+Effect = Literal["digest", "free"]
+
+# Every configuration key: does it belong to the digest, or may it change on resume? (free: who works, where, and what is measured afterwards)
+SETTINGS: dict[str, Effect] = {
+    "name": "digest",  # stands in the checkpoint's README
+    "source.checkpoint": "free",  # the fingerprint counts, not the place
+    "source.trust_remote_code": "free",
+    "calibration.documents": "free",  # their bytes and weights count (documents_digest)
+    "calibration.num_sequences": "digest",
+    "calibration.sequence_length": "digest",
+    "calibration.seed": "digest",
+    "calibration.propagate": "digest",
+    "calibration.sequences_per_part": "digest",
+    "calibration.sequences_per_micro_batch": "digest",
+    "calibration.compute_dtype": "digest",
+    "compression.solver": "digest",
+    "compression.sparsity": "digest",
+    "compression.scale_span": "digest",
+    "compression.activation_group": "digest",
+    "compression.output_curvature": "digest",
+    "compression.damp": "digest",
+    "compression.output_damp": "digest",
+    "compression.router_weight_exponent": "digest",
+    "compression.sweeps": "digest",
+    "compression.refine_steps": "digest",
+    "compression.activation_quantization": "digest",
+    "compression.max_fallback_share": "free",
+    "output.max_shard_size": "digest",
+    "output.storage": "digest",
+    "evaluation.documents": "free",  # evaluation results lie under a digest of their own
+    "evaluation.num_sequences": "free",
+    "evaluation.sequence_length": "free",
+    "evaluation.seed": "free",
+    "evaluation.sequences_per_part": "free",
+    "run.root": "free",
+    "run.root_is_shared": "free",
+    "run.experts_per_unit": "digest",  # experts of a unit are solved as one batch, and lie together in the output
+    "run.num_workers": "free",
+    "run.capture_workers": "free",
+    "run.threads_per_worker": "digest",  # a matrix product's rounding depends on how many threads share it
+    "run.gpus_per_worker": "free",  # across device models: within tolerance; manifests record the device
+    "run.gpu_hour_price": "free",
+    "run.max_attempts": "free",
+    "run.layers": "digest",
+    "run.keep": "free",
+}
+
+
+class WorkUnit(Record):
+    """Some experts of one layer: gate, up and down of each, since down needs the compressed gate and up."""
+
+    layer: int
+    first_expert: int
+    num_experts: int
+
+    @property
+    def id(self) -> str:
+        return f"L{self.layer:03d}-E{self.first_expert:03d}-{self.first_expert + self.num_experts - 1:03d}"
+
+    @property
+    def experts(self) -> range:
+        return range(self.first_expert, self.first_expert + self.num_experts)
+
+
+class SequencePart(Record):
+    """A fixed slice of the calibration (or held-out) sequences."""
+
+    part: int
+    first_sequence: int
+    num_sequences: int
+
+
+class SourceRecord(Record):
+    """The source as the plan saw it."""
+
+    fingerprint: str
+    family: str
+    num_layers: int
+    moe_layers: tuple[int, ...]
+    num_experts: int
+    top_k: int
+    hidden_size: int
+    moe_intermediate_size: int
+    expert_storage: str
+
+
+class RunPlan(Record):
+    """Everything that will be done. `digest` is SHA-256 over `digest_facts`."""
+
+    schema_version: Literal[1] = 1
+    numerics_version: int
+    format_version: int
+    config: RunConfig
+    source: SourceRecord
+    documents_digest: str
+    tokenizer_digest: str
+    parts: tuple[SequencePart, ...]
+    units: tuple[WorkUnit, ...]
+    digest: str
+
+    @property
+    def last_moe_layer(self) -> int:
+        return self.source.moe_layers[-1]
+
+
+def make_plan(config: RunConfig, index: CheckpointIndex, layout: ModelLayout, documents_digest: str, tokenizer_digest: str) -> RunPlan:
+    """Plan a run. Checks every shape the work will meet.
+
+    Raises: SourceError for shapes that do not divide, ConfigError for settings that do not fit the checkpoint.
+    """
+    check_divisibility(layout, max(config.compression.scale_span, config.compression.activation_group))
+    if config.run.experts_per_unit > layout.num_experts:
+        raise ConfigError(
+            f"run.experts_per_unit: expected at most the model's {layout.num_experts} experts, found {config.run.experts_per_unit}"
+        )
+    longest = layout.text_config.get("max_position_embeddings")
+    if longest is not None and config.calibration.sequence_length > longest:
+        raise ConfigError(
+            f"calibration.sequence_length: expected at most max_position_embeddings = {longest}, found {config.calibration.sequence_length}"
+        )
+    source = SourceRecord(
+        fingerprint=index.fingerprint,
+        family=layout.family,
+        num_layers=layout.num_layers,
+        moe_layers=layout.moe_layers,
+        num_experts=layout.num_experts,
+        top_k=layout.top_k,
+        hidden_size=layout.hidden_size,
+        moe_intermediate_size=layout.moe_intermediate_size,
+        expert_storage=layout.expert_storage,
+    )
+    plan = RunPlan(
+        numerics_version=NUMERICS_VERSION,
+        format_version=FORMAT_VERSION,
+        config=config,
+        source=source,
+        documents_digest=documents_digest,
+        tokenizer_digest=tokenizer_digest,
+        parts=cut(config.calibration.num_sequences, config.calibration.sequences_per_part),
+        units=plan_units(layout, config.run.experts_per_unit),
+        digest="",
+    )
+    return plan.model_copy(update={"digest": hashlib.sha256(canonical_json(digest_facts(plan))).hexdigest()})
+
+
+def plan_units(layout: ModelLayout, experts_per_unit: int) -> tuple[WorkUnit, ...]:
+    """Every expert of every layer that is compressed, in units of consecutive experts."""
+    slices = ranges(layout.num_experts, experts_per_unit)
+    return tuple(WorkUnit(layer=n, first_expert=first, num_experts=count) for n in layout.moe_layers for first, count in slices)
+
+
+def ranges(total: int, size: int) -> list[tuple[int, int]]:
+    """(first, count) of consecutive slices of at most `size`."""
+    return [(first, min(size, total - first)) for first in range(0, total, size)]
+
+
+def cut(num_sequences: int, per_part: int) -> tuple[SequencePart, ...]:
+    slices = enumerate(ranges(num_sequences, per_part))
+    return tuple(SequencePart(part=i, first_sequence=first, num_sequences=count) for i, (first, count) in slices)
+
+
+def digest_facts(plan: RunPlan) -> dict[str, JsonValue]:
+    """Every fact that can change an output byte, by name."""
+    facts: dict[str, JsonValue] = {key: lookup(plan.config, key) for key, effect in SETTINGS.items() if effect == "digest"}  # type: ignore[misc]
+    return facts | {
+        "numerics version": plan.numerics_version,
+        "format version": plan.format_version,
+        "source fingerprint": plan.source.fingerprint,
+        "calibration documents' digest": plan.documents_digest,
+        "tokenizer's digest": plan.tokenizer_digest,
+    }
+
+
+def settle_plan(plan: RunPlan, store: Store) -> bool:
+    """Compare with the plan that the run root holds, if any. Returns whether the run root already has this plan.
+
+    Raises: PlanMismatchError naming the first setting that differs, and both values.
+    """
+    if store.head(run_root.PLAN) is None:
+        return False
+    held = RunPlan.load(store, run_root.PLAN)
+    if held.digest == plan.digest:
+        return True
+    ours, theirs = digest_facts(plan), digest_facts(held)
+    differing = [name for name in ours if ours[name] != theirs.get(name)]
+    name = differing[0] if differing else "plan digest"
+    raise PlanMismatchError(
+        f"{store.uri}/{run_root.PLAN}: this run root belongs to another plan: {name}: expected {ours.get(name, plan.digest)!r} (this run), "
+        f"found {theirs.get(name, held.digest)!r}{f' and {len(differing) - 1} more differences' if len(differing) > 1 else ''}; "
+        "take the old setting back, or another --run-root"
+    )

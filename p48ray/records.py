@@ -1,0 +1,38 @@
+"""The base of all stored records: immutable, closed to unknown keys, strict JSON both ways."""
+
+import json
+from typing import Self
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from p48ray.errors import ShardCorruptError
+from p48ray.store.base import Store
+
+
+class Record(BaseModel):
+    """A frozen fact that lies in the bucket as one JSON object."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    def to_json(self) -> bytes:
+        """UTF-8 JSON, keys in the order of declaration, one trailing newline."""
+        return (self.model_dump_json(indent=1) + "\n").encode()
+
+    @classmethod
+    def from_json(cls, data: bytes, where: str) -> Self:
+        """Parse strictly. Raises ShardCorruptError naming the object and the field."""
+        try:
+            return cls.model_validate_json(data)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            field = ".".join(str(part) for part in first["loc"]) or "(whole object)"
+            raise ShardCorruptError(f"{where}: not a {cls.__name__}: {field}: {first['msg']}") from None
+
+    @classmethod
+    def load(cls, store: Store, key: str) -> Self:
+        return cls.from_json(store.get(key), f"{store.uri}/{key}")
+
+
+def canonical_json(value: object) -> bytes:
+    """One spelling per value, so that digests of equal values are equal."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False).encode()

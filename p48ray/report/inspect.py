@@ -1,0 +1,120 @@
+"""One compressed linear up close: which pairs were kept, how the scales and codes are spread, how far the weights moved."""
+
+from collections.abc import Mapping
+
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from p48ray.checkpoint.decode import read_expert
+from p48ray.checkpoint.families import describe_model
+from p48ray.checkpoint.header import TensorEntry
+from p48ray.checkpoint.index import open_checkpoint
+from p48ray.checkpoint.layout import EXPERT_NAME
+from p48ray.checkpoint.tensors import read_tensors
+from p48ray.errors import ConfigError
+from p48ray.numerics import e2m1, nvfp4, paired48
+from p48ray.numerics.metrics import relative_weight_error
+from p48ray.output_layout import SUFFIXES
+from p48ray.records import Record
+from p48ray.store.base import Store
+
+
+class Inspection(Record):
+    """Histograms of one linear. Patterns are named by the pairs kept of four."""
+
+    name: str
+    shape: tuple[int, int]
+    weight_global_scale: float
+    input_global_scale: float
+    patterns: dict[str, int]
+    illegal_groups: int
+    scales: dict[str, int]
+    codes: dict[str, int]
+    zero_share: float
+    relative_weight_error: float | None
+
+
+def inspect_linear(checkpoint: Store, linear: str | None, source: Store | None) -> Inspection:
+    """Read one linear of a compressed checkpoint.
+
+    Args:   linear: module name, None for the first one. source: for the weight error.
+    Raises: ConfigError when the checkpoint has no such compressed linear, with the names that are near.
+    """
+    index = open_checkpoint(checkpoint)
+    name = choose(sorted(n.removesuffix(".weight_packed") for n in index.tensors if is_compressed(n, index.tensors)), linear, checkpoint.uri)
+    tensors = read_tensors(checkpoint, [index.tensors[f"{name}.{suffix}"] for suffix in SUFFIXES])
+    packed, scale, divisor, divisor_in = (
+        tensors[f"{name}.{s}"] for s in ("weight_packed", "weight_scale", "weight_global_scale", "input_global_scale")
+    )
+    codes = e2m1.unpack(packed)
+    values = nvfp4.dequantize(codes[None], scale[None], divisor)
+    error = None
+    if source is not None:
+        original = open_checkpoint(source)
+        found = EXPERT_NAME.fullmatch(f"{name}.weight_packed")
+        assert found is not None
+        weights = read_expert(original, describe_model(original), int(found[2]), int(found[3]))
+        error = relative_weight_error(weights[found[4]].float()[None], values).item()
+    counts = codes.flatten().bincount(minlength=16).tolist()
+    signed = {f"{e2m1.decode(codes.new_tensor([c])).item():+g}".replace("+0", "0"): counts[c] for c in (*range(15, 8, -1), *range(8))}
+    return Inspection(
+        name=name,
+        shape=(codes.shape[0], codes.shape[1]),
+        weight_global_scale=divisor.item(),
+        input_global_scale=divisor_in.item(),
+        patterns=dict(zip(pattern_names(), paired48.pattern_histogram(packed).tolist(), strict=True)),
+        illegal_groups=int(paired48.find_illegal(packed).sum()),
+        scales=scale_histogram(scale.float()),
+        codes=signed,
+        zero_share=counts[0] / codes.numel(),
+        relative_weight_error=error,
+    )
+
+
+def is_compressed(name: str, tensors: Mapping[str, TensorEntry]) -> bool:
+    stem = name.removesuffix(".weight_packed")
+    return name.endswith(".weight_packed") and f"{stem}.weight_global_scale" in tensors
+
+
+def choose(names: list[str], wanted: str | None, uri: str) -> str:
+    if not names:
+        raise ConfigError(f"{uri}: expected compressed expert linears, found none; is this the checkpoint/ folder of a p48ray run?")
+    if wanted is None:
+        return names[0]
+    if wanted not in names:
+        near = [n for n in names if wanted in n][:3] or names[:1]
+        raise ConfigError(f"--linear: {uri} has no compressed linear {wanted!r}; for instance {', '.join(near)}")
+    return wanted
+
+
+def pattern_names() -> list[str]:
+    return ["".join("x" if kept else "." for kept in row) for row in paired48.PATTERNS]
+
+
+def scale_histogram(scale_OG: Tensor) -> dict[str, int]:
+    """Counts of E4M3 scales by power of two, largest last."""
+    exponents = scale_OG.flatten().log2().floor().int()
+    low, high = int(exponents.min()), int(exponents.max())
+    counts = (exponents - low).bincount(minlength=high - low + 1).tolist()
+    return {f"2^{low + i}": count for i, count in enumerate(counts)}
+
+
+def print_inspection(found: Inspection, console: Console) -> None:
+    """The inspection as bars."""
+    console.print(f"{found.name}  {found.shape[0]} x {found.shape[1]}", soft_wrap=True)
+    console.print(f"weight_global_scale {found.weight_global_scale:.6g}, input_global_scale {found.input_global_scale:.6g}, zeros {found.zero_share:.1%}")
+    if found.relative_weight_error is not None:
+        console.print(f"relative weight error |W - Q|^2 / |W|^2: {found.relative_weight_error:.5f}")
+    if found.illegal_groups:
+        console.print(f"{found.illegal_groups} groups of 8 inputs keep more than 2 of 4 pairs: not paired-4:8")
+    for title, counts in (("pairs kept of four", found.patterns), ("E4M3 scales", found.scales), ("E2M1 codes", found.codes)):
+        console.print(bars(title, counts))
+
+
+def bars(title: str, counts: dict[str, int]) -> Table:
+    table = Table(title=title, title_justify="left", show_header=False, box=None)
+    total, most = sum(counts.values()) or 1, max(counts.values()) or 1
+    for name, count in counts.items():
+        table.add_row(name, f"{count / total:6.1%}", "#" * round(40 * count / most))
+    return table

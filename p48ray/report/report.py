@@ -1,0 +1,135 @@
+"""The report: what was made and how good it is, from manifests and evaluation sums alone."""
+
+from collections import Counter
+from typing import Literal
+
+from rich.console import Console
+from rich.table import Table
+
+from p48ray import run_root
+from p48ray.checkpoint.layout import PROJECTIONS
+from p48ray.manifest import LinearRecord, UnitManifest
+from p48ray.output_layout import OutputShard, unit_bytes
+from p48ray.records import Record
+from p48ray.stages.context import StageContext
+from p48ray.stages.evaluate import EvaluationResult
+
+FEW_TOKENS_PER_INPUT = 6.0  # the few-token regime of DESIGN 7
+
+
+class ProjectionErrors(Record):
+    """Relative output errors of one kind of linear over all experts."""
+
+    mean: float
+    worst: float
+    worst_linear: str
+
+
+class Report(Record):
+    """report/report.json."""
+
+    schema_version: Literal[1] = 1
+    name: str
+    plan_digest: str
+    source: str
+    checkpoint: str
+    solver: str
+    sparsity: str
+    scale_span: int
+    activation_group: int
+    num_linears: int
+    outcomes: dict[str, int]
+    experts_without_tokens: int
+    experts_with_few_tokens: int
+    calibration_tokens: int
+    relative_output_error: dict[str, ProjectionErrors]
+    clipped_input_share: float
+    clipped_intermediate_share: float
+    checkpoint_bytes: int
+    source_bytes: int
+    expert_bytes: int
+    quality: EvaluationResult | None
+    stage_seconds: dict[str, float]
+    unit_seconds: dict[str, float]
+    devices: dict[str, int]
+    versions: dict[str, str]
+
+
+def build_report(
+    context: StageContext,
+    units: list[UnitManifest],
+    shards: tuple[OutputShard, ...],
+    quality: EvaluationResult | None,
+    stage_seconds: dict[str, float],
+) -> Report:
+    """Fold manifests into one record. `stage_seconds` are this driver's; `unit_seconds` are summed over all units, whoever did them."""
+    plan = context.plan
+    records = [r for u in units for r in u.linears]
+    gates = [r for r in records if r.name.endswith("gate_proj")]
+    few = FEW_TOKENS_PER_INPUT * plan.source.hidden_size
+    phases: Counter[str] = Counter()
+    for unit in units:
+        phases.update(unit.seconds)
+    return Report(
+        name=plan.config.name,
+        plan_digest=plan.digest,
+        source=context.source.store.uri,
+        checkpoint=f"{context.store.uri}/{run_root.CHECKPOINT}",
+        solver=plan.config.compression.solver,
+        sparsity=plan.config.compression.sparsity,
+        scale_span=plan.config.compression.scale_span,
+        activation_group=plan.config.compression.activation_group,
+        num_linears=len(records),
+        outcomes=dict(Counter(str(r.outcome) for r in records)),
+        experts_without_tokens=sum(r.tokens == 0 for r in gates),
+        experts_with_few_tokens=sum(0 < r.tokens < few for r in gates),
+        calibration_tokens=plan.config.calibration.num_sequences * plan.config.calibration.sequence_length,
+        relative_output_error={p: projection_errors(records, p) for p in PROJECTIONS},
+        clipped_input_share=sum(u.clipped_input_share for u in units) / len(units),
+        clipped_intermediate_share=sum(u.clipped_intermediate_share for u in units) / len(units),
+        checkpoint_bytes=sum(s.num_bytes for s in shards),
+        source_bytes=sum(e.num_bytes for e in context.source.tensors.values()),
+        expert_bytes=sum(unit_bytes(context.layout, u) for u in plan.units),
+        quality=quality,
+        stage_seconds=stage_seconds,
+        unit_seconds={name: round(value, 1) for name, value in phases.items()},
+        devices=dict(Counter(u.device for u in units)),
+        versions=units[0].versions,
+    )
+
+
+def projection_errors(records: list[LinearRecord], projection: str) -> ProjectionErrors:
+    own = [r for r in records if r.name.endswith(projection)]
+    worst = max(own, key=lambda r: r.relative_output_error)
+    mean = sum(r.relative_output_error for r in own) / len(own)
+    return ProjectionErrors(mean=mean, worst=worst.relative_output_error, worst_linear=worst.name)
+
+
+def print_report(report: Report, console: Console) -> None:
+    """The report as tables for a person."""
+    if report.quality is not None:
+        q = report.quality
+        table = Table(title=f"{report.name}: quality on {q.num_tokens:,} held-out tokens (W4A4 emulated)", title_justify="left")
+        for column in ("", "perplexity", "token accuracy", "KL to source"):
+            table.add_column(column, justify="left" if not column else "right")
+        table.add_row("source", f"{q.source_perplexity:.4f}", f"{q.source_accuracy:.4f}", "0")
+        table.add_row(
+            f"{report.solver}, {report.sparsity}", f"{q.compressed_perplexity:.4f}", f"{q.compressed_accuracy:.4f}", f"{q.kl:.4f}"
+        )
+        console.print(table)
+    table = Table(title="expert linears", title_justify="left")
+    for column in ("", "mean relative output error", "worst", "of"):
+        table.add_column(column, justify="left" if column in ("", "of") else "right")
+    for projection, errors in report.relative_output_error.items():
+        table.add_row(projection, f"{errors.mean:.4f}", f"{errors.worst:.4f}", errors.worst_linear)
+    console.print(table)
+    outcomes = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in sorted(report.outcomes.items()))
+    console.print(f"{report.num_linears} linears: {outcomes}")
+    console.print(f"experts without calibration tokens: {report.experts_without_tokens}, with few: {report.experts_with_few_tokens}")
+    console.print(
+        f"activations clipped: {report.clipped_input_share:.2e} of inputs, {report.clipped_intermediate_share:.2e} of intermediates"
+    )
+    console.print(f"size: {report.checkpoint_bytes:,} bytes (source {report.source_bytes:,}), experts {report.expert_bytes:,}")
+    spent = ", ".join(f"{name} {value:.0f} s" for name, value in report.stage_seconds.items())
+    console.print(f"time: {spent}")
+    console.print(f"checkpoint: {report.checkpoint}", soft_wrap=True)

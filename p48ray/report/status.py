@@ -1,0 +1,88 @@
+"""How far a run has come, from its run root alone."""
+
+from collections import Counter
+from typing import Literal
+
+from rich.console import Console
+from rich.table import Table
+
+from p48ray import run_root
+from p48ray.errors import ConfigError
+from p48ray.manifest import Failure
+from p48ray.plan import RunPlan, cut
+from p48ray.records import Record
+from p48ray.store.base import Store
+
+
+class StageStatus(Record):
+    """Done-markers of one stage."""
+
+    stage: str
+    done: int
+    total: int
+
+
+class RunStatus(Record):
+    """What the run root says."""
+
+    schema_version: Literal[1] = 1
+    name: str
+    plan_digest: str
+    stages: tuple[StageStatus, ...]
+    layers: tuple[tuple[int, int, int], ...]  # layer, activation parts, units
+    failures: tuple[str, ...]
+    stored_bytes: int
+    is_complete: bool
+
+
+def read_status(store: Store) -> RunStatus:
+    """One listing of the run root, counted against its plan.
+
+    Raises: ConfigError when there is no plan.
+    """
+    if store.head(run_root.PLAN) is None:
+        raise ConfigError(f"{store.uri}: expected a run root with {run_root.PLAN}, found none")
+    plan = RunPlan.load(store, run_root.PLAN)
+    sizes = {info.key: info.size_bytes for info in store.list()}
+    keys = sizes.keys()
+    parts = Counter(n for n in plan.source.moe_layers for p in plan.parts if run_root.activation_manifest(n, p.part) in keys)
+    units = Counter(u.layer for u in plan.units if run_root.unit_manifest(u.id) in keys)
+    shards = [k for k in keys if k.startswith(run_root.CHECKPOINT) and k.endswith(".safetensors")]
+    planned_shards = int(shards[0].rpartition("-of-")[2].removesuffix(".safetensors")) if shards else 0
+    verdicts = sum(k.startswith(run_root.VERIFICATION) for k in keys)
+    evaluation = plan.config.evaluation
+    held_out = len(cut(evaluation.num_sequences, evaluation.sequences_per_part)) if evaluation else 0
+    evaluated = sum(k.startswith(run_root.EVALUATION) and "/part-" in k for k in keys)
+    stages = (
+        StageStatus(stage="capture", done=parts.total(), total=len(plan.parts) * len(plan.source.moe_layers)),
+        StageStatus(stage="compress", done=units.total(), total=len(plan.units)),
+        StageStatus(stage="reduce", done=len(shards), total=planned_shards),
+        StageStatus(stage="verify", done=verdicts, total=planned_shards),
+        StageStatus(stage="evaluate", done=evaluated, total=held_out),
+    )
+    failures = sorted(k for k in keys if k.startswith(run_root.FAILURES))
+    return RunStatus(
+        name=plan.config.name,
+        plan_digest=plan.digest,
+        stages=stages,
+        layers=tuple((n, parts[n], units[n]) for n in plan.source.moe_layers),
+        failures=tuple(f"{k.removeprefix(run_root.FAILURES)}: {Failure.load(store, k).error}" for k in failures),
+        stored_bytes=sum(sizes.values()),
+        is_complete=run_root.REPORT in keys,
+    )
+
+
+def print_status(status: RunStatus, console: Console) -> None:
+    """Stages, layers that are not finished, failures."""
+    state = "complete" if status.is_complete else "not complete"
+    console.print(f"{status.name}  plan {status.plan_digest[:12]}  {state}  {status.stored_bytes:,} bytes stored")
+    table = Table("stage", "done", "of")
+    for stage in status.stages:
+        table.add_row(stage.stage, str(stage.done), str(stage.total) if stage.total else "not known yet")
+    console.print(table)
+    layers = Table("layer", "activation parts", "units")
+    for layer, parts, units in status.layers:
+        layers.add_row(str(layer), str(parts), str(units))
+    console.print(layers)
+    for failure in status.failures:
+        console.print(f"failed attempt: {failure}", soft_wrap=True, markup=False)

@@ -1,0 +1,67 @@
+"""The name of every object in a run root. The layout is public: operators read it, tests assert it, it is the only state.
+
+plan.json                                            written first
+calibration/tokens.arrow                             packed token ids of the calibration sequences
+residuals/layer-007/part-0003.arrow                  what enters layer 7
+activations/layer-007/part-0003.arrow (+ .json)      what its experts see;  scales.json once the layer is complete
+units/L007-E048-055/<attempt>/shard.safetensors      one attempt's output;  units/L007-E048-055/manifest.json names the one that counts
+failures/<stage>/<task>/<attempt>.json               traceback and input of every failed attempt
+checkpoint/                                          the Hugging Face folder
+verification/model-00001-of-00003.json               verdict per output shard
+evaluation/<digest>/part-0003.json (+ tokens.arrow)  sums over held-out sequences
+report/report.json
+"""
+
+PLAN = "plan.json"
+TOKENS = "calibration/tokens.arrow"
+ACTIVATIONS = "activations/"
+UNITS = "units/"
+FAILURES = "failures/"
+CHECKPOINT = "checkpoint/"
+VERIFICATION = "verification/"
+EVALUATION = "evaluation/"
+REPORT = "report/report.json"
+
+
+def residual_part(layer: int, part: int) -> str:
+    return f"residuals/layer-{layer:03d}/part-{part:04d}.arrow"
+
+
+def activation_part(layer: int, part: int) -> str:
+    return f"{ACTIVATIONS}layer-{layer:03d}/part-{part:04d}.arrow"
+
+
+def activation_manifest(layer: int, part: int) -> str:
+    return f"{ACTIVATIONS}layer-{layer:03d}/part-{part:04d}.json"
+
+
+def layer_scales(layer: int) -> str:
+    return f"{ACTIVATIONS}layer-{layer:03d}/scales.json"
+
+
+def unit_shard(unit_id: str, attempt: str) -> str:
+    return f"{UNITS}{unit_id}/{attempt}/shard.safetensors"
+
+
+def unit_manifest(unit_id: str) -> str:
+    return f"{UNITS}{unit_id}/manifest.json"
+
+
+def failure(stage: str, task_id: str, attempt: str) -> str:
+    return f"{FAILURES}{stage}/{task_id}/{attempt}.json"
+
+
+def checkpoint_file(name: str) -> str:
+    return f"{CHECKPOINT}{name}"
+
+
+def shard_verdict(shard: str) -> str:
+    return f"{VERIFICATION}{shard.removesuffix('.safetensors')}.json"
+
+
+def evaluation_tokens(digest: str) -> str:
+    return f"{EVALUATION}{digest}/tokens.arrow"
+
+
+def evaluation_part(digest: str, part: int) -> str:
+    return f"{EVALUATION}{digest}/part-{part:04d}.json"

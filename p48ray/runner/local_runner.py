@@ -1,0 +1,24 @@
+"""Everything in this process, one task after the other: for tests, debuggers and machines without Ray."""
+
+from collections.abc import Iterator, Sequence
+
+from p48ray.plan import RunPlan
+from p48ray.stages.context import StageContext
+from p48ray.stages.tasks import Task, TaskResult, execute, open_context
+
+
+class LocalRunner:
+    """Runs tasks in the calling process. Transient failures are retried run.max_attempts times in all."""
+
+    def __init__(self, plan: RunPlan, store_uri: str) -> None:
+        self.plan = plan
+        self.context: StageContext = open_context(plan, store_uri)
+
+    def run(self, tasks: Sequence[Task]) -> Iterator[TaskResult]:
+        for task in tasks:
+            result = execute(self.context, task)
+            for _ in range(self.plan.config.run.max_attempts - 1):
+                if not result.is_transient:
+                    break
+                result = execute(self.context, task)
+            yield result

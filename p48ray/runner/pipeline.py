@@ -1,0 +1,149 @@
+"""The job: plan, capture, compress, reduce, verify, evaluate, report, on whatever runner it is given. Every stage does what the bucket lacks."""
+
+import json
+import logging
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
+
+from p48ray import run_root
+from p48ray.errors import StageFailedError, VerificationError
+from p48ray.manifest import EvaluationPart, ShardVerdict, UnitManifest
+from p48ray.plan import RunPlan, cut
+from p48ray.report.report import Report, build_report
+from p48ray.runner.base import Runner, run_all
+from p48ray.runner.progress import Progress
+from p48ray.stages.capture import finish_layers
+from p48ray.stages.evaluate import EvaluationResult, combine, evaluation_digest
+from p48ray.stages.inputs import write_inputs
+from p48ray.stages.prepare import Prepared
+from p48ray.stages.reduce import finish_checkpoint
+from p48ray.stages.tasks import Task
+from p48ray.stages.verify import check_index
+from p48ray.store.base import Store
+from p48ray.store.view import SubStore
+
+log = logging.getLogger("p48ray.progress")
+
+RunnerFactory = Callable[[RunPlan, str], AbstractContextManager[Runner]]
+
+
+def run_job(prepared: Prepared, make_runner: RunnerFactory) -> Report:
+    """Run what is missing, from the first stage to the report.
+
+    Raises: UserError, StageFailedError or VerificationError; whatever was finished stays, and the same call goes on from there.
+    """
+    start = time.monotonic()
+    plan, store = prepared.plan, prepared.store
+    write_inputs(prepared)
+    seconds: dict[str, float] = {}
+    with make_runner(plan, store.uri) as runner:
+        job = Job(prepared, runner, seconds)
+        job.capture()
+        job.compress()
+        job.reduce()
+        job.verify()
+        result = job.evaluate()
+    seconds["total"] = round(time.monotonic() - start, 1)
+    report = build_report(prepared.context, read_units(prepared), prepared.shards, result, seconds)
+    store.put(run_root.REPORT, report.to_json())
+    return report
+
+
+class Job:
+    """The stages of one run. Each method does what its stage lacks and returns when the stage is complete."""
+
+    def __init__(self, prepared: Prepared, runner: Runner, seconds: dict[str, float]) -> None:
+        self.plan, self.store, self.shards = prepared.plan, prepared.store, prepared.shards
+        self.context, self.runner, self.seconds = prepared.context, runner, seconds
+
+    def stage(self, name: str, noun: str, total: int, done: Callable[[], int], tasks: Sequence[Task]) -> None:
+        start = time.monotonic()
+        with Progress(name, noun, total, done):
+            run_all(self.runner, tasks, self.store.uri)
+        if (count := done()) != total:
+            raise StageFailedError(f"{name}: expected {total} {noun} in {self.store.uri}, found {count}")
+        self.seconds[name] = round(time.monotonic() - start, 1)
+
+    def keys(self, prefix: str) -> set[str]:
+        return {info.key for info in self.store.list(prefix)}
+
+    def present(self, wanted: Iterable[str], prefix: str) -> Callable[[], int]:
+        expected = set(wanted)
+        return lambda: len(expected & self.keys(prefix))
+
+    def capture(self) -> None:
+        plan = self.plan
+        expected = {p.part: {run_root.activation_manifest(n, p.part) for n in plan.source.moe_layers} for p in plan.parts}
+        held = self.keys(run_root.ACTIVATIONS)
+        missing = [part for part, keys in expected.items() if keys - held]
+        workers = plan.config.run.capture_workers or plan.config.run.num_workers
+        slices = [s for s in (missing[i::workers] for i in range(workers)) if s]
+        tasks = [Task(stage="capture", id=f"parts-{s[0]:04d}-and-{len(s) - 1}-more", item=s) for s in slices]
+        every = [key for keys in expected.values() for key in keys]
+        self.stage("capture", "activation parts", len(every), self.present(every, run_root.ACTIVATIONS), tasks)
+        finish_layers(self.context)
+
+    def compress(self) -> None:
+        held = self.keys(run_root.UNITS)
+        missing = [u for u in self.plan.units if run_root.unit_manifest(u.id) not in held]
+        load = {layer: self.context.layer_scales(layer).tokens_per_expert for layer in {u.layer for u in missing}}
+        missing.sort(key=lambda u: (-sum(load[u.layer][e] for e in u.experts), u.id))  # longest first: no straggler at the end
+        tasks = [Task(stage="compress", id=u.id, item=u) for u in missing]
+        every = [run_root.unit_manifest(u.id) for u in self.plan.units]
+        self.stage("compress", "units", len(every), self.present(every, run_root.UNITS), tasks)
+        check_fallbacks(self.plan, self.store)
+
+    def reduce(self) -> None:
+        tasks = [Task(stage="reduce", id=s.name, item=s) for s in self.shards]
+        every = [run_root.checkpoint_file(s.name) for s in self.shards]
+        self.stage("reduce", "shards", len(every), self.present(every, run_root.CHECKPOINT), tasks)
+        finish_checkpoint(self.context, self.shards)
+
+    def verify(self) -> None:
+        held = self.keys(run_root.VERIFICATION)
+        missing = [s for s in self.shards if run_root.shard_verdict(s.name) not in held]
+        tasks = [Task(stage="verify", id=s.name, item=s) for s in missing]
+        every = [run_root.shard_verdict(s.name) for s in self.shards]
+        self.stage("verify", "shards", len(every), self.present(every, run_root.VERIFICATION), tasks)
+        verdicts = [ShardVerdict.load(self.store, key) for key in every]
+        problems = [p for v in verdicts for p in v.problems]
+        problems += check_index(SubStore(self.store, run_root.CHECKPOINT), self.shards, self.context.layout)
+        if problems:
+            listed = "\n".join(f"  {p}" for p in problems[:20])
+            raise VerificationError(f"{self.store.uri}/{run_root.CHECKPOINT}: {len(problems)} problems\n{listed}")
+
+    def evaluate(self) -> EvaluationResult | None:
+        settings = self.plan.config.evaluation
+        if settings is None:
+            return None
+        digest = evaluation_digest(self.plan, settings)
+        parts = cut(settings.num_sequences, settings.sequences_per_part)
+        every = [run_root.evaluation_part(digest, p.part) for p in parts]
+        held = self.keys(run_root.EVALUATION)
+        tasks = [
+            Task(stage="evaluate", id=f"part-{p.part:04d}", item=(digest, p))
+            for p, key in zip(parts, every, strict=True)
+            if key not in held
+        ]
+        self.stage("evaluate", "held-out parts", len(every), self.present(every, run_root.EVALUATION), tasks)
+        return combine([EvaluationPart.load(self.store, key) for key in every])
+
+
+def read_units(prepared: Prepared) -> list[UnitManifest]:
+    return [UnitManifest.load(prepared.store, run_root.unit_manifest(u.id)) for u in prepared.plan.units]
+
+
+def check_fallbacks(plan: RunPlan, store: Store) -> None:
+    """Refuse a checkpoint of which too many linears could only be rounded.
+
+    Raises: StageFailedError with the share, the limit and the first reasons.
+    """
+    records = [r for u in plan.units for r in UnitManifest.load(store, run_root.unit_manifest(u.id)).linears]
+    rounded = [r for r in records if r.outcome == "round_to_nearest" and plan.config.compression.solver != "round_to_nearest"]
+    limit = plan.config.compression.max_fallback_share
+    if len(rounded) > limit * len(records):
+        reasons = json.dumps([f"{r.name}: {r.reason}" for r in rounded[:3]])
+        raise StageFailedError(
+            f"compress: {len(rounded)} of {len(records)} linears fell back to rounding, more than compression.max_fallback_share = {limit:g} allows: {reasons}"
+        )

@@ -1,0 +1,65 @@
+"""Progress as the bucket tells it: a line per change with counts, rate and time left, the same in a terminal and in a log file."""
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import Self
+
+from p48ray.errors import P48Error
+
+log = logging.getLogger("p48ray.progress")
+
+INTERVAL_S = 5.0
+
+
+class Progress:
+    """Counts a stage's done-markers from a thread while the stage runs.
+
+    Args: stage, noun: what is shown. total: markers when done. count: how many there are now, by listing the store.
+    """
+
+    def __init__(self, stage: str, noun: str, total: int, count: Callable[[], int], interval_s: float = INTERVAL_S) -> None:
+        self.stage, self.noun, self.total, self.count, self.interval_s = stage, noun, total, count, interval_s
+        self.stopped = threading.Event()
+        self.thread = threading.Thread(target=self.watch, name=f"progress-{stage}", daemon=True)
+
+    def __enter__(self) -> Self:
+        self.start, self.first = time.monotonic(), self.count()
+        self.last = self.first
+        resumed = f", {self.first} already done" if self.first else ""
+        log.info("%-9s %d %s%s", self.stage, self.total, self.noun, resumed)
+        self.thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.stopped.set()
+        self.thread.join()
+        if kind is None:
+            elapsed_s = time.monotonic() - self.start
+            log.info("%-9s %d/%d %s in %s", self.stage, self.count(), self.total, self.noun, duration(elapsed_s))
+
+    def watch(self) -> None:
+        while not self.stopped.wait(self.interval_s):
+            try:
+                done = self.count()
+            except P48Error:
+                continue  # a listing that failed costs one line of progress, no more
+            if done != self.last and done < self.total:
+                self.last = done
+                log.info(self.line(done, time.monotonic() - self.start))
+
+    def line(self, done: int, elapsed_s: float) -> str:
+        rate = (done - self.first) / elapsed_s
+        left = duration((self.total - done) / rate) if rate else "unknown"
+        pace = f"{rate:.1f}/s" if rate >= 1 else f"{rate * 60:.1f}/min"
+        return f"{self.stage:9s} {done}/{self.total} {self.noun}  {100 * done // self.total} %  {pace}  {left} left"
+
+
+def duration(seconds: float) -> str:
+    """1 h 02 min, 3 min 05 s, 12 s."""
+    whole = round(seconds)
+    if whole >= 3600:
+        return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+    return f"{whole // 60} min {whole % 60:02d} s" if whole >= 60 else f"{whole} s"

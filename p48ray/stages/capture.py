@@ -1,0 +1,166 @@
+"""Capture: what the experts of every layer see. Layers are streamed one at a time, straight from the source's packed experts.
+
+A capture task owns some parts of the calibration sequences and carries their residual stream up the layers. Everything it writes is named by layer and
+part, so a task that died is repeated from the last boundary of each of its parts, by whoever takes it, to the same bytes.
+"""
+
+import hashlib
+import logging
+from collections.abc import Iterator, Sequence
+
+import torch
+from p48ray.numerics.activation import input_global_scale
+from torch import Tensor
+
+from p48ray import run_root
+from p48ray.errors import CalibrationError
+from p48ray.manifest import ActivationPart, LayerScales
+from p48ray.model.decoder import Decoder, run_layer
+from p48ray.model.experts import ExpertCache, RoutedExperts, RoutedInputs
+from p48ray.plan import SequencePart
+from p48ray.stages import arrow
+from p48ray.stages.context import EXPERT_CACHE_BYTES, StageContext
+
+log = logging.getLogger(__name__)
+
+# Compressed gate and up change the intermediate's range, so down's input scale leaves room above what the original weights gave (DESIGN 2).
+INTERMEDIATE_MARGIN = 1.25
+
+
+def capture_parts(context: StageContext, parts: Sequence[int]) -> list[ActivationPart]:
+    """Run the given parts up the layers, writing activations and boundaries that are missing. Returns the manifests it wrote."""
+    plan = context.plan
+    decoder = context.decoder()
+    stream = ResidualStream(context, decoder, [plan.parts[p] for p in parts])
+    positions = decoder.positions(plan.config.calibration.sequence_length)
+    written: list[ActivationPart] = []
+    for number in range(plan.last_moe_layer + 1):
+        waiting = [p for p in stream.parts if not stream.is_past(number, p)]
+        if not waiting:
+            continue
+        seen: list[RoutedInputs] = []
+        is_moe = number in plan.source.moe_layers
+        layer = decoder.layer(number, capturing_experts(context, number, seen) if is_moe else None)
+        for part in waiting:
+            seen.clear()
+            x_BSH = run_layer(layer, stream.take(number, part), positions, plan.config.calibration.sequences_per_micro_batch)
+            if not bool(torch.isfinite(x_BSH).all()):
+                raise CalibrationError(
+                    f"layer {number}, part {part.part}: the model's own activations are not finite; is the source corrupt?"
+                )
+            if number < plan.last_moe_layer:
+                stream.put(number + 1, part, x_BSH)
+            if is_moe:
+                written.append(write_activations(context, number, part, seen[0]))
+    return written
+
+
+def capturing_experts(context: StageContext, number: int, seen: list[RoutedInputs]) -> RoutedExperts:
+    dtype = context.compute_dtype
+    cache = ExpertCache(lambda expert: context.source_expert(number, expert, dtype), EXPERT_CACHE_BYTES)
+    return RoutedExperts(context.layout.num_experts, cache, observe=seen.append)
+
+
+class ResidualStream:
+    """The residual stream of some parts: in memory between layers, in the run root at every boundary."""
+
+    def __init__(self, context: StageContext, decoder: Decoder, parts: list[SequencePart]) -> None:
+        self.context, self.decoder, self.parts = context, decoder, parts
+        self.held: dict[int, tuple[int, Tensor]] = {}  # part -> (layer it enters, values)
+        keys = {info.key for prefix in ("residuals/", run_root.ACTIVATIONS) for info in context.store.list(prefix)}
+        self.entry_of = {part.part: self.first_unfinished(part, keys) for part in parts}
+
+    def first_unfinished(self, part: SequencePart, keys: set[str]) -> int:
+        """The layer to run first: all before it have their activations, and its own input is stored (layer 0's is the embedding)."""
+        plan = self.context.plan
+        entry = 0
+        for number in range(plan.last_moe_layer + 1):
+            if number in plan.source.moe_layers and run_root.activation_manifest(number, part.part) not in keys:
+                break
+            if number < plan.last_moe_layer and run_root.residual_part(number + 1, part.part) not in keys:
+                break
+            entry = number + 1
+        return entry
+
+    def is_past(self, number: int, part: SequencePart) -> bool:
+        return self.entry_of[part.part] > number
+
+    def take(self, number: int, part: SequencePart) -> Tensor:
+        """What enters layer `number`, (B, S, H)."""
+        layer, x_BSH = self.held.pop(part.part, (None, None))
+        if layer == number and x_BSH is not None:
+            return x_BSH
+        if number == 0:
+            return self.decoder.embed(self.token_ids(part))
+        key = run_root.residual_part(number, part.part)
+        x_TH = arrow.decode(self.context.store.get(key), key)["residual"].to(self.context.device)
+        return x_TH.reshape(part.num_sequences, -1, x_TH.shape[-1])
+
+    def put(self, number: int, part: SequencePart, x_BSH: Tensor) -> None:
+        self.held[part.part] = (number, x_BSH)
+        self.context.store.put(run_root.residual_part(number, part.part), arrow.encode({"residual": x_BSH.flatten(0, 1)}))
+
+    def token_ids(self, part: SequencePart) -> Tensor:
+        ids_NS = arrow.decode(self.context.store.get(run_root.TOKENS), run_root.TOKENS)["token_ids"]
+        return ids_NS[part.first_sequence : part.first_sequence + part.num_sequences]
+
+
+def write_activations(context: StageContext, layer: int, part: SequencePart, seen: RoutedInputs) -> ActivationPart:
+    """Store one part of what the experts of a layer saw; the manifest last."""
+    hidden_TH = seen.hidden_TH.to(torch.bfloat16)
+    data = arrow.encode(
+        {"hidden": hidden_TH, "expert_ids": seen.expert_ids_TK.to(torch.int16), "router_weights": seen.router_weights_TK.float()}
+    )
+    context.store.put(run_root.activation_part(layer, part.part), data)
+    counts = torch.bincount(seen.expert_ids_TK.flatten().cpu(), minlength=context.layout.num_experts)
+    manifest = ActivationPart(
+        plan_digest=context.plan.digest,
+        layer=layer,
+        part=part.part,
+        num_tokens=len(hidden_TH),
+        size_bytes=len(data),
+        sha256=hashlib.sha256(data).hexdigest(),
+        amax_input=hidden_TH.abs().amax().float().item(),
+        amax_intermediate=seen.amax_intermediate.item(),
+        tokens_per_expert=tuple(counts.tolist()),
+    )
+    context.store.put_if_absent(run_root.activation_manifest(layer, part.part), manifest.to_json())
+    return manifest
+
+
+def finish_layers(context: StageContext) -> None:
+    """Write scales.json of every layer whose parts are all there and that has none yet."""
+    for layer in context.plan.source.moe_layers:
+        if context.store.head(run_root.layer_scales(layer)) is None:
+            scales = combine(context, layer, list(read_manifests(context, layer)))
+            context.store.put_if_absent(run_root.layer_scales(layer), scales.to_json())
+
+
+def read_manifests(context: StageContext, layer: int) -> Iterator[ActivationPart]:
+    for part in context.plan.parts:
+        key = run_root.activation_manifest(layer, part.part)
+        manifest = ActivationPart.load(context.store, key)
+        context.check_owner(manifest.plan_digest, key)
+        yield manifest
+
+
+def combine(context: StageContext, layer: int, parts: list[ActivationPart]) -> LayerScales:
+    """A layer's input global scales from the maxima of its parts.
+
+    Raises: CalibrationError when the layer's inputs are all zero or not finite.
+    """
+    amax_input = max(p.amax_input for p in parts)
+    amax_intermediate = max(p.amax_intermediate for p in parts)
+    if not (0 < amax_input < float("inf") and 0 < amax_intermediate < float("inf")):
+        raise CalibrationError(
+            f"layer {layer}: expected finite activations above 0, found maxima {amax_input} (input), {amax_intermediate} (intermediate)"
+        )
+    return LayerScales(
+        plan_digest=context.plan.digest,
+        layer=layer,
+        amax_input=amax_input,
+        amax_intermediate=amax_intermediate,
+        gate_up=input_global_scale(amax_input),
+        down=input_global_scale(INTERMEDIATE_MARGIN * amax_intermediate),
+        tokens_per_expert=tuple(sum(counts) for counts in zip(*(p.tokens_per_expert for p in parts), strict=True)),
+    )

@@ -1,0 +1,210 @@
+"""Compress one unit: fetch its experts, gather their tokens, curvature, masks, codes, shard, manifest.
+
+Units are independent: any order, any machine, any number of times. Gate and up share inputs, curvature and global scale and are solved as one stacked
+matrix. down_proj comes second: its inputs are recomputed from the compressed gate and up, its target from the original weights (DESIGN 7.4).
+
+Legend: N experts of the unit, T tokens of one expert in one part, H hidden size, F intermediate size.
+"""
+
+import hashlib
+import json
+import logging
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib import metadata
+
+import torch
+from torch import Tensor
+
+from p48ray import __version__, run_root
+from p48ray.checkpoint.header import dtype_name
+from p48ray.checkpoint.layout import PROJECTIONS
+from p48ray.checkpoint.tensors import serialize
+from p48ray.errors import ShardCorruptError
+from p48ray.manifest import LayerScales, LinearRecord, UnitManifest
+from p48ray.numerics.asymmetric import compensated_target
+from p48ray.numerics.metrics import relative_output_error, relative_weight_error
+from p48ray.numerics.solvers import Solution, SolverSettings, solve
+from p48ray.output_layout import unit_bytes, unit_rows
+from p48ray.plan import WorkUnit
+from p48ray.stages.context import StageContext
+from p48ray.stages.curvature import ASYMMETRIC_SOLVERS, Curvature, RoutedTokens, down_curvature, gate_up_curvature
+
+log = logging.getLogger(__name__)
+
+ONE_SHOT_DAMP = 0.1  # the published one-shot reference's; block descent takes its own from the token count
+LIBRARIES = ("torch", "transformers", "compressed-tensors")
+
+
+@dataclass(slots=True)
+class Clock:
+    """Seconds by phase."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = round(self.seconds.get(name, 0.0) + time.perf_counter() - start, 4)
+
+
+@torch.no_grad()
+def compress_unit(context: StageContext, unit: WorkUnit) -> UnitManifest:
+    """Compress the experts of one unit and store them.
+
+    Returns: the manifest that counts: ours, or that of an attempt that was faster.
+    Raises:  SourceError, CalibrationError or NumericsError with the unit's input at fault; ShardCorruptError when what was stored differs.
+    """
+    clock = Clock()
+    scales = context.layer_scales(unit.layer)
+    with clock.phase("fetch"):
+        originals = [context.source_expert(unit.layer, expert, torch.float32) for expert in unit.experts]
+        tokens = RoutedTokens(context, unit, scales)
+    gate_up_NOI = torch.stack([torch.cat([w.gate_FH, w.up_FH]) for w in originals])
+    with clock.phase("curvature"):
+        inputs, clipped_input = gate_up_curvature(tokens)
+    with clock.phase("solve"):
+        gate_up = solve_batch(context, gate_up_NOI, inputs)
+    with clock.phase("curvature"):
+        intermediates, clipped_intermediate = down_curvature(tokens, originals, gate_up.values_NOI)
+    down_NOI = torch.stack([w.down_HF for w in originals])
+    with clock.phase("solve"):
+        down = solve_batch(context, down_NOI, intermediates)
+    records = describe_linears(context, unit, (gate_up_NOI, gate_up, inputs), (down_NOI, down, intermediates))
+    with clock.phase("write"):
+        return store_unit(
+            context, unit, pack_unit(context, unit, scales, gate_up, down), records, (clipped_input, clipped_intermediate), clock
+        )
+
+
+def solve_batch(context: StageContext, weight_NOI: Tensor, curvature: list[Curvature]) -> Solution:
+    settings = context.plan.config.compression
+    hessian_NII = torch.stack([c.hessian_II for c in curvature])
+    target_NOI = None
+    if settings.solver in ASYMMETRIC_SOLVERS and curvature[0].cross_II is not None:
+        cross_NII = torch.stack([c.cross_II for c in curvature if c.cross_II is not None])
+        target_NOI = compensated_target(weight_NOI, hessian_NII, cross_NII)
+    damp = None if settings.damp == "auto" else settings.damp
+    if damp is None and settings.solver not in ASYMMETRIC_SOLVERS:
+        damp = ONE_SHOT_DAMP
+    solver = SolverSettings(
+        solver=settings.solver, sparsity=settings.sparsity, scale_span=settings.scale_span, damp=damp, sweeps=settings.sweeps
+    )
+    return solve(weight_NOI, hessian_NII, [c.tokens / weight_NOI.shape[2] for c in curvature], solver, target_NOI)
+
+
+Solved = tuple[Tensor, Solution, list[Curvature]]
+
+
+def describe_linears(context: StageContext, unit: WorkUnit, gate_up: Solved, down: Solved) -> tuple[LinearRecord, ...]:
+    """One record per linear: tokens, outcome, damping and both errors."""
+    size = context.layout.moe_intermediate_size
+    rows = {"gate_proj": (gate_up, slice(0, size)), "up_proj": (gate_up, slice(size, 2 * size)), "down_proj": (down, slice(None))}
+    records = []
+    for projection in PROJECTIONS:
+        (weight_NOI, solution, curvature), of = rows[projection]
+        w_NOI, q_NOI = weight_NOI[:, of], solution.values_NOI[:, of]
+        weight_errors = relative_weight_error(w_NOI, q_NOI).tolist()
+        output_errors = output_error(w_NOI, q_NOI, curvature).tolist()
+        for n, expert in enumerate(unit.experts):
+            records.append(
+                LinearRecord(
+                    name=context.layout.expert_linear_name(unit.layer, expert, projection),
+                    tokens=curvature[n].tokens,
+                    outcome=solution.outcome[n],
+                    reason=solution.reason[n],
+                    damp=solution.damp_rel[n],
+                    shrinkage=curvature[n].shrinkage,
+                    relative_weight_error=weight_errors[n],
+                    relative_output_error=output_errors[n],
+                )
+            )
+    return tuple(records)
+
+
+def output_error(w_NOI: Tensor, q_NOI: Tensor, curvature: list[Curvature]) -> Tensor:
+    """E|W h - Q h'|^2 / E|W h|^2 with h' what the compressed linear will see; without cross moments both sides see h'. Shape (N,)."""
+    hessian_NII = torch.stack([c.hessian_II for c in curvature])
+    if curvature[0].cross_II is None:
+        return relative_output_error(w_NOI, q_NOI, hessian_NII)
+    cross_NII = torch.stack([c.cross_II for c in curvature if c.cross_II is not None])
+    energy_NII = torch.stack([c.energy_II for c in curvature if c.energy_II is not None])
+    kept_N = ((w_NOI @ energy_NII) * w_NOI).sum((1, 2))
+    error_N = kept_N - 2 * ((w_NOI @ cross_NII) * q_NOI).sum((1, 2)) + ((q_NOI @ hessian_NII) * q_NOI).sum((1, 2))
+    return error_N.clamp_min(0) / kept_N.clamp_min(torch.finfo(torch.float32).tiny)
+
+
+def pack_unit(context: StageContext, unit: WorkUnit, scales: LayerScales, gate_up: Solution, down: Solution) -> bytes:
+    """The unit's shard: tensors in the order of layout.unit_rows."""
+    size = context.layout.moe_intermediate_size
+    parts = {"gate_proj": (gate_up, slice(0, size), scales.gate_up), "up_proj": (gate_up, slice(size, 2 * size), scales.gate_up)}
+    parts["down_proj"] = (down, slice(None), scales.down)
+    tensors: dict[str, Tensor] = {}
+    for n, expert in enumerate(unit.experts):
+        for projection, (solution, rows, input_scale) in parts.items():
+            name = context.layout.expert_linear_name(unit.layer, expert, projection)
+            tensors[f"{name}.weight_packed"] = solution.packed_NOB[n, rows]
+            tensors[f"{name}.weight_scale"] = solution.scale_NOG[n, rows]
+            tensors[f"{name}.weight_global_scale"] = solution.global_scale_N1[n]
+            tensors[f"{name}.input_global_scale"] = torch.tensor([input_scale], dtype=torch.float32)
+    rows_of_unit = unit_rows(context.layout, unit)
+    assert len(rows_of_unit) == len(tensors)
+    for name, dtype, shape in rows_of_unit:
+        found = (dtype_name(tensors[name].dtype), tuple(tensors[name].shape))
+        assert found == (dtype, shape), f"{name}: expected {(dtype, shape)}, found {found}"
+    return serialize({name: tensors[name].cpu().contiguous() for name, _, _ in rows_of_unit})
+
+
+def store_unit(
+    context: StageContext, unit: WorkUnit, shard: bytes, records: tuple[LinearRecord, ...], clipped: tuple[float, float], clock: Clock
+) -> UnitManifest:
+    """Shard first, checked; manifest last, first writer wins."""
+    attempt = uuid.uuid4().hex[:12]
+    key = run_root.unit_shard(unit.id, attempt)
+    context.store.put(key, shard)
+    stored = context.store.head(key)
+    if stored is None or stored.size_bytes != len(shard):
+        raise ShardCorruptError(
+            f"{context.store.uri}/{key}: expected {len(shard)} bytes, found {stored.size_bytes if stored else 'nothing'}"
+        )
+    manifest = UnitManifest(
+        plan_digest=context.plan.digest,
+        unit=unit.id,
+        attempt=attempt,
+        size_bytes=len(shard),
+        sha256=hashlib.sha256(shard).hexdigest(),
+        data_offset=len(shard) - unit_bytes(context.layout, unit),
+        linears=records,
+        clipped_input_share=clipped[0],
+        clipped_intermediate_share=clipped[1],
+        seconds=clock.seconds,
+        device=torch.cuda.get_device_name(context.device) if context.device.type == "cuda" else context.device.type,
+        versions={"p48ray": __version__} | {name: metadata.version(name) for name in LIBRARIES},
+    )
+    if not context.store.put_if_absent(run_root.unit_manifest(unit.id), manifest.to_json()):
+        context.store.delete(key)  # an attempt that was faster counts; ours is referenced by nothing
+        return UnitManifest.load(context.store, run_root.unit_manifest(unit.id))
+    log.info(unit_line(manifest))
+    return manifest
+
+
+def unit_line(manifest: UnitManifest) -> str:
+    """One JSON line per finished unit."""
+    linears = manifest.linears
+    return json.dumps(
+        {
+            "unit": manifest.unit,
+            "attempt": manifest.attempt,
+            "seconds": manifest.seconds,
+            "tokens": sum(r.tokens for r in linears) // len(PROJECTIONS),
+            "outcomes": {o: sum(r.outcome == o for r in linears) for o in sorted({r.outcome for r in linears})},
+            "worst_relative_output_error": round(max(r.relative_output_error for r in linears), 5),
+            "peak_gpu_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0,
+        }
+    )

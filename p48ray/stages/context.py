@@ -1,0 +1,60 @@
+"""What every stage function gets besides its item of work: the plan, the run root, the opened source, and where to compute."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from p48ray import run_root
+from p48ray.checkpoint.decode import read_expert
+from p48ray.checkpoint.index import CheckpointIndex
+from p48ray.checkpoint.layout import ModelLayout
+from p48ray.errors import ShardCorruptError
+from p48ray.manifest import LayerScales
+from p48ray.model.decoder import Decoder
+from p48ray.model.experts import ExpertWeights
+from p48ray.plan import RunPlan
+from p48ray.stages import arrow
+from p48ray.store.base import Store
+
+EXPERT_CACHE_BYTES = 2 * 10**9  # decoded experts that a streaming layer keeps at most
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageContext:
+    """Read-only handles, opened once per process and passed to each stage function."""
+
+    plan: RunPlan
+    store: Store
+    source: CheckpointIndex
+    layout: ModelLayout
+    device: torch.device
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        dtype: torch.dtype = getattr(torch, self.plan.config.calibration.compute_dtype)
+        return dtype
+
+    def decoder(self) -> Decoder:
+        return Decoder(self.source, self.layout, self.device, self.compute_dtype)
+
+    def source_expert(self, layer: int, expert: int, dtype: torch.dtype) -> ExpertWeights:
+        """One expert of the source, decoded."""
+        linears = read_expert(self.source, self.layout, layer, expert)
+        return ExpertWeights(*(linears[p].to(self.device, dtype) for p in ("gate_proj", "up_proj", "down_proj")))
+
+    def layer_scales(self, layer: int) -> LayerScales:
+        scales = LayerScales.load(self.store, run_root.layer_scales(layer))
+        self.check_owner(scales.plan_digest, run_root.layer_scales(layer))
+        return scales
+
+    def activation_parts(self, layer: int) -> Iterator[dict[str, Tensor]]:
+        """The captured parts of a layer, in the plan's order: hidden (bf16), expert_ids, router_weights."""
+        for part in self.plan.parts:
+            key = run_root.activation_part(layer, part.part)
+            yield arrow.decode(self.store.get(key), f"{self.store.uri}/{key}")
+
+    def check_owner(self, digest: str, key: str) -> None:
+        if digest != self.plan.digest:
+            raise ShardCorruptError(f"{self.store.uri}/{key}: expected plan digest {self.plan.digest[:12]}, found {digest[:12]}")

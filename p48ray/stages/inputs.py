@@ -1,0 +1,30 @@
+"""The first things in a run root: the plan, and the texts as token ids."""
+
+from p48ray import run_root
+from p48ray.config import CalibrationConfig, EvaluationConfig
+from p48ray.model.texts import load_sequences, load_tokenizer
+from p48ray.plan import settle_plan
+from p48ray.stages import arrow
+from p48ray.stages.evaluate import evaluation_digest
+from p48ray.stages.prepare import Prepared
+
+
+def write_inputs(prepared: Prepared) -> None:
+    """plan.json first, then the packed texts; the texts are read before either is written, so that a bad one leaves nothing behind."""
+    plan, store = prepared.plan, prepared.store
+    is_ours = settle_plan(plan, store)
+    tokens: dict[str, bytes] = {}
+    c, e = plan.config.calibration, plan.config.evaluation
+    wanted: list[tuple[str, CalibrationConfig | EvaluationConfig, int, str]] = [(run_root.TOKENS, c, c.sequence_length, "calibration")]
+    if e is not None:
+        wanted.append((run_root.evaluation_tokens(evaluation_digest(plan, e)), e, e.sequence_length + 1, "evaluation"))
+    missing = [w for w in wanted if store.head(w[0]) is None]
+    tokenizer = load_tokenizer(prepared.source, plan.config.source.trust_remote_code) if missing else None
+    vocab_size = prepared.layout.text_config["vocab_size"]
+    for key, section, length, name in missing:
+        ids_NS = load_sequences(section.documents, tokenizer, section.num_sequences, length, section.seed, vocab_size, name)
+        tokens[key] = arrow.encode({"token_ids": ids_NS})
+    if not is_ours and not store.put_if_absent(run_root.PLAN, plan.to_json()):
+        settle_plan(plan, store)  # another driver was faster: fine if its plan is ours
+    for key, data in tokens.items():
+        store.put(key, data)

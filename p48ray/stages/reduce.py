@@ -1,0 +1,127 @@
+"""Reduce: stitch unit shards and untouched source tensors into a Hugging Face folder. The index comes last.
+
+A shard is a header plus byte ranges, composed by the store in one atomic object, so a shard that exists is whole and is not made again.
+"""
+
+import json
+from dataclasses import dataclass
+
+from p48ray import __version__, run_root
+from p48ray.checkpoint.header import encode_header
+from p48ray.checkpoint.index import INDEX_FILE
+from p48ray.checkpoint.output_config import output_config
+from p48ray.errors import ShardCorruptError
+from p48ray.manifest import CheckpointManifest, UnitManifest
+from p48ray.output_layout import OutputShard, shard_rows
+from p48ray.plan import WorkUnit
+from p48ray.stages.context import StageContext
+from p48ray.store.base import ByteRange, Piece
+
+MANIFEST_FILE = "p48ray.json"
+
+
+@dataclass(frozen=True, slots=True)
+class StitchedShard:
+    """A finished output shard."""
+
+    name: str
+    size_bytes: int
+
+
+def stitch_shard(context: StageContext, shard: OutputShard) -> StitchedShard:
+    """Compose one output shard from manifest-named attempts and the source.
+
+    Raises: ShardCorruptError when a unit's manifest belongs to another plan or its shard has another size than the manifest claims.
+    """
+    key = run_root.checkpoint_file(shard.name)
+    header = encode_header(shard_rows(shard, context.layout))
+    size_bytes = len(header) + shard.num_bytes
+    held = context.store.head(key)
+    if held is not None and held.size_bytes == size_bytes:
+        return StitchedShard(shard.name, size_bytes)
+    pieces: list[Piece] = [header]
+    for segment in shard.segments:
+        if isinstance(segment, WorkUnit):
+            pieces.append(unit_range(context, segment))
+        else:
+            pieces.append(ByteRange(context.source.store, segment.file, segment.start, segment.num_bytes))
+    written = context.store.compose(key, pieces)
+    if written != size_bytes:
+        context.store.delete(key)
+        raise ShardCorruptError(f"{context.store.uri}/{key}: expected {size_bytes} bytes, composed {written}")
+    return StitchedShard(shard.name, size_bytes)
+
+
+def unit_range(context: StageContext, unit: WorkUnit) -> ByteRange:
+    """The tensors of a unit's shard, header apart, after a check of its manifest and size."""
+    manifest_key = run_root.unit_manifest(unit.id)
+    manifest = UnitManifest.load(context.store, manifest_key)
+    context.check_owner(manifest.plan_digest, manifest_key)
+    key = run_root.unit_shard(unit.id, manifest.attempt)
+    held = context.store.head(key)
+    if held is None or held.size_bytes != manifest.size_bytes:
+        raise ShardCorruptError(
+            f"{context.store.uri}/{key}: expected {manifest.size_bytes} bytes as {manifest_key} says, found {held.size_bytes if held else 'nothing'}; "
+            f"delete {manifest_key} to have the unit done again"
+        )
+    return ByteRange(context.store, key, manifest.data_offset, manifest.size_bytes - manifest.data_offset)
+
+
+def finish_checkpoint(context: StageContext, shards: tuple[OutputShard, ...]) -> None:
+    """Sidecar files, config, README, manifest, and last the index."""
+    for name in context.source.sidecars:
+        context.store.compose(run_root.checkpoint_file(name), [context.source.store.get(name)])
+    config = json.dumps(output_config(context.source.config, context.layout), indent=2, ensure_ascii=False)
+    context.store.put(run_root.checkpoint_file("config.json"), (config + "\n").encode())
+    context.store.put(run_root.checkpoint_file("README.md"), readme(context).encode())
+    context.store.put(run_root.checkpoint_file(MANIFEST_FILE), checkpoint_manifest(context).to_json())
+    weight_map = {name: shard.name for shard in shards for name, _, _ in shard_rows(shard, context.layout)}
+    index = {"metadata": {"total_size": sum(s.num_bytes for s in shards)}, "weight_map": dict(sorted(weight_map.items()))}
+    context.store.put(run_root.checkpoint_file(INDEX_FILE), (json.dumps(index, indent=2) + "\n").encode())
+
+
+def checkpoint_manifest(context: StageContext) -> CheckpointManifest:
+    plan = context.plan
+    compression = plan.config.compression
+    units = [UnitManifest.load(context.store, run_root.unit_manifest(u.id)) for u in plan.units]
+    return CheckpointManifest(
+        plan_digest=plan.digest,
+        source_fingerprint=plan.source.fingerprint,
+        sparsity=compression.sparsity,
+        scale_span=compression.scale_span,
+        activation_group=compression.activation_group,
+        experts_per_unit=plan.config.run.experts_per_unit,
+        max_shard_size=plan.config.output.max_shard_size,
+        relative_weight_errors={r.name: r.relative_weight_error for u in units for r in u.linears},
+    )
+
+
+def readme(context: StageContext) -> str:
+    """A short card with the front matter that the Hub reads; the full card is generated at publication."""
+    plan, c = context.plan, context.plan.config.compression
+    is_sparse = c.sparsity == "paired-4:8"
+    tags = ["compressed-tensors", "nvfp4", *(["paired-4-8-sparse"] if is_sparse else []), "moe"]
+    texts = plan.config.calibration
+    vision = "; the vision tower passes through untouched" if "vision_config" in context.source.config else ""
+    rows = {
+        "solver": f"`{c.solver}`, {c.sweeps} sweeps",
+        "scale span": f"{c.scale_span} inputs",
+        "calibration": f"{texts.num_sequences} x {texts.sequence_length} tokens of text{vision}",
+        "plan digest": f"`{plan.digest}`",
+        "made with": f"p48ray {__version__}",
+    }
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+    return f"""---
+library_name: transformers
+base_model_relation: quantized
+tags: [{", ".join(tags)}]
+---
+# {plan.config.name}
+
+Routed experts of {len(plan.source.moe_layers)} layers x {plan.source.num_experts} experts, {"paired-4:8 sparse and " if is_sparse else ""}NVFP4 quantized,
+weights and activations (W4A4), in the compressed-tensors format `nvfp4-pack-quantized`. Everything else is byte for byte as in the source.
+
+| | |
+|---|---|
+{table}
+"""

@@ -1,0 +1,156 @@
+"""The unit of dispatch: a stage's name and one item of its work. Runners hand tasks to processes; `execute` is what every process does with one."""
+
+import logging
+import traceback
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from p48ray import errors, run_root
+from p48ray.checkpoint.families import describe_model
+from p48ray.checkpoint.index import open_checkpoint
+from p48ray.errors import P48Error, TransientStoreError
+from p48ray.manifest import Failure, ShardVerdict, UnitManifest
+from p48ray.output_layout import OutputShard
+from p48ray.plan import RunPlan, SequencePart, WorkUnit
+from p48ray.stages import arrow
+from p48ray.stages.capture import capture_parts
+from p48ray.stages.compress import compress_unit
+from p48ray.stages.context import StageContext
+from p48ray.stages.evaluate import evaluate_part
+from p48ray.stages.reduce import stitch_shard
+from p48ray.stages.verify import Promise, verify_shard
+from p48ray.store.open import open_store
+from p48ray.store.view import SubStore
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """One item of a stage's work: `item` is small and picklable, ids and positions, never weights."""
+
+    stage: str
+    id: str
+    item: Any
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskResult:
+    """How a task ended. `error_type` is the name of a class of p48ray.errors, or of any other exception."""
+
+    task: Task
+    error_type: str | None = None
+    error: str = ""
+
+    @property
+    def is_done(self) -> bool:
+        return self.error_type is None
+
+    @property
+    def is_transient(self) -> bool:
+        return self.error_type == TransientStoreError.__name__
+
+    def as_exception(self) -> P48Error:
+        """The error as the stage raised it, or a StageFailedError around a foreign one."""
+        kind = getattr(errors, self.error_type or "", None)
+        if isinstance(kind, type) and issubclass(kind, P48Error):
+            return kind(self.error)
+        return errors.StageFailedError(f"{self.task.stage} {self.task.id}: {self.error_type}: {self.error}")
+
+
+def open_context(plan: RunPlan, store_uri: str) -> StageContext:
+    """Open the run root and the source in this process, and fix what could change a sum: threads and precision.
+
+    Raises: SourceError when the source is not the one that was planned.
+    """
+    torch.set_num_threads(plan.config.run.threads_per_worker)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+    source = open_checkpoint(open_store(plan.config.source.checkpoint))
+    if source.fingerprint != plan.source.fingerprint:
+        raise errors.SourceError(
+            f"{source.store.uri}: changed since it was planned: expected fingerprint {plan.source.fingerprint[:12]}, found {source.fingerprint[:12]}"
+        )
+    on_gpu = plan.config.run.gpus_per_worker > 0
+    return StageContext(
+        plan=plan,
+        store=open_store(store_uri),
+        source=source,
+        layout=describe_model(source),
+        device=torch.device("cuda" if on_gpu else "cpu"),
+    )
+
+
+def execute(context: StageContext, task: Task) -> TaskResult:
+    """Run one task; a failure is recorded in the bucket and returned, never raised, so that the rest of the stage goes on."""
+    try:
+        STAGES[task.stage](context, task.item)
+    except Exception as error:  # noqa: BLE001 (the one boundary: whatever a stage raises becomes a record with its traceback)
+        record_failure(context, task, error)
+        return TaskResult(task=task, error_type=type(error).__name__, error=str(error))
+    return TaskResult(task=task)
+
+
+def record_failure(context: StageContext, task: Task, error: Exception) -> None:
+    attempt = uuid.uuid4().hex[:12]
+    failure = Failure(
+        stage=task.stage,
+        task=task.id,
+        attempt=attempt,
+        error=f"{type(error).__name__}: {error}",
+        traceback="".join(traceback.format_exception(error)),
+        input=repr(task.item)[:2000],
+        is_transient=isinstance(error, TransientStoreError),
+    )
+    log.error("%s %s failed: %s", task.stage, task.id, failure.error)
+    try:
+        context.store.put(run_root.failure(task.stage, task.id, attempt), failure.to_json())
+    except P48Error as second:
+        log.error("%s %s: the failure could not be recorded: %s", task.stage, task.id, second)
+
+
+def verify_and_record(context: StageContext, shard: OutputShard) -> None:
+    """Verify one output shard against source and manifests; the verdict is the done-marker."""
+    claims: dict[str, float] = {}
+    for segment in shard.segments:
+        if isinstance(segment, WorkUnit):
+            manifest = UnitManifest.load(context.store, run_root.unit_manifest(segment.id))
+            claims |= {record.name: record.relative_weight_error for record in manifest.linears}
+    checkpoint = SubStore(context.store, run_root.CHECKPOINT)
+    compression = context.plan.config.compression
+    promise = Promise(is_sparse=compression.sparsity == "paired-4:8", scale_span=compression.scale_span, weight_errors=claims)
+    problems = verify_shard(checkpoint, context.source, context.layout, shard, promise)
+    held = checkpoint.head(shard.name)
+    verdict = ShardVerdict(
+        plan_digest=context.plan.digest,
+        shard=shard.name,
+        size_bytes=held.size_bytes if held else 0,
+        num_tensors=len(shard.segments),
+        num_linears=len(claims),
+        problems=tuple(problems),
+    )
+    context.store.put(run_root.shard_verdict(shard.name), verdict.to_json())
+
+
+def evaluate_and_record(context: StageContext, item: tuple[str, SequencePart]) -> None:
+    """Evaluate one part of the held-out sequences; the sums are the done-marker."""
+    digest, part = item
+    key = run_root.evaluation_tokens(digest)
+    ids_NS = arrow.decode(context.store.get(key), key)["token_ids"]
+    checkpoint = open_checkpoint(SubStore(context.store, run_root.CHECKPOINT))
+    ids_BS = ids_NS[part.first_sequence : part.first_sequence + part.num_sequences]
+    sums = evaluate_part(context, checkpoint, ids_BS, part)
+    context.store.put(run_root.evaluation_part(digest, part.part), sums.to_json())
+
+
+STAGES: dict[str, Callable[[StageContext, Any], object]] = {
+    "capture": capture_parts,
+    "compress": compress_unit,
+    "reduce": stitch_shard,
+    "verify": verify_and_record,
+    "evaluate": evaluate_and_record,
+}

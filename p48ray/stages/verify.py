@@ -1,0 +1,173 @@
+"""Verify: re-read a finished checkpoint as a stranger and compare it with what was promised.
+
+Per tensor: patterns legal, no minus zero, scales finite and positive, gate and up agreeing on their global scales, plain weight error against the source
+as the unit's manifest claims. Untouched tensors byte-equal. Over all: exactly the planned set of tensors, in the shards that the index names.
+"""
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from p48ray.numerics.metrics import relative_weight_error
+from torch import Tensor
+
+from p48ray.checkpoint.decode import read_expert
+from p48ray.checkpoint.header import TensorEntry, read_header
+from p48ray.checkpoint.index import CONFIG_FILE, INDEX_FILE, CheckpointIndex
+from p48ray.checkpoint.layout import PROJECTIONS, ModelLayout
+from p48ray.checkpoint.tensors import read_tensors
+from p48ray.errors import P48Error
+from p48ray.numerics import e2m1, nvfp4, paired48
+from p48ray.output_layout import SUFFIXES, OutputShard, shard_rows, unit_rows
+from p48ray.plan import WorkUnit
+from p48ray.store.base import Store
+
+CLAIM_TOLERANCE = 1e-3  # relative; the manifest's error was summed on the solver's device, this one here
+COMPARE_CHUNK_BYTES = 16 * 2**20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Promise:
+    """What a checkpoint's linears are held to. `weight_errors` by module name; a linear that is not in it claims nothing."""
+
+    is_sparse: bool
+    scale_span: int
+    weight_errors: Mapping[str, float]
+
+
+def verify_shard(checkpoint: Store, source: CheckpointIndex, layout: ModelLayout, shard: OutputShard, promise: Promise) -> list[str]:
+    """Problems found in one output shard, in words; empty when there are none. `checkpoint` is rooted at the checkpoint folder."""
+    try:
+        entries = read_header(checkpoint, shard.name)
+    except P48Error as error:
+        return [str(error)]
+    problems = list(compare_rows(shard, shard_rows(shard, layout), entries))
+    if problems:
+        return problems
+    for segment in shard.segments:
+        if isinstance(segment, WorkUnit):
+            tensors = read_tensors(checkpoint, [entries[name] for name, _, _ in unit_rows(layout, segment)])
+            for expert in segment.experts:
+                originals = read_expert(source, layout, segment.layer, expert)
+                names = {p: layout.expert_linear_name(segment.layer, expert, p) for p in PROJECTIONS}
+                problems += check_expert(names, tensors, originals, promise)
+        elif not same_bytes(checkpoint, entries[segment.name], source.store, segment):
+            problems.append(f"{shard.name}: {segment.name}: bytes differ from the source's ({segment.file})")
+    return problems
+
+
+def compare_rows(shard: OutputShard, rows: list[tuple[str, str, tuple[int, ...]]], found: Mapping[str, TensorEntry]) -> Iterator[str]:
+    planned = {name: (dtype, shape) for name, dtype, shape in rows}
+    for name in sorted(planned.keys() - found.keys()):
+        yield f"{shard.name}: {name}: missing"
+    for name in sorted(found.keys() - planned.keys()):
+        yield f"{shard.name}: {name}: not planned"
+    for name in planned.keys() & found.keys():
+        if planned[name] != (found[name].dtype, tuple(found[name].shape)):
+            yield f"{shard.name}: {name}: expected {planned[name]}, found {(found[name].dtype, tuple(found[name].shape))}"
+
+
+def check_expert(names: Mapping[str, str], tensors: Mapping[str, Tensor], originals: Mapping[str, Tensor] | None, promise: Promise) -> list[str]:
+    """Every check of one expert. names: projection -> module name. originals: the source's weights, where they are to be compared."""
+    problems: list[str] = []
+    linears = {p: {suffix: tensors[f"{name}.{suffix}"] for suffix in SUFFIXES} for p, name in names.items()}
+    for projection, linear in linears.items():
+        found = [f"{names[projection]}.{text}" for text in check_linear(linear, promise)]
+        if not found and originals is not None:
+            found = check_claim(names[projection], linear, originals[projection], promise)
+        problems += found
+    for suffix in ("weight_global_scale", "input_global_scale"):
+        gate, up = linears["gate_proj"][suffix], linears["up_proj"][suffix]
+        if not torch.equal(gate, up):
+            problems.append(f"{names['up_proj']}.{suffix}: expected gate's {gate.item()}, found {up.item()}")
+    return problems
+
+
+def check_claim(name: str, linear: Mapping[str, Tensor], original: Tensor, promise: Promise) -> list[str]:
+    """The plain weight error is what the manifest says."""
+    values = nvfp4.dequantize(e2m1.unpack(linear["weight_packed"])[None], linear["weight_scale"][None], linear["weight_global_scale"])
+    error = relative_weight_error(original.float()[None], values).item()
+    claim = promise.weight_errors.get(name)
+    if claim is None:
+        return [f"{name}: relative weight error {error:.6g}, and no manifest that claims one"]
+    if not math.isclose(error, claim, rel_tol=CLAIM_TOLERANCE, abs_tol=1e-9):
+        return [f"{name}: relative weight error {error:.6g}, but the manifest claims {claim:.6g}"]
+    return []
+
+
+def check_linear(linear: Mapping[str, Tensor], promise: Promise) -> Iterator[str]:
+    """Problems of one linear's four tensors."""
+    for suffix in ("weight_global_scale", "input_global_scale"):
+        value = linear[suffix].item()
+        if not (math.isfinite(value) and value > 0):
+            yield f"{suffix}: expected finite and above 0, found {value}"
+    scale_OG = linear["weight_scale"].float()
+    if not bool((torch.isfinite(scale_OG) & (scale_OG > 0)).all()):
+        yield "weight_scale: expected finite and above 0 everywhere"
+    if promise.scale_span == 32 and not torch.equal(scale_OG[:, 0::2], scale_OG[:, 1::2]):
+        yield "weight_scale: expected the two scales of every 32 inputs to be equal (scale_span 32)"
+    packed_OB = linear["weight_packed"]
+    if bool(((packed_OB & 0x0F) == 0x08).any() | ((packed_OB & 0xF0) == 0x80).any()):
+        yield "weight_packed: holds code 8 (minus zero)"
+    if promise.is_sparse and (illegal := int(paired48.find_illegal(packed_OB).sum())):
+        yield f"weight_packed: {illegal} groups of 8 inputs keep more than 2 of 4 pairs"
+
+
+def same_bytes(left: Store, a: TensorEntry, right: Store, b: TensorEntry) -> bool:
+    """Compare two tensors' bytes in chunks."""
+    if a.num_bytes != b.num_bytes:
+        return False
+    for at in range(0, a.num_bytes, COMPARE_CHUNK_BYTES):
+        size = min(COMPARE_CHUNK_BYTES, a.num_bytes - at)
+        if left.get_range(a.file, a.start + at, size) != right.get_range(b.file, b.start + at, size):
+            return False
+    return True
+
+
+def check_index(checkpoint: Store, shards: tuple[OutputShard, ...], layout: ModelLayout) -> list[str]:
+    """The index names exactly the planned tensors in their shards; no other safetensors file lies beside them; no old quantization config is left."""
+    problems = check_index_files(checkpoint)
+    if problems:
+        return problems
+    index = json.loads(checkpoint.get(INDEX_FILE))
+    planned = {name: shard.name for shard in shards for name, _, _ in shard_rows(shard, layout)}
+    found = index["weight_map"]
+    differing = sorted(n for n in planned.keys() | found.keys() if planned.get(n) != found.get(n))
+    problems += [f"{INDEX_FILE}: {n}: expected {planned.get(n)}, found {found.get(n)}" for n in differing[:5]]
+    total = sum(shard.num_bytes for shard in shards)
+    if index.get("metadata", {}).get("total_size") != total:
+        problems.append(f"{INDEX_FILE}: metadata.total_size: expected {total}, found {index.get('metadata', {}).get('total_size')}")
+    files = {info.key for info in checkpoint.list() if info.key.endswith(".safetensors")}
+    return problems + [f"{name}: not planned" for name in sorted(files - {s.name for s in shards})]
+
+
+def check_index_files(checkpoint: Store) -> list[str]:
+    """config.json and the index are there, are JSON, and name files that are there."""
+    parsed = {}
+    for name in (CONFIG_FILE, INDEX_FILE):
+        if checkpoint.head(name) is None:
+            return [f"{name}: missing"]
+        try:
+            parsed[name] = json.loads(checkpoint.get(name))
+        except ValueError as error:
+            return [f"{name}: not JSON: {error}"]
+    weight_map = parsed[INDEX_FILE].get("weight_map") if isinstance(parsed[INDEX_FILE], dict) else None
+    if not isinstance(weight_map, dict) or not isinstance(parsed[CONFIG_FILE], dict):
+        return [f"{INDEX_FILE}: expected an object with a weight_map"]
+    missing = sorted(f for f in {str(v) for v in weight_map.values()} if not re.fullmatch(r"[\w.-]+", f) or checkpoint.head(f) is None)
+    return [f"{INDEX_FILE}: names {f!r}, which is not there" for f in missing] + check_config(parsed[CONFIG_FILE])
+
+
+def check_config(config: dict) -> list[str]:
+    """The output's quantization config is the NVFP4 one, at the top level and nowhere else."""
+    quantization = config.get("quantization_config") or {}
+    problems = []
+    if quantization.get("format") != "nvfp4-pack-quantized":
+        problems.append(f"config.json: quantization_config.format: expected 'nvfp4-pack-quantized', found {quantization.get('format')!r}")
+    for key, value in config.items():
+        if isinstance(value, dict) and "quantization_config" in value:
+            problems.append(f"config.json: {key}.quantization_config: left over from the source")
+    return problems

@@ -1,0 +1,113 @@
+"""The storage protocol: nine operations over whole, immutable-looking objects.
+
+Small on purpose. Everything the pipeline needs from storage is an atomic put, a conditional put, a ranged read, one listing and a
+concatenation, and S3 has each of them natively (`compose` as a multipart upload whose parts are copied on the server, so the bytes of a
+595 GB checkpoint never cross the machine that stitches it). Keys and uris are text, not Path objects, because a bucket has no folders.
+Readers never see a part of an object: it is absent, or whole.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Protocol, TypeAlias, runtime_checkable
+
+from p48ray.errors import P48Error, ShardCorruptError
+
+TEMP_PREFIX = ".p48tmp-"
+"""Start of the name of a file that is still being written. No key may use it, in any backend, so that runs move between backends."""
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectInfo:
+    """What a listing or a head request says about one object."""
+
+    key: str
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class ByteRange:
+    """`num_bytes` bytes of the object `key` in `store`, from byte `start` on."""
+
+    store: "Store"
+    key: str
+    start: int
+    num_bytes: int
+
+
+Piece: TypeAlias = bytes | ByteRange
+
+
+@runtime_checkable
+class Store(Protocol):
+    """A place for objects. Implementations are picklable and safe to use from several threads and processes at once.
+
+    A key and a longer key that has it as a folder ("a" and "a/b") must not both be used: file systems refuse it.
+    """
+
+    uri: str
+    """Opens the same store again through `open_store`."""
+
+    def get(self, key: str) -> bytes:
+        """The whole object. Raises: ObjectMissingError."""
+
+    def get_range(self, key: str, start: int, num_bytes: int) -> bytes:
+        """Exactly `num_bytes` bytes from `start` on. Raises: ObjectMissingError; ShardCorruptError if the object ends before that."""
+
+    def head(self, key: str) -> ObjectInfo | None:
+        """Size of the object, None if there is none."""
+
+    def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
+        """Every object whose key starts with `prefix` (text, not a folder: "units/L0" finds "units/L01/x"), sorted by key in UTF-8."""
+
+    def put(self, key: str, data: bytes) -> None:
+        """Creates or replaces the object, atomically and durably."""
+
+    def put_if_absent(self, key: str, data: bytes) -> bool:
+        """Creates the object if there is none, atomically. True if this call wrote it; of several writers exactly one gets True."""
+
+    def compose(self, key: str, pieces: Iterable[Piece]) -> int:
+        """Creates or replaces the object with all pieces in order; atomic, in bounded memory. Returns its size in bytes.
+
+        Pieces may come from other stores. Raises: ObjectMissingError or ShardCorruptError for a piece that is not there in full; the
+        object at `key` is then as it was before.
+        """
+
+    def delete(self, key: str) -> None:
+        """Removes the object; an absent one is fine."""
+
+
+def check_key(key: str) -> str:
+    """Returns the key. Raises: P48Error unless it is a relative posix path without empty, "." or ".." parts, backslashes or NUL."""
+    parts = key.split("/")
+    if not key:
+        reason = "it is empty"
+    elif key.startswith("/"):
+        reason = "it is absolute"
+    elif "" in parts:
+        reason = "it has an empty part (double or trailing slash)"
+    elif "." in parts or ".." in parts:
+        reason = 'it has a "." or ".." part'
+    elif "\\" in key or "\0" in key:
+        reason = "it holds a backslash or a NUL"
+    elif any(part.startswith(TEMP_PREFIX) for part in parts):
+        reason = f"names that start with {TEMP_PREFIX} are kept for files that are still being written"
+    else:
+        return key
+    raise P48Error(f"bad object key {key!r}: {reason}; expected a relative path such as 'units/L007-E048-055/manifest.json'")
+
+
+def check_prefix(prefix: str) -> str:
+    """Returns the prefix. Raises: P48Error unless some legal key can start with it."""
+    if prefix:
+        check_key(prefix + "x" if prefix.endswith("/") else prefix)
+    return prefix
+
+
+def check_range(key: str, start: int, num_bytes: int, size_bytes: int) -> None:
+    """Raises: ShardCorruptError, naming key, asked and found, unless `num_bytes` bytes from `start` on lie inside the object."""
+    if start < 0 or num_bytes < 0:
+        raise P48Error(f"bad range of {key}: start {start} and length {num_bytes} must not be negative")
+    if start + num_bytes > size_bytes:
+        raise ShardCorruptError(
+            f"{key}: asked for {num_bytes} bytes from byte {start} on (up to {start + num_bytes}), found {size_bytes} bytes in the object"
+        )

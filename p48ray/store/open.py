@@ -1,0 +1,42 @@
+"""From the text in a configuration to a store."""
+
+import re
+from pathlib import Path
+from urllib.parse import unquote
+
+from p48ray.errors import ConfigError
+from p48ray.store.base import Store
+from p48ray.store.local import LocalStore
+from p48ray.store.memory import MemoryStore
+
+
+def open_store(uri: str | Path) -> Store:
+    """The store that a path, `file:///path` or `memory://name` names. Opening touches nothing.
+
+    Raises: ConfigError for s3:// and hf://, which are not built yet, and for anything unknown.
+    """
+    if isinstance(uri, Path):
+        return LocalStore(uri.expanduser())
+    found = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", uri)
+    if not found:
+        if not uri.strip():
+            raise ConfigError("a store needs a path or a uri, found an empty text")
+        return LocalStore(Path(uri).expanduser())
+    scheme, rest = found[1].lower(), uri[found.end() :]
+    if scheme == "file":
+        return LocalStore(_file_path(uri, rest))
+    if scheme == "memory":
+        if not rest:
+            raise ConfigError(f"{uri}: expected memory://NAME, found no name")
+        return MemoryStore(rest)
+    if scheme in ("s3", "hf"):
+        raise ConfigError(f"{uri}: {scheme}:// stores are not built yet; use a local folder, file:///path or memory://name")
+    raise ConfigError(f"{uri}: unknown scheme {scheme}://; known are a plain path, file:// and memory://")
+
+
+def _file_path(uri: str, rest: str) -> str:
+    """file:///a%20b and file://localhost/a%20b -> /a b. Another host would silently read the wrong machine's disk."""
+    host, slash, path = rest.partition("/")
+    if host not in ("", "localhost") or not slash:
+        raise ConfigError(f"{uri}: expected file:///absolute/path, found {f'host {host}' if host else 'no path'}")
+    return "/" + unquote(path)

@@ -1,0 +1,48 @@
+"""A folder of a store, as a store of its own: the checkpoint inside a run root."""
+
+from collections.abc import Iterable, Iterator
+
+from p48ray.store.base import ByteRange, ObjectInfo, Piece, Store
+
+
+class SubStore:
+    """Everything under `prefix` (ending in a slash), with keys relative to it."""
+
+    def __init__(self, store: Store, prefix: str) -> None:
+        assert prefix.endswith("/"), prefix
+        self.store, self.prefix = store, prefix
+        self.uri = f"{store.uri}/{prefix}".rstrip("/")
+
+    def get(self, key: str) -> bytes:
+        return self.store.get(self.prefix + key)
+
+    def get_range(self, key: str, start: int, num_bytes: int) -> bytes:
+        return self.store.get_range(self.prefix + key, start, num_bytes)
+
+    def head(self, key: str) -> ObjectInfo | None:
+        held = self.store.head(self.prefix + key)
+        return None if held is None else ObjectInfo(key=key, size_bytes=held.size_bytes)
+
+    def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
+        for info in self.store.list(self.prefix + prefix):
+            yield ObjectInfo(key=info.key.removeprefix(self.prefix), size_bytes=info.size_bytes)
+
+    def put(self, key: str, data: bytes) -> None:
+        self.store.put(self.prefix + key, data)
+
+    def put_if_absent(self, key: str, data: bytes) -> bool:
+        return self.store.put_if_absent(self.prefix + key, data)
+
+    def compose(self, key: str, pieces: Iterable[Piece]) -> int:
+        return self.store.compose(self.prefix + key, (self.resolved(piece) for piece in pieces))
+
+    def delete(self, key: str) -> None:
+        self.store.delete(self.prefix + key)
+
+    @staticmethod
+    def resolved(piece: Piece) -> Piece:
+        """A range of a view as a range of the store behind it, which that store may copy faster."""
+        if isinstance(piece, ByteRange) and isinstance(piece.store, SubStore):
+            view = piece.store
+            return ByteRange(store=view.store, key=view.prefix + piece.key, start=piece.start, num_bytes=piece.num_bytes)
+        return piece

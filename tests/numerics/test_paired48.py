@@ -1,0 +1,79 @@
+"""Masks: exhaustive over orders of four scores, over the six patterns and over zero and nonzero bytes."""
+
+from itertools import combinations, permutations, product
+
+import pytest
+import torch
+
+from p48ray.errors import NumericsError
+from p48ray.numerics import paired48
+
+
+def test_patterns_are_the_six_choices_of_two_in_order() -> None:
+    expected = [tuple(k in pairs for k in range(4)) for pairs in combinations(range(4), 2)]
+    assert list(paired48.PATTERNS) == expected
+
+
+def test_pattern_index_is_the_position_in_patterns() -> None:
+    keep = torch.tensor(paired48.PATTERNS).flatten()[None]
+    assert paired48.pattern_index(keep).tolist() == [[0, 1, 2, 3, 4, 5]]
+
+
+def test_all_scores_of_four_levels_keep_the_best_two_with_ties_to_the_lower_index() -> None:
+    scores = list(product([0.0, 1.0, 2.0, 3.0], repeat=4))
+    keep = paired48.keep_top_pairs(torch.tensor(scores).flatten()).view(-1, 4)
+    for score, kept in zip(scores, keep.tolist(), strict=True):
+        order = sorted(range(4), key=lambda k: (-score[k], k))
+        assert kept == [k in order[:2] for k in range(4)]
+
+
+def test_every_pair_group_is_ranked_on_its_own() -> None:
+    scores = torch.tensor([p for p in permutations([1.0, 10.0, 100.0, 1000.0])])
+    together = paired48.keep_top_pairs(scores.reshape(2, 3, -1))
+    assert torch.equal(together.reshape(-1, 4), scores > 50)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_exactly_two_are_kept_whatever_the_scores(bad: float) -> None:
+    scores = torch.tensor([[bad if b else 1.0 for b in bits] for bits in product([0, 1], repeat=4)])
+    assert (paired48.keep_top_pairs(scores).view(-1, 4).sum(-1) == 2).all()
+
+
+def test_a_pair_is_two_neighbouring_inputs() -> None:
+    keep = torch.tensor([[True, False, False, True]])
+    assert paired48.pairs_to_inputs(keep).tolist() == [[True, True, False, False, False, False, True, True]]
+
+
+def test_legality_of_all_sixteen_zero_patterns() -> None:
+    bits = torch.tensor(list(product([0, 1], repeat=4)), dtype=torch.uint8)
+    illegal = paired48.find_illegal((bits * 0x31).view(2, 32))
+    assert illegal.flatten().tolist() == (bits.sum(-1) > 2).tolist()
+
+
+@pytest.mark.parametrize("minus_zero", [0x08, 0x80, 0x88])
+def test_minus_zeros_count_as_nonzero_bytes(minus_zero: int) -> None:
+    packed = torch.tensor([[0x11, 0x11, minus_zero, 0], [0x11, 0x11, 0, 0]], dtype=torch.uint8)
+    assert paired48.find_illegal(packed).tolist() == [[True], [False]]
+
+
+@pytest.mark.parametrize(
+    ("zero_bytes", "pattern"),
+    [([0, 0, 0, 0], 0), ([0, 0, 0, 9], 2), ([0, 9, 0, 0], 0), ([0, 0, 9, 0], 1), ([9, 0, 0, 0], 0), ([0, 0, 9, 9], 5), ([0, 9, 9, 0], 3)],
+)
+def test_histogram_counts_the_lowest_zero_bytes_as_kept(zero_bytes: list[int], pattern: int) -> None:
+    histogram = paired48.pattern_histogram(torch.tensor([zero_bytes], dtype=torch.uint8))
+    assert histogram.dtype == torch.int64
+    assert histogram.tolist() == [int(k == pattern) for k in range(6)]
+
+
+def test_histogram_counts_every_pair_group() -> None:
+    rows = torch.tensor(paired48.PATTERNS).to(torch.uint8).repeat_interleave(torch.tensor([3, 1, 4, 1, 5, 9]), dim=0)
+    packed = (rows * 0x5A)[torch.randperm(23, generator=torch.Generator().manual_seed(0))].reshape(1, -1)
+    assert paired48.pattern_histogram(packed).tolist() == [3, 1, 4, 1, 5, 9]
+
+
+def test_pairs_that_do_not_fill_a_pair_group_are_refused() -> None:
+    with pytest.raises(NumericsError, match="found 6 pairs"):
+        paired48.keep_top_pairs(torch.zeros(1, 6))
+    with pytest.raises(NumericsError, match="found 6 pairs"):
+        paired48.find_illegal(torch.zeros(1, 6, dtype=torch.uint8))

@@ -1,0 +1,219 @@
+"""The contract that every store passes. To add a backend, add a fixture parameter here: nothing below knows which store it has."""
+
+import pickle
+import threading
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from p48ray.errors import ObjectMissingError, P48Error, ShardCorruptError
+from p48ray.store import ByteRange, LocalStore, MemoryStore, ObjectInfo, Store, open_store
+
+BAD_KEYS = ["", "/a", "a//b", "a/", "..", "a/../b", "../a", ".", "./a", "a/.", "a\\b", "a\0b", "a/.p48tmp-1-2"]
+
+
+@pytest.fixture(params=["local", "memory"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Store]:
+    """A fresh, empty store of each kind."""
+    yield LocalStore(tmp_path / "root") if request.param == "local" else MemoryStore(uuid.uuid4().hex)
+
+
+@pytest.fixture(params=["local", "memory"])
+def other(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
+    """A second store, to compose from; of each kind, so that all pairs are tried."""
+    return LocalStore(tmp_path / "other") if request.param == "local" else MemoryStore(uuid.uuid4().hex)
+
+
+def keys(store: Store, prefix: str = "") -> list[str]:
+    return [info.key for info in store.list(prefix)]
+
+
+def test_store_satisfies_the_protocol_and_its_uri_opens_it_again(store: Store) -> None:
+    assert isinstance(store, Store)
+    store.put("a", b"1")
+    assert open_store(store.uri).get("a") == b"1"
+
+
+def test_empty_store_reads_as_empty(store: Store) -> None:
+    assert keys(store) == []
+    assert store.head("a") is None
+    store.delete("a/b")
+    with pytest.raises(ObjectMissingError, match="a/b"):
+        store.get("a/b")
+    with pytest.raises(ObjectMissingError, match="a/b"):
+        store.get_range("a/b", 0, 0)
+
+
+@pytest.mark.parametrize("data", [b"", b"x", bytes(range(256)) * 5000])
+def test_put_then_get_gives_the_same_bytes(store: Store, data: bytes) -> None:
+    store.put("folder/sub/object.bin", data)
+    assert store.get("folder/sub/object.bin") == data
+    assert store.head("folder/sub/object.bin") == ObjectInfo("folder/sub/object.bin", len(data))
+    assert list(store.list()) == [ObjectInfo("folder/sub/object.bin", len(data))]
+
+
+def test_put_replaces_and_delete_removes(store: Store) -> None:
+    store.put("a", b"long old content")
+    store.put("a", b"new")
+    assert store.get("a") == b"new"
+    store.delete("a")
+    store.delete("a")
+    assert store.head("a") is None
+    assert keys(store) == []
+
+
+def test_folder_of_objects_is_not_an_object(store: Store) -> None:
+    store.put("a/b", b"1")
+    assert store.head("a") is None
+    with pytest.raises(ObjectMissingError, match="a"):
+        store.get("a")
+    assert store.head("a/b/c") is None
+    with pytest.raises(ObjectMissingError, match="a/b/c"):
+        store.get("a/b/c")
+
+
+def test_list_is_recursive_sorted_by_key_and_filters_by_text_prefix(store: Store) -> None:
+    for key in ["b/z", "a/c/d", "a-b", "a/b", "a.b", "units/L01/x", "units/L02/x", "units/L1", "ä", "z"]:
+        store.put(key, key.encode())
+    assert keys(store) == ["a-b", "a.b", "a/b", "a/c/d", "b/z", "units/L01/x", "units/L02/x", "units/L1", "z", "ä"]
+    assert keys(store, "units/L0") == ["units/L01/x", "units/L02/x"]
+    assert keys(store, "a") == ["a-b", "a.b", "a/b", "a/c/d"]
+    assert keys(store, "a/") == ["a/b", "a/c/d"]
+    assert keys(store, "a/c/d") == ["a/c/d"]
+    assert keys(store, "nothing/here") == []
+
+
+@pytest.mark.parametrize(("start", "num_bytes"), [(0, 10), (0, 0), (10, 0), (3, 4), (9, 1)])
+def test_get_range_gives_exactly_the_range(store: Store, start: int, num_bytes: int) -> None:
+    store.put("a", b"0123456789")
+    assert store.get_range("a", start, num_bytes) == b"0123456789"[start : start + num_bytes]
+
+
+@pytest.mark.parametrize(("start", "num_bytes"), [(0, 11), (10, 1), (9, 2), (11, 0), (500, 7)])
+def test_get_range_beyond_the_end_names_key_asked_and_found(store: Store, start: int, num_bytes: int) -> None:
+    store.put("some/key", b"0123456789")
+    with pytest.raises(ShardCorruptError, match=rf"some/key.*{num_bytes} bytes from byte {start}.*found 10 bytes"):
+        store.get_range("some/key", start, num_bytes)
+
+
+@pytest.mark.parametrize(("start", "num_bytes"), [(-1, 1), (0, -1)])
+def test_get_range_refuses_negative_numbers(store: Store, start: int, num_bytes: int) -> None:
+    store.put("a", b"0123456789")
+    with pytest.raises(P48Error, match="negative"):
+        store.get_range("a", start, num_bytes)
+
+
+@pytest.mark.parametrize("key", BAD_KEYS)
+def test_bad_keys_are_refused_by_every_operation(store: Store, key: str) -> None:
+    operations = [
+        lambda: store.get(key),
+        lambda: store.get_range(key, 0, 0),
+        lambda: store.head(key),
+        lambda: store.put(key, b""),
+        lambda: store.put_if_absent(key, b""),
+        lambda: store.compose(key, []),
+        lambda: store.delete(key),
+    ]
+    for operation in operations:
+        with pytest.raises(P48Error, match="bad object key") as caught:
+            operation()
+        assert repr(key) in str(caught.value)
+    assert keys(store) == []
+
+
+@pytest.mark.parametrize("prefix", ["..", "../", "/", "a/../", "a//"])
+def test_list_refuses_prefixes_that_leave_the_root(store: Store, prefix: str) -> None:
+    with pytest.raises(P48Error, match="bad object key"):
+        list(store.list(prefix))
+
+
+def test_put_if_absent_writes_once_and_keeps_the_first(store: Store) -> None:
+    assert store.put_if_absent("units/u/manifest.json", b"first") is True
+    assert store.put_if_absent("units/u/manifest.json", b"second") is False
+    assert store.get("units/u/manifest.json") == b"first"
+    store.delete("units/u/manifest.json")
+    assert store.put_if_absent("units/u/manifest.json", b"third") is True
+
+
+@pytest.mark.parametrize("round_number", range(5))
+def test_of_twenty_racing_writers_exactly_one_wins_and_its_bytes_stay(store: Store, round_number: int) -> None:
+    barrier = threading.Barrier(20)
+    won: dict[int, bool] = {}
+
+    def race(number: int) -> None:
+        barrier.wait()
+        won[number] = store.put_if_absent("units/u/manifest.json", f"attempt {number}".encode() * 1000)
+
+    threads = [threading.Thread(target=race, args=(number,)) for number in range(20)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    winners = [number for number, is_winner in won.items() if is_winner]
+    assert len(won) == 20
+    assert len(winners) == 1
+    assert store.get("units/u/manifest.json") == f"attempt {winners[0]}".encode() * 1000
+    assert keys(store) == ["units/u/manifest.json"]
+
+
+def test_readers_see_one_version_or_the_other_while_an_object_is_replaced(store: Store) -> None:
+    versions = [bytes([number]) * 300_000 for number in range(2)]
+    store.put("a", versions[0])
+    stop = threading.Event()
+
+    def replace() -> None:
+        while not stop.is_set():
+            for version in versions:
+                store.put("a", version)
+
+    writer = threading.Thread(target=replace)
+    writer.start()
+    try:
+        seen = [store.get("a") for _ in range(60)]
+    finally:
+        stop.set()
+        writer.join()
+    assert all(data in versions for data in seen)
+
+
+def test_compose_joins_bytes_and_ranges_of_both_stores(store: Store, other: Store) -> None:
+    store.put("mine", b"0123456789")
+    other.put("theirs", bytes(range(256)) * 1000)
+    pieces = [b"head", ByteRange(other, "theirs", 100, 200_000), b"", ByteRange(store, "mine", 2, 3), ByteRange(store, "mine", 5, 0), b"!"]
+    expected = b"head" + (bytes(range(256)) * 1000)[100:200_100] + b"234" + b"!"
+    assert store.compose("joined/out", iter(pieces)) == len(expected)
+    assert store.get("joined/out") == expected
+    assert keys(store) == ["joined/out", "mine"]
+
+
+def test_compose_may_replace_its_own_source(store: Store) -> None:
+    store.put("a", b"0123456789")
+    assert store.compose("a", [ByteRange(store, "a", 5, 5), ByteRange(store, "a", 0, 5)]) == 10
+    assert store.get("a") == b"5678901234"
+
+
+def test_compose_of_nothing_is_an_empty_object(store: Store) -> None:
+    assert store.compose("a", []) == 0
+    assert store.get("a") == b""
+
+
+def test_failed_compose_leaves_everything_as_it_was(store: Store, other: Store) -> None:
+    store.put("a", b"before")
+    other.put("short", b"123")
+    with pytest.raises(ShardCorruptError, match="short"):
+        store.compose("a", [b"new", ByteRange(other, "short", 1, 3)])
+    with pytest.raises(ObjectMissingError, match="missing"):
+        store.compose("a", [b"new", ByteRange(other, "missing", 0, 1)])
+    with pytest.raises(ShardCorruptError, match="short"):
+        store.compose("b", [ByteRange(other, "short", 1, 3)])
+    assert store.get("a") == b"before"
+    assert keys(store) == ["a"]
+
+
+def test_pickled_store_is_the_same_store(store: Store) -> None:
+    store.put("a", b"1")
+    again = pickle.loads(pickle.dumps(store))
+    assert again.get("a") == b"1"
+    assert again.uri == store.uri

@@ -1,0 +1,93 @@
+"""The house's rules: imports run one way, ray stays at the edge, names say something, modules stay readable."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parents[1]
+PACKAGE = REPO / "p48ray"
+
+# A module may import its own row and rows above it. The first match counts.
+ROWS = [
+    ["p48ray.errors"],
+    ["p48ray.config", "p48ray.numerics", "p48ray.store"],
+    ["p48ray.checkpoint", "p48ray.records", "p48ray.run_root"],
+    ["p48ray.model"],
+    ["p48ray.plan", "p48ray.manifest"],
+    ["p48ray.output_layout", "p48ray.estimate"],
+    ["p48ray.stages"],
+    ["p48ray.report"],
+    ["p48ray.runner"],
+    ["p48ray.cli"],
+]
+
+
+def modules() -> Iterator[tuple[str, Path]]:
+    for path in sorted(PACKAGE.rglob("*.py")):
+        name = ".".join(path.relative_to(REPO).with_suffix("").parts).removesuffix(".__init__")
+        yield name, path
+
+
+def imports(path: Path) -> set[str]:
+    """Every module that a file imports, lazily or not, as `package.module` names."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            raise AssertionError(f"{path}: relative import")
+    return found
+
+
+def row(name: str) -> int | None:
+    return next((i for i, names in enumerate(ROWS) if any(name == n or name.startswith(f"{n}.") for n in names)), None)
+
+
+@pytest.mark.parametrize(("name", "path"), list(modules()), ids=lambda value: value if isinstance(value, str) else "")
+def test_imports_run_downward(name: str, path: Path) -> None:
+    if name == "p48ray":
+        return
+    own = row(name)
+    assert own is not None, f"{name} has no row in the house; give it one"
+    for imported in imports(path):
+        theirs = row(imported)
+        assert theirs is None or theirs <= own, f"{name} imports {imported}, which stands above it"
+
+
+def test_ray_is_imported_by_runners_and_jobs_only() -> None:
+    users = {name for name, path in modules() if any(i == "ray" or i.startswith("ray.") for i in imports(path))}
+    assert users == {"p48ray.runner.ray_runner"}
+
+
+def test_numerics_need_only_torch() -> None:
+    allowed = ("torch", "jaxtyping", "p48ray.numerics", "p48ray.errors", "math", "dataclasses", "collections", "functools", "typing", "itertools")
+    for name, path in modules():
+        if name.startswith("p48ray.numerics"):
+            strangers = {i for i in imports(path) if not i.startswith(allowed)}
+            assert strangers <= {"p48ray"}, f"{name} imports {strangers}"
+
+
+def test_no_module_is_a_grab_bag() -> None:
+    names = {path.stem for _, path in modules()}
+    assert not names & {"utils", "util", "helpers", "helper", "common", "misc"}
+
+
+def test_modules_stay_under_400_lines() -> None:
+    files = [*PACKAGE.rglob("*.py"), *(REPO / "jobs").glob("*.py")]
+    assert {str(p): n for p in files if (n := len(p.read_text().splitlines())) > 400} == {}
+
+
+def test_jobs_stay_under_100_lines() -> None:
+    assert {str(p): n for p in (REPO / "jobs").glob("*.py") if (n := len(p.read_text().splitlines())) > 100} == {}
+
+
+def test_nothing_unpickles() -> None:
+    """Sources and run roots are data: no pickle, no torch.load, no eval in the package."""
+    for name, path in modules():
+        assert not {"pickle", "dill", "cloudpickle", "joblib"} & imports(path), name
+        calls = {ast.unparse(node.func) for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)}
+        assert not {"torch.load", "eval", "exec"} & calls, name

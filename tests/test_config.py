@@ -1,0 +1,111 @@
+"""Configuration: what is refused, and in which words."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from p48ray.config import RunConfig, dotted_keys, load_config, lookup, unbuilt_settings
+from p48ray.errors import ConfigError
+from p48ray.plan import SETTINGS
+from tests.conftest import REPO
+
+TINY_CONFIG = REPO / "configs" / "tiny.yaml"
+
+
+@pytest.mark.parametrize("path", sorted((REPO / "configs").glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_shipped_configuration_loads(path: Path) -> None:
+    assert isinstance(load_config(path), RunConfig)
+
+
+def test_tiny_configuration_asks_for_nothing_unbuilt() -> None:
+    assert unbuilt_settings(load_config(TINY_CONFIG)) == []
+
+
+def test_overrides_are_typed_as_in_the_file() -> None:
+    config = load_config(TINY_CONFIG, ("compression.sweeps=2", "output.max_shard_size=1.5 GiB", "evaluation=null"), run_root="elsewhere")
+    assert (config.compression.sweeps, config.output.max_shard_size, config.evaluation, config.run.root) == (2, 1610612736, None, "elsewhere")
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("compression.dampp=0.1", ["compression.dampp", "unknown key", "did you mean compression.damp?"]),
+        ("compression.damp=-1", ["compression.damp", "greater than 0", "found -1"]),
+        ("compression.sweeps=1.5", ["compression.sweeps", "valid integer", "found 1.5"]),
+        ("run.num_workers=two", ["run.num_workers", "valid integer", "found 'two'"]),
+        ("run.num_workers=true", ["run.num_workers", "valid integer", "found True"]),
+        ("output.max_shard_size=3XB", ["output.max_shard_size", "expected a size such as 5GB", "found '3XB'"]),
+        ("compression.solver=magic", ["compression.solver", "'block_descent'", "found 'magic'"]),
+        ("compression.solver=gptq", ["compression", "solver 'gptq' needs sparsity 'none', found 'paired-4:8'"]),
+        ("calibration.documents=[{path: a, weigt: 2}]", ["calibration.documents.0.weigt", "unknown key"]),
+        ("calibration.documents=[]", ["calibration.documents", "at least 1 item"]),
+        ("calibration.documents=[{path: a, weight: 0}]", ["calibration.documents.0.weight", "greater than 0"]),
+        ("name=has spaces", ["name", "match pattern", "found 'has spaces'"]),
+        ("extra=1", ["extra", "unknown key"]),
+    ],
+)
+def test_bad_value_is_refused_by_file_key_expected_and_found(override: str, words: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(TINY_CONFIG, (override,))
+    for word in [str(TINY_CONFIG), *words]:
+        assert word in str(caught.value)
+
+
+def test_missing_required_key_is_named(tmp_path: Path) -> None:
+    tree = yaml.safe_load(TINY_CONFIG.read_text())
+    del tree["calibration"]["num_sequences"]
+    path = tmp_path / "c.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    with pytest.raises(ConfigError, match=r"calibration\.num_sequences: required key is missing"):
+        load_config(path)
+
+
+@pytest.mark.parametrize(("text", "words"), [("[1, 2]", "expected a mapping"), ("a: [", "not valid YAML"), ("\xff", "found str")])
+def test_file_that_is_no_mapping_is_refused(tmp_path: Path, text: str, words: str) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=words):
+        load_config(path)
+
+
+def test_absent_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"nowhere\.yaml: can not be read"):
+        load_config(tmp_path / "nowhere.yaml")
+
+
+@pytest.mark.parametrize("override", ["compression", "=1", "compression.solver.deep=1"])
+def test_malformed_override_is_refused(override: str) -> None:
+    with pytest.raises(ConfigError):
+        load_config(TINY_CONFIG, (override,))
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("source.checkpoint=hf://moonshotai/Kimi-K2.5@main", "source.checkpoint"),
+        ("calibration.documents=hf://datasets/a/b", "calibration.documents"),
+        ("calibration.propagate=compressed", "calibration.propagate"),
+        ("compression.output_curvature=true", "compression.output_curvature"),
+        ("compression.output_damp=0.1", "compression.output_damp"),
+        ("compression.refine_steps=10", "compression.refine_steps"),
+        ("output.storage=sparse", "output.storage"),
+        ("run.root=s3://bucket/run", "run.root"),
+        ("run.layers=[1, 2]", "run.layers"),
+        ("run.keep=units", "run.keep"),
+    ],
+)
+def test_feature_that_is_not_built_is_named_by_its_key(override: str, key: str) -> None:
+    (sentence,) = unbuilt_settings(load_config(TINY_CONFIG, (override,)))
+    assert sentence.startswith(f"{key}: ")
+    assert "is not built yet; expected" in sentence
+
+
+def test_every_key_says_whether_it_may_change_on_resume() -> None:
+    assert set(SETTINGS) == set(dotted_keys())
+
+
+def test_lookup_finds_every_key() -> None:
+    config = load_config(TINY_CONFIG)
+    for key in dotted_keys():
+        lookup(config, key)
