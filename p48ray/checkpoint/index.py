@@ -24,6 +24,8 @@ EDGE_BYTES = 64 * 2**10
 HEADER_THREADS = 8
 
 _PLAIN_FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*\.safetensors")
+_CARRIED = (".json", ".py", ".jinja", ".model", ".tiktoken", ".txt")
+_NOTICES = ("LICENSE", "LICENCE", "NOTICE", "THIRD_PARTY", "USE_POLICY")
 _OTHER_WEIGHTS = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
 """Not carried over: they hold or describe the weights of the uncompressed model."""
 
@@ -137,9 +139,10 @@ def _some(names: list[str]) -> str:
 
 
 def _sidecars(store: Store) -> tuple[str, ...]:
-    """Top-level files to carry over. Not README.md: the compressed model gets a card of its own."""
-    names = [info.key for info in store.list() if "/" not in info.key and not info.key.startswith(".")]
-    return tuple(name for name in names if name not in (CONFIG_FILE, "README.md") and not name.endswith(_OTHER_WEIGHTS))
+    """Top-level files that serve the model: tokenizer, generation config, code, templates, licence. Not texts, nor other forms of the weights,
+    nor README.md: the compressed model gets a card of its own."""
+    names = [info.key for info in store.list() if "/" not in info.key and not info.key.startswith(".") and info.key != CONFIG_FILE]
+    return tuple(n for n in names if (n.endswith(_CARRIED) or n.startswith(_NOTICES)) and not n.endswith(_OTHER_WEIGHTS))
 
 
 def _digest(parts: Iterable[bytes]) -> bytes:

@@ -9,8 +9,9 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from p48ray.numerics.activation import quantize_activations
 from torch import Tensor, nn
+
+from p48ray.numerics.activation import quantize_activations
 
 
 class ExpertWeights(NamedTuple):

@@ -9,7 +9,6 @@ import logging
 from collections.abc import Iterator, Sequence
 
 import torch
-from p48ray.numerics.activation import input_global_scale
 from torch import Tensor
 
 from p48ray import run_root
@@ -17,6 +16,7 @@ from p48ray.errors import CalibrationError
 from p48ray.manifest import ActivationPart, LayerScales
 from p48ray.model.decoder import Decoder, run_layer
 from p48ray.model.experts import ExpertCache, RoutedExperts, RoutedInputs
+from p48ray.numerics.activation import input_global_scale
 from p48ray.plan import SequencePart
 from p48ray.stages import arrow
 from p48ray.stages.context import EXPERT_CACHE_BYTES, StageContext

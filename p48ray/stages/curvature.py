@@ -9,12 +9,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from p48ray.numerics.activation import count_clipped, quantize_activations
-from p48ray.numerics.curvature import SecondMoment, shrinkage_from_tokens
 from torch import Tensor
 
 from p48ray.manifest import LayerScales
 from p48ray.model.experts import ExpertWeights, intermediate
+from p48ray.numerics.activation import count_clipped, quantize_activations
+from p48ray.numerics.curvature import SecondMoment, shrinkage_from_tokens
 from p48ray.plan import WorkUnit
 from p48ray.stages.context import StageContext
 
@@ -24,6 +24,8 @@ LAYER_SAMPLE_TOKENS = 8192  # tokens of the whole layer that stand in for what a
 GATE_UP_HALF_TOKENS = 2.0
 DOWN_HALF_TOKENS = 12.0
 ASYMMETRIC_SOLVERS = ("block_descent",)  # the one-shot solvers stay what their papers describe
+# One-shot solvers know no shrinkage, except for experts with fewer tokens than inputs, whose Hessian alone has no full rank.
+MIN_TOKENS_PER_INPUT = 1.0
 GATHERED_BYTES = 8 * 10**9  # routed tokens of a unit kept in memory; beyond it every pass reads the layer's parts again
 
 

@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
-from p48ray.numerics.metrics import relative_weight_error
 from torch import Tensor
 
 from p48ray.checkpoint.decode import read_expert
@@ -21,6 +20,7 @@ from p48ray.checkpoint.layout import PROJECTIONS, ModelLayout
 from p48ray.checkpoint.tensors import read_tensors
 from p48ray.errors import P48Error
 from p48ray.numerics import e2m1, nvfp4, paired48
+from p48ray.numerics.metrics import relative_weight_error
 from p48ray.output_layout import SUFFIXES, OutputShard, shard_rows, unit_rows
 from p48ray.plan import WorkUnit
 from p48ray.store.base import Store

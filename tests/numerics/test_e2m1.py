@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from reference import formats
 
 from p48ray.errors import NumericsError
 from p48ray.numerics import e2m1
+from tests.reference import formats
 
 ALL_CODES = torch.arange(16, dtype=torch.uint8)
 ALL_BYTES = torch.arange(256, dtype=torch.uint8)

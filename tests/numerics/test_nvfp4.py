@@ -4,11 +4,11 @@ import pytest
 import torch
 from compressed_tensors.compressors import NVFP4PackedCompressor
 from compressed_tensors.quantization import QuantizationScheme, preset_name_to_scheme
-from reference import formats
 from torch import Tensor
 
 from p48ray.errors import NumericsError
 from p48ray.numerics import e2m1, nvfp4
+from tests.reference import formats
 
 SCHEME: QuantizationScheme = preset_name_to_scheme("NVFP4", ["Linear"])
 GLOBALS = [1.0, 3.7e-6, 5376.123, 1.1e9, 2.0**100]

@@ -28,7 +28,7 @@ def test_all_scores_of_four_levels_keep_the_best_two_with_ties_to_the_lower_inde
 
 
 def test_every_pair_group_is_ranked_on_its_own() -> None:
-    scores = torch.tensor([p for p in permutations([1.0, 10.0, 100.0, 1000.0])])
+    scores = torch.tensor(list(permutations([1.0, 10.0, 100.0, 1000.0])))
     together = paired48.keep_top_pairs(scores.reshape(2, 3, -1))
     assert torch.equal(together.reshape(-1, 4), scores > 50)
 

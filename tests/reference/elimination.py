@@ -6,7 +6,7 @@ Fixing input j of a row costs e = (w_j - q_j) / [H^-1]_jj; the free inputs move 
 import torch
 from torch import Tensor
 
-from reference.formats import e2m1, span_scale
+from tests.reference.formats import e2m1, span_scale
 
 
 def eliminations(hessian_II: Tensor, damp_rel: float) -> list[Tensor]:

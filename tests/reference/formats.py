@@ -15,8 +15,9 @@ def e4m3_values() -> list[float]:
 
 
 def nearest(x: float, values: list[float]) -> int:
-    """Index of the value nearest to |x|; of two equally near the one with the even index."""
-    return min(range(len(values)), key=lambda k: (abs(abs(x) - values[k]), k % 2))
+    """Index of the value nearest to |x|; of two equally near the one with the even index. Infinity is nearest to the largest."""
+    magnitude = min(abs(x), 2 * values[-1])
+    return min(range(len(values)), key=lambda k: (abs(magnitude - values[k]), k % 2))
 
 
 def e2m1(x: float) -> float:

@@ -4,9 +4,7 @@ import torch
 from torch import Tensor
 
 
-def correlated(
-    seed: int, num_experts: int, num_outputs: int, num_inputs: int, num_tokens: int | None = None
-) -> tuple[Tensor, Tensor]:
+def correlated(seed: int, num_experts: int, num_outputs: int, num_inputs: int, num_tokens: int | None = None) -> tuple[Tensor, Tensor]:
     """(weight (N, O, I), mean second moment of the inputs (N, I, I)), float32. The spectrum of the inputs falls over 1.5 decades."""
     generator = torch.Generator().manual_seed(seed)
     tokens = num_tokens or 8 * num_inputs

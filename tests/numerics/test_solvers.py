@@ -1,0 +1,250 @@
+"""What every solver must hold to, the order of their losses, and what becomes of experts that cannot be solved."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from p48ray.errors import NumericsError
+from p48ray.numerics import e2m1, nvfp4, paired48, solvers
+from p48ray.numerics.metrics import hessian_loss
+from p48ray.numerics.solvers import SOLVERS, Solution, SolverSettings, solve
+from tests.reference.problems import correlated, identity
+
+COMBINATIONS = [
+    ("round_to_nearest", "none"),
+    ("round_to_nearest", "paired-4:8"),
+    ("gptq", "none"),
+    ("sparsegpt_gptq", "paired-4:8"),
+    ("block_descent", "paired-4:8"),
+]
+each_solver = pytest.mark.parametrize(("solver", "sparsity"), COMBINATIONS)
+
+
+def settings(solver: str, sparsity: str = "paired-4:8", span: int = 16, damp: float | None = 0.01, sweeps: int = 4) -> SolverSettings:
+    return SolverSettings(solver=solver, sparsity=sparsity, scale_span=span, damp=damp, sweeps=sweeps)
+
+
+def run(weight: Tensor, hessian: Tensor, chosen: SolverSettings, target: Tensor | None = None) -> Solution:
+    return solve(weight, hessian, [20.0] * len(weight), chosen, target)
+
+
+def bytes_of(solution: Solution) -> list[Tensor]:
+    return [solution.packed_NOB, solution.scale_NOG.view(torch.uint8), solution.keep_NOP]
+
+
+@each_solver
+@pytest.mark.parametrize("span", [16, 32])
+def test_every_solution_is_a_valid_checkpoint_entry(solver: str, sparsity: str, span: int) -> None:
+    weight, hessian = correlated(0, 2, 16, 128)
+    solution = run(weight, hessian, settings(solver, sparsity, span))
+    codes = e2m1.unpack(solution.packed_NOB)
+    assert not (codes == 8).any()
+    scale = solution.scale_NOG.float()
+    assert torch.isfinite(scale).all()
+    assert (scale > 0).all()
+    assert solution.global_scale_N1.shape == (2, 1)
+    assert torch.isfinite(solution.global_scale_N1).all()
+    assert (solution.global_scale_N1 > 0).all()
+    decoded = nvfp4.dequantize(codes, solution.scale_NOG, solution.global_scale_N1[:, 0])
+    assert torch.equal(solution.values_NOI, decoded)
+    assert not solution.values_NOI[~paired48.pairs_to_inputs(solution.keep_NOP)].any()
+    if span == 32:
+        assert torch.equal(scale[..., 0::2], scale[..., 1::2])
+    if sparsity == "paired-4:8":
+        assert (solution.keep_NOP.unflatten(2, (-1, 4)).sum(-1) == 2).all()
+        assert not paired48.find_illegal(solution.packed_NOB).any()
+    else:
+        assert solution.keep_NOP.all()
+    assert solution.outcome == ("solved", "solved")
+    assert solution.reason == ("", "")
+    assert solution.damp_rel == ((0.0, 0.0) if solver == "round_to_nearest" else (0.01, 0.01))
+
+
+@pytest.mark.parametrize("span", [16, 32])
+def test_block_descent_beats_one_shot_beats_round_to_nearest_on_correlated_inputs(span: int) -> None:
+    weight, hessian = correlated(1, 3, 64, 128)
+    names = ("block_descent", "sparsegpt_gptq", "round_to_nearest")
+    descent, one, nearest = (hessian_loss(weight - run(weight, hessian, settings(s, span=span)).values_NOI, hessian) for s in names)
+    assert (descent < 0.6 * one).all()
+    assert (one < 0.6 * nearest).all()
+
+
+def test_gptq_beats_round_to_nearest_on_correlated_inputs() -> None:
+    weight, hessian = correlated(2, 2, 64, 128)
+    gptq, nearest = (
+        hessian_loss(weight - run(weight, hessian, settings(s, "none")).values_NOI, hessian) for s in ("gptq", "round_to_nearest")
+    )
+    assert (gptq < 0.6 * nearest).all()
+
+
+@pytest.mark.parametrize(("solver", "sparsity"), [("gptq", "none"), ("sparsegpt_gptq", "paired-4:8")])
+def test_white_inputs_give_exactly_round_to_nearest(solver: str, sparsity: str) -> None:
+    weight, _ = correlated(3, 2, 16, 64)
+    ours, nearest = (
+        run(weight, identity(2, 64), settings(solver, sparsity)),
+        run(weight, identity(2, 64), settings("round_to_nearest", sparsity)),
+    )
+    assert all(torch.equal(a, b) for a, b in zip(bytes_of(ours), bytes_of(nearest), strict=True))
+
+
+@each_solver
+def test_batched_equals_single_bitwise(solver: str, sparsity: str) -> None:
+    weight, hessian = correlated(4, 3, 16, 160)
+    batched = run(weight, hessian, settings(solver, sparsity))
+    for k in range(3):
+        single = run(weight[k : k + 1], hessian[k : k + 1], settings(solver, sparsity))
+        assert all(torch.equal(a[0], b[k]) for a, b in zip(bytes_of(single), bytes_of(batched), strict=True))
+        assert single.global_scale_N1[0] == batched.global_scale_N1[k]
+
+
+@each_solver
+def test_inputs_are_unchanged(solver: str, sparsity: str) -> None:
+    weight, hessian = correlated(5, 1, 8, 64)
+    target = weight + 0.001
+    before = weight.clone(), hessian.clone(), target.clone()
+    run(weight, hessian, settings(solver, sparsity), target)
+    assert all(torch.equal(a, b) for a, b in zip(before, (weight, hessian, target), strict=True))
+
+
+@each_solver
+@pytest.mark.parametrize("power", [-40, 40])
+def test_the_size_of_weights_and_inputs_moves_only_the_global_scale(solver: str, sparsity: str, power: int) -> None:
+    weight, hessian = correlated(6, 1, 8, 64)
+    plain, scaled = run(weight, hessian, settings(solver, sparsity)), run(weight * 2.0**power, hessian, settings(solver, sparsity))
+    assert all(torch.equal(a, b) for a, b in zip(bytes_of(plain), bytes_of(scaled), strict=True))
+    assert torch.equal(scaled.global_scale_N1 * 2.0**power, plain.global_scale_N1)
+    louder = run(weight, hessian * 2.0**power, settings(solver, sparsity))
+    assert all(torch.equal(a, b) for a, b in zip(bytes_of(plain), bytes_of(louder), strict=True))
+
+
+@each_solver
+def test_zero_weights_become_zeros_with_usable_scales(solver: str, sparsity: str) -> None:
+    _, hessian = correlated(7, 1, 1, 64)
+    solution = run(torch.zeros(1, 4, 64), hessian, settings(solver, sparsity))
+    assert not solution.packed_NOB.any()
+    assert solution.global_scale_N1.item() == 1.0
+    assert (solution.scale_NOG.float() == 2.0**-9).all()
+
+
+def test_a_global_scale_is_shared_by_all_outputs_of_an_expert_and_by_no_other() -> None:
+    weight, hessian = correlated(8, 2, 16, 64)
+    weight[1] *= 3
+    scales = run(weight, hessian, settings("sparsegpt_gptq")).global_scale_N1[:, 0]
+    torch.testing.assert_close(scales, torch.full((2,), 2688.0) / weight.abs().amax((1, 2)), rtol=0, atol=0)
+
+
+def test_a_target_is_what_the_values_aim_at() -> None:
+    weight, hessian = correlated(9, 1, 32, 64)
+    target = weight.flip(1)
+    for solver, sparsity in COMBINATIONS:
+        solution = run(weight, hessian, settings(solver, sparsity), target)
+        assert hessian_loss(target - solution.values_NOI, hessian) < 0.4 * hessian_loss(target, hessian)
+        assert all(
+            torch.equal(a, b) for a, b in zip(bytes_of(solution), bytes_of(run(target, hessian, settings(solver, sparsity))), strict=True)
+        )
+
+
+def broken_hessians(good: Tensor) -> dict[str, Tensor]:
+    nan, indefinite = good.clone(), good.clone()
+    nan[2, 3] = torch.nan
+    indefinite[0, 1] = indefinite[1, 0] = 1e6
+    return {"is zero": torch.zeros_like(good), "is not finite": nan, "has no Cholesky factor up to damping 10": indefinite}
+
+
+@pytest.mark.parametrize(("solver", "sparsity"), COMBINATIONS[2:])
+@pytest.mark.parametrize("reason", ["is zero", "is not finite", "has no Cholesky factor up to damping 10"])
+def test_an_expert_without_usable_curvature_is_rounded_to_nearest_from_its_weight_and_says_so(
+    solver: str, sparsity: str, reason: str
+) -> None:
+    weight, hessian = correlated(10, 3, 16, 64)
+    untouched = run(weight, hessian, settings(solver, sparsity))
+    hessian[1] = broken_hessians(hessian[1])[reason]
+    target = weight.clone()
+    target[1] += 1.0
+    solution = run(weight, hessian, settings(solver, sparsity), target)
+    nearest = run(weight, hessian, settings("round_to_nearest", sparsity))
+    assert solution.outcome == ("solved", "round_to_nearest", "solved")
+    assert solution.reason == ("", f"the Hessian {reason}", "")
+    for ours, rounded, solved in zip(bytes_of(solution), bytes_of(nearest), bytes_of(untouched), strict=True):
+        assert torch.equal(ours[1], rounded[1])
+        assert torch.equal(ours[[0, 2]], solved[[0, 2]])
+    assert torch.isfinite(solution.values_NOI).all()
+
+
+def test_more_damping_than_asked_for_is_reported() -> None:
+    hessian = identity(1, 32)
+    hessian[0, 0, 0] = -0.5
+    solution = run(correlated(11, 1, 4, 32)[0], hessian, settings("sparsegpt_gptq", damp=0.01))
+    assert solution.damp_rel == pytest.approx((1.0,))
+    assert solution.outcome == ("solved",)
+
+
+def test_damping_follows_from_the_token_count_unless_it_is_set() -> None:
+    weight, hessian = correlated(12, 3, 4, 32)
+    chosen = settings("sparsegpt_gptq", damp=None)
+    assert solve(weight, hessian, [0.0, 12.0, 1000.0], chosen).damp_rel == pytest.approx((0.1, 0.05, 0.01))
+
+
+def test_block_descent_keeps_the_one_shot_start_where_the_end_is_worse(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, hessian = correlated(13, 2, 16, 64)
+    descend = solvers.block_descent
+
+    def spoil_second(*args: object) -> tuple[Tensor, Tensor]:
+        values, keep = descend(*args)  # type: ignore[arg-type]
+        values[1] *= -1
+        return values, keep
+
+    good = run(weight, hessian, settings("block_descent"))
+    monkeypatch.setattr(solvers, "block_descent", spoil_second)
+    solution = run(weight, hessian, settings("block_descent"))
+    start = run(weight, hessian, settings("sparsegpt_gptq"))
+    assert solution.outcome == ("solved", "one_shot")
+    assert "higher loss than its one-shot start" in solution.reason[1]
+    for ours, first, second in zip(bytes_of(solution), bytes_of(good), bytes_of(start), strict=True):
+        assert torch.equal(ours[0], first[0])
+        assert torch.equal(ours[1], second[1])
+    assert solution.global_scale_N1[1] == start.global_scale_N1[1]
+
+
+def test_block_descent_is_never_worse_than_its_start_by_the_undamped_objective() -> None:
+    weight, hessian = correlated(14, 6, 8, 32, num_tokens=20)  # fewer tokens than inputs, heavy damping: descent fits another Hessian
+    chosen = [settings(s, damp=3.0, sweeps=8) for s in ("block_descent", "sparsegpt_gptq")]
+    descent, one = (hessian_loss(weight - run(weight, hessian, c).values_NOI, hessian) for c in chosen)
+    assert (descent <= one).all()
+
+
+def test_more_sweeps_end_lower() -> None:
+    weight, hessian = correlated(15, 2, 32, 128)
+    one, six = (hessian_loss(weight - run(weight, hessian, settings("block_descent", sweeps=s)).values_NOI, hessian) for s in (1, 6))
+    assert (six < one).all()
+
+
+def test_every_registered_solver_is_tested_here() -> None:
+    assert set(SOLVERS) == {solver for solver, _ in COMBINATIONS} == set(solvers.SPARSITIES)
+
+
+@pytest.mark.parametrize(
+    ("solver", "sparsity"),
+    [("gptq", "paired-4:8"), ("sparsegpt_gptq", "none"), ("block_descent", "none"), ("magic", "none"), ("gptq", "2:4")],
+)
+def test_solvers_refuse_a_sparsity_that_is_not_theirs(solver: str, sparsity: str) -> None:
+    weight, hessian = correlated(16, 1, 4, 32)
+    with pytest.raises(NumericsError, match=f"solver '{solver}'"):
+        run(weight, hessian, settings(solver, sparsity))
+
+
+@pytest.mark.parametrize("where", ["weight", "target"])
+def test_values_that_are_not_finite_are_refused(where: str) -> None:
+    weight, hessian = correlated(17, 1, 4, 32)
+    bad = weight.clone()
+    bad[0, 1, 2] = torch.nan
+    with pytest.raises(NumericsError, match=f"{where} holds values"):
+        run(bad if where == "weight" else weight, hessian, settings("block_descent"), bad if where == "target" else None)
+
+
+def test_spans_and_counts_that_do_not_fit_are_refused() -> None:
+    weight, hessian = correlated(18, 1, 4, 48)
+    with pytest.raises(NumericsError, match="dividing 48 inputs"):
+        run(weight, hessian, settings("block_descent", span=32))
+    with pytest.raises(NumericsError, match="token counts"):
+        solve(weight, hessian, [1.0, 1.0], settings("block_descent"))
