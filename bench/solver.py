@@ -62,7 +62,8 @@ def moment(x: Tensor, dtype: torch.dtype = torch.float32) -> SecondMoment:
 
 def output_error(w: Tensor, q: Tensor, hessian64: Tensor) -> float:
     """tr(D H D^T) / tr(W H W^T) in float64 on the CPU."""
-    w64, d64 = w.double().cpu(), (w - q).double().cpu()
+    w64 = w.double().cpu()
+    d64 = w64 - q.double().cpu()
     return float(((d64 @ hessian64) * d64).sum() / ((w64 @ hessian64) * w64).sum())
 
 
