@@ -8,9 +8,9 @@ from p48ray.checkpoint.layout import ModelLayout
 from p48ray.output_layout import OutputShard, layer_of, unit_bytes, untouched_tensors
 from p48ray.plan import RunPlan
 
-# Rates behind the GPU-hour estimate, FLOP/s. The solver's is what this project's torch code reached on one H100 80GB over a whole Kimi-K2.5 expert
-# (bench/solver.py; docs/PERFORMANCE.md has the run). The stream's is an assumption, not a measurement: 30 % of that card's bf16 matmul rate.
-SOLVER_FLOPS = 1.0e13
+# Rates behind the GPU-hour estimate, FLOP/s. The solver's is what this project's torch code reached on one H100 80GB with one Kimi-K2.5 expert at a time
+# (bench/solver.py, docs/PERFORMANCE.md); the stream's is an assumption, not a measurement: 30 % of that card's bf16 matmul rate.
+SOLVER_FLOPS = 1.25e12
 STREAM_FLOPS = 2.4e14
 ROUTING_BYTES = 2 + 4  # expert id and router weight of one routed token
 

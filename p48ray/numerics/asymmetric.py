@@ -33,7 +33,6 @@ def compensated_target(
     eye_II = torch.eye(gram.shape[-1], device=gram.device)
     ridged_NII = torch.where(is_usable_N[:, None, None], damp(gram, ridge_rel), eye_II)
     lower_NII, info_N = torch.linalg.cholesky_ex(ridged_NII)
-    lower_NII = torch.where((info_N == 0)[:, None, None], lower_NII, eye_II)
     change_NOI = torch.cholesky_solve((weight @ (cross - gram)).mT, lower_NII).mT
     is_solved_N = is_usable_N & (info_N == 0) & torch.isfinite(change_NOI).all(-1).all(-1)
     return torch.where(is_solved_N[:, None, None], weight + change_NOI, weight)

@@ -88,7 +88,7 @@ def one_shot(
     state = _Pass(
         work_NIO=weight.mT.clone(memory_format=torch.contiguous_format),
         level_NIO=torch.empty(n, i, o, device=weight.device),
-        keep_NPO=start_keep.mT.clone(memory_format=torch.contiguous_format),
+        keep_NPO=start_keep.mT.contiguous(),
         scales_NOG=[],
         upper_NII=upper,
         sharpness_NI=upper.diagonal(dim1=-2, dim2=-1).square().reciprocal(),

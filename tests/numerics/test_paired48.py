@@ -66,6 +66,11 @@ def test_histogram_counts_the_lowest_zero_bytes_as_kept(zero_bytes: list[int], p
     assert histogram.tolist() == [int(k == pattern) for k in range(6)]
 
 
+def test_histogram_takes_minus_zeros_as_kept() -> None:
+    packed = torch.tensor([[0, 0, 0x08, 9], [0, 0x80, 0, 0x88]], dtype=torch.uint8)
+    assert paired48.pattern_histogram(packed).tolist() == [0, 0, 0, 0, 1, 1]
+
+
 def test_histogram_counts_every_pair_group() -> None:
     rows = torch.tensor(paired48.PATTERNS).to(torch.uint8).repeat_interleave(torch.tensor([3, 1, 4, 1, 5, 9]), dim=0)
     packed = (rows * 0x5A)[torch.randperm(23, generator=torch.Generator().manual_seed(0))].reshape(1, -1)

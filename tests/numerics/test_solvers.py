@@ -6,6 +6,7 @@ from torch import Tensor
 
 from p48ray.errors import NumericsError
 from p48ray.numerics import e2m1, nvfp4, paired48, solvers
+from p48ray.numerics.curvature import damp
 from p48ray.numerics.metrics import hessian_loss
 from p48ray.numerics.solvers import SOLVERS, Solution, SolverSettings, solve
 from tests.reference.problems import correlated, identity
@@ -207,10 +208,39 @@ def test_block_descent_keeps_the_one_shot_start_where_the_end_is_worse(monkeypat
 
 
 def test_block_descent_is_never_worse_than_its_start_by_the_undamped_objective() -> None:
-    weight, hessian = correlated(14, 6, 8, 32, num_tokens=20)  # fewer tokens than inputs, heavy damping: descent fits another Hessian
-    chosen = [settings(s, damp=3.0, sweeps=8) for s in ("block_descent", "sparsegpt_gptq")]
-    descent, one = (hessian_loss(weight - run(weight, hessian, c).values_NOI, hessian) for c in chosen)
-    assert (descent <= one).all()
+    weight, hessian = correlated(14, 32, 8, 32, num_tokens=20)
+    chosen = [settings(s, damp=30.0, sweeps=8) for s in ("block_descent", "sparsegpt_gptq")]  # so damped that descent fits another Hessian
+    descent, one = (run(weight, hessian, c) for c in chosen)
+    assert set(descent.outcome) == {"solved", "one_shot"}
+    losses = [hessian_loss(weight - s.values_NOI, hessian) for s in (descent, one)]
+    assert (losses[0] <= losses[1]).all()
+
+
+def test_block_descent_runs_on_the_hessian_as_damped_for_the_factor(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, hessian = correlated(19, 2, 16, 64)
+    hessian[1] = torch.eye(64)
+    hessian[1, 0, 0] = -0.5  # needs more damping than asked for
+    seen = []
+    descend = solvers.block_descent
+
+    def record(*args: Tensor) -> tuple[Tensor, Tensor]:
+        seen.append((args[3], descend(*args)))  # type: ignore[arg-type]
+        return seen[0][1]
+
+    monkeypatch.setattr(solvers, "block_descent", record)
+    solution = run(weight, hessian, settings("block_descent", damp=0.01))
+    damped, (_, keep) = seen[0]
+    assert solution.damp_rel == pytest.approx((0.01, 1.0))
+    torch.testing.assert_close(damped, damp(hessian, torch.tensor(solution.damp_rel)))
+    assert torch.equal(solution.keep_NOP[0], keep[0])
+
+
+def test_block_descent_keeps_the_mask_it_found() -> None:
+    weight, hessian = correlated(20, 2, 128, 128)
+    chosen = settings("block_descent", sweeps=2)
+    start = run(weight, hessian, settings("sparsegpt_gptq"))
+    _, keep = solvers.block_descent(weight, start.values_NOI, start.keep_NOP, damp(hessian, 0.01), 2)
+    assert torch.equal(run(weight, hessian, chosen).keep_NOP, keep)
 
 
 def test_more_sweeps_end_lower() -> None:
