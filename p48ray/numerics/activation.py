@@ -2,9 +2,10 @@
 
     s = e4m3(min(global * (amax / 6), 448))      x^ = e2m1(clip(x / (s / global), -6, 6)) * (s / global)      s = 0  ->  x^ = 0
 
-Source: [vLLM] `ref_nvfp4_quant` and its NVFP4 emulation; compressed-tensors' dynamic `tensor_group` quantization is the same up to scales that round to 0.
-Departure: vLLM multiplies by the reciprocals of 6, of the global scale and of s; here every quotient is a true division of tensors (as in nvfp4), as the
-format is defined. The two differ where a quotient falls within an ulp of a rounding tie.
+Source: [vLLM] `ref_nvfp4_quant` and its NVFP4 emulation; compressed-tensors' dynamic `tensor_group` quantization is the same up to scales
+that round to 0.
+Departure: vLLM multiplies by the reciprocals of 6, of the global scale and of s; here every quotient is a true division of tensors (as in
+nvfp4), as the format is defined. The two differ where a quotient falls within an ulp of a rounding tie.
 
 Legend: T tokens, I inputs, G groups of the scale (I/16 or I/32), V values of a group.
 """
@@ -37,7 +38,8 @@ def quantize_activations(
 ) -> Float32[Tensor, "t i"]:
     """x^, what the W4A4 kernel multiplies with.
 
-    Args:    global_scale: 448 * 6 / amax of the layer's inputs; larger inputs saturate. group: values that share a scale, 16 (stock) or 32 (sparse MMA).
+    Args:    global_scale: 448 * 6 / amax of the layer's inputs; larger inputs saturate. group: values that share a scale, 16 (stock) or 32
+             (sparse MMA).
     Raises:  NumericsError if group is neither 16 nor 32 or does not divide i.
     """
     if group not in SCALE_SPANS or x.shape[1] % group:

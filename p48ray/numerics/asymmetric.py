@@ -1,11 +1,13 @@
 """The target of a linear whose inputs already changed: fit the ORIGINAL output W h from the inputs h^ that the compressed model delivers.
 
-    min over W'  sum_t w_t |W h_t - W' h^_t|^2 + lambda |W' - W|^2          W' = W (X + lambda I) (H + lambda I)^-1 = W + W (X - H) (H + lambda I)^-1
+    min over W'  sum_t w_t |W h_t - W' h^_t|^2 + lambda |W' - W|^2
+    W' = W (X + lambda I) (H + lambda I)^-1 = W + W (X - H) (H + lambda I)^-1
 
-with H = sum w h^^T h^ (`gram`) and X = sum w h^T h^ (`cross`). The ridge pulls towards W, not towards 0: a plain ridge shrinks an expert with few tokens to
-nothing. The right-hand form is the one computed: it returns W exactly where the inputs did not change.
+with H = sum w h^^T h^ (`gram`) and X = sum w h^T h^ (`cross`). The ridge pulls towards W, not towards 0: a plain ridge shrinks an expert
+with few tokens to nothing. The right-hand form is the one computed: it returns W exactly where the inputs did not change.
 
-Source: GPTAQ, Li et al. 2025 (arXiv 2504.02692) for the asymmetric objective. Departure: solved once for the target, before any mask or rounding.
+Source: GPTAQ, Li et al. 2025 (arXiv 2504.02692) for the asymmetric objective. Departure: solved once for the target, before any mask or
+rounding.
 
 Legend: N experts, O out, I in.
 """

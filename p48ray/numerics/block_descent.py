@@ -1,12 +1,14 @@
 """Block descent: masks and values of a paired-4:8 linear by exact minimisation over one pair_group at a time.
 
-Minimise f(Q) = tr(D H D^T), D = T - Q, over Q with 2 of every 4 pairs nonzero. With everything outside pair_group b fixed, every row is on its own:
+Minimise f(Q) = tr(D H D^T), D = T - Q, over Q with 2 of every 4 pairs nonzero. With everything outside pair_group b fixed, every row is on
+its own:
 
     f = const - 2 a q_b^T + q_b H_bb q_b^T        a = (D H)_b + Q_b H_bb
-    pattern p (4 inputs kept):   q_p = a_p inv(H_pp),   f falls by a_p inv(H_pp) a_p^T = a . v    with v = q_p put back among 8 inputs, zeros elsewhere
+    pattern p (4 inputs kept):   q_p = a_p inv(H_pp),   f falls by a_p inv(H_pp) a_p^T = a . v
+    with v = q_p put back among 8 inputs, zeros elsewhere
 
-All six: inv(H_pp) embedded in 8 x 8 zeros, side by side 8 x 48, so one product of a (N, O, 8) with it holds the six candidates. The best pattern is taken
-with its values; the current one wins ties. No step can raise f, and only rounding (1e-7 of its terms) can hide that.
+All six: inv(H_pp) embedded in 8 x 8 zeros, side by side 8 x 48, so one product of a (N, O, 8) with it holds the six candidates. The best
+pattern is taken with its values; the current one wins ties. No step can raise f, and only rounding (1e-7 of its terms) can hide that.
 
     sweep:  [ column_block 0 ][ column_block 1 ] ...       (D H) of a column_block is recomputed from T and Q, so nothing drifts;
               b0 b1 b2 ...                                 inside it, every step corrects the columns to its right.
@@ -18,7 +20,8 @@ with its values; the current one wins ties. No step can raise f, and only roundi
 | a                 | `linear_NO8`    |
 
 Sources: the method is this project's (DESIGN 7.2); block coordinate descent, Bertsekas 1999 section 2.7.
-Legend: N experts, O out, I in, P pairs (I/2), K pair_groups (I/8), C columns of a column_block, 8 inputs of a pair_group, 48 = 6 patterns * 8.
+Legend: N experts, O out, I in, P pairs (I/2), K pair_groups (I/8), C columns of a column_block,
+8 inputs of a pair_group, 6 patterns, 48 = 6 * 8.
 """
 
 from dataclasses import dataclass
@@ -56,8 +59,9 @@ def block_descent(
 ) -> tuple[Float32[Tensor, "n o i"], Bool[Tensor, "n o i//2"]]:
     """Descend from a start; returns (values, kept pairs), new tensors. Values are not on any grid yet.
 
-    Args:    start_keep: exactly 2 of 4 pairs; start_values: zero elsewhere. hessian_damped: symmetric positive definite. sweeps: passes over all columns.
-             min_relative_gain: stop after a sweep that lowered the summed loss by less than this fraction; 0 runs all sweeps and never waits for the device.
+    Args:    start_keep: exactly 2 of 4 pairs; start_values: zero elsewhere. hessian_damped: symmetric positive definite. sweeps: passes
+             over all columns. min_relative_gain: stop after a sweep that lowered the summed loss by less than this fraction; 0 runs all
+             sweeps and never waits for the device.
     Raises:  NumericsError if i or column_block is not a multiple of 8.
     Cost:    O I^2 multiply-adds an expert and sweep.
     """

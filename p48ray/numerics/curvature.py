@@ -4,7 +4,7 @@
 
 | paper                      | here                       |
 |----------------------------|----------------------------|
-| H = 2 X X^T, [Frantar2022gptq] eq. 3 | `SecondMoment.mean()`: a weighted mean; the factor 2 changes no solution |
+| H = 2 X X^T                | `SecondMoment.mean()`: a weighted mean; the factor 2 changes no solution |
 | lambda I, there 0.01 mean diag | `damp`, `damp_from_tokens` |
 
 Sources: [Frantar2022gptq] GPTQ, arXiv 2210.17323. Ledoit and Wolf 2004 for shrinking covariances; the constants are the lab's (DESIGN 7).
@@ -105,5 +105,5 @@ def damp_from_tokens(tokens_per_input: float) -> float:
 
 
 def shrinkage_from_tokens(num_tokens: float, half_tokens: float) -> float:
-    """Weight of the pool, half / (half + num): 1 without tokens, one half at `half_tokens`. Both in the same unit (tokens, or tokens per input)."""
+    """Weight of the pool, half / (half + num): 1 without tokens, one half at `half_tokens`. Both in the same unit."""
     return 1.0 if num_tokens <= 0 else half_tokens / (half_tokens + num_tokens)

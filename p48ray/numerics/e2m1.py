@@ -1,7 +1,8 @@
 """E2M1, the 4-bit float of NVFP4: sign, two exponent bits, one mantissa bit; no infinities, no NaN.
 
-Source: [OCP MX v1.0] section 5.3.3. A code is sign << 3 | index into E2M1_VALUES, so the index's last bit is the mantissa bit and "ties to even code" is
-IEEE round-to-nearest-even. Departure: minus zero (code 8) is never produced, because readers of the paired-4:8 layout tell pruned pairs by zero bytes.
+Source: [OCP MX v1.0], FP4. A code is sign << 3 | index into E2M1_VALUES, so the index's last bit is the mantissa bit and "ties to even
+code" is IEEE round-to-nearest-even. Departure: minus zero (code 8) is never produced, because readers of the paired-4:8 layout tell pruned
+pairs by zero bytes.
 
     value   0   0.5   1   1.5   2   3   4   6
     index   0    1    2    3    4   5   6   7
@@ -24,8 +25,8 @@ _FLOAT32_EXPONENT_BITS = 0x7F800000
 def round_to_e2m1(x: Float[Tensor, "*shape"]) -> Float32[Tensor, "*shape"]:
     """The nearest E2M1 value, ties to the even code, saturating at +-6. Zero is always +0. NaN stays NaN.
 
-    The spacing of E2M1 is half the power of two below |x|, and 0.5 under 1: the exponent bits of max(|x|, 1) in float32 are that power of two.
-    All products and quotients with it are exact, so the only rounding is torch.round's (half to even).
+    The spacing of E2M1 is half the power of two below |x|, and 0.5 under 1: the exponent bits of max(|x|, 1) in float32 are that power of
+    two. All products and quotients with it are exact, so the only rounding is torch.round's (half to even).
     """
     clipped = x.float().clamp(-E2M1_MAX, E2M1_MAX)
     power = (clipped.abs().clamp_min_(1.0).view(torch.int32) & _FLOAT32_EXPONENT_BITS).view(torch.float32)

@@ -1,10 +1,12 @@
 """The factor of an inverse Hessian that the column loops read: U upper triangular with inv(H + damp) = U^T U.
 
-One Cholesky and one triangular inverse instead of the papers' three steps (Cholesky, inverse, Cholesky of the inverse). With J the reversal of rows:
+One Cholesky and one triangular inverse instead of the papers' three steps (Cholesky, inverse, Cholesky of the inverse). With J the reversal
+of rows:
 
     J H J = L L^T   (L lower)      so  H = R R^T with R = J L J upper      so  inv(H) = R^-T R^-1 = U^T U with U = R^-1 = J L^-1 J
 
-U is unique (positive diagonal), so it is the papers' factor. U_jj^-2 is the curvature of input j when those after it are free to compensate.
+U is unique (positive diagonal), so it is the papers' factor. U_jj^-2 is the curvature of input j when those after it are free to
+compensate.
 
 | paper ([Frantar2022gptq] algorithm 1) | here |
 |----------------------------------------|------|
@@ -44,7 +46,8 @@ def inverse_factor(hessian: Float32[Tensor, "n i i"], damp_rel: float | Sequence
 
     Args:    hessian: symmetric, (N, I, I). damp_rel: fraction of the mean diagonal, one for all or one per expert.
     Returns: the factor, the damping that was needed and who failed all DAMP_RUNGS.
-    Cost:    I^3 / 3 for Cholesky, as much for the inverse, per rung (later rungs only for those that failed). One wait for the device per rung.
+    Cost:    I^3 / 3 for Cholesky, as much for the inverse, per rung (later rungs only for those that failed). One wait for the device per
+             rung.
     """
     n, i, _ = hessian.shape
     wanted = [damp_rel] * n if isinstance(damp_rel, int | float) else list(damp_rel)

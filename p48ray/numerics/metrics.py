@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def hessian_loss(delta: Float32[Tensor, "n o i"], hessian: Float32[Tensor, "n i i"]) -> Float32[Tensor, "n"]:
-    """tr(D H D^T): with H a mean of x^T x, the mean squared error of the outputs, summed over outputs. Source: [Frantar2022gptq] eq. 1."""
+    """tr(D H D^T): with H a mean of x^T x, the mean squared output error, summed over outputs (GPTQ's objective, arXiv 2210.17323)."""
     return ((delta @ hessian) * delta).sum((1, 2), dtype=torch.float64).float()
 
 

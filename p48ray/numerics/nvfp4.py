@@ -1,12 +1,14 @@
 """NVFP4 weights: E2M1 codes, one E4M3 scale per scale_group of 16 inputs, one float32 global scale per linear.
 
-    w = e2m1(code) * (e4m3(scale) / global)          global = 448 * 6 / amax: a DIVISOR, so that the largest scale_group's scale lands on E4M3's largest value
+    w = e2m1(code) * (e4m3(scale) / global)
+    global = 448 * 6 / amax: a DIVISOR, so that the largest scale_group's scale lands on E4M3's largest value
 
-Sources: [NVFP4] NVIDIA, "Introducing NVFP4", 2025; compressed-tensors 0.20, format `nvfp4-pack-quantized`: `quantize` and `dequantize` give its codes and
-values bit for bit (its decoder then rounds to bf16). Every quotient is a division of two tensors on purpose: torch turns a division by a Python number into
-a product with the reciprocal on CUDA, and `number / tensor` everywhere, which differs in the last bit.
+Sources: [NVFP4] NVIDIA, "Introducing NVFP4", 2025; compressed-tensors 0.20, format `nvfp4-pack-quantized`: `quantize` and `dequantize` give
+its codes and values bit for bit (its decoder then rounds to bf16). Every quotient is a division of two tensors on purpose: torch turns a
+division by a Python number into a product with the reciprocal on CUDA, and `number / tensor` everywhere, which differs in the last bit.
 
-Deliberate departures: no code 8 (see e2m1); a scale is never below E4M3's smallest subnormal (compressed-tensors puts 0.125 for a scale that rounds to 0).
+Deliberate departures: no code 8 (see e2m1); a scale is never below E4M3's smallest subnormal (compressed-tensors puts 0.125 for a scale
+that rounds to 0).
 
 Legend: N experts, O out, I in, G scale groups (I/16), S spans (I/16 or I/32), C candidates.
 """
@@ -23,7 +25,8 @@ E4M3_MAX = 448.0
 E4M3_MIN_SUBNORMAL = 2.0**-9
 SCALE_GROUP = 16
 SCALE_SPANS = (16, 32)
-# Multiples of amax / 6 that the search tries. The first wins ties. Above 1 the top of the E2M1 range stays unused, below 1 the largest values are clipped.
+# Multiples of amax / 6 that the search tries. The first wins ties. Above 1 the top of the E2M1 range stays unused, below 1 the largest
+# values are clipped.
 SCALE_FACTORS = (1.0, 1.5, 1.25, 1.12, 0.93, 0.87, 0.8, 0.73, 0.67, 0.6, 0.5)
 # Keeps every scale / global a normal float32: 2^-9 / 2^117 = 2^-126. Reached only by linears whose largest weight is below 1.6e-32.
 MAX_GLOBAL_SCALE = 2.0**117
@@ -37,7 +40,7 @@ def global_scale_from_amax(amax: Float32[Tensor, "*n"]) -> Float32[Tensor, "*n"]
 
 
 def round_to_e4m3(x: Float32[Tensor, "*shape"]) -> Float32[Tensor, "*shape"]:
-    """The nearest E4M3 value, ties to even, saturating at +-448 (torch's own cast makes NaN of what is larger)."""
+    """The nearest E4M3 value, ties to even, saturating at +-448 (torch's own cast makes NaN of larger values in some versions)."""
     return x.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).float()
 
 
@@ -51,9 +54,9 @@ def choose_scales(
 ) -> Float8e4m3fn[Tensor, "n o i//16"]:
     """One E4M3 scale per `span` consecutive inputs, stored once per scale_group of 16.
 
-    Args:    values: weights with pruned ones as zeros (a zero has no error under any scale). span: 16, or 32 for the sparse kernels, whose MMA applies
-             one scale to 32 inputs: the byte is then stored twice. search: take the SCALE_FACTORS multiple of amax / 6 with the least squared error
-             of the span; otherwise amax / 6 itself.
+    Args:    values: weights with pruned ones as zeros (a zero has no error under any scale). span: 16, or 32 for the sparse kernels, whose
+             MMA applies one scale to 32 inputs: the byte is then stored twice. search: take the SCALE_FACTORS multiple of amax / 6 with the
+             least squared error of the span; otherwise amax / 6 itself.
     Returns: scales in [2^-9, 448]; a span of zeros has 2^-9.
     Raises:  NumericsError if span is neither 16 nor 32 or does not divide i.
     """

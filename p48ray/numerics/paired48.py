@@ -3,7 +3,7 @@
     inputs   0 1 | 2 3 | 4 5 | 6 7        a pair is one byte of `weight_packed`, so legality is a statement about bytes:
     pair      0     1     2     3         at most 2 of every 4 bytes differ from 0 (a kept weight may quantize to 0 as well)
 
-Source: PTX ISA, `mma.sp` with `.kind::mxf4nvf4` and 4-bit types: "4:8 structured sparsity" in pairs.
+Source: PTX ISA, `mma.sp` on E2M1 operands: pair-wise structured sparsity at a granularity of 4:8.
 
 Legend: N experts, O out, P pairs (I/2), I inputs, B bytes (= P), K pair_groups (P/4).
 """
@@ -29,7 +29,7 @@ PATTERNS = (
 
 
 def keep_top_pairs(score: Float[Tensor, "*n p"]) -> Bool[Tensor, "*n p"]:
-    """Keep the 2 pairs of every 4 with the highest scores; ties go to the lower index. Always exactly 2, whatever the scores (NaN ranks highest).
+    """Keep the 2 pairs of every 4 with the highest scores; ties go to the lower index. Exactly 2 even of NaN (which rank highest).
 
     Raises: NumericsError if p is not a multiple of 4.
     """

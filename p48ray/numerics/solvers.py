@@ -1,4 +1,4 @@
-"""From a batch of weights and their curvature to NVFP4 codes: the solvers by name, and what happens to an expert whose Hessian cannot be used.
+"""From a batch of weights and their curvature to NVFP4 codes: the solvers by name, and what happens where a Hessian cannot be used.
 
     round_to_nearest   magnitude mask, searched scales, nearest codes; needs no curvature
     gptq               column loop with error feedback, dense ([Frantar2022gptq])
@@ -6,8 +6,8 @@
     block_descent      sparsegpt_gptq as the start -> block descent on the damped Hessian -> gptq of the descended values with their mask;
                        per expert whichever of start and end has the lower tr((T - Q) H (T - Q)^T), H undamped
 
-The global scale belongs to the whole (O, I) matrix of an expert: gate and up come stacked, so that they share it. Its amax is that of what is quantized.
-A solver never falls back in silence: `Solution.outcome` and `.reason` say per expert what was done.
+The global scale belongs to the whole (O, I) matrix of an expert: gate and up come stacked, so that they share it. Its amax is that of what
+is quantized. A solver never falls back in silence: `Solution.outcome` and `.reason` say per expert what was done.
 
 Sources: arXiv 2210.17323 (GPTQ), 2301.00774 (SparseGPT), DESIGN 7.
 Legend: N experts, O out, I in, P pairs (I/2), G scale groups (I/16), B packed bytes (I/2).
@@ -35,8 +35,8 @@ NO_SPARSITY = "none"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SolverSettings:
-    """solver: a key of SOLVERS. sparsity: "paired-4:8" or "none". scale_span: 16 or 32 inputs a scale. damp: fraction of the mean diagonal, None to take it
-    from the token count. sweeps: of block descent."""
+    """solver: a key of SOLVERS. sparsity: "paired-4:8" or "none". scale_span: 16 or 32 inputs a scale. damp: fraction of the mean diagonal,
+    None to take it from the token count. sweeps: of block descent."""
 
     solver: str
     sparsity: str
@@ -47,8 +47,8 @@ class SolverSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Solution:
-    """Quantized weights of a batch. Per expert: outcome "solved", "one_shot" (block descent was no better) or "round_to_nearest" (no usable Hessian);
-    the reason for the latter two, else ""; damp_rel, the damping its factor needed, 0 without a factor."""
+    """Quantized weights of a batch. Per expert: outcome "solved", "one_shot" (block descent was no better) or "round_to_nearest" (no usable
+    Hessian); the reason for the latter two, else ""; damp_rel, the damping its factor needed, 0 without a factor."""
 
     packed_NOB: Tensor
     scale_NOG: Tensor
@@ -101,10 +101,11 @@ def solve(
 ) -> Solution:
     """Quantize a batch of linears.
 
-    Args:    weight: the original weights. hessian: mean second moment of each expert's inputs, undamped. tokens_per_input: decides the damping where
-             settings.damp is None. target: what the values aim at (asymmetric.compensated_target), None for the weight itself.
-    Returns: new tensors on weight's device; values_NOI is what the codes decode to. An expert whose Hessian is zero, not finite or indefinite beyond the
-             damping ladder is rounded to nearest from its WEIGHT, because its target came from the same statistics.
+    Args:    weight: the original weights. hessian: mean second moment of each expert's inputs, undamped. tokens_per_input: decides the
+             damping where settings.damp is None. target: what the values aim at (asymmetric.compensated_target), None for the weight
+             itself.
+    Returns: new tensors on weight's device; values_NOI is what the codes decode to. An expert whose Hessian is zero, not finite or
+             indefinite beyond the damping ladder is rounded to nearest from its WEIGHT, because its target came from the same statistics.
     Raises:  NumericsError for unknown or unfitting settings, bad shapes, weights or targets that are not finite.
     """
     _check(weight, hessian, tokens_per_input, settings, target)

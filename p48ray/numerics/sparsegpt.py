@@ -1,4 +1,4 @@
-"""One pass over the columns: choose pairs (SparseGPT), choose scales, round (GPTQ), and let the columns still to come make up for each error.
+"""One pass over the columns: choose pairs (SparseGPT), choose scales, round (GPTQ), let the columns to come make up for each error.
 
 For column j, with U upper and inv(H) = U^T U:          e = (w_j - q_j) / U_jj          w_k -= e U_jk   for all k > j
 
@@ -6,18 +6,20 @@ For column j, with U upper and inv(H) = U^T U:          e = (w_j - q_j) / U_jj  
               done            [ column_block: ]   later columns get the whole
                               e pushed at once    column_block's e in one product
 
-    span      | pair_group | pair_group |    at a span's first column: masks of its pair_groups, provisional; from them the E4M3 scale (searched).
+    span      | pair_group | pair_group |    at a span's first column: masks of its pair_groups, provisional; then the E4M3 scale, searched.
               at a pair_group's first column: its mask again, from weights that by now carry the errors of the columns before.
 
 | paper                                        | here                                        |
 |----------------------------------------------|---------------------------------------------|
 | B, lazy batch of columns                     | `column_block`                              |
 | E, errors of the block                       | `error_NCO`                                 |
-| w^2 / [H^-1]_jj, [Frantar2023sparsegpt] eq. 4 | pair score: sum of w^2 / U_jj^2 over the pair |
+| w^2 / [H^-1]_jj, saliency                    | pair score: sum of w^2 / U_jj^2 over the pair |
 | M, mask                                      | `keep_NPO`                                  |
 
-Sources: [Frantar2022gptq] GPTQ, arXiv 2210.17323, algorithm 1. [Frantar2023sparsegpt] SparseGPT, arXiv 2301.00774, algorithm 1 and section 3.4 (joint).
-Deliberate departures: 2 pairs of 4 instead of 2 weights of 4; scales chosen inside the loop from masked, already corrected weights; no column reordering.
+Sources: [Frantar2022gptq] GPTQ, arXiv 2210.17323, algorithm 1. [Frantar2023sparsegpt] SparseGPT, arXiv 2301.00774, algorithm 1, and its
+joint pruning and quantization.
+Deliberate departures: 2 pairs of 4 instead of 2 weights of 4; scales chosen inside the loop from masked, already corrected weights; no
+column reordering.
 
 Inside, the input dimension comes before the output dimension: a column is then contiguous memory.
 Legend: N experts, O out, I in, P pairs (I/2), G scale groups (I/16), C columns of the column_block.
@@ -74,10 +76,11 @@ def one_shot(
 ) -> Codes:
     """Quantize to NVFP4 with error feedback; with `sparsity`, to paired-4:8.
 
-    Args:    weight: what to quantize. upper: U with inv(H) = U^T U (factor.inverse_factor). global_scale: the divisor. span: inputs per scale, 16 or 32.
-             keep: a mask to hold on to; None lets the pass choose it. sparsity: False keeps every pair (`keep` must then be None).
+    Args:    weight: what to quantize. upper: U with inv(H) = U^T U (factor.inverse_factor). global_scale: the divisor. span: inputs per
+             scale, 16 or 32. keep: a mask to hold on to; None lets the pass choose it. sparsity: False keeps every pair (`keep` must then
+             be None).
     Raises:  NumericsError if span is not 16 or 32, or does not divide i and column_block, or a mask comes without sparsity.
-    Cost:    O I^2 multiply-adds an expert, half of them in matrix products; no wait for the device.
+    Cost:    O I^2 / 2 multiply-adds an expert, all but O I column_block / 2 of them in matrix products; no wait for the device.
     """
     n, o, i = weight.shape
     if span not in SCALE_SPANS or i % span or column_block % span:
@@ -129,7 +132,7 @@ def _quantize_columns_(state: _Pass, start: int, stop: int) -> Tensor:
 
 
 def _open_span_(state: _Pass, start: int) -> Tensor:
-    """Masks (provisional beyond the first pair_group) and scale of the span at `start`. Returns what one E2M1 unit is worth there, (N, O)."""
+    """Masks (provisional beyond the first pair_group) and scale of the span at `start`. Returns the value of one E2M1 unit, (N, O)."""
     stop = start + state.span
     if state.picks_masks:
         _pick_masks_(state, start, stop)

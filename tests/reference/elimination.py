@@ -1,6 +1,7 @@
 """SparseGPT and GPTQ as optimal brain surgery: explicit inverse Hessian, one row and one column at a time, no Cholesky and no lazy updates.
 
-Fixing input j of a row costs e = (w_j - q_j) / [H^-1]_jj; the free inputs move by -e [H^-1]_:j, and H^-1 loses row and column j by Gaussian elimination.
+Fixing input j of a row costs e = (w_j - q_j) / [H^-1]_jj; the free inputs move by -e [H^-1]_:j, and H^-1 loses row and
+column j by Gaussian elimination.
 """
 
 import torch
