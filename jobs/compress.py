@@ -34,12 +34,12 @@ def check_run_root(config: RunConfig) -> None:
         )
 
 
-def compress(config: RunConfig, dry_run: bool) -> None:
+def compress(path: Path, config: RunConfig, dry_run: bool) -> None:
     console = Console(width=None if os.isatty(1) else 160)
     check_run_root(config)
     unbuilt = unbuilt_settings(config)
     if unbuilt and not dry_run:
-        raise ConfigError("\n".join(unbuilt))
+        raise ConfigError("\n".join(f"{path}: {line}" for line in unbuilt))
     prepared = prepare(config, is_dry=dry_run)
     print_plan(prepared, console)
     if dry_run:
@@ -59,7 +59,7 @@ def main(
     """Compress a mixture-of-experts checkpoint to paired-4:8 sparse NVFP4."""
     configure_logging()
     try:
-        compress(load_config(config, tuple(set_ or ()), run_root), dry_run)
+        compress(config, load_config(config, tuple(set_ or ()), run_root), dry_run)
     except P48Error as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2 if isinstance(error, UserError) else 1) from None

@@ -89,7 +89,8 @@ class CompressionConfig(Section):
     damp: Automatic | Annotated[float, Field(gt=0)] = Field("auto", description="Fraction of the Hessian's mean diagonal; auto: see docs.")
     output_damp: Automatic | Annotated[float, Field(gt=0)] = "auto"
     router_weight_exponent: float = Field(2.0, ge=0)
-    sweeps: int = Field(6, ge=0)
+    sweeps: int = Field(6, ge=0, description="Of block descent.")
+    code_sweeps: int = Field(0, ge=0, description="Of code descent, after quantization.")
     refine_steps: int = Field(0, ge=0)
     activation_quantization: bool = Field(True, description="Curvature of NVFP4-quantized activations (W4A4) instead of the original ones.")
     max_fallback_share: float = Field(0.01, ge=0, le=1, description="Share of linears that may fall back to rounding before the job fails.")
@@ -97,6 +98,8 @@ class CompressionConfig(Section):
     @model_validator(mode="after")
     def solver_fits_sparsity(self) -> "CompressionConfig":
         allowed = {"gptq": {"none"}, "sparsegpt_gptq": {"paired-4:8"}, "block_descent": {"paired-4:8"}}.get(self.solver)
+        if self.output_curvature and self.solver != "block_descent":
+            raise ValueError(f"output_curvature needs solver 'block_descent', found {self.solver!r}")
         if allowed is not None and self.sparsity not in allowed:
             raise ValueError(f"solver {self.solver!r} needs sparsity {' or '.join(sorted(allowed))!r}, found {self.sparsity!r}")
         return self
@@ -156,8 +159,6 @@ UNBUILT: dict[str, tuple[Any, str]] = {
         "local .jsonl files",
     ),
     "calibration.propagate": (lambda c: c.calibration.propagate != "dense", "dense"),
-    "compression.output_curvature": (lambda c: c.compression.output_curvature, "false"),
-    "compression.output_damp": (lambda c: c.compression.output_damp != "auto", "auto"),
     "compression.refine_steps": (lambda c: c.compression.refine_steps != 0, "0"),
     "output.storage": (lambda c: c.output.storage != "dense", "dense"),
     "run.root": (lambda c: "://" in c.run.root and not c.run.root.startswith("file://"), "a local folder"),

@@ -44,7 +44,7 @@ def estimate(plan: RunPlan, index: CheckpointIndex, layout: ModelLayout, shards:
     moe = len(layout.moe_layers)
     layer_activations = tokens * (2 * layout.hidden_size + ROUTING_BYTES * layout.top_k)
     activations = moe * layer_activations
-    residuals = plan.last_moe_layer * tokens * layout.hidden_size * (4 if c.compute_dtype == "float32" else 2)
+    residuals = len(plan.boundaries) * tokens * layout.hidden_size * (4 if c.compute_dtype == "float32" else 2)
     units = sum(unit_bytes(layout, u) for u in plan.units)
     source = sum(e.num_bytes for e in index.tensors.values())
     untouched = untouched_tensors(index, layout)

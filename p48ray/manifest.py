@@ -24,6 +24,19 @@ class ActivationPart(Record):
     tokens_per_expert: tuple[int, ...]
 
 
+class GradientPart(Record):
+    """One part of the gradients at one layer's routed output."""
+
+    schema_version: Literal[1] = 1
+    plan_digest: str
+    layer: int
+    part: int
+    num_tokens: int
+    size_bytes: int
+    sha256: str
+    mean_square: float = Field(ge=0, description="Mean over tokens of |delta|^2.")
+
+
 class LayerScales(Record):
     """The two input global scales of a complete layer (DESIGN: one scale for all experts of a layer, so that units stay independent)."""
 

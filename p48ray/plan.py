@@ -44,6 +44,7 @@ SETTINGS: dict[str, Effect] = {
     "compression.output_damp": "digest",
     "compression.router_weight_exponent": "digest",
     "compression.sweeps": "digest",
+    "compression.code_sweeps": "digest",
     "compression.refine_steps": "digest",
     "compression.activation_quantization": "digest",
     "compression.max_fallback_share": "free",
@@ -121,8 +122,14 @@ class RunPlan(Record):
     digest: str
 
     @property
-    def last_moe_layer(self) -> int:
-        return self.source.moe_layers[-1]
+    def num_streamed_layers(self) -> int:
+        """Layers that capture runs: up to the last mixture, or all of them where gradients come back from the head."""
+        return self.source.num_layers if self.config.compression.output_curvature else self.source.moe_layers[-1] + 1
+
+    @property
+    def boundaries(self) -> range:
+        """Layers before which the residual stream is stored; num_layers stands for what enters the head."""
+        return range(1, self.num_streamed_layers + self.config.compression.output_curvature)
 
 
 def make_plan(config: RunConfig, index: CheckpointIndex, layout: ModelLayout, documents_digest: str, tokenizer_digest: str) -> RunPlan:

@@ -4,6 +4,8 @@ plan.json                                            written first
 calibration/tokens.arrow                             packed token ids of the calibration sequences
 residuals/layer-007/part-0003.arrow                  what enters layer 7
 activations/layer-007/part-0003.arrow (+ .json)      what its experts see;  scales.json once the layer is complete
+gradients/layer-007/part-0003.arrow (+ .json)        the loss's gradient at its routed output, rows as in activations
+residual-gradients/layer-007/part-0003.arrow         the gradient with respect to what enters layer 7, for resume
 units/L007-E048-055/<attempt>/shard.safetensors      one attempt's output;  units/L007-E048-055/manifest.json names the one that counts
 failures/<stage>/<task>/<attempt>.json               traceback and input of every failed attempt
 checkpoint/                                          the Hugging Face folder
@@ -15,6 +17,9 @@ report/report.json
 PLAN = "plan.json"
 TOKENS = "calibration/tokens.arrow"
 ACTIVATIONS = "activations/"
+GRADIENTS = "gradients/"
+RESIDUALS = "residuals/"
+RESIDUAL_GRADIENTS = "residual-gradients/"
 UNITS = "units/"
 FAILURES = "failures/"
 CHECKPOINT = "checkpoint/"
@@ -24,7 +29,7 @@ REPORT = "report/report.json"
 
 
 def residual_part(layer: int, part: int) -> str:
-    return f"residuals/layer-{layer:03d}/part-{part:04d}.arrow"
+    return f"{RESIDUALS}layer-{layer:03d}/part-{part:04d}.arrow"
 
 
 def activation_part(layer: int, part: int) -> str:
@@ -33,6 +38,18 @@ def activation_part(layer: int, part: int) -> str:
 
 def activation_manifest(layer: int, part: int) -> str:
     return f"{ACTIVATIONS}layer-{layer:03d}/part-{part:04d}.json"
+
+
+def gradient_part(layer: int, part: int) -> str:
+    return f"{GRADIENTS}layer-{layer:03d}/part-{part:04d}.arrow"
+
+
+def gradient_manifest(layer: int, part: int) -> str:
+    return f"{GRADIENTS}layer-{layer:03d}/part-{part:04d}.json"
+
+
+def residual_gradient_part(layer: int, part: int) -> str:
+    return f"{RESIDUAL_GRADIENTS}layer-{layer:03d}/part-{part:04d}.arrow"
 
 
 def layer_scales(layer: int) -> str:

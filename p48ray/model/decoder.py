@@ -101,7 +101,6 @@ class Decoder:
         return nn.Sequential(norm, projection)
 
 
-@torch.no_grad()
 def run_layer(layer: Any, x_BSH: Tensor, positions: tuple[Tensor, Tensor], micro_batch: int) -> Tensor:
     """One decoder layer on a part: attention by micro-batches of sequences, the mixture on all tokens of the part at once.
 

@@ -55,9 +55,13 @@ def read_documents(path: str, key: str) -> Iterator[str]:
             continue
         try:
             text = json.loads(line.decode("utf-8"))["text"]
+            str(text).encode("utf-8")  # JSON can spell half a surrogate pair (\ud83d alone), which is no text and stops tokenizers
         except UnicodeDecodeError as error:
             raise CalibrationError(f"{key}: {path}, line {number}: not UTF-8 (byte {error.start} of the line)") from None
-        except (ValueError, KeyError, TypeError):
+        except UnicodeEncodeError as error:
+            found = f"a lone surrogate at character {error.start}"
+            raise CalibrationError(f"{key}: {path}, line {number}: expected a 'text' that is Unicode, found {found}") from None
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise CalibrationError(f"{key}: {path}, line {number}: expected a JSON object with a 'text', found {line[:60]!r}") from None
         if not isinstance(text, str):
             raise CalibrationError(f"{key}: {path}, line {number}: 'text' should be a string, found {type(text).__name__}")

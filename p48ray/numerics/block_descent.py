@@ -24,7 +24,7 @@ Legend: N experts, O out, I in, P pairs (I/2), K pair_groups (I/8), C columns of
 8 inputs of a pair_group, 6 patterns, 48 = 6 * 8.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float32
@@ -38,14 +38,38 @@ COLUMN_BLOCK = 128
 
 
 @dataclass(slots=True, kw_only=True)
-class _Descent:
-    """Buffers of a descent: `values_NOI` and `pattern_NOK` change under way."""
+class Descent:
+    """Buffers of a descent: `values_NOI` and `pattern_NOK` change under way; H and the 4 x 4 solvers made from it do not."""
 
     target_NOI: Tensor
     values_NOI: Tensor
     pattern_NOK: Tensor
     hessian_NII: Tensor
     solver_NK848: Tensor
+
+    def rows(self, rows_R: Tensor, target_NRI: Tensor) -> "Descent":
+        """Some rows as a descent of their own, with copies of their values and another target."""
+        return replace(self, target_NOI=target_NRI, values_NOI=self.values_NOI[:, rows_R], pattern_NOK=self.pattern_NOK[:, rows_R])
+
+    def keep(self) -> Tensor:
+        """Kept pairs (N, O, P)."""
+        return torch.tensor(PATTERNS, device=self.target_NOI.device)[self.pattern_NOK].flatten(2)
+
+
+def start_descent(target: Tensor, start_values: Tensor, start_keep: Tensor, hessian_damped: Tensor) -> Descent:
+    """Fresh buffers and the solvers of every pair_group; shapes as in block_descent.
+
+    Raises: NumericsError if the inputs are not a multiple of 8.
+    """
+    if target.shape[2] % INPUTS_IN_GROUP:
+        raise NumericsError(f"block_descent: expected {target.shape[2]} inputs to be a multiple of {INPUTS_IN_GROUP}")
+    return Descent(
+        target_NOI=target,
+        values_NOI=start_values.clone(),
+        pattern_NOK=pattern_index(start_keep).long(),
+        hessian_NII=hessian_damped,
+        solver_NK848=_six_solvers(hessian_damped),
+    )
 
 
 def block_descent(
@@ -65,26 +89,27 @@ def block_descent(
     Raises:  NumericsError if i or column_block is not a multiple of 8.
     Cost:    O I^2 multiply-adds an expert and sweep.
     """
-    i = target.shape[2]
-    if i % INPUTS_IN_GROUP or column_block % INPUTS_IN_GROUP:
-        raise NumericsError(f"block_descent: expected {i} inputs and column_block {column_block} to be multiples of {INPUTS_IN_GROUP}")
-    state = _Descent(
-        target_NOI=target,
-        values_NOI=start_values.clone(),
-        pattern_NOK=pattern_index(start_keep).long(),
-        hessian_NII=hessian_damped,
-        solver_NK848=_six_solvers(hessian_damped),
-    )
+    state = start_descent(target, start_values, start_keep, hessian_damped)
     loss = float(hessian_loss(target - start_values, hessian_damped).sum()) if min_relative_gain > 0 else 0.0
     for _ in range(sweeps):
-        for start in range(0, i, column_block):
-            _descend_columns_(state, start, min(start + column_block, i))
+        sweep_(state, column_block)
         if min_relative_gain > 0:
             previous, loss = loss, float(hessian_loss(target - state.values_NOI, hessian_damped).sum())
             if previous - loss < min_relative_gain * previous:
                 break
-    patterns = torch.tensor(PATTERNS, device=target.device)
-    return state.values_NOI, patterns[state.pattern_NOK].flatten(2)
+    return state.values_NOI, state.keep()
+
+
+def sweep_(state: Descent, column_block: int) -> None:
+    """One visit to every pair_group of every row.
+
+    Raises: NumericsError if column_block is not a multiple of 8.
+    """
+    if column_block % INPUTS_IN_GROUP:
+        raise NumericsError(f"block_descent: expected column_block {column_block} to be a multiple of {INPUTS_IN_GROUP}")
+    num_inputs = state.target_NOI.shape[2]
+    for start in range(0, num_inputs, column_block):
+        _descend_columns_(state, start, min(start + column_block, num_inputs))
 
 
 def _six_solvers(hessian_NII: Tensor) -> Tensor:
@@ -104,7 +129,7 @@ def _six_solvers(hessian_NII: Tensor) -> Tensor:
     return embedded_NK688.transpose(2, 3).flatten(3)
 
 
-def _descend_columns_(state: _Descent, start: int, stop: int) -> None:
+def _descend_columns_(state: Descent, start: int, stop: int) -> None:
     """One visit to every pair_group of a column_block, left to right."""
     values_NOI, hessian_NII = state.values_NOI, state.hessian_NII
     slope_NOC = (state.target_NOI - values_NOI) @ hessian_NII[:, :, start:stop]

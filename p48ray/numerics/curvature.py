@@ -25,6 +25,8 @@ SLICE_TOKENS = 4096  # tokens per matrix product: float32 sums stay short, the r
 DAMP_MIN, DAMP_MAX = 0.01, 0.1
 DAMP_TOKENS = 0.6  # damp = 0.6 / tokens per input: 0.1 at 6 (where 0.01 is worse and 0.3 about equal), 0.01 from 60 on
 
+OUTPUT_DAMP_MIN, OUTPUT_DAMP_MAX, OUTPUT_DAMP_TOKENS = 0.05, 0.3, 1.8  # the same for G, per output
+
 
 @dataclass(slots=True)
 class SecondMoment:
@@ -102,6 +104,11 @@ def shrink_towards(hessian: Float32[Tensor, "*n i i"], pool: Float32[Tensor, "*#
 def damp_from_tokens(tokens_per_input: float) -> float:
     """Damping (fraction of the mean diagonal) for a Hessian from this many tokens per input: 0.6 / r within [0.01, 0.1]."""
     return DAMP_MAX if tokens_per_input <= 0 else min(DAMP_MAX, max(DAMP_MIN, DAMP_TOKENS / tokens_per_input))
+
+
+def output_damp_from_tokens(tokens_per_output: float) -> float:
+    """Damping of G from this many tokens per output: 1.8 / r within [0.05, 0.3]; DESIGN 7.3: 0.05 with many tokens, 0.3 with few."""
+    return OUTPUT_DAMP_MAX if tokens_per_output <= 0 else min(OUTPUT_DAMP_MAX, max(OUTPUT_DAMP_MIN, OUTPUT_DAMP_TOKENS / tokens_per_output))
 
 
 def shrinkage_from_tokens(num_tokens: float, half_tokens: float) -> float:

@@ -14,7 +14,7 @@ Legend: N experts, O out, I in, P pairs (I/2), G scale groups (I/16), B packed b
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from jaxtyping import Float32
@@ -23,11 +23,13 @@ from torch import Tensor
 from p48ray.errors import NumericsError
 from p48ray.numerics import e2m1, nvfp4
 from p48ray.numerics.block_descent import block_descent
-from p48ray.numerics.curvature import damp, damp_from_tokens, mean_diagonal
+from p48ray.numerics.code_descent import code_descent
+from p48ray.numerics.curvature import damp, damp_from_tokens, mean_diagonal, output_damp_from_tokens
 from p48ray.numerics.factor import Factor, inverse_factor
 from p48ray.numerics.metrics import hessian_loss
 from p48ray.numerics.paired48 import INPUTS_IN_GROUP, keep_top_pairs, pairs_to_inputs
 from p48ray.numerics.sparsegpt import one_shot
+from p48ray.numerics.two_sided import two_sided_descent, two_sided_loss
 
 PAIRED_48 = "paired-4:8"
 NO_SPARSITY = "none"
@@ -36,13 +38,16 @@ NO_SPARSITY = "none"
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SolverSettings:
     """solver: a key of SOLVERS. sparsity: "paired-4:8" or "none". scale_span: 16 or 32 inputs a scale. damp: fraction of the mean diagonal,
-    None to take it from the token count. sweeps: of block descent."""
+    None to take it from the token count. output_damp: the same for G. sweeps: of block descent. code_sweeps: of code
+    descent afterwards."""
 
     solver: str
     sparsity: str
     scale_span: int
     damp: float | None
     sweeps: int
+    output_damp: float | None = None
+    code_sweeps: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,6 +73,14 @@ class _Problem:
     hessian_NII: Tensor
     factor: Factor | None
     settings: SolverSettings
+    output_hessian_NOO: Tensor | None = None
+
+    def loss(self, values_NOI: Tensor) -> Tensor:
+        """The objective per expert: tr((T - Q) H (T - Q)^T), with G in front where it is known. H undamped."""
+        delta_NOI = self.target_NOI - values_NOI
+        if self.output_hessian_NOO is None:
+            return hessian_loss(delta_NOI, self.hessian_NII)
+        return two_sided_loss(delta_NOI, self.hessian_NII, self.output_hessian_NOO)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,12 +111,13 @@ def solve(
     tokens_per_input: Sequence[float],
     settings: SolverSettings,
     target: Float32[Tensor, "n o i"] | None = None,
+    output_hessian: Float32[Tensor, "n o o"] | None = None,
 ) -> Solution:
     """Quantize a batch of linears.
 
     Args:    weight: the original weights. hessian: mean second moment of each expert's inputs, undamped. tokens_per_input: decides the
              damping where settings.damp is None. target: what the values aim at (asymmetric.compensated_target), None for the weight
-             itself.
+             itself. output_hessian: G, mean second moment of the gradients at the outputs, undamped; block_descent then works on both sides.
     Returns: new tensors on weight's device; values_NOI is what the codes decode to. An expert whose Hessian is zero, not finite or
              indefinite beyond the damping ladder is rounded to nearest from its WEIGHT, because its target came from the same statistics.
     Raises:  NumericsError for unknown or unfitting settings, bad shapes, weights or targets that are not finite.
@@ -117,7 +131,9 @@ def solve(
     factor = inverse_factor(hessian, damp_rel)
     failed_N = torch.tensor(factor.failed, device=weight.device)
     usable_NII = torch.where(failed_N[:, None, None], torch.eye(weight.shape[2], device=weight.device), hessian)
-    draft = SOLVERS[settings.solver](_Problem(target_NOI=aim_NOI, hessian_NII=usable_NII, factor=factor, settings=settings))
+    damped_NOO = None if output_hessian is None else damped_output_hessian(output_hessian, tokens_per_input, weight.shape[2], settings)
+    problem = _Problem(target_NOI=aim_NOI, hessian_NII=usable_NII, factor=factor, settings=settings, output_hessian_NOO=damped_NOO)
+    draft = SOLVERS[settings.solver](problem)
     if any(factor.failed):
         draft = draft.replaced(
             failed_N, _round_to_nearest(_Problem(target_NOI=weight, hessian_NII=hessian, factor=None, settings=settings))
@@ -150,10 +166,15 @@ def _block_descent(problem: _Problem) -> _Draft:
     target_NOI, start_values_NOI = problem.target_NOI, start.values()
     damp_N = torch.tensor(problem.factor.damp_rel, device=target_NOI.device)
     damped_NII = damp(problem.hessian_NII, damp_N)
-    descended_NOI, keep_NOP = block_descent(target_NOI, start_values_NOI, start.keep_NOP, damped_NII, problem.settings.sweeps)
-    end = _column_loop(problem, descended_NOI, keep_NOP)
-    end_loss_N = hessian_loss(target_NOI - end.values(), problem.hessian_NII)
-    is_worse_N = ~(end_loss_N <= hessian_loss(target_NOI - start_values_NOI, problem.hessian_NII))  # a NaN is worse
+    sweeps, output_hessian_NOO = problem.settings.sweeps, problem.output_hessian_NOO
+    if output_hessian_NOO is None:
+        descended_NOI, keep_NOP = block_descent(target_NOI, start_values_NOI, start.keep_NOP, damped_NII, sweeps)
+    else:
+        descended_NOI, keep_NOP = two_sided_descent(
+            target_NOI, start_values_NOI, start.keep_NOP, damped_NII, output_hessian_NOO, sweeps
+        )
+    end = _descend_codes(problem, _column_loop(problem, descended_NOI, keep_NOP), damped_NII)
+    is_worse_N = ~(problem.loss(end.values()) <= problem.loss(start_values_NOI))  # a NaN is worse
     marked = _Draft(
         codes_NOI=start.codes_NOI,
         scale_NOG=start.scale_NOG,
@@ -162,6 +183,24 @@ def _block_descent(problem: _Problem) -> _Draft:
         is_start_N=~start.is_start_N,
     )
     return end.replaced(is_worse_N, marked)
+
+
+def _descend_codes(problem: _Problem, draft: _Draft, damped_NII: Tensor) -> _Draft:
+    """The draft after settings.code_sweeps of code descent."""
+    if not problem.settings.code_sweeps:
+        return draft
+    codes_NOI, scale_NOG, keep_NOP = code_descent(
+        problem.target_NOI,
+        draft.codes_NOI,
+        draft.scale_NOG,
+        draft.global_scale_N,
+        draft.keep_NOP,
+        damped_NII,
+        problem.output_hessian_NOO,
+        span=problem.settings.scale_span,
+        sweeps=problem.settings.code_sweeps,
+    )
+    return replace(draft, codes_NOI=codes_NOI, scale_NOG=scale_NOG, keep_NOP=keep_NOP)
 
 
 def _column_loop(problem: _Problem, values_NOI: Tensor, keep_NOP: Tensor | None) -> _Draft:
@@ -187,6 +226,17 @@ SPARSITIES = {
     "sparsegpt_gptq": (PAIRED_48,),
     "block_descent": (PAIRED_48,),
 }
+
+
+def damped_output_hessian(
+    output_hessian: Float32[Tensor, "n o o"], tokens_per_input: Sequence[float], num_inputs: int, settings: SolverSettings
+) -> Float32[Tensor, "n o o"]:
+    """G with its diagonal raised (settings.output_damp, else from tokens per output); the identity for an expert whose G is zero or not finite."""
+    num_outputs, given = output_hessian.shape[1], settings.output_damp
+    rels = [output_damp_from_tokens(t * num_inputs / num_outputs) if given is None else given for t in tokens_per_input]
+    damped_NOO = damp(output_hessian, torch.tensor(rels, device=output_hessian.device))
+    is_usable_N = torch.isfinite(output_hessian).all(-1).all(-1) & (mean_diagonal(output_hessian) > 0)
+    return torch.where(is_usable_N[:, None, None], damped_NOO, torch.eye(num_outputs, device=output_hessian.device))
 
 
 def _global_scale(values_NOI: Tensor) -> Tensor:

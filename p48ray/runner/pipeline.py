@@ -25,6 +25,8 @@ from p48ray.store.view import SubStore
 
 log = logging.getLogger("p48ray.progress")
 
+LISTED_PROBLEMS = 20
+
 RunnerFactory = Callable[[RunPlan, str], AbstractContextManager[Runner]]
 
 
@@ -40,6 +42,7 @@ def run_job(prepared: Prepared, make_runner: RunnerFactory) -> Report:
     with make_runner(plan, store.uri) as runner:
         job = Job(prepared, runner, seconds)
         job.capture()
+        job.gradients()
         job.compress()
         job.reduce()
         job.verify()
@@ -73,16 +76,25 @@ class Job:
         return lambda: len(expected & self.keys(prefix))
 
     def capture(self) -> None:
+        self.stream("capture", "activation parts", run_root.activation_manifest, run_root.ACTIVATIONS)
+        finish_layers(self.context)
+
+    def gradients(self) -> None:
+        if not self.plan.config.compression.output_curvature:
+            return
+        self.stream("gradients", "gradient parts", run_root.gradient_manifest, run_root.GRADIENTS)
+
+    def stream(self, stage: str, noun: str, manifest: Callable[[int, int], str], prefix: str) -> None:
+        """A stage whose tasks own slices of the sequences and walk through all layers."""
         plan = self.plan
-        expected = {p.part: {run_root.activation_manifest(n, p.part) for n in plan.source.moe_layers} for p in plan.parts}
-        held = self.keys(run_root.ACTIVATIONS)
+        expected = {p.part: {manifest(n, p.part) for n in plan.source.moe_layers} for p in plan.parts}
+        held = self.keys(prefix)
         missing = [part for part, keys in expected.items() if keys - held]
         workers = plan.config.run.capture_workers or plan.config.run.num_workers
         slices = [s for s in (missing[i::workers] for i in range(workers)) if s]
-        tasks = [Task(stage="capture", id=f"parts-{s[0]:04d}-and-{len(s) - 1}-more", item=s) for s in slices]
+        tasks = [Task(stage=stage, id=f"parts-{s[0]:04d}-and-{len(s) - 1}-more", item=s) for s in slices]
         every = [key for keys in expected.values() for key in keys]
-        self.stage("capture", "activation parts", len(every), self.present(every, run_root.ACTIVATIONS), tasks)
-        finish_layers(self.context)
+        self.stage(stage, noun, len(every), self.present(every, prefix), tasks)
 
     def compress(self) -> None:
         held = self.keys(run_root.UNITS)
@@ -102,16 +114,24 @@ class Job:
 
     def verify(self) -> None:
         held = self.keys(run_root.VERIFICATION)
+        for key in sorted(held):  # a verdict that found problems is not the last word: its shard may have been mended since
+            if ShardVerdict.load(self.store, key).problems:
+                self.store.delete(key)
+                held.remove(key)
         missing = [s for s in self.shards if run_root.shard_verdict(s.name) not in held]
         tasks = [Task(stage="verify", id=s.name, item=s) for s in missing]
         every = [run_root.shard_verdict(s.name) for s in self.shards]
         self.stage("verify", "shards", len(every), self.present(every, run_root.VERIFICATION), tasks)
         verdicts = [ShardVerdict.load(self.store, key) for key in every]
-        problems = [p for v in verdicts for p in v.problems]
+        problems = [p if p.startswith(v.shard) else f"{v.shard}: {p}" for v in verdicts for p in v.problems]
         problems += check_index(SubStore(self.store, run_root.CHECKPOINT), self.shards, self.context.layout)
         if problems:
-            listed = "\n".join(f"  {p}" for p in problems[:20])
-            raise VerificationError(f"{self.store.uri}/{run_root.CHECKPOINT}: {len(problems)} problems\n{listed}")
+            listed = "\n".join(f"  {p}" for p in problems[:LISTED_PROBLEMS])
+            rest = f"\n  and {len(problems) - LISTED_PROBLEMS} more" if len(problems) > LISTED_PROBLEMS else ""
+            where = f"{self.store.uri}/{run_root.CHECKPOINT}"
+            raise VerificationError(
+                f"{where}: {len(problems)} problems; delete the files named here and run the same command again to have them made anew\n{listed}{rest}"
+            )
 
     def evaluate(self) -> EvaluationResult | None:
         settings = self.plan.config.evaluation

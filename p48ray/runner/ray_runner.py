@@ -12,7 +12,7 @@ from typing import Any, Self
 import ray
 from ray.exceptions import RayActorError
 
-from p48ray.errors import ConfigError, StageFailedError
+from p48ray.errors import ConfigError, P48Error, StageFailedError, UserError
 from p48ray.plan import RunPlan
 from p48ray.runner.console import configure_logging
 from p48ray.stages.tasks import Task, TaskResult, execute, open_context
@@ -28,10 +28,15 @@ class WorkerProcess:
 
     def __init__(self, plan_json: bytes, store_uri: str) -> None:
         configure_logging()
-        self.context = open_context(RunPlan.from_json(plan_json, "the driver's plan"), store_uri)
+        self.plan_json, self.store_uri = plan_json, store_uri
 
-    def ready(self) -> bool:
-        return True
+    def ready(self) -> P48Error | None:
+        """Open the context. Returns what is wrong instead of raising it, which would reach the driver as a dead actor."""
+        try:
+            self.context = open_context(RunPlan.from_json(self.plan_json, "the driver's plan"), self.store_uri)
+        except P48Error as error:
+            return error
+        return None
 
     def execute(self, task: Task) -> TaskResult:
         return execute(self.context, task)
@@ -51,15 +56,11 @@ class RayRunner:
         self.starting: dict[Any, Any] = {}  # ready() reference -> actor
         self.running: dict[Any, tuple[Any, Task, int]] = {}  # execute() reference -> (actor, task, attempt)
         self.failed_starts = 0
+        self.has_joined = False
 
     def __enter__(self) -> Self:
         if not ray.is_initialized():
-            own: dict[str, Any] = {
-                "num_cpus": self.settings.num_workers * self.settings.threads_per_worker,
-                "object_store_memory": OBJECT_STORE_BYTES,
-            }
-            own |= {"include_dashboard": False, "address": "local"}
-            ray.init(**({"address": self.address} if self.address else own), log_to_driver=True, logging_level=logging.WARNING)
+            self.join()
         self.check_shared()
         actor = ray.remote(WorkerProcess)
         options = {"num_cpus": self.settings.threads_per_worker, "num_gpus": self.settings.gpus_per_worker, "max_restarts": 0}
@@ -67,7 +68,29 @@ class RayRunner:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        ray.shutdown()
+        for actor in [*self.idle, *self.starting.values(), *(actor for actor, _, _ in self.running.values())]:
+            ray.kill(actor)
+        if self.has_joined:  # a Ray that the caller started is the caller's to stop
+            ray.shutdown()
+
+    def join(self) -> None:
+        """Connect to the cluster, or start a Ray of this machine. Raises: ConfigError for an address where there is none."""
+        own: dict[str, Any] = {
+            "num_cpus": self.settings.num_workers * self.settings.threads_per_worker,
+            "object_store_memory": OBJECT_STORE_BYTES,
+            "include_dashboard": False,
+            "address": "local",
+        }
+        try:
+            ray.init(**({"address": self.address} if self.address else own), log_to_driver=True, logging_level=logging.WARNING)
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            if self.address is None:
+                raise
+            raise ConfigError(
+                f"RAY_ADDRESS: expected host:port of a running Ray cluster, found {self.address!r}: {first_line(error)}; "
+                "start one with `ray start --head`, or unset RAY_ADDRESS to use this machine alone"
+            ) from error
+        self.has_joined = True
 
     def check_shared(self) -> None:
         """A local path means another folder on every node, unless the user says that it does not."""
@@ -110,14 +133,19 @@ class RayRunner:
         """A worker that is up, or that died on its way."""
         actor = self.starting.pop(ref)
         try:
-            ray.get(ref)
+            problem: Exception | None = ray.get(ref)
         except RayActorError as error:
-            self.failed_starts += 1
-            if self.failed_starts >= self.settings.max_attempts * self.settings.num_workers:
-                raise StageFailedError(f"workers can not start ({self.failed_starts} tries): {error}") from error
-            log.warning("a worker could not start: %s", first_line(error))
-        else:
+            problem = error
+        if problem is None:
             self.idle.append(actor)
+            return
+        ray.kill(actor)
+        if isinstance(problem, UserError):
+            raise problem
+        self.failed_starts += 1
+        if self.failed_starts >= self.settings.max_attempts * self.settings.num_workers:
+            raise StageFailedError(f"workers can not start ({self.failed_starts} tries): {problem}") from problem
+        log.warning("a worker could not start: %s", first_line(problem))
 
     def settle_task(self, ref: Any, waiting: deque[tuple[Task, int]]) -> Iterator[TaskResult]:
         """A task that ended, or whose worker died."""
@@ -126,6 +154,7 @@ class RayRunner:
             result = ray.get(ref)
         except RayActorError as error:
             log.warning("%s %s: its worker died in attempt %d: %s", task.stage, task.id, attempt, first_line(error))
+            ray.kill(actor)  # one that is only out of reach would keep its place in the cluster
             if attempt < self.settings.max_attempts:
                 waiting.append((task, attempt + 1))
             else:
@@ -144,4 +173,4 @@ class RayRunner:
 
 
 def first_line(error: Exception) -> str:
-    return str(error).splitlines()[0]
+    return (str(error).splitlines() or [type(error).__name__])[0]

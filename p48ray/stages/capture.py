@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 INTERMEDIATE_MARGIN = 1.25
 
 
+@torch.no_grad()
 def capture_parts(context: StageContext, parts: Sequence[int]) -> list[ActivationPart]:
     """Run the given parts up the layers, writing activations and boundaries that are missing. Returns the manifests it wrote."""
     plan = context.plan
@@ -34,7 +35,7 @@ def capture_parts(context: StageContext, parts: Sequence[int]) -> list[Activatio
     stream = ResidualStream(context, decoder, [plan.parts[p] for p in parts])
     positions = decoder.positions(plan.config.calibration.sequence_length)
     written: list[ActivationPart] = []
-    for number in range(plan.last_moe_layer + 1):
+    for number in range(plan.num_streamed_layers):
         waiting = [p for p in stream.parts if not stream.is_past(number, p)]
         if not waiting:
             continue
@@ -48,7 +49,7 @@ def capture_parts(context: StageContext, parts: Sequence[int]) -> list[Activatio
                 raise CalibrationError(
                     f"layer {number}, part {part.part}: the model's own activations are not finite; is the source corrupt?"
                 )
-            if number < plan.last_moe_layer:
+            if number + 1 in plan.boundaries:
                 stream.put(number + 1, part, x_BSH)
             if is_moe:
                 written.append(write_activations(context, number, part, seen[0]))
@@ -67,17 +68,17 @@ class ResidualStream:
     def __init__(self, context: StageContext, decoder: Decoder, parts: list[SequencePart]) -> None:
         self.context, self.decoder, self.parts = context, decoder, parts
         self.held: dict[int, tuple[int, Tensor]] = {}  # part -> (layer it enters, values)
-        keys = {info.key for prefix in ("residuals/", run_root.ACTIVATIONS) for info in context.store.list(prefix)}
+        keys = {info.key for prefix in (run_root.RESIDUALS, run_root.ACTIVATIONS) for info in context.store.list(prefix)}
         self.entry_of = {part.part: self.first_unfinished(part, keys) for part in parts}
 
     def first_unfinished(self, part: SequencePart, keys: set[str]) -> int:
         """The layer to run first: all before it have their activations, and its own input is stored (layer 0's is the embedding)."""
         plan = self.context.plan
         entry = 0
-        for number in range(plan.last_moe_layer + 1):
+        for number in range(plan.num_streamed_layers):
             if number in plan.source.moe_layers and run_root.activation_manifest(number, part.part) not in keys:
                 break
-            if number < plan.last_moe_layer and run_root.residual_part(number + 1, part.part) not in keys:
+            if number + 1 in plan.boundaries and run_root.residual_part(number + 1, part.part) not in keys:
                 break
             entry = number + 1
         return entry

@@ -31,7 +31,7 @@ from p48ray.numerics.solvers import Solution, SolverSettings, solve
 from p48ray.output_layout import unit_bytes, unit_rows
 from p48ray.plan import WorkUnit
 from p48ray.stages.context import StageContext
-from p48ray.stages.curvature import ASYMMETRIC_SOLVERS, Curvature, RoutedTokens, down_curvature, gate_up_curvature
+from p48ray.stages.curvature import ASYMMETRIC_SOLVERS, Curvature, RoutedTokens, down_curvature, gate_up_curvature, output_side
 
 log = logging.getLogger(__name__)
 
@@ -68,11 +68,12 @@ def compress_unit(context: StageContext, unit: WorkUnit) -> UnitManifest:
         tokens = RoutedTokens(context, unit, scales)
     gate_up_NOI = torch.stack([torch.cat([w.gate_FH, w.up_FH]) for w in originals])
     with clock.phase("curvature"):
-        inputs, clipped_input = gate_up_curvature(tokens)
+        side = output_side(tokens, originals)
+        inputs, clipped_input = gate_up_curvature(tokens, side)
     with clock.phase("solve"):
         gate_up = solve_batch(context, gate_up_NOI, inputs)
     with clock.phase("curvature"):
-        intermediates, clipped_intermediate = down_curvature(tokens, originals, gate_up.values_NOI)
+        intermediates, clipped_intermediate = down_curvature(tokens, side, originals, gate_up.values_NOI)
     down_NOI = torch.stack([w.down_HF for w in originals])
     with clock.phase("solve"):
         down = solve_batch(context, down_NOI, intermediates)
@@ -93,10 +94,20 @@ def solve_batch(context: StageContext, weight_NOI: Tensor, curvature: list[Curva
     damp = None if settings.damp == "auto" else settings.damp
     if damp is None and settings.solver not in ASYMMETRIC_SOLVERS:
         damp = ONE_SHOT_DAMP
+    output_hessian_NOO = None
+    if settings.output_curvature:
+        output_hessian_NOO = torch.stack([c.output_hessian_OO for c in curvature if c.output_hessian_OO is not None])
     solver = SolverSettings(
-        solver=settings.solver, sparsity=settings.sparsity, scale_span=settings.scale_span, damp=damp, sweeps=settings.sweeps
+        solver=settings.solver,
+        sparsity=settings.sparsity,
+        scale_span=settings.scale_span,
+        damp=damp,
+        output_damp=None if settings.output_damp == "auto" else settings.output_damp,
+        sweeps=settings.sweeps,
+        code_sweeps=settings.code_sweeps,
     )
-    return solve(weight_NOI, hessian_NII, [c.tokens / weight_NOI.shape[2] for c in curvature], solver, target_NOI)
+    tokens_per_input = [c.tokens / weight_NOI.shape[2] for c in curvature]
+    return solve(weight_NOI, hessian_NII, tokens_per_input, solver, target_NOI, output_hessian_NOO)
 
 
 Solved = tuple[Tensor, Solution, list[Curvature]]

@@ -1,5 +1,6 @@
 """What every stage function gets besides its item of work: the plan, the run root, the opened source, and where to compute."""
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -11,7 +12,7 @@ from p48ray.checkpoint.decode import read_expert
 from p48ray.checkpoint.index import CheckpointIndex
 from p48ray.checkpoint.layout import ModelLayout
 from p48ray.errors import ShardCorruptError
-from p48ray.manifest import LayerScales
+from p48ray.manifest import ActivationPart, GradientPart, LayerScales
 from p48ray.model.decoder import Decoder
 from p48ray.model.experts import ExpertWeights
 from p48ray.plan import RunPlan
@@ -50,10 +51,28 @@ class StageContext:
         return scales
 
     def activation_parts(self, layer: int) -> Iterator[dict[str, Tensor]]:
-        """The captured parts of a layer, in the plan's order: hidden (bf16), expert_ids, router_weights."""
+        """The captured parts of a layer, in the plan's order: hidden (bf16), expert_ids, router_weights; delta (bf16) where gradients are used.
+
+        Raises: ShardCorruptError when a part is not what its manifest says.
+        """
         for part in self.plan.parts:
-            key = run_root.activation_part(layer, part.part)
-            yield arrow.decode(self.store.get(key), f"{self.store.uri}/{key}")
+            seen = ActivationPart.load(self.store, run_root.activation_manifest(layer, part.part))
+            columns = self.checked_part(run_root.activation_part(layer, part.part), seen)
+            if self.plan.config.compression.output_curvature:
+                felt = GradientPart.load(self.store, run_root.gradient_manifest(layer, part.part))
+                columns |= self.checked_part(run_root.gradient_part(layer, part.part), felt)
+            yield columns
+
+    def checked_part(self, key: str, manifest: ActivationPart | GradientPart) -> dict[str, Tensor]:
+        """Columns of one stored part, after a check of owner, size and digest."""
+        self.check_owner(manifest.plan_digest, key)
+        data = self.store.get(key)
+        if len(data) != manifest.size_bytes or hashlib.sha256(data).hexdigest() != manifest.sha256:
+            raise ShardCorruptError(
+                f"{self.store.uri}/{key}: expected {manifest.size_bytes} bytes with SHA-256 {manifest.sha256[:12]} as its manifest says, found {len(data)} "
+                "others; delete the part and its manifest to have it captured again"
+            )
+        return arrow.decode(data, f"{self.store.uri}/{key}")
 
     def check_owner(self, digest: str, key: str) -> None:
         if digest != self.plan.digest:

@@ -7,6 +7,7 @@ Legend: N experts of the unit, T tokens, K experts a token, H hidden size, F int
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from p48ray.manifest import LayerScales
 from p48ray.model.experts import ExpertWeights, intermediate
 from p48ray.numerics.activation import count_clipped, quantize_activations
 from p48ray.numerics.curvature import SecondMoment, shrinkage_from_tokens
+from p48ray.numerics.output_gradients import expert_gradients, norm_weights
 from p48ray.plan import WorkUnit
 from p48ray.stages.context import StageContext
 
@@ -23,6 +25,10 @@ LAYER_SAMPLE_TOKENS = 8192  # tokens of the whole layer that stand in for what a
 # of gate and up a quarter was best for their H, a half for down's; at 0 tokens only the layer is left.
 GATE_UP_HALF_TOKENS = 2.0
 DOWN_HALF_TOKENS = 12.0
+# The same for G, in tokens per input of gate and up: at 6 of them three quarters were best for down's.
+GATE_UP_OUTPUT_HALF_TOKENS = 2.0
+DOWN_OUTPUT_HALF_TOKENS = 18.0
+GRADIENT_NORM_CLIP = 20.0  # times the mean; DESIGN 7
 ASYMMETRIC_SOLVERS = ("block_descent",)  # the one-shot solvers stay what their papers describe
 # One-shot solvers know no shrinkage, except for experts with fewer tokens than inputs, whose Hessian alone has no full rank.
 MIN_TOKENS_PER_INPUT = 1.0
@@ -31,16 +37,35 @@ GATHERED_BYTES = 8 * 10**9  # routed tokens of a unit kept in memory; beyond it 
 
 @dataclass(slots=True)
 class Curvature:
-    """Second moments of one expert. `own` counts routed tokens, `shrinkage` is the layer's weight in `hessian_II`."""
+    """Second moments of one expert's linear. `tokens` counts its own routed tokens, `shrinkage` is the layer's weight in `hessian_II`.
+
+    For down: `cross_II` = mean of (original intermediate)^T (compressed one), `energy_II` that of the originals.
+    `output_hessian_OO`: G, where gradients are used.
+    """
 
     hessian_II: Tensor
     tokens: int
     shrinkage: float
     cross_II: Tensor | None = None
     energy_II: Tensor | None = None
+    output_hessian_OO: Tensor | None = None
 
 
-RoutedSlice = tuple[int, Tensor, Tensor]
+class RoutedSlice(NamedTuple):
+    """The tokens of one expert in one part: x as stored (bf16), router weights, and delta (bf16) where gradients are used."""
+
+    position: int
+    x_TH: Tensor
+    router_T: Tensor
+    delta_TH: Tensor | None
+
+
+class LayerSample(NamedTuple):
+    """Some tokens of the whole layer, whatever experts they went to; router_T is the root mean square of a token's router weights."""
+
+    x_TH: Tensor
+    router_T: Tensor
+    delta_TH: Tensor | None
 
 
 class RoutedTokens:
@@ -52,31 +77,35 @@ class RoutedTokens:
     def __init__(self, context: StageContext, unit: WorkUnit, scales: LayerScales) -> None:
         self.context, self.unit, self.scales = context, unit, scales
         self.settings = context.plan.config.compression
-        expected = sum(scales.tokens_per_expert[e] for e in unit.experts) * 2 * context.layout.hidden_size
+        per_token = 2 * context.layout.hidden_size * (2 if self.settings.output_curvature else 1)
+        expected = sum(scales.tokens_per_expert[e] for e in unit.experts) * per_token
         self.gathered: list[RoutedSlice] | None = [] if expected <= GATHERED_BYTES else None
         share = -(-LAYER_SAMPLE_TOKENS // len(context.plan.parts))
         samples = []
         for part in context.activation_parts(unit.layer):
-            hidden_TH = part["hidden"]
-            samples.append(hidden_TH[:: max(1, len(hidden_TH) // share)][:share].float())
+            step = max(1, len(part["hidden"]) // share)
+            samples.append({name: column[::step][:share].float() for name, column in part.items() if name != "expert_ids"})
             if self.gathered is not None:
                 self.gathered += self.routed(part)
-        self.sample_TH = torch.cat(samples).to(context.device)
+        columns = {name: torch.cat([s[name] for s in samples]).to(context.device) for name in samples[0]}
+        router_T = columns["router_weights"].square().mean(1).sqrt()
+        self.sample = LayerSample(columns["hidden"], router_T, columns.get("delta"))
 
     def routed(self, part: dict[str, Tensor]) -> Iterator[RoutedSlice]:
-        """(position in the unit, x (T, H) bf16, token weights (T,)) of every expert that has tokens in a part."""
-        ids_TK, router_TK, hidden_TH = part["expert_ids"], part["router_weights"], part["hidden"]
+        """Slices of a part, one for every expert that has tokens in it."""
+        ids_TK, delta_TH = part["expert_ids"], part.get("delta")
         for n, expert in enumerate(self.unit.experts):
             rows, slots = torch.where(ids_TK == expert)
             if len(rows):
-                yield n, hidden_TH[rows], router_TK[rows, slots] ** self.settings.router_weight_exponent
+                yield RoutedSlice(n, part["hidden"][rows], part["router_weights"][rows, slots], None if delta_TH is None else delta_TH[rows])
 
     def __iter__(self) -> Iterator[RoutedSlice]:
-        """As `routed`, over all parts, x in float32, on the context's device."""
+        """As `routed`, over all parts, in float32 on the context's device; the same order every time."""
         parts = self.context.activation_parts(self.unit.layer)
-        slices = self.gathered if self.gathered is not None else (s for part in parts for s in self.routed(part))
-        for n, x_TH, weights_T in slices:
-            yield n, x_TH.to(self.context.device).float(), weights_T.to(self.context.device)
+        device = self.context.device
+        for s in self.gathered if self.gathered is not None else (s for part in parts for s in self.routed(part)):
+            delta_TH = None if s.delta_TH is None else s.delta_TH.to(device).float()
+            yield RoutedSlice(s.position, s.x_TH.to(device).float(), s.router_T.to(device), delta_TH)
 
     def quantized(self, values: Tensor, global_scale: float) -> Tensor:
         """Values as the kernel will see them (compression.activation_quantization), else as they are."""
@@ -85,29 +114,91 @@ class RoutedTokens:
         return quantize_activations(values, global_scale, self.settings.activation_group)
 
 
-def gate_up_curvature(tokens: RoutedTokens) -> tuple[list[Curvature], float]:
+@dataclass(slots=True)
+class OutputSide:
+    """G of every expert, and the token weights of every slice in the order of RoutedTokens; G is None where gradients are not used."""
+
+    gate_up: list[Tensor | None]
+    down: list[Tensor | None]
+    gate_up_weights: list[Tensor]
+    down_weights: list[Tensor]
+
+
+def output_side(tokens: RoutedTokens, originals: list[ExpertWeights]) -> OutputSide:
+    """What the gradients say: both G per expert, shrunk towards the layer's, and token weights from gradient norms. Router weights where there are none."""
+    if not tokens.settings.output_curvature:
+        weights = [s.router_T**tokens.settings.router_weight_exponent for s in tokens]
+        return OutputSide([None] * len(originals), [None] * len(originals), weights, weights)
+    hidden, size = originals[0].down_HF.shape
+    device = tokens.context.device
+    own = [(SecondMoment.zeros(2 * size, device), SecondMoment.zeros(hidden, device)) for _ in originals]
+    norms: list[tuple[int, Tensor, Tensor]] = []
+    for s in tokens:
+        assert s.delta_TH is not None
+        inner_TZ, outer_TH = expert_gradients(s.x_TH, s.delta_TH, s.router_T, *originals[s.position])
+        for moment, gradient in zip(own[s.position], (inner_TZ, outer_TH), strict=True):
+            moment.add_(gradient, None)
+        norms.append((s.position, inner_TZ.norm(dim=1), outer_TH.norm(dim=1)))
+    return OutputSide(*shrunk_output_hessians(tokens, originals, own), *token_weights(tokens, norms))
+
+
+def shrunk_output_hessians(
+    tokens: RoutedTokens, originals: list[ExpertWeights], own: list[tuple[SecondMoment, SecondMoment]]
+) -> tuple[list[Tensor | None], list[Tensor | None]]:
+    """G of gate and up towards the expert's response to the layer's sample, G of down towards the sample's own."""
+    x_TH, router_T, delta_TH = tokens.sample
+    assert delta_TH is not None
+    pool_down = SecondMoment.zeros(delta_TH.shape[1], delta_TH.device)
+    pool_down.add_(delta_TH * router_T[:, None], None)
+    gate_up: list[Tensor | None] = []
+    down: list[Tensor | None] = []
+    for (inner, outer), weights in zip(own, originals, strict=True):
+        per_input = inner.num_tokens / x_TH.shape[1]
+        pool_inner = SecondMoment.zeros(inner.sum_II.shape[0], x_TH.device)
+        pool_inner.add_(expert_gradients(x_TH, delta_TH, router_T, *weights)[0], None)
+        gate_up.append(blend(inner, pool_inner, shrinkage_from_tokens(per_input, GATE_UP_OUTPUT_HALF_TOKENS)))
+        down.append(blend(outer, pool_down, shrinkage_from_tokens(per_input, DOWN_OUTPUT_HALF_TOKENS)))
+    return gate_up, down
+
+
+def token_weights(tokens: RoutedTokens, norms: list[tuple[int, Tensor, Tensor]]) -> tuple[list[Tensor], list[Tensor]]:
+    """Clipped gradient norms over each expert's mean, for every slice."""
+    result: tuple[list[Tensor], list[Tensor]] = ([], [])
+    for side in range(2):
+        weights: dict[int, list[Tensor]] = {}
+        for n in range(tokens.unit.num_experts):
+            mine = [(inner if side == 0 else outer) for position, inner, outer in norms if position == n]
+            if mine:
+                weights[n] = list(norm_weights(torch.cat(mine), GRADIENT_NORM_CLIP).split([len(m) for m in mine]))
+        for entry in norms:
+            result[side].append(weights[entry[0]].pop(0))
+    return result
+
+
+def gate_up_curvature(tokens: RoutedTokens, side: OutputSide) -> tuple[list[Curvature], float]:
     """H of every expert's quantized inputs, shrunk towards the layer's; and the share of input values clipped."""
-    scale, sample_TH = tokens.scales.gate_up, tokens.sample_TH
+    scale, sample_TH = tokens.scales.gate_up, tokens.sample.x_TH
     hidden = sample_TH.shape[1]
     own = [SecondMoment.zeros(hidden, sample_TH.device) for _ in tokens.unit.experts]
     clipped, seen = torch.zeros((), dtype=torch.int64, device=sample_TH.device), 0
-    for n, x_TH, weights_T in tokens:
-        own[n].add_(tokens.quantized(x_TH, scale), weights_T)
-        clipped += count_clipped(x_TH, scale)
-        seen += x_TH.numel()
+    for s, weights_T in zip(tokens, side.gate_up_weights, strict=True):
+        own[s.position].add_(tokens.quantized(s.x_TH, scale), weights_T)
+        clipped += count_clipped(s.x_TH, scale)
+        seen += s.x_TH.numel()
     pool = SecondMoment.zeros(hidden, sample_TH.device)
     pool.add_(tokens.quantized(sample_TH, scale), None)
     result = []
-    for moment in own:
+    for moment, output_hessian in zip(own, side.gate_up, strict=True):
         share = shrinkage(tokens, moment.num_tokens, hidden, GATE_UP_HALF_TOKENS)
-        hessian_HH = blend(moment, pool, share)
-        result.append(Curvature(hessian_HH, moment.num_tokens, share))
+        result.append(Curvature(blend(moment, pool, share), moment.num_tokens, share, output_hessian_OO=output_hessian))
     return result, clipped.item() / max(1, seen)
 
 
-def down_curvature(tokens: RoutedTokens, originals: list[ExpertWeights], gate_up_NOI: Tensor) -> tuple[list[Curvature], float]:
+def down_curvature(
+    tokens: RoutedTokens, side: OutputSide, originals: list[ExpertWeights], gate_up_NOI: Tensor
+) -> tuple[list[Curvature], float]:
     """Moments of the intermediates: compressed-and-quantized ones (hessian), original times those (cross), originals (energy)."""
-    size, sample_TH = originals[0].gate_FH.shape[0], tokens.sample_TH
+    size, sample_TH = originals[0].gate_FH.shape[0], tokens.sample.x_TH
     compressed = [ExpertWeights(w[:size], w[size:], o.down_HF) for w, o in zip(gate_up_NOI, originals, strict=True)]
     own = [[SecondMoment.zeros(size, sample_TH.device) for _ in range(3)] for _ in originals]
     clipped, seen = torch.zeros((), dtype=torch.int64, device=sample_TH.device), 0
@@ -121,8 +212,8 @@ def down_curvature(tokens: RoutedTokens, originals: list[ExpertWeights], gate_up
         moments[2].add_(h_TF, weights_T)
         return raw_TF
 
-    for n, x_TH, weights_T in tokens:
-        raw_TF = add(own[n], n, x_TH, weights_T)
+    for s, weights_T in zip(tokens, side.down_weights, strict=True):
+        raw_TF = add(own[s.position], s.position, s.x_TH, weights_T)
         clipped += count_clipped(raw_TF, tokens.scales.down)
         seen += raw_TF.numel()
     result = []
@@ -131,10 +222,8 @@ def down_curvature(tokens: RoutedTokens, originals: list[ExpertWeights], gate_up
         elsewhere = [SecondMoment.zeros(size, sample_TH.device) for _ in range(3)]
         if share:
             add(elsewhere, n, sample_TH, None)
-        hessian_FF, cross_FF, energy_FF = (
-            blend(m, p, share, by=(moments[0], elsewhere[0])) for m, p in zip(moments, elsewhere, strict=True)
-        )
-        result.append(Curvature(hessian_FF, moments[0].num_tokens, share, cross_FF, energy_FF))
+        blended = [blend(m, p, share, by=(moments[0], elsewhere[0])) for m, p in zip(moments, elsewhere, strict=True)]
+        result.append(Curvature(blended[0], moments[0].num_tokens, share, blended[1], blended[2], side.down[n]))
     return result, clipped.item() / max(1, seen)
 
 

@@ -21,6 +21,7 @@ from p48ray.stages.capture import capture_parts
 from p48ray.stages.compress import compress_unit
 from p48ray.stages.context import StageContext
 from p48ray.stages.evaluate import evaluate_part
+from p48ray.stages.gradients import gradient_parts
 from p48ray.stages.reduce import stitch_shard
 from p48ray.stages.verify import Promise, verify_shard
 from p48ray.store.open import open_store
@@ -149,6 +150,7 @@ def evaluate_and_record(context: StageContext, item: tuple[str, SequencePart]) -
 
 STAGES: dict[str, Callable[[StageContext, Any], object]] = {
     "capture": capture_parts,
+    "gradients": gradient_parts,
     "compress": compress_unit,
     "reduce": stitch_shard,
     "verify": verify_and_record,

@@ -116,5 +116,5 @@ def test_inputs_are_unchanged() -> None:
 
 def test_inputs_that_do_not_fill_pair_groups_are_refused() -> None:
     target, values, keep, hessian = start(9)
-    with pytest.raises(NumericsError, match="multiples of 8"):
+    with pytest.raises(NumericsError, match="multiple of 8"):
         block_descent(target, values, keep, hessian, 1, column_block=12)

@@ -1,0 +1,98 @@
+"""The job's command as tests run it: inside this process with tasks in the same process, or as a process of its own on Ray."""
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from unittest import mock
+
+import typer
+from typer.testing import CliRunner
+
+from jobs import compress
+from p48ray.runner.local_runner import LocalRunner
+from tests.conftest import REPO, TINY
+
+CONFIG = REPO / "configs" / "tiny.yaml"
+
+# The sample model end to end in seconds: 256 calibration tokens in two parts, one sweep, no held-out text.
+SMALL = {
+    "calibration.num_sequences": "4",
+    "calibration.sequence_length": "64",
+    "calibration.sequences_per_part": "2",
+    "compression.sweeps": "1",
+    "evaluation": "null",
+}
+HELD_OUT = "{documents: examples/tiny-kimi-k2.5/heldout.jsonl, num_sequences: 2, sequence_length: 64}"
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How the command ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+def arguments(root: Path | str, settings: dict[str, str] | None = None, config: Path = CONFIG) -> list[str]:
+    """The command's arguments for the small run. settings: on top of SMALL, dotted key -> YAML."""
+    chosen = SMALL | (settings or {})
+    return ["--config", str(config), "--run-root", str(root), *(a for key, value in chosen.items() for a in ("--set", f"{key}={value}"))]
+
+
+def invoke(*args: str, code_runner: str = "local") -> Outcome:
+    """The command in this process, from the command line on; its tasks run in this process too, Ray stays out."""
+    app = typer.Typer(add_completion=False)
+    app.command()(compress.main)
+    here = Path.cwd()
+    os.chdir(REPO)
+    try:
+        with mock.patch.object(compress, "RayRunner", lambda plan, root, address: nullcontext(LocalRunner(plan, root))):
+            result = CliRunner().invoke(app, args)
+    finally:
+        os.chdir(here)
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return Outcome(result.exit_code, result.stdout, result.stderr)
+
+
+def launch(*args: str, env: dict[str, str] | None = None, cwd: Path = REPO) -> subprocess.Popen[str]:
+    """The command as a person starts it: a process (and a process group) of its own."""
+    return subprocess.Popen(
+        [sys.executable, str(REPO / "jobs" / "compress.py"), *args],
+        cwd=cwd,
+        env=os.environ | (env or {}),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def run_process(*args: str, env: dict[str, str] | None = None) -> Outcome:
+    """`launch`, to its end."""
+    process = launch(*args, env=env)
+    out, err = process.communicate(timeout=120)
+    return Outcome(process.returncode, out, err)
+
+
+def snapshot(folder: Path) -> dict[str, str]:
+    """Every file under a folder -> SHA-256 of its bytes; empty if there is no folder."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def copy_model(folder: Path) -> Path:
+    """The sample model without its texts, to be damaged."""
+    shutil.copytree(TINY, folder, ignore=shutil.ignore_patterns("*.jsonl"))
+    return folder
+
+
+def attempts(root: Path) -> dict[str, bytes]:
+    """Unit -> its manifest's bytes, which name the attempt that counts."""
+    return {path.parent.name: path.read_bytes() for path in (root / "units").glob("*/manifest.json")}

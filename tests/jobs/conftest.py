@@ -1,0 +1,37 @@
+"""A finished run of the small job, made once."""
+
+import logging
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.jobs.command import arguments, invoke
+
+
+@pytest.fixture(scope="session")
+def finished_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run root with a finished run. Not to be changed."""
+    root = tmp_path_factory.mktemp("finished") / "run"
+    outcome = invoke(*arguments(root))
+    assert outcome.code == 0, outcome
+    return root
+
+
+@pytest.fixture
+def finished_run(finished_once: Path, tmp_path: Path) -> Path:
+    """A copy of it, to be damaged."""
+    root = tmp_path / "finished"
+    shutil.copytree(finished_once, root)
+    return root
+
+
+@pytest.fixture(autouse=True)
+def quiet_logging() -> Iterator[None]:
+    """The command points p48ray's log at the standard output it finds; that of a test ends with the test."""
+    logger = logging.getLogger("p48ray")
+    before = (logger.handlers[:], logger.propagate, logger.level)
+    yield
+    logger.handlers[:], logger.propagate = before[0], before[1]
+    logger.setLevel(before[2])

@@ -1,0 +1,500 @@
+"""A mistake in what the user supplied: one clear error, exit code 2, nothing written. Through the real command line."""
+
+import json
+import shutil
+import struct
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from p48ray.config import UNBUILT
+from tests.checkpoint.tiny_variants import load_tiny, plain_experts, write_folder
+from tests.conftest import TINY
+from tests.jobs.command import CONFIG, HELD_OUT, Outcome, arguments, copy_model, invoke, run_process, snapshot
+
+INDEX = "model.safetensors.index.json"
+SHARD = "model-00002-of-000003.safetensors"
+LAYERS = "language_model.model.layers"
+
+
+def assert_refused(outcome: Outcome, words: list[str], root: Path) -> None:
+    """Exit code 2, one error with all the words on stderr, no traceback, and no run root."""
+    assert outcome.code == 2, outcome
+    assert outcome.err.count("error: ") == 1
+    assert "Traceback" not in outcome.err + outcome.out
+    assert "error: " not in outcome.out
+    for word in words:
+        assert word in outcome.err, f"{word!r} not in {outcome.err!r}"
+    assert not root.exists()
+
+
+# Settings.
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("compression.dampp", "0.1", ["compression.dampp: unknown key", "did you mean compression.damp?"]),
+        ("compression.sweeps", "many", ["compression.sweeps", "valid integer", "'many'"]),
+        ("compression.solver", "gptq", ["solver 'gptq' needs sparsity 'none', found 'paired-4:8'"]),
+    ],
+)
+def test_setting_is_refused_by_file_key_expected_and_found(key: str, value: str, words: list[str], tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    assert_refused(invoke(*arguments(root, {key: value})), [str(CONFIG), *words], root)
+
+
+# A value of every setting whose feature may not be built yet, and how the message shows it.
+UNBUILT_VALUES = {
+    "source.checkpoint": ("hf://moonshotai/Kimi-K2.5@main", "'hf://moonshotai/Kimi-K2.5@main'"),
+    "calibration.documents": ("hf://datasets/a/b", "hf://datasets/a/b"),
+    "evaluation.documents": ("hf://datasets/a/b", "hf://datasets/a/b"),
+    "calibration.propagate": ("compressed", "'compressed'"),
+    "compression.output_curvature": ("true", "True"),
+    "compression.output_damp": ("0.1", "0.1"),
+    "compression.refine_steps": ("10", "10"),
+    "output.storage": ("sparse", "'sparse'"),
+    "run.root": ("s3://bucket/run", "'s3://bucket/run'"),
+    "run.layers": ("[1, 2]", "[1, 2]"),
+    "run.keep": ("units", "'units'"),
+}
+
+
+@pytest.mark.parametrize("key", sorted(UNBUILT))
+def test_setting_whose_feature_is_not_built_is_refused_by_file_and_key(key: str, tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    value, shown = UNBUILT_VALUES[key]
+    settings = {"evaluation": HELD_OUT, key: value}
+    outcome = invoke(*arguments(value if key == "run.root" else root, {k: v for k, v in settings.items() if k != "run.root"}))
+    assert_refused(outcome, [f"{CONFIG}: {key}: ", shown, "is not built yet; expected"], root)
+
+
+def test_more_experts_a_unit_than_the_model_has_are_refused(tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    assert_refused(invoke(*arguments(root, {"run.experts_per_unit": "17"})), ["run.experts_per_unit", "at most", "16", "found 17"], root)
+
+
+def test_longer_sequences_than_the_model_takes_are_refused(tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    outcome = invoke(*arguments(root, {"calibration.sequence_length": "4097"}))
+    assert_refused(outcome, ["calibration.sequence_length", "max_position_embeddings = 4096", "found 4097"], root)
+
+
+# The source checkpoint.
+
+Damage = Callable[[Path], None]
+
+
+def drop_shard(folder: Path) -> None:
+    (folder / SHARD).unlink()
+
+
+def truncate_shard(folder: Path) -> None:
+    (folder / SHARD).write_bytes((folder / SHARD).read_bytes()[:-1000])
+
+
+def truncate_shard_in_its_header(folder: Path) -> None:
+    (folder / SHARD).write_bytes((folder / SHARD).read_bytes()[:100])
+
+
+def corrupt_header(folder: Path) -> None:
+    data = bytearray((folder / SHARD).read_bytes())
+    data[8:12] = b"!!!!"
+    (folder / SHARD).write_bytes(data)
+
+
+def claim_a_huge_header(folder: Path) -> None:
+    data = (folder / SHARD).read_bytes()
+    (folder / SHARD).write_bytes(struct.pack("<Q", 2**60) + data[8:])
+
+
+def edit_index(folder: Path, change: Callable[[dict[str, str]], None]) -> None:
+    index = json.loads((folder / INDEX).read_text())
+    change(index["weight_map"])
+    (folder / INDEX).write_text(json.dumps(index))
+
+
+def name_an_absent_tensor(folder: Path) -> None:
+    edit_index(folder, lambda weight_map: weight_map.update({f"{LAYERS}.1.mlp.extra.weight": SHARD}))
+
+
+def lead_the_index_to_the_parent(folder: Path) -> None:
+    shutil.copy(folder / SHARD, folder.parent / "x.safetensors")
+    edit_index(folder, lambda weight_map: weight_map.update({name: "../x.safetensors" for name, file in weight_map.items() if file == SHARD}))
+
+
+def lead_the_index_to_an_absolute_path(folder: Path) -> None:
+    outside = str(folder.parent / "x.safetensors")
+    shutil.copy(folder / SHARD, outside)
+    edit_index(folder, lambda weight_map: weight_map.update({name: outside for name, file in weight_map.items() if file == SHARD}))
+
+
+def rename_a_tensor(folder: Path, new: str) -> None:
+    tensors = load_file(folder / SHARD)
+    old = sorted(name for name in tensors if ".experts." not in name)[0]
+    tensors[new] = tensors.pop(old)
+    save_file(tensors, folder / SHARD, metadata={"format": "pt"})
+    edit_index(folder, lambda weight_map: weight_map.update({new: weight_map.pop(old)}))
+
+
+def lead_a_tensor_outside(folder: Path) -> None:
+    rename_a_tensor(folder, "../../outside")
+
+
+def root_a_tensor(folder: Path) -> None:
+    rename_a_tensor(folder, "/etc/outside")
+
+
+def drop_an_expert(folder: Path) -> None:
+    name = f"{LAYERS}.2.mlp.experts.3.up_proj.weight_scale"
+    file = json.loads((folder / INDEX).read_text())["weight_map"][name]
+    tensors = load_file(folder / file)
+    del tensors[name]
+    save_file(tensors, folder / file, metadata={"format": "pt"})
+    edit_index(folder, lambda weight_map: weight_map.pop(name) and None)
+
+
+def break_config(folder: Path) -> None:
+    (folder / "config.json").write_text("{")
+
+
+def be_another_model(folder: Path) -> None:
+    (folder / "config.json").write_text(json.dumps(json.loads((folder / "config.json").read_text()) | {"model_type": "llama"}))
+
+
+def drop_config(folder: Path) -> None:
+    (folder / "config.json").unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (drop_shard, [INDEX, SHARD, "not in"]),
+        (truncate_shard, [SHARD, "expected 3057328 bytes", "found a file of 3056328 bytes", "truncated"]),
+        (truncate_shard_in_its_header, [SHARD, "expected a header of", "found a file of 100 bytes", "truncated"]),
+        (corrupt_header, [SHARD, "expected JSON"]),
+        (claim_a_huge_header, [SHARD, "expected a header of at most", f"found {2**60}"]),
+        (name_an_absent_tensor, [INDEX, f"{LAYERS}.1.mlp.extra.weight", SHARD]),
+        (lead_the_index_to_the_parent, [INDEX, "plain name", "found '../x.safetensors'"]),
+        (lead_the_index_to_an_absolute_path, [INDEX, "plain name", "/x.safetensors'"]),
+        (lead_a_tensor_outside, [SHARD, "'../../outside'", "expected a name without"]),
+        (root_a_tensor, [SHARD, "'/etc/outside'", "expected a name without"]),
+        (drop_an_expert, [f"{LAYERS}.2.mlp.experts.3.up_proj.weight_scale", "expected", "found"]),
+        (break_config, ["config.json", "expected JSON"]),
+        (be_another_model, ["config.json: model_type", "expected one of kimi_k25", "found 'llama'"]),
+        (drop_config, ["config.json", "found none"]),
+    ],
+    ids=lambda value: value.__name__ if callable(value) else "",
+)
+def test_damaged_source_is_refused_by_file_expected_and_found(damage: Damage, words: list[str], tmp_path: Path) -> None:
+    folder, root = copy_model(tmp_path / "model"), tmp_path / "run"
+    damage(folder)
+    before = snapshot(tmp_path)
+    assert_refused(invoke(*arguments(root, {"source.checkpoint": str(folder)})), words, root)
+    assert snapshot(tmp_path) == before
+
+
+def test_source_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    outcome = invoke(*arguments(tmp_path / "run", {"source.checkpoint": str(tmp_path / "nowhere")}))
+    assert_refused(outcome, ["config.json", str(tmp_path / "nowhere"), "found none"], tmp_path / "run")
+
+
+def narrow_model(folder: Path, size: int) -> None:
+    """The sample with bf16 experts of another intermediate size."""
+    config = json.loads((TINY / "config.json").read_text())
+    del config["text_config"]["quantization_config"]
+    config["text_config"]["moe_intermediate_size"] = size
+
+    def cut(name: str, tensor: Tensor) -> Tensor:
+        if ".mlp.experts." not in name:
+            return tensor
+        return (tensor[:, :size] if "down_proj" in name else tensor[:size]).contiguous()
+
+    write_folder(folder, config, {name: cut(name, tensor) for name, tensor in plain_experts(load_tiny()).items()})
+    for file in TINY.glob("*token*"):
+        shutil.copy(file, folder)
+
+
+@pytest.mark.parametrize(("size", "span"), [(120, 16), (120, 32), (112, 32)])
+def test_inputs_that_do_not_fill_a_scale_span_are_refused(size: int, span: int, tmp_path: Path) -> None:
+    folder, root = tmp_path / "model", tmp_path / "run"
+    narrow_model(folder, size)
+    outcome = invoke(*arguments(root, {"source.checkpoint": str(folder), "compression.scale_span": str(span)}))
+    words = [f"{LAYERS}.1.mlp.experts.0.down_proj", f"in_features divisible by {span}", f"found {size}"]
+    assert_refused(outcome, words, root)
+
+
+def test_inputs_that_fill_the_asked_scale_span_are_accepted(tmp_path: Path) -> None:
+    narrow_model(tmp_path / "model", 112)
+    settings = {"source.checkpoint": str(tmp_path / "model"), "compression.scale_span": "16"}
+    assert invoke(*arguments(tmp_path / "run", settings), "--dry-run").code == 0
+
+
+def poison_scales(folder: Path, name: str, value: float) -> str:
+    """One scale of one linear becomes `value`. Returns the file."""
+    file = json.loads((folder / INDEX).read_text())["weight_map"][name]
+    tensors = load_file(folder / file)
+    tensors[name][5, 1] = value
+    save_file(tensors, folder / file, metadata={"format": "pt"})
+    return str(file)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_scale_that_is_not_finite_stops_the_stream_by_name(value: float, tmp_path: Path) -> None:
+    folder, root = copy_model(tmp_path / "model"), tmp_path / "run"
+    name = f"{LAYERS}.2.mlp.experts.1.up_proj.weight_scale"
+    file = poison_scales(folder, name, value)
+    outcome = invoke(*arguments(root, {"source.checkpoint": str(folder)}))
+    assert outcome.code == 2, outcome
+    assert outcome.err.count("error: ") == 1
+    for word in (file, name, "expected finite values, found 1 of"):
+        assert word in outcome.err
+    assert not (root / "checkpoint").exists()
+    assert not list(root.rglob("units/*/manifest.json"))
+
+
+# Texts.
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (b"", ["expected text for 4 sequences of 64 tokens, found 0"]),
+        (b'\n  \n{"text": ""}\n{"text": "  "}\n', ["expected text for 4 sequences of 64 tokens, found 0"]),
+        (b'{"text": "too short"}\n', ["expected text for 4 sequences of 64 tokens, found 0"]),
+        (b'{"text": "fine"}\n{"text": "caf\xe9"}\n', ["line 2", "not UTF-8"]),
+        (b'{"text": "fine"}\nplain words\n', ["line 2", "expected a JSON object with a 'text'", "plain words"]),
+        (b'{"text": "fine"}\n{"txt": "misspelt"}\n', ["line 2", "expected a JSON object with a 'text'", "misspelt"]),
+        (b'["text"]\n', ["line 1", "expected a JSON object with a 'text'"]),
+        (b'{"text": 7}\n', ["line 1", "'text' should be a string, found int"]),
+        (b'{"text": "half a pair: \\ud83d"}\n', ["line 1", "lone surrogate"]),
+        (b"[" * 100_000 + b"\n", ["line 1", "expected a JSON object with a 'text'"]),
+    ],
+    ids=["empty", "blank", "short", "latin1", "not_json", "no_text", "list", "number", "surrogate", "deep"],
+)
+def test_unusable_text_is_refused_by_file_and_line(data: bytes, words: list[str], tmp_path: Path) -> None:
+    path, root = tmp_path / "texts.jsonl", tmp_path / "run"
+    path.write_bytes(data)
+    outcome = invoke(*arguments(root, {"calibration.documents": str(path)}))
+    assert_refused(outcome, ["calibration.documents", str(path), *words], root)
+
+
+def test_unusable_held_out_text_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    path, root = tmp_path / "texts.jsonl", tmp_path / "run"
+    path.write_text("plain words")
+    outcome = invoke(*arguments(root, {"evaluation": f"{{documents: {path}, num_sequences: 2, sequence_length: 64}}"}))
+    assert_refused(outcome, ["evaluation.documents", str(path), "line 1", "plain words"], root)
+
+
+def test_text_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    outcome = invoke(*arguments(root, {"calibration.documents": str(tmp_path / "none.jsonl")}))
+    assert_refused(outcome, ["calibration.documents", str(tmp_path / "none.jsonl"), "No such file"], root)
+
+
+# The run root.
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("compression.sweeps", "2", ["compression.sweeps", "2", "1"]),
+        ("compression.damp", "0.25", ["compression.damp", "0.25", "'auto'"]),
+        ("calibration.num_sequences", "6", ["calibration.num_sequences", "6", "4"]),
+        ("run.experts_per_unit", "8", ["run.experts_per_unit", "8", "4"]),
+        ("run.threads_per_worker", "2", ["run.threads_per_worker", "2", "1"]),
+    ],
+)
+def test_run_root_of_another_plan_is_refused_by_setting_and_left_alone(key: str, value: str, words: list[str], finished_once: Path) -> None:
+    before = snapshot(finished_once)
+    outcome = invoke(*arguments(finished_once, {key: value}))
+    assert outcome.code == 2, outcome
+    setting, ours, theirs = words
+    assert f"another plan: {setting}: expected {ours} (this run), found {theirs}" in outcome.err
+    assert str(finished_once / "plan.json") in outcome.err
+    assert snapshot(finished_once) == before
+
+
+def test_run_root_of_another_source_is_refused_and_left_alone(finished_once: Path, tmp_path: Path) -> None:
+    folder = copy_model(tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["rms_norm_eps"] = 1e-6
+    (folder / "config.json").write_text(json.dumps(config))
+    before = snapshot(finished_once)
+    outcome = invoke(*arguments(finished_once, {"source.checkpoint": str(folder)}))
+    assert (outcome.code, "another plan: source fingerprint: expected" in outcome.err) == (2, True), outcome
+    assert snapshot(finished_once) == before
+
+
+def test_run_root_of_other_texts_is_refused_and_left_alone(finished_once: Path, tmp_path: Path) -> None:
+    path = tmp_path / "texts.jsonl"
+    path.write_bytes((TINY / "calibration.jsonl").read_bytes() + b'{"text": "one more"}\n')
+    before = snapshot(finished_once)
+    outcome = invoke(*arguments(finished_once, {"calibration.documents": str(path)}))
+    assert (outcome.code, "another plan: calibration documents' digest: expected" in outcome.err) == (2, True), outcome
+    assert snapshot(finished_once) == before
+
+
+# Code and pickles in the source folder or the run root.
+
+TOKENIZER_CODE = '''
+"""A byte tokenizer, in the form in which Kimi ships its own: Python that transformers imports from the checkpoint's folder."""
+from pathlib import Path
+from transformers import PreTrainedTokenizer
+
+Path({marker!r}).touch()
+
+
+class OwnTokenizer(PreTrainedTokenizer):
+    vocab_files_names = {{}}
+
+    @property
+    def vocab_size(self):
+        return 256
+
+    def get_vocab(self):
+        return {{self._convert_id_to_token(i): i for i in range(256)}}
+
+    def _tokenize(self, text, **kwargs):
+        return [self._convert_id_to_token(i) for i in text.encode()]
+
+    def _convert_token_to_id(self, token):
+        return ord(token) - 256
+
+    def _convert_id_to_token(self, index):
+        return chr(index + 256)
+'''
+
+CONFIG_CODE = '''
+from pathlib import Path
+from transformers import PretrainedConfig
+
+Path({marker!r}).touch()
+
+
+class OwnConfig(PretrainedConfig):
+    model_type = "kimi_k25"
+'''
+
+
+def model_with_code(folder: Path, marker: Path) -> Path:
+    """The sample with a tokenizer (and a config class) that is code in its folder; importing either leaves a marker."""
+    copy_model(folder)
+    for file in folder.glob("*token*"):
+        file.unlink()
+    (folder / "tokenization_own.py").write_text(TOKENIZER_CODE.format(marker=str(marker)))
+    own: dict[str, Any] = {"tokenizer_class": "OwnTokenizer", "auto_map": {"AutoTokenizer": ["tokenization_own.OwnTokenizer", None]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(own))
+    (folder / "configuration_own.py").write_text(CONFIG_CODE.format(marker=f"{marker}-config"))
+    config = json.loads((folder / "config.json").read_text())
+    config["auto_map"] = {"AutoConfig": "configuration_own.OwnConfig", "AutoModel": "configuration_own.OwnModel"}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture
+def module_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where transformers copies a folder's code to before it imports it."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+
+
+@pytest.mark.usefixtures("module_cache")
+def test_code_from_the_source_does_not_run_unless_trusted(tmp_path: Path) -> None:
+    marker, root = tmp_path / "ran", tmp_path / "run"
+    folder = model_with_code(tmp_path / "model", marker)
+    outcome = invoke(*arguments(root, {"source.checkpoint": str(folder)}))
+    assert_refused(outcome, [str(folder), "source.trust_remote_code: true"], root)
+    assert not list(tmp_path.glob("ran*"))
+
+
+@pytest.mark.usefixtures("module_cache")
+def test_trusted_tokenizer_of_the_source_runs_and_is_carried_over(tmp_path: Path) -> None:
+    marker, root = tmp_path / "ran", tmp_path / "run"
+    folder = model_with_code(tmp_path / "model", marker)
+    outcome = invoke(*arguments(root, {"source.checkpoint": str(folder), "source.trust_remote_code": "true"}))
+    assert outcome.code == 0, outcome
+    assert marker.exists()
+    assert (root / "checkpoint" / "tokenization_own.py").read_bytes() == (folder / "tokenization_own.py").read_bytes()
+
+
+@pytest.mark.usefixtures("module_cache")
+def test_built_in_tokenizer_is_used_where_code_is_not_trusted(tmp_path: Path) -> None:
+    marker, root = tmp_path / "ran", tmp_path / "run"
+    folder = model_with_code(tmp_path / "model", marker)
+    for file in TINY.glob("*token*"):
+        shutil.copy(file, folder)
+    own = json.loads((TINY / "tokenizer_config.json").read_text()) | {"auto_map": {"AutoTokenizer": [None, "tokenization_own.OwnTokenizer"]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(own))
+    outcome = invoke(*arguments(root, {"source.checkpoint": str(folder)}))
+    assert outcome.code == 0, outcome
+    assert not list(tmp_path.glob("ran*"))
+
+
+class OpenedFiles:
+    """Paths that this process opens while `is_watching`. An audit hook cannot be taken out again, only told to rest."""
+
+    def __init__(self) -> None:
+        self.is_watching = False
+        self.paths: list[str] = []
+        sys.addaudithook(self.hook)
+
+    def hook(self, event: str, args: tuple[Any, ...]) -> None:
+        if self.is_watching and event == "open":
+            self.paths.append(str(args[0]))
+
+
+@pytest.fixture
+def opened() -> Iterator[OpenedFiles]:
+    files = OpenedFiles()
+    yield files
+    files.is_watching = False
+
+
+def test_pickles_in_source_and_run_root_are_never_read(opened: OpenedFiles, tmp_path: Path) -> None:
+    folder, root = copy_model(tmp_path / "model"), tmp_path / "run"
+    pickles = [folder / "pytorch_model.bin", folder / "training_args.bin", folder / "vocab.pkl", folder / "tokenizer.pt"]
+    pickles += [root / "plan.pkl", root / "calibration" / "tokens.bin", root / "units" / "L001-E000-003" / "shard.pkl"]
+    pickles += [root / "checkpoint" / "pytorch_model.bin"]
+    for path in pickles:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save({"a": torch.zeros(2)}, path)
+    opened.is_watching = True
+    outcome = invoke(*arguments(root, {"source.checkpoint": str(folder)}))
+    opened.is_watching = False
+    assert outcome.code == 0, outcome
+    assert any(path.endswith(".safetensors") for path in opened.paths)
+    assert not {path for path in opened.paths if path.endswith((".bin", ".pkl", ".pt"))}
+    assert {path.name for path in (root / "checkpoint").iterdir()} & {path.name for path in pickles} == {"pytorch_model.bin"}
+
+
+# The exit code that a shell sees.
+
+
+def test_shell_sees_exit_code_2_for_an_unknown_key(tmp_path: Path) -> None:
+    outcome = run_process(*arguments(tmp_path / "run", {"compression.dampp": "0.1"}))
+    assert_refused(outcome, [str(CONFIG), "compression.dampp: unknown key"], tmp_path / "run")
+
+
+def test_shell_sees_exit_code_2_for_a_truncated_shard(tmp_path: Path) -> None:
+    folder = copy_model(tmp_path / "model")
+    truncate_shard(folder)
+    outcome = run_process(*arguments(tmp_path / "run", {"source.checkpoint": str(folder)}))
+    assert_refused(outcome, [SHARD, "truncated"], tmp_path / "run")
+
+
+@pytest.mark.ray
+def test_shell_sees_exit_code_2_for_scales_that_workers_find_not_finite(tmp_path: Path) -> None:
+    folder, root = copy_model(tmp_path / "model"), tmp_path / "run"
+    name = f"{LAYERS}.1.mlp.experts.2.gate_proj.weight_scale"
+    poison_scales(folder, name, float("nan"))
+    outcome = run_process(*arguments(root, {"source.checkpoint": str(folder)}))
+    assert outcome.code == 2, outcome
+    assert f"{name}: expected finite values, found 1 of" in outcome.err
+    assert not (root / "checkpoint").exists()
+    assert not list(root.rglob("units/*/manifest.json"))

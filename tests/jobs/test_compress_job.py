@@ -1,0 +1,188 @@
+"""jobs/compress.py: its flags, its dry run, its exit codes, and running it again."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from p48ray.checkpoint.skeleton import write_kimi_k25_skeleton
+from tests.conftest import REPO
+from tests.jobs.command import HELD_OUT, arguments, attempts, invoke, snapshot
+
+
+@pytest.fixture
+def root(finished_run: Path) -> Path:
+    """A finished run, to be damaged."""
+    return finished_run
+
+
+def test_flags_are_four_and_help() -> None:
+    outcome = invoke("--help")
+    assert outcome.code == 0
+    assert set(re.findall(r"--[a-z][a-z-]*", outcome.out)) == {"--config", "--run-root", "--set", "--dry-run", "--help"}
+
+
+def test_command_without_configuration_is_a_users_mistake() -> None:
+    outcome = invoke()
+    assert (outcome.code, "--config" in outcome.err) == (2, True)
+
+
+def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path: Path) -> None:
+    outcome = invoke(*arguments(tmp_path / "run"), "--dry-run")
+    assert outcome.code == 0
+    for words in ("16 of up to 4 experts", "192 (4 layers x 16 experts x 3, stored as int4)", "4 x 64 = 256 tokens in 2 parts", "6 shards, 9.03 MB"):
+        assert words in outcome.out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_dry_run_leaves_a_run_root_of_another_plan_alone(root: Path) -> None:
+    before = snapshot(root)
+    assert invoke(*arguments(root, {"compression.sweeps": "7"}), "--dry-run").code == 0
+    assert snapshot(root) == before
+
+
+def test_dry_run_names_what_the_run_itself_would_be_refused_for(tmp_path: Path) -> None:
+    outcome = invoke(*arguments(tmp_path / "run", {"output.storage": "sparse"}), "--dry-run")
+    assert outcome.code == 0
+    assert "output.storage: 'sparse' is not built yet" in outcome.out
+
+
+@pytest.mark.slow
+def test_dry_run_of_kimi_k25_prints_its_plan_within_a_gigabyte(tmp_path: Path) -> None:
+    write_kimi_k25_skeleton(tmp_path / "kimi")
+    command = [sys.executable, "jobs/compress.py", "--config", "configs/kimi_k25_p48_nvfp4.yaml", "--dry-run"]
+    command += ["--set", f"source.checkpoint={tmp_path / 'kimi'}"]
+    with (tmp_path / "out").open("wb") as out:
+        process = subprocess.Popen(command, cwd=REPO, stdout=out)
+        _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode == 0
+    printed = (tmp_path / "out").read_text()
+    for words in ("595.15 GB, 64 shards", "69,120 (60 layers x 384 experts x 3", "2,880 of up to 8 experts", "61 shards, 595.15 GB", "GPU-hours"):
+        assert words in printed
+    for row in ("read by capture", "read by units", "written", "stored at the peak"):
+        assert row in printed
+    assert usage.ru_maxrss * 1024 < 10**9
+    assert {path.name for path in tmp_path.iterdir()} == {"kimi", "out"}
+
+
+@pytest.mark.parametrize("root_setting", ["runs/somewhere", "./somewhere", "~/somewhere"])
+def test_relative_run_root_is_refused_under_a_ray_job(root_setting: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps({"runtime_env": {}}))
+    outcome = invoke(*arguments(root_setting))
+    assert outcome.code == 2
+    for words in ("run.root", "expected an absolute path", repr(root_setting), "--run-root"):
+        assert words in outcome.err
+
+
+@pytest.mark.parametrize("prefix", ["", "file://"])
+def test_absolute_run_root_is_taken_under_a_ray_job(prefix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps({"runtime_env": {}}))
+    assert invoke(*arguments(f"{prefix}{tmp_path}/run"), "--dry-run").code == 0
+
+
+def test_report_is_printed_and_stored(tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    outcome = invoke(*arguments(root, {"evaluation": HELD_OUT}))
+    assert outcome.code == 0, outcome
+    report = json.loads((root / "report" / "report.json").read_text())
+    quality = report["quality"]
+    assert quality["num_tokens"] == 128
+    for shown in (f"{quality['source_perplexity']:.4f}", f"{quality['compressed_perplexity']:.4f}", f"{quality['kl']:.4f}"):
+        assert shown in outcome.out
+    assert f"checkpoint: {root}/checkpoint/" in outcome.out
+    assert outcome.err == ""
+
+
+def test_run_again_after_success_does_no_unit_twice(root: Path) -> None:
+    before, units = snapshot(root), attempts(root)
+    assert len(units) == 16
+    outcome = invoke(*arguments(root))
+    assert outcome.code == 0, outcome
+    assert attempts(root) == units
+    for stage in ("compress  16 units, 16 already done", "capture   8 activation parts, 8 already done"):
+        assert stage in outcome.out
+    after = snapshot(root)
+    assert after.keys() == before.keys()
+    assert {name for name in after if after[name] != before[name]} <= {"report/report.json"}  # it tells this driver's seconds
+
+
+def test_missing_pieces_are_made_again_and_nothing_else(root: Path) -> None:
+    before, units = snapshot(root / "checkpoint"), attempts(root)
+    (root / "units" / "L002-E004-007" / "manifest.json").unlink()
+    for shard in (root / "checkpoint").glob("model-00003-*"):
+        shard.unlink()
+    assert invoke(*arguments(root)).code == 0
+    assert snapshot(root / "checkpoint") == before
+    assert {unit for unit, manifest in attempts(root).items() if manifest != units[unit]} == {"L002-E004-007"}
+
+
+def test_settings_outside_the_digest_may_change_on_resume(root: Path) -> None:
+    before = snapshot(root / "checkpoint")
+    assert invoke(*arguments(root, {"evaluation": HELD_OUT, "run.num_workers": "1", "run.max_attempts": "5"})).code == 0
+    assert snapshot(root / "checkpoint") == before
+    assert json.loads((root / "report" / "report.json").read_text())["quality"]["num_tokens"] == 128
+
+
+def flip_bit(path: Path, offset: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[offset] ^= 1
+    path.write_bytes(data)
+
+
+def data_start(path: Path) -> int:
+    return 8 + int.from_bytes(path.read_bytes()[:8], "little")
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        "a global scale",
+        pytest.param("a code", marks=pytest.mark.xfail(strict=True, reason="verify does not compare unit bytes with their manifest's sha256")),
+        "an untouched tensor",
+    ],
+)
+def test_damage_that_verification_finds_gives_exit_code_1(place: str, root: Path) -> None:
+    shard = sorted((root / "checkpoint").glob("*.safetensors"))[1]
+    start = data_start(shard)
+    flip_bit(shard, {"a global scale": start, "a code": start + 200_000, "an untouched tensor": -1}[place])
+    (root / "verification" / f"{shard.stem}.json").unlink()
+    outcome = invoke(*arguments(root))
+    assert outcome.code == 1, outcome
+    assert outcome.err.count("error: ") == 1
+    for words in (str(root / "checkpoint"), "1 problems", shard.name):
+        assert words in outcome.err
+
+
+def test_damage_is_found_again_until_it_is_mended(root: Path) -> None:
+    shard = sorted((root / "checkpoint").glob("*.safetensors"))[1]
+    flip_bit(shard, -1)
+    verdict = root / "verification" / f"{shard.stem}.json"
+    verdict.unlink()
+    assert [invoke(*arguments(root)).code for _ in range(2)] == [1, 1]
+    flip_bit(shard, -1)
+    assert invoke(*arguments(root)).code == 0
+    assert json.loads(verdict.read_text())["problems"] == []
+
+
+def test_damaged_shard_is_made_again_once_it_is_deleted(root: Path) -> None:
+    before = snapshot(root / "checkpoint")
+    shard = sorted((root / "checkpoint").glob("*.safetensors"))[1]
+    flip_bit(shard, -1)
+    (root / "verification" / f"{shard.stem}.json").unlink()
+    outcome = invoke(*arguments(root))
+    assert (outcome.code, "delete" in outcome.err) == (1, True)
+    shard.unlink()
+    assert invoke(*arguments(root)).code == 0
+    assert snapshot(root / "checkpoint") == before
+
+
+def test_stray_weights_in_the_checkpoint_give_exit_code_1(root: Path) -> None:
+    (root / "checkpoint" / "model-99999-of-99999.safetensors").write_bytes(b"\x02" + bytes(7) + b"{}")
+    outcome = invoke(*arguments(root))
+    assert outcome.code == 1, outcome
+    assert "model-99999-of-99999.safetensors: not planned" in outcome.err
