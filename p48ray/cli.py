@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from p48ray.checkpoint.skeleton import write_kimi_k25_skeleton
-from p48ray.errors import P48Error, UserError
+from p48ray.errors import ConfigError, P48Error, UserError
 from p48ray.report.inspect import inspect_linear, print_inspection
 from p48ray.report.status import print_status, read_status
 from p48ray.runner.console import configure_logging
@@ -45,7 +45,9 @@ def status(run_root: Annotated[str, typer.Argument(help="Folder or URI of a run.
 @app.command()
 def verify(
     checkpoint: Annotated[str, typer.Argument(help="Folder of a compressed checkpoint.")],
-    source: Annotated[str | None, typer.Option(help="The checkpoint it was made from: untouched tensors and weight errors are compared too.")] = None,
+    source: Annotated[
+        str | None, typer.Option(help="The checkpoint it was made from: untouched tensors and weight errors are compared too.")
+    ] = None,
 ) -> None:
     """Re-read a checkpoint as a stranger and print what is wrong with it, as JSON. Exit 0 if nothing is, 1 otherwise."""
 
@@ -77,6 +79,8 @@ def skeleton(folder: Annotated[Path, typer.Argument(help="New folder; its sparse
     """Write a checkpoint of Kimi-K2.5's shape with headers and no data, to try plans on: jobs/compress.py --dry-run --set source.checkpoint=FOLDER."""
 
     def action() -> bool:
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise ConfigError(f"{folder}: expected a new or empty folder, found something there; nothing was written")
         write_kimi_k25_skeleton(folder)
         typer.echo(f"wrote {folder}")
         return True

@@ -91,13 +91,17 @@ class CompressionConfig(Section):
     router_weight_exponent: float = Field(2.0, ge=0)
     sweeps: int = Field(6, ge=0, description="Of block descent.")
     code_sweeps: int = Field(0, ge=0, description="Of code descent, after quantization.")
-    refine_steps: int = Field(0, ge=0)
+    refine_steps: int = Field(0, ge=0, description="Gradient steps on the values of each expert, masks fixed; see numerics.refine.")
     activation_quantization: bool = Field(True, description="Curvature of NVFP4-quantized activations (W4A4) instead of the original ones.")
     max_fallback_share: float = Field(0.01, ge=0, le=1, description="Share of linears that may fall back to rounding before the job fails.")
 
     @model_validator(mode="after")
     def solver_fits_sparsity(self) -> "CompressionConfig":
         allowed = {"gptq": {"none"}, "sparsegpt_gptq": {"paired-4:8"}, "block_descent": {"paired-4:8"}}.get(self.solver)
+        if self.refine_steps and not self.activation_quantization:
+            raise ValueError("refine_steps needs activation_quantization: true")
+        if self.refine_steps and self.solver != "block_descent":
+            raise ValueError(f"refine_steps needs solver 'block_descent', found {self.solver!r}")
         if self.output_curvature and self.solver != "block_descent":
             raise ValueError(f"output_curvature needs solver 'block_descent', found {self.solver!r}")
         if allowed is not None and self.sparsity not in allowed:
@@ -159,7 +163,6 @@ UNBUILT: dict[str, tuple[Any, str]] = {
         "local .jsonl files",
     ),
     "calibration.propagate": (lambda c: c.calibration.propagate != "dense", "dense"),
-    "compression.refine_steps": (lambda c: c.compression.refine_steps != 0, "0"),
     "output.storage": (lambda c: c.output.storage != "dense", "dense"),
     "run.root": (lambda c: "://" in c.run.root and not c.run.root.startswith("file://"), "a local folder"),
     "run.layers": (lambda c: c.run.layers is not None, "null (all layers)"),

@@ -95,6 +95,7 @@ class CheckpointManifest(Record):
     experts_per_unit: int
     max_shard_size: int
     relative_weight_errors: dict[str, float] = Field(description="|W - Q|^2 / |W|^2 of every compressed linear, by module name.")
+    unit_sha256: dict[str, str] = Field(description="SHA-256 of every unit's shard, by unit id; its tensors lie here byte for byte.")
 
 
 class ShardVerdict(Record):

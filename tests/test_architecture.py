@@ -64,7 +64,18 @@ def test_ray_is_imported_by_runners_and_jobs_only() -> None:
 
 
 def test_numerics_need_only_torch() -> None:
-    allowed = ("torch", "jaxtyping", "p48ray.numerics", "p48ray.errors", "math", "dataclasses", "collections", "functools", "typing", "itertools")
+    allowed = (
+        "torch",
+        "jaxtyping",
+        "p48ray.numerics",
+        "p48ray.errors",
+        "math",
+        "dataclasses",
+        "collections",
+        "functools",
+        "typing",
+        "itertools",
+    )
     for name, path in modules():
         if name.startswith("p48ray.numerics"):
             strangers = {i for i in imports(path) if not i.startswith(allowed)}

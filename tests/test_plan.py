@@ -22,17 +22,18 @@ OTHER_VALUES = {
     "calibration.sequences_per_part": "5",
     "calibration.sequences_per_micro_batch": "2",
     "calibration.compute_dtype": "bfloat16",
-    "compression.solver": "round_to_nearest",
-    "compression.sparsity": None,  # changed with the solver, see below
+    "compression.solver": None,  # needs other settings to change with it
+    "compression.code_sweeps": "3",
+    "compression.sparsity": None,
     "compression.scale_span": "16",
     "compression.activation_group": "32",
-    "compression.output_curvature": "true",
+    "compression.output_curvature": "false",
     "compression.damp": "0.05",
     "compression.output_damp": "0.3",
     "compression.router_weight_exponent": "0",
     "compression.sweeps": "1",
     "compression.refine_steps": "5",
-    "compression.activation_quantization": "false",
+    "compression.activation_quantization": None,
     "output.max_shard_size": "1MB",
     "output.storage": "sparse",
     "run.experts_per_unit": "3",
@@ -83,7 +84,8 @@ def test_every_digest_setting_is_tried() -> None:
 
 
 @pytest.mark.parametrize(
-    "override", ["run.num_workers=7", "run.max_attempts=1", "evaluation=null", "evaluation.seed=4", "run.gpu_hour_price=2.5", "run.capture_workers=1"]
+    "override",
+    ["run.num_workers=7", "run.max_attempts=1", "evaluation=null", "evaluation.seed=4", "run.gpu_hour_price=2.5", "run.capture_workers=1"],
 )
 def test_setting_that_changes_no_byte_may_change_on_resume(override: str) -> None:
     store = MemoryStore(f"free-{override}")

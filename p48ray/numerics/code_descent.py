@@ -6,11 +6,11 @@ fixed, and under G too. For one pair_group b of one row, with a the linear term 
     gain(v) = 2 a v^T - v H_bb v^T        for values v on the grid (codes times the scale)
 
 Candidates: for each of the 6 patterns its free optimum, rounded; and the current codes. Each candidate is polished by one pass of coordinate descent over its
-inputs: with the others fixed, the best grid point is the nearest to the one-dimensional optimum. The candidate with the largest gain is taken; the current one is
-among them, so no step raises the objective.
+inputs: with the others fixed, the best grid point is the nearest to the one-dimensional optimum. The candidate with the largest gain is taken; the current
+one is among them, so no step raises the objective.
 
-At the start of a span its scale is reconsidered with the codes fixed: along v the gain is a parabola in the scale, and of the E4M3 values next to its top the best
-is taken if it beats the current scale.
+At the start of a span its scale is reconsidered with the codes fixed: along v the gain is a parabola in the scale, and the E4M3 value nearest to its top
+is taken if it beats the current one.
 
 With G, rows are visited in random groups under the majorised target of two_sided; without, all at once.
 

@@ -28,6 +28,7 @@ from p48ray.numerics.curvature import damp, damp_from_tokens, mean_diagonal, out
 from p48ray.numerics.factor import Factor, inverse_factor
 from p48ray.numerics.metrics import hessian_loss
 from p48ray.numerics.paired48 import INPUTS_IN_GROUP, keep_top_pairs, pairs_to_inputs
+from p48ray.numerics.refine import QuantizedLinear
 from p48ray.numerics.sparsegpt import one_shot
 from p48ray.numerics.two_sided import two_sided_descent, two_sided_loss
 
@@ -63,6 +64,20 @@ class Solution:
     outcome: tuple[str, ...]
     reason: tuple[str, ...]
     damp_rel: tuple[float, ...]
+
+    def as_quantized(self) -> QuantizedLinear:
+        """Codes instead of packed bytes, for refinement."""
+        return QuantizedLinear(
+            codes_NOI=e2m1.unpack(self.packed_NOB),
+            scale_NOG=self.scale_NOG,
+            global_scale_N=self.global_scale_N1[:, 0],
+            keep_NOP=self.keep_NOP,
+        )
+
+    def with_codes(self, linear: QuantizedLinear) -> "Solution":
+        """The same solution with other codes on the same scales."""
+        values_NOI = nvfp4.dequantize(linear.codes_NOI, linear.scale_NOG, linear.global_scale_N)
+        return replace(self, packed_NOB=e2m1.pack(linear.codes_NOI), values_NOI=values_NOI)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -170,9 +185,7 @@ def _block_descent(problem: _Problem) -> _Draft:
     if output_hessian_NOO is None:
         descended_NOI, keep_NOP = block_descent(target_NOI, start_values_NOI, start.keep_NOP, damped_NII, sweeps)
     else:
-        descended_NOI, keep_NOP = two_sided_descent(
-            target_NOI, start_values_NOI, start.keep_NOP, damped_NII, output_hessian_NOO, sweeps
-        )
+        descended_NOI, keep_NOP = two_sided_descent(target_NOI, start_values_NOI, start.keep_NOP, damped_NII, output_hessian_NOO, sweeps)
     end = _descend_codes(problem, _column_loop(problem, descended_NOI, keep_NOP), damped_NII)
     is_worse_N = ~(problem.loss(end.values()) <= problem.loss(start_values_NOI))  # a NaN is worse
     marked = _Draft(

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -42,7 +43,9 @@ def inspect_linear(checkpoint: Store, linear: str | None, source: Store | None) 
     Raises: ConfigError when the checkpoint has no such compressed linear, with the names that are near.
     """
     index = open_checkpoint(checkpoint)
-    name = choose(sorted(n.removesuffix(".weight_packed") for n in index.tensors if is_compressed(n, index.tensors)), linear, checkpoint.uri)
+    name = choose(
+        sorted(n.removesuffix(".weight_packed") for n in index.tensors if is_compressed(n, index.tensors)), linear, checkpoint.uri
+    )
     tensors = read_tensors(checkpoint, [index.tensors[f"{name}.{suffix}"] for suffix in SUFFIXES])
     packed, scale, divisor, divisor_in = (
         tensors[f"{name}.{s}"] for s in ("weight_packed", "weight_scale", "weight_global_scale", "input_global_scale")
@@ -57,7 +60,7 @@ def inspect_linear(checkpoint: Store, linear: str | None, source: Store | None) 
         weights = read_expert(original, describe_model(original), int(found[2]), int(found[3]))
         error = relative_weight_error(weights[found[4]].float()[None], values).item()
     counts = codes.flatten().bincount(minlength=16).tolist()
-    signed = {f"{e2m1.decode(codes.new_tensor([c])).item():+g}".replace("+0", "0"): counts[c] for c in (*range(15, 8, -1), *range(8))}
+    signed = {code_name(c): counts[c] for c in (*range(15, 8, -1), *([8] if counts[8] else []), *range(8))}
     return Inspection(
         name=name,
         shape=(codes.shape[0], codes.shape[1]),
@@ -92,18 +95,31 @@ def pattern_names() -> list[str]:
     return ["".join("x" if kept else "." for kept in row) for row in paired48.PATTERNS]
 
 
+def code_name(code: int) -> str:
+    """-6 to +6 with its sign; minus zero, which a sound checkpoint does not hold, apart from 0."""
+    value = e2m1.decode(torch.tensor([code], dtype=torch.uint8)).item()
+    return f"{value:+g}" if value else "-0" if code else "0"
+
+
 def scale_histogram(scale_OG: Tensor) -> dict[str, int]:
-    """Counts of E4M3 scales by power of two, largest last."""
-    exponents = scale_OG.flatten().log2().floor().int()
+    """Counts of E4M3 scales by power of two, largest last; scales that a sound checkpoint does not hold come first, as one count."""
+    is_sound_OG = torch.isfinite(scale_OG) & (scale_OG > 0)
+    unsound = int((~is_sound_OG).sum())
+    counted = {"not above 0": unsound} if unsound else {}
+    if unsound == scale_OG.numel():
+        return counted
+    exponents = scale_OG[is_sound_OG].log2().floor().int()
     low, high = int(exponents.min()), int(exponents.max())
     counts = (exponents - low).bincount(minlength=high - low + 1).tolist()
-    return {f"2^{low + i}": count for i, count in enumerate(counts)}
+    return counted | {f"2^{low + i}": count for i, count in enumerate(counts)}
 
 
 def print_inspection(found: Inspection, console: Console) -> None:
     """The inspection as bars."""
     console.print(f"{found.name}  {found.shape[0]} x {found.shape[1]}", soft_wrap=True)
-    console.print(f"weight_global_scale {found.weight_global_scale:.6g}, input_global_scale {found.input_global_scale:.6g}, zeros {found.zero_share:.1%}")
+    console.print(
+        f"weight_global_scale {found.weight_global_scale:.6g}, input_global_scale {found.input_global_scale:.6g}, zeros {found.zero_share:.1%}"
+    )
     if found.relative_weight_error is not None:
         console.print(f"relative weight error |W - Q|^2 / |W|^2: {found.relative_weight_error:.5f}")
     if found.illegal_groups:

@@ -52,13 +52,16 @@ def read_status(store: Store) -> RunStatus:
     verdicts = sum(k.startswith(run_root.VERIFICATION) for k in keys)
     evaluation = plan.config.evaluation
     held_out = len(cut(evaluation.num_sequences, evaluation.sequences_per_part)) if evaluation else 0
-    evaluated = sum(k.startswith(run_root.EVALUATION) and "/part-" in k for k in keys)
+    evaluated = Counter(k.rpartition("/")[0] for k in keys if k.startswith(run_root.EVALUATION) and "/part-" in k)
+    num_parts = len(plan.parts) * len(plan.source.moe_layers)
+    felt = sum(run_root.gradient_manifest(n, p.part) in keys for n in plan.source.moe_layers for p in plan.parts)
     stages = (
-        StageStatus(stage="capture", done=parts.total(), total=len(plan.parts) * len(plan.source.moe_layers)),
+        StageStatus(stage="capture", done=parts.total(), total=num_parts),
+        *((StageStatus(stage="gradients", done=felt, total=num_parts),) if plan.config.compression.output_curvature else ()),
         StageStatus(stage="compress", done=units.total(), total=len(plan.units)),
         StageStatus(stage="reduce", done=len(shards), total=planned_shards),
         StageStatus(stage="verify", done=verdicts, total=planned_shards),
-        StageStatus(stage="evaluate", done=evaluated, total=held_out),
+        StageStatus(stage="evaluate", done=min(held_out, max(evaluated.values(), default=0)), total=held_out),
     )
     failures = sorted(k for k in keys if k.startswith(run_root.FAILURES))
     return RunStatus(

@@ -32,6 +32,7 @@ from p48ray.output_layout import unit_bytes, unit_rows
 from p48ray.plan import WorkUnit
 from p48ray.stages.context import StageContext
 from p48ray.stages.curvature import ASYMMETRIC_SOLVERS, Curvature, RoutedTokens, down_curvature, gate_up_curvature, output_side
+from p48ray.stages.refinement import refine_experts
 
 log = logging.getLogger(__name__)
 
@@ -77,6 +78,11 @@ def compress_unit(context: StageContext, unit: WorkUnit) -> UnitManifest:
     down_NOI = torch.stack([w.down_HF for w in originals])
     with clock.phase("solve"):
         down = solve_batch(context, down_NOI, intermediates)
+    if context.plan.config.compression.refine_steps:
+        with clock.phase("refine"):
+            refined = refine_experts(tokens, side, originals, gate_up, down, intermediates)
+            gate_up, down = gate_up.with_codes(refined.gate_up), down.with_codes(refined.down)
+            intermediates, clipped_intermediate = down_curvature(tokens, side, originals, gate_up.values_NOI)
     records = describe_linears(context, unit, (gate_up_NOI, gate_up, inputs), (down_NOI, down, intermediates))
     with clock.phase("write"):
         return store_unit(

@@ -97,7 +97,9 @@ class RoutedTokens:
         for n, expert in enumerate(self.unit.experts):
             rows, slots = torch.where(ids_TK == expert)
             if len(rows):
-                yield RoutedSlice(n, part["hidden"][rows], part["router_weights"][rows, slots], None if delta_TH is None else delta_TH[rows])
+                yield RoutedSlice(
+                    n, part["hidden"][rows], part["router_weights"][rows, slots], None if delta_TH is None else delta_TH[rows]
+                )
 
     def __iter__(self) -> Iterator[RoutedSlice]:
         """As `routed`, over all parts, in float32 on the context's device; the same order every time."""

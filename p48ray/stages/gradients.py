@@ -41,7 +41,9 @@ def gradient_parts(context: StageContext, parts: Sequence[int]) -> list[Gradient
         if not waiting:
             continue
         is_moe = number in plan.source.moe_layers
-        module = None if number == lowest else layer_or_head(context, decoder, number)
+        module = None  # lets go of the layer above before the next is read
+        if number > lowest:
+            module = layer_or_head(context, decoder, number)
         for part in waiting:
             above_BSH = None if number == plan.source.num_layers else stream.take(number + 1, part)
             if module is not None:
@@ -61,7 +63,12 @@ def layer_or_head(context: StageContext, decoder: Decoder, number: int) -> nn.Mo
 
 
 def step_down(
-    context: StageContext, module: nn.Module, entering_BSH: Tensor, above_BSH: Tensor | None, positions: tuple[Tensor, Tensor], part: SequencePart
+    context: StageContext,
+    module: nn.Module,
+    entering_BSH: Tensor,
+    above_BSH: Tensor | None,
+    positions: tuple[Tensor, Tensor],
+    part: SequencePart,
 ) -> Tensor:
     """Gradient with respect to what enters a layer, or the head where nothing comes from above."""
     calibration = context.plan.config.calibration

@@ -93,6 +93,7 @@ def checkpoint_manifest(context: StageContext) -> CheckpointManifest:
         experts_per_unit=plan.config.run.experts_per_unit,
         max_shard_size=plan.config.output.max_shard_size,
         relative_weight_errors={r.name: r.relative_weight_error for u in units for r in u.linears},
+        unit_sha256={u.unit: u.sha256 for u in units},
     )
 
 

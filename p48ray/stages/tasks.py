@@ -14,7 +14,7 @@ from p48ray.checkpoint.families import describe_model
 from p48ray.checkpoint.index import open_checkpoint
 from p48ray.errors import P48Error, TransientStoreError
 from p48ray.manifest import Failure, ShardVerdict, UnitManifest
-from p48ray.output_layout import OutputShard
+from p48ray.output_layout import OutputShard, shard_rows
 from p48ray.plan import RunPlan, SequencePart, WorkUnit
 from p48ray.stages import arrow
 from p48ray.stages.capture import capture_parts
@@ -117,20 +117,24 @@ def record_failure(context: StageContext, task: Task, error: Exception) -> None:
 def verify_and_record(context: StageContext, shard: OutputShard) -> None:
     """Verify one output shard against source and manifests; the verdict is the done-marker."""
     claims: dict[str, float] = {}
+    digests: dict[str, str] = {}
     for segment in shard.segments:
         if isinstance(segment, WorkUnit):
             manifest = UnitManifest.load(context.store, run_root.unit_manifest(segment.id))
             claims |= {record.name: record.relative_weight_error for record in manifest.linears}
+            digests[segment.id] = manifest.sha256
     checkpoint = SubStore(context.store, run_root.CHECKPOINT)
     compression = context.plan.config.compression
-    promise = Promise(is_sparse=compression.sparsity == "paired-4:8", scale_span=compression.scale_span, weight_errors=claims)
+    promise = Promise(
+        is_sparse=compression.sparsity == "paired-4:8", scale_span=compression.scale_span, weight_errors=claims, unit_sha256=digests
+    )
     problems = verify_shard(checkpoint, context.source, context.layout, shard, promise)
     held = checkpoint.head(shard.name)
     verdict = ShardVerdict(
         plan_digest=context.plan.digest,
         shard=shard.name,
         size_bytes=held.size_bytes if held else 0,
-        num_tensors=len(shard.segments),
+        num_tensors=len(shard_rows(shard, context.layout)),
         num_linears=len(claims),
         problems=tuple(problems),
     )

@@ -4,6 +4,7 @@ Per tensor: patterns legal, no minus zero, scales finite and positive, gate and 
 as the unit's manifest claims. Untouched tensors byte-equal. Over all: exactly the planned set of tensors, in the shards that the index names.
 """
 
+import hashlib
 import json
 import math
 import re
@@ -17,7 +18,7 @@ from p48ray.checkpoint.decode import read_expert
 from p48ray.checkpoint.header import TensorEntry, read_header
 from p48ray.checkpoint.index import CONFIG_FILE, INDEX_FILE, CheckpointIndex
 from p48ray.checkpoint.layout import PROJECTIONS, ModelLayout
-from p48ray.checkpoint.tensors import read_tensors
+from p48ray.checkpoint.tensors import read_tensors, serialize
 from p48ray.errors import P48Error
 from p48ray.numerics import e2m1, nvfp4, paired48
 from p48ray.numerics.metrics import relative_weight_error
@@ -31,11 +32,12 @@ COMPARE_CHUNK_BYTES = 16 * 2**20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Promise:
-    """What a checkpoint's linears are held to. `weight_errors` by module name; a linear that is not in it claims nothing."""
+    """What a checkpoint's linears are held to. `weight_errors` by module name, `unit_sha256` by unit id; what is in neither claims nothing."""
 
     is_sparse: bool
     scale_span: int
     weight_errors: Mapping[str, float]
+    unit_sha256: Mapping[str, str]
 
 
 def verify_shard(checkpoint: Store, source: CheckpointIndex, layout: ModelLayout, shard: OutputShard, promise: Promise) -> list[str]:
@@ -50,6 +52,7 @@ def verify_shard(checkpoint: Store, source: CheckpointIndex, layout: ModelLayout
     for segment in shard.segments:
         if isinstance(segment, WorkUnit):
             tensors = read_tensors(checkpoint, [entries[name] for name, _, _ in unit_rows(layout, segment)])
+            problems += check_unit(shard.name, segment.id, tensors, promise)
             for expert in segment.experts:
                 originals = read_expert(source, layout, segment.layer, expert)
                 names = {p: layout.expert_linear_name(segment.layer, expert, p) for p in PROJECTIONS}
@@ -57,6 +60,19 @@ def verify_shard(checkpoint: Store, source: CheckpointIndex, layout: ModelLayout
         elif not same_bytes(checkpoint, entries[segment.name], source.store, segment):
             problems.append(f"{shard.name}: {segment.name}: bytes differ from the source's ({segment.file})")
     return problems
+
+
+def check_unit(file: str, unit_id: str, tensors: Mapping[str, Tensor], promise: Promise) -> list[str]:
+    """The bytes are those that the unit stored. The weight error alone can not tell: one wrong code in a million moves it by less than rounding.
+
+    Args: tensors: in the order of unit_rows, so that they serialize to the unit's own shard.
+    """
+    found, claim = hashlib.sha256(serialize(tensors)).hexdigest(), promise.unit_sha256.get(unit_id)
+    return (
+        []
+        if found == claim
+        else [f"{file}: unit {unit_id}: expected the bytes with SHA-256 {claim} that its manifest names, found {found}"]
+    )
 
 
 def compare_rows(shard: OutputShard, rows: list[tuple[str, str, tuple[int, ...]]], found: Mapping[str, TensorEntry]) -> Iterator[str]:
@@ -70,7 +86,9 @@ def compare_rows(shard: OutputShard, rows: list[tuple[str, str, tuple[int, ...]]
             yield f"{shard.name}: {name}: expected {planned[name]}, found {(found[name].dtype, tuple(found[name].shape))}"
 
 
-def check_expert(names: Mapping[str, str], tensors: Mapping[str, Tensor], originals: Mapping[str, Tensor] | None, promise: Promise) -> list[str]:
+def check_expert(
+    names: Mapping[str, str], tensors: Mapping[str, Tensor], originals: Mapping[str, Tensor] | None, promise: Promise
+) -> list[str]:
     """Every check of one expert. names: projection -> module name. originals: the source's weights, where they are to be compared."""
     problems: list[str] = []
     linears = {p: {suffix: tensors[f"{name}.{suffix}"] for suffix in SUFFIXES} for p, name in names.items()}
@@ -132,16 +150,20 @@ def check_index(checkpoint: Store, shards: tuple[OutputShard, ...], layout: Mode
     problems = check_index_files(checkpoint)
     if problems:
         return problems
-    index = json.loads(checkpoint.get(INDEX_FILE))
     planned = {name: shard.name for shard in shards for name, _, _ in shard_rows(shard, layout)}
-    found = index["weight_map"]
-    differing = sorted(n for n in planned.keys() | found.keys() if planned.get(n) != found.get(n))
-    problems += [f"{INDEX_FILE}: {n}: expected {planned.get(n)}, found {found.get(n)}" for n in differing[:5]]
-    total = sum(shard.num_bytes for shard in shards)
-    if index.get("metadata", {}).get("total_size") != total:
-        problems.append(f"{INDEX_FILE}: metadata.total_size: expected {total}, found {index.get('metadata', {}).get('total_size')}")
+    problems += compare_index(checkpoint, planned, sum(shard.num_bytes for shard in shards))
     files = {info.key for info in checkpoint.list() if info.key.endswith(".safetensors")}
     return problems + [f"{name}: not planned" for name in sorted(files - {s.name for s in shards})]
+
+
+def compare_index(checkpoint: Store, expected: Mapping[str, str], total: int) -> list[str]:
+    """The index (which check_index_files has found readable) against tensor -> file and the sum of all tensors' bytes."""
+    index = json.loads(checkpoint.get(INDEX_FILE))
+    found, metadata = index["weight_map"], index.get("metadata")
+    differing = sorted(n for n in expected.keys() | found.keys() if expected.get(n) != found.get(n))
+    problems = [f"{INDEX_FILE}: {n}: expected {expected.get(n)}, found {found.get(n)}" for n in differing[:5]]
+    stated = metadata.get("total_size") if isinstance(metadata, dict) else None
+    return problems if stated == total else [*problems, f"{INDEX_FILE}: metadata.total_size: expected {total}, found {stated}"]
 
 
 def check_index_files(checkpoint: Store) -> list[str]:
@@ -157,16 +179,18 @@ def check_index_files(checkpoint: Store) -> list[str]:
     weight_map = parsed[INDEX_FILE].get("weight_map") if isinstance(parsed[INDEX_FILE], dict) else None
     if not isinstance(weight_map, dict) or not isinstance(parsed[CONFIG_FILE], dict):
         return [f"{INDEX_FILE}: expected an object with a weight_map"]
-    missing = sorted(f for f in {str(v) for v in weight_map.values()} if not re.fullmatch(r"[\w.-]+", f) or checkpoint.head(f) is None)
+    files = {str(v) for v in weight_map.values()}
+    missing = sorted(f for f in files if not re.fullmatch(r"\w[\w.-]*\.safetensors", f) or checkpoint.head(f) is None)
     return [f"{INDEX_FILE}: names {f!r}, which is not there" for f in missing] + check_config(parsed[CONFIG_FILE])
 
 
 def check_config(config: dict) -> list[str]:
     """The output's quantization config is the NVFP4 one, at the top level and nowhere else."""
-    quantization = config.get("quantization_config") or {}
+    quantization = config.get("quantization_config")
+    found = quantization.get("format") if isinstance(quantization, dict) else None
     problems = []
-    if quantization.get("format") != "nvfp4-pack-quantized":
-        problems.append(f"config.json: quantization_config.format: expected 'nvfp4-pack-quantized', found {quantization.get('format')!r}")
+    if found != "nvfp4-pack-quantized":
+        problems.append(f"config.json: quantization_config.format: expected 'nvfp4-pack-quantized', found {found!r}")
     for key, value in config.items():
         if isinstance(value, dict) and "quantization_config" in value:
             problems.append(f"config.json: {key}.quantization_config: left over from the source")

@@ -1,17 +1,19 @@
 """Verify a checkpoint folder on its own: what `p48ray verify` does. With the source at hand it proves what the job's own verification proves."""
 
+from collections.abc import Iterator, Mapping
+
 from p48ray.checkpoint.families import describe_model
 from p48ray.checkpoint.header import TensorEntry, read_header
 from p48ray.checkpoint.index import open_checkpoint
 from p48ray.checkpoint.layout import EXPERT_NAME, PROJECTIONS
 from p48ray.checkpoint.tensors import read_tensors
-from p48ray.errors import P48Error, ShardCorruptError
+from p48ray.errors import ConfigError, P48Error, ShardCorruptError
 from p48ray.manifest import CheckpointManifest
 from p48ray.output_layout import SUFFIXES, plan_output
-from p48ray.plan import plan_units
+from p48ray.plan import WorkUnit, plan_units, ranges
 from p48ray.records import Record
 from p48ray.stages.reduce import MANIFEST_FILE
-from p48ray.stages.verify import Promise, check_expert, check_index, check_index_files, verify_shard
+from p48ray.stages.verify import Promise, check_expert, check_index, check_index_files, check_unit, compare_index, verify_shard
 from p48ray.store.base import Store
 
 
@@ -28,13 +30,18 @@ class CheckpointVerdict(Record):
 def verify_checkpoint(checkpoint: Store, source: Store | None) -> CheckpointVerdict:
     """Verify a folder, against its source where one is given.
 
-    Raises: ShardCorruptError when the folder has no manifest; whatever is wrong with the weights is in the verdict.
+    Raises: ConfigError when the folder has no manifest, ShardCorruptError when that is unsound; whatever is wrong with the weights is in the verdict.
     """
     if checkpoint.head(MANIFEST_FILE) is None:
-        raise ShardCorruptError(f"{checkpoint.uri}/{MANIFEST_FILE}: missing; is this the checkpoint/ folder of a p48ray run?")
+        raise ConfigError(f"{checkpoint.uri}: expected the checkpoint/ folder of a p48ray run, found no {MANIFEST_FILE} in it")
     manifest = CheckpointManifest.load(checkpoint, MANIFEST_FILE)
-    promise = Promise(is_sparse=manifest.sparsity == "paired-4:8", scale_span=manifest.scale_span, weight_errors=manifest.relative_weight_errors)
-    problems = verify_alone(checkpoint, promise) if source is None else verify_with_source(checkpoint, source, manifest, promise)
+    promise = Promise(
+        is_sparse=manifest.sparsity == "paired-4:8",
+        scale_span=manifest.scale_span,
+        weight_errors=manifest.relative_weight_errors,
+        unit_sha256=manifest.unit_sha256,
+    )
+    problems = verify_alone(checkpoint, manifest, promise) if source is None else verify_with_source(checkpoint, source, manifest, promise)
     return CheckpointVerdict(
         checkpoint=checkpoint.uri,
         compared_with_source=source is not None,
@@ -48,7 +55,9 @@ def verify_with_source(checkpoint: Store, source: Store, manifest: CheckpointMan
     """Every planned byte: the plan follows from the source's headers and two settings in the manifest."""
     index = open_checkpoint(source)
     if index.fingerprint != manifest.source_fingerprint:
-        return [f"{source.uri}: not the source of this checkpoint: expected fingerprint {manifest.source_fingerprint[:12]}, found {index.fingerprint[:12]}"]
+        return [
+            f"{source.uri}: not the source of this checkpoint: expected fingerprint {manifest.source_fingerprint[:12]}, found {index.fingerprint[:12]}"
+        ]
     layout = describe_model(index)
     shards = plan_output(plan_units(layout, manifest.experts_per_unit), manifest.max_shard_size, index, layout)
     problems = check_index(checkpoint, shards, layout)
@@ -57,23 +66,56 @@ def verify_with_source(checkpoint: Store, source: Store, manifest: CheckpointMan
     return problems
 
 
-def verify_alone(checkpoint: Store, promise: Promise) -> list[str]:
-    """Headers, index and every expert linear that the manifest names."""
+def verify_alone(checkpoint: Store, manifest: CheckpointManifest, promise: Promise) -> list[str]:
+    """Headers against the index, and every expert linear that the manifest names. Other tensors' bytes are taken on trust."""
     problems = check_index_files(checkpoint)
+    is_index_readable = not problems
     entries: dict[str, TensorEntry] = {}
     for file in sorted(info.key for info in checkpoint.list() if info.key.endswith(".safetensors")):
         try:
             entries |= read_header(checkpoint, file)
         except P48Error as error:
             problems.append(str(error))
-    experts = sorted({name.rpartition(".")[0] for name in promise.weight_errors})
-    for expert in experts:
-        names = {p: f"{expert}.{p}" for p in PROJECTIONS}
-        wanted = [f"{name}.{suffix}" for name in names.values() for suffix in SUFFIXES]
-        missing = [name for name in wanted if name not in entries]
-        problems += [f"{name}: missing" for name in missing]
-        if not missing:
-            problems += check_expert(names, read_tensors(checkpoint, [entries[name] for name in wanted]), None, promise)
-    known = {f"{name}.{suffix}" for name in promise.weight_errors for suffix in SUFFIXES}
+    if is_index_readable:
+        problems += compare_index(checkpoint, {e.name: e.file for e in entries.values()}, sum(e.num_bytes for e in entries.values()))
+    known: set[str] = set()
+    for unit, linears in units_of(manifest):
+        names = [f"{linear}.{suffix}" for suffix in SUFFIXES for linear in linears]
+        known |= set(names)
+        wrong = [text for linear in linears for text in check_form(linear, entries)]
+        problems += wrong
+        if not wrong:
+            tensors = read_tensors(checkpoint, [entries[name] for name in names])
+            problems += check_unit(entries[names[0]].file, unit.id, tensors, promise)
+            for at in range(0, len(linears), len(PROJECTIONS)):
+                projections = dict(zip(PROJECTIONS, linears[at : at + len(PROJECTIONS)], strict=True))
+                problems += check_expert(projections, tensors, None, promise)
     stray = sorted(n for n in entries if EXPERT_NAME.fullmatch(n) and n not in known)
     return problems + [f"{name}: an expert tensor that the manifest does not know" for name in stray]
+
+
+def units_of(manifest: CheckpointManifest) -> Iterator[tuple[WorkUnit, list[str]]]:
+    """Every unit with its linears in shard order, from the names and the unit size in the manifest."""
+    layers: dict[tuple[int, str], set[int]] = {}
+    for name in manifest.relative_weight_errors:
+        found = EXPERT_NAME.fullmatch(f"{name}.weight")
+        if found is None:
+            raise ShardCorruptError(f"{MANIFEST_FILE}: relative_weight_errors: expected names of expert linears, found {name!r}")
+        layers.setdefault((int(found[2]), found[1]), set()).add(int(found[3]))
+    for (layer, prefix), experts in sorted(layers.items()):
+        for first, count in ranges(max(experts) + 1, manifest.experts_per_unit):
+            unit = WorkUnit(layer=layer, first_expert=first, num_experts=count)
+            yield unit, [f"{prefix}layers.{layer}.mlp.experts.{e}.{p}" for e in unit.experts for p in PROJECTIONS]
+
+
+def check_form(linear: str, entries: Mapping[str, TensorEntry]) -> list[str]:
+    """A linear's four tensors are there, in dtypes and shapes that fit each other."""
+    if missing := [f"{linear}.{suffix}: missing" for suffix in SUFFIXES if f"{linear}.{suffix}" not in entries]:
+        return missing
+    found = {suffix: (entries[f"{linear}.{suffix}"].dtype, entries[f"{linear}.{suffix}"].shape) for suffix in SUFFIXES}
+    out, num_bytes = (*found["weight_packed"][1], 0, 0)[:2]
+    expected = {"weight_packed": ("U8", (out, num_bytes)), "weight_scale": ("F8_E4M3", (out, num_bytes // 8))}
+    wanted = {suffix: expected.get(suffix, ("F32", (1,))) for suffix in SUFFIXES}
+    return [
+        f"{linear}.{suffix}: expected {wanted[suffix]}, found {found[suffix]}" for suffix in SUFFIXES if found[suffix] != wanted[suffix]
+    ]

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 
-from p48ray.store.base import ByteRange, ObjectInfo, Piece, Store
+from p48ray.store.base import ByteRange, ObjectInfo, Piece, Store, check_key, check_prefix
 
 
 class SubStore:
@@ -13,36 +13,40 @@ class SubStore:
         self.store, self.prefix = store, prefix
         self.uri = f"{store.uri}/{prefix}".rstrip("/")
 
+    def full(self, key: str) -> str:
+        """The key in the store behind. Raises: P48Error for a bad key, as given."""
+        return self.prefix + check_key(key)
+
     def get(self, key: str) -> bytes:
-        return self.store.get(self.prefix + key)
+        return self.store.get(self.full(key))
 
     def get_range(self, key: str, start: int, num_bytes: int) -> bytes:
-        return self.store.get_range(self.prefix + key, start, num_bytes)
+        return self.store.get_range(self.full(key), start, num_bytes)
 
     def head(self, key: str) -> ObjectInfo | None:
-        held = self.store.head(self.prefix + key)
+        held = self.store.head(self.full(key))
         return None if held is None else ObjectInfo(key=key, size_bytes=held.size_bytes)
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
-        for info in self.store.list(self.prefix + prefix):
+        for info in self.store.list(self.prefix + check_prefix(prefix)):
             yield ObjectInfo(key=info.key.removeprefix(self.prefix), size_bytes=info.size_bytes)
 
     def put(self, key: str, data: bytes) -> None:
-        self.store.put(self.prefix + key, data)
+        self.store.put(self.full(key), data)
 
     def put_if_absent(self, key: str, data: bytes) -> bool:
-        return self.store.put_if_absent(self.prefix + key, data)
+        return self.store.put_if_absent(self.full(key), data)
 
     def compose(self, key: str, pieces: Iterable[Piece]) -> int:
-        return self.store.compose(self.prefix + key, (self.resolved(piece) for piece in pieces))
+        return self.store.compose(self.full(key), (self.resolved(piece) for piece in pieces))
 
     def delete(self, key: str) -> None:
-        self.store.delete(self.prefix + key)
+        self.store.delete(self.full(key))
 
     @staticmethod
     def resolved(piece: Piece) -> Piece:
         """A range of a view as a range of the store behind it, which that store may copy faster."""
         if isinstance(piece, ByteRange) and isinstance(piece.store, SubStore):
             view = piece.store
-            return ByteRange(store=view.store, key=view.prefix + piece.key, start=piece.start, num_bytes=piece.num_bytes)
+            return ByteRange(store=view.store, key=view.full(piece.key), start=piece.start, num_bytes=piece.num_bytes)
         return piece

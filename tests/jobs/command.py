@@ -1,11 +1,13 @@
 """The job's command as tests run it: inside this process with tasks in the same process, or as a process of its own on Ray."""
 
 import hashlib
+import logging
 import os
 import shutil
 import subprocess
 import sys
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import chdir, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
@@ -27,6 +29,7 @@ SMALL = {
     "compression.sweeps": "1",
     "evaluation": "null",
 }
+ROUNDED = {"compression.solver": "round_to_nearest"}  # where the numbers do not matter
 HELD_OUT = "{documents: examples/tiny-kimi-k2.5/heldout.jsonl, num_sequences: 2, sequence_length: 64}"
 
 
@@ -45,20 +48,26 @@ def arguments(root: Path | str, settings: dict[str, str] | None = None, config: 
     return ["--config", str(config), "--run-root", str(root), *(a for key, value in chosen.items() for a in ("--set", f"{key}={value}"))]
 
 
-def invoke(*args: str, code_runner: str = "local") -> Outcome:
-    """The command in this process, from the command line on; its tasks run in this process too, Ray stays out."""
+def invoke(*args: str, on_ray: bool = False) -> Outcome:
+    """The command in this process, from the command line on. Its tasks run in this process too, or on the Ray that a fixture has started."""
     app = typer.Typer(add_completion=False)
     app.command()(compress.main)
-    here = Path.cwd()
-    os.chdir(REPO)
-    try:
-        with mock.patch.object(compress, "RayRunner", lambda plan, root, address: nullcontext(LocalRunner(plan, root))):
-            result = CliRunner().invoke(app, args)
-    finally:
-        os.chdir(here)
+    local = mock.patch.object(compress, "RayRunner", lambda plan, root, address: nullcontext(LocalRunner(plan, root)))
+    with nullcontext() if on_ray else local, chdir(REPO), own_logging():
+        result = CliRunner().invoke(app, args)
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     return Outcome(result.exit_code, result.stdout, result.stderr)
+
+
+@contextmanager
+def own_logging() -> Iterator[None]:
+    """The command points p48ray's log at the standard output it finds, which a test takes away again."""
+    logger = logging.getLogger("p48ray")
+    handlers, propagate, level = logger.handlers[:], logger.propagate, logger.level
+    yield
+    logger.handlers[:], logger.propagate = handlers, propagate
+    logger.setLevel(level)
 
 
 def launch(*args: str, env: dict[str, str] | None = None, cwd: Path = REPO) -> subprocess.Popen[str]:

@@ -1,8 +1,6 @@
 """A finished run of the small job, made once."""
 
-import logging
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -25,13 +23,3 @@ def finished_run(finished_once: Path, tmp_path: Path) -> Path:
     root = tmp_path / "finished"
     shutil.copytree(finished_once, root)
     return root
-
-
-@pytest.fixture(autouse=True)
-def quiet_logging() -> Iterator[None]:
-    """The command points p48ray's log at the standard output it finds; that of a test ends with the test."""
-    logger = logging.getLogger("p48ray")
-    before = (logger.handlers[:], logger.propagate, logger.level)
-    yield
-    logger.handlers[:], logger.propagate = before[0], before[1]
-    logger.setLevel(before[2])

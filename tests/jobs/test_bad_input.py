@@ -3,13 +3,10 @@
 import json
 import shutil
 import struct
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -120,19 +117,23 @@ def edit_index(folder: Path, change: Callable[[dict[str, str]], None]) -> None:
     (folder / INDEX).write_text(json.dumps(index))
 
 
+def place_second_shard(folder: Path, file: str) -> None:
+    """The index looks for the second shard's tensors in another file."""
+    edit_index(folder, lambda weight_map: weight_map.update({name: file for name, held in weight_map.items() if held == SHARD}))
+
+
 def name_an_absent_tensor(folder: Path) -> None:
     edit_index(folder, lambda weight_map: weight_map.update({f"{LAYERS}.1.mlp.extra.weight": SHARD}))
 
 
 def lead_the_index_to_the_parent(folder: Path) -> None:
     shutil.copy(folder / SHARD, folder.parent / "x.safetensors")
-    edit_index(folder, lambda weight_map: weight_map.update({name: "../x.safetensors" for name, file in weight_map.items() if file == SHARD}))
+    place_second_shard(folder, "../x.safetensors")
 
 
 def lead_the_index_to_an_absolute_path(folder: Path) -> None:
-    outside = str(folder.parent / "x.safetensors")
-    shutil.copy(folder / SHARD, outside)
-    edit_index(folder, lambda weight_map: weight_map.update({name: outside for name, file in weight_map.items() if file == SHARD}))
+    shutil.copy(folder / SHARD, folder.parent / "x.safetensors")
+    place_second_shard(folder, str(folder.parent / "x.safetensors"))
 
 
 def rename_a_tensor(folder: Path, new: str) -> None:
@@ -157,7 +158,7 @@ def drop_an_expert(folder: Path) -> None:
     tensors = load_file(folder / file)
     del tensors[name]
     save_file(tensors, folder / file, metadata={"format": "pt"})
-    edit_index(folder, lambda weight_map: weight_map.pop(name) and None)
+    edit_index(folder, lambda weight_map: weight_map.__delitem__(name))
 
 
 def break_config(folder: Path) -> None:
@@ -339,138 +340,6 @@ def test_run_root_of_other_texts_is_refused_and_left_alone(finished_once: Path, 
     outcome = invoke(*arguments(finished_once, {"calibration.documents": str(path)}))
     assert (outcome.code, "another plan: calibration documents' digest: expected" in outcome.err) == (2, True), outcome
     assert snapshot(finished_once) == before
-
-
-# Code and pickles in the source folder or the run root.
-
-TOKENIZER_CODE = '''
-"""A byte tokenizer, in the form in which Kimi ships its own: Python that transformers imports from the checkpoint's folder."""
-from pathlib import Path
-from transformers import PreTrainedTokenizer
-
-Path({marker!r}).touch()
-
-
-class OwnTokenizer(PreTrainedTokenizer):
-    vocab_files_names = {{}}
-
-    @property
-    def vocab_size(self):
-        return 256
-
-    def get_vocab(self):
-        return {{self._convert_id_to_token(i): i for i in range(256)}}
-
-    def _tokenize(self, text, **kwargs):
-        return [self._convert_id_to_token(i) for i in text.encode()]
-
-    def _convert_token_to_id(self, token):
-        return ord(token) - 256
-
-    def _convert_id_to_token(self, index):
-        return chr(index + 256)
-'''
-
-CONFIG_CODE = '''
-from pathlib import Path
-from transformers import PretrainedConfig
-
-Path({marker!r}).touch()
-
-
-class OwnConfig(PretrainedConfig):
-    model_type = "kimi_k25"
-'''
-
-
-def model_with_code(folder: Path, marker: Path) -> Path:
-    """The sample with a tokenizer (and a config class) that is code in its folder; importing either leaves a marker."""
-    copy_model(folder)
-    for file in folder.glob("*token*"):
-        file.unlink()
-    (folder / "tokenization_own.py").write_text(TOKENIZER_CODE.format(marker=str(marker)))
-    own: dict[str, Any] = {"tokenizer_class": "OwnTokenizer", "auto_map": {"AutoTokenizer": ["tokenization_own.OwnTokenizer", None]}}
-    (folder / "tokenizer_config.json").write_text(json.dumps(own))
-    (folder / "configuration_own.py").write_text(CONFIG_CODE.format(marker=f"{marker}-config"))
-    config = json.loads((folder / "config.json").read_text())
-    config["auto_map"] = {"AutoConfig": "configuration_own.OwnConfig", "AutoModel": "configuration_own.OwnModel"}
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
-
-
-@pytest.fixture
-def module_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where transformers copies a folder's code to before it imports it."""
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
-
-
-@pytest.mark.usefixtures("module_cache")
-def test_code_from_the_source_does_not_run_unless_trusted(tmp_path: Path) -> None:
-    marker, root = tmp_path / "ran", tmp_path / "run"
-    folder = model_with_code(tmp_path / "model", marker)
-    outcome = invoke(*arguments(root, {"source.checkpoint": str(folder)}))
-    assert_refused(outcome, [str(folder), "source.trust_remote_code: true"], root)
-    assert not list(tmp_path.glob("ran*"))
-
-
-@pytest.mark.usefixtures("module_cache")
-def test_trusted_tokenizer_of_the_source_runs_and_is_carried_over(tmp_path: Path) -> None:
-    marker, root = tmp_path / "ran", tmp_path / "run"
-    folder = model_with_code(tmp_path / "model", marker)
-    outcome = invoke(*arguments(root, {"source.checkpoint": str(folder), "source.trust_remote_code": "true"}))
-    assert outcome.code == 0, outcome
-    assert marker.exists()
-    assert (root / "checkpoint" / "tokenization_own.py").read_bytes() == (folder / "tokenization_own.py").read_bytes()
-
-
-@pytest.mark.usefixtures("module_cache")
-def test_built_in_tokenizer_is_used_where_code_is_not_trusted(tmp_path: Path) -> None:
-    marker, root = tmp_path / "ran", tmp_path / "run"
-    folder = model_with_code(tmp_path / "model", marker)
-    for file in TINY.glob("*token*"):
-        shutil.copy(file, folder)
-    own = json.loads((TINY / "tokenizer_config.json").read_text()) | {"auto_map": {"AutoTokenizer": [None, "tokenization_own.OwnTokenizer"]}}
-    (folder / "tokenizer_config.json").write_text(json.dumps(own))
-    outcome = invoke(*arguments(root, {"source.checkpoint": str(folder)}))
-    assert outcome.code == 0, outcome
-    assert not list(tmp_path.glob("ran*"))
-
-
-class OpenedFiles:
-    """Paths that this process opens while `is_watching`. An audit hook cannot be taken out again, only told to rest."""
-
-    def __init__(self) -> None:
-        self.is_watching = False
-        self.paths: list[str] = []
-        sys.addaudithook(self.hook)
-
-    def hook(self, event: str, args: tuple[Any, ...]) -> None:
-        if self.is_watching and event == "open":
-            self.paths.append(str(args[0]))
-
-
-@pytest.fixture
-def opened() -> Iterator[OpenedFiles]:
-    files = OpenedFiles()
-    yield files
-    files.is_watching = False
-
-
-def test_pickles_in_source_and_run_root_are_never_read(opened: OpenedFiles, tmp_path: Path) -> None:
-    folder, root = copy_model(tmp_path / "model"), tmp_path / "run"
-    pickles = [folder / "pytorch_model.bin", folder / "training_args.bin", folder / "vocab.pkl", folder / "tokenizer.pt"]
-    pickles += [root / "plan.pkl", root / "calibration" / "tokens.bin", root / "units" / "L001-E000-003" / "shard.pkl"]
-    pickles += [root / "checkpoint" / "pytorch_model.bin"]
-    for path in pickles:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save({"a": torch.zeros(2)}, path)
-    opened.is_watching = True
-    outcome = invoke(*arguments(root, {"source.checkpoint": str(folder)}))
-    opened.is_watching = False
-    assert outcome.code == 0, outcome
-    assert any(path.endswith(".safetensors") for path in opened.paths)
-    assert not {path for path in opened.paths if path.endswith((".bin", ".pkl", ".pt"))}
-    assert {path.name for path in (root / "checkpoint").iterdir()} & {path.name for path in pickles} == {"pytorch_model.bin"}
 
 
 # The exit code that a shell sees.

@@ -1,7 +1,6 @@
 """jobs/compress.py: its flags, its dry run, its exit codes, and running it again."""
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -10,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from p48ray.checkpoint.skeleton import write_kimi_k25_skeleton
+from p48ray.stages.tasks import STAGES
 from tests.conftest import REPO
-from tests.jobs.command import HELD_OUT, arguments, attempts, invoke, snapshot
+from tests.jobs.command import HELD_OUT, ROUNDED, arguments, attempts, invoke, run_process, snapshot
 
 
 @pytest.fixture
@@ -34,7 +34,13 @@ def test_command_without_configuration_is_a_users_mistake() -> None:
 def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path: Path) -> None:
     outcome = invoke(*arguments(tmp_path / "run"), "--dry-run")
     assert outcome.code == 0
-    for words in ("16 of up to 4 experts", "192 (4 layers x 16 experts x 3, stored as int4)", "4 x 64 = 256 tokens in 2 parts", "6 shards, 9.03 MB"):
+    rows = (
+        "16 of up to 4 experts",
+        "192 (4 layers x 16 experts x 3, stored as int4)",
+        "4 x 64 = 256 tokens in 2 parts",
+        "6 shards, 9.03 MB",
+    )
+    for words in rows:
         assert words in outcome.out
     assert list(tmp_path.iterdir()) == []
 
@@ -51,23 +57,35 @@ def test_dry_run_names_what_the_run_itself_would_be_refused_for(tmp_path: Path) 
     assert "output.storage: 'sparse' is not built yet" in outcome.out
 
 
+# Through a small process between: Linux counts the memory of whoever starts a process as that process's own peak.
+MEASURE = """
+import resource, subprocess, sys
+code = subprocess.call(sys.argv[1:])
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+sys.exit(code)
+"""
+
+
 @pytest.mark.slow
 def test_dry_run_of_kimi_k25_prints_its_plan_within_a_gigabyte(tmp_path: Path) -> None:
     write_kimi_k25_skeleton(tmp_path / "kimi")
     command = [sys.executable, "jobs/compress.py", "--config", "configs/kimi_k25_p48_nvfp4.yaml", "--dry-run"]
     command += ["--set", f"source.checkpoint={tmp_path / 'kimi'}"]
-    with (tmp_path / "out").open("wb") as out:
-        process = subprocess.Popen(command, cwd=REPO, stdout=out)
-        _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    assert process.returncode == 0
-    printed = (tmp_path / "out").read_text()
-    for words in ("595.15 GB, 64 shards", "69,120 (60 layers x 384 experts x 3", "2,880 of up to 8 experts", "61 shards, 595.15 GB", "GPU-hours"):
+    measured = subprocess.run([sys.executable, "-c", MEASURE, *command], cwd=REPO, capture_output=True, text=True, check=False)
+    assert measured.returncode == 0, measured.stderr
+    *lines, peak_rss = measured.stdout.splitlines()
+    printed = "\n".join(lines)
+    values = (
+        "595.15 GB, 64 shards",
+        "69,120 (60 layers x 384 experts x 3",
+        "2,880 of up to 8 experts",
+        "61 shards, 595.15 GB",
+        "GPU-hours",
+    )
+    for words in (*values, "read by capture", "read by units", "written", "stored at the peak"):
         assert words in printed
-    for row in ("read by capture", "read by units", "written", "stored at the peak"):
-        assert row in printed
-    assert usage.ru_maxrss * 1024 < 10**9
-    assert {path.name for path in tmp_path.iterdir()} == {"kimi", "out"}
+    assert int(peak_rss) * 1024 < 10**9
+    assert {path.name for path in tmp_path.iterdir()} == {"kimi"}
 
 
 @pytest.mark.parametrize("root_setting", ["runs/somewhere", "./somewhere", "~/somewhere"])
@@ -85,9 +103,17 @@ def test_absolute_run_root_is_taken_under_a_ray_job(prefix: str, tmp_path: Path,
     assert invoke(*arguments(f"{prefix}{tmp_path}/run"), "--dry-run").code == 0
 
 
+@pytest.mark.ray
+def test_address_that_is_no_clusters_is_a_users_mistake(tmp_path: Path) -> None:
+    outcome = run_process(*arguments(tmp_path / "run"), env={"RAY_ADDRESS": "http://127.0.0.1:8265"})
+    assert outcome.code == 2, outcome
+    assert "Traceback" not in outcome.err
+    assert "error: RAY_ADDRESS: expected host:port of a running Ray cluster, found 'http://127.0.0.1:8265'" in outcome.err
+
+
 def test_report_is_printed_and_stored(tmp_path: Path) -> None:
     root = tmp_path / "run"
-    outcome = invoke(*arguments(root, {"evaluation": HELD_OUT}))
+    outcome = invoke(*arguments(root, ROUNDED | {"evaluation": HELD_OUT}))
     assert outcome.code == 0, outcome
     report = json.loads((root / "report" / "report.json").read_text())
     quality = report["quality"]
@@ -98,11 +124,15 @@ def test_report_is_printed_and_stored(tmp_path: Path) -> None:
     assert outcome.err == ""
 
 
-def test_run_again_after_success_does_no_unit_twice(root: Path) -> None:
+def test_run_again_after_success_does_no_unit_twice(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before, units = snapshot(root), attempts(root)
     assert len(units) == 16
+    worked: list[object] = []
+    for stage in ("capture", "compress", "verify"):
+        monkeypatch.setitem(STAGES, stage, lambda _, item: worked.append(item))
     outcome = invoke(*arguments(root))
     assert outcome.code == 0, outcome
+    assert worked == []
     assert attempts(root) == units
     for stage in ("compress  16 units, 16 already done", "capture   8 activation parts, 8 already done"):
         assert stage in outcome.out
@@ -119,6 +149,14 @@ def test_missing_pieces_are_made_again_and_nothing_else(root: Path) -> None:
     assert invoke(*arguments(root)).code == 0
     assert snapshot(root / "checkpoint") == before
     assert {unit for unit, manifest in attempts(root).items() if manifest != units[unit]} == {"L002-E004-007"}
+
+
+def test_output_shard_of_another_size_is_made_again(root: Path) -> None:
+    before = snapshot(root / "checkpoint")
+    shard = sorted((root / "checkpoint").glob("*.safetensors"))[3]
+    shard.write_bytes(shard.read_bytes()[:-100])
+    assert invoke(*arguments(root)).code == 0
+    assert snapshot(root / "checkpoint") == before
 
 
 def test_settings_outside_the_digest_may_change_on_resume(root: Path) -> None:
@@ -138,14 +176,10 @@ def data_start(path: Path) -> int:
     return 8 + int.from_bytes(path.read_bytes()[:8], "little")
 
 
-@pytest.mark.parametrize(
-    "place",
-    [
-        "a global scale",
-        pytest.param("a code", marks=pytest.mark.xfail(strict=True, reason="verify does not compare unit bytes with their manifest's sha256")),
-        "an untouched tensor",
-    ],
-)
+NOT_YET = pytest.mark.xfail(strict=True, reason="verify does not hold a unit's bytes to its manifest's sha256")
+
+
+@pytest.mark.parametrize("place", ["a global scale", pytest.param("a code", marks=NOT_YET), "an untouched tensor"])
 def test_damage_that_verification_finds_gives_exit_code_1(place: str, root: Path) -> None:
     shard = sorted((root / "checkpoint").glob("*.safetensors"))[1]
     start = data_start(shard)
@@ -154,7 +188,7 @@ def test_damage_that_verification_finds_gives_exit_code_1(place: str, root: Path
     outcome = invoke(*arguments(root))
     assert outcome.code == 1, outcome
     assert outcome.err.count("error: ") == 1
-    for words in (str(root / "checkpoint"), "1 problems", shard.name):
+    for words in (str(root / "checkpoint"), "problems", f"  {shard.name}: "):
         assert words in outcome.err
 
 

@@ -3,7 +3,7 @@
 import json
 import struct
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,5 +83,6 @@ class Folder:
         change(value)
         return self.with_file(name, json.dumps(value).encode())
 
-    def changed_from(self, other: "Folder") -> Iterable[str]:
-        return [name for name in self.files if self.files[name] != other.files.get(name)]
+    def changed_from(self, other: "Folder") -> list[str]:
+        """Names of the files that differ, or that only one of the two has."""
+        return [name for name in {**self.files, **other.files} if self.files.get(name) != other.files.get(name)]

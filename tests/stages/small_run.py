@@ -23,6 +23,8 @@ SETTINGS = (
     "compression.solver=block_descent",
     "compression.output_curvature=false",
     "compression.sweeps=1",
+    "compression.code_sweeps=0",
+    "compression.refine_steps=0",
     f"evaluation.documents={TINY}/heldout.jsonl",
     "evaluation.num_sequences=3",
     "evaluation.sequence_length=64",
@@ -39,7 +41,12 @@ SIDECARS = {
 }
 """What the small model's folder lacks of a real one's. The code would say so if it ran."""
 
-NOT_CARRIED = {"notes.jsonl": b'{"text": "a text"}\n', "pytorch_model.bin": b"weights in another form", ".hidden": b"", "README.md": b"# source\n"}
+NOT_CARRIED = {
+    "notes.jsonl": b'{"text": "a text"}\n',
+    "pytorch_model.bin": b"weights in another form",
+    ".hidden": b"",
+    "README.md": b"# source\n",
+}
 
 
 @dataclass(frozen=True)
@@ -75,7 +82,7 @@ def run_locally(prepared: Prepared) -> Report:
 def finished_run(base: Path) -> SmallRun:
     """The run of this session, in `base`. Nobody changes it."""
     source, root = base / "source", base / "run"
-    shutil.copytree(TINY, source)
+    shutil.copytree(TINY, source, dirs_exist_ok=True)
     for name, data in (SIDECARS | NOT_CARRIED).items():
         (source / name).write_bytes(data)
     prepared = prepare(configure(source, root))

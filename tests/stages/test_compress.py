@@ -4,7 +4,7 @@ import hashlib
 import json
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -26,6 +26,7 @@ from p48ray.stages.capture import combine, write_activations
 from p48ray.stages.compress import compress_unit
 from p48ray.stages.context import StageContext
 from p48ray.stages.evaluate import compressed_expert
+from p48ray.stages.gradients import write_gradients
 from p48ray.stages.prepare import prepare
 from p48ray.store import LocalStore
 from tests.conftest import TINY
@@ -75,11 +76,22 @@ def layer_inputs(finished: SmallRun) -> RoutedInputs:
 Opener = Callable[..., StageContext]
 
 
-@pytest.fixture
-def opened(finished: SmallRun, layer_inputs: RoutedInputs) -> Opener:
-    """Makes a fresh run in memory whose layer 1 saw `seen` (the finished run's tokens by default), under other settings."""
+@pytest.fixture(scope="module")
+def random_delta(layer_inputs: RoutedInputs) -> Tensor:
+    """Gradients at the mixture's output, a few tokens' much larger than the others'."""
+    generator = torch.Generator().manual_seed(0)
+    size_T1 = torch.rand(len(layer_inputs.hidden_TH), 1, generator=generator).pow(4) + 0.01
+    return (size_T1 * torch.randn(layer_inputs.hidden_TH.shape, generator=generator)).bfloat16()
 
-    def make(*overrides: str, seen: RoutedInputs = layer_inputs) -> StageContext:
+
+@pytest.fixture
+def opened(finished: SmallRun, layer_inputs: RoutedInputs, random_delta: Tensor) -> Opener:
+    """Makes a fresh run in memory whose layer 1 saw `seen` (the finished run's tokens by default), under other settings.
+
+    Where they ask for gradients, `delta` is what came back.
+    """
+
+    def make(*overrides: str, seen: RoutedInputs = layer_inputs, delta_TH: Tensor = random_delta) -> StageContext:
         config = configure(finished.source, f"memory://{uuid.uuid4().hex}", *overrides)
         context = prepare(config).context
         tokens = [p.num_sequences * config.calibration.sequence_length for p in context.plan.parts]
@@ -89,6 +101,9 @@ def opened(finished: SmallRun, layer_inputs: RoutedInputs) -> Opener:
             for part, three in zip(context.plan.parts, rows, strict=True)
         ]
         context.store.put(run_root.layer_scales(1), combine(context, 1, parts).to_json())
+        if config.compression.output_curvature:
+            for part, rows_TH in zip(context.plan.parts, delta_TH.split(tokens), strict=True):
+                write_gradients(context, 1, part, rows_TH)
         return context
 
     return make
@@ -155,9 +170,7 @@ def test_compressed_tensors_decodes_the_shard_to_the_projects_own_values(finishe
             assert torch.equal(theirs, weight.to(torch.bfloat16))
 
 
-def test_claimed_weight_errors_are_those_of_the_stored_bytes(
-    finished: SmallRun, source_tensors: dict[str, Tensor], tmp_path: Path
-) -> None:
+def test_claimed_weight_errors_are_those_of_the_stored_bytes(finished: SmallRun, source_tensors: dict[str, Tensor], tmp_path: Path) -> None:
     for unit in finished.prepared.plan.units[::3]:
         manifest = UnitManifest.load(finished.prepared.store, run_root.unit_manifest(unit.id))
         shard = Shard.of(shard_bytes(finished.context, manifest), tmp_path)
@@ -338,6 +351,73 @@ def test_relative_output_errors_are_those_of_every_token_run_through_the_expert(
             assert record_of(manifest, expert, projection).relative_output_error == pytest.approx(ratio, rel=1e-3)
 
 
+# What gradients change
+
+GRADIENTS = "compression.output_curvature=true"
+
+
+def test_gradients_change_the_result_and_the_same_ones_give_the_same_bytes(opened: Opener, random_delta: Tensor) -> None:
+    first = compress(opened(GRADIENTS))
+    assert compress(opened(GRADIENTS)) == first
+    assert compress(opened()) != first
+    assert compress(opened(GRADIENTS, delta_TH=random_delta.flip(0))) != first
+
+
+def test_unit_that_streams_tokens_and_gradients_makes_the_bytes_of_one_that_holds_them(
+    opened: Opener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = compress(opened(GRADIENTS))
+    monkeypatch.setattr(curvature, "GATHERED_BYTES", 0)
+    assert compress(opened(GRADIENTS)) == held
+
+
+def test_tokens_weigh_by_the_norm_of_their_gradient_clipped_at_20_times_its_mean(
+    opened: Opener,
+    layer_inputs: RoutedInputs,
+    source_tensors: dict[str, Tensor],
+    random_delta: Tensor,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Seen in down_proj's output error over the expert's own tokens; one token's gradient is beyond the clip."""
+    monkeypatch.setattr(curvature, "DOWN_HALF_TOKENS", 0.0)
+    rows, slots = torch.where(layer_inputs.expert_ids_TK == 4)
+    delta_TH = random_delta.clone()
+    delta_TH[rows[3]] = 500.0
+    context = opened(GRADIENTS, delta_TH=delta_TH)
+    manifest = compress_unit(context, PAIR)
+    originals, stored = weights_of(Shard.of(shard_bytes(context, manifest), tmp_path), source_tensors, 4)
+    scales = context.layer_scales(1)
+    norms_T = (delta_TH[rows].double() * layer_inputs.router_weights_TK[rows, slots, None].double()).norm(dim=1)
+    clipped_T = (norms_T / norms_T.mean()).clamp_max(20.0)
+    assert int((clipped_T == 20).sum()) == 1
+    own = replace(view(layer_inputs, 4, scales.gate_up, is_quantized=True), weights_T=clipped_T)
+    error, energy, _ = down_sides(own, originals, stored, scales.down, is_quantized=True)
+    assert record_of(manifest, 4, "down_proj").relative_output_error == pytest.approx(error / energy, rel=1e-3)
+
+
+def test_expert_without_tokens_is_compressed_where_gradients_are_used(opened: Opener, uneven: RoutedInputs, tmp_path: Path) -> None:
+    context = opened(GRADIENTS, seen=uneven)
+    manifest = compress_unit(context, TRIO)
+    shard = Shard.of(shard_bytes(context, manifest), tmp_path)
+    for expert in TRIO.experts:
+        for projection in SHAPES:
+            linear = shard.linear(1, expert, projection)
+            assert record_of(manifest, expert, projection).outcome in ("solved", "one_shot")
+            assert legal_patterns(linear["weight_packed"]) and torch.isfinite(decode_weights(linear)).all()
+            assert record_of(manifest, expert, projection).relative_weight_error < 0.6
+
+
+def test_gradients_that_are_all_zero_leave_legal_finite_weights(opened: Opener, random_delta: Tensor, tmp_path: Path) -> None:
+    context = opened(GRADIENTS, delta_TH=torch.zeros_like(random_delta))
+    manifest = compress_unit(context, PAIR)
+    shard = Shard.of(shard_bytes(context, manifest), tmp_path)
+    for record in manifest.linears:
+        expert, projection = record.name.split(".")[-2:]
+        assert legal_patterns(shard.linear(1, int(expert), projection)["weight_packed"])
+        assert 0 < record.relative_weight_error < 0.6 and 0 < record.relative_output_error < 1
+
+
 # Experts with few tokens or none
 
 STARVED, RARE, BUSY = 4, 5, 6
@@ -463,6 +543,23 @@ def test_activations_that_are_another_parts_are_refused_by_name(opened: Opener) 
     context = opened()
     context.store.put(PART, context.store.get(run_root.activation_part(1, 0)))
     refused(context, PART)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 0.9999])
+def test_gradients_with_one_wrong_byte_are_refused_by_name(opened: Opener, share: float) -> None:
+    context = opened(GRADIENTS)
+    key = run_root.gradient_part(1, 2)
+    data = bytearray(context.store.get(key))
+    data[int(share * len(data))] ^= 0x10
+    context.store.put(key, bytes(data))
+    refused(context, key)
+
+
+def test_absent_gradients_are_named(opened: Opener) -> None:
+    context = opened(GRADIENTS)
+    context.store.delete(run_root.gradient_part(1, 0))
+    with pytest.raises(ObjectMissingError, match=run_root.gradient_part(1, 0)):
+        compress_unit(context, PAIR)
 
 
 def test_absent_activations_are_named(opened: Opener) -> None:

@@ -10,20 +10,31 @@ import pytest
 
 from p48ray.errors import ObjectMissingError, P48Error, ShardCorruptError
 from p48ray.store import ByteRange, LocalStore, MemoryStore, ObjectInfo, Store, open_store
+from p48ray.store.view import SubStore
 
 BAD_KEYS = ["", "/a", "a//b", "a/", "..", "a/../b", "../a", ".", "./a", "a/.", "a\\b", "a\0b", "a/.p48tmp-1-2"]
 
 
-@pytest.fixture(params=["local", "memory"])
+def make_store(kind: str, root: Path) -> Store:
+    """A fresh, empty store. A view is a folder of a store that holds other things beside it."""
+    if kind == "view":
+        behind = LocalStore(root)
+        behind.put("beside", b"another object")
+        behind.put("folder-of-another/a", b"another object")
+        return SubStore(behind, "folder/")
+    return LocalStore(root) if kind == "local" else MemoryStore(uuid.uuid4().hex)
+
+
+@pytest.fixture(params=["local", "memory", "view"])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Store]:
     """A fresh, empty store of each kind."""
-    yield LocalStore(tmp_path / "root") if request.param == "local" else MemoryStore(uuid.uuid4().hex)
+    yield make_store(request.param, tmp_path / "root")
 
 
-@pytest.fixture(params=["local", "memory"])
+@pytest.fixture(params=["local", "memory", "view"])
 def other(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
     """A second store, to compose from; of each kind, so that all pairs are tried."""
-    return LocalStore(tmp_path / "other") if request.param == "local" else MemoryStore(uuid.uuid4().hex)
+    return make_store(request.param, tmp_path / "other")
 
 
 def keys(store: Store, prefix: str = "") -> list[str]:

@@ -1,0 +1,179 @@
+"""`ray job submit` against a running Ray, with the commands of the README."""
+
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+
+from p48ray import __version__
+from tests.conftest import REPO
+from tests.jobs.command import HELD_OUT, arguments
+
+pytestmark = pytest.mark.ray
+
+RAY = str(Path(sys.executable).parent / "ray")
+START_TIMEOUT_S = 90.0
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """A running Ray and what a shell needs to talk to it."""
+
+    url: str
+    folder: Path
+    env: dict[str, str]
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that nobody listens on, outside the range that Ray's workers take."""
+    sockets = [socket.socket() for _ in range(count)]
+    for each in sockets:
+        each.bind(("127.0.0.1", 0))
+    ports = [int(each.getsockname()[1]) for each in sockets]
+    for each in sockets:
+        each.close()
+    return ports
+
+
+def wait_for(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
+    """Until the job server answers, be it that it wants a token first."""
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while True:
+        try:
+            urllib.request.urlopen(f"{url}/api/version", timeout=5).close()
+            return
+        except urllib.error.HTTPError as error:
+            if error.code in (401, 403):
+                return
+        except OSError:
+            pass
+        assert process.poll() is None and time.monotonic() < deadline, log.read_text()
+        time.sleep(0.2)
+
+
+def end(process: subprocess.Popen[bytes], folder: Path) -> None:
+    """Ask the head to stop, then end what it left: what it started, and whatever names its folder."""
+    family = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
+    process.terminate()
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(timeout=20)
+    for other in psutil.process_iter():
+        with suppress(psutil.Error):
+            if any(str(folder) in word for word in other.cmdline()):
+                family.append(other)
+    for other in family:
+        with suppress(psutil.NoSuchProcess):
+            other.kill()
+    process.wait(timeout=20)
+
+
+@pytest.fixture(scope="module")
+def head() -> Iterator[Head]:
+    """`ray start --head` as the README has it, with a token, ports and a folder of its own."""
+    folder = Path(tempfile.mkdtemp(prefix="p48ray-"))  # pytest's own folders are too long for the names of sockets
+    env = {k: v for k, v in os.environ.items() if not k.startswith("RAY_") and k != "PYTHONPATH"}
+    env |= {
+        "HOME": str(folder),
+        "PATH": f"{Path(RAY).parent}{os.pathsep}{env['PATH']}",
+        "RAY_AUTH_MODE": "token",
+        "RAY_USAGE_STATS_ENABLED": "0",
+    }
+    subprocess.run([RAY, "get-auth-token", "--generate"], env=env, check=True, capture_output=True)
+    dashboard, agent, client = free_ports(3)
+    command = [RAY, "start", "--head", "--block", "--num-cpus=2", f"--object-store-memory={100 * 2**20}", f"--temp-dir={folder}/ray"]
+    command += ["--port=0"]
+    command += [f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}", f"--ray-client-server-port={client}"]
+    with (folder / "head.log").open("wb") as log:
+        process = subprocess.Popen(command, env=env, stdout=log, stderr=log, cwd=folder, start_new_session=True)
+    try:
+        wait_for(f"http://127.0.0.1:{dashboard}", process, folder / "head.log")
+        yield Head(f"http://127.0.0.1:{dashboard}", folder, env)
+    finally:
+        end(process, folder)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of this repository that can be told from it, with an environment and old runs that are not to be sent anywhere."""
+    folder = tmp_path_factory.mktemp("checkout") / "repo"
+    shutil.copytree(REPO, folder, ignore=shutil.ignore_patterns(".git", ".venv", "runs", "*cache*", "*__pycache__*", "*.egg-info"))
+    init = folder / "p48ray" / "__init__.py"
+    init.write_text(init.read_text().replace(__version__, f"{__version__}+submitted"))
+    for ignored in (".venv/bin/python", "runs/tiny/plan.json"):
+        (folder / ignored).parent.mkdir(parents=True)
+        (folder / ignored).write_text("stays at home")
+    return folder
+
+
+def submit(head: Head, checkout: Path, *args: str) -> subprocess.Popen[str]:
+    command = [RAY, "job", "submit", "--address", head.url, "--working-dir", ".", "--", "python", "jobs/compress.py", *args]
+    return subprocess.Popen(command, env=head.env, cwd=checkout, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Submitted:
+    """A job that has run."""
+
+    code: int
+    printed: str
+    root: Path
+
+
+@pytest.fixture(scope="module")
+def submitted(head: Head, checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Submitted:
+    root = tmp_path_factory.mktemp("submitted") / "run"
+    process = submit(head, checkout, *arguments(root, {"evaluation": HELD_OUT}, config=Path("configs/tiny.yaml")))
+    printed, _ = process.communicate(timeout=120)
+    return Submitted(process.returncode, printed, root)
+
+
+def test_submitted_job_succeeds_and_logs_progress_and_report(submitted: Submitted) -> None:
+    assert submitted.code == 0, submitted.printed
+    assert re.search(r"Job 'raysubmit_\w+' succeeded", submitted.printed)
+    for words in ("compress  16 units", "16/16 units in", "6/6 shards in", "KL to source", f"checkpoint: {submitted.root}/checkpoint/"):
+        assert words in submitted.printed
+
+
+def test_driver_and_workers_run_the_submitted_code(submitted: Submitted) -> None:
+    manifests = [json.loads(path.read_text()) for path in submitted.root.glob("units/*/manifest.json")]
+    assert len(manifests) == 16
+    assert {manifest["versions"]["p48ray"] for manifest in manifests} == {f"{__version__}+submitted"}
+    assert f"p48ray {__version__}+submitted" in (submitted.root / "checkpoint" / "README.md").read_text()
+
+
+@pytest.mark.usefixtures("submitted")
+def test_environment_and_old_runs_stay_at_home(head: Head) -> None:
+    packages = [path for path in head.folder.glob("ray/session_2*/runtime_resources/working_dir_files/_ray_pkg_*") if path.is_dir()]
+    assert len(packages) == 1
+    names = {path.name for path in packages[0].iterdir()}
+    assert names >= {"jobs", "p48ray", "configs", "examples"}
+    assert not names & {".venv", "runs", ".git"}
+
+
+def test_mistake_fails_the_job_and_is_named_in_its_log(head: Head, checkout: Path, tmp_path: Path) -> None:
+    unknown_key = submit(head, checkout, *arguments(tmp_path / "run", {"compression.dampp": "1"}, config=Path("configs/tiny.yaml")))
+    relative_root = submit(head, checkout, "--config", "configs/tiny.yaml")
+    for process, words in (
+        (unknown_key, "error: configs/tiny.yaml: compression.dampp: unknown key; did you mean compression.damp?"),
+        (relative_root, "error: run.root: expected an absolute path under `ray job submit`, found 'runs/tiny'"),
+    ):
+        printed, _ = process.communicate(timeout=120)
+        assert process.returncode == 1, printed
+        assert re.search(r"Job 'raysubmit_\w+' failed", printed)
+        assert words in printed
+    assert not (tmp_path / "run").exists()

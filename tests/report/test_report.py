@@ -1,0 +1,144 @@
+"""report.json of a small run: every figure counted again from the run root."""
+
+import io
+import json
+from collections import Counter
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+
+from p48ray.manifest import LinearRecord, UnitManifest
+from p48ray.report.report import Report, build_report, print_report
+from tests.stages.small_run import SmallRun
+
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+
+
+def units_of(run: SmallRun) -> list[UnitManifest]:
+    return [UnitManifest.load(run.prepared.store, f"units/{u.id}/manifest.json") for u in run.prepared.plan.units]
+
+
+def rebuilt(run: SmallRun, units: list[UnitManifest]) -> Report:
+    return build_report(run.context, units, run.prepared.shards, run.report.quality, {})
+
+
+def with_records(unit: UnitManifest, **changes: object) -> UnitManifest:
+    """Every linear of a unit with some fields changed."""
+    records = tuple(r.model_copy(update=changes) for r in unit.linears)
+    return unit.model_copy(update={"linears": records})
+
+
+def test_report_in_the_run_root_is_the_one_returned(finished: SmallRun) -> None:
+    data = (finished.root / "report" / "report.json").read_bytes()
+    assert Report.from_json(data, "report.json") == finished.report
+
+
+def test_report_says_what_was_made_and_how(finished: SmallRun) -> None:
+    found, plan = finished.report, finished.prepared.plan
+    assert (found.name, found.plan_digest) == ("tiny-kimi-k2.5-p48-nvfp4", plan.digest)
+    assert (found.solver, found.sparsity, found.scale_span, found.activation_group) == ("block_descent", "paired-4:8", 32, 16)
+    assert (found.source, found.checkpoint) == (str(finished.source), f"{finished.root}/checkpoint/")
+    assert found.calibration_tokens == 6 * 64
+    assert found.devices == {"cpu": len(plan.units)}
+    assert found.versions["torch"] == torch.__version__
+    assert set(found.versions) == {"p48ray", "torch", "transformers", "compressed-tensors"}
+
+
+def test_errors_and_outcomes_are_those_of_the_manifests(finished: SmallRun) -> None:
+    records = [r for unit in units_of(finished) for r in unit.linears]
+    assert finished.report.num_linears == len(records) == 192
+    assert finished.report.outcomes == Counter(r.outcome for r in records)
+    for projection in PROJECTIONS:
+        own = {r.name: r.relative_output_error for r in records if r.name.endswith(f".{projection}")}
+        found = finished.report.relative_output_error[projection]
+        assert found.mean == pytest.approx(sum(own.values()) / 64)
+        assert found.worst == max(own.values()) == own[found.worst_linear]
+        assert 0 < found.mean < found.worst < 1
+
+
+def test_sizes_are_those_of_the_files(finished: SmallRun) -> None:
+    def num_bytes(folder: str, only: str = "") -> int:
+        files = sorted((finished.root if folder == "checkpoint" else finished.source.parent).glob(f"{folder}/*.safetensors"))
+        return sum(t.nbytes for file in files for name, t in load_file(file).items() if only in name)
+
+    assert finished.report.checkpoint_bytes == num_bytes("checkpoint")
+    assert finished.report.source_bytes == num_bytes("source")
+    assert finished.report.expert_bytes == num_bytes("checkpoint", only=".mlp.experts.")
+
+
+def test_clipping_is_the_mean_over_units(finished: SmallRun) -> None:
+    units = units_of(finished)
+    first = units[0].model_copy(update={"clipped_input_share": 0.4, "clipped_intermediate_share": 0.8})
+    found = rebuilt(
+        finished, [first, *(u.model_copy(update={"clipped_input_share": 0.0, "clipped_intermediate_share": 0.0}) for u in units[1:])]
+    )
+    assert found.clipped_input_share == pytest.approx(0.4 / len(units))
+    assert found.clipped_intermediate_share == pytest.approx(0.8 / len(units))
+
+
+def test_experts_are_counted_by_their_tokens(finished: SmallRun) -> None:
+    """None; few, under 6 per input of gate; all others."""
+    units = units_of(finished)
+    changed = [with_records(units[0], tokens=0), with_records(units[1], tokens=1), with_records(units[2], tokens=6 * 256 - 1)]
+    changed += [with_records(unit, tokens=6 * 256) for unit in units[3:]]
+    found = rebuilt(finished, changed)
+    assert (found.experts_without_tokens, found.experts_with_few_tokens) == (8, 16)
+
+
+def test_experts_that_fell_back_are_counted(finished: SmallRun) -> None:
+    units = units_of(finished)
+    found = rebuilt(finished, [with_records(units[0], outcome="round_to_nearest", reason="the Hessian is zero"), *units[1:]])
+    assert found.outcomes["round_to_nearest"] == 24
+    assert sum(found.outcomes.values()) == 192
+
+
+def test_seconds_of_units_are_summed_by_phase_and_stages_are_the_drivers(finished: SmallRun) -> None:
+    units = [u.model_copy(update={"seconds": {"fetch": 0.25, "solve": 1.0}}) for u in units_of(finished)]
+    found = rebuilt(finished, units)
+    assert found.unit_seconds == {"fetch": 2.0, "solve": 8.0}
+    assert set(finished.report.stage_seconds) == {"capture", "compress", "reduce", "verify", "evaluate", "total"}
+
+
+def test_quality_is_that_of_the_evaluation_parts(finished: SmallRun) -> None:
+    (folder,) = (finished.root / "evaluation").iterdir()
+    parts = [json.loads(path.read_text()) for path in sorted(folder.glob("part-*.json"))]
+    found = finished.report.quality
+    assert found is not None
+    assert found.num_tokens == sum(p["num_tokens"] for p in parts) == 3 * 64
+    assert found.kl == pytest.approx(sum(p["kl"] for p in parts) / 192)
+    assert found.compressed_accuracy == pytest.approx(sum(p["compressed_correct"] for p in parts) / 192)
+    assert 1 < found.source_perplexity < 2048 and found.compressed_perplexity > 1 and found.kl > 0
+
+
+def printed(report: Report) -> str:
+    out = io.StringIO()
+    print_report(report, Console(file=out, width=160))
+    return out.getvalue()
+
+
+def test_printed_report_has_quality_errors_outcomes_sizes_and_the_place(finished: SmallRun) -> None:
+    text, found = printed(finished.report), finished.report
+    assert found.quality is not None
+    quality = (found.quality.source_perplexity, found.quality.compressed_perplexity, found.quality.kl)
+    for words in [f"{value:.4f}" for value in quality] + [f"{e.mean:.4f}" for e in found.relative_output_error.values()]:
+        assert words in text
+    for words in (
+        "192 linears: 192 solved",
+        f"size: {found.checkpoint_bytes:,} bytes",
+        f"checkpoint: {found.checkpoint}",
+        "192 held-out tokens",
+    ):
+        assert words in text
+
+
+def test_printed_report_of_a_run_without_evaluation_shows_no_quality(finished: SmallRun) -> None:
+    text = printed(finished.report.model_copy(update={"quality": None}))
+    assert "perplexity" not in text
+    assert "192 linears" in text
+
+
+def test_linear_records_stay_within_what_a_report_can_fold(finished: SmallRun) -> None:
+    records: list[LinearRecord] = [r for unit in units_of(finished) for r in unit.linears]
+    assert all(0 <= r.shrinkage <= 1 and 0 < r.damp <= 0.1 and r.tokens >= 0 for r in records)

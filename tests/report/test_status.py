@@ -1,0 +1,131 @@
+"""How far a run has come, read from run roots that are empty, half done, failed and finished."""
+
+import io
+import shutil
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from p48ray import run_root
+from p48ray.errors import ConfigError, ShardCorruptError
+from p48ray.manifest import Failure
+from p48ray.report.status import RunStatus, print_status, read_status
+from p48ray.stages.prepare import prepare
+from p48ray.store import LocalStore, MemoryStore
+from tests.stages.small_run import SmallRun, configure, run_locally
+
+
+def counts(status: RunStatus) -> dict[str, tuple[int, int]]:
+    return {stage.stage: (stage.done, stage.total) for stage in status.stages}
+
+
+@pytest.fixture
+def root(finished: SmallRun, tmp_path: Path) -> Path:
+    """A copy of the finished run, to take things from."""
+    shutil.copytree(finished.root, tmp_path / "run", ignore=shutil.ignore_patterns("residuals"))
+    return tmp_path / "run"
+
+
+def test_place_without_a_plan_is_refused_by_name(tmp_path: Path) -> None:
+    for store in (LocalStore(tmp_path), LocalStore(tmp_path / "nowhere"), MemoryStore("nothing-here")):
+        with pytest.raises(ConfigError, match=rf"{store.uri}: expected a run root with plan\.json, found none"):
+            read_status(store)
+
+
+def test_plan_that_is_no_plan_is_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "plan.json").write_text("{}")
+    with pytest.raises(ShardCorruptError, match=r"plan\.json: not a RunPlan: numerics_version"):
+        read_status(LocalStore(tmp_path))
+
+
+def test_run_that_has_only_its_plan_has_done_nothing(finished: SmallRun, tmp_path: Path) -> None:
+    (tmp_path / "plan.json").write_bytes((finished.root / "plan.json").read_bytes())
+    status = read_status(LocalStore(tmp_path))
+    assert counts(status) == {"capture": (0, 12), "compress": (0, 8), "reduce": (0, 0), "verify": (0, 0), "evaluate": (0, 2)}
+    assert status.layers == ((1, 0, 0), (2, 0, 0), (3, 0, 0), (4, 0, 0))
+    assert (status.is_complete, status.failures) == (False, ())
+    assert status.stored_bytes == (tmp_path / "plan.json").stat().st_size
+
+
+def test_finished_run_is_complete_and_counts_every_byte(finished: SmallRun) -> None:
+    status = read_status(LocalStore(finished.root))
+    assert counts(status) == {"capture": (12, 12), "compress": (8, 8), "reduce": (6, 6), "verify": (6, 6), "evaluate": (2, 2)}
+    assert status.layers == tuple((layer, 3, 2) for layer in (1, 2, 3, 4))
+    assert (status.is_complete, status.failures) == (True, ())
+    assert (status.name, status.plan_digest) == (finished.prepared.plan.config.name, finished.prepared.plan.digest)
+    assert status.stored_bytes == sum(path.stat().st_size for path in finished.root.rglob("*") if path.is_file())
+
+
+def test_half_done_run_shows_what_each_layer_has(root: Path) -> None:
+    """A unit without a manifest is not done, whatever shards its attempts left; a part without one neither."""
+    for path in ("activations/layer-003/part-0001.json", "activations/layer-004/part-0000.json", "units/L002-E008-015/manifest.json"):
+        (root / path).unlink()
+    for folder in ("checkpoint", "verification", "evaluation", "report"):
+        shutil.rmtree(root / folder)
+    status = read_status(LocalStore(root))
+    assert counts(status) == {"capture": (10, 12), "compress": (7, 8), "reduce": (0, 0), "verify": (0, 0), "evaluate": (0, 2)}
+    assert status.layers == ((1, 3, 2), (2, 3, 1), (3, 2, 2), (4, 2, 2))
+    assert not status.is_complete
+
+
+def test_run_that_uses_gradients_counts_their_parts(finished: SmallRun, tmp_path: Path) -> None:
+    plan = prepare(configure(finished.source, tmp_path, "compression.output_curvature=true")).plan
+    (tmp_path / "plan.json").write_bytes(plan.to_json())
+    store = LocalStore(tmp_path)
+    assert list(counts(read_status(store)))[:3] == ["capture", "gradients", "compress"]
+    assert counts(read_status(store))["gradients"] == (0, 12)
+    for layer, part in ((4, 0), (4, 1), (3, 0)):
+        store.put(run_root.gradient_manifest(layer, part), b"{}")
+    assert counts(read_status(store))["gradients"] == (3, 12)
+    assert "gradients" not in counts(read_status(LocalStore(finished.root)))
+
+
+def test_run_whose_shards_are_partly_stitched_knows_how_many_there_will_be(root: Path) -> None:
+    for number in (1, 4):
+        (root / "checkpoint" / f"model-{number:05d}-of-00006.safetensors").unlink()
+    for path in sorted((root / "verification").iterdir())[1:]:
+        path.unlink()
+    status = counts(read_status(LocalStore(root)))
+    assert (status["reduce"], status["verify"]) == ((4, 6), (1, 6))
+
+
+def test_failed_attempts_are_listed_with_their_errors(root: Path) -> None:
+    failure = Failure(
+        stage="compress",
+        task="L001-E000-007",
+        attempt="abc",
+        error="NumericsError: [boom] it broke",
+        traceback="...",
+        input="...",
+        is_transient=False,
+    )
+    (root / "failures" / "compress" / "L001-E000-007").mkdir(parents=True)
+    (root / "failures" / "compress" / "L001-E000-007" / "abc.json").write_bytes(failure.to_json())
+    status = read_status(LocalStore(root))
+    assert status.failures == ("compress/L001-E000-007/abc.json: NumericsError: [boom] it broke",)
+    out = io.StringIO()
+    print_status(status, Console(file=out, width=120))
+    assert "failed attempt: compress/L001-E000-007/abc.json: NumericsError: [boom] it broke" in out.getvalue()
+
+
+def test_run_without_evaluation_expects_none(finished: SmallRun, tmp_path: Path) -> None:
+    plan = prepare(configure(finished.source, tmp_path, "evaluation=null")).plan
+    (tmp_path / "plan.json").write_bytes(plan.to_json())
+    assert counts(read_status(LocalStore(tmp_path)))["evaluate"] == (0, 0)
+
+
+def test_second_evaluation_under_other_settings_is_not_added_to_the_first(finished: SmallRun, root: Path) -> None:
+    run_locally(prepare(configure(finished.source, root, "evaluation.seed=9")))
+    assert len(list((root / "evaluation").iterdir())) == 2
+    done, total = counts(read_status(LocalStore(root)))["evaluate"]
+    assert (done, total) == (2, 2)
+
+
+def test_printed_status_says_counts_and_what_is_not_known_yet(finished: SmallRun, tmp_path: Path) -> None:
+    out = io.StringIO()
+    print_status(read_status(LocalStore(finished.root)), Console(file=out, width=120))
+    assert f"plan {finished.prepared.plan.digest[:12]}  complete" in out.getvalue()
+    (tmp_path / "plan.json").write_bytes((finished.root / "plan.json").read_bytes())
+    print_status(read_status(LocalStore(tmp_path)), Console(file=out, width=120))
+    assert "not complete" in out.getvalue() and "not known yet" in out.getvalue()

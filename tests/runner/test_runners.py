@@ -1,0 +1,328 @@
+"""Both runners do the same work to the same bytes, whoever dies on the way, and say what failed."""
+
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from p48ray.config import load_config
+from p48ray.errors import SourceError, TransientStoreError
+from p48ray.manifest import Failure
+from p48ray.plan import WorkUnit
+from p48ray.runner import ray_runner
+from p48ray.runner.local_runner import LocalRunner
+from p48ray.runner.pipeline import run_job
+from p48ray.runner.ray_runner import RayRunner, WorkerProcess
+from p48ray.stages import tasks
+from p48ray.stages.context import StageContext
+from p48ray.stages.prepare import prepare
+from p48ray.stages.tasks import Task, TaskResult
+from p48ray.store.local import LocalStore
+from tests.jobs import command
+from tests.jobs.command import CONFIG, SMALL, attempts, copy_model, invoke, launch, run_process, snapshot
+from tests.runner.conftest import ALL_STAGES
+
+SAME_BYTES = ("calibration", "residuals", "activations", "residual-gradients", "gradients", "checkpoint")
+BOTH_RUNNERS = [pytest.param(False, id="local"), pytest.param(True, id="ray", marks=pytest.mark.ray)]
+
+
+def arguments(root: Path, settings: dict[str, str] | None = None) -> list[str]:
+    """The command's arguments for the small run with all stages."""
+    return command.arguments(root, ALL_STAGES | (settings or {}))
+
+
+def assert_same_bytes(left: Path, right: Path) -> None:
+    """Texts, boundaries, activations, gradients and the finished checkpoint, file by file."""
+    for folder in SAME_BYTES:
+        files = snapshot(left / folder)
+        assert len(files) > 0
+        assert files == snapshot(right / folder), folder
+
+
+@pytest.fixture
+def use_ray(request: pytest.FixtureRequest, on_ray: bool) -> None:
+    """Starts Ray where the test's runner needs it."""
+    if on_ray:
+        request.getfixturevalue("ray_session")
+
+
+# The same bytes.
+
+
+@pytest.mark.ray
+def test_one_ray_worker_gives_the_bytes_of_the_local_runner(local_run: Path, one_worker_run: Path) -> None:
+    assert_same_bytes(local_run, one_worker_run)
+
+
+@pytest.mark.ray
+def test_two_ray_workers_give_the_bytes_of_the_local_runner(local_run: Path, two_worker_run: Path) -> None:
+    assert_same_bytes(local_run, two_worker_run)
+
+
+def busy_workers() -> list[psutil.Process]:
+    """Our workers that are in the middle of a task, by the title that Ray gives them."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            if process.cmdline()[:1] == ["ray::WorkerProcess.execute"]:
+                found.append(process)
+    return found
+
+
+class KillingRunner(RayRunner):
+    """Kills a worker that is busy, once, when the first unit is done."""
+
+    killed = 0
+
+    def run(self, tasks: Sequence[Task]) -> Iterator[TaskResult]:
+        for result in super().run(tasks):
+            if result.task.stage == "compress" and not self.killed:
+                victims = busy_workers()
+                for victim in victims[:1]:
+                    victim.kill()
+                KillingRunner.killed += len(victims[:1])
+            yield result
+
+
+@pytest.mark.ray
+def test_killed_worker_leaves_the_same_bytes(ray_session: None, local_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("jobs.compress.RayRunner", KillingRunner)
+    monkeypatch.setattr(KillingRunner, "killed", 0)
+    outcome = invoke(*arguments(tmp_path / "run"), on_ray=True)
+    assert outcome.code == 0, outcome
+    assert KillingRunner.killed == 1
+    assert outcome.out.count("its worker died in attempt 1") == 1
+    assert_same_bytes(local_run, tmp_path / "run")
+
+
+def wait_until(is_true: Callable[[], bool], timeout_s: float = 60.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not is_true():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def is_alive(process: psutil.Process) -> bool:
+    """Neither gone nor waiting for a parent that does not collect it (in a container without an init)."""
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+@pytest.mark.ray
+def test_killed_driver_is_resumed_to_the_same_bytes(local_run: Path, tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    driver = launch(*arguments(root))
+    wait_until(lambda: len(attempts(root)) >= 3 or driver.poll() is not None)
+    family = psutil.Process(driver.pid).children(recursive=True)
+    os.killpg(driver.pid, signal.SIGKILL)
+    for process in family:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    assert driver.wait() == -signal.SIGKILL
+    wait_until(lambda: not any(map(is_alive, family)))
+    done = attempts(root)
+    assert 3 <= len(done) < 16
+    tries = {unit: set(os.listdir(root / "units" / unit)) for unit in done}
+    outcome = run_process(*arguments(root))
+    assert outcome.code == 0, outcome
+    assert f"16 units, {len(done)} already done" in outcome.out
+    assert_same_bytes(local_run, root)
+    assert {unit: manifest for unit, manifest in attempts(root).items() if unit in done} == done
+    assert {unit: set(os.listdir(root / "units" / unit)) for unit in done} == tries
+
+
+class PowerCutError(BaseException):
+    """Not an Exception: nothing may catch it, as nothing catches a power cut."""
+
+
+def test_run_cut_after_every_twelfth_write_ends_in_the_same_bytes(local_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write, count = LocalStore._write, 0
+
+    def cut(self: LocalStore, path: str, *rest: Any) -> tuple[int, bool]:
+        nonlocal count
+        count += 1
+        if count % 24 == 12:
+            raise PowerCutError("before the object has its name")
+        result = write(self, path, *rest)
+        if count % 24 == 0:
+            raise PowerCutError("after it")
+        return result
+
+    monkeypatch.setattr(LocalStore, "_write", cut)
+    codes: list[int] = []
+    while not codes:
+        assert count < 1000, "the run does not get ahead"
+        with suppress(PowerCutError):
+            codes.append(invoke(*arguments(tmp_path / "run")).code)
+    assert codes == [0]
+    assert count > 100
+    assert_same_bytes(local_run, tmp_path / "run")
+
+
+# What failed.
+
+
+DAMAGED_PART = "activations/layer-002/part-0001.arrow"
+
+
+@pytest.fixture
+def damaged(local_run: Path, tmp_path: Path) -> Path:
+    """A run whose layers 2 and 3 are to be compressed again, with a bit of layer 2's activations flipped."""
+    root = tmp_path / "run"
+    shutil.copytree(local_run, root)
+    for manifest in [*root.glob("units/L002-*/manifest.json"), *root.glob("units/L003-*/manifest.json")]:
+        manifest.unlink()
+    part = root / DAMAGED_PART
+    data = bytearray(part.read_bytes())
+    data[len(data) // 2] ^= 1
+    part.write_bytes(data)
+    return root
+
+
+@pytest.mark.parametrize("on_ray", BOTH_RUNNERS)
+@pytest.mark.usefixtures("use_ray")
+def test_failed_task_is_recorded_the_stage_goes_on_and_a_mended_run_ends_well(on_ray: bool, damaged: Path, local_run: Path) -> None:
+    outcome = invoke(*arguments(damaged), on_ray=on_ray)
+    assert outcome.code == 1, outcome
+    assert outcome.err.count("error: ") == 1
+    assert f"compress: 4 of 8 tasks failed; tracebacks under {damaged}/failures/compress/" in outcome.err
+    units = {f"L002-E{first:03d}-{first + 3:03d}" for first in (0, 4, 8, 12)}
+    assert attempts(damaged).keys() == attempts(local_run).keys() - units
+    assert {path.name for path in (damaged / "failures" / "compress").iterdir()} == units
+    for unit in units:
+        assert f"{unit}: ShardCorruptError: " in outcome.err
+        (record,) = (damaged / "failures" / "compress" / unit).iterdir()
+        check_record(Failure.from_json(record.read_bytes(), record.name), unit, record.stem)
+    assert "delete the part and its manifest" in outcome.err
+    for suffix in (".arrow", ".json"):
+        (damaged / DAMAGED_PART).with_suffix(suffix).unlink()
+    assert invoke(*arguments(damaged), on_ray=on_ray).code == 0
+    assert_same_bytes(local_run, damaged)
+
+
+def check_record(failure: Failure, unit: str, attempt: str) -> None:
+    """What, where, with which input, and how to find the place."""
+    assert (failure.stage, failure.task, failure.attempt) == ("compress", unit, attempt)
+    assert failure.error.startswith("ShardCorruptError: ")
+    assert DAMAGED_PART in failure.error
+    assert "compress_unit" in failure.traceback
+    assert "layer=2" in failure.input
+    assert not failure.is_transient
+
+
+def flaky(monkeypatch: pytest.MonkeyPatch, times: int) -> list[str]:
+    """compress fails `times` times on one unit with an error that a retry may cure. Returns the units as they are tried."""
+    tried: list[str] = []
+    real = tasks.STAGES["compress"]
+
+    def compress(context: StageContext, unit: WorkUnit) -> object:
+        tried.append(unit.id)
+        if unit.id == "L001-E000-003" and tried.count(unit.id) <= times:
+            raise TransientStoreError(f"{unit.id}: the store did not answer")
+        return real(context, unit)
+
+    monkeypatch.setitem(tasks.STAGES, "compress", compress)
+    return tried
+
+
+@pytest.fixture
+def one_unit_missing(local_run: Path, tmp_path: Path) -> Path:
+    """A run that lacks L001-E000-003."""
+    root = tmp_path / "run"
+    shutil.copytree(local_run, root)
+    (root / "units" / "L001-E000-003" / "manifest.json").unlink()
+    return root
+
+
+@pytest.mark.parametrize(("max_attempts", "code", "num_tries"), [(3, 0, 3), (2, 1, 2), (1, 1, 1)])
+def test_transient_error_is_retried_up_to_max_attempts(
+    max_attempts: int, code: int, num_tries: int, one_unit_missing: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = flaky(monkeypatch, times=2)
+    outcome = invoke(*arguments(one_unit_missing, {"run.max_attempts": str(max_attempts)}))
+    assert outcome.code == code, outcome
+    assert tried == ["L001-E000-003"] * num_tries
+    records = list((one_unit_missing / "failures" / "compress" / "L001-E000-003").iterdir())
+    assert len(records) == min(2, num_tries)
+    assert all(Failure.from_json(path.read_bytes(), path.name).is_transient for path in records)
+    assert ("L001-E000-003: TransientStoreError: " in outcome.err) == (code == 1)
+
+
+def test_other_errors_are_not_retried(one_unit_missing: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[str] = []
+
+    def compress(context: StageContext, unit: WorkUnit) -> object:
+        tried.append(unit.id)
+        raise KeyError("a bug")
+
+    monkeypatch.setitem(tasks.STAGES, "compress", compress)
+    outcome = invoke(*arguments(one_unit_missing))
+    assert (outcome.code, tried) == (1, ["L001-E000-003"])
+    assert "L001-E000-003: KeyError: 'a bug'" in outcome.err
+
+
+class FlakyWorker(WorkerProcess):
+    """Meets a transient error in its first two tasks."""
+
+    def __init__(self, plan_json: bytes, store_uri: str) -> None:
+        super().__init__(plan_json, store_uri)
+        self.left = 2
+
+    def execute(self, task: Task) -> TaskResult:
+        if task.stage == "compress" and self.left:
+            self.left -= 1
+            return TaskResult(task=task, error_type="TransientStoreError", error="the store did not answer")
+        return super().execute(task)
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize(("max_attempts", "code"), [(3, 0), (2, 1)])
+def test_transient_error_on_ray_is_retried_up_to_max_attempts(
+    max_attempts: int, code: int, ray_session: None, one_unit_missing: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray_runner, "WorkerProcess", FlakyWorker)
+    outcome = invoke(*arguments(one_unit_missing, {"run.max_attempts": str(max_attempts)}), on_ray=True)
+    assert outcome.code == code, outcome
+    assert [f"attempt {n} met a transient error" in outcome.out for n in (1, 2)] == [True, code == 0]
+    assert ("L001-E000-003: TransientStoreError: the store did not answer" in outcome.err) == (code == 1)
+
+
+@pytest.mark.parametrize("on_ray", BOTH_RUNNERS)
+@pytest.mark.usefixtures("use_ray")
+def test_source_that_changed_since_it_was_planned_is_a_users_mistake(on_ray: bool, tmp_path: Path) -> None:
+    folder = copy_model(tmp_path / "model")
+    settings = SMALL | {"source.checkpoint": str(folder)}
+    prepared = prepare(load_config(CONFIG, tuple(f"{k}={v}" for k, v in settings.items()), str(tmp_path / "run")))
+    (folder / "config.json").write_text((folder / "config.json").read_text() + "\n")
+
+    class Local(LocalRunner):
+        def __enter__(self) -> "Local":
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+    with pytest.raises(SourceError, match="changed since it was planned: expected fingerprint"):
+        run_job(prepared, lambda plan, root: RayRunner(plan, root, None) if on_ray else Local(plan, root))
+
+
+@pytest.mark.ray
+def test_local_run_root_on_several_nodes_must_be_declared_shared(
+    ray_session: None, one_unit_missing: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nodes = ray_runner.ray.nodes() * 2
+    monkeypatch.setattr(ray_runner.ray, "nodes", lambda: nodes)
+    outcome = invoke(*arguments(one_unit_missing), on_ray=True)
+    assert outcome.code == 2, outcome
+    for words in ("run.root", "2 nodes", "run.root_is_shared: true"):
+        assert words in outcome.err
+    assert invoke(*arguments(one_unit_missing, {"run.root_is_shared": "true"}), on_ray=True).code == 0

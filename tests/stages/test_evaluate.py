@@ -1,0 +1,302 @@
+"""Held-out text through both models, against whole models run by transformers, and what makes an evaluation another one."""
+
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from p48ray import run_root
+from p48ray.checkpoint.index import CheckpointIndex, open_checkpoint
+from p48ray.manifest import EvaluationPart, LayerScales
+from p48ray.model.experts import RoutedExperts
+from p48ray.plan import SequencePart
+from p48ray.report.report import Report
+from p48ray.stages import arrow, evaluate, tasks
+from p48ray.stages.context import StageContext
+from p48ray.stages.evaluate import EvaluationResult, combine, evaluate_part, evaluation_digest
+from p48ray.stages.prepare import prepare
+from p48ray.store import LocalStore
+from tests.conftest import TINY
+from tests.reference import whole_model
+from tests.stages.slow_nvfp4 import decode_weights, quantize_tokens
+from tests.stages.small_run import SmallRun, configure, run_locally
+
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+
+
+@pytest.fixture(scope="module")
+def digest(finished: SmallRun) -> str:
+    settings = finished.prepared.plan.config.evaluation
+    assert settings is not None
+    return evaluation_digest(finished.prepared.plan, settings)
+
+
+@pytest.fixture(scope="module")
+def held_out(finished: SmallRun, digest: str) -> Tensor:
+    """(3, 65) token ids as the run drew them."""
+    return arrow.decode(finished.prepared.store.get(run_root.evaluation_tokens(digest)), "tokens")["token_ids"].long()
+
+
+@pytest.fixture(scope="module")
+def checkpoint(finished: SmallRun) -> CheckpointIndex:
+    return open_checkpoint(LocalStore(finished.checkpoint))
+
+
+def everything(ids_BS: Tensor) -> SequencePart:
+    return SequencePart(part=0, first_sequence=0, num_sequences=len(ids_BS))
+
+
+@pytest.fixture(scope="module")
+def source_logits(held_out: Tensor) -> Tensor:
+    """(3 * 64, V) by the whole source model."""
+    return whole_model.run_and_record(whole_model.load(TINY), held_out[:, :-1])[0].flatten(0, 1)
+
+
+def w4a4_forward(weights: list[dict[str, Tensor]], gate_up_scale: float, down_scale: float, group: int) -> Callable[..., Tensor]:
+    """A mixture written from the definition: quantize x, SwiGLU, quantize h, project down, weigh, add."""
+
+    def forward(hidden_TH: Tensor, expert_ids_TK: Tensor, router_weights_TK: Tensor) -> Tensor:
+        out_TH = torch.zeros_like(hidden_TH)
+        x_TH = quantize_tokens(hidden_TH, gate_up_scale, group).float()
+        for token in range(len(hidden_TH)):
+            for expert, weight in zip(expert_ids_TK[token].tolist(), router_weights_TK[token], strict=True):
+                w = weights[expert]
+                h_1F = F.silu(x_TH[token : token + 1] @ w["gate_proj"].T) * (x_TH[token : token + 1] @ w["up_proj"].T)
+                out_TH[token] += weight * (quantize_tokens(h_1F, down_scale, group).float() @ w["down_proj"].T)[0]
+        return out_TH
+
+    return forward
+
+
+def compressed_logits(run: SmallRun, ids_BS: Tensor, group: int = 16) -> Tensor:
+    """The whole model by transformers with the stored experts in it, scales from the checkpoint's own input_global_scale."""
+    model, tensors = whole_model.load(TINY), whole_model.read_all(run.checkpoint)
+    suffixes = ("weight_packed", "weight_scale", "weight_global_scale")
+    for number, layer in enumerate(model.model.layers):
+        if not hasattr(layer.mlp, "experts"):
+            continue
+        stem = f"language_model.model.layers.{number}.mlp.experts"
+        weights = [
+            {p: decode_weights({s: tensors[f"{stem}.{e}.{p}.{s}"] for s in suffixes}).float() for p in PROJECTIONS} for e in range(16)
+        ]
+        gate_up, down = (tensors[f"{stem}.0.{p}.input_global_scale"].item() for p in ("gate_proj", "down_proj"))
+        layer.mlp.experts.forward = w4a4_forward(weights, gate_up, down, group)
+    with torch.no_grad():
+        logits: Tensor = model(input_ids=ids_BS, use_cache=False).logits
+    return logits.flatten(0, 1)
+
+
+def facts(logits_TV: Tensor, labels_T: Tensor) -> tuple[float, int]:
+    """(summed cross-entropy, correct next tokens)."""
+    logits_TV = logits_TV.double()
+    loss = (logits_TV.logsumexp(1) - logits_TV[torch.arange(len(labels_T)), labels_T]).sum().item()
+    return loss, int((logits_TV.argmax(1) == labels_T).sum())
+
+
+def test_source_stream_is_the_whole_source_model(finished: SmallRun, digest: str, held_out: Tensor, source_logits: Tensor) -> None:
+    """As the job stored it, part by part: perplexity to 1e-4, as many correct tokens."""
+    store = finished.prepared.store
+    parts = [EvaluationPart.load(store, run_root.evaluation_part(digest, p)) for p in range(2)]
+    loss, correct = facts(source_logits, held_out[:, 1:].flatten())
+    assert sum(p.num_tokens for p in parts) == 3 * 64
+    assert combine(parts).source_perplexity == pytest.approx(math.exp(loss / 192), rel=1e-4)
+    assert sum(p.source_correct for p in parts) == correct
+
+
+def test_source_against_itself_has_no_divergence_and_the_same_losses(
+    finished: SmallRun, checkpoint: CheckpointIndex, held_out: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = evaluate.mixtures
+
+    def source_twice(context: StageContext, index: CheckpointIndex, number: int, dtype: torch.dtype) -> tuple[RoutedExperts, RoutedExperts]:
+        source, _ = real(context, index, number, dtype)
+        return source, source
+
+    monkeypatch.setattr(evaluate, "mixtures", source_twice)
+    found = evaluate_part(finished.context, checkpoint, held_out, everything(held_out))
+    assert found.kl == 0
+    assert found.compressed_loss == found.source_loss > 0
+    assert found.compressed_correct == found.source_correct > 0
+
+
+@pytest.mark.parametrize("group", [16, 32])
+def test_compressed_stream_is_the_whole_model_with_stored_experts_and_quantized_inputs(
+    finished: SmallRun, checkpoint: CheckpointIndex, held_out: Tensor, source_logits: Tensor, group: int
+) -> None:
+    """Activations quantized by the test's own tables. A rounding tie that falls the other way moves a token's logits a little."""
+    compression = finished.prepared.plan.config.compression.model_copy(update={"activation_group": group})
+    plan = finished.prepared.plan.model_copy(
+        update={"config": finished.prepared.plan.config.model_copy(update={"compression": compression})}
+    )
+    context = StageContext(
+        plan=plan,
+        store=finished.prepared.store,
+        source=finished.prepared.source,
+        layout=finished.prepared.layout,
+        device=torch.device("cpu"),
+    )
+    ids_BS, labels_T = held_out[:2], held_out[:2, 1:].flatten()
+    found = evaluate_part(context, checkpoint, ids_BS, everything(ids_BS))
+    logits_TV = compressed_logits(finished, ids_BS[:, :-1], group)
+    loss, correct = facts(logits_TV, labels_T)
+    p_TV, q_TV = source_logits[:128].double().log_softmax(1), logits_TV.double().log_softmax(1)
+    kl = (p_TV.exp() * (p_TV - q_TV)).sum().item()
+    assert found.compressed_loss == pytest.approx(loss, rel=1e-4)
+    assert found.kl == pytest.approx(kl, rel=1e-3)
+    assert abs(found.compressed_correct - correct) <= 1
+    assert found.kl / 128 > 0.05, "an experiment in which nothing was lost would prove nothing"
+
+
+def test_evaluation_quantizes_with_the_scales_that_the_checkpoint_tells_servers(finished: SmallRun) -> None:
+    tensors = whole_model.read_all(finished.checkpoint)
+    for layer in finished.prepared.plan.source.moe_layers:
+        scales = LayerScales.load(finished.prepared.store, run_root.layer_scales(layer))
+        for expert in range(16):
+            stem = f"language_model.model.layers.{layer}.mlp.experts.{expert}"
+            found = [tensors[f"{stem}.{p}.input_global_scale"].item() for p in PROJECTIONS]
+            assert found == [pytest.approx(s, rel=1e-7) for s in (scales.gate_up, scales.gate_up, scales.down)]
+
+
+def test_labels_are_the_next_tokens_and_the_last_column_is_only_predicted(
+    finished: SmallRun, checkpoint: CheckpointIndex, held_out: Tensor
+) -> None:
+    changed = held_out.clone()
+    changed[:, -1] = (changed[:, -1] + 1) % 2048
+    ids_BS, other_BS = held_out[:1], changed[:1]
+    first, second = (evaluate_part(finished.context, checkpoint, ids, everything(ids)) for ids in (ids_BS, other_BS))
+    assert first.num_tokens == second.num_tokens == 64
+    assert first.kl == second.kl, "inputs are the same"
+    assert first.source_loss != second.source_loss
+
+
+def test_splitting_the_head_into_calls_changes_no_sum(
+    finished: SmallRun, checkpoint: CheckpointIndex, held_out: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids_BS = held_out[:1]
+    whole = evaluate_part(finished.context, checkpoint, ids_BS, everything(ids_BS))
+    monkeypatch.setattr(evaluate, "ROWS_PER_HEAD_CALL", 7)
+    split = evaluate_part(finished.context, checkpoint, ids_BS, everything(ids_BS))
+    for name in ("source_loss", "compressed_loss", "kl"):
+        assert getattr(split, name) == pytest.approx(getattr(whole, name), rel=1e-5)
+    assert (split.source_correct, split.compressed_correct, split.num_tokens) == (whole.source_correct, whole.compressed_correct, 64)
+
+
+def test_result_folds_parts_by_their_tokens() -> None:
+    def part(number: int, tokens: int, loss: float, correct: int) -> EvaluationPart:
+        return EvaluationPart(
+            plan_digest="d",
+            part=number,
+            num_tokens=tokens,
+            source_loss=loss,
+            source_correct=correct,
+            compressed_loss=2 * loss,
+            compressed_correct=correct - 1,
+            kl=loss / 10,
+        )
+
+    found = combine([part(0, 30, 60.0, 12), part(1, 10, 40.0, 3)])
+    assert found == EvaluationResult(
+        num_tokens=40,
+        source_perplexity=math.exp(2.5),
+        source_accuracy=15 / 40,
+        compressed_perplexity=math.exp(5.0),
+        compressed_accuracy=13 / 40,
+        kl=0.25,
+    )
+
+
+# Resuming, and other settings
+
+
+@pytest.fixture
+def copied(finished: SmallRun, tmp_path: Path) -> Path:
+    """A copy of the run root without what later stages can do without."""
+    root = tmp_path / "run"
+    shutil.copytree(finished.root, root, ignore=shutil.ignore_patterns("residuals", "part-*.arrow"))
+    return root
+
+
+def run_again(monkeypatch: pytest.MonkeyPatch, finished: SmallRun, root: Path, *overrides: str) -> tuple[Report, list[int]]:
+    """The job on an existing run root; which parts it evaluated. Earlier stages must find nothing to do."""
+    evaluated: list[int] = []
+
+    def spy(context: StageContext, index: CheckpointIndex, ids_BS: Tensor, part: SequencePart) -> EvaluationPart:
+        evaluated.append(part.part)
+        return evaluate_part(context, index, ids_BS, part)
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("this stage is done")
+
+    monkeypatch.setattr(tasks, "evaluate_part", spy)
+    for stage in ("capture", "compress", "verify"):
+        monkeypatch.setitem(tasks.STAGES, stage, refuse)
+    return run_locally(prepare(configure(finished.source, root, *overrides))), evaluated
+
+
+def test_finished_evaluation_is_not_run_again(finished: SmallRun, copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    report, evaluated = run_again(monkeypatch, finished, copied)
+    assert evaluated == []
+    assert report.quality == finished.report.quality
+
+
+def test_only_the_missing_part_is_evaluated_and_to_the_same_sums(
+    finished: SmallRun, digest: str, copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    missing = copied / run_root.evaluation_part(digest, 1)
+    before = missing.read_bytes()
+    missing.unlink()
+    report, evaluated = run_again(monkeypatch, finished, copied)
+    assert evaluated == [1]
+    assert missing.read_bytes() == before
+    assert report.quality == finished.report.quality
+
+
+def test_other_held_out_settings_are_evaluated_anew_beside_the_old_ones(
+    finished: SmallRun, digest: str, copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    report, evaluated = run_again(monkeypatch, finished, copied, "evaluation.seed=5", "evaluation.num_sequences=2")
+    assert evaluated == [0]
+    folders = sorted(path.name for path in (copied / "evaluation").iterdir())
+    assert len(folders) == 2 and digest in folders
+    assert report.quality is not None and report.quality.num_tokens == 2 * 64
+    assert report.quality != finished.report.quality
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "evaluation.seed=1",
+        "evaluation.num_sequences=4",
+        "evaluation.sequence_length=32",
+        "evaluation.sequences_per_part=3",
+        "compression.sweeps=2",
+    ],
+)
+def test_another_setting_gives_the_evaluation_another_digest(finished: SmallRun, digest: str, override: str) -> None:
+    plan = prepare(configure(finished.source, "memory://digests", override)).plan
+    assert plan.config.evaluation is not None
+    assert evaluation_digest(plan, plan.config.evaluation) != digest
+
+
+def test_digest_of_an_evaluation_follows_the_texts_and_not_their_place(finished: SmallRun, digest: str, tmp_path: Path) -> None:
+    copy = tmp_path / "elsewhere.jsonl"
+    shutil.copy(TINY / "heldout.jsonl", copy)
+
+    def found() -> str:
+        plan = prepare(configure(finished.source, "memory://digests", f"evaluation.documents={copy}")).plan
+        assert plan.config.evaluation is not None
+        return evaluation_digest(plan, plan.config.evaluation)
+
+    assert found() == digest
+    copy.write_bytes(copy.read_bytes() + b'{"text": "one more"}\n')
+    assert found() != digest
+
+
+def test_run_without_evaluation_settings_reports_no_quality(finished: SmallRun, copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    report, evaluated = run_again(monkeypatch, finished, copied, "evaluation=null")
+    assert (report.quality, evaluated) == (None, [])

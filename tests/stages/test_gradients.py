@@ -1,0 +1,359 @@
+"""Gradients against autograd through the whole model run by transformers, their resumption, and how much of the model they hold at once."""
+
+import hashlib
+import shutil
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from p48ray import run_root
+from p48ray.errors import CalibrationError
+from p48ray.manifest import GradientPart
+from p48ray.model.decoder import Decoder
+from p48ray.model.experts import ExpertWeights
+from p48ray.plan import SequencePart
+from p48ray.stages import arrow, gradients
+from p48ray.stages.capture import capture_parts
+from p48ray.stages.context import StageContext
+from p48ray.stages.gradients import GradientStream, gradient_parts, head_gradient, sample, step_back
+from tests.conftest import REPO, TINY
+from tests.reference import whole_gradients, whole_model
+from tests.stages.test_capture import files, open_run, token_ids
+
+CURVED = "compression.output_curvature=true"
+HEAD = 5  # the tiny model has a dense layer 0 and mixtures 1 to 4
+
+
+@pytest.fixture(autouse=True)
+def in_repository(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(REPO)
+
+
+@pytest.fixture(scope="module")
+def captured(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run root with everything that the way back starts from; copied, never used itself."""
+    root = tmp_path_factory.mktemp("captured") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(REPO)
+        torch.set_num_threads(1)
+        capture_parts(open_run(root, CURVED), [0, 1, 2])
+    return root
+
+
+def copy_of(captured: Path, root: Path) -> StageContext:
+    shutil.copytree(captured, root)
+    return open_run(root, CURVED)
+
+
+@pytest.fixture
+def context(captured: Path, tmp_path: Path) -> StageContext:
+    return copy_of(captured, tmp_path / "run")
+
+
+def labels_of(context: StageContext, probabilities_TV: Tensor) -> Tensor:
+    """What the stage has to sample: part by part, from a generator of the part's own."""
+    length, calibration = context.plan.config.calibration.sequence_length, context.plan.config.calibration
+    generators = [torch.Generator().manual_seed(calibration.seed * 2**20 + p.part) for p in context.plan.parts]
+    pieces = probabilities_TV.split([p.num_sequences * length for p in context.plan.parts])
+    return torch.cat([sample(piece, generator) for piece, generator in zip(pieces, generators, strict=True)])
+
+
+def relative_gap(ours: Tensor, theirs: Tensor) -> float:
+    return float((ours - theirs).abs().max() / theirs.abs().max())
+
+
+def test_delta_is_autograds_through_the_whole_model(context: StageContext, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Float32 before the cast to 1e-4 of the layer's largest value, the stored bits exactly the cast's."""
+    raw: dict[tuple[int, int], Tensor] = {}
+    write = gradients.write_gradients
+
+    def spy(context: StageContext, layer: int, part: SequencePart, delta_TH: Tensor) -> GradientPart:
+        raw[layer, part.part] = delta_TH.clone()
+        return write(context, layer, part, delta_TH)
+
+    monkeypatch.setattr(gradients, "write_gradients", spy)
+    manifests = gradient_parts(context, [0, 1, 2])
+    routed, entering = whole_gradients.at_routed_outputs(
+        whole_model.load(TINY), token_ids(context).long(), lambda probabilities_TV: labels_of(context, probabilities_TV)
+    )
+    assert set(routed) == set(context.plan.source.moe_layers) == {1, 2, 3, 4}
+    for layer, want_TH in routed.items():
+        parts = [raw[layer, p.part] for p in context.plan.parts]
+        assert all(p.dtype == torch.float32 for p in parts)
+        assert relative_gap(torch.cat(parts), want_TH) <= 1e-4
+        for part, delta_TH in zip(context.plan.parts, parts, strict=True):
+            stored_TH = arrow.decode(context.store.get(run_root.gradient_part(layer, part.part)), "part")["delta"]
+            assert torch.equal(stored_TH.view(torch.int16), delta_TH.to(torch.bfloat16).view(torch.int16))
+    for number in range(2, HEAD + 1):
+        stored = [arrow.decode(context.store.get(run_root.residual_gradient_part(number, p.part)), "r") for p in context.plan.parts]
+        assert relative_gap(torch.cat([s["gradient"] for s in stored]), entering[number]) <= 1e-4
+    for manifest in manifests:
+        delta_TH = raw[manifest.layer, manifest.part]
+        data = context.store.get(run_root.gradient_part(manifest.layer, manifest.part))
+        assert manifest.num_tokens == len(delta_TH)
+        assert (manifest.size_bytes, manifest.sha256) == (len(data), hashlib.sha256(data).hexdigest())
+        assert manifest.mean_square == pytest.approx(delta_TH.double().square().sum(1).mean().item(), rel=1e-5)
+    assert sorted((m.layer, m.part) for m in manifests) == [(layer, p) for layer in (1, 2, 3, 4) for p in range(3)]
+
+
+def test_rows_of_delta_are_those_of_the_activations(context: StageContext) -> None:
+    gradient_parts(context, [0, 1, 2])
+    lengths = [(len(part["hidden"]), len(part["delta"])) for part in context.activation_parts(3)]
+    assert lengths == [(128, 128), (128, 128), (64, 64)]
+
+
+class Death(BaseException):
+    """Like a killed process: nothing catches it."""
+
+
+def die_at_layer(monkeypatch: pytest.MonkeyPatch, fatal: int) -> None:
+    """Between two layers: before `fatal` is built."""
+    real = Decoder.layer
+
+    def layer(self: Decoder, number: int, experts: object) -> nn.Module:
+        if number == fatal:
+            raise Death
+        return real(self, number, experts)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Decoder, "layer", layer)
+
+
+def die_at_write(monkeypatch: pytest.MonkeyPatch, layer: int, part: int) -> None:
+    """Between two parts of a layer: its stream has gone down, its delta is not written."""
+    write = gradients.write_gradients
+
+    def dying(context: StageContext, number: int, owner: SequencePart, delta_TH: Tensor) -> GradientPart:
+        if (number, owner.part) == (layer, part):
+            raise Death
+        return write(context, number, owner, delta_TH)
+
+    monkeypatch.setattr(gradients, "write_gradients", dying)
+
+
+def die_at_manifest(monkeypatch: pytest.MonkeyPatch, layer: int, part: int) -> None:
+    """A delta that no manifest vouches for."""
+    fatal = run_root.gradient_manifest(layer, part)
+    real = GradientPart.to_json
+
+    def to_json(self: GradientPart) -> bytes:
+        if run_root.gradient_manifest(self.layer, self.part) == fatal:
+            raise Death
+        return real(self)
+
+    monkeypatch.setattr(GradientPart, "to_json", to_json)
+
+
+def die_at_put(monkeypatch: pytest.MonkeyPatch, number: int, part: int) -> None:
+    """Before a boundary is stored; inside a layer's parts."""
+    real = GradientStream.put
+
+    def put(self: GradientStream, layer: int, owner: SequencePart, gradient_BSH: Tensor) -> None:
+        if (layer, owner.part) == (number, part):
+            raise Death
+        real(self, layer, owner, gradient_BSH)
+
+    monkeypatch.setattr(GradientStream, "put", put)
+
+
+def test_gradients_are_the_same_whoever_owns_the_parts_and_wherever_they_stopped(captured: Path, tmp_path: Path) -> None:
+    gradient_parts(copy_of(captured, tmp_path / "whole"), [0, 1, 2])
+    resumed = copy_of(captured, tmp_path / "resumed")
+    deaths = [
+        (die_at_put, (HEAD, 2), [0, 2]),
+        (die_at_layer, (4,), [2, 0]),
+        (die_at_write, (4, 1), [0, 1]),
+        (die_at_put, (3, 2), [2, 1, 0]),
+        (die_at_manifest, (3, 1), [1, 2]),
+        (die_at_layer, (2,), [1, 0]),
+        (die_at_write, (1, 0), [0, 2]),
+    ]
+    for die, where, parts in deaths:
+        with pytest.MonkeyPatch.context() as patch:
+            die(patch, *where)  # type: ignore[operator]
+            with pytest.raises(Death):
+                gradient_parts(resumed, parts)
+    gradient_parts(resumed, [2])
+    gradient_parts(resumed, [1, 0])
+    prefixes = ("gradients", "residual-gradients")
+    whole = files(tmp_path / "whole", *prefixes)
+    assert len(whole) == 4 * 3 * 2 + 4 * 3
+    assert whole == files(tmp_path / "resumed", *prefixes)
+
+
+def test_a_repeated_task_starts_at_the_boundary_where_it_stopped(context: StageContext, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        die_at_layer(patch, 3)
+        with pytest.raises(Death):
+            gradient_parts(context, [0, 1])
+    steps = record_steps(monkeypatch)
+    written = gradient_parts(context, [1, 0, 2])
+    assert steps == [(5, 2), (4, 2), (3, 1), (3, 0), (3, 2), (2, 1), (2, 0), (2, 2)]
+    assert sorted((m.layer, m.part) for m in written) == [(1, 0), (1, 1), (1, 2), (2, 0), (2, 1), (2, 2), (3, 0), (3, 1), (3, 2), (4, 2)]
+
+
+def record_steps(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """(layer or head, part) of every step down from here on."""
+    steps: list[tuple[int, int]] = []
+    real = GradientStream.boundary
+
+    def boundary(self: GradientStream, number: int, part: SequencePart) -> Tensor:
+        steps.append((number, part.part))
+        return real(self, number, part)
+
+    monkeypatch.setattr(GradientStream, "boundary", boundary)
+    return steps
+
+
+def test_finished_parts_are_not_run_again(context: StageContext, monkeypatch: pytest.MonkeyPatch) -> None:
+    gradient_parts(context, [0, 1])
+    steps = record_steps(monkeypatch)
+    assert [(m.layer, m.part) for m in gradient_parts(context, [0, 1, 2])] == [(4, 2), (3, 2), (2, 2), (1, 2)]
+    assert steps == [(5, 2), (4, 2), (3, 2), (2, 2)]
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("nothing should be built")
+
+    monkeypatch.setattr(Decoder, "layer", refuse)
+    monkeypatch.setattr(Decoder, "head", refuse)
+    assert gradient_parts(context, [0, 1, 2]) == []
+
+
+def test_no_two_layers_weights_are_ever_held_together(context: StageContext, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asked whenever weights are read or built: everything still alive belongs to the layer (or the head) being worked on."""
+    alive: list[tuple[int, weakref.ref[object]]] = []
+    built: list[int] = []
+    layer, head, expert = Decoder.layer, Decoder.head, StageContext.source_expert
+
+    def check(number: int) -> None:
+        held = {owner for owner, thing in alive if thing() is not None} - {number}
+        assert not held, f"while working on layer {number} weights of {held} were still held"
+
+    def track(number: int, module: nn.Module) -> nn.Module:
+        alive.extend((number, weakref.ref(thing)) for thing in (module, *module.parameters()))
+        built.append(number)
+        return module
+
+    def watched_layer(self: Decoder, number: int, experts: object) -> nn.Module:
+        check(number)
+        return track(number, layer(self, number, experts))  # type: ignore[arg-type]
+
+    def watched_head(self: Decoder) -> nn.Module:
+        check(HEAD)
+        return track(HEAD, head(self))
+
+    def watched_expert(self: StageContext, number: int, wanted: int, dtype: torch.dtype) -> ExpertWeights:
+        check(number)
+        weights = expert(self, number, wanted, dtype)
+        alive.extend((number, weakref.ref(w)) for w in weights)
+        return weights
+
+    monkeypatch.setattr(Decoder, "layer", watched_layer)
+    monkeypatch.setattr(Decoder, "head", watched_head)
+    monkeypatch.setattr(StageContext, "source_expert", watched_expert)
+    gradient_parts(context, [0, 1, 2])
+    assert built == [5, 4, 3, 2], "each is built once for all parts, and the lowest mixture not at all"
+    assert {owner for owner, _ in alive} == {5, 4, 3, 2}
+    assert sum(thing() is not None for _, thing in alive) == 0
+
+
+@pytest.mark.parametrize(("number", "found"), [(HEAD, 4), (3, 2)])
+def test_gradients_that_are_not_finite_are_refused_by_layer_and_part(context: StageContext, number: int, found: int) -> None:
+    key = run_root.residual_part(number, 1)
+    residual_TH = arrow.decode(context.store.get(key), key)["residual"]
+    residual_TH[5, 7] = torch.nan
+    context.store.put(key, arrow.encode({"residual": residual_TH}))
+    with pytest.raises(CalibrationError, match=f"layer {found}, part 1: the gradients are not finite"):
+        gradient_parts(context, [0, 1])
+    assert context.store.head(run_root.gradient_manifest(found, 1)) is None
+    assert context.store.head(run_root.gradient_manifest(found, 0)) is not None
+
+
+def test_infinite_gradients_are_refused(context: StageContext) -> None:
+    delta_TH = torch.zeros(128, 256)
+    delta_TH[0, 0] = torch.inf
+    with pytest.raises(CalibrationError, match="layer 2, part 0"):
+        gradients.write_gradients(context, 2, context.plan.parts[0], delta_TH)
+    assert not files(Path(context.store.uri.removeprefix("file://")), "gradients")
+
+
+def small_head(seed: int) -> tuple[nn.Module, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    head = nn.Linear(12, 40, bias=False).requires_grad_(False)
+    head.weight.copy_(torch.randn(40, 12, generator=generator))
+    return head, torch.randn(3, 7, 12, generator=generator)
+
+
+def test_slices_of_the_head_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    head, x_BSH = small_head(0)
+    whole = head_gradient(head, x_BSH, torch.Generator().manual_seed(3))
+    monkeypatch.setattr(gradients, "ROWS_PER_HEAD_CALL", 4)
+    torch.testing.assert_close(head_gradient(head, x_BSH, torch.Generator().manual_seed(3)), whole)
+
+
+def test_expected_gradient_at_the_head_is_zero() -> None:
+    """Labels come from the model's own distribution, under which the score has mean zero; with any other labels it has not."""
+    head, x_BSH = small_head(1)
+    many_BSH = x_BSH[:1, :1].expand(1, 20_000, 12)
+    gradient_TH = head_gradient(head, many_BSH, torch.Generator().manual_seed(0))[0]
+    error = gradient_TH.mean(0) / (gradient_TH.std(0) / len(gradient_TH) ** 0.5)
+    assert error.abs().max() < 4
+    assert gradient_TH.std(0).min() > 0.1
+
+
+def test_a_step_back_is_the_same_by_micro_batches(context: StageContext) -> None:
+    decoder = context.decoder()
+    layer, positions = gradients.layer_or_head(context, decoder, 2), decoder.positions(64)
+    generator = torch.Generator().manual_seed(0)
+    x_BSH, above_BSH = torch.randn(3, 64, 256, generator=generator), torch.randn(3, 64, 256, generator=generator)
+    torch.testing.assert_close(
+        step_back(layer, x_BSH, above_BSH, positions, 1), step_back(layer, x_BSH, above_BSH, positions, 3), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_samples_follow_the_distribution() -> None:
+    """Chi-square against its 99.9th percentile for 15 degrees of freedom; seed fixed."""
+    probabilities_V = torch.logspace(0, -2, 16).flip(0)[torch.randperm(16, generator=torch.Generator().manual_seed(1))]
+    probabilities_V /= probabilities_V.sum()
+    num_draws = 40_000
+    labels = sample(probabilities_V.expand(num_draws, 16), torch.Generator().manual_seed(0))
+    expected = probabilities_V.double() * num_draws
+    statistic = ((torch.bincount(labels, minlength=16) - expected).square() / expected).sum()
+    assert 2.0 < statistic < 37.7
+
+
+def test_samples_of_two_rows_are_independent() -> None:
+    labels = sample(torch.full((40_000, 2), 0.5), torch.Generator().manual_seed(0)).view(-1, 2)
+    counts = torch.bincount(2 * labels[:, 0] + labels[:, 1], minlength=4)
+    assert ((counts - 5000.0).square() / 5000).sum() < 16.3  # 3 degrees of freedom, 99.9 %
+
+
+def test_samples_depend_on_the_generator_alone() -> None:
+    probabilities = torch.rand(500, 50, generator=torch.Generator().manual_seed(1)).softmax(-1)
+    first, again, other = (sample(probabilities, torch.Generator().manual_seed(s)) for s in (4, 4, 5))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+@pytest.mark.parametrize("uniform", [0.0, 0.5, 1 - 2**-53])
+def test_a_one_hot_row_gives_its_index_whatever_is_drawn(uniform: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "rand", lambda n, **_: torch.full((n,), uniform, dtype=torch.float64))
+    assert torch.equal(sample(torch.eye(9), torch.Generator()), torch.arange(9))
+
+
+@pytest.mark.parametrize("uniform", [0.0, 1 - 2**-53])
+def test_the_ends_of_the_uniform_range_give_the_first_and_the_last_index(uniform: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "rand", lambda n, **_: torch.full((n,), uniform, dtype=torch.float64))
+    probabilities = torch.randn(400, 33, generator=torch.Generator().manual_seed(2)).softmax(-1)  # sums that are 1 but for rounding
+    assert (sample(probabilities, torch.Generator()) == (32 if uniform else 0)).all()
+
+
+def test_impossible_labels_are_never_sampled() -> None:
+    probabilities = torch.rand(2000, 30, generator=torch.Generator().manual_seed(3))
+    probabilities[:, ::3] = 0
+    labels = sample(probabilities / probabilities.sum(1, keepdim=True), torch.Generator().manual_seed(0))
+    assert labels.min() >= 0
+    assert labels.max() < 30
+    assert (labels % 3 != 0).all()

@@ -1,0 +1,204 @@
+"""p48ray's commands: exit codes and what they print. 0 for good news, 1 for damage, 2 for a mistake of the caller's."""
+
+import json
+import logging
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from click.testing import Result
+from typer.testing import CliRunner
+
+from p48ray.cli import app
+from tests.stages.damage import INDEX, Folder
+from tests.stages.small_run import SmallRun, finished_run
+
+LINEAR = "language_model.model.layers.1.mlp.experts.3.up_proj"
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> SmallRun:
+    return finished_run(tmp_path_factory.getbasetemp() / "small-run")
+
+
+@pytest.fixture(autouse=True)
+def logging_as_it_was() -> Iterator[None]:
+    """Commands configure the process's logging, onto a stream that ends with the test."""
+    logger = logging.getLogger("p48ray")
+    handlers, propagate, level = logger.handlers[:], logger.propagate, logger.level
+    yield
+    logger.handlers[:], logger.propagate = handlers, propagate
+    logger.setLevel(level)
+
+
+def call(*arguments: object) -> Result:
+    result = CliRunner().invoke(app, [str(a) for a in arguments], env={"COLUMNS": "200"})
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result
+
+
+def refused(result: Result, exit_code: int, *words: str) -> None:
+    """One error on stderr, nothing on stdout, no traceback."""
+    assert result.exit_code == exit_code, result.output
+    assert result.stderr.startswith("error: ") and "Traceback" not in result.stderr
+    for word in words:
+        assert word in result.stderr
+    assert result.stdout == ""
+
+
+def write(folder: Folder, path: Path) -> Path:
+    path.mkdir()
+    for name, data in folder.files.items():
+        (path / name).write_bytes(data)
+    return path
+
+
+@pytest.fixture
+def clean(finished: SmallRun) -> Folder:
+    return Folder.read(finished.checkpoint)
+
+
+# status
+
+
+def test_status_of_a_finished_run_exits_0_and_says_so(finished: SmallRun) -> None:
+    result = call("status", finished.root)
+    assert result.exit_code == 0
+    assert f"{finished.prepared.plan.config.name}  plan {finished.prepared.plan.digest[:12]}  complete" in result.stdout
+    for stage in ("capture", "compress", "reduce", "verify", "evaluate"):
+        assert stage in result.stdout
+
+
+def test_status_of_an_unfinished_run_exits_0_too(finished: SmallRun, tmp_path: Path) -> None:
+    shutil.copy(finished.root / "plan.json", tmp_path / "plan.json")
+    result = call("status", tmp_path)
+    assert result.exit_code == 0
+    assert "not complete" in result.stdout
+
+
+@pytest.mark.parametrize("place", ["nowhere", ".", "s3://bucket/run", "ftp://host/run"])
+def test_status_of_a_place_that_is_no_run_root_exits_2(tmp_path: Path, place: str) -> None:
+    path = place if "://" in place else str(tmp_path / place)
+    words = {"s3://bucket/run": "not built yet", "ftp://host/run": "unknown scheme ftp://"}.get(place, "expected a run root with plan.json")
+    refused(call("status", path), 2, path, words)
+
+
+def test_status_of_a_damaged_plan_exits_1(tmp_path: Path) -> None:
+    (tmp_path / "plan.json").write_text("{")
+    refused(call("status", tmp_path), 1, "plan.json: not a RunPlan")
+
+
+# verify
+
+
+@pytest.mark.parametrize("with_source", [False, True])
+def test_verify_of_a_clean_checkpoint_exits_0_and_prints_its_verdict(finished: SmallRun, with_source: bool) -> None:
+    result = call("verify", finished.checkpoint, *(["--source", finished.source] if with_source else []))
+    assert result.exit_code == 0
+    verdict = json.loads(result.stdout)
+    assert verdict == {
+        "checkpoint": str(finished.checkpoint),
+        "compared_with_source": with_source,
+        "num_shards": 6,
+        "num_linears": 192,
+        "problems": [],
+    }
+
+
+def test_verify_of_a_damaged_checkpoint_exits_1_and_names_the_tensor(finished: SmallRun, clean: Folder, tmp_path: Path) -> None:
+    path = write(clean.with_bytes(f"{LINEAR}.weight_scale", 0, b"\x7f"), tmp_path / "damaged")
+    for arguments in ((path,), (path, "--source", finished.source)):
+        result = call("verify", *arguments)
+        assert result.exit_code == 1
+        assert any(f"{LINEAR}.weight_scale" in problem for problem in json.loads(result.stdout)["problems"])
+
+
+def test_verify_finds_an_untouched_byte_only_with_the_source(finished: SmallRun, clean: Folder, tmp_path: Path) -> None:
+    name = "vision_tower.patch_embed.proj.weight"
+    path = write(clean.flipped(name, 100, 0x40), tmp_path / "damaged")
+    assert call("verify", path).exit_code == 0
+    result = call("verify", path, "--source", finished.source)
+    assert result.exit_code == 1
+    assert [name in problem for problem in json.loads(result.stdout)["problems"]] == [True]
+
+
+@pytest.mark.parametrize("damage", ["no shard", "no index", "truncated"])
+def test_verify_of_an_incomplete_checkpoint_exits_1_and_names_the_file(clean: Folder, tmp_path: Path, damage: str) -> None:
+    shard = clean.shards[2]
+    folders = {
+        "no shard": (clean.without_file(shard), shard),
+        "no index": (clean.without_file(INDEX), INDEX),
+        "truncated": (clean.with_file(shard, clean.files[shard][:-1]), shard),
+    }
+    folder, name = folders[damage]
+    result = call("verify", write(folder, tmp_path / "damaged"))
+    assert result.exit_code == 1
+    assert any(name in problem for problem in json.loads(result.stdout)["problems"])
+
+
+def test_verify_of_a_place_that_is_no_checkpoint_exits_2(finished: SmallRun, tmp_path: Path) -> None:
+    for path in (tmp_path / "nowhere", tmp_path, finished.root, finished.source):
+        refused(call("verify", path), 2, str(path), "p48ray.json")
+
+
+def test_verify_against_a_place_that_is_no_source_exits_2(finished: SmallRun, tmp_path: Path) -> None:
+    refused(call("verify", finished.checkpoint, "--source", tmp_path / "nowhere"), 2, "config.json", "nowhere")
+
+
+def test_verify_of_a_damaged_manifest_exits_1(clean: Folder, tmp_path: Path) -> None:
+    refused(call("verify", write(clean.with_file("p48ray.json", b"{}"), tmp_path / "damaged")), 1, "p48ray.json: not a CheckpointManifest")
+
+
+# inspect
+
+
+def test_inspect_prints_one_linear_and_its_error(finished: SmallRun) -> None:
+    result = call("inspect", finished.checkpoint, "--linear", LINEAR, "--source", finished.source)
+    assert result.exit_code == 0
+    for words in (f"{LINEAR}  128 x 256", "relative weight error", "pairs kept of four", "E4M3 scales", "E2M1 codes"):
+        assert words in result.stdout
+    without = call("inspect", finished.checkpoint)
+    assert without.exit_code == 0
+    assert "relative weight error" not in without.stdout
+
+
+def test_inspect_of_what_is_not_there_exits_2(finished: SmallRun, tmp_path: Path) -> None:
+    refused(call("inspect", tmp_path / "nowhere"), 2, "config.json", "nowhere")
+    refused(call("inspect", finished.checkpoint, "--linear", "experts.99"), 2, "no compressed linear 'experts.99'")
+    refused(call("inspect", finished.source), 2, "expected compressed expert linears, found none")
+    refused(call("inspect", finished.checkpoint, "--source", tmp_path), 2, "config.json")
+
+
+# skeleton
+
+
+def test_skeleton_writes_a_new_folder_and_says_where(tmp_path: Path) -> None:
+    folder = tmp_path / "new" / "skeleton"
+    result = call("skeleton", folder)
+    assert (result.exit_code, result.stdout) == (0, f"wrote {folder}\n")
+    assert len(list(folder.glob("*.safetensors"))) == 64
+    assert json.loads((folder / "config.json").read_text())["model_type"] == "kimi_k25"
+
+
+def test_skeleton_overwrites_nothing(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("mine")
+    refused(call("skeleton", tmp_path), 2, str(tmp_path), "new or empty folder")
+    assert (tmp_path / "config.json").read_text() == "mine"
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+    refused(call("skeleton", tmp_path / "config.json"), 2, "config.json")
+
+
+# all
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"]])
+def test_help_lists_the_commands(arguments: list[str]) -> None:
+    result = call(*arguments)
+    for command in ("status", "verify", "inspect", "skeleton"):
+        assert command in result.output
+
+
+@pytest.mark.parametrize("arguments", [["status"], ["verify"], ["unknown"], ["status", "a", "--loud"]])
+def test_wrong_arguments_exit_2(arguments: list[str]) -> None:
+    assert call(*arguments).exit_code == 2
