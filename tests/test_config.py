@@ -42,7 +42,7 @@ def test_overrides_are_typed_as_in_the_file() -> None:
         ("run.num_workers=true", ["run.num_workers", "valid integer", "found True"]),
         ("output.max_shard_size=3XB", ["output.max_shard_size", "expected a size such as 5GB", "found '3XB'"]),
         ("compression.solver=magic", ["compression.solver", "'block_descent'", "found 'magic'"]),
-        ("compression.solver=gptq", ["compression", "solver 'gptq' needs sparsity 'none', found 'paired-4:8'"]),
+        ("compression={solver: gptq}", ["compression", "solver 'gptq' needs sparsity 'none', found 'paired-4:8'"]),
         (
             "compression={solver: round_to_nearest, output_curvature: true}",
             ["compression", "output_curvature needs solver 'block_descent'"],

@@ -113,11 +113,11 @@ def _sweep_(state: _Grid) -> None:
 
 
 def _move_(state: _Grid, slope_NOC: Tensor, start: int, stop: int, j: int, new_values: Tensor) -> None:
-    """Store new values of the columns from j on and correct the slope of the whole column_block."""
+    """Store new values of the columns from j on and correct the slope from there to the end of the column_block: what lies before is not read again."""
     values_NOI, end = state.descent.values_NOI, j + new_values.shape[2]
     change = new_values - values_NOI[:, :, j:end]
     values_NOI[:, :, j:end] = new_values
-    slope_NOC.baddbmm_(change, state.descent.hessian_NII[:, j:end, start:stop], alpha=-1)
+    slope_NOC[:, :, j - start :].baddbmm_(change, state.descent.hessian_NII[:, j:end, j:stop], alpha=-1)
 
 
 def _rescale_span_(state: _Grid, slope_NOC: Tensor, start: int, stop: int, j: int) -> None:

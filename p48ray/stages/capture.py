@@ -41,6 +41,7 @@ def capture_parts(context: StageContext, parts: Sequence[int]) -> list[Activatio
             continue
         seen: list[RoutedInputs] = []
         is_moe = number in plan.source.moe_layers
+        layer = None  # the layer below goes before this one is read
         layer = decoder.layer(number, capturing_experts(context, number, seen) if is_moe else None)
         for part in waiting:
             seen.clear()

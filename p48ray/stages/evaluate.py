@@ -81,12 +81,14 @@ def evaluate_part(context: StageContext, checkpoint: CheckpointIndex, token_ids_
     source_BSH = compressed_BSH = decoder.embed(inputs_BS)
     micro_batch = context.plan.config.calibration.sequences_per_micro_batch
     for number in range(context.plan.source.num_layers):
+        layer = experts = None  # the layer below goes before this one is read
         experts = mixtures(context, checkpoint, number, dtype) if number in context.plan.source.moe_layers else None
         layer = decoder.layer(number, experts[0] if experts else None)
         source_BSH = run_layer(layer, source_BSH, positions, micro_batch)
         if experts:
             layer.mlp.experts = experts[1]
         compressed_BSH = run_layer(layer, compressed_BSH, positions, micro_batch)
+    layer = experts = None
     sums = torch.zeros(5, dtype=torch.float64)
     head = decoder.head()
     rows = zip(
