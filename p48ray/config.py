@@ -124,6 +124,11 @@ class EvaluationConfig(Section):
     sequence_length: int = Field(gt=1)
     seed: int = 0
     sequences_per_part: int = Field(8, gt=0)
+    activations: Literal["nvfp4", "original"] = Field("nvfp4", description="What the compressed experts see: W4A4 as served, or W4A16.")
+    activation_group: Literal[16, 32] | None = Field(None, description="Default: compression.activation_group.")
+    baseline: bool = Field(
+        False, description="Also run the published one-shot baseline under run.root/baseline and report it beside the result."
+    )
 
 
 class RunSettings(Section):
@@ -168,6 +173,16 @@ UNBUILT: dict[str, tuple[Any, str]] = {
     "run.layers": (lambda c: c.run.layers is not None, "null (all layers)"),
     "run.keep": (lambda c: c.run.keep != "all", "all"),
 }
+
+
+def baseline_config(config: RunConfig) -> RunConfig:
+    """The published one-shot reference on the same source and texts: SparseGPT masks and GPTQ, unweighted tokens, damping 0.1 (DESIGN 7.1)."""
+    one_shot = {"solver": "sparsegpt_gptq", "sparsity": "paired-4:8", "router_weight_exponent": 0.0, "damp": 0.1}
+    plain = {"output_curvature": False, "output_damp": "auto", "refine_steps": 0, "code_sweeps": 0}
+    compression = config.compression.model_copy(update=one_shot | plain)
+    evaluation = config.evaluation.model_copy(update={"baseline": False}) if config.evaluation else None
+    run = config.run.model_copy(update={"root": f"{config.run.root.rstrip('/')}/baseline"})
+    return config.model_copy(update={"name": f"{config.name}-baseline", "compression": compression, "evaluation": evaluation, "run": run})
 
 
 def unbuilt_settings(config: RunConfig) -> list[str]:

@@ -55,6 +55,9 @@ SETTINGS: dict[str, Effect] = {
     "evaluation.sequence_length": "free",
     "evaluation.seed": "free",
     "evaluation.sequences_per_part": "free",
+    "evaluation.activations": "free",
+    "evaluation.activation_group": "free",
+    "evaluation.baseline": "free",
     "run.root": "free",
     "run.root_is_shared": "free",
     "run.experts_per_unit": "digest",  # experts of a unit are solved as one batch, and lie together in the output

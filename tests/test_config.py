@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from p48ray.config import RunConfig, dotted_keys, load_config, lookup, unbuilt_settings
+from p48ray.config import RunConfig, baseline_config, dotted_keys, load_config, lookup, unbuilt_settings
 from p48ray.errors import ConfigError
 from p48ray.plan import SETTINGS
 from tests.conftest import REPO
@@ -120,3 +120,14 @@ def test_lookup_finds_every_key() -> None:
     config = load_config(TINY_CONFIG)
     for key in dotted_keys():
         lookup(config, key)
+
+
+def test_baseline_is_the_published_one_shot_reference() -> None:
+    config = load_config(TINY_CONFIG, ("evaluation.baseline=true",))
+    base = baseline_config(config)
+    c = base.compression
+    assert (c.solver, c.sparsity, c.router_weight_exponent, c.damp) == ("sparsegpt_gptq", "paired-4:8", 0.0, 0.1)
+    assert (c.output_curvature, c.refine_steps, c.code_sweeps) == (False, 0, 0)
+    assert base.run.root == f"{config.run.root}/baseline"
+    assert (base.calibration, base.evaluation and base.evaluation.baseline) == (config.calibration, False)
+    assert RunConfig.model_validate(base.model_dump()) == base, "a copy must satisfy the rules of a file"

@@ -49,6 +49,7 @@ class Report(Record):
     source_bytes: int
     expert_bytes: int
     quality: EvaluationResult | None
+    baseline: EvaluationResult | None = None
     stage_seconds: dict[str, float]
     unit_seconds: dict[str, float]
     devices: dict[str, int]
@@ -113,10 +114,15 @@ def print_report(report: Report, console: Console) -> None:
         for column in ("", "perplexity", "token accuracy", "KL to source"):
             table.add_column(column, justify="left" if not column else "right")
         table.add_row("source", f"{q.source_perplexity:.4f}", f"{q.source_accuracy:.4f}", "0")
+        if report.baseline is not None:
+            b = report.baseline
+            table.add_row("one-shot baseline", f"{b.compressed_perplexity:.4f}", f"{b.compressed_accuracy:.4f}", f"{b.kl:.4f}")
         table.add_row(
             f"{report.solver}, {report.sparsity}", f"{q.compressed_perplexity:.4f}", f"{q.compressed_accuracy:.4f}", f"{q.kl:.4f}"
         )
         console.print(table)
+    if report.quality is not None and report.baseline is not None and report.baseline.kl > 0:
+        console.print(f"KL ratio to the one-shot baseline: {report.quality.kl / report.baseline.kl:.3f}")
     table = Table(title="expert linears", title_justify="left")
     for column in ("", "mean relative output error", "worst", "of"):
         table.add_column(column, justify="left" if column in ("", "of") else "right")

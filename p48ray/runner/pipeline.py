@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 
 from p48ray import run_root
+from p48ray.config import baseline_config
 from p48ray.errors import StageFailedError, VerificationError
 from p48ray.manifest import EvaluationPart, ShardVerdict, UnitManifest
 from p48ray.plan import RunPlan, cut
@@ -16,7 +17,7 @@ from p48ray.runner.progress import Progress
 from p48ray.stages.capture import finish_layers
 from p48ray.stages.evaluate import EvaluationResult, combine, evaluation_digest
 from p48ray.stages.inputs import write_inputs
-from p48ray.stages.prepare import Prepared
+from p48ray.stages.prepare import Prepared, prepare
 from p48ray.stages.reduce import finish_checkpoint
 from p48ray.stages.tasks import Task
 from p48ray.stages.verify import check_index
@@ -47,8 +48,14 @@ def run_job(prepared: Prepared, make_runner: RunnerFactory) -> Report:
         job.reduce()
         job.verify()
         result = job.evaluate()
+    baseline = None
+    if plan.config.evaluation is not None and plan.config.evaluation.baseline:
+        log.info("baseline  the published one-shot reference, under %s/baseline", store.uri)
+        baseline = run_job(prepare(baseline_config(plan.config)), make_runner).quality
     seconds["total"] = round(time.monotonic() - start, 1)
-    report = build_report(prepared.context, read_units(prepared), prepared.shards, result, seconds)
+    report = build_report(prepared.context, read_units(prepared), prepared.shards, result, seconds).model_copy(
+        update={"baseline": baseline}
+    )
     store.put(run_root.REPORT, report.to_json())
     return report
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from p48ray.checkpoint.index import CheckpointIndex
 from p48ray.checkpoint.layout import PROJECTIONS
 from p48ray.checkpoint.tensors import read_tensors
-from p48ray.config import EvaluationConfig
+from p48ray.config import EvaluationConfig, RunConfig
 from p48ray.errors import ConfigError
 from p48ray.manifest import EvaluationPart
 from p48ray.model.decoder import run_layer
@@ -41,7 +41,7 @@ class EvaluationResult(Record):
 
 def evaluation_digest(plan: RunPlan, settings: EvaluationConfig) -> str:
     """Identity of an evaluation: the plan, the held-out bytes and how they are drawn."""
-    facts = settings.model_dump(mode="json", exclude={"documents"}) | {
+    facts = settings.model_dump(mode="json", exclude={"documents", "baseline"}) | {
         "plan": plan.digest,
         "documents": digest_documents(settings.documents, "evaluation.documents"),
     }
@@ -113,11 +113,20 @@ def evaluate_part(context: StageContext, checkpoint: CheckpointIndex, token_ids_
 
 def mixtures(context: StageContext, checkpoint: CheckpointIndex, number: int, dtype: torch.dtype) -> tuple[RoutedExperts, RoutedExperts]:
     """The source's experts as they are, and the compressed ones under W4A4."""
-    count, group = context.layout.num_experts, context.plan.config.compression.activation_group
-    scales = context.layer_scales(number)
+    count, scales = context.layout.num_experts, context.layer_scales(number)
     source = ExpertCache(lambda e: context.source_expert(number, e, dtype), EXPERT_CACHE_BYTES)
     compressed = ExpertCache(lambda e: compressed_expert(checkpoint, context, number, e, dtype), EXPERT_CACHE_BYTES)
-    return RoutedExperts(count, source), RoutedExperts(count, compressed, ActivationScales(scales.gate_up, scales.down, group))
+    seen = activation_scales(context.plan.config, scales.gate_up, scales.down)
+    return RoutedExperts(count, source), RoutedExperts(count, compressed, seen)
+
+
+def activation_scales(config: RunConfig, gate_up: float, down: float) -> ActivationScales | None:
+    """How the compressed experts' inputs are quantized under evaluation; None for original activations."""
+    settings = config.evaluation
+    if settings is not None and settings.activations == "original":
+        return None
+    group = settings.activation_group if settings is not None and settings.activation_group else config.compression.activation_group
+    return ActivationScales(gate_up, down, group)
 
 
 def compare_logits(source_TV: Tensor, compressed_TV: Tensor, labels_T: Tensor) -> Tensor:
