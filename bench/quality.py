@@ -84,7 +84,20 @@ def row(report: Report) -> dict[str, object]:
 def print_table(rows: list[dict], console: Console) -> None:
     """KL and perplexity per solver and view, with the ratio to the one-shot baseline of the same sequences, seed and view."""
     base = {(r["sequences"], r["seed"], r["view"]): r["kl"] for r in rows if r["solver"] == "one_shot"}
-    table = Table("sequences", "seed", "solver", "view", "perplexity", "accuracy", "KL", "ratio", "worst gate", "worst up", "worst down", "unit seconds")
+    table = Table(
+        "sequences",
+        "seed",
+        "solver",
+        "view",
+        "perplexity",
+        "accuracy",
+        "KL",
+        "ratio",
+        "worst gate",
+        "worst up",
+        "worst down",
+        "unit seconds",
+    )
     for r in rows:
         reference = base.get((r["sequences"], r["seed"], r["view"]))
         ratio = f"{r['kl'] / reference:.3f}" if reference else ""
