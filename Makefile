@@ -1,4 +1,4 @@
-# Everything a person runs. Each target sets itself up; nothing outside .venv and runs/ is written.
+# Everything a person runs. Each target sets itself up and writes to .venv and runs/; Ray itself keeps /tmp/ray and a token under ~/.ray.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin

@@ -56,7 +56,7 @@ def absolute(config: RunConfig) -> RunConfig:
     """Local paths as every process will see them, whatever its working directory."""
 
     def full(path: str) -> str:
-        return path if "://" in path else str(Path(path).resolve())
+        return path if "://" in path else str(Path(path).expanduser().resolve())
 
     source = config.source.model_copy(update={"checkpoint": full(config.source.checkpoint)})
     return config.model_copy(update={"source": source, "run": config.run.model_copy(update={"root": full(config.run.root)})})

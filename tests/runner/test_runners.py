@@ -311,7 +311,7 @@ def test_source_that_changed_since_it_was_planned_is_a_users_mistake(on_ray: boo
         def __exit__(self, *_: object) -> None:
             pass
 
-    with pytest.raises(SourceError, match="changed since it was planned: expected fingerprint"):
+    with pytest.raises(SourceError, match=f"^{folder}: changed since it was planned: expected fingerprint [^\\n]*$"):
         run_job(prepared, lambda plan, root: RayRunner(plan, root, None) if on_ray else Local(plan, root))
 
 
