@@ -5,13 +5,21 @@ from dataclasses import dataclass
 from p48ray.checkpoint.header import DTYPE_BYTES
 from p48ray.checkpoint.index import CheckpointIndex
 from p48ray.checkpoint.layout import ModelLayout
+from p48ray.numerics import code_descent
+from p48ray.numerics.paired48 import INPUTS_IN_GROUP
+from p48ray.numerics.refine import BATCH_TOKENS
+from p48ray.numerics.two_sided import ROW_GROUPS
 from p48ray.output_layout import OutputShard, layer_of, unit_bytes, untouched_tensors
 from p48ray.plan import RunPlan
 
-# Rates behind the GPU-hour estimate, FLOP/s. The solver's is what this project's torch code reached on one H100 80GB with one Kimi-K2.5 expert at a time
-# (bench/solver.py, docs/PERFORMANCE.md); the stream's is an assumption, not a measurement: 30 % of that card's bf16 matmul rate.
-SOLVER_FLOPS = 1.25e12
-STREAM_FLOPS = 2.4e14
+# Behind the GPU-hours: what this project's torch code took on one H100 80GB with Kimi-K2.5's shapes (docs/PERFORMANCE.md). Its column loops are bound by kernel
+# launches, so they cost per step of a unit, nearly whatever the unit holds (1 to 8 experts measured); products cost by their FLOP.
+COLUMN_STEP_S = 3.5e-4  # one column of a one-shot pass
+PAIR_GROUP_STEP_S = 3.1e-4  # one pair_group of a descent sweep, of all rows or of a row group
+CODE_STEP_FACTOR = 5  # a pair_group of code descent against one of descent, by count of kernels: not measured
+MATMUL_FLOPS = 5.1e13  # float32 products of that card (DESIGN 8)
+REFINE_FLOPS = 8.0e12  # refinement: 11 ms an expert and step
+STREAM_FLOPS = 2.4e14  # the streaming stages: an assumption, 30 % of the card's bf16 matmul rate
 ROUTING_BYTES = 2 + 4  # expert id and router weight of one routed token
 
 
@@ -21,69 +29,83 @@ class Estimate:
 
     num_tokens: int
     source_bytes: int
-    capture_read_bytes: int
+    stream_read_bytes: int
     activation_bytes: int
     residual_bytes: int
+    gradient_bytes: int
     unit_read_bytes: int
     unit_bytes: int
     untouched_bytes: int
     checkpoint_bytes: int
     peak_stored_bytes: int
-    capture_gpu_hours: float
+    stream_gpu_hours: float
     solver_gpu_hours: float
 
     @property
     def gpu_hours(self) -> float:
-        return self.capture_gpu_hours + self.solver_gpu_hours
+        return self.stream_gpu_hours + self.solver_gpu_hours
 
 
 def estimate(plan: RunPlan, index: CheckpointIndex, layout: ModelLayout, shards: tuple[OutputShard, ...]) -> Estimate:
-    """Estimate a plan. Peak storage counts everything that run.keep: all leaves in the run root."""
-    c = plan.config.calibration
+    """Estimate a plan. Peak storage counts everything that run.keep: all leaves in the run root; manifests and headers are not counted."""
+    c, moe = plan.config.calibration, len(layout.moe_layers)
     tokens = c.num_sequences * c.sequence_length
-    moe = len(layout.moe_layers)
-    layer_activations = tokens * (2 * layout.hidden_size + ROUTING_BYTES * layout.top_k)
-    activations = moe * layer_activations
-    residuals = len(plan.boundaries) * tokens * layout.hidden_size * (4 if c.compute_dtype == "float32" else 2)
+    goes_back = plan.config.compression.output_curvature
+    boundary = tokens * layout.hidden_size * (4 if c.compute_dtype == "float32" else 2)
+    seen = tokens * (2 * layout.hidden_size + ROUTING_BYTES * layout.top_k)
+    felt = tokens * 2 * layout.hidden_size if goes_back else 0
+    boundaries_back = layout.num_layers - layout.moe_layers[0] if goes_back else 0
+    gradients = moe * felt + boundaries_back * boundary
+    residuals = len(plan.boundaries) * boundary
     units = sum(unit_bytes(layout, u) for u in plan.units)
     source = sum(e.num_bytes for e in index.tensors.values())
     untouched = untouched_tensors(index, layout)
     untouched_bytes = sum(e.num_bytes for e in untouched)
     checkpoint = sum(s.num_bytes for s in shards)
+    dense = sum(e.num_bytes // DTYPE_BYTES[e.dtype] for e in untouched if layer_of(layout, e.name) is not None)
+    directions = 3 if goes_back else 1  # on the way back every layer is run again, then differentiated with respect to its activations
     return Estimate(
         num_tokens=tokens,
         source_bytes=source,
-        capture_read_bytes=source,
-        activation_bytes=activations,
+        stream_read_bytes=source * (2 if goes_back else 1),
+        activation_bytes=moe * seen,
         residual_bytes=residuals,
-        unit_read_bytes=source - untouched_bytes + len(plan.units) * layer_activations,
+        gradient_bytes=gradients,
+        unit_read_bytes=source - untouched_bytes + len(plan.units) * (seen + felt),
         unit_bytes=units,
         untouched_bytes=untouched_bytes,
         checkpoint_bytes=checkpoint,
-        peak_stored_bytes=activations + residuals + units + checkpoint,
-        capture_gpu_hours=capture_flops(
-            tokens, layout, [e.num_bytes // DTYPE_BYTES[e.dtype] for e in untouched if layer_of(layout, e.name) is not None]
-        )
-        / STREAM_FLOPS
-        / 3600,
-        solver_gpu_hours=solver_flops(plan, layout) / SOLVER_FLOPS / 3600,
+        peak_stored_bytes=moe * seen + residuals + gradients + units + checkpoint,
+        stream_gpu_hours=directions * forward_flops(tokens, layout, dense) / STREAM_FLOPS / 3600,
+        solver_gpu_hours=(loop_seconds(plan, layout) + product_seconds(plan, layout)) / 3600,
     )
 
 
-def capture_flops(tokens: int, layout: ModelLayout, dense_elements: list[int]) -> float:
+def forward_flops(tokens: int, layout: ModelLayout, dense_elements: int) -> float:
     """Two FLOP per weight that a token meets, layer weights outside the experts and top_k experts a layer."""
     routed = len(layout.moe_layers) * layout.top_k * 3 * layout.hidden_size * layout.moe_intermediate_size
-    return 2.0 * tokens * (sum(dense_elements) + routed)
+    return 2.0 * tokens * (dense_elements + routed)
 
 
-def solver_flops(plan: RunPlan, layout: ModelLayout) -> float:
-    """Second moments, expert forwards, factors, one-shot passes and descent sweeps of all experts."""
+def loop_seconds(plan: RunPlan, layout: ModelLayout) -> float:
+    """The column loops of all units: one-shot passes and descent sweeps of gate and up (hidden inputs) and of down (intermediate inputs)."""
+    c = plan.config.compression
+    inputs = layout.hidden_size + layout.moe_intermediate_size
+    row_groups = ROW_GROUPS if c.output_curvature else 1
+    code_groups = code_descent.ROW_GROUPS if c.output_curvature else 1
+    descends = c.solver == "block_descent"
+    passes = {"block_descent": 2, "round_to_nearest": 0}.get(c.solver, 1)
+    sweeps = descends * (c.sweeps * row_groups + c.code_sweeps * code_groups * CODE_STEP_FACTOR)
+    return len(plan.units) * inputs * (passes * COLUMN_STEP_S + sweeps / INPUTS_IN_GROUP * PAIR_GROUP_STEP_S)
+
+
+def product_seconds(plan: RunPlan, layout: ModelLayout) -> float:
+    """The products of all experts: moments and expert forwards, factors, the gradients' side, refinement."""
     h, f = layout.hidden_size, layout.moe_intermediate_size
-    c = plan.config
-    routed = c.calibration.num_sequences * c.calibration.sequence_length * layout.top_k / layout.num_experts
-    moments = 2 * routed * (h * h + 3 * f * f)
-    forwards = 2 * routed * 2 * 3 * h * f
-    passes = {"block_descent": 2 + c.compression.sweeps, "round_to_nearest": 0}.get(c.compression.solver, 1)
-    loops = 2 * passes * (2 * f * h * h + h * f * f)
-    factors = (h**3 + f**3) * (passes > 0)
-    return len(layout.moe_layers) * layout.num_experts * (moments + forwards + loops + factors)
+    calibration, c = plan.config.calibration, plan.config.compression
+    routed = calibration.num_sequences * calibration.sequence_length * layout.top_k / layout.num_experts
+    flops = 2 * routed * (h * h + 3 * f * f + 6 * h * f) + (h**3 + f**3) * (c.solver != "round_to_nearest")
+    if c.output_curvature:
+        flops += 2 * routed * (4 * f * f + h * h + 6 * h * f) + 2 * c.sweeps * (4 * f * f * h + h * h * f)
+    refinement = 24 * c.refine_steps * BATCH_TOKENS * h * f
+    return len(layout.moe_layers) * layout.num_experts * (flops / MATMUL_FLOPS + refinement / REFINE_FLOPS)

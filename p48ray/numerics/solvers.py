@@ -146,7 +146,9 @@ def solve(
     factor = inverse_factor(hessian, damp_rel)
     failed_N = torch.tensor(factor.failed, device=weight.device)
     usable_NII = torch.where(failed_N[:, None, None], torch.eye(weight.shape[2], device=weight.device), hessian)
-    damped_NOO = None if output_hessian is None else damped_output_hessian(output_hessian, tokens_per_input, weight.shape[2], settings)
+    damped_NOO = (
+        None if output_hessian is None else damped_output_hessian(output_hessian, tokens_per_input, weight.shape[2], settings.output_damp)
+    )
     problem = _Problem(target_NOI=aim_NOI, hessian_NII=usable_NII, factor=factor, settings=settings, output_hessian_NOO=damped_NOO)
     draft = SOLVERS[settings.solver](problem)
     if any(factor.failed):
@@ -242,11 +244,12 @@ SPARSITIES = {
 
 
 def damped_output_hessian(
-    output_hessian: Float32[Tensor, "n o o"], tokens_per_input: Sequence[float], num_inputs: int, settings: SolverSettings
+    output_hessian: Float32[Tensor, "n o o"], tokens_per_input: Sequence[float], num_inputs: int, output_damp: float | None
 ) -> Float32[Tensor, "n o o"]:
-    """G with its diagonal raised (settings.output_damp, else from tokens per output); the identity for an expert whose G is zero or not finite."""
-    num_outputs, given = output_hessian.shape[1], settings.output_damp
-    rels = [output_damp_from_tokens(t * num_inputs / num_outputs) if given is None else given for t in tokens_per_input]
+    """G with its diagonal raised (output_damp, else from tokens per output); the identity for an expert whose G is zero or not finite."""
+    num_outputs = output_hessian.shape[1]
+    automatic = [output_damp_from_tokens(t * num_inputs / num_outputs) for t in tokens_per_input]
+    rels = automatic if output_damp is None else [output_damp] * len(automatic)
     damped_NOO = damp(output_hessian, torch.tensor(rels, device=output_hessian.device))
     is_usable_N = torch.isfinite(output_hessian).all(-1).all(-1) & (mean_diagonal(output_hessian) > 0)
     return torch.where(is_usable_N[:, None, None], damped_NOO, torch.eye(num_outputs, device=output_hessian.device))

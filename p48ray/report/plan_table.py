@@ -21,7 +21,19 @@ def plan_rows(prepared: Prepared, e: Estimate) -> list[tuple[str, str]]:
     plan, layout = prepared.plan, prepared.layout
     linears = len(layout.moe_layers) * layout.num_experts * 3
     c, r = plan.config.calibration, plan.config.run
-    written = {"activations": e.activation_bytes, "residuals": e.residual_bytes, "units": e.unit_bytes, "checkpoint": e.checkpoint_bytes}
+    written = {
+        "activations": e.activation_bytes,
+        "residuals": e.residual_bytes,
+        "gradients": e.gradient_bytes,
+        "units": e.unit_bytes,
+        "checkpoint": e.checkpoint_bytes,
+    }
+        "activations": e.activation_bytes,
+        "residuals": e.residual_bytes,
+        "gradients": e.gradient_bytes,
+        "units": e.unit_bytes,
+        "checkpoint": e.checkpoint_bytes,
+    }
     rows = [
         ("source", f"{prepared.source.store.uri} ({layout.family}, {size(e.source_bytes)}, {len(prepared.source.files)} shards)"),
         ("run root", plan.config.run.root),
@@ -32,8 +44,8 @@ def plan_rows(prepared: Prepared, e: Estimate) -> list[tuple[str, str]]:
         ("units", f"{len(plan.units):,} of up to {r.experts_per_unit} experts"),
         ("calibration", f"{c.num_sequences:,} x {c.sequence_length:,} = {e.num_tokens:,} tokens in {len(plan.parts):,} parts"),
         ("workers", f"{r.num_workers:,} x {r.threads_per_worker} threads, {r.gpus_per_worker:g} GPUs each"),
-        ("read by capture", f"{size(e.capture_read_bytes)} a node"),
-        ("read by units", f"{size(e.unit_read_bytes)} (each unit reads its experts and its layer's activations once)"),
+        ("read by streaming stages", f"{size(e.stream_read_bytes)} a node"),
+        ("read by units", f"{size(e.unit_read_bytes)} (each unit reads its experts and its layer's activations and gradients once)"),
         (
             "written",
             ", ".join(f"{name} {size(value)}" for name, value in written.items()),
@@ -42,7 +54,7 @@ def plan_rows(prepared: Prepared, e: Estimate) -> list[tuple[str, str]]:
         ("output", f"{len(prepared.shards)} shards, {size(e.checkpoint_bytes)}, of it untouched {size(e.untouched_bytes)}"),
     ]
     if r.gpus_per_worker:
-        hours = f"{e.gpu_hours:.1f} GPU-hours on H100s (capture {e.capture_gpu_hours:.1f}, solver {e.solver_gpu_hours:.1f}; input and output apart)"
+        hours = f"{e.gpu_hours:.1f} GPU-hours on H100s (streaming {e.stream_gpu_hours:.1f}, solver {e.solver_gpu_hours:.1f}; input and output apart)"
         price = f", {e.gpu_hours * r.gpu_hour_price:,.0f} at {r.gpu_hour_price:g} an hour" if r.gpu_hour_price else ""
         rows.append(("estimated", hours + price))
     return rows

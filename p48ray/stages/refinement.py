@@ -5,7 +5,7 @@ from torch import Tensor
 
 from p48ray.model.experts import ExpertWeights
 from p48ray.numerics.refine import ExpertTokens, Refined, refine
-from p48ray.numerics.solvers import Solution, SolverSettings, damped_output_hessian
+from p48ray.numerics.solvers import Solution, damped_output_hessian
 from p48ray.stages.curvature import Curvature, OutputSide, RoutedTokens
 
 MAX_TOKENS = 65_536  # per expert; a step sees 256 of them
@@ -21,11 +21,8 @@ def refine_experts(
     metric_NHH = torch.eye(hidden, device=down_NOI.device).expand(num_experts, hidden, hidden)
     if settings.output_curvature:
         output_damp = None if settings.output_damp == "auto" else settings.output_damp
-        damping = SolverSettings(
-            solver=settings.solver, sparsity=settings.sparsity, scale_span=settings.scale_span, damp=None, output_damp=output_damp, sweeps=0
-        )
         output_hessian_NHH = torch.stack([c.output_hessian_OO for c in curvature if c.output_hessian_OO is not None])
-        metric_NHH = damped_output_hessian(output_hessian_NHH, [c.tokens / size for c in curvature], size, damping)
+        metric_NHH = damped_output_hessian(output_hessian_NHH, [c.tokens / size for c in curvature], size, output_damp)
     return refine(
         gather(tokens, side, num_experts, hidden),
         torch.stack([torch.cat([w.gate_FH, w.up_FH]) for w in originals]),

@@ -254,7 +254,7 @@ def test_solve_is_never_worse_than_one_shot_by_the_two_sided_objective(coupling:
     chosen = settings(damp=rel, codes=codes)
     ours = solve(weight, hessian, [20.0] * 8, chosen, output_hessian=output_hessian)
     one = solve(weight, hessian, [20.0] * 8, settings("sparsegpt_gptq", damp=rel))
-    damped = damped_output_hessian(output_hessian, [20.0] * 8, 64, chosen)
+    damped = damped_output_hessian(output_hessian, [20.0] * 8, 64, chosen.output_damp)
     after, before = (exact_losses(weight, s.values_NOI, hessian, damped) for s in (ours, one))
     assert (after <= before * (1 + 1e-6)).all()
     for k, outcome in enumerate(ours.outcome):
@@ -324,9 +324,9 @@ def test_an_unusable_hessian_falls_back_whatever_the_output_hessian_says() -> No
 
 def test_damping_of_the_output_side_follows_from_tokens_per_output() -> None:
     output_hessian = identity(4, 16)
-    damped = damped_output_hessian(output_hessian, [1.0, 3.0, 100.0, 0.0], 64, settings())  # 64 inputs: 4, 12, 400, 0 tokens per output
+    damped = damped_output_hessian(output_hessian, [1.0, 3.0, 100.0, 0.0], 64, None)  # 64 inputs: 4, 12, 400, 0 tokens per output
     torch.testing.assert_close(damped[:, 0, 0], 1 + torch.tensor([0.3, 0.15, 0.05, 0.3]))
-    torch.testing.assert_close(damped_output_hessian(output_hessian, [1.0] * 4, 64, settings(output_damp=0.7)), 1.7 * output_hessian)
+    torch.testing.assert_close(damped_output_hessian(output_hessian, [1.0] * 4, 64, 0.7), 1.7 * output_hessian)
 
 
 @pytest.mark.parametrize("codes", [0, 2])

@@ -1,0 +1,64 @@
+"""What a plan says it will store is what a run stores, and every part of the work is in its hours."""
+
+from pathlib import Path
+
+import pytest
+
+from p48ray.config import load_config
+from p48ray.estimate import Estimate, estimate
+from p48ray.stages.capture import capture_parts
+from p48ray.stages.gradients import gradient_parts
+from p48ray.stages.inputs import write_inputs
+from p48ray.stages.prepare import Prepared, prepare
+from tests.conftest import REPO
+
+SMALL = ("calibration.num_sequences=6", "calibration.sequence_length=256", "calibration.sequences_per_part=6", "evaluation=null")
+
+
+@pytest.fixture(autouse=True)
+def in_repository(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(REPO)
+
+
+def planned(root: str, *overrides: str) -> Prepared:
+    return prepare(load_config(REPO / "configs" / "tiny.yaml", (*SMALL, *overrides), root))
+
+
+def estimated(prepared: Prepared) -> Estimate:
+    return estimate(prepared.plan, prepared.source, prepared.layout, prepared.shards)
+
+
+@pytest.mark.parametrize("goes_back", [True, False])
+def test_stored_bytes_of_the_streaming_stages_are_the_predicted_ones(tmp_path: Path, goes_back: bool) -> None:
+    """To 1 %: Arrow's framing and the manifests are not in the prediction."""
+    prepared = planned(str(tmp_path), f"compression.output_curvature={str(goes_back).lower()}")
+    write_inputs(prepared)
+    capture_parts(prepared.context, [0])
+    if goes_back:
+        gradient_parts(prepared.context, [0])
+    e = estimated(prepared)
+    stored = {info.key: info.size_bytes for info in prepared.store.list()}
+    for prefixes, expected in (
+        (("activations/",), e.activation_bytes),
+        (("residuals/",), e.residual_bytes),
+        (("gradients/", "residual-gradients/"), e.gradient_bytes),
+    ):
+        assert sum(n for key, n in stored.items() if key.startswith(prefixes)) == pytest.approx(expected, rel=0.01, abs=100)
+    assert e.peak_stored_bytes == e.activation_bytes + e.residual_bytes + e.gradient_bytes + e.unit_bytes + e.checkpoint_bytes
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["compression.sweeps=20", "compression.refine_steps=900", "compression.code_sweeps=4", "calibration.num_sequences=60"],
+)
+def test_more_work_means_more_hours(override: str) -> None:
+    assert estimated(planned("memory://hours", override)).gpu_hours > estimated(planned("memory://hours")).gpu_hours
+
+
+def test_the_way_back_reads_the_source_again_and_costs_hours() -> None:
+    forth = estimated(planned("memory://hours", "compression.output_curvature=false"))
+    back = estimated(planned("memory://hours"))
+    assert back.stream_read_bytes == 2 * forth.stream_read_bytes
+    assert back.stream_gpu_hours == pytest.approx(3 * forth.stream_gpu_hours)
+    assert back.solver_gpu_hours > forth.solver_gpu_hours
+    assert (forth.gradient_bytes, back.gradient_bytes > 0) == (0, True)
