@@ -82,7 +82,7 @@ def test_dry_run_of_kimi_k25_prints_its_plan_within_a_gigabyte(tmp_path: Path) -
         "61 shards, 595.15 GB",
         "GPU-hours",
     )
-    for words in (*values, "read by capture", "read by units", "written", "stored at the peak"):
+    for words in (*values, "read by streaming stages", "read by units", "written", "stored at the peak"):
         assert words in printed
     assert int(peak_rss) * 1024 < 10**9
     assert {path.name for path in tmp_path.iterdir()} == {"kimi"}
