@@ -28,12 +28,6 @@ def plan_rows(prepared: Prepared, e: Estimate) -> list[tuple[str, str]]:
         "units": e.unit_bytes,
         "checkpoint": e.checkpoint_bytes,
     }
-        "activations": e.activation_bytes,
-        "residuals": e.residual_bytes,
-        "gradients": e.gradient_bytes,
-        "units": e.unit_bytes,
-        "checkpoint": e.checkpoint_bytes,
-    }
     rows = [
         ("source", f"{prepared.source.store.uri} ({layout.family}, {size(e.source_bytes)}, {len(prepared.source.files)} shards)"),
         ("run root", plan.config.run.root),
