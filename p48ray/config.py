@@ -85,15 +85,28 @@ class CompressionConfig(Section):
     sparsity: Literal["paired-4:8", "none"] = "paired-4:8"
     scale_span: Literal[16, 32] = 32
     activation_group: Literal[16, 32] = 16
-    output_curvature: bool = False
+    output_curvature: bool = Field(True, description="Masks and values under the curvature of the model's own loss (DESIGN 7.3).")
     damp: Automatic | Annotated[float, Field(gt=0)] = Field("auto", description="Fraction of the Hessian's mean diagonal; auto: see docs.")
     output_damp: Automatic | Annotated[float, Field(gt=0)] = "auto"
     router_weight_exponent: float = Field(2.0, ge=0)
-    sweeps: int = Field(6, ge=0, description="Of block descent.")
+    sweeps: int = Field(12, ge=0, description="Of block descent.")
     code_sweeps: int = Field(0, ge=0, description="Of code descent, after quantization.")
-    refine_steps: int = Field(0, ge=0, description="Gradient steps on the values of each expert, masks fixed; see numerics.refine.")
+    refine_steps: int = Field(600, ge=0, description="Gradient steps on the values of each expert, masks fixed; see numerics.refine.")
     activation_quantization: bool = Field(True, description="Curvature of NVFP4-quantized activations (W4A4) instead of the original ones.")
     max_fallback_share: float = Field(0.01, ge=0, le=1, description="Share of linears that may fall back to rounding before the job fails.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def defaults_follow_the_solver(cls, values: object) -> object:
+        """The one-shot solvers know neither gradients nor refinement, and refinement needs quantized activations: there their defaults are off."""
+        if not isinstance(values, dict):
+            return values
+        off: dict[str, object] = {}
+        if values.get("solver", "block_descent") != "block_descent":
+            off = {"output_curvature": False, "refine_steps": 0}
+        elif values.get("activation_quantization") is False:
+            off = {"refine_steps": 0}
+        return off | values
 
     @model_validator(mode="after")
     def solver_fits_sparsity(self) -> "CompressionConfig":

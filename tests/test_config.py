@@ -131,3 +131,33 @@ def test_baseline_is_the_published_one_shot_reference() -> None:
     assert base.run.root == f"{config.run.root}/baseline"
     assert (base.calibration, base.evaluation and base.evaluation.baseline) == (config.calibration, False)
     assert RunConfig.model_validate(base.model_dump()) == base, "a copy must satisfy the rules of a file"
+
+
+DOCUMENTS = "calibration:\n  {documents: a.jsonl, num_sequences: 1, sequence_length: 8}\n"
+
+
+@pytest.mark.parametrize(
+    ("section", "expected"),
+    [
+        ("{}", (True, 12, 600)),
+        ("{sweeps: 6}", (True, 6, 600)),
+        ("{solver: sparsegpt_gptq}", (False, 12, 0)),
+        ("{solver: gptq, sparsity: none}", (False, 12, 0)),
+        ("{activation_quantization: false}", (True, 12, 0)),
+    ],
+)
+def test_defaults_are_the_best_pipeline_as_far_as_the_solver_knows_it(
+    section: str, expected: tuple[bool, int, int], tmp_path: Path
+) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(f"name: a\nsource: {{checkpoint: s}}\n{DOCUMENTS}compression: {section}\nrun: {{root: r}}\n")
+    c = load_config(path).compression
+    assert (c.output_curvature, c.sweeps, c.refine_steps) == expected
+
+
+@pytest.mark.parametrize("key", ["output_curvature: true", "refine_steps: 5"])
+def test_what_a_one_shot_solver_does_not_know_is_refused_when_asked_for(key: str, tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(f"name: a\nsource: {{checkpoint: s}}\n{DOCUMENTS}compression: {{solver: sparsegpt_gptq, {key}}}\nrun: {{root: r}}\n")
+    with pytest.raises(ConfigError, match=f"{key.partition(':')[0]} needs solver 'block_descent', found 'sparsegpt_gptq'"):
+        load_config(path)

@@ -29,7 +29,7 @@ from p48ray.numerics.factor import Factor, inverse_factor
 from p48ray.numerics.metrics import hessian_loss
 from p48ray.numerics.paired48 import INPUTS_IN_GROUP, keep_top_pairs, pairs_to_inputs
 from p48ray.numerics.refine import QuantizedLinear
-from p48ray.numerics.sparsegpt import one_shot
+from p48ray.numerics.sparsegpt import one_shot, one_shot_sparse
 from p48ray.numerics.two_sided import two_sided_descent, two_sided_loss
 
 PAIRED_48 = "paired-4:8"
@@ -142,20 +142,54 @@ def solve(
     if settings.solver == "round_to_nearest":
         draft = _round_to_nearest(_Problem(target_NOI=aim_NOI, hessian_NII=hessian, factor=None, settings=settings))
         return _solution(draft, ("",) * len(weight), (0.0,) * len(weight))
-    damp_rel = [damp_from_tokens(t) if settings.damp is None else settings.damp for t in tokens_per_input]
-    factor = inverse_factor(hessian, damp_rel)
-    failed_N = torch.tensor(factor.failed, device=weight.device)
-    usable_NII = torch.where(failed_N[:, None, None], torch.eye(weight.shape[2], device=weight.device), hessian)
-    damped_NOO = (
-        None if output_hessian is None else damped_output_hessian(output_hessian, tokens_per_input, weight.shape[2], settings.output_damp)
-    )
-    problem = _Problem(target_NOI=aim_NOI, hessian_NII=usable_NII, factor=factor, settings=settings, output_hessian_NOO=damped_NOO)
+    problem = _problem(aim_NOI, hessian, tokens_per_input, settings, output_hessian)
     draft = SOLVERS[settings.solver](problem)
+    factor = problem.factor
+    assert factor is not None
     if any(factor.failed):
+        failed_N = torch.tensor(factor.failed, device=weight.device)
         draft = draft.replaced(
             failed_N, _round_to_nearest(_Problem(target_NOI=weight, hessian_NII=hessian, factor=None, settings=settings))
         )
     return _solution(draft, _failure_reasons(hessian, factor), factor.damp_rel)
+
+
+def sparse_values(
+    weight: Float32[Tensor, "n o i"],
+    hessian: Float32[Tensor, "n i i"],
+    tokens_per_input: Sequence[float],
+    settings: SolverSettings,
+    target: Float32[Tensor, "n o i"] | None = None,
+    output_hessian: Float32[Tensor, "n o o"] | None = None,
+) -> Float32[Tensor, "n o i"]:
+    """The paired-4:8 values that a solver would go on to quantize: the error ladder's rung of sparsity alone. Arguments as for `solve`.
+
+    Raises: as `solve`; NumericsError too for a solver without sparsity or a Hessian without a factor.
+    """
+    _check(weight, hessian, tokens_per_input, settings, target)
+    if settings.solver not in ("sparsegpt_gptq", "block_descent"):
+        raise NumericsError(f"sparse_values: expected sparsegpt_gptq or block_descent, found {settings.solver!r}")
+    problem = _problem(weight if target is None else target, hessian, tokens_per_input, settings, output_hessian)
+    assert problem.factor is not None
+    if any(problem.factor.failed):
+        raise NumericsError(f"sparse_values: {'; '.join(filter(None, _failure_reasons(hessian, problem.factor)))}")
+    values_NOI, keep_NOP = one_shot_sparse(problem.target_NOI, problem.factor.upper_NII)
+    return values_NOI if settings.solver == "sparsegpt_gptq" else _descend(problem, values_NOI, keep_NOP)[0]
+
+
+def _problem(
+    target_NOI: Tensor, hessian_NII: Tensor, tokens_per_input: Sequence[float], settings: SolverSettings, output_hessian_NOO: Tensor | None
+) -> _Problem:
+    """Factor and damped G; a Hessian without a factor is replaced by the identity, so that the batch stays whole."""
+    damp_rel = [damp_from_tokens(t) if settings.damp is None else settings.damp for t in tokens_per_input]
+    factor = inverse_factor(hessian_NII, damp_rel)
+    failed_N = torch.tensor(factor.failed, device=target_NOI.device)
+    num_inputs = target_NOI.shape[2]
+    usable_NII = torch.where(failed_N[:, None, None], torch.eye(num_inputs, device=target_NOI.device), hessian_NII)
+    damped_NOO = None
+    if output_hessian_NOO is not None:
+        damped_NOO = damped_output_hessian(output_hessian_NOO, tokens_per_input, num_inputs, settings.output_damp)
+    return _Problem(target_NOI=target_NOI, hessian_NII=usable_NII, factor=factor, settings=settings, output_hessian_NOO=damped_NOO)
 
 
 def _round_to_nearest(problem: _Problem) -> _Draft:
@@ -178,17 +212,10 @@ def _one_shot(problem: _Problem) -> _Draft:
 
 
 def _block_descent(problem: _Problem) -> _Draft:
-    assert problem.factor is not None
     start = _one_shot(problem)
-    target_NOI, start_values_NOI = problem.target_NOI, start.values()
-    damp_N = torch.tensor(problem.factor.damp_rel, device=target_NOI.device)
-    damped_NII = damp(problem.hessian_NII, damp_N)
-    sweeps, output_hessian_NOO = problem.settings.sweeps, problem.output_hessian_NOO
-    if output_hessian_NOO is None:
-        descended_NOI, keep_NOP = block_descent(target_NOI, start_values_NOI, start.keep_NOP, damped_NII, sweeps)
-    else:
-        descended_NOI, keep_NOP = two_sided_descent(target_NOI, start_values_NOI, start.keep_NOP, damped_NII, output_hessian_NOO, sweeps)
-    end = _descend_codes(problem, _column_loop(problem, descended_NOI, keep_NOP), damped_NII)
+    start_values_NOI = start.values()
+    descended_NOI, keep_NOP = _descend(problem, start_values_NOI, start.keep_NOP)
+    end = _descend_codes(problem, _column_loop(problem, descended_NOI, keep_NOP))
     is_worse_N = ~(problem.loss(end.values()) <= problem.loss(start_values_NOI))  # a NaN is worse
     marked = _Draft(
         codes_NOI=start.codes_NOI,
@@ -200,7 +227,20 @@ def _block_descent(problem: _Problem) -> _Draft:
     return end.replaced(is_worse_N, marked)
 
 
-def _descend_codes(problem: _Problem, draft: _Draft, damped_NII: Tensor) -> _Draft:
+def _damped(problem: _Problem) -> Tensor:
+    assert problem.factor is not None
+    return damp(problem.hessian_NII, torch.tensor(problem.factor.damp_rel, device=problem.target_NOI.device))
+
+
+def _descend(problem: _Problem, values_NOI: Tensor, keep_NOP: Tensor) -> tuple[Tensor, Tensor]:
+    """Values and kept pairs after settings.sweeps of block descent, on both sides where G is known."""
+    target_NOI, damped_NII, sweeps = problem.target_NOI, _damped(problem), problem.settings.sweeps
+    if problem.output_hessian_NOO is None:
+        return block_descent(target_NOI, values_NOI, keep_NOP, damped_NII, sweeps)
+    return two_sided_descent(target_NOI, values_NOI, keep_NOP, damped_NII, problem.output_hessian_NOO, sweeps)
+
+
+def _descend_codes(problem: _Problem, draft: _Draft) -> _Draft:
     """The draft after settings.code_sweeps of code descent."""
     if not problem.settings.code_sweeps:
         return draft
@@ -210,7 +250,7 @@ def _descend_codes(problem: _Problem, draft: _Draft, damped_NII: Tensor) -> _Dra
         draft.scale_NOG,
         draft.global_scale_N,
         draft.keep_NOP,
-        damped_NII,
+        _damped(problem),
         problem.output_hessian_NOO,
         span=problem.settings.scale_span,
         sweeps=problem.settings.code_sweeps,

@@ -62,6 +62,7 @@ class _Pass:
     global_scale_N: Tensor
     span: int
     picks_masks: bool
+    rounds: bool
 
 
 def one_shot(
@@ -98,17 +99,48 @@ def one_shot(
         global_scale_N=global_scale,
         span=span,
         picks_masks=sparsity and keep is None,
+        rounds=True,
     )
-    for start in range(0, i, column_block):
-        stop = min(start + column_block, i)
-        error_NCO = _quantize_columns_(state, start, stop)
-        if stop < i:
-            state.work_NIO[:, stop:].baddbmm_(upper[:, start:stop, stop:].mT, error_NCO, alpha=-1)
+    _pass_(state, column_block)
     return Codes(
         codes=e2m1.encode(state.level_NIO.mT).contiguous(),
         scale=torch.cat(state.scales_NOG, dim=2),
         keep=state.keep_NPO.mT.contiguous(),
     )
+
+
+def one_shot_sparse(
+    weight: Float32[Tensor, "n o i"], upper: Float32[Tensor, "n i i"], *, column_block: int = COLUMN_BLOCK
+) -> tuple[Float32[Tensor, "n o i"], Bool[Tensor, "n o p"]]:
+    """SparseGPT alone: paired-4:8 masks with error feedback, kept values not rounded. No NVFP4 checkpoint holds these; they are the error ladder's first rung.
+
+    Returns: values (0 where dropped) and kept pairs.
+    """
+    n, o, i = weight.shape
+    state = _Pass(
+        work_NIO=weight.mT.clone(memory_format=torch.contiguous_format),
+        level_NIO=torch.empty(n, i, o, device=weight.device),
+        keep_NPO=torch.ones(n, i // 2, o, dtype=torch.bool, device=weight.device),
+        scales_NOG=[],
+        upper_NII=upper,
+        sharpness_NI=upper.diagonal(dim1=-2, dim2=-1).square().reciprocal(),
+        global_scale_N=torch.ones(n, device=weight.device),
+        span=INPUTS_IN_GROUP,
+        picks_masks=True,
+        rounds=False,
+    )
+    _pass_(state, column_block)
+    return state.level_NIO.mT.contiguous(), state.keep_NPO.mT.contiguous()
+
+
+def _pass_(state: _Pass, column_block: int) -> None:
+    """All column_blocks in order; the errors of each go to all later columns in one product."""
+    i = state.work_NIO.shape[1]
+    for start in range(0, i, column_block):
+        stop = min(start + column_block, i)
+        error_NCO = _quantize_columns_(state, start, stop)
+        if stop < i:
+            state.work_NIO[:, stop:].baddbmm_(state.upper_NII[:, start:stop, stop:].mT, error_NCO, alpha=-1)
 
 
 def _quantize_columns_(state: _Pass, start: int, stop: int) -> Tensor:
@@ -122,7 +154,8 @@ def _quantize_columns_(state: _Pass, start: int, stop: int) -> Tensor:
             unit_NO = _open_span_(state, j)
         elif j % INPUTS_IN_GROUP == 0 and state.picks_masks:
             _pick_masks_(state, j, j + INPUTS_IN_GROUP)
-        level_NO = round_to_e2m1(work_NIO[:, j] / unit_NO) * state.keep_NPO[:, j // 2]
+        level_NO = work_NIO[:, j] / unit_NO
+        level_NO = (round_to_e2m1(level_NO) if state.rounds else level_NO) * state.keep_NPO[:, j // 2]
         state.level_NIO[:, j] = level_NO
         error_NO = error_NCO[:, j - start]
         torch.div(work_NIO[:, j] - level_NO * unit_NO, pivot_NI[:, j, None], out=error_NO)
@@ -136,6 +169,8 @@ def _open_span_(state: _Pass, start: int) -> Tensor:
     stop = start + state.span
     if state.picks_masks:
         _pick_masks_(state, start, stop)
+    if not state.rounds:
+        return torch.ones_like(state.work_NIO[:, start])
     keep_NOI = pairs_to_inputs(state.keep_NPO[:, start // 2 : stop // 2].mT)
     scale_NOG = choose_scales(state.work_NIO[:, start:stop].mT * keep_NOI, state.global_scale_N, state.span, search=True)
     state.scales_NOG.append(scale_NOG)

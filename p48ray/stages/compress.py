@@ -91,6 +91,13 @@ def compress_unit(context: StageContext, unit: WorkUnit) -> UnitManifest:
 
 
 def solve_batch(context: StageContext, weight_NOI: Tensor, curvature: list[Curvature]) -> Solution:
+    return solve(*solver_arguments(context, weight_NOI, curvature))
+
+
+def solver_arguments(
+    context: StageContext, weight_NOI: Tensor, curvature: list[Curvature]
+) -> tuple[Tensor, Tensor, list[float], SolverSettings, Tensor | None, Tensor | None]:
+    """What solvers.solve takes, as the configuration asks for it: weight, H, tokens per input, settings, target, G."""
     settings = context.plan.config.compression
     hessian_NII = torch.stack([c.hessian_II for c in curvature])
     target_NOI = None
@@ -113,7 +120,7 @@ def solve_batch(context: StageContext, weight_NOI: Tensor, curvature: list[Curva
         code_sweeps=settings.code_sweeps,
     )
     tokens_per_input = [c.tokens / weight_NOI.shape[2] for c in curvature]
-    return solve(weight_NOI, hessian_NII, tokens_per_input, solver, target_NOI, output_hessian_NOO)
+    return weight_NOI, hessian_NII, tokens_per_input, solver, target_NOI, output_hessian_NOO
 
 
 Solved = tuple[Tensor, Solution, list[Curvature]]

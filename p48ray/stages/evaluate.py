@@ -6,6 +6,7 @@ else is the same bytes in both. So the difference is what a server of the checkp
 
 import hashlib
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +27,7 @@ from p48ray.records import Record, canonical_json
 from p48ray.stages.context import EXPERT_CACHE_BYTES, StageContext
 
 ROWS_PER_HEAD_CALL = 4096  # tokens whose logits exist at once
+CompressedExperts = Callable[[int, int], ExpertWeights]
 
 
 class EvaluationResult(Record):
@@ -48,15 +50,15 @@ def evaluation_digest(plan: RunPlan, settings: EvaluationConfig) -> str:
     return hashlib.sha256(canonical_json(facts)).hexdigest()[:16]
 
 
-def compressed_expert(index: CheckpointIndex, context: StageContext, layer: int, expert: int, dtype: torch.dtype) -> ExpertWeights:
-    """One expert of the written checkpoint, decoded."""
+def compressed_expert(index: CheckpointIndex, context: StageContext, layer: int, expert: int) -> ExpertWeights:
+    """One expert of the written checkpoint, decoded, float32."""
     names = [context.layout.expert_linear_name(layer, expert, p) for p in PROJECTIONS]
     suffixes = ("weight_packed", "weight_scale", "weight_global_scale")
     tensors = read_tensors(index.store, [index.tensors[f"{name}.{suffix}"] for name in names for suffix in suffixes])
 
     def decode(name: str) -> Tensor:
         packed, scale, divisor = (tensors[f"{name}.{suffix}"].to(context.device) for suffix in suffixes)
-        return nvfp4.dequantize(e2m1.unpack(packed)[None], scale[None], divisor)[0].to(dtype)
+        return nvfp4.dequantize(e2m1.unpack(packed)[None], scale[None], divisor)[0]
 
     return ExpertWeights(*(decode(context.layout.expert_linear_name(layer, expert, p)) for p in ("gate_proj", "up_proj", "down_proj")))
 
@@ -69,10 +71,11 @@ def check_length(plan: RunPlan, settings: EvaluationConfig, longest: int | None)
 
 
 @torch.no_grad()
-def evaluate_part(context: StageContext, checkpoint: CheckpointIndex, token_ids_BS: Tensor, part: SequencePart) -> EvaluationPart:
+def evaluate_part(context: StageContext, compressed: CompressedExperts, token_ids_BS: Tensor, part: SequencePart) -> EvaluationPart:
     """Sums of loss, correct next tokens and KL(source || compressed) over some held-out sequences.
 
-    Args: token_ids_BS: (sequences of the part, sequence_length + 1); the last column is only predicted.
+    Args: compressed: (layer, expert) -> that expert's weights after compression, decoded, in any float dtype.
+          token_ids_BS: (sequences of the part, sequence_length + 1); the last column is only predicted.
     """
     decoder = context.decoder()
     dtype = context.compute_dtype
@@ -82,7 +85,7 @@ def evaluate_part(context: StageContext, checkpoint: CheckpointIndex, token_ids_
     micro_batch = context.plan.config.calibration.sequences_per_micro_batch
     for number in range(context.plan.source.num_layers):
         layer = experts = None  # the layer below goes before this one is read
-        experts = mixtures(context, checkpoint, number, dtype) if number in context.plan.source.moe_layers else None
+        experts = mixtures(context, compressed, number, dtype) if number in context.plan.source.moe_layers else None
         layer = decoder.layer(number, experts[0] if experts else None)
         source_BSH = run_layer(layer, source_BSH, positions, micro_batch)
         if experts:
@@ -111,13 +114,13 @@ def evaluate_part(context: StageContext, checkpoint: CheckpointIndex, token_ids_
     )
 
 
-def mixtures(context: StageContext, checkpoint: CheckpointIndex, number: int, dtype: torch.dtype) -> tuple[RoutedExperts, RoutedExperts]:
+def mixtures(context: StageContext, compressed: CompressedExperts, number: int, dtype: torch.dtype) -> tuple[RoutedExperts, RoutedExperts]:
     """The source's experts as they are, and the compressed ones under W4A4."""
     count, scales = context.layout.num_experts, context.layer_scales(number)
     source = ExpertCache(lambda e: context.source_expert(number, e, dtype), EXPERT_CACHE_BYTES)
-    compressed = ExpertCache(lambda e: compressed_expert(checkpoint, context, number, e, dtype), EXPERT_CACHE_BYTES)
+    smaller = ExpertCache(lambda e: ExpertWeights(*(w.to(dtype) for w in compressed(number, e))), EXPERT_CACHE_BYTES)
     seen = activation_scales(context.plan.config, scales.gate_up, scales.down)
-    return RoutedExperts(count, source), RoutedExperts(count, compressed, seen)
+    return RoutedExperts(count, source), RoutedExperts(count, smaller, seen)
 
 
 def activation_scales(config: RunConfig, gate_up: float, down: float) -> ActivationScales | None:

@@ -5,6 +5,7 @@ import traceback
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from p48ray.stages import arrow
 from p48ray.stages.capture import capture_parts
 from p48ray.stages.compress import compress_unit
 from p48ray.stages.context import StageContext
-from p48ray.stages.evaluate import evaluate_part
+from p48ray.stages.evaluate import compressed_expert, evaluate_part
 from p48ray.stages.gradients import gradient_parts
 from p48ray.stages.reduce import stitch_shard
 from p48ray.stages.verify import Promise, verify_shard
@@ -148,7 +149,7 @@ def evaluate_and_record(context: StageContext, item: tuple[str, SequencePart]) -
     ids_NS = arrow.decode(context.store.get(key), key)["token_ids"]
     checkpoint = open_checkpoint(SubStore(context.store, run_root.CHECKPOINT))
     ids_BS = ids_NS[part.first_sequence : part.first_sequence + part.num_sequences]
-    sums = evaluate_part(context, checkpoint, ids_BS, part)
+    sums = evaluate_part(context, partial(compressed_expert, checkpoint, context), ids_BS, part)
     context.store.put(run_root.evaluation_part(digest, part.part), sums.to_json())
 
 

@@ -13,6 +13,8 @@ from p48ray.stages.tasks import STAGES
 from tests.conftest import REPO
 from tests.jobs.command import HELD_OUT, ROUNDED, arguments, attempts, invoke, run_process, snapshot
 
+ONE_SHOT = {"compression.solver": "sparsegpt_gptq", "compression.router_weight_exponent": "0", "compression.damp": "0.1"}
+
 
 @pytest.fixture
 def root(finished_run: Path) -> Path:
@@ -217,3 +219,19 @@ def test_stray_weights_in_the_checkpoint_give_exit_code_1(root: Path) -> None:
     outcome = invoke(*arguments(root))
     assert outcome.code == 1, outcome
     assert "model-99999-of-99999.safetensors: not planned" in outcome.err
+
+
+def test_baseline_is_compressed_beside_the_result_and_reported_with_it(root: Path) -> None:
+    settings = {"evaluation": HELD_OUT.replace("}", ", baseline: true}")}
+    outcome = invoke(*arguments(root, settings))
+    assert outcome.code == 0, outcome
+    report = json.loads((root / "report/report.json").read_text())
+    alone = invoke(*arguments(root / "alone", ONE_SHOT | {"evaluation": HELD_OUT}))
+    assert alone.code == 0, alone
+    expected = json.loads((root / "alone/report/report.json").read_text())["quality"]
+    assert report["baseline"] == expected
+    assert report["baseline"]["kl"] > 0
+    assert report["baseline"] != report["quality"]
+    assert f"KL ratio to the one-shot baseline: {report['quality']['kl'] / expected['kl']:.3f}" in outcome.out
+    again = invoke(*arguments(root, settings))
+    assert (again.code, json.loads((root / "report/report.json").read_text())["baseline"]) == (0, expected)

@@ -8,7 +8,7 @@ from p48ray.errors import NumericsError
 from p48ray.numerics import e2m1, nvfp4, paired48, solvers
 from p48ray.numerics.curvature import damp
 from p48ray.numerics.metrics import hessian_loss
-from p48ray.numerics.solvers import SOLVERS, Solution, SolverSettings, solve
+from p48ray.numerics.solvers import SOLVERS, Solution, SolverSettings, solve, sparse_values
 from tests.reference.problems import correlated, identity
 
 COMBINATIONS = [
@@ -278,3 +278,24 @@ def test_spans_and_counts_that_do_not_fit_are_refused() -> None:
         run(weight, hessian, settings("block_descent", span=32))
     with pytest.raises(NumericsError, match="token counts"):
         solve(weight, hessian, [1.0, 1.0], settings("block_descent"))
+
+
+def test_sparsity_alone_loses_less_than_with_codes_and_block_descent_less_than_one_shot() -> None:
+    weight, hessian = correlated(23, 8, 64, 128)
+    chosen = [settings(s) for s in ("sparsegpt_gptq", "block_descent")]
+    sparse = [sparse_values(weight, hessian, [20.0] * 8, c) for c in chosen]
+    for values, c in zip(sparse, chosen, strict=True):
+        kept = values.unflatten(2, (-1, 4, 2)).abs().sum(-1) > 0
+        assert (kept.sum(-1) <= 2).all()
+        with_codes = hessian_loss(weight - run(weight, hessian, c).values_NOI, hessian)
+        assert hessian_loss(weight - values, hessian).sum() < 0.97 * with_codes.sum()  # a single expert's greedy masks may fall luckier
+    one_shot, descent = (hessian_loss(weight - values, hessian) for values in sparse)
+    assert (descent < one_shot).all()
+
+
+def test_sparsity_alone_is_refused_for_a_dense_solver_and_without_a_factor() -> None:
+    weight, hessian = correlated(24, 1, 8, 32)
+    with pytest.raises(NumericsError, match="expected sparsegpt_gptq or block_descent"):
+        sparse_values(weight, hessian, [20.0], settings("gptq", "none"))
+    with pytest.raises(NumericsError, match="Hessian is zero"):
+        sparse_values(weight, hessian * 0, [20.0], settings("sparsegpt_gptq"))

@@ -8,8 +8,8 @@ from p48ray.numerics import nvfp4, paired48
 from p48ray.numerics.factor import inverse_factor
 from p48ray.numerics.metrics import hessian_loss
 from p48ray.numerics.paired48 import keep_top_pairs
-from p48ray.numerics.sparsegpt import Codes, one_shot
-from tests.reference.elimination import eliminations, quantize_row
+from p48ray.numerics.sparsegpt import Codes, one_shot, one_shot_sparse
+from tests.reference.elimination import eliminations, prune_row, quantize_row
 from tests.reference.problems import correlated, identity
 
 DAMP = 0.05
@@ -163,3 +163,22 @@ def test_spans_that_do_not_fit_and_masks_without_sparsity_are_refused() -> None:
         run(weight, hessian, span=16, block=24)
     with pytest.raises(NumericsError, match="fixed mask"):
         run(weight, hessian, keep=random_mask(weight), sparse=False)
+
+
+@pytest.mark.parametrize("block", [8, 32, 128])
+def test_sparsity_alone_agrees_with_elimination_one_column_at_a_time(block: int) -> None:
+    weight, hessian = correlated(21, 2, 12, 96)
+    ours, keep = one_shot_sparse(weight, inverse_factor(hessian, DAMP).upper_NII, column_block=block)
+    for k in range(2):
+        steps = eliminations(hessian[k], DAMP)
+        for r in range(12):
+            values, kept = prune_row(weight[k, r], steps)
+            assert keep[k, r].tolist() == kept
+            torch.testing.assert_close(ours[k, r], torch.tensor(values), rtol=1e-4, atol=1e-6)
+
+
+def test_sparsity_alone_leaves_white_inputs_weights_as_they_are() -> None:
+    weight = correlated(22, 1, 8, 64)[0]
+    ours, keep = one_shot_sparse(weight, inverse_factor(identity(1, 64), DAMP).upper_NII)
+    assert torch.equal(keep, keep_top_pairs(weight.square().unflatten(2, (-1, 2)).sum(-1)))
+    assert torch.equal(ours, weight * paired48.pairs_to_inputs(keep))

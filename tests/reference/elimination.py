@@ -27,6 +27,20 @@ def best_two_pairs(scores: list[float]) -> list[bool]:
     return [k in order[:2] for k in range(4)]
 
 
+def prune_row(row: Tensor, steps: list[Tensor]) -> tuple[list[float], list[bool]]:
+    """(values, kept pairs) of one row under SparseGPT alone: kept weights stay what the corrections so far made them."""
+    w = row.double().clone()
+    values, kept = [], [True] * (len(w) // 2)
+    for j in range(len(w)):
+        if j % 8 == 0:
+            scores = [sum(float(w[k] ** 2 / steps[k][k]) for k in (j + 2 * p, j + 2 * p + 1)) for p in range(4)]
+            kept[j // 2 : j // 2 + 4] = best_two_pairs(scores)
+        q = float(w[j]) if kept[j // 2] else 0.0
+        values.append(q)
+        w -= (w[j] - q) / steps[j][j] * steps[j]
+    return values, kept
+
+
 def quantize_row(
     row: Tensor, steps: list[Tensor], global_scale: float, span: int, keep: list[bool] | None, sparse: bool
 ) -> tuple[list[float], list[float], list[bool]]:

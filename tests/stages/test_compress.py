@@ -163,7 +163,7 @@ def test_compressed_tensors_decodes_the_shard_to_the_projects_own_values(finishe
     manifest = UnitManifest.load(finished.prepared.store, run_root.unit_manifest(unit.id))
     shard = Shard.of(shard_bytes(finished.context, manifest), tmp_path)
     for expert in unit.experts:
-        ours = compressed_expert(checkpoint, finished.context, unit.layer, expert, torch.float32)
+        ours = compressed_expert(checkpoint, finished.context, unit.layer, expert)
         for projection, weight in zip(("gate_proj", "up_proj", "down_proj"), ours, strict=True):
             theirs = NVFP4PackedCompressor.decompress(shard.linear(unit.layer, expert, projection), scheme)["weight"]
             assert theirs.dtype == torch.bfloat16

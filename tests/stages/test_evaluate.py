@@ -3,6 +3,7 @@
 import math
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,14 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from p48ray import run_root
-from p48ray.checkpoint.index import CheckpointIndex, open_checkpoint
+from p48ray.checkpoint.index import open_checkpoint
 from p48ray.manifest import EvaluationPart, LayerScales
 from p48ray.model.experts import RoutedExperts
 from p48ray.plan import SequencePart
 from p48ray.report.report import Report
 from p48ray.stages import arrow, evaluate, tasks
 from p48ray.stages.context import StageContext
-from p48ray.stages.evaluate import EvaluationResult, combine, evaluate_part, evaluation_digest
+from p48ray.stages.evaluate import CompressedExperts, EvaluationResult, combine, compressed_expert, evaluate_part, evaluation_digest
 from p48ray.stages.prepare import prepare
 from p48ray.store import LocalStore
 from tests.conftest import TINY
@@ -43,8 +44,8 @@ def held_out(finished: SmallRun, digest: str) -> Tensor:
 
 
 @pytest.fixture(scope="module")
-def checkpoint(finished: SmallRun) -> CheckpointIndex:
-    return open_checkpoint(LocalStore(finished.checkpoint))
+def checkpoint(finished: SmallRun) -> CompressedExperts:
+    return partial(compressed_expert, open_checkpoint(LocalStore(finished.checkpoint)), finished.context)
 
 
 def everything(ids_BS: Tensor) -> SequencePart:
@@ -109,12 +110,14 @@ def test_source_stream_is_the_whole_source_model(finished: SmallRun, digest: str
 
 
 def test_source_against_itself_has_no_divergence_and_the_same_losses(
-    finished: SmallRun, checkpoint: CheckpointIndex, held_out: Tensor, monkeypatch: pytest.MonkeyPatch
+    finished: SmallRun, checkpoint: CompressedExperts, held_out: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = evaluate.mixtures
 
-    def source_twice(context: StageContext, index: CheckpointIndex, number: int, dtype: torch.dtype) -> tuple[RoutedExperts, RoutedExperts]:
-        source, _ = real(context, index, number, dtype)
+    def source_twice(
+        context: StageContext, compressed: CompressedExperts, number: int, dtype: torch.dtype
+    ) -> tuple[RoutedExperts, RoutedExperts]:
+        source, _ = real(context, compressed, number, dtype)
         return source, source
 
     monkeypatch.setattr(evaluate, "mixtures", source_twice)
@@ -126,7 +129,7 @@ def test_source_against_itself_has_no_divergence_and_the_same_losses(
 
 @pytest.mark.parametrize("group", [16, 32])
 def test_compressed_stream_is_the_whole_model_with_stored_experts_and_quantized_inputs(
-    finished: SmallRun, checkpoint: CheckpointIndex, held_out: Tensor, source_logits: Tensor, group: int
+    finished: SmallRun, checkpoint: CompressedExperts, held_out: Tensor, source_logits: Tensor, group: int
 ) -> None:
     """Activations quantized by the test's own tables. A rounding tie that falls the other way moves a token's logits a little."""
     compression = finished.prepared.plan.config.compression.model_copy(update={"activation_group": group})
@@ -163,7 +166,7 @@ def test_evaluation_quantizes_with_the_scales_that_the_checkpoint_tells_servers(
 
 
 def test_labels_are_the_next_tokens_and_the_last_column_is_only_predicted(
-    finished: SmallRun, checkpoint: CheckpointIndex, held_out: Tensor
+    finished: SmallRun, checkpoint: CompressedExperts, held_out: Tensor
 ) -> None:
     changed = held_out.clone()
     changed[:, -1] = (changed[:, -1] + 1) % 2048
@@ -175,7 +178,7 @@ def test_labels_are_the_next_tokens_and_the_last_column_is_only_predicted(
 
 
 def test_splitting_the_head_into_calls_changes_no_sum(
-    finished: SmallRun, checkpoint: CheckpointIndex, held_out: Tensor, monkeypatch: pytest.MonkeyPatch
+    finished: SmallRun, checkpoint: CompressedExperts, held_out: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ids_BS = held_out[:1]
     whole = evaluate_part(finished.context, checkpoint, ids_BS, everything(ids_BS))
@@ -225,9 +228,9 @@ def run_again(monkeypatch: pytest.MonkeyPatch, finished: SmallRun, root: Path, *
     """The job on an existing run root; which parts it evaluated. Earlier stages must find nothing to do."""
     evaluated: list[int] = []
 
-    def spy(context: StageContext, index: CheckpointIndex, ids_BS: Tensor, part: SequencePart) -> EvaluationPart:
+    def spy(context: StageContext, compressed: CompressedExperts, ids_BS: Tensor, part: SequencePart) -> EvaluationPart:
         evaluated.append(part.part)
-        return evaluate_part(context, index, ids_BS, part)
+        return evaluate_part(context, compressed, ids_BS, part)
 
     def refuse(*_: object) -> None:
         raise AssertionError("this stage is done")
