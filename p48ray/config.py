@@ -43,6 +43,7 @@ class SourceConfig(Section):
 
     checkpoint: str = Field(min_length=1, description="Folder, s3://bucket/prefix, or hf://owner/name@revision.")
     trust_remote_code: bool = Field(False, description="Allow the tokenizer code shipped with the source to run.")
+    endpoint_url: str | None = Field(None, description="Of an S3-compatible store that holds the source; null: as the environment says.")
 
 
 class DocumentSource(Section):
@@ -148,6 +149,7 @@ class RunSettings(Section):
     """Where and how the work runs. Only the keys that fix the order of sums can change an output byte (see plan.SETTINGS)."""
 
     root: str = Field(min_length=1)
+    endpoint_url: str | None = Field(None, description="Of an S3-compatible store that holds the run root; null: as the environment says.")
     root_is_shared: bool = Field(False, description="Declares that a local run root is the same folder on every node.")
     experts_per_unit: int = Field(8, gt=0)
     num_workers: int = Field(1, gt=0)
@@ -174,7 +176,7 @@ class RunConfig(Section):
 
 # What the configuration can already say but the code can not yet do: dotted key -> (is it asked for, what to use instead).
 UNBUILT: dict[str, tuple[Any, str]] = {
-    "source.checkpoint": (lambda c: "://" in c.source.checkpoint and not c.source.checkpoint.startswith("file://"), "a local folder"),
+    "source.checkpoint": (lambda c: not is_stored(c.source.checkpoint), "a local folder or s3://bucket/prefix"),
     "calibration.documents": (lambda c: any("://" in d.path for d in c.calibration.documents), "local .jsonl files"),
     "evaluation.documents": (
         lambda c: c.evaluation is not None and any("://" in d.path for d in c.evaluation.documents),
@@ -182,10 +184,13 @@ UNBUILT: dict[str, tuple[Any, str]] = {
     ),
     "calibration.propagate": (lambda c: c.calibration.propagate != "dense", "dense"),
     "output.storage": (lambda c: c.output.storage != "dense", "dense"),
-    "run.root": (lambda c: "://" in c.run.root and not c.run.root.startswith("file://"), "a local folder"),
-    "run.layers": (lambda c: c.run.layers is not None, "null (all layers)"),
-    "run.keep": (lambda c: c.run.keep != "all", "all"),
+    "run.root": (lambda c: not is_stored(c.run.root), "a local folder or s3://bucket/prefix"),
 }
+
+
+def is_stored(uri: str) -> bool:
+    """Whether a store exists for the place."""
+    return "://" not in uri or uri.startswith(("file://", "s3://"))
 
 
 def baseline_config(config: RunConfig) -> RunConfig:

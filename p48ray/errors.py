@@ -33,8 +33,25 @@ class ShardCorruptError(P48Error):
     """Stored bytes differ from what their manifest or header claims."""
 
 
+class CorruptObjectError(ShardCorruptError):
+    """Something in the run root is not what its manifest says, and can be made anew. Arguments: the message, then the keys to delete for that."""
+
+    def __str__(self) -> str:
+        """The message alone."""
+        return str(self.args[0]) if self.args else ""
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """What to delete so that the run makes it again."""
+        return tuple(self.args[1:])
+
+
 class TransientStoreError(P48Error):
     """A store operation failed in a way that a retry may cure. The only error that runners retry."""
+
+
+class WorkerLostError(P48Error):
+    """The process that worked on a task died: out of memory, killed, or its node with it."""
 
 
 class NumericsError(P48Error):

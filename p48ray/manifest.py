@@ -9,6 +9,15 @@ from p48ray.records import Record
 Outcome = Literal["solved", "one_shot", "round_to_nearest"]
 
 
+class StoreFacts(Record):
+    """What a bucket was seen to do when the run began (store.probe); every process opens it accordingly."""
+
+    schema_version: Literal[1] = 1
+    range_copy: bool = Field(description="Byte ranges are copied on the store's side.")
+    unequal_parts: bool
+    checksums: bool = Field(description="SHA-256 of objects is kept and told.")
+
+
 class ActivationPart(Record):
     """One part of one layer's captured expert inputs."""
 
@@ -22,6 +31,8 @@ class ActivationPart(Record):
     amax_input: float = Field(ge=0, description="Largest |x| over the MoE inputs, as stored (bf16).")
     amax_intermediate: float = Field(ge=0, description="Largest |h| over all routed experts' intermediates, original weights.")
     tokens_per_expert: tuple[int, ...]
+    seconds: float = Field(description="That the part took at this layer, reading and writing apart from what its worker shares.")
+    finished_at: float = Field(description="Unix time, seconds.")
 
 
 class GradientPart(Record):
@@ -35,6 +46,8 @@ class GradientPart(Record):
     size_bytes: int
     sha256: str
     mean_square: float = Field(ge=0, description="Mean over tokens of |delta|^2.")
+    seconds: float
+    finished_at: float
 
 
 class LayerScales(Record):
@@ -79,6 +92,7 @@ class UnitManifest(Record):
     clipped_input_share: float
     clipped_intermediate_share: float
     seconds: dict[str, float]
+    finished_at: float = Field(description="Unix time, seconds.")
     device: str
     versions: dict[str, str]
 

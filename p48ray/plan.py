@@ -17,7 +17,7 @@ from p48ray.errors import ConfigError, PlanMismatchError
 from p48ray.records import Record, canonical_json
 from p48ray.store.base import Store
 
-FORMAT_VERSION = 1  # layout of the run root and of unit shards
+FORMAT_VERSION = 2  # layout of the run root and of unit shards
 NUMERICS_VERSION = 1  # bumped by whoever changes a number that reaches an output byte
 
 Effect = Literal["digest", "free"]
@@ -27,6 +27,7 @@ SETTINGS: dict[str, Effect] = {
     "name": "digest",  # stands in the checkpoint's README
     "source.checkpoint": "free",  # the fingerprint counts, not the place
     "source.trust_remote_code": "free",
+    "source.endpoint_url": "free",
     "calibration.documents": "free",  # their bytes and weights count (documents_digest)
     "calibration.num_sequences": "digest",
     "calibration.sequence_length": "digest",
@@ -59,6 +60,7 @@ SETTINGS: dict[str, Effect] = {
     "evaluation.activation_group": "free",
     "evaluation.baseline": "free",
     "run.root": "free",
+    "run.endpoint_url": "free",
     "run.root_is_shared": "free",
     "run.experts_per_unit": "digest",  # experts of a unit are solved as one batch, and lie together in the output
     "run.num_workers": "free",
@@ -125,9 +127,19 @@ class RunPlan(Record):
     digest: str
 
     @property
+    def layers(self) -> tuple[int, ...]:
+        """Mixtures that are compressed: all of them, or those of a pilot (run.layers)."""
+        return self.source.moe_layers if self.config.run.layers is None else tuple(sorted(set(self.config.run.layers)))
+
+    @property
+    def is_pilot(self) -> bool:
+        """Some layers only: there will be no checkpoint."""
+        return self.layers != self.source.moe_layers
+
+    @property
     def num_streamed_layers(self) -> int:
-        """Layers that capture runs: up to the last mixture, or all of them where gradients come back from the head."""
-        return self.source.num_layers if self.config.compression.output_curvature else self.source.moe_layers[-1] + 1
+        """Layers that capture runs: up to the last one compressed, or all of them where gradients come back from the head."""
+        return self.source.num_layers if self.config.compression.output_curvature else self.layers[-1] + 1
 
     @property
     def boundaries(self) -> range:
@@ -169,16 +181,25 @@ def make_plan(config: RunConfig, index: CheckpointIndex, layout: ModelLayout, do
         documents_digest=documents_digest,
         tokenizer_digest=tokenizer_digest,
         parts=cut(config.calibration.num_sequences, config.calibration.sequences_per_part),
-        units=plan_units(layout, config.run.experts_per_unit),
+        units=plan_units(layout, config.run.experts_per_unit, config.run.layers),
         digest="",
     )
     return plan.model_copy(update={"digest": hashlib.sha256(canonical_json(digest_facts(plan))).hexdigest()})
 
 
-def plan_units(layout: ModelLayout, experts_per_unit: int) -> tuple[WorkUnit, ...]:
-    """Every expert of every layer that is compressed, in units of consecutive experts."""
+def plan_units(layout: ModelLayout, experts_per_unit: int, layers: tuple[int, ...] | None = None) -> tuple[WorkUnit, ...]:
+    """Every expert of every layer that is compressed, in units of consecutive experts.
+
+    Raises: ConfigError when run.layers names a layer that holds no experts.
+    """
+    wanted = layout.moe_layers if layers is None else tuple(sorted(set(layers)))
+    strange = [n for n in wanted if n not in layout.moe_layers]
+    if strange or not wanted:
+        raise ConfigError(
+            f"run.layers: expected some of the layers with experts ({layout.moe_layers[0]} to {layout.moe_layers[-1]}), found {strange or 'none'}"
+        )
     slices = ranges(layout.num_experts, experts_per_unit)
-    return tuple(WorkUnit(layer=n, first_expert=first, num_experts=count) for n in layout.moe_layers for first, count in slices)
+    return tuple(WorkUnit(layer=n, first_expert=first, num_experts=count) for n in wanted for first, count in slices)
 
 
 def ranges(total: int, size: int) -> list[tuple[int, int]]:

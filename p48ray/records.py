@@ -1,12 +1,16 @@
 """The base of all stored records: immutable, closed to unknown keys, strict JSON both ways."""
 
 import json
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from p48ray.errors import ShardCorruptError
 from p48ray.store.base import Store
+
+LOADS_AT_ONCE = 32
 
 
 class Record(BaseModel):
@@ -31,6 +35,12 @@ class Record(BaseModel):
     @classmethod
     def load(cls, store: Store, key: str) -> Self:
         return cls.from_json(store.get(key), f"{store.uri}/{key}")
+
+    @classmethod
+    def load_all(cls, store: Store, keys: Iterable[str]) -> list[Self]:
+        """Many records at once, in order; a bucket answers each in tens of milliseconds, so they are asked for side by side."""
+        with ThreadPoolExecutor(LOADS_AT_ONCE) as pool:
+            return list(pool.map(lambda key: cls.load(store, key), keys))
 
 
 def canonical_json(value: object) -> bytes:

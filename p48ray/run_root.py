@@ -1,6 +1,7 @@
 """The name of every object in a run root. The layout is public: operators read it, tests assert it, it is the only state.
 
-plan.json                                            written first
+store.json                                           what the bucket was seen to be able to do (buckets only)
+plan.json                                            written first of what belongs to the run
 calibration/tokens.arrow                             packed token ids of the calibration sequences
 residuals/layer-007/part-0003.arrow                  what enters layer 7
 activations/layer-007/part-0003.arrow (+ .json)      what its experts see;  scales.json once the layer is complete
@@ -14,6 +15,7 @@ evaluation/<digest>/part-0003.json (+ tokens.arrow)  sums over held-out sequence
 report/report.json
 """
 
+STORE = "store.json"
 PLAN = "plan.json"
 TOKENS = "calibration/tokens.arrow"
 ACTIVATIONS = "activations/"

@@ -101,9 +101,7 @@ def test_malformed_override_is_refused(override: str) -> None:
         ("calibration.documents=hf://datasets/a/b", "calibration.documents"),
         ("calibration.propagate=compressed", "calibration.propagate"),
         ("output.storage=sparse", "output.storage"),
-        ("run.root=s3://bucket/run", "run.root"),
-        ("run.layers=[1, 2]", "run.layers"),
-        ("run.keep=units", "run.keep"),
+        ("run.root=hf://owner/name", "run.root"),
     ],
 )
 def test_feature_that_is_not_built_is_named_by_its_key(override: str, key: str) -> None:

@@ -1,11 +1,12 @@
 """What a runner is: something that takes a stage's tasks and returns how each one ended."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
-from p48ray.errors import StageFailedError, UserError
+from p48ray.errors import P48Error, StageFailedError, UserError
 from p48ray.stages.tasks import Task, TaskResult
+from p48ray.store.base import Store
 
 log = logging.getLogger(__name__)
 
@@ -18,23 +19,43 @@ class Runner(Protocol):
     def run(self, tasks: Sequence[Task]) -> Iterator[TaskResult]: ...
 
 
-def run_all(runner: Runner, tasks: Sequence[Task], store_uri: str) -> None:
-    """Run a stage's tasks to the end, all that can be done of them.
+class RedoError(P48Error):
+    """Corrupt objects were found and deleted; the stages that make them have to run again. Never leaves the pipeline."""
 
-    Raises: the user's mistake if that is what stopped a task; else StageFailedError listing what failed.
+
+def run_all(runner: Runner, tasks: Sequence[Task], store: Store, on_done: Callable[[Task], None] = lambda task: None) -> None:
+    """Run a stage's tasks to the end, all that can be done of them. `on_done` is called for each as it is done.
+
+    Raises: the user's mistake if that is what stopped a task; RedoError if corrupt objects of the run root are all that stopped the rest,
+            which are then deleted; else StageFailedError listing what failed.
     """
-    failed = [result for result in runner.run(tasks) if not result.is_done]
+    failed = []
+    for result in runner.run(tasks):
+        if result.is_done or is_done_by_another(store, result.task):
+            on_done(result.task)
+        else:
+            failed.append(result)
     if not failed:
         return
     for result in failed:
         error = result.as_exception()
         if isinstance(error, UserError):
             raise error
+    for result in failed:
+        for key in result.redo:
+            log.warning("%s %s: %s; deleting %s, it will be made anew", result.task.stage, result.task.id, result.error, key)
+            store.delete(key)
+    stage = failed[0].task.stage
     lines = [f"  {r.task.id}: {r.error_type}: {r.error}" for r in failed[:LISTED_FAILURES]]
     rest = f"\n  and {len(failed) - LISTED_FAILURES} more" if len(failed) > LISTED_FAILURES else ""
-    stage = failed[0].task.stage
-    raise StageFailedError(
-        f"{stage}: {len(failed)} of {len(tasks)} tasks failed; tracebacks under {store_uri}/failures/{stage}/; run the same command again to resume\n"
+    kind = RedoError if all(result.redo for result in failed) else StageFailedError
+    raise kind(
+        f"{stage}: {len(failed)} of {len(tasks)} tasks failed; tracebacks under {store.uri}/failures/{stage}/; run the same command again to resume\n"
         + "\n".join(lines)
         + rest
     )
+
+
+def is_done_by_another(store: Store, task: Task) -> bool:
+    """Two drivers may work on one run root: what failed here because the other was faster (and cleaned up) is done all the same."""
+    return task.marker is not None and store.head(task.marker) is not None

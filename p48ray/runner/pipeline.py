@@ -3,20 +3,23 @@
 import json
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 
 from p48ray import run_root
 from p48ray.config import baseline_config
 from p48ray.errors import StageFailedError, VerificationError
-from p48ray.manifest import EvaluationPart, ShardVerdict, UnitManifest
+from p48ray.manifest import EvaluationPart, LayerScales, ShardVerdict, UnitManifest
 from p48ray.plan import RunPlan, cut
 from p48ray.report.report import Report, build_report
-from p48ray.runner.base import Runner, run_all
+from p48ray.runner.base import RedoError, Runner, run_all
 from p48ray.runner.progress import Progress
 from p48ray.stages.capture import finish_layers
+from p48ray.stages.collect import ABANDONED_S, collect_layer, collect_losers, collect_streams, collect_units
 from p48ray.stages.evaluate import EvaluationResult, combine, evaluation_digest
 from p48ray.stages.inputs import write_inputs
+from p48ray.stages.needs import read_needs
 from p48ray.stages.prepare import Prepared, prepare
 from p48ray.stages.reduce import finish_checkpoint
 from p48ray.stages.tasks import Task
@@ -39,17 +42,12 @@ def run_job(prepared: Prepared, make_runner: RunnerFactory) -> Report:
     start = time.monotonic()
     plan, store = prepared.plan, prepared.store
     write_inputs(prepared)
+    store.sweep(ABANDONED_S)
     seconds: dict[str, float] = {}
     with make_runner(plan, store.uri) as runner:
-        job = Job(prepared, runner, seconds)
-        job.capture()
-        job.gradients()
-        job.compress()
-        job.reduce()
-        job.verify()
-        result = job.evaluate()
+        result = run_stages(Job(prepared, runner, seconds))
     baseline = None
-    if plan.config.evaluation is not None and plan.config.evaluation.baseline:
+    if plan.config.evaluation is not None and plan.config.evaluation.baseline and not plan.is_pilot:
         log.info("baseline  the published one-shot reference, under %s/baseline", store.uri)
         baseline = run_job(prepare(baseline_config(plan.config)), make_runner).quality
     seconds["total"] = round(time.monotonic() - start, 1)
@@ -60,6 +58,18 @@ def run_job(prepared: Prepared, make_runner: RunnerFactory) -> Report:
     return report
 
 
+def run_stages(job: "Job") -> EvaluationResult | None:
+    """All stages in order. Objects found corrupt on the way are deleted, and the stages run again from the first that misses one."""
+    rounds = job.plan.config.run.max_attempts
+    for left in reversed(range(rounds)):
+        try:
+            return job.run()
+        except RedoError as error:
+            if not left:
+                raise StageFailedError(f"objects were found corrupt {rounds} times in a row: {error}") from error
+    raise AssertionError
+
+
 class Job:
     """The stages of one run. Each method does what its stage lacks and returns when the stage is complete."""
 
@@ -67,56 +77,98 @@ class Job:
         self.plan, self.store, self.shards = prepared.plan, prepared.store, prepared.shards
         self.context, self.runner, self.seconds = prepared.context, runner, seconds
 
-    def stage(self, name: str, noun: str, total: int, done: Callable[[], int], tasks: Sequence[Task]) -> None:
+    def run(self) -> EvaluationResult | None:
+        self.capture()
+        self.gradients()
+        self.compress()
+        if self.plan.is_pilot:
+            return None
+        self.reduce()
+        self.verify()
+        return self.evaluate()
+
+    def stage(
+        self,
+        name: str,
+        noun: str,
+        markers: Sequence[str],
+        prefix: str,
+        tasks: Sequence[Task],
+        on_done: Callable[[Task], None] = lambda task: None,
+    ) -> None:
+        """Run a stage's tasks. Progress, and whether it is complete, is how many of its markers are there."""
         start = time.monotonic()
-        with Progress(name, noun, total, done):
-            run_all(self.runner, tasks, self.store.uri)
-        if (count := done()) != total:
-            raise StageFailedError(f"{name}: expected {total} {noun} in {self.store.uri}, found {count}")
-        self.seconds[name] = round(time.monotonic() - start, 1)
+        expected = set(markers)
+
+        def done() -> int:
+            return len(expected & self.keys(prefix))
+
+        with Progress(name, noun, len(expected), done):
+            run_all(self.runner, tasks, self.store, on_done)
+        if (count := done()) != len(expected):
+            raise StageFailedError(f"{name}: expected {len(expected)} {noun} in {self.store.uri}, found {count}")
+        self.seconds[name] = round(self.seconds.get(name, 0.0) + time.monotonic() - start, 1)
 
     def keys(self, prefix: str) -> set[str]:
         return {info.key for info in self.store.list(prefix)}
 
-    def present(self, wanted: Iterable[str], prefix: str) -> Callable[[], int]:
-        expected = set(wanted)
-        return lambda: len(expected & self.keys(prefix))
+    @property
+    def keeps_all(self) -> bool:
+        return self.plan.config.run.keep == "all"
 
     def capture(self) -> None:
-        self.stream("capture", "activation parts", run_root.activation_manifest, run_root.ACTIVATIONS)
+        needs = read_needs(self.plan, self.store)
+        parts = [p.part for p in self.plan.parts if needs.way_up(p.part)]
+        self.stream("capture", "activation parts", run_root.activation_manifest, run_root.ACTIVATIONS, parts)
         finish_layers(self.context)
 
     def gradients(self) -> None:
         if not self.plan.config.compression.output_curvature:
             return
-        self.stream("gradients", "gradient parts", run_root.gradient_manifest, run_root.GRADIENTS)
+        needs = read_needs(self.plan, self.store)
+        parts = [p.part for p in self.plan.parts if needs.way_back(p.part)]
+        self.stream("gradients", "gradient parts", run_root.gradient_manifest, run_root.GRADIENTS, parts)
 
-    def stream(self, stage: str, noun: str, manifest: Callable[[int, int], str], prefix: str) -> None:
-        """A stage whose tasks own slices of the sequences and walk through all layers."""
-        plan = self.plan
-        expected = {p.part: {manifest(n, p.part) for n in plan.source.moe_layers} for p in plan.parts}
-        held = self.keys(prefix)
-        missing = [part for part, keys in expected.items() if keys - held]
-        workers = plan.config.run.capture_workers or plan.config.run.num_workers
+    def stream(self, stage: str, noun: str, manifest: Callable[[int, int], str], prefix: str, missing: list[int]) -> None:
+        """A stage whose tasks own slices of the sequences and walk through the layers."""
+        run = self.plan.config.run
+        workers = run.capture_workers or run.num_workers
         slices = [s for s in (missing[i::workers] for i in range(workers)) if s]
         tasks = [Task(stage=stage, id=f"parts-{s[0]:04d}-and-{len(s) - 1}-more", item=s) for s in slices]
-        every = [key for keys in expected.values() for key in keys]
-        self.stage(stage, noun, len(every), self.present(every, prefix), tasks)
+        self.stage(stage, noun, [manifest(n, p.part) for n in self.plan.layers for p in self.plan.parts], prefix, tasks)
 
     def compress(self) -> None:
-        held = self.keys(run_root.UNITS)
-        missing = [u for u in self.plan.units if run_root.unit_manifest(u.id) not in held]
-        load = {layer: self.context.layer_scales(layer).tokens_per_expert for layer in {u.layer for u in missing}}
-        missing.sort(key=lambda u: (-sum(load[u.layer][e] for e in u.experts), u.id))  # longest first: no straggler at the end
-        tasks = [Task(stage="compress", id=u.id, item=u) for u in missing]
-        every = [run_root.unit_manifest(u.id) for u in self.plan.units]
-        self.stage("compress", "units", len(every), self.present(every, run_root.UNITS), tasks)
+        if not self.keeps_all:
+            collect_streams(self.plan, self.store)
+        missing = read_needs(self.plan, self.store, [run_root.UNITS]).missing_units
+        layers = sorted({u.layer for u in missing})
+        scales = LayerScales.load_all(self.store, map(run_root.layer_scales, layers))
+        load = {n: s.tokens_per_expert for n, s in zip(layers, scales, strict=True)}
+        tasks = [
+            Task(
+                stage="compress",
+                id=u.id,
+                item=u,
+                marker=run_root.unit_manifest(u.id),
+                layer=u.layer,
+                load=sum(load[u.layer][e] for e in u.experts),
+            )
+            for u in missing
+        ]
+        left = Counter(u.layer for u in missing)
+
+        def on_done(task: Task) -> None:
+            left[task.item.layer] -= 1
+            if not left[task.item.layer] and not self.keeps_all:
+                collect_layer(self.plan, self.store, task.item.layer)
+
+        self.stage("compress", "units", [run_root.unit_manifest(u.id) for u in self.plan.units], run_root.UNITS, tasks, on_done)
+        collect_losers(self.plan, self.store)
         check_fallbacks(self.plan, self.store)
 
     def reduce(self) -> None:
         tasks = [Task(stage="reduce", id=s.name, item=s) for s in self.shards]
-        every = [run_root.checkpoint_file(s.name) for s in self.shards]
-        self.stage("reduce", "shards", len(every), self.present(every, run_root.CHECKPOINT), tasks)
+        self.stage("reduce", "shards", [run_root.checkpoint_file(s.name) for s in self.shards], run_root.CHECKPOINT, tasks)
         finish_checkpoint(self.context, self.shards)
 
     def verify(self) -> None:
@@ -128,8 +180,8 @@ class Job:
         missing = [s for s in self.shards if run_root.shard_verdict(s.name) not in held]
         tasks = [Task(stage="verify", id=s.name, item=s) for s in missing]
         every = [run_root.shard_verdict(s.name) for s in self.shards]
-        self.stage("verify", "shards", len(every), self.present(every, run_root.VERIFICATION), tasks)
-        verdicts = [ShardVerdict.load(self.store, key) for key in every]
+        self.stage("verify", "shards", every, run_root.VERIFICATION, tasks)
+        verdicts = ShardVerdict.load_all(self.store, every)
         problems = [p if p.startswith(v.shard) else f"{v.shard}: {p}" for v in verdicts for p in v.problems]
         problems += check_index(SubStore(self.store, run_root.CHECKPOINT), self.shards, self.context.layout)
         if problems:
@@ -139,6 +191,8 @@ class Job:
             raise VerificationError(
                 f"{where}: {len(problems)} problems; delete the files named here and run the same command again to have them made anew\n{listed}{rest}"
             )
+        if self.plan.config.run.keep == "checkpoint":
+            collect_units(self.store)
 
     def evaluate(self) -> EvaluationResult | None:
         settings = self.plan.config.evaluation
@@ -153,12 +207,12 @@ class Job:
             for p, key in zip(parts, every, strict=True)
             if key not in held
         ]
-        self.stage("evaluate", "held-out parts", len(every), self.present(every, run_root.EVALUATION), tasks)
-        return combine([EvaluationPart.load(self.store, key) for key in every])
+        self.stage("evaluate", "held-out parts", every, run_root.EVALUATION, tasks)
+        return combine(EvaluationPart.load_all(self.store, every))
 
 
 def read_units(prepared: Prepared) -> list[UnitManifest]:
-    return [UnitManifest.load(prepared.store, run_root.unit_manifest(u.id)) for u in prepared.plan.units]
+    return UnitManifest.load_all(prepared.store, [run_root.unit_manifest(u.id) for u in prepared.plan.units])
 
 
 def check_fallbacks(plan: RunPlan, store: Store) -> None:
@@ -166,7 +220,8 @@ def check_fallbacks(plan: RunPlan, store: Store) -> None:
 
     Raises: StageFailedError with the share, the limit and the first reasons.
     """
-    records = [r for u in plan.units for r in UnitManifest.load(store, run_root.unit_manifest(u.id)).linears]
+    manifests = UnitManifest.load_all(store, [run_root.unit_manifest(u.id) for u in plan.units])
+    records = [r for manifest in manifests for r in manifest.linears]
     rounded = [r for r in records if r.outcome == "round_to_nearest" and plan.config.compression.solver != "round_to_nearest"]
     limit = plan.config.compression.max_fallback_share
     if len(rounded) > limit * len(records):

@@ -1,25 +1,37 @@
 """Tasks on a Ray cluster: one actor per worker holds the opened source and, on a GPU, its context; tasks are ids, results are verdicts.
 
-A worker that dies takes its task back to the queue. Application errors are not retried; transient store errors are, up to run.max_attempts.
+What becomes of a task that fails:
+    an error of ours        deterministic, so it is set aside at once
+    a transient store error tried again, run.max_attempts times in all
+    a foreign exception     tried again as often, in a fresh process: the old one (its GPU context, its memory) may be unsound
+    its worker died         the same
+    its node died           tried again; preemption is nobody's fault and counts apart, up to MAX_PREEMPTIONS
+Every failed attempt leaves its traceback under failures/, and the rest of the stage goes on.
 """
 
 import logging
-from collections import deque
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
 import ray
 from ray.exceptions import RayActorError
 
-from p48ray.errors import ConfigError, P48Error, StageFailedError, UserError
+from p48ray.errors import ConfigError, P48Error, StageFailedError, UserError, WorkerLostError
 from p48ray.plan import RunPlan
 from p48ray.runner.console import configure_logging
-from p48ray.stages.tasks import Task, TaskResult, execute, open_context
+from p48ray.runner.dispatch import Dispatcher
+from p48ray.runner.metrics import WorkerMetrics
+from p48ray.stages.inputs import open_run_root
+from p48ray.stages.tasks import Task, TaskResult, execute, open_context, record_failure
+from p48ray.store.base import Store
 
 log = logging.getLogger(__name__)
 
 START_TIMEOUT_S = 60.0  # how long to wait for a first worker before saying that the cluster has no room
+MAX_PREEMPTIONS = 50  # of one task; by then something else is wrong
 OBJECT_STORE_BYTES = 256 * 2**20  # of a Ray that this job starts itself: tasks and results are kilobytes
 
 
@@ -30,16 +42,27 @@ class WorkerProcess:
         configure_logging()
         self.plan_json, self.store_uri = plan_json, store_uri
 
-    def ready(self) -> P48Error | None:
-        """Open the context. Returns what is wrong instead of raising it, which would reach the driver as a dead actor."""
+    def ready(self) -> str | P48Error:
+        """Open the context. Returns this worker's node, or what is wrong instead of raising it, which would reach the driver as a dead actor."""
         try:
             self.context = open_context(RunPlan.from_json(self.plan_json, "the driver's plan"), self.store_uri)
         except P48Error as error:
             return error
-        return None
+        self.metrics = WorkerMetrics(self.context)
+        return str(ray.get_runtime_context().get_node_id())
 
     def execute(self, task: Task) -> TaskResult:
-        return execute(self.context, task)
+        result = execute(self.context, task)
+        self.metrics.count(result)
+        return result
+
+
+@dataclass(frozen=True, slots=True)
+class Worker:
+    """An actor that is up, and the node it is on."""
+
+    actor: Any
+    node: str
 
 
 class RayRunner:
@@ -52,9 +75,12 @@ class RayRunner:
     def __init__(self, plan: RunPlan, store_uri: str, address: str | None) -> None:
         self.plan, self.store_uri, self.address = plan, store_uri, address
         self.settings = plan.config.run
-        self.idle: list[Any] = []
+        self.idle: list[Worker] = []
         self.starting: dict[Any, Any] = {}  # ready() reference -> actor
-        self.running: dict[Any, tuple[Any, Task, int]] = {}  # execute() reference -> (actor, task, attempt)
+        self.running: dict[Any, tuple[Worker, Task]] = {}  # by execute() reference
+        self.store: Store = open_run_root(plan, store_uri)
+        self.failures: Counter[str] = Counter()  # attempts that failed, by task
+        self.preemptions: Counter[str] = Counter()
         self.failed_starts = 0
         self.has_joined = False
 
@@ -68,7 +94,8 @@ class RayRunner:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        for actor in [*self.idle, *self.starting.values(), *(actor for actor, _, _ in self.running.values())]:
+        workers = [*self.idle, *(worker for worker, _ in self.running.values())]
+        for actor in [*self.starting.values(), *(worker.actor for worker in workers)]:
             ray.kill(actor)
         if self.has_joined:  # a Ray that the caller started is the caller's to stop
             ray.shutdown()
@@ -95,15 +122,17 @@ class RayRunner:
     def check_shared(self) -> None:
         """A local path means another folder on every node, unless the user says that it does not."""
         nodes = [n for n in ray.nodes() if n["Alive"] and n["Resources"].get("CPU")]
-        if len(nodes) > 1 and not self.settings.root_is_shared:
+        if len(nodes) > 1 and "://" not in self.store_uri and not self.settings.root_is_shared:
             raise ConfigError(
                 f"run.root: {self.store_uri} is a local path and the cluster has {len(nodes)} nodes; "
                 "use a bucket, or set run.root_is_shared: true if every node mounts the same folder"
             )
 
     def run(self, tasks: Sequence[Task]) -> Iterator[TaskResult]:
-        """Hand each task to the next idle worker; yield results as they finish. Workers stay for the next stage."""
-        waiting = deque((task, 1) for task in tasks)
+        """Hand each task to an idle worker; yield results as they finish. Workers stay for the next stage."""
+        waiting = Dispatcher(tasks)
+        self.failures.clear()
+        self.preemptions.clear()
         try:
             while waiting or self.running:
                 self.dispatch(waiting)
@@ -116,15 +145,15 @@ class RayRunner:
                     else:
                         yield from self.settle_task(ref, waiting)
         finally:
-            for actor, _, _ in self.running.values():  # only left when the caller stopped listening: nobody would read these results
-                ray.kill(actor)
+            for worker, _ in self.running.values():  # only left when the caller stopped listening: nobody would read these results
+                ray.kill(worker.actor)
             self.running.clear()
 
-    def dispatch(self, waiting: deque[tuple[Task, int]]) -> None:
+    def dispatch(self, waiting: Dispatcher) -> None:
         """Give tasks to idle workers; start workers while there are fewer than wanted and tasks that none of those on their way up will take."""
-        while waiting and self.idle:
-            actor, (task, attempt) = self.idle.pop(), waiting.popleft()
-            self.running[actor.execute.remote(task)] = (actor, task, attempt)
+        while self.idle and (task := waiting.take(self.idle[-1].node)):
+            worker = self.idle.pop()
+            self.running[worker.actor.execute.remote(task)] = (worker, task)
         while len(waiting) > len(self.starting) and len(self.starting) + len(self.running) < self.settings.num_workers:
             actor = self.factory.remote(self.plan.to_json(), self.store_uri)
             self.starting[actor.ready.remote()] = actor
@@ -133,37 +162,60 @@ class RayRunner:
         """A worker that is up, or that died on its way."""
         actor = self.starting.pop(ref)
         try:
-            problem: Exception | None = ray.get(ref)
+            found: str | Exception = ray.get(ref)
         except RayActorError as error:
-            problem = error
-        if problem is None:
-            self.idle.append(actor)
+            found = error
+        if isinstance(found, str):
+            self.idle.append(Worker(actor, found))
             return
         ray.kill(actor)
-        if isinstance(problem, UserError):
-            raise problem
+        if isinstance(found, UserError):
+            raise found
         self.failed_starts += 1
         if self.failed_starts >= self.settings.max_attempts * self.settings.num_workers:
-            raise StageFailedError(f"workers can not start ({self.failed_starts} tries): {problem}") from problem
-        log.warning("a worker could not start: %s", first_line(problem))
+            raise StageFailedError(f"workers can not start ({self.failed_starts} tries): {found}") from found
+        log.warning("a worker could not start: %s", first_line(found))
 
-    def settle_task(self, ref: Any, waiting: deque[tuple[Task, int]]) -> Iterator[TaskResult]:
+    def settle_task(self, ref: Any, waiting: Dispatcher) -> Iterator[TaskResult]:
         """A task that ended, or whose worker died."""
-        actor, task, attempt = self.running.pop(ref)
+        worker, task = self.running.pop(ref)
         try:
-            result = ray.get(ref)
+            result: TaskResult = ray.get(ref)
         except RayActorError as error:
-            log.warning("%s %s: its worker died in attempt %d: %s", task.stage, task.id, attempt, first_line(error))
-            ray.kill(actor)  # one that is only out of reach would keep its place in the cluster
-            if attempt < self.settings.max_attempts:
-                waiting.append((task, attempt + 1))
-            else:
-                yield TaskResult(task=task, error_type="WorkerDied", error=f"its worker died {attempt} times")
+            ray.kill(worker.actor)  # one that is only out of reach would keep its place in the cluster
+            yield from self.settle_loss(worker, task, error, waiting)
             return
-        self.idle.append(actor)
-        if result.is_transient and attempt < self.settings.max_attempts:
-            log.warning("%s %s: attempt %d met a transient error: %s", task.stage, task.id, attempt, result.error)
-            waiting.append((task, attempt + 1))
+        if result.is_foreign:
+            ray.kill(worker.actor)
+        else:
+            self.idle.append(worker)
+        if result.is_transient or result.is_foreign:
+            yield from self.try_again(task, result, waiting)
+        else:
+            yield result
+
+    def settle_loss(self, worker: Worker, task: Task, error: RayActorError, waiting: Dispatcher) -> Iterator[TaskResult]:
+        """A task whose worker died under it, alone or with its node."""
+        loss = WorkerLostError(first_line(error))
+        if worker.node not in {n["NodeID"] for n in ray.nodes() if n["Alive"]}:
+            waiting.forget(worker.node)
+            self.preemptions[task.id] += 1
+            if self.preemptions[task.id] <= MAX_PREEMPTIONS:
+                log.warning("%s %s: its node is gone, it goes to another: %s", task.stage, task.id, loss)
+                waiting.put_back(task)
+                return
+        record_failure(self.store, task, loss)
+        yield from self.try_again(task, TaskResult(task=task, error_type=WorkerLostError.__name__, error=str(loss)), waiting)
+
+    def try_again(self, task: Task, result: TaskResult, waiting: Dispatcher) -> Iterator[TaskResult]:
+        """Back to the queue, or given up after run.max_attempts."""
+        self.failures[task.id] += 1
+        attempt = self.failures[task.id]
+        if attempt < self.settings.max_attempts:
+            log.warning(
+                "%s %s: attempt %d failed, it will be tried again: %s: %s", task.stage, task.id, attempt, result.error_type, result.error
+            )
+            waiting.put_back(task)
         else:
             yield result
 

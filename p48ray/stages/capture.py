@@ -6,7 +6,8 @@ part, so a task that died is repeated from the last boundary of each of its part
 
 import hashlib
 import logging
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from p48ray.numerics.activation import input_global_scale
 from p48ray.plan import SequencePart
 from p48ray.stages import arrow
 from p48ray.stages.context import EXPERT_CACHE_BYTES, StageContext
+from p48ray.stages.needs import Needs, read_needs
 
 log = logging.getLogger(__name__)
 
@@ -32,28 +34,30 @@ def capture_parts(context: StageContext, parts: Sequence[int]) -> list[Activatio
     """Run the given parts up the layers, writing activations and boundaries that are missing. Returns the manifests it wrote."""
     plan = context.plan
     decoder = context.decoder()
-    stream = ResidualStream(context, decoder, [plan.parts[p] for p in parts])
+    needs = read_needs(plan, context.store)
+    stream = ResidualStream(context, decoder, needs)
+    ways = {p: needs.way_up(p) for p in parts}
     positions = decoder.positions(plan.config.calibration.sequence_length)
     written: list[ActivationPart] = []
     for number in range(plan.num_streamed_layers):
-        waiting = [p for p in stream.parts if not stream.is_past(number, p)]
+        waiting = [plan.parts[p] for p in parts if number in ways[p]]
         if not waiting:
             continue
         seen: list[RoutedInputs] = []
-        is_moe = number in plan.source.moe_layers
         layer = None  # the layer below goes before this one is read
-        layer = decoder.layer(number, capturing_experts(context, number, seen) if is_moe else None)
+        layer = decoder.layer(number, capturing_experts(context, number, seen) if number in plan.source.moe_layers else None)
         for part in waiting:
+            start = time.monotonic()
             seen.clear()
             x_BSH = run_layer(layer, stream.take(number, part), positions, plan.config.calibration.sequences_per_micro_batch)
             if not bool(torch.isfinite(x_BSH).all()):
                 raise CalibrationError(
                     f"layer {number}, part {part.part}: the model's own activations are not finite; is the source corrupt?"
                 )
-            if number + 1 in plan.boundaries:
-                stream.put(number + 1, part, x_BSH)
-            if is_moe:
-                written.append(write_activations(context, number, part, seen[0]))
+            stream.put(number + 1, part, x_BSH)
+            if number in needs.activation_layers(part.part):
+                written.append(write_activations(context, number, part, seen[0], start))
+            stream.let_go(number, part)
     return written
 
 
@@ -66,26 +70,9 @@ def capturing_experts(context: StageContext, number: int, seen: list[RoutedInput
 class ResidualStream:
     """The residual stream of some parts: in memory between layers, in the run root at every boundary."""
 
-    def __init__(self, context: StageContext, decoder: Decoder, parts: list[SequencePart]) -> None:
-        self.context, self.decoder, self.parts = context, decoder, parts
+    def __init__(self, context: StageContext, decoder: Decoder, needs: Needs) -> None:
+        self.context, self.decoder, self.needs = context, decoder, needs
         self.held: dict[int, tuple[int, Tensor]] = {}  # part -> (layer it enters, values)
-        keys = {info.key for prefix in (run_root.RESIDUALS, run_root.ACTIVATIONS) for info in context.store.list(prefix)}
-        self.entry_of = {part.part: self.first_unfinished(part, keys) for part in parts}
-
-    def first_unfinished(self, part: SequencePart, keys: set[str]) -> int:
-        """The layer to run first: all before it have their activations, and its own input is stored (layer 0's is the embedding)."""
-        plan = self.context.plan
-        entry = 0
-        for number in range(plan.num_streamed_layers):
-            if number in plan.source.moe_layers and run_root.activation_manifest(number, part.part) not in keys:
-                break
-            if number + 1 in plan.boundaries and run_root.residual_part(number + 1, part.part) not in keys:
-                break
-            entry = number + 1
-        return entry
-
-    def is_past(self, number: int, part: SequencePart) -> bool:
-        return self.entry_of[part.part] > number
 
     def take(self, number: int, part: SequencePart) -> Tensor:
         """What enters layer `number`, (B, S, H)."""
@@ -94,26 +81,38 @@ class ResidualStream:
             return x_BSH
         if number == 0:
             return self.decoder.embed(self.token_ids(part))
-        key = run_root.residual_part(number, part.part)
-        x_TH = arrow.decode(self.context.store.get(key), key)["residual"].to(self.context.device)
+        x_TH = self.context.boundary(run_root.residual_part(number, part.part), "residual")
         return x_TH.reshape(part.num_sequences, -1, x_TH.shape[-1])
 
     def put(self, number: int, part: SequencePart, x_BSH: Tensor) -> None:
+        """Keep what enters layer `number`; in the run root too where a later stage or a resume may start from it."""
         self.held[part.part] = (number, x_BSH)
-        self.context.store.put(run_root.residual_part(number, part.part), arrow.encode({"residual": x_BSH.flatten(0, 1)}))
+        if number in self.context.plan.boundaries:
+            arrow.store_once(self.context.store, run_root.residual_part(number, part.part), arrow.encode({"residual": x_BSH.flatten(0, 1)}))
+
+    def let_go(self, number: int, part: SequencePart) -> None:
+        """Delete a boundary that neither a resume nor the way back will read: the next one is stored, and so is all that this layer leaves."""
+        is_read_again = number in self.needs.way_back(part.part)[1:]
+        if self.context.plan.config.run.keep != "all" and number + 1 in self.context.plan.boundaries and not is_read_again:
+            self.context.store.delete(run_root.residual_part(number, part.part))
 
     def token_ids(self, part: SequencePart) -> Tensor:
         ids_NS = arrow.decode(self.context.store.get(run_root.TOKENS), run_root.TOKENS)["token_ids"]
         return ids_NS[part.first_sequence : part.first_sequence + part.num_sequences]
 
 
-def write_activations(context: StageContext, layer: int, part: SequencePart, seen: RoutedInputs) -> ActivationPart:
-    """Store one part of what the experts of a layer saw; the manifest last."""
+def write_activations(context: StageContext, layer: int, part: SequencePart, seen: RoutedInputs, start: float) -> ActivationPart:
+    """Store one part of what the experts of a layer saw; the manifest last. `start`: when this layer began, by the monotonic clock.
+
+    A manifest that is there already speaks of a part that is gone (Needs asks for both), so it goes first.
+    """
     hidden_TH = seen.hidden_TH.to(torch.bfloat16)
     data = arrow.encode(
         {"hidden": hidden_TH, "expert_ids": seen.expert_ids_TK.to(torch.int16), "router_weights": seen.router_weights_TK.float()}
     )
-    context.store.put(run_root.activation_part(layer, part.part), data)
+    manifest_key = run_root.activation_manifest(layer, part.part)
+    context.store.delete(manifest_key)
+    data = arrow.store_once(context.store, run_root.activation_part(layer, part.part), data)
     counts = torch.bincount(seen.expert_ids_TK.flatten().cpu(), minlength=context.layout.num_experts)
     manifest = ActivationPart(
         plan_digest=context.plan.digest,
@@ -125,25 +124,27 @@ def write_activations(context: StageContext, layer: int, part: SequencePart, see
         amax_input=hidden_TH.abs().amax().float().item(),
         amax_intermediate=seen.amax_intermediate.item(),
         tokens_per_expert=tuple(counts.tolist()),
+        seconds=round(time.monotonic() - start, 3),
+        finished_at=round(time.time(), 3),
     )
-    context.store.put_if_absent(run_root.activation_manifest(layer, part.part), manifest.to_json())
+    context.store.put_if_absent(manifest_key, manifest.to_json())
     return manifest
 
 
 def finish_layers(context: StageContext) -> None:
     """Write scales.json of every layer whose parts are all there and that has none yet."""
-    for layer in context.plan.source.moe_layers:
+    for layer in context.plan.layers:
         if context.store.head(run_root.layer_scales(layer)) is None:
-            scales = combine(context, layer, list(read_manifests(context, layer)))
+            scales = combine(context, layer, read_manifests(context, layer))
             context.store.put_if_absent(run_root.layer_scales(layer), scales.to_json())
 
 
-def read_manifests(context: StageContext, layer: int) -> Iterator[ActivationPart]:
-    for part in context.plan.parts:
-        key = run_root.activation_manifest(layer, part.part)
-        manifest = ActivationPart.load(context.store, key)
+def read_manifests(context: StageContext, layer: int) -> list[ActivationPart]:
+    keys = [run_root.activation_manifest(layer, part.part) for part in context.plan.parts]
+    manifests = ActivationPart.load_all(context.store, keys)
+    for key, manifest in zip(keys, manifests, strict=True):
         context.check_owner(manifest.plan_digest, key)
-        yield manifest
+    return manifests
 
 
 def combine(context: StageContext, layer: int, parts: list[ActivationPart]) -> LayerScales:

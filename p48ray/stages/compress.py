@@ -208,6 +208,7 @@ def store_unit(
         clipped_input_share=clipped[0],
         clipped_intermediate_share=clipped[1],
         seconds=clock.seconds,
+        finished_at=round(time.time(), 3),
         device=torch.cuda.get_device_name(context.device) if context.device.type == "cuda" else context.device.type,
         versions={"p48ray": __version__} | {name: metadata.version(name) for name in LIBRARIES},
     )

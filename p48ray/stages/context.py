@@ -11,7 +11,7 @@ from p48ray import run_root
 from p48ray.checkpoint.decode import read_expert
 from p48ray.checkpoint.index import CheckpointIndex
 from p48ray.checkpoint.layout import ModelLayout
-from p48ray.errors import ShardCorruptError
+from p48ray.errors import CorruptObjectError, ObjectMissingError, ShardCorruptError
 from p48ray.manifest import ActivationPart, GradientPart, LayerScales
 from p48ray.model.decoder import Decoder
 from p48ray.model.experts import ExpertWeights
@@ -66,13 +66,28 @@ class StageContext:
     def checked_part(self, key: str, manifest: ActivationPart | GradientPart) -> dict[str, Tensor]:
         """Columns of one stored part, after a check of owner, size and digest."""
         self.check_owner(manifest.plan_digest, key)
-        data = self.store.get(key)
+        made_anew = (key.removesuffix(".arrow") + ".json", key)
+        try:
+            data = self.store.get(key)
+        except ObjectMissingError as error:
+            raise CorruptObjectError(f"{error}, but its manifest is there", *made_anew) from error
         if len(data) != manifest.size_bytes or hashlib.sha256(data).hexdigest() != manifest.sha256:
-            raise ShardCorruptError(
-                f"{self.store.uri}/{key}: expected {manifest.size_bytes} bytes with SHA-256 {manifest.sha256[:12]} as its manifest says, found {len(data)} "
-                "others; delete the part and its manifest to have it captured again"
+            raise CorruptObjectError(
+                f"{self.store.uri}/{key}: expected {manifest.size_bytes} bytes with SHA-256 {manifest.sha256[:12]} as its manifest says, "
+                f"found {len(data)} others",
+                *made_anew,
             )
         return arrow.decode(data, f"{self.store.uri}/{key}")
+
+    def boundary(self, key: str, column: str) -> Tensor:
+        """What a streaming stage left at a layer's boundary.
+
+        Raises: CorruptObjectError when it is gone or not what was written; whoever owned the part takes it up again from further away.
+        """
+        try:
+            return arrow.decode(self.store.get(key), f"{self.store.uri}/{key}")[column].to(self.device)
+        except (ObjectMissingError, ShardCorruptError) as error:
+            raise CorruptObjectError(str(error), key) from error
 
     def check_owner(self, digest: str, key: str) -> None:
         if digest != self.plan.digest:

@@ -10,6 +10,7 @@ Legend: B sequences, S positions, T = B S tokens, H hidden size, V vocabulary.
 """
 
 import hashlib
+import time
 from collections.abc import Sequence
 
 import torch
@@ -23,34 +24,39 @@ from p48ray.model.experts import ExpertCache, RoutedExperts
 from p48ray.plan import SequencePart
 from p48ray.stages import arrow
 from p48ray.stages.context import EXPERT_CACHE_BYTES, StageContext
+from p48ray.stages.needs import read_needs
 
 ROWS_PER_HEAD_CALL = 2048  # tokens whose logits exist at once
 LABEL_SEED_STRIDE = 2**20  # parts of one calibration seed never share a stream of labels with another seed's
 
 
 def gradient_parts(context: StageContext, parts: Sequence[int]) -> list[GradientPart]:
-    """Take the given parts from the head down to the lowest mixture, writing what is missing. Returns the manifests it wrote."""
+    """Take the given parts from the head down to the lowest open mixture, writing what is missing. Returns the manifests it wrote."""
     plan = context.plan
     decoder = context.decoder()
-    stream = GradientStream(context, [plan.parts[p] for p in parts])
+    needs = read_needs(plan, context.store)
+    stream = GradientStream(context)
+    ways = {p: needs.way_back(p) for p in parts}
+    wanted = {p: needs.gradient_layers(p) for p in parts}
     positions = decoder.positions(plan.config.calibration.sequence_length)
     written: list[GradientPart] = []
-    lowest = plan.source.moe_layers[0]
-    for number in range(plan.source.num_layers, lowest - 1, -1):
-        waiting = [p for p in stream.parts if not stream.is_past(number, p)]
+    for number in range(plan.source.num_layers, -1, -1):
+        waiting = [plan.parts[p] for p in parts if number in ways[p]]
         if not waiting:
             continue
-        is_moe = number in plan.source.moe_layers
         module = None  # lets go of the layer above before the next is read
-        if number > lowest:
+        if any(number > ways[part.part][0] for part in waiting):
             module = layer_or_head(context, decoder, number)
         for part in waiting:
+            start = time.monotonic()
             above_BSH = None if number == plan.source.num_layers else stream.take(number + 1, part)
-            if module is not None:
-                stream.put(number, part, step_down(context, module, stream.boundary(number, part), above_BSH, positions, part))
-            if is_moe:
+            if number in wanted[part.part]:
                 assert above_BSH is not None
-                written.append(write_gradients(context, number, part, above_BSH.flatten(0, 1)))
+                written.append(write_gradients(context, number, part, above_BSH.flatten(0, 1), start))
+            if number > ways[part.part][0]:
+                assert module is not None
+                stream.put(number, part, step_down(context, module, stream.boundary(number, part), above_BSH, positions, part))
+            stream.let_go(number, part)
     return written
 
 
@@ -119,33 +125,16 @@ def sample(probabilities_TV: Tensor, generator: torch.Generator) -> Tensor:
 class GradientStream:
     """Gradients of some parts at layer boundaries: in memory between layers, in the run root at every boundary."""
 
-    def __init__(self, context: StageContext, parts: list[SequencePart]) -> None:
-        self.context, self.parts = context, parts
+    def __init__(self, context: StageContext) -> None:
+        self.context = context
         self.held: dict[int, tuple[int, Tensor]] = {}
-        keys = {info.key for prefix in (run_root.RESIDUAL_GRADIENTS, run_root.GRADIENTS) for info in context.store.list(prefix)}
-        self.reached = {part.part: self.lowest_finished(part, keys) for part in parts}
-
-    def lowest_finished(self, part: SequencePart, keys: set[str]) -> int:
-        """The last layer on the way down with everything it leaves behind; above the head when there is none."""
-        source = self.context.plan.source
-        lowest, reached = source.moe_layers[0], source.num_layers + 1
-        for number in range(source.num_layers, lowest - 1, -1):
-            if number in source.moe_layers and run_root.gradient_manifest(number, part.part) not in keys:
-                break
-            if number > lowest and run_root.residual_gradient_part(number, part.part) not in keys:
-                break
-            reached = number
-        return reached
-
-    def is_past(self, number: int, part: SequencePart) -> bool:
-        return self.reached[part.part] <= number
 
     def boundary(self, number: int, part: SequencePart) -> Tensor:
         """What entered layer `number` on the way up, (B, S, H)."""
         return self.read(run_root.residual_part(number, part.part), "residual", part)
 
     def read(self, key: str, column: str, part: SequencePart) -> Tensor:
-        values_TH = arrow.decode(self.context.store.get(key), key)[column].to(self.context.device)
+        values_TH = self.context.boundary(key, column)
         return values_TH.reshape(part.num_sequences, -1, values_TH.shape[-1])
 
     def take(self, number: int, part: SequencePart) -> Tensor:
@@ -157,19 +146,28 @@ class GradientStream:
 
     def put(self, number: int, part: SequencePart, gradient_BSH: Tensor) -> None:
         self.held[part.part] = (number, gradient_BSH)
-        self.context.store.put(run_root.residual_gradient_part(number, part.part), arrow.encode({"gradient": gradient_BSH.flatten(0, 1)}))
+        data = arrow.encode({"gradient": gradient_BSH.flatten(0, 1)})
+        arrow.store_once(self.context.store, run_root.residual_gradient_part(number, part.part), data)
+
+    def let_go(self, number: int, part: SequencePart) -> None:
+        """Delete both boundaries that this layer was the last to read: what it leaves is stored."""
+        if self.context.plan.config.run.keep != "all":
+            self.context.store.delete(run_root.residual_part(number, part.part))
+            self.context.store.delete(run_root.residual_gradient_part(number + 1, part.part))
 
 
-def write_gradients(context: StageContext, layer: int, part: SequencePart, delta_TH: Tensor) -> GradientPart:
-    """Store one part of a layer's gradients; the manifest last.
+def write_gradients(context: StageContext, layer: int, part: SequencePart, delta_TH: Tensor, start: float) -> GradientPart:
+    """Store one part of a layer's gradients; the manifest last, an orphaned one first out of the way (see capture.write_activations).
 
     Raises: CalibrationError when a gradient is not finite.
     """
     mean_square = float(delta_TH.float().square().sum(1).mean())
     if not mean_square < float("inf"):
         raise CalibrationError(f"layer {layer}, part {part.part}: the gradients are not finite; is the source corrupt?")
+    manifest_key = run_root.gradient_manifest(layer, part.part)
+    context.store.delete(manifest_key)
     data = arrow.encode({"delta": delta_TH.to(torch.bfloat16)})
-    context.store.put(run_root.gradient_part(layer, part.part), data)
+    data = arrow.store_once(context.store, run_root.gradient_part(layer, part.part), data)
     manifest = GradientPart(
         plan_digest=context.plan.digest,
         layer=layer,
@@ -178,6 +176,8 @@ def write_gradients(context: StageContext, layer: int, part: SequencePart, delta
         size_bytes=len(data),
         sha256=hashlib.sha256(data).hexdigest(),
         mean_square=mean_square,
+        seconds=round(time.monotonic() - start, 3),
+        finished_at=round(time.time(), 3),
     )
-    context.store.put_if_absent(run_root.gradient_manifest(layer, part.part), manifest.to_json())
+    context.store.put_if_absent(manifest_key, manifest.to_json())
     return manifest

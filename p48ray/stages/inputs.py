@@ -1,17 +1,42 @@
-"""The first things in a run root: the plan, and the texts as token ids."""
+"""The first things in a run root: what its store can do, the plan, and the texts as token ids."""
 
 from p48ray import run_root
 from p48ray.config import CalibrationConfig, EvaluationConfig
+from p48ray.manifest import StoreFacts
 from p48ray.model.texts import load_sequences, load_tokenizer
-from p48ray.plan import settle_plan
+from p48ray.plan import RunPlan, settle_plan
 from p48ray.stages import arrow
 from p48ray.stages.evaluate import evaluation_digest
 from p48ray.stages.prepare import Prepared
+from p48ray.store.base import Store
+from p48ray.store.open import open_store
+from p48ray.store.probe import probe
+
+
+def open_run_root(plan: RunPlan, store_uri: str) -> Store:
+    """The run root as its probe found it: where ranges can not be copied on the store's side, they are streamed."""
+    store = open_store(store_uri, plan.config.run.endpoint_url)
+    if store_uri.startswith("s3://") and store.head(run_root.STORE) is not None:
+        facts = StoreFacts.load(store, run_root.STORE)
+        return open_store(store_uri, plan.config.run.endpoint_url, server_copy=facts.range_copy and facts.unequal_parts)
+    return store
+
+
+def probe_once(store: Store) -> None:
+    """Try a bucket out before a run trusts it, once a run root.
+
+    Raises: ConfigError when it lacks what a run can not do without.
+    """
+    if store.uri.startswith("s3://") and store.head(run_root.STORE) is None:
+        found = probe(store)
+        facts = StoreFacts(range_copy=found.range_copy, unequal_parts=found.unequal_parts, checksums=found.checksums)
+        store.put(run_root.STORE, facts.to_json())
 
 
 def write_inputs(prepared: Prepared) -> None:
     """plan.json first, then the packed texts; the texts are read before either is written, so that a bad one leaves nothing behind."""
     plan, store = prepared.plan, prepared.store
+    probe_once(store)
     is_ours = settle_plan(plan, store)
     tokens: dict[str, bytes] = {}
     c, e = plan.config.calibration, plan.config.evaluation

@@ -42,14 +42,15 @@ def prepare(config: RunConfig, is_dry: bool = False) -> Prepared:
     Raises: UserError of some kind for whatever the user must mend.
     """
     config = absolute(config)
-    source = open_checkpoint(open_store(config.source.checkpoint))
+    source = open_checkpoint(open_store(config.source.checkpoint, config.source.endpoint_url))
     layout = describe_model(source)
     documents = digest_documents(config.calibration.documents, "calibration.documents") if not is_dry else "not read"
     plan = make_plan(config, source, layout, documents, digest_tokenizer(source))
     if config.evaluation is not None:
         check_length(plan, config.evaluation, layout.text_config.get("max_position_embeddings"))
     shards = plan_output(plan.units, config.output.max_shard_size, source, layout)
-    return Prepared(plan=plan, store=open_store(DRY_RUN_STORE if is_dry else config.run.root), source=source, layout=layout, shards=shards)
+    store = open_store(DRY_RUN_STORE) if is_dry else open_store(config.run.root, config.run.endpoint_url)
+    return Prepared(plan=plan, store=store, source=source, layout=layout, shards=shards)
 
 
 def absolute(config: RunConfig) -> RunConfig:

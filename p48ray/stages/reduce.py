@@ -3,6 +3,7 @@
 A shard is a header plus byte ranges, composed by the store in one atomic object, so a shard that exists is whole and is not made again.
 """
 
+import hashlib
 import json
 from dataclasses import dataclass
 
@@ -10,14 +11,15 @@ from p48ray import __version__, run_root
 from p48ray.checkpoint.header import encode_header
 from p48ray.checkpoint.index import INDEX_FILE
 from p48ray.checkpoint.output_config import output_config
-from p48ray.errors import ShardCorruptError
+from p48ray.errors import CorruptObjectError, ShardCorruptError
 from p48ray.manifest import CheckpointManifest, UnitManifest
 from p48ray.output_layout import OutputShard, shard_rows
 from p48ray.plan import WorkUnit
 from p48ray.stages.context import StageContext
-from p48ray.store.base import ByteRange, Piece
+from p48ray.store.base import ByteRange, ObjectInfo, Piece, Store
 
 MANIFEST_FILE = "p48ray.json"
+HASHED_BYTES = 64 * 2**20  # read at once while a shard on a disk is hashed
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,18 +55,33 @@ def stitch_shard(context: StageContext, shard: OutputShard) -> StitchedShard:
 
 
 def unit_range(context: StageContext, unit: WorkUnit) -> ByteRange:
-    """The tensors of a unit's shard, header apart, after a check of its manifest and size."""
+    """The tensors of a unit's shard, header apart, after a check of its manifest, size and digest."""
     manifest_key = run_root.unit_manifest(unit.id)
     manifest = UnitManifest.load(context.store, manifest_key)
     context.check_owner(manifest.plan_digest, manifest_key)
     key = run_root.unit_shard(unit.id, manifest.attempt)
     held = context.store.head(key)
-    if held is None or held.size_bytes != manifest.size_bytes:
-        raise ShardCorruptError(
-            f"{context.store.uri}/{key}: expected {manifest.size_bytes} bytes as {manifest_key} says, found {held.size_bytes if held else 'nothing'}; "
-            f"delete {manifest_key} to have the unit done again"
-        )
-    return ByteRange(context.store, key, manifest.data_offset, manifest.size_bytes - manifest.data_offset)
+    found = "nothing" if held is None else f"{held.size_bytes} bytes"
+    if held is not None and held.size_bytes == manifest.size_bytes:
+        digest = stored_sha256(context.store, held)
+        if digest in (None, manifest.sha256):
+            return ByteRange(context.store, key, manifest.data_offset, manifest.size_bytes - manifest.data_offset)
+        found += f" with SHA-256 {digest[:12]}"
+    raise CorruptObjectError(
+        f"{context.store.uri}/{key}: expected {manifest.size_bytes} bytes with SHA-256 {manifest.sha256[:12]} as {manifest_key} says, found {found}",
+        manifest_key,
+        key,
+    )
+
+
+def stored_sha256(store: Store, held: ObjectInfo) -> str | None:
+    """The digest that the store keeps, so that a bucket's bytes need not be read; on a disk that of the bytes. None where only `verify` will tell."""
+    if held.sha256 is not None or store.uri.startswith("s3://"):
+        return held.sha256
+    digest = hashlib.sha256()
+    for start in range(0, held.size_bytes, HASHED_BYTES):
+        digest.update(store.get_range(held.key, start, min(HASHED_BYTES, held.size_bytes - start)))
+    return digest.hexdigest()
 
 
 def finish_checkpoint(context: StageContext, shards: tuple[OutputShard, ...]) -> None:
@@ -83,7 +100,7 @@ def finish_checkpoint(context: StageContext, shards: tuple[OutputShard, ...]) ->
 def checkpoint_manifest(context: StageContext) -> CheckpointManifest:
     plan = context.plan
     compression = plan.config.compression
-    units = [UnitManifest.load(context.store, run_root.unit_manifest(u.id)) for u in plan.units]
+    units = UnitManifest.load_all(context.store, [run_root.unit_manifest(u.id) for u in plan.units])
     return CheckpointManifest(
         plan_digest=plan.digest,
         source_fingerprint=plan.source.fingerprint,

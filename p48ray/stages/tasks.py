@@ -1,10 +1,11 @@
 """The unit of dispatch: a stage's name and one item of its work. Runners hand tasks to processes; `execute` is what every process does with one."""
 
 import logging
+import time
 import traceback
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -13,7 +14,8 @@ import torch
 from p48ray import errors, run_root
 from p48ray.checkpoint.families import describe_model
 from p48ray.checkpoint.index import open_checkpoint
-from p48ray.errors import P48Error, TransientStoreError
+from p48ray.checkpoint.layout import PROJECTIONS
+from p48ray.errors import CorruptObjectError, P48Error, TransientStoreError
 from p48ray.manifest import Failure, ShardVerdict, UnitManifest
 from p48ray.output_layout import OutputShard, shard_rows
 from p48ray.plan import RunPlan, SequencePart, WorkUnit
@@ -23,8 +25,10 @@ from p48ray.stages.compress import compress_unit
 from p48ray.stages.context import StageContext
 from p48ray.stages.evaluate import compressed_expert, evaluate_part
 from p48ray.stages.gradients import gradient_parts
+from p48ray.stages.inputs import open_run_root
 from p48ray.stages.reduce import stitch_shard
 from p48ray.stages.verify import Promise, verify_shard
+from p48ray.store.base import Store
 from p48ray.store.open import open_store
 from p48ray.store.view import SubStore
 
@@ -33,20 +37,32 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
-    """One item of a stage's work: `item` is small and picklable, ids and positions, never weights."""
+    """One item of a stage's work: `item` is small and picklable, ids and positions, never weights.
+
+    `marker`: the key whose presence means that it is done, whoever did it. `layer`, `load`: what runners dispatch by.
+    """
 
     stage: str
     id: str
     item: Any
+    marker: str | None = None
+    layer: int | None = None
+    load: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TaskResult:
-    """How a task ended. `error_type` is the name of a class of p48ray.errors, or of any other exception."""
+    """How a task ended. `error_type` is the name of a class of p48ray.errors, or of any other exception.
+
+    `redo`: keys of corrupt objects, to be deleted so that they are made anew. `facts`: what a unit's manifest says that metrics count.
+    """
 
     task: Task
     error_type: str | None = None
     error: str = ""
+    redo: tuple[str, ...] = ()
+    seconds: float = 0.0
+    facts: dict[str, float] = field(default_factory=dict)
 
     @property
     def is_done(self) -> bool:
@@ -55,6 +71,12 @@ class TaskResult:
     @property
     def is_transient(self) -> bool:
         return self.error_type == TransientStoreError.__name__
+
+    @property
+    def is_foreign(self) -> bool:
+        """Not an error of ours: a bug, or a process (a GPU context) that is no longer sound."""
+        kind = getattr(errors, self.error_type or "", None)
+        return not self.is_done and not (isinstance(kind, type) and issubclass(kind, P48Error))
 
     def as_exception(self) -> P48Error:
         """The error as the stage raised it, or a StageFailedError around a foreign one."""
@@ -72,7 +94,7 @@ def open_context(plan: RunPlan, store_uri: str) -> StageContext:
     torch.set_num_threads(plan.config.run.threads_per_worker)
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
-    source = open_checkpoint(open_store(plan.config.source.checkpoint))
+    source = open_checkpoint(open_store(plan.config.source.checkpoint, plan.config.source.endpoint_url))
     if source.fingerprint != plan.source.fingerprint:
         raise errors.SourceError(
             f"{source.store.uri}: changed since it was planned: expected fingerprint {plan.source.fingerprint[:12]}, found {source.fingerprint[:12]}"
@@ -80,7 +102,7 @@ def open_context(plan: RunPlan, store_uri: str) -> StageContext:
     on_gpu = plan.config.run.gpus_per_worker > 0
     return StageContext(
         plan=plan,
-        store=open_store(store_uri),
+        store=open_run_root(plan, store_uri),
         source=source,
         layout=describe_model(source),
         device=torch.device("cuda" if on_gpu else "cpu"),
@@ -89,15 +111,26 @@ def open_context(plan: RunPlan, store_uri: str) -> StageContext:
 
 def execute(context: StageContext, task: Task) -> TaskResult:
     """Run one task; a failure is recorded in the bucket and returned, never raised, so that the rest of the stage goes on."""
+    start = time.monotonic()
     try:
-        STAGES[task.stage](context, task.item)
+        made = STAGES[task.stage](context, task.item)
     except Exception as error:  # noqa: BLE001 (the one boundary: whatever a stage raises becomes a record with its traceback)
-        record_failure(context, task, error)
-        return TaskResult(task=task, error_type=type(error).__name__, error=str(error))
-    return TaskResult(task=task)
+        record_failure(context.store, task, error)
+        redo = error.keys if isinstance(error, CorruptObjectError) else ()
+        return TaskResult(task=task, error_type=type(error).__name__, error=str(error), redo=redo, seconds=time.monotonic() - start)
+    return TaskResult(task=task, seconds=time.monotonic() - start, facts=facts_of(made))
 
 
-def record_failure(context: StageContext, task: Task, error: Exception) -> None:
+def facts_of(made: object) -> dict[str, float]:
+    """Tokens and seconds by phase of a unit; nothing for other tasks."""
+    if not isinstance(made, UnitManifest):
+        return {}
+    tokens = sum(record.tokens for record in made.linears) / len(PROJECTIONS)
+    return {"tokens": tokens} | {f"{phase}_s": seconds for phase, seconds in made.seconds.items()}
+
+
+def record_failure(store: Store, task: Task, error: Exception) -> None:
+    """Leave a failed attempt's traceback in the bucket."""
     attempt = uuid.uuid4().hex[:12]
     failure = Failure(
         stage=task.stage,
@@ -110,7 +143,7 @@ def record_failure(context: StageContext, task: Task, error: Exception) -> None:
     )
     log.error("%s %s failed: %s", task.stage, task.id, failure.error)
     try:
-        context.store.put(run_root.failure(task.stage, task.id, attempt), failure.to_json())
+        store.put(run_root.failure(task.stage, task.id, attempt), failure.to_json())
     except P48Error as second:
         log.error("%s %s: the failure could not be recorded: %s", task.stage, task.id, second)
 

@@ -6,8 +6,9 @@ concatenation, and S3 has each of them natively (`compose` as a multipart upload
 Readers never see a part of an object: it is absent, or whole.
 """
 
+import threading
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol, TypeAlias, runtime_checkable
 
 from p48ray.errors import P48Error, ShardCorruptError
@@ -22,6 +23,30 @@ class ObjectInfo:
 
     key: str
     size_bytes: int
+    sha256: str | None = None
+    """Hexadecimal SHA-256 of the whole object, where the store keeps one and says it by `head`; None says nothing about the bytes."""
+
+
+@dataclass(slots=True)
+class Traffic:
+    """What went through this process by one store object: an account, not state (it is not pickled and starts at zero).
+
+    Bytes that the store copies on its own side are in none of the counters. Retried requests count each time.
+    """
+
+    bytes_read: int = 0
+    bytes_written: int = 0
+    requests: int = 0
+    retries: int = 0
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
+
+    def add(self, *, bytes_read: int = 0, bytes_written: int = 0, requests: int = 0, retries: int = 0) -> None:
+        """Adds to the counters; from any thread."""
+        with self._lock:
+            self.bytes_read += bytes_read
+            self.bytes_written += bytes_written
+            self.requests += requests
+            self.retries += retries
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +70,11 @@ class Store(Protocol):
     """
 
     uri: str
-    """Opens the same store again through `open_store`."""
+    """Opens the same store again through `open_store` (given the same endpoint, where there is one)."""
+
+    @property
+    def traffic(self) -> Traffic:
+        """Counters of this store object in this process."""
 
     def get(self, key: str) -> bytes:
         """The whole object. Raises: ObjectMissingError."""
@@ -74,6 +103,13 @@ class Store(Protocol):
 
     def delete(self, key: str) -> None:
         """Removes the object; an absent one is fine."""
+
+    def sweep(self, older_than_s: float, prefix: str = "") -> int:
+        """Removes what killed writers of keys under `prefix` left behind: unfinished files and uploads, never an object.
+
+        Args: older_than_s: only what was begun longer ago than this, by the store's clock, because a live writer's work looks the same.
+        Returns: how many were removed.
+        """
 
 
 def check_key(key: str) -> str:

@@ -7,13 +7,14 @@ taken (NFS keeps both promises too). Links to files are followed (the Hub's cach
 
 import errno
 import os
+import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from p48ray.errors import ObjectMissingError, P48Error, ShardCorruptError, TransientStoreError
-from p48ray.store.base import TEMP_PREFIX, ByteRange, ObjectInfo, Piece, check_key, check_prefix, check_range
+from p48ray.store.base import TEMP_PREFIX, ByteRange, ObjectInfo, Piece, Traffic, check_key, check_prefix, check_range
 
 COPY_BYTES = 16 * 2**20
 """Bytes held in memory while a piece is copied through this process."""
@@ -30,6 +31,11 @@ class LocalStore:
         """Args: root: folder; a relative one is resolved now, against the current folder."""
         self.root = os.path.abspath(root)
         self.uri = self.root
+        self.traffic = Traffic()
+
+    def __reduce__(self) -> tuple[type["LocalStore"], tuple[str]]:
+        """Counters belong to the process."""
+        return (LocalStore, (self.root,))
 
     def __repr__(self) -> str:
         """As it is typed."""
@@ -43,14 +49,18 @@ class LocalStore:
         """See Store.get."""
         path = self.path(key)
         with _errors_name(path), self._missing_is_named(key), open(path, "rb") as file:
-            return file.read()
+            data = file.read()
+        self.traffic.add(bytes_read=len(data), requests=1)
+        return data
 
     def get_range(self, key: str, start: int, num_bytes: int) -> bytes:
         """See Store.get_range."""
         path = self.path(key)
         with _errors_name(path), self._missing_is_named(key), open(path, "rb", buffering=0) as file:
             check_range(key, start, num_bytes, os.fstat(file.fileno()).st_size)
-            return _read_exactly(file.fileno(), key, start, num_bytes)
+            data = _read_exactly(file.fileno(), key, start, num_bytes)
+        self.traffic.add(bytes_read=num_bytes, requests=1)
+        return data
 
     def head(self, key: str) -> ObjectInfo | None:
         """See Store.head."""
@@ -88,6 +98,13 @@ class LocalStore:
         with _errors_name(path), suppress(FileNotFoundError, NotADirectoryError):
             os.unlink(path)
 
+    def sweep(self, older_than_s: float, prefix: str = "") -> int:
+        """See Store.sweep. The age of a file is that of its last write. A prefix inside a folder's name finds the folder's files only."""
+        start = os.path.join(self.root, check_prefix(prefix))
+        with _errors_name(self.root):
+            found = [path for path in self._temp_files(os.path.dirname(start)) if path.startswith(start)]
+            return sum(_remove_if_older(path, older_than_s) for path in found)
+
     def _write(self, path: str, pieces: Iterable[Piece], publish: Callable[[str, str], bool]) -> tuple[int, bool]:
         """Writes the pieces to a temporary file and gives it its name. Returns: (size in bytes, whether `publish` took effect)."""
         folder = os.path.dirname(path)
@@ -96,7 +113,7 @@ class LocalStore:
             self._make_folder(folder)
             try:
                 with open(temp, "xb", buffering=0) as file:
-                    size_bytes = sum(_write_piece(file.fileno(), piece) for piece in pieces)
+                    size_bytes = sum(self._write_piece(file.fileno(), piece) for piece in pieces)
                     os.fsync(file.fileno())
                     found_bytes = os.fstat(file.fileno()).st_size
                 if found_bytes != size_bytes:
@@ -107,6 +124,14 @@ class LocalStore:
                     os.unlink(temp)
             _sync_folder(folder)
         return size_bytes, is_published
+
+    def _write_piece(self, target: int, piece: Piece) -> int:
+        """Appends one piece to an open file. Returns its size. Raises: ShardCorruptError or ObjectMissingError if it is not all there."""
+        if isinstance(piece, ByteRange) and isinstance(piece.store, LocalStore):
+            return _copy_from_file(target, piece, piece.store)
+        num_bytes = _write_all(target, piece) if isinstance(piece, bytes) else _write_streamed(target, piece)
+        self.traffic.add(bytes_written=num_bytes, requests=1)
+        return num_bytes
 
     def _make_folder(self, folder: str) -> None:
         """Creates a folder under the root, and makes the new names durable: a manifest must not vanish with its folder."""
@@ -135,6 +160,15 @@ class LocalStore:
                 with suppress(FileNotFoundError):
                     yield ObjectInfo(key, entry.stat().st_size)
 
+    def _temp_files(self, folder: str) -> Iterator[str]:
+        """Every unfinished file in a folder and below it."""
+        with suppress(FileNotFoundError, NotADirectoryError):
+            for entry in list(os.scandir(folder)):
+                if entry.is_dir(follow_symlinks=False):
+                    yield from self._temp_files(entry.path)
+                elif entry.name.startswith(TEMP_PREFIX):
+                    yield entry.path
+
     @contextmanager
     def _missing_is_named(self, key: str) -> Iterator[None]:
         try:
@@ -153,6 +187,15 @@ def _errors_name(path: str) -> Iterator[None]:
         raise kind(f"{path}: {error.strerror or error} ({errno.errorcode.get(error.errno or 0, 'no errno')})") from error
 
 
+def _remove_if_older(path: str, older_than_s: float) -> bool:
+    """Removes a file. False if it is younger, or its writer just gave it its name or removed it."""
+    with suppress(FileNotFoundError):
+        if time.time() - os.stat(path, follow_symlinks=False).st_mtime > older_than_s:
+            os.unlink(path)
+            return True
+    return False
+
+
 def _replace(temp: str, path: str) -> bool:
     """Publishes by renaming over whatever is there."""
     os.replace(temp, path)
@@ -168,12 +211,8 @@ def _link(temp: str, path: str) -> bool:
     return True
 
 
-def _write_piece(target: int, piece: Piece) -> int:
-    """Appends one piece to an open file. Returns its size. Raises: ShardCorruptError or ObjectMissingError if it is not all there."""
-    if isinstance(piece, bytes):
-        return _write_all(target, piece)
-    if isinstance(piece.store, LocalStore):
-        return _copy_from_file(target, piece, piece.store)
+def _write_streamed(target: int, piece: ByteRange) -> int:
+    """Appends a range of another kind of store, in bounded reads. Returns its size."""
     for start in range(piece.start, piece.start + piece.num_bytes, COPY_BYTES):
         num_bytes = min(COPY_BYTES, piece.start + piece.num_bytes - start)
         _write_all(target, piece.store.get_range(piece.key, start, num_bytes))

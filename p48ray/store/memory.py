@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from p48ray.errors import ObjectMissingError
-from p48ray.store.base import ObjectInfo, Piece, check_key, check_prefix, check_range
+from p48ray.store.base import ObjectInfo, Piece, Traffic, check_key, check_prefix, check_range
 
 
 @dataclass(slots=True)
@@ -30,6 +30,7 @@ class MemoryStore:
         """Args: name: any text; the store is created empty at first use."""
         self.name = name
         self.uri = f"memory://{name}"
+        self.traffic = Traffic()
         with _REGISTRY_LOCK:
             self._objects = _REGISTRY.setdefault(name, _Objects())
 
@@ -43,15 +44,15 @@ class MemoryStore:
 
     def get(self, key: str) -> bytes:
         """See Store.get."""
-        try:
-            return self._objects.by_key[check_key(key)]
-        except KeyError:
-            raise ObjectMissingError(f"{key}: no such object in {self.uri}") from None
+        data = self._held(key)
+        self.traffic.add(bytes_read=len(data), requests=1)
+        return data
 
     def get_range(self, key: str, start: int, num_bytes: int) -> bytes:
         """See Store.get_range."""
-        data = self.get(key)
+        data = self._held(key)
         check_range(key, start, num_bytes, len(data))
+        self.traffic.add(bytes_read=num_bytes, requests=1)
         return data[start : start + num_bytes]
 
     def head(self, key: str) -> ObjectInfo | None:
@@ -68,8 +69,10 @@ class MemoryStore:
 
     def put(self, key: str, data: bytes) -> None:
         """See Store.put."""
+        check_key(key)
+        self.traffic.add(bytes_written=len(data), requests=1)
         with self._objects.lock:
-            self._objects.by_key[check_key(key)] = bytes(data)
+            self._objects.by_key[key] = bytes(data)
 
     def put_if_absent(self, key: str, data: bytes) -> bool:
         """See Store.put_if_absent."""
@@ -78,7 +81,8 @@ class MemoryStore:
             if key in self._objects.by_key:
                 return False
             self._objects.by_key[key] = bytes(data)
-            return True
+        self.traffic.add(bytes_written=len(data), requests=1)
+        return True
 
     def compose(self, key: str, pieces: Iterable[Piece]) -> int:
         """See Store.compose."""
@@ -93,3 +97,13 @@ class MemoryStore:
         """See Store.delete."""
         with self._objects.lock:
             self._objects.by_key.pop(check_key(key), None)
+
+    def sweep(self, older_than_s: float, prefix: str = "") -> int:
+        """See Store.sweep. Nothing is ever left here."""
+        return 0
+
+    def _held(self, key: str) -> bytes:
+        try:
+            return self._objects.by_key[check_key(key)]
+        except KeyError:
+            raise ObjectMissingError(f"{key}: no such object in {self.uri}") from None

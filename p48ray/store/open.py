@@ -8,12 +8,14 @@ from p48ray.errors import ConfigError
 from p48ray.store.base import Store
 from p48ray.store.local import LocalStore
 from p48ray.store.memory import MemoryStore
+from p48ray.store.s3 import S3Store
 
 
-def open_store(uri: str | Path) -> Store:
-    """The store that a path, `file:///path` or `memory://name` names. Opening touches nothing.
+def open_store(uri: str | Path, endpoint_url: str | None = None, server_copy: bool = True) -> Store:
+    """The store that a path, `file:///path`, `memory://name` or `s3://bucket/prefix` names. Opening touches nothing.
 
-    Raises: ConfigError for s3:// and hf://, which are not built yet, and for anything unknown.
+    Args: endpoint_url, server_copy: of an S3 server that is not AWS, see S3Store; other stores have no use for them.
+    Raises: ConfigError for hf://, which is not built yet, and for anything unknown.
     """
     if isinstance(uri, Path):
         return LocalStore(uri.expanduser())
@@ -29,9 +31,11 @@ def open_store(uri: str | Path) -> Store:
         if not rest:
             raise ConfigError(f"{uri}: expected memory://NAME, found no name")
         return MemoryStore(rest)
-    if scheme in ("s3", "hf"):
-        raise ConfigError(f"{uri}: {scheme}:// stores are not built yet; use a local folder, file:///path or memory://name")
-    raise ConfigError(f"{uri}: unknown scheme {scheme}://; known are a plain path, file:// and memory://")
+    if scheme == "s3":
+        return S3Store(f"s3://{rest}", endpoint_url, server_copy)
+    if scheme == "hf":
+        raise ConfigError(f"{uri}: hf:// stores are not built yet; use a local folder, file:///path, memory://name or s3://bucket/prefix")
+    raise ConfigError(f"{uri}: unknown scheme {scheme}://; known are a plain path, file://, memory:// and s3://")
 
 
 def _file_path(uri: str, rest: str) -> str:

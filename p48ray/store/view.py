@@ -1,8 +1,9 @@
 """A folder of a store, as a store of its own: the checkpoint inside a run root."""
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 
-from p48ray.store.base import ByteRange, ObjectInfo, Piece, Store, check_key, check_prefix
+from p48ray.store.base import ByteRange, ObjectInfo, Piece, Store, Traffic, check_key, check_prefix
 
 
 class SubStore:
@@ -12,6 +13,11 @@ class SubStore:
         assert prefix.endswith("/"), prefix
         self.store, self.prefix = store, prefix
         self.uri = f"{store.uri}/{prefix}".rstrip("/")
+
+    @property
+    def traffic(self) -> Traffic:
+        """That of the store behind."""
+        return self.store.traffic
 
     def full(self, key: str) -> str:
         """The key in the store behind. Raises: P48Error for a bad key, as given."""
@@ -25,11 +31,11 @@ class SubStore:
 
     def head(self, key: str) -> ObjectInfo | None:
         held = self.store.head(self.full(key))
-        return None if held is None else ObjectInfo(key=key, size_bytes=held.size_bytes)
+        return None if held is None else replace(held, key=key)
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
         for info in self.store.list(self.prefix + check_prefix(prefix)):
-            yield ObjectInfo(key=info.key.removeprefix(self.prefix), size_bytes=info.size_bytes)
+            yield replace(info, key=info.key.removeprefix(self.prefix))
 
     def put(self, key: str, data: bytes) -> None:
         self.store.put(self.full(key), data)
@@ -43,10 +49,13 @@ class SubStore:
     def delete(self, key: str) -> None:
         self.store.delete(self.full(key))
 
+    def sweep(self, older_than_s: float, prefix: str = "") -> int:
+        return self.store.sweep(older_than_s, self.prefix + check_prefix(prefix))
+
     @staticmethod
     def resolved(piece: Piece) -> Piece:
         """A range of a view as a range of the store behind it, which that store may copy faster."""
-        if isinstance(piece, ByteRange) and isinstance(piece.store, SubStore):
+        while isinstance(piece, ByteRange) and isinstance(piece.store, SubStore):
             view = piece.store
-            return ByteRange(store=view.store, key=view.full(piece.key), start=piece.start, num_bytes=piece.num_bytes)
+            piece = ByteRange(store=view.store, key=view.full(piece.key), start=piece.start, num_bytes=piece.num_bytes)
         return piece

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from jobs import compress
 from p48ray.runner.local_runner import LocalRunner
-from tests.conftest import REPO, TINY
+from tests.conftest import REPO, TINY, timeless
 
 CONFIG = REPO / "configs" / "tiny.yaml"
 
@@ -98,9 +98,9 @@ def run_process(*args: str, env: dict[str, str] | None = None) -> Outcome:
 
 
 def snapshot(folder: Path) -> dict[str, str]:
-    """Every file under a folder -> SHA-256 of its bytes; empty if there is no folder."""
+    """Every file under a folder -> SHA-256 of its bytes, times left out; empty if there is no folder."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    return {str(path.relative_to(folder)): hashlib.sha256(timeless(path.read_bytes())).hexdigest() for path in files}
 
 
 def copy_model(folder: Path) -> Path:

@@ -57,9 +57,7 @@ UNBUILT_VALUES = {
     "compression.output_damp": ("0.1", "0.1"),
     "compression.refine_steps": ("10", "10"),
     "output.storage": ("sparse", "'sparse'"),
-    "run.root": ("s3://bucket/run", "'s3://bucket/run'"),
-    "run.layers": ("[1, 2]", "[1, 2]"),
-    "run.keep": ("units", "'units'"),
+    "run.root": ("hf://owner/name", "'hf://owner/name'"),
 }
 
 

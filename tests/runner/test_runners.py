@@ -12,8 +12,9 @@ from typing import Any
 import psutil
 import pytest
 
+from p48ray import run_root
 from p48ray.config import load_config
-from p48ray.errors import SourceError, TransientStoreError
+from p48ray.errors import CorruptObjectError, SourceError, TransientStoreError
 from p48ray.manifest import Failure
 from p48ray.plan import WorkUnit
 from p48ray.runner import ray_runner
@@ -98,7 +99,8 @@ def test_killed_worker_leaves_the_same_bytes(ray_session: None, local_run: Path,
     outcome = invoke(*arguments(tmp_path / "run"), on_ray=True)
     assert outcome.code == 0, outcome
     assert KillingRunner.killed == 1
-    assert outcome.out.count("its worker died in attempt 1") == 1
+    assert outcome.out.count("attempt 1 failed, it will be tried again: WorkerLostError") == 1
+    assert len(list((tmp_path / "run" / "failures" / "compress").rglob("*.json"))) == 1
     assert_same_bytes(local_run, tmp_path / "run")
 
 
@@ -171,52 +173,108 @@ def test_run_cut_after_every_twelfth_write_ends_in_the_same_bytes(local_run: Pat
 # What failed.
 
 
-DAMAGED_PART = "activations/layer-002/part-0001.arrow"
-
-
-@pytest.fixture
-def damaged(local_run: Path, tmp_path: Path) -> Path:
-    """A run whose layers 2 and 3 are to be compressed again, with a bit of layer 2's activations flipped."""
-    root = tmp_path / "run"
-    shutil.copytree(local_run, root)
-    for manifest in [*root.glob("units/L002-*/manifest.json"), *root.glob("units/L003-*/manifest.json")]:
-        manifest.unlink()
-    part = root / DAMAGED_PART
-    data = bytearray(part.read_bytes())
-    data[len(data) // 2] ^= 1
-    part.write_bytes(data)
+def reopened(run: Path, root: Path, *layers: int) -> Path:
+    """A copy of a finished run whose units of some layers are to be done again."""
+    shutil.copytree(run, root)
+    for layer in layers:
+        for manifest in root.glob(f"units/L{layer:03d}-*/manifest.json"):
+            manifest.unlink()
     return root
+
+
+def flip_a_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+UNITS_OF_LAYER_2 = {f"L002-E{first:03d}-{first + 3:03d}" for first in (0, 4, 8, 12)}
 
 
 @pytest.mark.parametrize("on_ray", BOTH_RUNNERS)
 @pytest.mark.usefixtures("use_ray")
-def test_failed_task_is_recorded_the_stage_goes_on_and_a_mended_run_ends_well(on_ray: bool, damaged: Path, local_run: Path) -> None:
-    outcome = invoke(*arguments(damaged), on_ray=on_ray)
+def test_failed_task_is_set_aside_the_stage_goes_on_and_a_mended_run_ends_well(on_ray: bool, local_run: Path, tmp_path: Path) -> None:
+    root = reopened(local_run, tmp_path / "run", 2, 3)
+    scales = root / "activations/layer-002/scales.json"
+    sound = scales.read_text()
+    scales.write_text(sound.replace('"plan_digest": "', '"plan_digest": "0'))
+    outcome = invoke(*arguments(root), on_ray=on_ray)
     assert outcome.code == 1, outcome
     assert outcome.err.count("error: ") == 1
-    assert f"compress: 4 of 8 tasks failed; tracebacks under {damaged}/failures/compress/" in outcome.err
-    units = {f"L002-E{first:03d}-{first + 3:03d}" for first in (0, 4, 8, 12)}
-    assert attempts(damaged).keys() == attempts(local_run).keys() - units
-    assert {path.name for path in (damaged / "failures" / "compress").iterdir()} == units
-    for unit in units:
+    assert f"compress: 4 of 8 tasks failed; tracebacks under {root}/failures/compress/" in outcome.err
+    assert attempts(root).keys() == attempts(local_run).keys() - UNITS_OF_LAYER_2
+    assert {path.name for path in (root / "failures" / "compress").iterdir()} == UNITS_OF_LAYER_2
+    for unit in UNITS_OF_LAYER_2:
         assert f"{unit}: ShardCorruptError: " in outcome.err
-        (record,) = (damaged / "failures" / "compress" / unit).iterdir()
+        (record,) = (root / "failures" / "compress" / unit).iterdir()
         check_record(Failure.from_json(record.read_bytes(), record.name), unit, record.stem)
-    assert "delete the part and its manifest" in outcome.err
-    for suffix in (".arrow", ".json"):
-        (damaged / DAMAGED_PART).with_suffix(suffix).unlink()
-    assert invoke(*arguments(damaged), on_ray=on_ray).code == 0
-    assert_same_bytes(local_run, damaged)
+    scales.write_text(sound)
+    assert invoke(*arguments(root), on_ray=on_ray).code == 0
+    assert_same_bytes(local_run, root)
 
 
 def check_record(failure: Failure, unit: str, attempt: str) -> None:
     """What, where, with which input, and how to find the place."""
     assert (failure.stage, failure.task, failure.attempt) == ("compress", unit, attempt)
     assert failure.error.startswith("ShardCorruptError: ")
-    assert DAMAGED_PART in failure.error
+    assert "activations/layer-002/scales.json" in failure.error
     assert "compress_unit" in failure.traceback
     assert "layer=2" in failure.input
     assert not failure.is_transient
+
+
+CORRUPTIBLE = ["activations/layer-002/part-0001.arrow", "gradients/layer-003/part-0000.arrow"]
+
+
+@pytest.mark.parametrize("on_ray", BOTH_RUNNERS)
+@pytest.mark.parametrize("damage", ["flipped", "gone"])
+@pytest.mark.parametrize("key", CORRUPTIBLE)
+@pytest.mark.usefixtures("use_ray")
+def test_corrupt_object_is_made_anew_by_the_same_run(on_ray: bool, damage: str, key: str, local_run: Path, tmp_path: Path) -> None:
+    root = reopened(local_run, tmp_path / "run", 2, 3)
+    if damage == "flipped":
+        flip_a_bit(root / key)
+    else:
+        (root / key).unlink()
+    outcome = invoke(*arguments(root), on_ray=on_ray)
+    assert outcome.code == 0, outcome
+    assert_same_bytes(local_run, root)
+    assert (f"deleting {key}, it will be made anew" in outcome.out) == (damage == "flipped")  # what is gone is seen in the listing
+
+
+@pytest.mark.parametrize("damage", ["flipped", "gone", "shorter"])
+def test_unit_whose_shard_was_damaged_after_its_manifest_is_done_again(damage: str, local_run: Path, tmp_path: Path) -> None:
+    root = reopened(local_run, tmp_path / "run")
+    (shard,) = root.glob("units/L002-E004-007/*/shard.safetensors")
+    shutil.rmtree(root / "checkpoint")
+    shutil.rmtree(root / "verification")
+    if damage == "flipped":
+        flip_a_bit(shard)
+    elif damage == "shorter":
+        shard.write_bytes(shard.read_bytes()[:-1])
+    else:
+        shard.unlink()
+    before = attempts(root)
+    outcome = invoke(*arguments(root))
+    assert outcome.code == 0, outcome
+    assert_same_bytes(local_run, root)
+    after = attempts(root)
+    assert {unit for unit in after if after[unit] != before[unit]} == {"L002-E004-007"}
+    assert not shard.exists()
+
+
+def test_object_that_is_corrupt_each_time_it_is_made_ends_the_run(local_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = reopened(local_run, tmp_path / "run", 2)
+    rounds: list[str] = []
+
+    def compress(context: StageContext, unit: WorkUnit) -> object:
+        rounds.append(unit.id)
+        raise CorruptObjectError("the disk lies", run_root.gradient_part(2, 0))
+
+    monkeypatch.setitem(tasks.STAGES, "compress", compress)
+    outcome = invoke(*arguments(root, {"run.max_attempts": "2"}))
+    assert (outcome.code, len(rounds)) == (1, 8)
+    assert "objects were found corrupt 2 times in a row" in outcome.err
 
 
 def flaky(monkeypatch: pytest.MonkeyPatch, times: int) -> list[str]:
@@ -292,7 +350,7 @@ def test_transient_error_on_ray_is_retried_up_to_max_attempts(
     monkeypatch.setattr(ray_runner, "WorkerProcess", FlakyWorker)
     outcome = invoke(*arguments(one_unit_missing, {"run.max_attempts": str(max_attempts)}), on_ray=True)
     assert outcome.code == code, outcome
-    assert [f"attempt {n} met a transient error" in outcome.out for n in (1, 2)] == [True, code == 0]
+    assert [f"attempt {n} failed, it will be tried again: TransientStoreError" in outcome.out for n in (1, 2)] == [True, code == 0]
     assert ("L001-E000-003: TransientStoreError: the store did not answer" in outcome.err) == (code == 1)
 
 

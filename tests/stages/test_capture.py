@@ -16,7 +16,7 @@ from p48ray.stages.capture import capture_parts, finish_layers
 from p48ray.stages.context import StageContext
 from p48ray.stages.inputs import write_inputs
 from p48ray.stages.prepare import prepare
-from tests.conftest import REPO, TINY
+from tests.conftest import REPO, TINY, timeless
 from tests.reference import whole_model
 
 SETTINGS = ("calibration.num_sequences=5", "calibration.sequence_length=64", "calibration.sequences_per_part=2", "evaluation=null")
@@ -47,9 +47,9 @@ def test_captured_inputs_and_router_weights_equal_the_whole_models(context: Stag
     raw: dict[tuple[int, int], RoutedInputs] = {}
     write = capture.write_activations
 
-    def spy(context: StageContext, layer: int, part: object, seen: RoutedInputs) -> ActivationPart:
+    def spy(context: StageContext, layer: int, part: object, seen: RoutedInputs, start: float) -> ActivationPart:
         raw[layer, part.part] = RoutedInputs(*(t.clone() for t in seen))  # type: ignore[attr-defined]
-        return write(context, layer, part, seen)  # type: ignore[arg-type]
+        return write(context, layer, part, seen, start)  # type: ignore[arg-type]
 
     monkeypatch.setattr(capture, "write_activations", spy)
     capture_parts(context, [p.part for p in context.plan.parts])
@@ -98,7 +98,7 @@ def test_scales_are_those_of_the_layers_maxima(context: StageContext) -> None:
 
 
 def files(root: Path, *prefixes: str) -> dict[str, bytes]:
-    return {str(p.relative_to(root)): p.read_bytes() for f in prefixes for p in sorted((root / f).rglob("*")) if p.is_file()}
+    return {str(p.relative_to(root)): timeless(p.read_bytes()) for f in prefixes for p in sorted((root / f).rglob("*")) if p.is_file()}
 
 
 def test_capture_is_the_same_whoever_owns_the_parts_and_wherever_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

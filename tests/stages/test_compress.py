@@ -17,7 +17,7 @@ from torch import Tensor
 
 from p48ray import run_root
 from p48ray.checkpoint.index import open_checkpoint
-from p48ray.errors import ObjectMissingError, ShardCorruptError
+from p48ray.errors import CorruptObjectError, ShardCorruptError
 from p48ray.manifest import LayerScales, LinearRecord, UnitManifest
 from p48ray.model.experts import RoutedInputs
 from p48ray.plan import WorkUnit
@@ -97,13 +97,13 @@ def opened(finished: SmallRun, layer_inputs: RoutedInputs, random_delta: Tensor)
         tokens = [p.num_sequences * config.calibration.sequence_length for p in context.plan.parts]
         rows = zip(*(seen_part.split(tokens) for seen_part in seen[:3]), strict=True)
         parts = [
-            write_activations(context, 1, part, RoutedInputs(*three, seen.amax_intermediate))
+            write_activations(context, 1, part, RoutedInputs(*three, seen.amax_intermediate), 0.0)
             for part, three in zip(context.plan.parts, rows, strict=True)
         ]
         context.store.put(run_root.layer_scales(1), combine(context, 1, parts).to_json())
         if config.compression.output_curvature:
             for part, rows_TH in zip(context.plan.parts, delta_TH.split(tokens), strict=True):
-                write_gradients(context, 1, part, rows_TH)
+                write_gradients(context, 1, part, rows_TH, 0.0)
         return context
 
     return make
@@ -558,12 +558,14 @@ def test_gradients_with_one_wrong_byte_are_refused_by_name(opened: Opener, share
 def test_absent_gradients_are_named(opened: Opener) -> None:
     context = opened(GRADIENTS)
     context.store.delete(run_root.gradient_part(1, 0))
-    with pytest.raises(ObjectMissingError, match=run_root.gradient_part(1, 0)):
+    with pytest.raises(CorruptObjectError, match=run_root.gradient_part(1, 0)) as caught:
         compress_unit(context, PAIR)
+    assert caught.value.keys == (run_root.gradient_manifest(1, 0), run_root.gradient_part(1, 0))
 
 
 def test_absent_activations_are_named(opened: Opener) -> None:
     context = opened()
     context.store.delete(PART)
-    with pytest.raises(ObjectMissingError, match=PART):
+    with pytest.raises(CorruptObjectError, match=PART) as caught:
         compress_unit(context, PAIR)
+    assert caught.value.keys == (PART.replace(".arrow", ".json"), PART)

@@ -70,9 +70,9 @@ def test_delta_is_autograds_through_the_whole_model(context: StageContext, monke
     raw: dict[tuple[int, int], Tensor] = {}
     write = gradients.write_gradients
 
-    def spy(context: StageContext, layer: int, part: SequencePart, delta_TH: Tensor) -> GradientPart:
+    def spy(context: StageContext, layer: int, part: SequencePart, delta_TH: Tensor, start: float) -> GradientPart:
         raw[layer, part.part] = delta_TH.clone()
-        return write(context, layer, part, delta_TH)
+        return write(context, layer, part, delta_TH, start)
 
     monkeypatch.setattr(gradients, "write_gradients", spy)
     manifests = gradient_parts(context, [0, 1, 2])
@@ -125,10 +125,10 @@ def die_at_write(monkeypatch: pytest.MonkeyPatch, layer: int, part: int) -> None
     """Between two parts of a layer: its stream has gone down, its delta is not written."""
     write = gradients.write_gradients
 
-    def dying(context: StageContext, number: int, owner: SequencePart, delta_TH: Tensor) -> GradientPart:
+    def dying(context: StageContext, number: int, owner: SequencePart, delta_TH: Tensor, start: float) -> GradientPart:
         if (number, owner.part) == (layer, part):
             raise Death
-        return write(context, number, owner, delta_TH)
+        return write(context, number, owner, delta_TH, start)
 
     monkeypatch.setattr(gradients, "write_gradients", dying)
 
@@ -275,7 +275,7 @@ def test_infinite_gradients_are_refused(context: StageContext) -> None:
     delta_TH = torch.zeros(128, 256)
     delta_TH[0, 0] = torch.inf
     with pytest.raises(CalibrationError, match="layer 2, part 0"):
-        gradients.write_gradients(context, 2, context.plan.parts[0], delta_TH)
+        gradients.write_gradients(context, 2, context.plan.parts[0], delta_TH, 0.0)
     assert not files(Path(context.store.uri.removeprefix("file://")), "gradients")
 
 

@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from p48ray import run_root
 from p48ray.config import load_config
-from p48ray.errors import ShardCorruptError
+from p48ray.errors import CorruptObjectError, ShardCorruptError
 from p48ray.manifest import CheckpointManifest, ShardVerdict, UnitManifest
 from p48ray.stages.context import StageContext
 from p48ray.stages.prepare import prepare
@@ -219,10 +219,12 @@ def test_unit_of_another_size_than_its_manifest_says_is_refused_by_name(finished
     if damage != "absent":
         units_only.store.put(key, data[:-1] if damage == "shorter" else data + b"\0")
     found = {"shorter": len(data) - 1, "longer": len(data) + 1, "absent": "nothing"}[damage]
+    manifest = run_root.unit_manifest(unit.id)
     with pytest.raises(
-        ShardCorruptError, match=rf"{key}: expected {len(data)} bytes .* found {found}; delete units/{unit.id}/manifest.json"
-    ):
+        CorruptObjectError, match=rf"{key}: expected {len(data)} bytes with SHA-256 .* as {manifest} says, found {found}"
+    ) as caught:
         stitch_shard(units_only, finished.prepared.shards[0])
+    assert caught.value.keys == (manifest, key)
     assert list(units_only.store.list("checkpoint/")) == []
 
 

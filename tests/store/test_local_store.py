@@ -12,6 +12,7 @@ import pytest
 
 from p48ray.errors import P48Error, ShardCorruptError, TransientStoreError
 from p48ray.store import ByteRange, LocalStore, MemoryStore, local
+from p48ray.store.view import SubStore
 
 WRITER = """
 import sys
@@ -156,3 +157,23 @@ def test_linked_files_are_read_and_listed_as_objects(tmp_path: Path) -> None:
     store = LocalStore(tmp_path / "snapshot")
     assert [(info.key, info.size_bytes) for info in store.list()] == [("model.safetensors", 7)]
     assert store.get_range("model.safetensors", 2, 3) == b"igh"
+
+
+def test_sweep_removes_old_temporary_files_under_its_prefix_and_nothing_else(tmp_path: Path) -> None:
+    store = LocalStore(tmp_path)
+    for key in ("units/a", "units/deep/b", "other/c"):
+        store.put(key, b"1")
+    old, deep, young, beside = (
+        tmp_path / folder / f"{local.TEMP_PREFIX}{name}"
+        for folder, name in [("units", "1"), ("units/deep", "2"), ("units", "3"), ("other", "4")]
+    )
+    for path in (old, deep, young, beside):
+        path.write_bytes(b"half")
+        os.utime(path, (time.time() - (10 if path is young else 7200),) * 2)
+    os.utime(tmp_path / "units" / "a", (0, 0))
+    assert SubStore(store, "units/").sweep(3600.0) == 2
+    assert set(temp_files(tmp_path)) == {beside, young}
+    assert store.sweep(3600.0) == 1
+    assert temp_files(tmp_path) == [young]
+    assert [info.key for info in store.list()] == ["other/c", "units/a", "units/deep/b"]
+    assert LocalStore(tmp_path / "never-written").sweep(0.0) == 0

@@ -36,7 +36,9 @@ def test_memory_uri_names_one_store_per_name() -> None:
 @pytest.mark.parametrize(
     ("uri", "message"),
     [
-        ("s3://bucket/prefix", "s3:// stores are not built yet"),
+        ("s3://", "found no bucket's name"),
+        ("s3:///key", "found no bucket's name"),
+        ("s3://b_u:c/key", "found no bucket's name"),
         ("hf://owner/name@main", "hf:// stores are not built yet"),
         ("gs://bucket", "unknown scheme gs://; known are"),
         ("memory://", "found no name"),

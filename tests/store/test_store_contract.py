@@ -1,22 +1,29 @@
 """The contract that every store passes. To add a backend, add a fixture parameter here: nothing below knows which store it has."""
 
+import hashlib
 import pickle
 import threading
 import uuid
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from p48ray.errors import ObjectMissingError, P48Error, ShardCorruptError
-from p48ray.store import ByteRange, LocalStore, MemoryStore, ObjectInfo, Store, open_store
+from p48ray.store import ByteRange, LocalStore, MemoryStore, ObjectInfo, S3Store, Store, open_store
 from p48ray.store.view import SubStore
+from tests.store.servers import BUCKET
 
 BAD_KEYS = ["", "/a", "a//b", "a/", "..", "a/../b", "../a", ".", "./a", "a/.", "a\\b", "a\0b", "a/.p48tmp-1-2"]
 
 
-def make_store(kind: str, root: Path) -> Store:
+KINDS = ["local", "memory", "view", "seaweedfs", "moto"]
+
+
+def make_store(kind: str, root: Path, request: pytest.FixtureRequest) -> Store:
     """A fresh, empty store. A view is a folder of a store that holds other things beside it."""
+    if kind in ("seaweedfs", "moto"):
+        server = request.getfixturevalue("seaweedfs" if kind == "seaweedfs" else "moto_server")
+        return S3Store(f"s3://{BUCKET}/{uuid.uuid4().hex}", server.endpoint_url)
     if kind == "view":
         behind = LocalStore(root)
         behind.put("beside", b"another object")
@@ -25,16 +32,16 @@ def make_store(kind: str, root: Path) -> Store:
     return LocalStore(root) if kind == "local" else MemoryStore(uuid.uuid4().hex)
 
 
-@pytest.fixture(params=["local", "memory", "view"])
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Store]:
+@pytest.fixture(params=KINDS)
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
     """A fresh, empty store of each kind."""
-    yield make_store(request.param, tmp_path / "root")
+    return make_store(request.param, tmp_path / "root", request)
 
 
-@pytest.fixture(params=["local", "memory", "view"])
+@pytest.fixture(params=KINDS)
 def other(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
     """A second store, to compose from; of each kind, so that all pairs are tried."""
-    return make_store(request.param, tmp_path / "other")
+    return make_store(request.param, tmp_path / "other", request)
 
 
 def keys(store: Store, prefix: str = "") -> list[str]:
@@ -44,7 +51,7 @@ def keys(store: Store, prefix: str = "") -> list[str]:
 def test_store_satisfies_the_protocol_and_its_uri_opens_it_again(store: Store) -> None:
     assert isinstance(store, Store)
     store.put("a", b"1")
-    assert open_store(store.uri).get("a") == b"1"
+    assert open_store(store.uri, getattr(store, "endpoint_url", None)).get("a") == b"1"
 
 
 def test_empty_store_reads_as_empty(store: Store) -> None:
@@ -61,7 +68,11 @@ def test_empty_store_reads_as_empty(store: Store) -> None:
 def test_put_then_get_gives_the_same_bytes(store: Store, data: bytes) -> None:
     store.put("folder/sub/object.bin", data)
     assert store.get("folder/sub/object.bin") == data
-    assert store.head("folder/sub/object.bin") == ObjectInfo("folder/sub/object.bin", len(data))
+    held = store.head("folder/sub/object.bin")
+    assert held is not None
+    assert (held.key, held.size_bytes) == ("folder/sub/object.bin", len(data))
+    assert held.sha256 in (None, hashlib.sha256(data).hexdigest())
+    assert isinstance(store, S3Store) == (held.sha256 is not None)
     assert list(store.list()) == [ObjectInfo("folder/sub/object.bin", len(data))]
 
 
@@ -228,3 +239,21 @@ def test_pickled_store_is_the_same_store(store: Store) -> None:
     again = pickle.loads(pickle.dumps(store))
     assert again.get("a") == b"1"
     assert again.uri == store.uri
+
+
+def test_traffic_counts_the_bytes_that_passed_through_and_starts_at_zero_in_a_copy(store: Store) -> None:
+    before = (store.traffic.bytes_written, store.traffic.bytes_read, store.traffic.requests)
+    store.put("a", b"0123456789")
+    store.put_if_absent("b", b"01234")
+    store.get("a")
+    store.get_range("a", 2, 3)
+    counted = store.traffic
+    assert (counted.bytes_written - before[0], counted.bytes_read - before[1], counted.retries) == (15, 13, 0)
+    assert counted.requests - before[2] == 4
+    assert pickle.loads(pickle.dumps(store)).traffic.bytes_written == 0
+
+
+def test_sweep_of_a_clean_store_removes_nothing(store: Store) -> None:
+    store.put("a/b", b"1")
+    assert store.sweep(0.0) == 0
+    assert store.get("a/b") == b"1"

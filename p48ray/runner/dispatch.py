@@ -1,0 +1,51 @@
+"""Who does what next: tasks that share a layer's activations go to the same node, heaviest first.
+
+A node works on whole layers, so that it reads each layer's activations and gradients once. It takes the heaviest layer that nobody has; when none is
+left, it joins the layer with the most waiting work for each node on it. (A layer that moved as a whole would leave its first node idle, which would take
+the next one, and so on: with more nodes than layers every unit would be read by another node.)
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable
+
+from p48ray.stages.tasks import Task
+
+
+class Dispatcher:
+    """Waiting tasks. Within a layer by falling load; tasks without a layer are a layer of their own that belongs to everybody."""
+
+    def __init__(self, tasks: Iterable[Task]) -> None:
+        self.waiting: dict[int | None, list[Task]] = defaultdict(list)
+        self.nodes: dict[int | None, set[str]] = defaultdict(set)
+        for task in tasks:
+            self.waiting[task.layer].append(task)
+        for queue in self.waiting.values():
+            queue.sort(key=lambda task: (task.load, task.id))  # taken from the end
+
+    def __len__(self) -> int:
+        return sum(len(queue) for queue in self.waiting.values())
+
+    def put_back(self, task: Task) -> None:
+        """A task whose attempt failed; it waits behind the rest of its layer, so that a poison unit does not hold up the others."""
+        self.waiting[task.layer].insert(0, task)
+
+    def forget(self, node: str) -> None:
+        """A node that is gone: its layers are free again."""
+        for nodes in self.nodes.values():
+            nodes.discard(node)
+
+    def take(self, node: str) -> Task | None:
+        """The next task for a worker on `node`; None when nothing waits."""
+        open_layers = [layer for layer, queue in self.waiting.items() if queue]
+        if not open_layers:
+            return None
+        mine = [layer for layer in open_layers if layer is None or node in self.nodes[layer]]
+        layer = max(mine or open_layers, key=lambda n: (self.weight(n), -(n or 0)))
+        self.nodes[layer].add(node)
+        return self.waiting[layer].pop()
+
+    def weight(self, layer: int | None) -> float:
+        """Waiting load for each node on the layer, one more that would join it included; an unowned layer outweighs every shared one."""
+        load = float(sum(task.load for task in self.waiting[layer]) + len(self.waiting[layer]))
+        owners = len(self.nodes[layer])
+        return load / (1 + owners) if owners else load * 1e6

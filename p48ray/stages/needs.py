@@ -1,0 +1,73 @@
+"""What a run root still lacks, from one listing: the whole of resuming, as a pure function of the plan and the keys that are there.
+
+A layer is open while one of its units has no manifest. Only open layers need activations and gradients, so what `run.keep` deleted is not made again unless a
+unit has to be. A part of the calibration sequences goes up from the highest stored boundary that serves, and back down from the lowest.
+
+Boundary n is what enters layer n; boundary num_layers is what enters the head. The gradient at a mixture's output is that at the boundary above it.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+
+from p48ray import run_root
+from p48ray.plan import RunPlan, WorkUnit
+from p48ray.store.base import Store
+
+STREAM_PREFIXES = (run_root.RESIDUALS, run_root.ACTIVATIONS, run_root.RESIDUAL_GRADIENTS, run_root.GRADIENTS, run_root.UNITS)
+
+
+@dataclass(frozen=True)
+class Needs:
+    """The plan against the keys of the run root."""
+
+    plan: RunPlan
+    keys: frozenset[str]
+
+    @cached_property
+    def missing_units(self) -> tuple[WorkUnit, ...]:
+        return tuple(u for u in self.plan.units if run_root.unit_manifest(u.id) not in self.keys)
+
+    @cached_property
+    def open_layers(self) -> tuple[int, ...]:
+        return tuple(sorted({u.layer for u in self.missing_units}))
+
+    def activation_layers(self, part: int) -> list[int]:
+        """Open layers whose activations of this part are not there in full, lowest first."""
+        return [n for n in self.open_layers if not self.has(run_root.activation_part(n, part), run_root.activation_manifest(n, part))]
+
+    def gradient_layers(self, part: int) -> list[int]:
+        """The same for gradients; none where the plan does not use them."""
+        if not self.plan.config.compression.output_curvature:
+            return []
+        return [n for n in self.open_layers if not self.has(run_root.gradient_part(n, part), run_root.gradient_manifest(n, part))]
+
+    def has(self, *keys: str) -> bool:
+        return all(key in self.keys for key in keys)
+
+    def way_back(self, part: int) -> range:
+        """Layers (num_layers stands for the head) that the way back still visits with this part, lowest first; empty when it is done.
+
+        At each layer above the lowest the stored residual is read and the gradient taken one boundary down; the lowest only gets its gradient written.
+        """
+        wanted = self.gradient_layers(part)
+        if not wanted:
+            return range(0)
+        top = self.plan.source.num_layers
+        stored = (b for b in range(wanted[-1] + 1, top + 1) if run_root.residual_gradient_part(b, part) in self.keys)
+        return range(wanted[0], next(stored, top + 1))
+
+    def way_up(self, part: int) -> range:
+        """Layers that capture still runs with this part; empty when it is done."""
+        missing = (b for b in self.way_back(part)[1:] if run_root.residual_part(b, part) not in self.keys)
+        layers = {*self.activation_layers(part), *(b - 1 for b in missing)}
+        if not layers:
+            return range(0)
+        first = min(layers)
+        entry = next((b for b in range(first, 0, -1) if run_root.residual_part(b, part) in self.keys), 0)
+        return range(entry, max(layers) + 1)
+
+
+def read_needs(plan: RunPlan, store: Store, prefixes: Iterable[str] = STREAM_PREFIXES) -> Needs:
+    """Needs as the store stands now."""
+    return Needs(plan, frozenset(info.key for prefix in prefixes for info in store.list(prefix)))

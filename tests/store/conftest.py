@@ -1,0 +1,5 @@
+"""The servers, for every test of this folder."""
+
+from tests.store.servers import aws_identity, moto_server, seaweedfs
+
+__all__ = ["aws_identity", "moto_server", "seaweedfs"]
