@@ -47,16 +47,14 @@ class Estimate:
 
 
 def estimate(plan: RunPlan, index: CheckpointIndex, layout: ModelLayout, shards: tuple[OutputShard, ...]) -> Estimate:
-    """Estimate a plan. Peak storage counts everything that run.keep: all leaves in the run root; manifests and headers are not counted."""
-    c, moe = plan.config.calibration, len(layout.moe_layers)
+    """Estimate a plan; of a pilot, its own layers. Manifests and headers are not counted."""
+    c, moe = plan.config.calibration, len(plan.layers)
     tokens = c.num_sequences * c.sequence_length
     goes_back = plan.config.compression.output_curvature
     boundary = tokens * layout.hidden_size * (4 if c.compute_dtype == "float32" else 2)
     seen = tokens * (2 * layout.hidden_size + ROUTING_BYTES * layout.top_k)
     felt = tokens * 2 * layout.hidden_size if goes_back else 0
-    boundaries_back = layout.num_layers - layout.moe_layers[0] if goes_back else 0
-    gradients = moe * felt + boundaries_back * boundary
-    residuals = len(plan.boundaries) * boundary
+    boundaries_back = layout.num_layers - plan.layers[0] if goes_back else 0
     units = sum(unit_bytes(layout, u) for u in plan.units)
     source = sum(e.num_bytes for e in index.tensors.values())
     untouched = untouched_tensors(index, layout)
@@ -64,21 +62,39 @@ def estimate(plan: RunPlan, index: CheckpointIndex, layout: ModelLayout, shards:
     checkpoint = sum(s.num_bytes for s in shards)
     dense = sum(e.num_bytes // DTYPE_BYTES[e.dtype] for e in untouched if layer_of(layout, e.name) is not None)
     directions = 3 if goes_back else 1  # on the way back every layer is run again, then differentiated with respect to its activations
+    streamed = plan.num_streamed_layers / layout.num_layers
     return Estimate(
         num_tokens=tokens,
         source_bytes=source,
-        stream_read_bytes=source * (2 if goes_back else 1),
+        stream_read_bytes=round(source * streamed * (2 if goes_back else 1)),
         activation_bytes=moe * seen,
-        residual_bytes=residuals,
-        gradient_bytes=gradients,
-        unit_read_bytes=source - untouched_bytes + len(plan.units) * (seen + felt),
+        residual_bytes=len(plan.boundaries) * boundary,
+        gradient_bytes=moe * felt + boundaries_back * boundary,
+        unit_read_bytes=(source - untouched_bytes) * moe // len(layout.moe_layers) + len(plan.units) * (seen + felt),
         unit_bytes=units,
         untouched_bytes=untouched_bytes,
         checkpoint_bytes=checkpoint,
-        peak_stored_bytes=moe * seen + residuals + gradients + units + checkpoint,
-        stream_gpu_hours=directions * forward_flops(tokens, layout, dense) / STREAM_FLOPS / 3600,
+        peak_stored_bytes=peak_stored_bytes(plan, boundary, boundaries_back, moe * seen, moe * felt, units, checkpoint),
+        stream_gpu_hours=directions * streamed * forward_flops(tokens, layout, dense) / STREAM_FLOPS / 3600,
         solver_gpu_hours=(loop_seconds(plan, layout) + product_seconds(plan, layout)) / 3600,
     )
+
+
+def peak_stored_bytes(plan: RunPlan, boundary: int, boundaries_back: int, seen: int, felt: int, units: int, checkpoint: int) -> int:
+    """The most that the run root holds at a time under run.keep (stages.collect).
+
+    With keep: all the sum of everything. Otherwise the largest of the stages' peaks: the way up ends with all boundaries where a way back will read
+    them; on the way back each part trades a boundary for a layer's gradients, two boundaries in hand; while units are solved their layer's tokens are
+    still there, of at most as many layers as there are workers; in the end unit shards stand beside the checkpoint.
+    """
+    residuals = len(plan.boundaries) * boundary
+    if plan.config.run.keep == "all":
+        return seen + residuals + felt + boundaries_back * boundary + units + checkpoint
+    in_hand = 2 * boundary
+    up = seen + (residuals if plan.config.compression.output_curvature else in_hand)
+    back = max(up, seen + felt) + in_hand if felt else up
+    solving = seen + felt + units * min(len(plan.layers), plan.config.run.num_workers) // len(plan.layers)
+    return max(up, back, solving, units + checkpoint)
 
 
 def forward_flops(tokens: int, layout: ModelLayout, dense_elements: int) -> float:
@@ -108,4 +124,4 @@ def product_seconds(plan: RunPlan, layout: ModelLayout) -> float:
     if c.output_curvature:
         flops += 2 * routed * (4 * f * f + h * h + 6 * h * f) + 2 * c.sweeps * (4 * f * f * h + h * h * f)
     refinement = 24 * c.refine_steps * BATCH_TOKENS * h * f
-    return len(layout.moe_layers) * layout.num_experts * (flops / MATMUL_FLOPS + refinement / REFINE_FLOPS)
+    return sum(u.num_experts for u in plan.units) * (flops / MATMUL_FLOPS + refinement / REFINE_FLOPS)

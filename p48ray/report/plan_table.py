@@ -19,7 +19,8 @@ def print_plan(prepared: Prepared, console: Console) -> None:
 
 def plan_rows(prepared: Prepared, e: Estimate) -> list[tuple[str, str]]:
     plan, layout = prepared.plan, prepared.layout
-    linears = len(layout.moe_layers) * layout.num_experts * 3
+    linears = len(plan.layers) * layout.num_experts * 3
+    layers = f"{len(plan.layers)} layers" + (f" of {len(layout.moe_layers)}" if plan.is_pilot else "")
     c, r = plan.config.calibration, plan.config.run
     written = {
         "activations": e.activation_bytes,
@@ -33,7 +34,7 @@ def plan_rows(prepared: Prepared, e: Estimate) -> list[tuple[str, str]]:
         ("run root", plan.config.run.root),
         (
             "expert linears",
-            f"{linears:,} ({len(layout.moe_layers)} layers x {layout.num_experts} experts x 3, stored as {layout.expert_storage})",
+            f"{linears:,} ({layers} x {layout.num_experts} experts x 3, stored as {layout.expert_storage})",
         ),
         ("units", f"{len(plan.units):,} of up to {r.experts_per_unit} experts"),
         ("calibration", f"{c.num_sequences:,} x {c.sequence_length:,} = {e.num_tokens:,} tokens in {len(plan.parts):,} parts"),
@@ -45,7 +46,9 @@ def plan_rows(prepared: Prepared, e: Estimate) -> list[tuple[str, str]]:
             ", ".join(f"{name} {size(value)}" for name, value in written.items()),
         ),
         ("stored at the peak", f"{size(e.peak_stored_bytes)} (run.keep: {r.keep})"),
-        ("output", f"{len(prepared.shards)} shards, {size(e.checkpoint_bytes)}, of it untouched {size(e.untouched_bytes)}"),
+        ("output", "none: a pilot of some layers (run.layers)")
+        if plan.is_pilot
+        else ("output", f"{len(prepared.shards)} shards, {size(e.checkpoint_bytes)}, of it untouched {size(e.untouched_bytes)}"),
     ]
     if r.gpus_per_worker:
         hours = f"{e.gpu_hours:.1f} GPU-hours on H100s (streaming {e.stream_gpu_hours:.1f}, solver {e.solver_gpu_hours:.1f}; input and output apart)"

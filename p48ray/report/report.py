@@ -11,6 +11,7 @@ from p48ray.checkpoint.layout import PROJECTIONS
 from p48ray.manifest import LinearRecord, UnitManifest
 from p48ray.output_layout import OutputShard, unit_bytes
 from p48ray.records import Record
+from p48ray.report.work import Extrapolation, duration, extrapolate, read_work
 from p48ray.stages.context import StageContext
 from p48ray.stages.evaluate import EvaluationResult
 
@@ -50,6 +51,7 @@ class Report(Record):
     expert_bytes: int
     quality: EvaluationResult | None
     baseline: EvaluationResult | None = None
+    pilot: Extrapolation | None = None
     stage_seconds: dict[str, float]
     unit_seconds: dict[str, float]
     devices: dict[str, int]
@@ -92,6 +94,7 @@ def build_report(
         source_bytes=sum(e.num_bytes for e in context.source.tensors.values()),
         expert_bytes=sum(unit_bytes(context.layout, u) for u in plan.units),
         quality=quality,
+        pilot=extrapolate(plan, read_work(plan, context.store, {info.key for info in context.store.list()})) if plan.is_pilot else None,
         stage_seconds=stage_seconds,
         unit_seconds={name: round(value, 1) for name, value in phases.items()},
         devices=dict(Counter(u.device for u in units)),
@@ -138,4 +141,14 @@ def print_report(report: Report, console: Console) -> None:
     console.print(f"size: {report.checkpoint_bytes:,} bytes (source {report.source_bytes:,}), experts {report.expert_bytes:,}")
     spent = ", ".join(f"{name} {value:.0f} s" for name, value in report.stage_seconds.items())
     console.print(f"time: {spent}")
-    console.print(f"checkpoint: {report.checkpoint}", soft_wrap=True)
+    if report.pilot is None:
+        console.print(f"checkpoint: {report.checkpoint}", soft_wrap=True)
+        return
+    p = report.pilot
+    on_gpus = f", {p.gpu_hours:.1f} GPU-hours" if p.gpu_hours else ""
+    price = f", {p.cost:,.2f} at the configured price" if p.cost is not None else ""
+    console.print(
+        f"pilot of {p.layers} layers, no checkpoint; all {p.of_layers} would take {duration(3600 * p.worker_hours)} of workers' time"
+        f"{on_gpus}{price}, {duration(3600 * p.wall_hours)} with the configured workers and none idle",
+        soft_wrap=True,
+    )

@@ -11,6 +11,7 @@ from p48ray.errors import ConfigError
 from p48ray.manifest import Failure
 from p48ray.plan import RunPlan, cut
 from p48ray.records import Record
+from p48ray.report.work import Work, duration, gpu_hours, read_work
 from p48ray.store.base import Store
 
 
@@ -29,6 +30,9 @@ class RunStatus(Record):
     name: str
     plan_digest: str
     stages: tuple[StageStatus, ...]
+    work: tuple[Work, ...]
+    gpu_hours: float
+    cost: float | None
     layers: tuple[tuple[int, int, int], ...]  # layer, activation parts, units
     failures: tuple[str, ...]
     stored_bytes: int
@@ -44,8 +48,8 @@ def read_status(store: Store) -> RunStatus:
         raise ConfigError(f"{store.uri}: expected a run root with {run_root.PLAN}, found none")
     plan = RunPlan.load(store, run_root.PLAN)
     sizes = {info.key: info.size_bytes for info in store.list()}
-    keys = sizes.keys()
-    parts = Counter(n for n in plan.source.moe_layers for p in plan.parts if run_root.activation_manifest(n, p.part) in keys)
+    keys = set(sizes)
+    parts = Counter(n for n in plan.layers for p in plan.parts if run_root.activation_manifest(n, p.part) in keys)
     units = Counter(u.layer for u in plan.units if run_root.unit_manifest(u.id) in keys)
     shards = [k for k in keys if k.startswith(run_root.CHECKPOINT) and k.endswith(".safetensors")]
     planned_shards = int(shards[0].rpartition("-of-")[2].removesuffix(".safetensors")) if shards else 0
@@ -53,8 +57,10 @@ def read_status(store: Store) -> RunStatus:
     evaluation = plan.config.evaluation
     held_out = len(cut(evaluation.num_sequences, evaluation.sequences_per_part)) if evaluation else 0
     evaluated = Counter(k.rpartition("/")[0] for k in keys if k.startswith(run_root.EVALUATION) and "/part-" in k)
-    num_parts = len(plan.parts) * len(plan.source.moe_layers)
-    felt = sum(run_root.gradient_manifest(n, p.part) in keys for n in plan.source.moe_layers for p in plan.parts)
+    num_parts = len(plan.parts) * len(plan.layers)
+    felt = sum(run_root.gradient_manifest(n, p.part) in keys for n in plan.layers for p in plan.parts)
+    work = read_work(plan, store, keys)
+    price = plan.config.run.gpu_hour_price
     stages = (
         StageStatus(stage="capture", done=parts.total(), total=num_parts),
         *((StageStatus(stage="gradients", done=felt, total=num_parts),) if plan.config.compression.output_curvature else ()),
@@ -68,8 +74,13 @@ def read_status(store: Store) -> RunStatus:
         name=plan.config.name,
         plan_digest=plan.digest,
         stages=stages,
-        layers=tuple((n, parts[n], units[n]) for n in plan.source.moe_layers),
-        failures=tuple(f"{k.removeprefix(run_root.FAILURES)}: {Failure.load(store, k).error}" for k in failures),
+        work=work,
+        gpu_hours=gpu_hours(plan, work),
+        cost=gpu_hours(plan, work) * price if price else None,
+        layers=tuple((n, parts[n], units[n]) for n in plan.layers),
+        failures=tuple(
+            f"{k.removeprefix(run_root.FAILURES)}: {f.error}" for k, f in zip(failures, Failure.load_all(store, failures), strict=True)
+        ),
         stored_bytes=sum(sizes.values()),
         is_complete=run_root.REPORT in keys,
     )
@@ -83,6 +94,13 @@ def print_status(status: RunStatus, console: Console) -> None:
     for stage in status.stages:
         table.add_row(stage.stage, str(stage.done), str(stage.total) if stage.total else "not known yet")
     console.print(table)
+    for w in status.work:
+        if w.done < w.total and w.per_minute is not None and w.seconds_left is not None:
+            console.print(f"{w.stage}: {w.per_minute:g} a minute of late, {duration(w.seconds_left)} left at that rate")
+    worked = duration(sum(w.worker_seconds for w in status.work))
+    spent = f", {status.gpu_hours:.1f} GPU-hours" if status.gpu_hours else ""
+    price = f", {status.cost:,.2f} spent on them" if status.cost is not None else ""
+    console.print(f"finished work: {worked} of workers' time{spent}{price} (waiting and lost attempts not counted)")
     layers = Table("layer", "activation parts", "units")
     for layer, parts, units in status.layers:
         layers.add_row(str(layer), str(parts), str(units))

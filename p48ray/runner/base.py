@@ -42,8 +42,9 @@ def run_all(runner: Runner, tasks: Sequence[Task], store: Store, on_done: Callab
         if isinstance(error, UserError):
             raise error
     for result in failed:
+        if result.redo:
+            log.warning("%s %s: %s; deleting %s, made anew next", result.task.stage, result.task.id, result.error, ", ".join(result.redo))
         for key in result.redo:
-            log.warning("%s %s: %s; deleting %s, it will be made anew", result.task.stage, result.task.id, result.error, key)
             store.delete(key)
     stage = failed[0].task.stage
     lines = [f"  {r.task.id}: {r.error_type}: {r.error}" for r in failed[:LISTED_FAILURES]]

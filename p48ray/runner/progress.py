@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import Self
 
 from p48ray.errors import P48Error
+from p48ray.report.work import duration
 
 log = logging.getLogger("p48ray.progress")
 
@@ -55,11 +56,3 @@ class Progress:
         left = duration((self.total - done) / rate) if rate else "unknown"
         pace = f"{rate:.1f}/s" if rate >= 1 else f"{rate * 60:.1f}/min"
         return f"{self.stage:9s} {done}/{self.total} {self.noun}  {100 * done // self.total} %  {pace}  {left} left"
-
-
-def duration(seconds: float) -> str:
-    """1 h 02 min, 3 min 05 s, 12 s."""
-    whole = round(seconds)
-    if whole >= 3600:
-        return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
-    return f"{whole // 60} min {whole % 60:02d} s" if whole >= 60 else f"{whole} s"

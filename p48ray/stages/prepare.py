@@ -48,7 +48,7 @@ def prepare(config: RunConfig, is_dry: bool = False) -> Prepared:
     plan = make_plan(config, source, layout, documents, digest_tokenizer(source))
     if config.evaluation is not None:
         check_length(plan, config.evaluation, layout.text_config.get("max_position_embeddings"))
-    shards = plan_output(plan.units, config.output.max_shard_size, source, layout)
+    shards = () if plan.is_pilot else plan_output(plan.units, config.output.max_shard_size, source, layout)
     store = open_store(DRY_RUN_STORE) if is_dry else open_store(config.run.root, config.run.endpoint_url)
     return Prepared(plan=plan, store=store, source=source, layout=layout, shards=shards)
 

@@ -33,7 +33,7 @@ class StitchedShard:
 def stitch_shard(context: StageContext, shard: OutputShard) -> StitchedShard:
     """Compose one output shard from manifest-named attempts and the source.
 
-    Raises: ShardCorruptError when a unit's manifest belongs to another plan or its shard has another size than the manifest claims.
+    Raises: ShardCorruptError when a unit's manifest belongs to another plan; CorruptObjectError when shards are not what their manifests claim.
     """
     key = run_root.checkpoint_file(shard.name)
     header = encode_header(shard_rows(shard, context.layout))
@@ -42,11 +42,18 @@ def stitch_shard(context: StageContext, shard: OutputShard) -> StitchedShard:
     if held is not None and held.size_bytes == size_bytes:
         return StitchedShard(shard.name, size_bytes)
     pieces: list[Piece] = [header]
+    corrupt: list[CorruptObjectError] = []
     for segment in shard.segments:
         if isinstance(segment, WorkUnit):
-            pieces.append(unit_range(context, segment))
+            try:
+                pieces.append(unit_range(context, segment))
+            except CorruptObjectError as error:
+                corrupt.append(error)  # all of them are named, so that one round makes them all anew
         else:
             pieces.append(ByteRange(context.source.store, segment.file, segment.start, segment.num_bytes))
+    if corrupt:
+        more = f" (and {len(corrupt) - 1} more units)" if len(corrupt) > 1 else ""
+        raise CorruptObjectError(f"{corrupt[0]}{more}", *(name for error in corrupt for name in error.keys))
     written = context.store.compose(key, pieces)
     if written != size_bytes:
         context.store.delete(key)

@@ -239,7 +239,7 @@ def test_corrupt_object_is_made_anew_by_the_same_run(on_ray: bool, damage: str, 
     outcome = invoke(*arguments(root), on_ray=on_ray)
     assert outcome.code == 0, outcome
     assert_same_bytes(local_run, root)
-    assert (f"deleting {key}, it will be made anew" in outcome.out) == (damage == "flipped")  # what is gone is seen in the listing
+    assert (f"{key}, made anew next" in outcome.out) == (damage == "flipped")  # what is gone is seen in the listing
 
 
 @pytest.mark.parametrize("damage", ["flipped", "gone", "shorter"])
