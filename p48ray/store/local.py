@@ -35,7 +35,7 @@ class LocalStore:
 
     def __reduce__(self) -> tuple[type["LocalStore"], tuple[str]]:
         """Counters belong to the process."""
-        return (LocalStore, (self.root,))
+        return (type(self), (self.root,))
 
     def __repr__(self) -> str:
         """As it is typed."""
