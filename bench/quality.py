@@ -53,7 +53,8 @@ SOLVERS: dict[str, dict[str, str]] = {
     "descent": PLAIN,
     "two_sided": TWO_SIDED,
     "two_sided_codes": TWO_SIDED | {"code_sweeps": "2"},
-    "default": {"output_curvature": "true", "sweeps": "12", "refine_steps": "600"},
+    "default": {"output_curvature": "true", "sweeps": "12", "refine_steps": "300"},
+    "refined_600": {"output_curvature": "true", "sweeps": "12", "refine_steps": "600"},
 }
 VIEWS = {"W4A4/16": (), "W4A4/32": ("evaluation.activation_group=32",), "W4A16": ("evaluation.activations=original",)}
 SPARSE_ONLY = "sparse only"  # view of the solvers in LADDER

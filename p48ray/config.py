@@ -92,7 +92,7 @@ class CompressionConfig(Section):
     router_weight_exponent: float = Field(2.0, ge=0)
     sweeps: int = Field(12, ge=0, description="Of block descent.")
     code_sweeps: int = Field(0, ge=0, description="Of code descent, after quantization.")
-    refine_steps: int = Field(600, ge=0, description="Gradient steps on the values of each expert, masks fixed; see numerics.refine.")
+    refine_steps: int = Field(300, ge=0, description="Gradient steps on the values of each expert, masks fixed; see numerics.refine.")
     activation_quantization: bool = Field(True, description="Curvature of NVFP4-quantized activations (W4A4) instead of the original ones.")
     max_fallback_share: float = Field(0.01, ge=0, le=1, description="Share of linears that may fall back to rounding before the job fails.")
 

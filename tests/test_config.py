@@ -137,8 +137,8 @@ DOCUMENTS = "calibration:\n  {documents: a.jsonl, num_sequences: 1, sequence_len
 @pytest.mark.parametrize(
     ("section", "expected"),
     [
-        ("{}", (True, 12, 600)),
-        ("{sweeps: 6}", (True, 6, 600)),
+        ("{}", (True, 12, 300)),
+        ("{sweeps: 6}", (True, 6, 300)),
         ("{solver: sparsegpt_gptq}", (False, 12, 0)),
         ("{solver: gptq, sparsity: none}", (False, 12, 0)),
         ("{activation_quantization: false}", (True, 12, 0)),

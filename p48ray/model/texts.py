@@ -7,15 +7,18 @@ replacement by a seeded permutation, each source giving its share of a weighted 
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from p48ray.checkpoint.index import CheckpointIndex
+from p48ray.checkpoint.index import CONFIG_FILE, CheckpointIndex
 from p48ray.config import DocumentSource
 from p48ray.errors import CalibrationError, ConfigError, SourceError
+from p48ray.store.local import LocalStore
 
 TOKENIZER_FILES = ("tokenizer", "special_tokens_map", "added_tokens", "vocab", "merges", "tiktoken", "chat_template")
 
@@ -76,12 +79,24 @@ def load_tokenizer(index: CheckpointIndex, trust_remote_code: bool) -> Any:
     """
     from transformers import AutoTokenizer  # half a second and 100 MB: only where text is read
 
-    folder = index.store.uri
-    try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
-    except Exception as error:
-        hint = "" if trust_remote_code else "; if it ships its own tokenizer code that you trust, set source.trust_remote_code: true"
-        raise SourceError(f"{folder}: the tokenizer can not be loaded: {type(error).__name__}: {error}{hint}") from error
+    with tokenizer_folder(index) as folder:
+        try:
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+        except Exception as error:
+            hint = "" if trust_remote_code else "; if it ships its own tokenizer code that you trust, set source.trust_remote_code: true"
+            raise SourceError(f"{index.store.uri}: the tokenizer can not be loaded: {type(error).__name__}: {error}{hint}") from error
+
+
+@contextmanager
+def tokenizer_folder(index: CheckpointIndex) -> Iterator[str]:
+    """Where the source's small files are on this machine: the source itself, or copies of a bucket's, for as long as they are read."""
+    if isinstance(index.store, LocalStore):
+        yield index.store.uri
+        return
+    with TemporaryDirectory(prefix="p48ray-tokenizer-") as folder:
+        for name in (CONFIG_FILE, *index.sidecars):
+            (Path(folder) / name).write_bytes(index.store.get(name))
+        yield folder
 
 
 def pack(texts: Iterator[str], tokenizer: Any, length: int) -> Tensor:

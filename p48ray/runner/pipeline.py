@@ -21,7 +21,7 @@ from p48ray.stages.evaluate import EvaluationResult, combine, evaluation_digest
 from p48ray.stages.inputs import write_inputs
 from p48ray.stages.needs import read_needs
 from p48ray.stages.prepare import Prepared, prepare
-from p48ray.stages.reduce import finish_checkpoint
+from p48ray.stages.reduce import file_bytes, finish_checkpoint
 from p48ray.stages.tasks import Task
 from p48ray.stages.verify import check_index
 from p48ray.store.base import Store
@@ -167,7 +167,9 @@ class Job:
         check_fallbacks(self.plan, self.store)
 
     def reduce(self) -> None:
-        tasks = [Task(stage="reduce", id=s.name, item=s) for s in self.shards]
+        held = {info.key: info.size_bytes for info in self.store.list(run_root.CHECKPOINT)}
+        missing = [s for s in self.shards if held.get(run_root.checkpoint_file(s.name)) != file_bytes(s, self.context.layout)]
+        tasks = [Task(stage="reduce", id=s.name, item=s) for s in missing]
         self.stage("reduce", "shards", [run_root.checkpoint_file(s.name) for s in self.shards], run_root.CHECKPOINT, tasks)
         finish_checkpoint(self.context, self.shards)
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from p48ray import __version__, run_root
 from p48ray.checkpoint.header import encode_header
 from p48ray.checkpoint.index import INDEX_FILE
+from p48ray.checkpoint.layout import ModelLayout
 from p48ray.checkpoint.output_config import output_config
 from p48ray.errors import CorruptObjectError, ShardCorruptError
 from p48ray.manifest import CheckpointManifest, UnitManifest
@@ -37,7 +38,7 @@ def stitch_shard(context: StageContext, shard: OutputShard) -> StitchedShard:
     """
     key = run_root.checkpoint_file(shard.name)
     header = encode_header(shard_rows(shard, context.layout))
-    size_bytes = len(header) + shard.num_bytes
+    size_bytes = file_bytes(shard, context.layout)
     held = context.store.head(key)
     if held is not None and held.size_bytes == size_bytes:
         return StitchedShard(shard.name, size_bytes)
@@ -59,6 +60,11 @@ def stitch_shard(context: StageContext, shard: OutputShard) -> StitchedShard:
         context.store.delete(key)
         raise ShardCorruptError(f"{context.store.uri}/{key}: expected {size_bytes} bytes, composed {written}")
     return StitchedShard(shard.name, size_bytes)
+
+
+def file_bytes(shard: OutputShard, layout: ModelLayout) -> int:
+    """Size of an output shard's file, header included."""
+    return len(encode_header(shard_rows(shard, layout))) + shard.num_bytes
 
 
 def unit_range(context: StageContext, unit: WorkUnit) -> ByteRange:

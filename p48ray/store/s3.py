@@ -34,7 +34,7 @@ from p48ray.store.s3_multipart import (
 )
 from p48ray.store.view import SubStore
 
-PUT_MAX_BYTES = 64 * 2**20
+PUT_MAX_BYTES = 512 * 2**20
 """Larger objects are uploaded in parts: a part that fails is retried alone, and parts travel in parallel."""
 LIST_PAGE = 1000
 READ_ATTEMPTS = 3

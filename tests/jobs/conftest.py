@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.jobs.command import arguments, invoke
+from tests.store.servers import aws_identity, moto_server, seaweedfs  # noqa: F401 (fixtures)
 
 
 @pytest.fixture(scope="session")

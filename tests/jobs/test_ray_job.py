@@ -21,7 +21,7 @@ import pytest
 
 from p48ray import __version__
 from tests.conftest import REPO
-from tests.jobs.command import HELD_OUT, arguments
+from tests.jobs.command import HELD_OUT, arguments, attempts
 
 pytestmark = pytest.mark.ray
 
@@ -180,3 +180,38 @@ def test_mistake_fails_the_job_and_is_named_in_its_log(head: Head, checkout: Pat
         assert re.search(r"Job 'raysubmit_\w+' failed", printed)
         assert words in printed
     assert not (tmp_path / "run").exists()
+
+
+def read_until(process: subprocess.Popen[str], pattern: str, read: list[str]) -> re.Match[str]:
+    """Follow a submitted job's log to the first line that matches."""
+    assert process.stdout is not None
+    for line in process.stdout:
+        read.append(line)
+        if found := re.search(pattern, line):
+            return found
+    raise AssertionError("".join(read))
+
+
+def test_stopped_job_resubmitted_finishes_and_does_no_unit_twice(head: Head, checkout: Path, tmp_path: Path) -> None:
+    """Each unit is slow enough to be stopped among them. Ray calls a stopped job a success of the submission: what counts is in the run root."""
+    root = tmp_path / "run"
+    command = arguments(root, {"compression.sweeps": "60", "run.num_workers": "1"}, config=Path("configs/tiny.yaml"))
+    log: list[str] = []
+    process = submit(head, checkout, *command)
+    job = read_until(process, r"raysubmit_\w+", log)[0]
+    read_until(process, r"compress  [1-9]\d*/16 units  \d+ %", log)
+    subprocess.run([RAY, "job", "stop", "--address", head.url, job], env=head.env, check=True, capture_output=True, cwd=checkout)
+    rest, _ = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert "stopped" in "".join(log) + rest
+    assert not (root / "checkpoint" / "model.safetensors.index.json").exists()
+    before = attempts(root)
+    assert 0 < len(before) < 16
+    again = submit(head, checkout, *command)
+    printed, _ = again.communicate(timeout=180)
+    assert again.returncode == 0, printed
+    assert f"compress  16 units, {len(before)} already done" in printed
+    after = attempts(root)
+    assert len(after) == 16
+    assert {unit: after[unit] for unit in before} == before
+    assert f"checkpoint: {root}/checkpoint/" in printed

@@ -1,0 +1,611 @@
+"""Simulate a whole run on a fleet of spot GPUs in virtual time: the real driver, pretended workers.
+
+    python bench/fleet.py --out runs/fleet                              Kimi-K2.5's plan, 1 to 64 GPUs, three loss rates: ten minutes on 2 cores
+    python bench/fleet.py --out runs/fleet --gpus 8 64 --gpus-per-node 8 --loss-rates 0 0.1 --loss-per node --price 3
+    python bench/fleet.py --out runs/fleet --unit-seconds 40 --bandwidth 5      other measured times, another store
+
+Real: plan and output layout from a header-only checkpoint, `Job.capture`, `Job.gradients` and `Job.compress`, `run_all`, `RayRunner` with its `Dispatcher`,
+attempts and preemptions, needs, collect, `finish_layers`, all records (a UnitManifest of 24 linears a unit), a store in memory. Pretended: the module `ray` as
+`RayRunner` sees it (`SimulatedRay`: a queue of events with a clock), and the stages' bodies, which only write the objects that mark work as done.
+
+What is assumed (printed with the results, with the numbers in force):
+    time of a unit      p48ray.estimate: measured launch costs (whatever the unit holds) plus products (in proportion to its tokens), one H100
+    tokens an expert    lognormal popularity, sigma 0.5 within a layer, not measured
+    streaming stages    p48ray.estimate's assumed rate; reading, computing and writing one after the other; workers of a node share its link evenly
+    a node's link       one queue for reads, first come first served; writes at the same rate beside it; the store itself has no limit
+    activations, gradients   reads "shared" (DESIGN 9): once per node and layer, kept while they are among the last `--layers-held`;
+                             reads "own" (as the code stands): every unit reads them itself, once, or once a pass if its tokens pass GATHERED_BYTES
+    source layers       "shared": once per node and direction; "own": every call of a mixture reads its experts unless they fit EXPERT_CACHE_BYTES
+    SHA-256             of what is read, at `--hash-rate` in the process that reads it, after reading
+    losses              a node is lost as a whole; times are exponential, independent, without warning; seen after `--detect-s`
+    nodes               asked for when workers wait; a first node takes `--boot-s`, one in a lost one's place `--replace-s` more; paid from its boot to its
+                        loss, or to the end of compress
+    not counted         reduce, verify, evaluate, the head, storage, requests, Ray's own processor time in the driver (pickling is counted)
+"""
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import logging
+import math
+import os
+import random
+import resource
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from rich.console import Console
+from rich.table import Table
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from bench.simulated_ray import Attempt, Fleet, Node, SimulatedRay, Tally
+from p48ray import run_root
+from p48ray.checkpoint.layout import PROJECTIONS
+from p48ray.checkpoint.skeleton import write_kimi_k25_skeleton
+from p48ray.config import load_config
+from p48ray.estimate import estimate, loop_seconds, product_seconds
+from p48ray.manifest import ActivationPart, GradientPart, LinearRecord, UnitManifest
+from p48ray.output_layout import unit_bytes
+from p48ray.plan import RunPlan, WorkUnit
+from p48ray.report.report import build_report
+from p48ray.runner import ray_runner
+from p48ray.runner.pipeline import Job, read_units
+from p48ray.runner.progress import INTERVAL_S
+from p48ray.runner.ray_runner import RayRunner
+from p48ray.stages.context import EXPERT_CACHE_BYTES
+from p48ray.stages.curvature import GATHERED_BYTES
+from p48ray.stages.needs import Needs, read_needs
+from p48ray.stages.prepare import Prepared, prepare
+from p48ray.stages.tasks import Task, TaskResult
+from p48ray.store.base import ObjectInfo
+from p48ray.store.memory import MemoryStore
+
+POPULARITY_SIGMA = 0.5
+RAY_WORKERS = 2
+LISTED_AT_ONCE = 1000  # keys of one LIST answer
+PASSES = 5  # over a unit's tokens after the one that samples the layer: gradients, gate and up, down, refinement, down again
+STUB = b"-"  # stands for the bytes of an object
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Costs:
+    """Seconds and bytes of the pieces of work, from the plan. `up` and `back`: one part at one layer."""
+
+    loop_s: float
+    product_s: float
+    mean_load: float
+    layer_bytes: int  # activations and gradients of one layer
+    own_reads: int  # of the layer by one unit that shares nothing
+    source_unit_bytes: int
+    unit_bytes: int
+    source_layer_bytes: int
+    own_up_reads: int  # of a source layer for one part
+    own_back_reads: int
+    up_s: float
+    back_s: float
+    part_bytes: int  # hidden states of one part, bf16
+
+    def unit_s(self, load: float) -> float:
+        return self.loop_s + self.product_s * load / self.mean_load
+
+
+def costs_of(prepared: Prepared, unit_seconds: float | None = None) -> Costs:
+    """Args: unit_seconds: measured, of a unit with the mean number of tokens; the shares of loops and products stay."""
+    plan, layout = prepared.plan, prepared.layout
+    e, c = estimate(plan, prepared.source, layout, prepared.shards), plan.config.calibration
+    goes_back = plan.config.compression.output_curvature
+    loop_s, product_s = (f(plan, layout) / len(plan.units) for f in (loop_seconds, product_seconds))
+    factor = 1.0 if unit_seconds is None else unit_seconds / (loop_s + product_s)
+    hidden_bytes = 2 * e.num_tokens * layout.hidden_size
+    up_s = e.stream_gpu_hours * 3600 / (3 if goes_back else 1) / len(plan.parts) / plan.num_streamed_layers
+    per_unit = plan.config.run.experts_per_unit
+    routed_bytes = hidden_bytes * layout.top_k * per_unit / layout.num_experts * (1 + goes_back)
+    decoded_bytes = 2 * 3 * layout.hidden_size * layout.moe_intermediate_size * layout.num_experts
+    is_cached = decoded_bytes <= EXPERT_CACHE_BYTES
+    return Costs(
+        loop_s=factor * loop_s,
+        product_s=factor * product_s,
+        mean_load=e.num_tokens * layout.top_k * per_unit / layout.num_experts,
+        layer_bytes=e.activation_bytes // len(plan.layers) + goes_back * hidden_bytes,
+        own_reads=1 if routed_bytes <= GATHERED_BYTES else 1 + PASSES,
+        source_unit_bytes=(e.source_bytes - e.untouched_bytes) // len(plan.units),
+        unit_bytes=unit_bytes(layout, plan.units[0]),
+        source_layer_bytes=(e.source_bytes - e.untouched_bytes) // len(plan.layers),
+        own_up_reads=0 if is_cached else 1,
+        own_back_reads=0 if is_cached else math.ceil(c.sequences_per_part / c.sequences_per_micro_batch),
+        up_s=up_s,
+        back_s=2 * up_s,
+        part_bytes=hidden_bytes // len(plan.parts),
+    )
+
+
+class Stubs:
+    """The stages' bodies: how long they take on a node, and the objects that they leave."""
+
+    def __init__(self, prepared: Prepared, fleet: Fleet, costs: Costs) -> None:
+        self.plan, self.layout = prepared.plan, prepared.layout
+        self.store = MemoryStore(prepared.store.uri.removeprefix("memory://"))
+        self.fleet, self.costs, self.tally = fleet, costs, Tally()
+        self.routing = {n: self.tokens_per_expert(n) for n in self.plan.layers}
+
+    def tokens_per_expert(self, layer: int) -> list[int]:
+        """Of one part."""
+        weights = random.Random(layer)
+        popularity = [weights.lognormvariate(0, POPULARITY_SIGMA) for _ in range(self.layout.num_experts)]
+        c = self.plan.config.calibration
+        routed = c.sequences_per_part * c.sequence_length * self.layout.top_k
+        return [round(routed * p / sum(popularity)) for p in popularity]
+
+    def begin(self, task: Task, node: Node, now: float) -> Attempt:
+        return self.unit(task, node, now) if task.stage == "compress" else self.stream(task, node, now)
+
+    def unit(self, task: Task, node: Node, now: float) -> Attempt:
+        """Activations and gradients, the unit's experts, work, its shard."""
+        unit, c, b = task.item, self.costs, self.fleet.bandwidth
+        self.tally.attempts[unit.id] += 1
+        self.tally.joined.add((node.id, unit.layer))
+        if self.fleet.reads == "shared":
+            ready = self.load_layer(node, unit.layer, now)
+        else:
+            num_bytes = c.own_reads * c.layer_bytes
+            self.tally.bytes_read += num_bytes
+            self.tally.layer_loads += c.own_reads
+            ready = node.read(now, num_bytes, b) + num_bytes / self.fleet.hash_rate
+        self.tally.bytes_read += c.source_unit_bytes
+        ready = max(ready, node.read(now, c.source_unit_bytes, b))
+        solved = ready + c.unit_s(task.load)
+        written = solved + c.unit_bytes / b
+        attempt = f"{self.tally.attempts[unit.id]:012x}"
+        shard = (written, lambda: self.put(run_root.unit_shard(unit.id, attempt), c.unit_bytes))
+        manifest = (written, lambda: self.store_manifest(unit, attempt, written, solved - ready))
+        return Attempt(task, written, [(ready, solved)], [shard, manifest])
+
+    def load_layer(self, node: Node, layer: int, now: float) -> float:
+        """When a layer's activations and gradients are on the node, read once and hashed by one of its processes."""
+        if layer not in node.layers:
+            self.tally.layer_loads += 1
+            self.tally.bytes_read += self.costs.layer_bytes
+            node.layers[layer] = (
+                node.read(now, self.costs.layer_bytes, self.fleet.bandwidth) + self.costs.layer_bytes / self.fleet.hash_rate
+            )
+            while len(node.layers) > self.fleet.layers_held:
+                node.layers.popitem(last=False)
+        node.layers.move_to_end(layer)
+        return max(now, node.layers[layer])
+
+    def store_manifest(self, unit: WorkUnit, attempt: str, now: float, solve_s: float) -> None:
+        """A record as large as the real one. First writer wins, as in stages.compress."""
+        tokens = [self.routing[unit.layer][e] * len(self.plan.parts) for e in unit.experts]
+        linears = tuple(
+            LinearRecord(
+                name=self.layout.expert_linear_name(unit.layer, expert, projection),
+                tokens=tokens[n],
+                outcome="solved",
+                reason="",
+                damp=0.1,
+                shrinkage=0.24707865168539326,
+                relative_weight_error=0.3182906210422516,
+                relative_output_error=0.04127303510904312,
+            )
+            for projection in PROJECTIONS
+            for n, expert in enumerate(unit.experts)
+        )
+        manifest = UnitManifest(
+            plan_digest=self.plan.digest,
+            unit=unit.id,
+            attempt=attempt,
+            size_bytes=self.costs.unit_bytes,
+            sha256=hashlib.sha256(unit.id.encode()).hexdigest(),
+            data_offset=11768,
+            linears=linears,
+            clipped_input_share=0.0,
+            clipped_intermediate_share=2.5e-7,
+            seconds={"fetch": 24.0, "curvature": 9.5, "solve": round(solve_s, 3), "refine": 52.8, "write": 0.1},
+            finished_at=round(now, 3),
+            device="simulated",
+            versions={"p48ray": "simulated", "torch": "simulated", "transformers": "simulated", "compressed-tensors": "simulated"},
+        )
+        if not self.store.put_if_absent(run_root.unit_manifest(unit.id), manifest.to_json()):
+            self.store.delete(run_root.unit_shard(unit.id, attempt))
+
+    def put(self, key: str, num_bytes: float) -> None:
+        self.store.put(key, STUB)
+        self.tally.bytes_written += num_bytes
+
+    def stream(self, task: Task, node: Node, now: float) -> Attempt:
+        """Parts up or down the layers from where the store says that they are; what is written counts at the end of each layer."""
+        needs, goes_up = read_needs(self.plan, self.store), task.stage == "capture"
+        ways = {p: needs.way_up(p) if goes_up else needs.way_back(p) for p in task.item}
+        top = self.plan.source.num_layers
+        self.tally.parts_repeated += sum(len(w) not in (0, top, top + 1) for w in ways.values())
+        sharers = min(self.plan.config.run.capture_workers or 1, self.fleet.node_gpus)
+        computes, effects = [], []
+        for number in range(self.plan.num_streamed_layers) if goes_up else range(top, -1, -1):
+            waiting = [p for p in task.item if number in ways[p]]
+            if not waiting:
+                continue
+            computed = [p for p in waiting if goes_up or number > ways[p][0]]
+            read_bytes = self.source_reads(computed, goes_up) * self.costs.source_layer_bytes if number in self.plan.layers else 0.0
+            part_bytes = len(waiting) * self.costs.part_bytes
+            ready = now + (read_bytes + (0 if goes_up else part_bytes)) * sharers / self.fleet.bandwidth
+            solved = ready + len(computed) * (self.costs.up_s if goes_up else self.costs.back_s)
+            now = solved + 2 * part_bytes * sharers / self.fleet.bandwidth
+            self.tally.bytes_read += read_bytes + (0 if goes_up else part_bytes)
+            computes.append((ready, solved))
+            effects.append((now, lambda n=number, w=waiting: self.leave(needs, n, w, goes_up)))
+        return Attempt(task, now, computes, effects)
+
+    def source_reads(self, parts: list[int], goes_up: bool) -> float:
+        """How often one worker reads a layer of the source; a node's workers share what is read once per node."""
+        sharers = min(self.plan.config.run.capture_workers or 1, self.fleet.node_gpus)
+        if not parts or self.fleet.reads == "shared":
+            return bool(parts) / sharers
+        return len(parts) * (self.costs.own_up_reads if goes_up else self.costs.own_back_reads) or 1
+
+    def leave(self, needs: Needs, number: int, parts: list[int], goes_up: bool) -> None:
+        """The objects of one layer."""
+        for p in parts:
+            if goes_up and number + 1 in self.plan.boundaries:
+                self.put(run_root.residual_part(number + 1, p), self.costs.part_bytes)
+            if not goes_up and number > needs.way_back(p)[0]:
+                self.put(run_root.residual_gradient_part(number, p), self.costs.part_bytes)
+            if goes_up and number in self.plan.layers:
+                self.put(run_root.activation_part(number, p), self.costs.part_bytes)
+                self.store.put(run_root.activation_manifest(number, p), self.activation_record(number, p).to_json())
+            if not goes_up and number in self.plan.layers:
+                self.put(run_root.gradient_part(number, p), self.costs.part_bytes)
+                facts = self.facts(number, p)
+                self.store.put(run_root.gradient_manifest(number, p), GradientPart(mean_square=1e-6, **facts).to_json())
+
+    def activation_record(self, layer: int, part: int) -> ActivationPart:
+        return ActivationPart(
+            amax_input=41.5, amax_intermediate=87.25, tokens_per_expert=tuple(self.routing[layer]), **self.facts(layer, part)
+        )
+
+    def facts(self, layer: int, part: int) -> dict[str, Any]:
+        c = self.plan.config.calibration
+        sizes = {"num_tokens": c.sequences_per_part * c.sequence_length, "size_bytes": self.costs.part_bytes, "sha256": "0" * 64}
+        return {"plan_digest": self.plan.digest, "layer": layer, "part": part, "seconds": 1.0, "finished_at": 0.0} | sizes
+
+
+class CountingStore(MemoryStore):
+    """The driver's handle: how often it lists, and what."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.counts: Counter[str] = Counter()
+
+    def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
+        found = list(super().list(prefix))
+        self.counts.update({"listings": 1, "pages": max(1, math.ceil(len(found) / LISTED_AT_ONCE)), "keys": len(found)})
+        return iter(found)
+
+    def head(self, key: str) -> ObjectInfo | None:
+        self.counts["heads"] += 1
+        return super().head(key)
+
+    def get(self, key: str) -> bytes:
+        self.counts["gets"] += 1
+        return super().get(key)
+
+    def delete(self, key: str) -> None:
+        self.counts["deletes"] += 1
+        super().delete(key)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """One simulated run; times in hours of virtual time unless the name says otherwise."""
+
+    gpus: int
+    gpus_per_node: int
+    loss_rate: float
+    loss_per: str
+    reads: str
+    hours: float
+    stream_hours: float
+    gpu_hours: float
+    nodes_lost: int
+    units_repeated: int
+    parts_repeated: int
+    layers_joined: int
+    layer_loads: int
+    bytes_read: float
+    bytes_written: float
+    idle_share: float
+    driver_ms_per_unit: float
+    stream_driver_s: float
+
+
+def sized(prepared: Prepared, fleet: Fleet, name: str, keep: str) -> Prepared:
+    """The plan for this fleet (worker counts are free to change) on a store of its own."""
+    config = prepared.plan.config
+    streams = min(config.run.capture_workers or fleet.gpus, fleet.gpus)
+    run = config.run.model_copy(update={"num_workers": fleet.gpus, "capture_workers": streams, "keep": keep})
+    plan: RunPlan = prepared.plan.model_copy(update={"config": config.model_copy(update={"run": run})})
+    return dataclasses.replace(prepared, plan=plan, store=CountingStore(name))
+
+
+def simulate(prepared: Prepared, fleet: Fleet, costs: Costs) -> tuple[Outcome, SimulatedRay]:
+    """Capture, gradients and compress, or what the store lacks of them, by the real driver. Raises whatever the driver raises."""
+    stubs = Stubs(prepared, fleet, costs)
+    sim = SimulatedRay(fleet, stubs)
+    clock: list[tuple[float, float]] = []  # (virtual time, the driver's own processor time) after each stage
+
+    def mark() -> None:
+        clock.append((sim.now, time.process_time() - sim.cpu_s))
+
+    with mock.patch.object(ray_runner, "ray", sim), RayRunner(prepared.plan, prepared.store.uri, None) as runner:
+        job = Job(prepared, runner, {})
+        mark()
+        job.capture()
+        job.gradients()
+        mark()
+        job.compress()
+        mark()
+        end = sim.now
+    (_, cpu_0), (streamed, cpu_1), (_, cpu_2) = clock
+    paid_s = sum(max(0.0, (end if n.lost_at is None else n.lost_at) - n.paid_from) for n in sim.machines) * fleet.node_gpus
+    t = sim.tally
+    begun = max(1, len(t.attempts))
+    outcome = Outcome(
+        gpus=fleet.gpus,
+        gpus_per_node=fleet.node_gpus,
+        loss_rate=fleet.loss_rate,
+        loss_per=fleet.loss_per,
+        reads=fleet.reads,
+        hours=end / 3600,
+        stream_hours=streamed / 3600,
+        gpu_hours=paid_s / 3600,
+        nodes_lost=t.nodes_lost,
+        units_repeated=t.attempts.total() - len(t.attempts),
+        parts_repeated=t.parts_repeated,
+        layers_joined=len(t.joined),
+        layer_loads=t.layer_loads,
+        bytes_read=t.bytes_read,
+        bytes_written=t.bytes_written,
+        idle_share=1 - t.busy_s / paid_s,
+        driver_ms_per_unit=1000 * (cpu_2 - cpu_1) / begun,
+        stream_driver_s=cpu_1 - cpu_0,
+    )
+    return outcome, sim
+
+
+def clear(store: MemoryStore) -> None:
+    for info in list(MemoryStore.list(store)):
+        MemoryStore.delete(store, info.key)
+
+
+def peak_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def measure_driver(prepared: Prepared, fleet: Fleet, costs: Costs) -> dict[str, Any]:
+    """One undisturbed run, its report, a tick of progress, and a resume when half of it is there. To be called first: memory is the process's peak."""
+    facts: dict[str, Any] = {"prepare_peak_bytes": peak_bytes()}
+    whole = sized(prepared, fleet, "fleet-driver", "all")
+    store = whole.store
+    assert isinstance(store, CountingStore)
+    outcome, _ = simulate(whole, fleet, costs)
+    facts |= {"run_counts": dict(store.counts), "ms_per_unit": outcome.driver_ms_per_unit, "stream_driver_s": outcome.stream_driver_s}
+    facts["run_peak_bytes"] = peak_bytes()
+    start = time.process_time()
+    build_report(whole.context, read_units(whole), whole.shards, None, {})
+    facts |= {"report_s": time.process_time() - start, "peak_bytes": peak_bytes()}
+    facts["stored_bytes"] = sum(info.size_bytes for info in MemoryStore.list(store))
+    start = time.process_time()
+    keys = {info.key for info in store.list(run_root.UNITS)}
+    len({run_root.unit_manifest(u.id) for u in whole.plan.units} & keys)
+    facts |= {"tick_ms": 1000 * (time.process_time() - start), "tick_pages": math.ceil(len(keys) / LISTED_AT_ONCE)}
+    for unit in whole.plan.units[::2]:
+        for info in list(MemoryStore.list(store, f"{run_root.UNITS}{unit.id}/")):
+            MemoryStore.delete(store, info.key)
+    facts["resume_keys"] = len(list(MemoryStore.list(store)))
+    start = time.perf_counter()
+    needs = read_needs(whole.plan, store)
+    facts |= {"resume_units": len(needs.missing_units), "needs_s": time.perf_counter() - start}
+    store.counts.clear()
+    at_first: dict[str, int] = {}
+    begin = Stubs.begin
+
+    def noting(self: Stubs, task: Task, node: Node, now: float) -> Attempt:
+        if not at_first:
+            at_first.update(store.counts)
+        return begin(self, task, node, now)
+
+    start = time.perf_counter()
+    with mock.patch.object(Stubs, "begin", noting):
+        resumed, sim = simulate(whole, fleet, costs)
+    facts |= {"resume_s": sim.first_execute - start, "resume_counts": at_first, "resumed_repeats": resumed.units_repeated}
+    clear(store)
+    return facts
+
+
+class IdleWorker:
+    """A real actor that does nothing with its tasks."""
+
+    def __init__(self, plan_json: bytes, store_uri: str) -> None:
+        """As WorkerProcess."""
+
+    def ready(self) -> str:
+        import ray
+
+        return str(ray.get_runtime_context().get_node_id())
+
+    def execute(self, task: Task) -> TaskResult:
+        return TaskResult(task=task, facts={"tokens": task.load})
+
+
+def measure_ray(prepared: Prepared) -> dict[str, float]:
+    """All units through RayRunner and a real Ray. Its threads in the driver's process count."""
+    run_settings = prepared.plan.config.run.model_copy(update={"num_workers": RAY_WORKERS, "threads_per_worker": 1, "gpus_per_worker": 0.0})
+    plan = prepared.plan.model_copy(update={"config": prepared.plan.config.model_copy(update={"run": run_settings})})
+    tasks = [Task(stage="compress", id=u.id, item=u, marker=run_root.unit_manifest(u.id), layer=u.layer, load=1.0) for u in plan.units]
+    with mock.patch.object(ray_runner, "WorkerProcess", IdleWorker), RayRunner(plan, "memory://fleet-ray", None) as runner:
+        assert all(r.is_done for r in runner.run(tasks[: 2 * RAY_WORKERS]))  # workers are up
+        start, cpu = time.perf_counter(), time.process_time()
+        done = sum(r.is_done for r in runner.run(tasks))
+        cpu, wall = time.process_time() - cpu, time.perf_counter() - start
+    assert done == len(tasks)
+    return {"ray_ms_per_task": 1000 * cpu / done, "ray_wall_ms_per_task": 1000 * wall / done}
+
+
+def assumptions(args: argparse.Namespace, c: Costs) -> list[str]:
+    return [
+        f"A unit takes {c.loop_s:.0f} s of launches and {c.product_s:.0f} s of products at the mean {c.mean_load:,.0f} routed tokens (p48ray/estimate.py's "
+        f"figures of one H100). Tokens per expert: lognormal popularity, sigma {POPULARITY_SIGMA}, not measured.",
+        f"A node's link {args.bandwidth:g} GB/s, SHA-256 {args.hash_rate:g} GB/s a process, {args.layers_held} layers held by a node. A layer's activations "
+        f"and gradients are {c.layer_bytes / 1e9:.1f} GB, a unit's experts {c.source_unit_bytes / 1e6:.0f} MB, its shard {c.unit_bytes / 1e6:.0f} MB.",
+        f"A node boots in {args.boot_s:g} s (paid), one in a lost one's place comes {args.replace_s:g} s later (not paid), a worker starts in "
+        f"{args.start_s:g} s. Losses: per {'GPU' if args.loss_per == 'gpu' else 'node'}-hour, exponential, whole nodes, no warning, seen after "
+        f"{args.detect_s:g} s. {args.price:g} a GPU-hour. Seed {args.seed}.",
+        "Reads 'shared': activations and gradients once per node and layer; source layers once per node and direction (DESIGN 9). "
+        f"Reads 'own': every unit reads its layer {c.own_reads} times; capture reads a layer's experts {c.own_up_reads or 'at most 1'} times a part, "
+        f"gradients {c.own_back_reads or 'at most 1'} times.",
+        f"Streaming: {c.up_s:.2f} s up and {c.back_s:.2f} s back for a part at a layer (assumed rate); read, compute and write one after the other; at most "
+        "run.capture_workers GPUs, and only the nodes that they need.",
+        "Not counted: reduce, verify, evaluate, the head node, storage, requests, limits of the store.",
+        "Driver: processor time of the real Job, RayRunner, Dispatcher, run_all, needs and collect, pickling included, the simulation's own taken off; "
+        "listings come from memory, Ray's own share is measured apart (--ray).",
+    ]
+
+
+COLUMNS = (
+    "GPUs",
+    "a node",
+    "losses /h",
+    "reads",
+    "hours",
+    "streaming",
+    "GPU-hours",
+    "cost",
+    "nodes lost",
+    "units repeated",
+    "layers joined",
+    "read, TB",
+    "idle",
+    "driver, ms a unit",
+)
+
+
+def cells(o: Outcome, price: float) -> list[str]:
+    head = [str(o.gpus), str(o.gpus_per_node), f"{o.loss_rate:g}", o.reads, f"{o.hours:.1f}", f"{o.stream_hours:.2f}"]
+    work = [f"{o.gpu_hours:,.0f}", f"{o.gpu_hours * price:,.0f}", str(o.nodes_lost), str(o.units_repeated), str(o.layers_joined)]
+    return [*head, *work, f"{o.bytes_read / 1e12:,.1f}", f"{100 * o.idle_share:.0f} %", f"{o.driver_ms_per_unit:.2f}"]
+
+
+def driver_lines(d: dict[str, Any]) -> list[str]:
+    asked, run = d["resume_counts"], d["run_counts"]
+    mb = {key: f"{d[key] / 1e6:.0f} MB" for key in ("prepare_peak_bytes", "run_peak_bytes", "peak_bytes", "stored_bytes")}
+    lines = [
+        f"Driver, {d['gpus']} GPUs, {d['num_units']:,} units, {d['num_linears']:,} linears: {d['ms_per_unit']:.2f} ms of processor time a unit; capture and "
+        f"gradients together {d['stream_driver_s']:.1f} s, the report {d['report_s']:.1f} s.",
+        f"Peak RSS: {mb['prepare_peak_bytes']} after planning, {mb['run_peak_bytes']} after compress, {mb['peak_bytes']} with the report; "
+        f"{mb['stored_bytes']} of it are the store's objects, which a bucket holds elsewhere.",
+        f"A tick of progress, every {INTERVAL_S:g} s, lists units/: {d['tick_ms']:.0f} ms and {d['tick_pages']} pages at the end of the run.",
+        f"Resume of a half-done run root ({d['resume_keys']:,} keys, keep: all): listing and needs {d['needs_s']:.2f} s, {d['resume_units']:,} units open; "
+        f"from the start to the first unit handed out {d['resume_s']:.2f} s, in which the store was asked for {asked.get('listings', 0)} listings "
+        f"({asked.get('pages', 0)} pages of {LISTED_AT_ONCE:,} keys), {asked.get('heads', 0)} HEAD, {asked.get('gets', 0)} GET; "
+        f"units done twice: {d['resumed_repeats']}.",
+        f"Capture, gradients and compress ask for {run.get('listings', 0)} listings ({run.get('pages', 0):,} pages) besides ticks, {run.get('heads', 0)} HEAD, "
+        f"{run.get('gets', 0):,} GET.",
+    ]
+    if "ray_ms_per_task" in d:
+        lines.append(
+            f"With a real Ray and {RAY_WORKERS} workers that do nothing: {d['ray_ms_per_task']:.2f} ms of the driver's processor time a task, RayRunner's "
+            f"included, and {d['ray_wall_ms_per_task']:.2f} ms of wall clock."
+        )
+    return lines
+
+
+def markdown(outcomes: list[Outcome], lines: list[str], price: float) -> str:
+    rows = [COLUMNS, ["---"] * len(COLUMNS), *(cells(o, price) for o in outcomes)]
+    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return table + "\n\n" + "\n".join(f"- {line}" for line in lines) + "\n"
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--config", type=Path, default=Path("configs/kimi_k25_p48_nvfp4.yaml"))
+    parser.add_argument("--set", dest="overrides", action="append", default=[])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--gpus", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64])
+    parser.add_argument("--gpus-per-node", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--loss-rates", type=float, nargs="+", default=[0.0, 0.05, 0.2])
+    parser.add_argument(
+        "--loss-per", choices=["gpu", "node"], default="gpu", help="a node of 8 GPUs is lost 8 times as often per GPU-hour rate"
+    )
+    parser.add_argument("--own-gpus", type=int, nargs="*", default=[1, 8, 64], help="also with reads 'own', without losses")
+    parser.add_argument("--keep", choices=["all", "units"], default="units")
+    parser.add_argument("--unit-seconds", type=float, help="of a unit with the mean number of tokens, instead of p48ray.estimate's")
+    parser.add_argument("--bandwidth", type=float, default=2.5, help="of a node to the store, GB/s")
+    parser.add_argument("--hash-rate", type=float, default=1.5, help="SHA-256 of one process, GB/s")
+    parser.add_argument("--layers-held", type=int, default=2)
+    parser.add_argument("--replace-s", type=float, default=300.0)
+    parser.add_argument("--boot-s", type=float, default=240.0)
+    parser.add_argument("--start-s", type=float, default=30.0)
+    parser.add_argument("--detect-s", type=float, default=15.0)
+    parser.add_argument("--price", type=float, default=2.5, help="of a GPU-hour")
+    parser.add_argument("--ray", action="store_true", help="also measure the driver's share with a real Ray on this machine")
+    parser.add_argument("--seed", type=int, default=0)
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    args = parse()
+    logging.getLogger("p48ray").setLevel(logging.ERROR)  # every preemption is a warning
+    with tempfile.TemporaryDirectory() as folder:
+        write_kimi_k25_skeleton(folder)
+        config = load_config(args.config, (f"source.checkpoint={folder}", *args.overrides), "memory://fleet")
+        prepared = prepare(config, is_dry=True)
+    run(args, prepared, Console(width=160))
+
+
+def run(args: argparse.Namespace, prepared: Prepared, console: Console) -> None:
+    costs = costs_of(prepared, args.unit_seconds)
+    keys = ("layers_held", "replace_s", "boot_s", "start_s", "detect_s", "loss_per", "seed")
+    shared = {key: vars(args)[key] for key in keys} | {"bandwidth": args.bandwidth * 1e9, "hash_rate": args.hash_rate * 1e9}
+    widest = Fleet(gpus=max(args.gpus), gpus_per_node=max(args.gpus_per_node), **shared)
+    driver = measure_driver(prepared, widest, costs)
+    driver |= {"gpus": widest.gpus, "num_units": len(prepared.plan.units)}
+    driver["num_linears"] = sum(u.num_experts for u in prepared.plan.units) * len(PROJECTIONS)
+    if args.ray:
+        driver |= measure_ray(prepared)
+    fleets = [
+        Fleet(gpus=gpus, gpus_per_node=size, loss_rate=rate, **shared)
+        for size in args.gpus_per_node
+        for rate in args.loss_rates
+        for gpus in args.gpus
+    ]
+    fleets += [Fleet(gpus=gpus, gpus_per_node=max(args.gpus_per_node), reads="own", **shared) for gpus in args.own_gpus]
+    outcomes = []
+    for fleet in dict.fromkeys(fleets):
+        mine = sized(prepared, fleet, "fleet", args.keep)
+        outcomes.append(simulate(mine, fleet, costs)[0])
+        clear(mine.store)  # type: ignore[arg-type]
+        print(" ".join(cells(outcomes[-1], args.price)), flush=True)
+    table = Table(*COLUMNS)
+    for o in outcomes:
+        table.add_row(*cells(o, args.price))
+    console.print(table)
+    lines = [*driver_lines(driver), *assumptions(args, costs)]
+    for line in lines:
+        console.print(line, soft_wrap=True, highlight=False)
+    args.out.mkdir(parents=True, exist_ok=True)
+    facts = {"cores": os.cpu_count(), "price": args.price, "driver": driver, "costs": dataclasses.asdict(costs), "notes": lines}
+    facts["rows"] = [dataclasses.asdict(o) for o in outcomes]
+    (args.out / "fleet.json").write_text(json.dumps(facts, indent=1))
+    (args.out / "fleet.md").write_text(markdown(outcomes, lines, args.price))
+
+
+if __name__ == "__main__":
+    main()
