@@ -1,10 +1,11 @@
 """What was done: the records that mark finished work. A thing is done when its manifest exists."""
 
+import hashlib
 from typing import Literal
 
 from pydantic import Field
 
-from p48ray.records import Record
+from p48ray.records import Record, canonical_json
 
 Outcome = Literal["solved", "one_shot", "round_to_nearest"]
 
@@ -110,6 +111,17 @@ class CheckpointManifest(Record):
     max_shard_size: int
     relative_weight_errors: dict[str, float] = Field(description="|W - Q|^2 / |W|^2 of every compressed linear, by module name.")
     unit_sha256: dict[str, str] = Field(description="SHA-256 of every unit's shard, by unit id; its tensors lie here byte for byte.")
+    untouched_sha256: dict[str, str] = Field(description="SHA-256 of every other tensor's bytes, by name.")
+    header_sha256: dict[str, str] = Field(description="SHA-256 of every safetensors file's header, length included, by file.")
+    file_sha256: dict[str, str] = Field(description="SHA-256 of the files beside them; not of the card, which people edit, nor of this one.")
+    sha256: str = Field("", description="Of this record's canonical JSON with this field empty.")
+
+    def sealed(self) -> "CheckpointManifest":
+        """The record with its own digest."""
+        return self.model_copy(update={"sha256": self.own_sha256()})
+
+    def own_sha256(self) -> str:
+        return hashlib.sha256(canonical_json(self.model_dump(mode="json") | {"sha256": ""})).hexdigest()
 
 
 class ShardVerdict(Record):
@@ -122,6 +134,8 @@ class ShardVerdict(Record):
     num_tensors: int
     num_linears: int
     problems: tuple[str, ...]
+    header_sha256: str
+    untouched_sha256: dict[str, str] = Field(description="By tensor, as read here.")
 
 
 class EvaluationPart(Record):

@@ -171,7 +171,6 @@ class Job:
         missing = [s for s in self.shards if held.get(run_root.checkpoint_file(s.name)) != file_bytes(s, self.context.layout)]
         tasks = [Task(stage="reduce", id=s.name, item=s) for s in missing]
         self.stage("reduce", "shards", [run_root.checkpoint_file(s.name) for s in self.shards], run_root.CHECKPOINT, tasks)
-        finish_checkpoint(self.context, self.shards)
 
     def verify(self) -> None:
         held = self.keys(run_root.VERIFICATION)
@@ -185,7 +184,9 @@ class Job:
         self.stage("verify", "shards", every, run_root.VERIFICATION, tasks)
         verdicts = ShardVerdict.load_all(self.store, every)
         problems = [p if p.startswith(v.shard) else f"{v.shard}: {p}" for v in verdicts for p in v.problems]
-        problems += check_index(SubStore(self.store, run_root.CHECKPOINT), self.shards, self.context.layout)
+        if not problems:
+            finish_checkpoint(self.context, self.shards, verdicts)
+            problems += check_index(SubStore(self.store, run_root.CHECKPOINT), self.shards, self.context.layout)
         if problems:
             listed = "\n".join(f"  {p}" for p in problems[:LISTED_PROBLEMS])
             rest = f"\n  and {len(problems) - LISTED_PROBLEMS} more" if len(problems) > LISTED_PROBLEMS else ""

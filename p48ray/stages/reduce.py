@@ -1,10 +1,11 @@
-"""Reduce: stitch unit shards and untouched source tensors into a Hugging Face folder. The index comes last.
+"""Reduce: stitch unit shards and untouched source tensors into a Hugging Face folder. The index comes last, once every shard is verified.
 
 A shard is a header plus byte ranges, composed by the store in one atomic object, so a shard that exists is whole and is not made again.
 """
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from p48ray import __version__, run_root
@@ -13,7 +14,7 @@ from p48ray.checkpoint.index import INDEX_FILE
 from p48ray.checkpoint.layout import ModelLayout
 from p48ray.checkpoint.output_config import output_config
 from p48ray.errors import CorruptObjectError, ShardCorruptError
-from p48ray.manifest import CheckpointManifest, UnitManifest
+from p48ray.manifest import CheckpointManifest, ShardVerdict, UnitManifest
 from p48ray.output_layout import OutputShard, shard_rows
 from p48ray.plan import WorkUnit
 from p48ray.stages.context import StageContext
@@ -97,20 +98,31 @@ def stored_sha256(store: Store, held: ObjectInfo) -> str | None:
     return digest.hexdigest()
 
 
-def finish_checkpoint(context: StageContext, shards: tuple[OutputShard, ...]) -> None:
-    """Sidecar files, config, README, manifest, and last the index."""
-    for name in context.source.sidecars:
-        context.store.compose(run_root.checkpoint_file(name), [context.source.store.get(name)])
+def finish_checkpoint(context: StageContext, shards: tuple[OutputShard, ...], verdicts: Sequence[ShardVerdict]) -> None:
+    """Everything but the shards: sidecar files, config, README, the checkpoint's own manifest, and last the index.
+
+    Args: verdicts: of all shards; whoever read them through has hashed what lies in them.
+    """
+    files = {name: context.source.store.get(name) for name in context.source.sidecars}
     config = json.dumps(output_config(context.source.config, context.layout), indent=2, ensure_ascii=False)
-    context.store.put(run_root.checkpoint_file("config.json"), (config + "\n").encode())
+    files["config.json"] = (config + "\n").encode()
+    index = index_json(context, shards)
+    for name, data in files.items():
+        context.store.put(run_root.checkpoint_file(name), data)
     context.store.put(run_root.checkpoint_file("README.md"), readme(context).encode())
-    context.store.put(run_root.checkpoint_file(MANIFEST_FILE), checkpoint_manifest(context).to_json())
+    digests = {name: hashlib.sha256(data).hexdigest() for name, data in {**files, INDEX_FILE: index}.items()}
+    context.store.put(run_root.checkpoint_file(MANIFEST_FILE), checkpoint_manifest(context, verdicts, digests).to_json())
+    context.store.put(run_root.checkpoint_file(INDEX_FILE), index)
+
+
+def index_json(context: StageContext, shards: tuple[OutputShard, ...]) -> bytes:
+    """model.safetensors.index.json: which shard holds which tensor."""
     weight_map = {name: shard.name for shard in shards for name, _, _ in shard_rows(shard, context.layout)}
     index = {"metadata": {"total_size": sum(s.num_bytes for s in shards)}, "weight_map": dict(sorted(weight_map.items()))}
-    context.store.put(run_root.checkpoint_file(INDEX_FILE), (json.dumps(index, indent=2) + "\n").encode())
+    return (json.dumps(index, indent=2) + "\n").encode()
 
 
-def checkpoint_manifest(context: StageContext) -> CheckpointManifest:
+def checkpoint_manifest(context: StageContext, verdicts: Sequence[ShardVerdict], files: dict[str, str]) -> CheckpointManifest:
     plan = context.plan
     compression = plan.config.compression
     units = UnitManifest.load_all(context.store, [run_root.unit_manifest(u.id) for u in plan.units])
@@ -124,7 +136,10 @@ def checkpoint_manifest(context: StageContext) -> CheckpointManifest:
         max_shard_size=plan.config.output.max_shard_size,
         relative_weight_errors={r.name: r.relative_weight_error for u in units for r in u.linears},
         unit_sha256={u.unit: u.sha256 for u in units},
-    )
+        untouched_sha256={name: digest for v in verdicts for name, digest in v.untouched_sha256.items()},
+        header_sha256={v.shard: v.header_sha256 for v in verdicts},
+        file_sha256=files,
+    ).sealed()
 
 
 def readme(context: StageContext) -> str:

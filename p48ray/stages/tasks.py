@@ -162,7 +162,7 @@ def verify_and_record(context: StageContext, shard: OutputShard) -> None:
     promise = Promise(
         is_sparse=compression.sparsity == "paired-4:8", scale_span=compression.scale_span, weight_errors=claims, unit_sha256=digests
     )
-    problems = verify_shard(checkpoint, context.source, context.layout, shard, promise)
+    found = verify_shard(checkpoint, context.source, context.layout, shard, promise)
     held = checkpoint.head(shard.name)
     verdict = ShardVerdict(
         plan_digest=context.plan.digest,
@@ -170,7 +170,9 @@ def verify_and_record(context: StageContext, shard: OutputShard) -> None:
         size_bytes=held.size_bytes if held else 0,
         num_tensors=len(shard_rows(shard, context.layout)),
         num_linears=len(claims),
-        problems=tuple(problems),
+        problems=tuple(found.problems),
+        header_sha256=found.header_sha256,
+        untouched_sha256=dict(found.untouched_sha256),
     )
     context.store.put(run_root.shard_verdict(shard.name), verdict.to_json())
 

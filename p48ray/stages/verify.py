@@ -9,13 +9,13 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from p48ray.checkpoint.decode import read_expert
-from p48ray.checkpoint.header import TensorEntry, read_header
+from p48ray.checkpoint.header import TensorEntry, parse_header, read_header_bytes
 from p48ray.checkpoint.index import CONFIG_FILE, INDEX_FILE, CheckpointIndex
 from p48ray.checkpoint.layout import PROJECTIONS, ModelLayout
 from p48ray.checkpoint.tensors import read_tensors, serialize
@@ -40,15 +40,26 @@ class Promise:
     unit_sha256: Mapping[str, str]
 
 
-def verify_shard(checkpoint: Store, source: CheckpointIndex, layout: ModelLayout, shard: OutputShard, promise: Promise) -> list[str]:
-    """Problems found in one output shard, in words; empty when there are none. `checkpoint` is rooted at the checkpoint folder."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Findings:
+    """What was found in one output shard: problems in words, and digests for the checkpoint's own manifest."""
+
+    problems: list[str]
+    header_sha256: str = ""
+    untouched_sha256: Mapping[str, str] = field(default_factory=dict)
+
+
+def verify_shard(checkpoint: Store, source: CheckpointIndex, layout: ModelLayout, shard: OutputShard, promise: Promise) -> Findings:
+    """Read one output shard through, beside its source. `checkpoint` is rooted at the checkpoint folder."""
     try:
-        entries = read_header(checkpoint, shard.name)
+        raw, size_bytes = read_header_bytes(checkpoint, shard.name)
+        entries = parse_header(shard.name, raw, size_bytes)
     except P48Error as error:
-        return [str(error)]
+        return Findings(problems=[str(error)])
     problems = list(compare_rows(shard, shard_rows(shard, layout), entries))
     if problems:
-        return problems
+        return Findings(problems=problems)
+    digests: dict[str, str] = {}
     for segment in shard.segments:
         if isinstance(segment, WorkUnit):
             tensors = read_tensors(checkpoint, [entries[name] for name, _, _ in unit_rows(layout, segment)])
@@ -57,9 +68,16 @@ def verify_shard(checkpoint: Store, source: CheckpointIndex, layout: ModelLayout
                 originals = read_expert(source, layout, segment.layer, expert)
                 names = {p: layout.expert_linear_name(segment.layer, expert, p) for p in PROJECTIONS}
                 problems += check_expert(names, tensors, originals, promise)
-        elif not same_bytes(checkpoint, entries[segment.name], source.store, segment):
-            problems.append(f"{shard.name}: {segment.name}: bytes differ from the source's ({segment.file})")
-    return problems
+        else:
+            is_same, digests[segment.name] = compare_bytes(checkpoint, entries[segment.name], source.store, segment)
+            if not is_same:
+                problems.append(f"{shard.name}: {segment.name}: bytes differ from the source's ({segment.file})")
+    return Findings(problems=problems, header_sha256=header_digest(raw), untouched_sha256=digests)
+
+
+def header_digest(raw: bytes) -> str:
+    """SHA-256 of a safetensors header as it lies in the file: eight bytes of length, then the JSON."""
+    return hashlib.sha256(len(raw).to_bytes(8, "little") + raw).hexdigest()
 
 
 def check_unit(file: str, unit_id: str, tensors: Mapping[str, Tensor], promise: Promise) -> list[str]:
@@ -134,15 +152,27 @@ def check_linear(linear: Mapping[str, Tensor], promise: Promise) -> Iterator[str
         yield f"weight_packed: {illegal} groups of 8 inputs keep more than 2 of 4 pairs"
 
 
-def same_bytes(left: Store, a: TensorEntry, right: Store, b: TensorEntry) -> bool:
-    """Compare two tensors' bytes in chunks."""
-    if a.num_bytes != b.num_bytes:
-        return False
-    for at in range(0, a.num_bytes, COMPARE_CHUNK_BYTES):
-        size = min(COMPARE_CHUNK_BYTES, a.num_bytes - at)
-        if left.get_range(a.file, a.start + at, size) != right.get_range(b.file, b.start + at, size):
-            return False
-    return True
+def compare_bytes(left: Store, a: TensorEntry, right: Store, b: TensorEntry) -> tuple[bool, str]:
+    """Whether two tensors' bytes are the same, and the left one's SHA-256; read in chunks."""
+    digest, is_same = hashlib.sha256(), a.num_bytes == b.num_bytes
+    for at, data in chunks(left, a):
+        digest.update(data)
+        is_same = is_same and data == right.get_range(b.file, b.start + at, len(data))
+    return is_same, digest.hexdigest()
+
+
+def tensor_digest(store: Store, entry: TensorEntry) -> str:
+    """SHA-256 of a tensor's bytes."""
+    digest = hashlib.sha256()
+    for _, data in chunks(store, entry):
+        digest.update(data)
+    return digest.hexdigest()
+
+
+def chunks(store: Store, entry: TensorEntry) -> Iterator[tuple[int, bytes]]:
+    """A tensor's bytes in pieces, each with its offset."""
+    for at in range(0, entry.num_bytes, COMPARE_CHUNK_BYTES):
+        yield at, store.get_range(entry.file, entry.start + at, min(COMPARE_CHUNK_BYTES, entry.num_bytes - at))
 
 
 def check_index(checkpoint: Store, shards: tuple[OutputShard, ...], layout: ModelLayout) -> list[str]:

@@ -1,9 +1,10 @@
 """Verify a checkpoint folder on its own: what `p48ray verify` does. With the source at hand it proves what the job's own verification proves."""
 
+import hashlib
 from collections.abc import Iterator, Mapping
 
 from p48ray.checkpoint.families import describe_model
-from p48ray.checkpoint.header import TensorEntry, read_header
+from p48ray.checkpoint.header import TensorEntry, parse_header, read_header_bytes
 from p48ray.checkpoint.index import open_checkpoint
 from p48ray.checkpoint.layout import EXPERT_NAME, PROJECTIONS
 from p48ray.checkpoint.tensors import read_tensors
@@ -13,7 +14,17 @@ from p48ray.output_layout import SUFFIXES, plan_output
 from p48ray.plan import WorkUnit, plan_units, ranges
 from p48ray.records import Record
 from p48ray.stages.reduce import MANIFEST_FILE
-from p48ray.stages.verify import Promise, check_expert, check_index, check_index_files, check_unit, compare_index, verify_shard
+from p48ray.stages.verify import (
+    Promise,
+    check_expert,
+    check_index,
+    check_index_files,
+    check_unit,
+    compare_index,
+    header_digest,
+    tensor_digest,
+    verify_shard,
+)
 from p48ray.store.base import Store
 
 
@@ -62,18 +73,21 @@ def verify_with_source(checkpoint: Store, source: Store, manifest: CheckpointMan
     shards = plan_output(plan_units(layout, manifest.experts_per_unit), manifest.max_shard_size, index, layout)
     problems = check_index(checkpoint, shards, layout)
     for shard in shards:
-        problems += verify_shard(checkpoint, index, layout, shard, promise)
-    return problems
+        problems += verify_shard(checkpoint, index, layout, shard, promise).problems
+    return problems + check_files(checkpoint, manifest)
 
 
 def verify_alone(checkpoint: Store, manifest: CheckpointManifest, promise: Promise) -> list[str]:
-    """Headers against the index, and every expert linear that the manifest names. Other tensors' bytes are taken on trust."""
+    """Headers against the index, every tensor and file against the digests of the checkpoint's own manifest, every expert linear for its form."""
     problems = check_index_files(checkpoint)
     is_index_readable = not problems
     entries: dict[str, TensorEntry] = {}
     for file in sorted(info.key for info in checkpoint.list() if info.key.endswith(".safetensors")):
         try:
-            entries |= read_header(checkpoint, file)
+            raw, size_bytes = read_header_bytes(checkpoint, file)
+            entries |= parse_header(file, raw, size_bytes)
+            if (found := header_digest(raw)) != manifest.header_sha256.get(file):
+                problems.append(f"{file}: header: expected SHA-256 {manifest.header_sha256.get(file)}, found {found}")
         except P48Error as error:
             problems.append(str(error))
     if is_index_readable:
@@ -91,7 +105,36 @@ def verify_alone(checkpoint: Store, manifest: CheckpointManifest, promise: Promi
                 projections = dict(zip(PROJECTIONS, linears[at : at + len(PROJECTIONS)], strict=True))
                 problems += check_expert(projections, tensors, None, promise)
     stray = sorted(n for n in entries if EXPERT_NAME.fullmatch(n) and n not in known)
-    return problems + [f"{name}: an expert tensor that the manifest does not know" for name in stray]
+    problems += [f"{name}: an expert tensor that the manifest does not know" for name in stray]
+    return problems + list(check_untouched(checkpoint, manifest, entries, known)) + check_files(checkpoint, manifest)
+
+
+def check_untouched(
+    checkpoint: Store, manifest: CheckpointManifest, entries: Mapping[str, TensorEntry], compressed: set[str]
+) -> Iterator[str]:
+    """Tensors that came over from the source: all there, no other, and the bytes that were verified when the checkpoint was made."""
+    promised = manifest.untouched_sha256
+    for name in sorted(promised.keys() - entries.keys()):
+        yield f"{name}: missing"
+    for name in sorted(entries.keys() - promised.keys() - compressed):
+        if not EXPERT_NAME.fullmatch(name):
+            yield f"{entries[name].file}: {name}: a tensor that the manifest does not know"
+    for name in sorted(promised.keys() & entries.keys()):
+        if (found := tensor_digest(checkpoint, entries[name])) != promised[name]:
+            yield f"{entries[name].file}: {name}: bytes differ from those that were verified: expected SHA-256 {promised[name]}, found {found}"
+
+
+def check_files(checkpoint: Store, manifest: CheckpointManifest) -> list[str]:
+    """The files beside the weights, and the manifest itself."""
+    problems = []
+    if manifest.sha256 != manifest.own_sha256():
+        problems.append(f"{MANIFEST_FILE}: does not have the SHA-256 that it states: changed since it was written")
+    for name, digest in sorted(manifest.file_sha256.items()):
+        if checkpoint.head(name) is None:
+            problems.append(f"{name}: missing")
+        elif (found := hashlib.sha256(checkpoint.get(name)).hexdigest()) != digest:
+            problems.append(f"{name}: expected SHA-256 {digest}, found {found}")
+    return problems
 
 
 def units_of(manifest: CheckpointManifest) -> Iterator[tuple[WorkUnit, list[str]]]:
