@@ -1,0 +1,1 @@
+"""What other programs need to read this project's checkpoints correctly."""
