@@ -128,6 +128,9 @@ class OutputConfig(Section):
 
     max_shard_size: SizeBytes = 5 * 10**9
     storage: Literal["dense", "sparse"] = "dense"
+    base_model: str | None = Field(
+        None, description="owner/name of the source on the Hub, for the card; default: what an hf:// source says."
+    )
 
 
 class EvaluationConfig(Section):

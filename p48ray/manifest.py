@@ -113,7 +113,9 @@ class CheckpointManifest(Record):
     unit_sha256: dict[str, str] = Field(description="SHA-256 of every unit's shard, by unit id; its tensors lie here byte for byte.")
     untouched_sha256: dict[str, str] = Field(description="SHA-256 of every other tensor's bytes, by name.")
     header_sha256: dict[str, str] = Field(description="SHA-256 of every safetensors file's header, length included, by file.")
-    file_sha256: dict[str, str] = Field(description="SHA-256 of the files beside them; not of the card, which people edit, nor of this one.")
+    file_sha256: dict[str, str] = Field(
+        description="SHA-256 of the files beside them; not of the card, which people edit, nor of this one."
+    )
     sha256: str = Field("", description="Of this record's canonical JSON with this field empty.")
 
     def sealed(self) -> "CheckpointManifest":
@@ -150,6 +152,22 @@ class EvaluationPart(Record):
     compressed_loss: float
     compressed_correct: int
     kl: float
+
+
+class PublishedShard(Record):
+    """One shard whose bytes the Hub has, so that the commit needs no more than this record."""
+
+    schema_version: Literal[1] = 1
+    endpoint: str
+    repo: str
+    revision: str
+    path: str
+    size_bytes: int
+    sha256: str
+    checkpoint_sha256: str = Field(
+        description="Of the p48ray.json that names every byte of the shard; under another one the record is void."
+    )
+    finished_at: float = Field(description="Unix time, seconds.")
 
 
 class Failure(Record):

@@ -51,6 +51,7 @@ SETTINGS: dict[str, Effect] = {
     "compression.max_fallback_share": "free",
     "output.max_shard_size": "digest",
     "output.storage": "digest",
+    "output.base_model": "digest",  # stands in the card
     "evaluation.documents": "free",  # evaluation results lie under a digest of their own
     "evaluation.num_sequences": "free",
     "evaluation.sequence_length": "free",

@@ -13,6 +13,7 @@ checkpoint/                                          the Hugging Face folder
 verification/model-00001-of-00003.json               verdict per output shard
 evaluation/<digest>/part-0003.json (+ tokens.arrow)  sums over held-out sequences
 report/report.json
+publish/<digest>/model-00001-of-00003.json           a shard that the Hub has; digest of endpoint, repository and branch
 """
 
 STORE = "store.json"
@@ -28,6 +29,7 @@ CHECKPOINT = "checkpoint/"
 VERIFICATION = "verification/"
 EVALUATION = "evaluation/"
 REPORT = "report/report.json"
+PUBLISH = "publish/"
 
 
 def residual_part(layer: int, part: int) -> str:
@@ -84,3 +86,7 @@ def evaluation_tokens(digest: str) -> str:
 
 def evaluation_part(digest: str, part: int) -> str:
     return f"{EVALUATION}{digest}/part-{part:04d}.json"
+
+
+def published_shard(digest: str, shard: str) -> str:
+    return f"{PUBLISH}{digest}/{shard.removesuffix('.safetensors')}.json"

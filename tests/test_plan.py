@@ -34,6 +34,7 @@ OTHER_VALUES = {
     "compression.sweeps": "1",
     "compression.refine_steps": "5",
     "compression.activation_quantization": None,
+    "output.base_model": "owner/name",
     "output.max_shard_size": "1MB",
     "output.storage": "sparse",
     "run.experts_per_unit": "3",

@@ -12,6 +12,7 @@ from p48ray.config import baseline_config
 from p48ray.errors import StageFailedError, VerificationError
 from p48ray.manifest import EvaluationPart, LayerScales, ShardVerdict, UnitManifest
 from p48ray.plan import RunPlan, cut
+from p48ray.report.card import model_card
 from p48ray.report.report import Report, build_report
 from p48ray.runner.base import RedoError, Runner, run_all
 from p48ray.runner.progress import Progress
@@ -51,9 +52,10 @@ def run_job(prepared: Prepared, make_runner: RunnerFactory) -> Report:
         log.info("baseline  the published one-shot reference, under %s/baseline", store.uri)
         baseline = run_job(prepare(baseline_config(plan.config)), make_runner).quality
     seconds["total"] = round(time.monotonic() - start, 1)
-    report = build_report(prepared.context, read_units(prepared), prepared.shards, result, seconds).model_copy(
-        update={"baseline": baseline}
-    )
+    units = read_units(prepared)
+    if not plan.is_pilot:
+        store.put(run_root.checkpoint_file("README.md"), model_card(prepared.context, units, result, baseline).encode())
+    report = build_report(prepared.context, units, prepared.shards, result, seconds).model_copy(update={"baseline": baseline})
     store.put(run_root.REPORT, report.to_json())
     return report
 

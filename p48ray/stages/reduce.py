@@ -8,7 +8,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from p48ray import __version__, run_root
+from p48ray import run_root
 from p48ray.checkpoint.header import encode_header
 from p48ray.checkpoint.index import INDEX_FILE
 from p48ray.checkpoint.layout import ModelLayout
@@ -99,7 +99,7 @@ def stored_sha256(store: Store, held: ObjectInfo) -> str | None:
 
 
 def finish_checkpoint(context: StageContext, shards: tuple[OutputShard, ...], verdicts: Sequence[ShardVerdict]) -> None:
-    """Everything but the shards: sidecar files, config, README, the checkpoint's own manifest, and last the index.
+    """Everything but shards and card: sidecar files, config, the checkpoint's own manifest, and last the index.
 
     Args: verdicts: of all shards; whoever read them through has hashed what lies in them.
     """
@@ -109,7 +109,6 @@ def finish_checkpoint(context: StageContext, shards: tuple[OutputShard, ...], ve
     index = index_json(context, shards)
     for name, data in files.items():
         context.store.put(run_root.checkpoint_file(name), data)
-    context.store.put(run_root.checkpoint_file("README.md"), readme(context).encode())
     digests = {name: hashlib.sha256(data).hexdigest() for name, data in {**files, INDEX_FILE: index}.items()}
     context.store.put(run_root.checkpoint_file(MANIFEST_FILE), checkpoint_manifest(context, verdicts, digests).to_json())
     context.store.put(run_root.checkpoint_file(INDEX_FILE), index)
@@ -140,34 +139,3 @@ def checkpoint_manifest(context: StageContext, verdicts: Sequence[ShardVerdict],
         header_sha256={v.shard: v.header_sha256 for v in verdicts},
         file_sha256=files,
     ).sealed()
-
-
-def readme(context: StageContext) -> str:
-    """A short card with the front matter that the Hub reads; the full card is generated at publication."""
-    plan, c = context.plan, context.plan.config.compression
-    is_sparse = c.sparsity == "paired-4:8"
-    tags = ["compressed-tensors", "nvfp4", *(["paired-4-8-sparse"] if is_sparse else []), "moe"]
-    texts = plan.config.calibration
-    vision = "; the vision tower passes through untouched" if "vision_config" in context.source.config else ""
-    rows = {
-        "solver": f"`{c.solver}`, {c.sweeps} sweeps",
-        "scale span": f"{c.scale_span} inputs",
-        "calibration": f"{texts.num_sequences} x {texts.sequence_length} tokens of text{vision}",
-        "plan digest": f"`{plan.digest}`",
-        "made with": f"p48ray {__version__}",
-    }
-    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
-    return f"""---
-library_name: transformers
-base_model_relation: quantized
-tags: [{", ".join(tags)}]
----
-# {plan.config.name}
-
-Routed experts of {len(plan.source.moe_layers)} layers x {plan.source.num_experts} experts, {"paired-4:8 sparse and " if is_sparse else ""}NVFP4 quantized,
-weights and activations (W4A4), in the compressed-tensors format `nvfp4-pack-quantized`. Everything else is byte for byte as in the source.
-
-| | |
-|---|---|
-{table}
-"""

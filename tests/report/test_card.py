@@ -1,0 +1,96 @@
+"""The card of a finished checkpoint: what the Hub's library reads from it, and that it says what was done and nothing else."""
+
+import json
+import re
+from dataclasses import replace
+
+import pytest
+from huggingface_hub import ModelCard
+
+from p48ray import run_root
+from p48ray.manifest import UnitManifest
+from p48ray.report.card import model_card
+from p48ray.stages.context import StageContext
+from p48ray.stages.evaluate import EvaluationResult
+from p48ray.store import MemoryStore
+from tests.stages.small_run import SmallRun
+
+QUALITY = EvaluationResult(
+    num_tokens=192, source_perplexity=7.0, source_accuracy=0.57, compressed_perplexity=8.125, compressed_accuracy=0.5, kl=0.0625
+)
+
+
+@pytest.fixture
+def units(finished: SmallRun) -> list[UnitManifest]:
+    return [UnitManifest.load(finished.prepared.store, run_root.unit_manifest(u.id)) for u in finished.prepared.plan.units]
+
+
+def context_with(finished: SmallRun, readme: bytes | None = None, **output: object) -> StageContext:
+    """The run's context with another output section, and a source whose card is `readme`."""
+    plan = finished.prepared.plan
+    config = plan.config.model_copy(update={"output": plan.config.output.model_copy(update=output)})
+    source = finished.prepared.source
+    if readme is not None:
+        store = MemoryStore(f"card-{len(readme)}")
+        store.put("README.md", readme)
+        source = replace(source, store=store)
+    return replace(finished.context, plan=plan.model_copy(update={"config": config}), source=source)
+
+
+def test_card_in_the_checkpoint_is_read_by_the_hubs_library(finished: SmallRun) -> None:
+    card = ModelCard.load(finished.checkpoint / "README.md")
+    assert card.data.library_name == "transformers"
+    assert {"compressed-tensors", "nvfp4", "paired-4-8-sparse", "moe"} <= set(card.data.tags)
+    assert card.text.lstrip().startswith(f"# {finished.prepared.plan.config.name}\n")
+    for fact in (
+        "4 layers x 16 experts",
+        "6 x 64 tokens",
+        "`block_descent`, 1 sweeps",
+        finished.prepared.plan.digest,
+        finished.prepared.source.fingerprint,
+    ):
+        assert fact in card.text
+
+
+def test_base_model_and_licence_are_carried_over(finished: SmallRun, units: list[UnitManifest]) -> None:
+    readme = b"---\nlicense: other\nlicense_name: modified-mit\nlicense_link: LICENSE\ntags: [theirs]\n---\n# Source\n"
+    card = ModelCard(model_card(context_with(finished, readme, base_model="owner/name"), units, None, None))
+    data = card.data.to_dict()
+    assert (data["base_model"], data["base_model_relation"]) == ("owner/name", "quantized")
+    assert (data["license"], data["license_name"], data["license_link"]) == ("other", "modified-mit", "LICENSE")
+    assert "theirs" not in data["tags"]
+    assert "The base model's own: modified-mit. Its text is in `LICENSE`." in card.text
+
+
+def test_source_without_front_matter_has_no_licence_to_carry(finished: SmallRun, units: list[UnitManifest]) -> None:
+    data = ModelCard(model_card(context_with(finished, b"# source\n"), units, None, None)).data.to_dict()
+    assert not {"license", "license_name", "base_model", "base_model_relation"} & data.keys()
+
+
+def test_only_what_was_measured_is_in_the_table(finished: SmallRun, units: list[UnitManifest]) -> None:
+    context = context_with(finished)
+    alone, both = (model_card(context, units, QUALITY, baseline) for baseline in (None, QUALITY.model_copy(update={"kl": 0.125})))
+    assert "| this checkpoint | 8.1250 | 0.5000 | 0.0625 |" in alone
+    assert "one-shot reference" not in alone
+    assert "| one-shot reference (SparseGPT masks + GPTQ) | 8.1250 | 0.5000 | 0.1250 |" in both
+    unmeasured = model_card(context, units, None, None)
+    assert "Not evaluated by the job that made it." in unmeasured
+    assert "perplexity" not in unmeasured
+
+
+@pytest.mark.parametrize(("family", "has_flags"), [("kimi_k25", True), ("deepseek_v3", False)])
+def test_flags_of_a_family_are_for_that_family(finished: SmallRun, units: list[UnitManifest], family: str, has_flags: bool) -> None:
+    context = context_with(finished)
+    source = context.plan.source.model_copy(update={"family": family})
+    text = model_card(replace(context, plan=context.plan.model_copy(update={"source": source})), units, None, None)
+    assert ("--tool-call-parser kimi_k2" in text) == ("--mm-encoder-tp-mode data" in text) == has_flags
+    assert "vllm serve <this repository> --tensor-parallel-size 4" in text
+
+
+def test_card_names_no_place_of_this_machine(finished: SmallRun, units: list[UnitManifest]) -> None:
+    text = model_card(context_with(finished), units, QUALITY, None)
+    assert str(finished.root.parent) not in text and str(finished.source) not in text
+    assert "calibration.jsonl (1)" in text
+    found = re.search(r"```json\n(.*?)\n```", text, re.DOTALL)
+    assert found is not None
+    assert json.loads(found[1])["compression"]["sweeps"] == 1
