@@ -3,6 +3,9 @@
 import pytest
 
 from tests.stages.small_run import SmallRun, finished_run
+from tests.store.servers import aws_identity, seaweedfs
+
+__all__ = ["aws_identity", "seaweedfs"]
 
 
 @pytest.fixture(scope="session")

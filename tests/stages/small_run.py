@@ -67,7 +67,7 @@ class SmallRun:
         return self.prepared.context
 
 
-def configure(source: Path, root: Path | str, *overrides: str) -> RunConfig:
+def configure(source: Path | str, root: Path | str, *overrides: str) -> RunConfig:
     return load_config(REPO / "configs" / "tiny.yaml", (f"source.checkpoint={source}", *SETTINGS, *overrides), str(root))
 
 

@@ -1,0 +1,259 @@
+"""What a run root lacks, against a slow simulation of the two ways that knows nothing of how Needs finds them."""
+
+import random
+from collections.abc import Iterable
+
+import pytest
+
+from p48ray import run_root
+from p48ray.config import load_config
+from p48ray.plan import RunPlan
+from p48ray.stages.needs import Needs, read_needs
+from p48ray.stages.prepare import prepare
+from p48ray.store import MemoryStore
+from tests.conftest import REPO
+
+HEAD = 5  # the tiny model has a dense layer 0 and mixtures 1 to 4
+
+BOUNDARY, BOUNDARY_BACK = run_root.residual_part, run_root.residual_gradient_part
+SEEN = (run_root.activation_part, run_root.activation_manifest)
+FELT = (run_root.gradient_part, run_root.gradient_manifest)
+
+PLANS = {
+    "forth": ("compression.output_curvature=false",),
+    "forth, layers 1 and 3": ("compression.output_curvature=false", "run.layers=[3,1]"),
+    "forth, layer 2": ("compression.output_curvature=false", "run.layers=[2]"),
+    "and back": ("compression.output_curvature=true",),
+    "and back, layers 1 and 3": ("compression.output_curvature=true", "run.layers=[1,3]"),
+    "and back, layer 4": ("compression.output_curvature=true", "run.layers=[4]"),
+}
+
+
+def planned(*overrides: str) -> RunPlan:
+    small = ("calibration.num_sequences=4", "calibration.sequences_per_part=2", "calibration.sequence_length=64", "evaluation=null")
+    return prepare(load_config(REPO / "configs" / "tiny.yaml", (*small, *overrides), "memory://needs")).plan
+
+
+@pytest.fixture(scope="module")
+def plans() -> dict[str, RunPlan]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(REPO)
+        return {name: planned(*overrides) for name, overrides in PLANS.items()}
+
+
+@pytest.fixture(params=PLANS)
+def plan(request: pytest.FixtureRequest, plans: dict[str, RunPlan]) -> RunPlan:
+    return plans[request.param]
+
+
+def goes_back(plan: RunPlan) -> bool:
+    return plan.config.compression.output_curvature
+
+
+def all_keys(plan: RunPlan) -> list[str]:
+    """Whatever a run of the plan may have left."""
+    parts = [p.part for p in plan.parts]
+    names = [name(n, p) for n in plan.layers for p in parts for name in (*SEEN, *(FELT if goes_back(plan) else ()))]
+    names += [BOUNDARY(b, p) for b in range(1, HEAD + goes_back(plan)) for p in parts]
+    names += [BOUNDARY_BACK(b, p) for b in range(2, HEAD + 1) for p in parts if goes_back(plan)]
+    return names + [run_root.unit_manifest(u.id) for u in plan.units]
+
+
+def random_keys(plan: RunPlan, chance: random.Random) -> frozenset[str]:
+    """Some of them; every kind of object is rare in some draws and frequent in others."""
+    share = {
+        kind: chance.choice((0.0, 0.2, 0.6, 0.9, 1.0)) for kind in ("activations", "gradients", "residuals", "residual-gradients", "units")
+    }
+    return frozenset(key for key in all_keys(plan) if chance.random() < share[key.split("/")[0]])
+
+
+# The simulation: which layers some part is run through, and what that leaves.
+
+
+def open_layers(plan: RunPlan, keys: frozenset[str]) -> list[int]:
+    return [n for n in plan.layers if not all(run_root.unit_manifest(u.id) in keys for u in plan.units if u.layer == n)]
+
+
+def climb(plan: RunPlan, keys: frozenset[str], part: int, layers: Iterable[int]) -> frozenset[str] | None:
+    """What there is after running the layers upwards; None if one of them has nothing to start from."""
+    found, held = set(keys), 0
+    for n in sorted(layers):
+        if n != held and BOUNDARY(n, part) not in keys:
+            return None
+        held = n + 1
+        found |= {BOUNDARY(held, part)} | {name(n, part) for name in SEEN}
+    return frozenset(found)
+
+
+def descend(keys: frozenset[str], part: int, layers: Iterable[int]) -> frozenset[str] | None:
+    """What there is after the way down; None if a gradient or a boundary is missing on it. The lowest layer is not differentiated."""
+    found, held = set(keys), HEAD + 1
+    visited = sorted(layers, reverse=True)
+    for n in visited:
+        if n != HEAD:
+            if held != n + 1 and BOUNDARY_BACK(n + 1, part) not in keys:
+                return None
+            found |= {name(n, part) for name in FELT}
+        if n != visited[-1]:
+            if BOUNDARY(n, part) not in keys:
+                return None
+            found.add(BOUNDARY_BACK(n, part))
+            held = n
+    return frozenset(found)
+
+
+def is_served(plan: RunPlan, keys: frozenset[str], part: int) -> bool:
+    """Whether every open layer has what its units read."""
+    names = (*SEEN, *(FELT if goes_back(plan) else ()))
+    return all(name(n, part) in keys for n in open_layers(plan, keys) for name in names)
+
+
+def slices(top: int) -> list[range]:
+    """All runs of consecutive layers below `top`, shortest first."""
+    return sorted((range(a, b) for a in range(top + 1) for b in range(a, top + 1)), key=len)
+
+
+def test_both_ways_give_open_layers_all_they_read_and_nothing_shorter_would(plan: RunPlan) -> None:
+    chance = random.Random(5)
+    for _ in range(150):
+        keys = random_keys(plan, chance)
+        needs = Needs(plan, keys)
+        for part in (0, 1):
+            up, back = needs.way_up(part), needs.way_back(part)
+            captured = climb(plan, keys, part, up)
+            assert captured is not None, "starts where nothing is stored"
+            felt = descend(captured, part, back)
+            assert felt is not None, "misses a boundary on the way back"
+            assert is_served(plan, felt, part)
+            assert len(back) <= len(shortest_back(plan, keys, part))
+            assert len(up) == len(shortest_up(plan, keys, part, back))
+
+
+def shortest_up(plan: RunPlan, keys: frozenset[str], part: int, back: range) -> range:
+    """By trying all: the way up after which the given way back can be gone and open layers have their activations."""
+
+    def serves(way: range) -> bool:
+        found = climb(plan, keys, part, way)
+        is_captured = found is not None and all(name(n, part) in found for n in open_layers(plan, keys) for name in SEEN)
+        return is_captured and found is not None and descend(found, part, back) is not None
+
+    return next(way for way in slices(HEAD) if serves(way))
+
+
+def shortest_back(plan: RunPlan, keys: frozenset[str], part: int) -> range:
+    """By trying all, with every boundary of the way up there."""
+    everywhere = keys | {BOUNDARY(b, part) for b in range(1, HEAD + 1)}
+
+    def serves(way: range) -> bool:
+        found = descend(everywhere, part, way)
+        return found is not None and all(name(n, part) in found for n in open_layers(plan, keys) for name in FELT)
+
+    return next(way for way in slices(HEAD + 1) if not goes_back(plan) or serves(way))
+
+
+def test_ways_that_were_gone_need_not_be_gone_again(plan: RunPlan) -> None:
+    chance = random.Random(6)
+    for _ in range(50):
+        keys = random_keys(plan, chance)
+        for part in (0, 1):
+            captured = climb(plan, keys, part, Needs(plan, keys).way_up(part))
+            assert captured is not None
+            assert not Needs(plan, captured).way_up(part)
+            felt = descend(captured, part, Needs(plan, captured).way_back(part))
+            assert felt is not None
+            assert not Needs(plan, felt).way_back(part) and not Needs(plan, felt).way_up(part)
+
+
+def test_part_that_is_missing_says_nothing_about_the_other(plans: dict[str, RunPlan]) -> None:
+    plan = plans["and back"]
+    gone = {key for key in all_keys(plan) if key.endswith(("part-0001.arrow", "part-0001.json"))}
+    needs = Needs(plan, frozenset(all_keys(plan)) - gone - {run_root.unit_manifest("L002-E000-003")})
+    assert (needs.way_up(0), needs.way_back(0)) == (range(0), range(0))
+    assert needs.open_layers == (2,)
+    assert (needs.activation_layers(1), needs.gradient_layers(1)) == ([2], [2])
+    assert (needs.way_up(1), needs.way_back(1)) == (range(5), range(2, 6))
+
+
+@pytest.mark.parametrize(
+    ("name", "up", "back"),
+    [
+        ("forth", range(5), range(0)),
+        ("forth, layers 1 and 3", range(4), range(0)),
+        ("forth, layer 2", range(3), range(0)),
+        ("and back", range(5), range(1, 6)),
+        ("and back, layers 1 and 3", range(5), range(1, 6)),
+        ("and back, layer 4", range(5), range(4, 6)),
+    ],
+)
+def test_empty_run_root_needs_every_layer_up_to_the_last_and_back_to_the_first(
+    name: str, up: range, back: range, plans: dict[str, RunPlan]
+) -> None:
+    needs = Needs(plans[name], frozenset())
+    assert needs.open_layers == plans[name].layers
+    assert needs.missing_units == plans[name].units
+    for part in (0, 1):
+        assert (needs.way_up(part), needs.way_back(part)) == (up, back)
+
+
+def test_run_root_with_all_manifests_of_units_needs_nothing_whatever_else_is_gone(plan: RunPlan) -> None:
+    needs = Needs(plan, frozenset(run_root.unit_manifest(u.id) for u in plan.units))
+    assert (needs.missing_units, needs.open_layers) == ((), ())
+    for part in (0, 1):
+        assert (needs.activation_layers(part), needs.gradient_layers(part)) == ([], [])
+        assert not needs.way_up(part) and not needs.way_back(part)
+
+
+@pytest.mark.parametrize("layer", [1, 2, 3, 4])
+@pytest.mark.parametrize("stored", [(), (1,), (1, 2), (2, 3), (1, 2, 3, 4)])
+def test_one_open_layer_is_run_from_the_highest_stored_boundary_below_it(
+    layer: int, stored: tuple[int, ...], plans: dict[str, RunPlan]
+) -> None:
+    plan = plans["forth"]
+    done = {run_root.unit_manifest(u.id) for u in plan.units if u.layer != layer}
+    needs = Needs(plan, frozenset(done | {BOUNDARY(b, 0) for b in stored}))
+    assert needs.way_up(0) == range(max((b for b in stored if b <= layer), default=0), layer + 1)
+
+
+@pytest.mark.parametrize("layer", [1, 2, 3, 4])
+@pytest.mark.parametrize("stored", [(), (5,), (3, 5), (2, 3, 4, 5)])
+def test_one_open_layer_is_reached_from_the_lowest_stored_gradient_above_it(
+    layer: int, stored: tuple[int, ...], plans: dict[str, RunPlan]
+) -> None:
+    plan = plans["and back"]
+    done = {run_root.unit_manifest(u.id) for u in plan.units if u.layer != layer}
+    needs = Needs(plan, frozenset(done | {BOUNDARY_BACK(b, 0) for b in stored}))
+    assert needs.way_back(0) == range(layer, min((b for b in stored if b > layer), default=HEAD + 1))
+
+
+@pytest.mark.parametrize("missing", [0, 1])
+def test_part_counts_as_there_only_with_both_its_data_and_its_manifest(missing: int, plans: dict[str, RunPlan]) -> None:
+    plan = plans["and back"]
+    there = frozenset(all_keys(plan)) - {run_root.unit_manifest("L003-E004-007")}
+    needs = Needs(plan, there - {SEEN[missing](3, 0), FELT[missing](3, 1)})
+    assert [needs.activation_layers(p) for p in (0, 1)] == [[3], []]
+    assert [needs.gradient_layers(p) for p in (0, 1)] == [[], [3]]
+
+
+def test_layer_stays_open_until_its_last_unit_has_a_manifest(plans: dict[str, RunPlan]) -> None:
+    plan = plans["forth"]
+    units = [u for u in plan.units if u.layer == 2]
+    there = frozenset(all_keys(plan)) - {run_root.unit_manifest(u.id) for u in units}
+    for n in range(len(units)):
+        needs = Needs(plan, there | {run_root.unit_manifest(u.id) for u in units[:n]})
+        assert (needs.open_layers, needs.missing_units) == ((2,), tuple(units[n:]))
+    assert Needs(plan, there | {run_root.unit_manifest(u.id) for u in units}).open_layers == ()
+
+
+def test_shards_of_attempts_are_no_manifests(plans: dict[str, RunPlan]) -> None:
+    plan = plans["forth"]
+    needs = Needs(plan, frozenset(run_root.unit_shard(u.id, "abc") for u in plan.units))
+    assert needs.missing_units == plan.units
+
+
+def test_needs_are_read_from_one_listing_of_what_they_are_about(plans: dict[str, RunPlan]) -> None:
+    plan, store = plans["and back"], MemoryStore("needs-listing")
+    keys = random_keys(plan, random.Random(7))
+    for key in [*keys, "plan.json", "checkpoint/config.json", "report/report.json"]:
+        store.put(key, b"{}")
+    assert read_needs(plan, store) == Needs(plan, keys)
+    assert read_needs(plan, store, [run_root.UNITS]).missing_units == Needs(plan, keys).missing_units
