@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Any, Self
 
 import ray
-from ray.exceptions import RayActorError
+from ray.exceptions import RayError
 
 from p48ray.errors import ConfigError, P48Error, StageFailedError, UserError, WorkerLostError
 from p48ray.plan import RunPlan
@@ -53,7 +53,10 @@ class WorkerProcess:
 
     def execute(self, task: Task) -> TaskResult:
         result = execute(self.context, task)
-        self.metrics.count(result)
+        try:
+            self.metrics.count(result)
+        except Exception as error:  # noqa: BLE001 (a unit is not to be lost because nobody could be told of it)
+            log.warning("metrics: %s", error)
         return result
 
 
@@ -163,7 +166,7 @@ class RayRunner:
         actor = self.starting.pop(ref)
         try:
             found: str | Exception = ray.get(ref)
-        except RayActorError as error:
+        except RayError as error:  # it died, or raised what is not ours
             found = error
         if isinstance(found, str):
             self.idle.append(Worker(actor, found))
@@ -181,7 +184,7 @@ class RayRunner:
         worker, task = self.running.pop(ref)
         try:
             result: TaskResult = ray.get(ref)
-        except RayActorError as error:
+        except RayError as error:
             ray.kill(worker.actor)  # one that is only out of reach would keep its place in the cluster
             yield from self.settle_loss(worker, task, error, waiting)
             return
@@ -194,7 +197,7 @@ class RayRunner:
         else:
             yield result
 
-    def settle_loss(self, worker: Worker, task: Task, error: RayActorError, waiting: Dispatcher) -> Iterator[TaskResult]:
+    def settle_loss(self, worker: Worker, task: Task, error: RayError, waiting: Dispatcher) -> Iterator[TaskResult]:
         """A task whose worker died under it, alone or with its node."""
         loss = WorkerLostError(first_line(error))
         if worker.node not in {n["NodeID"] for n in ray.nodes() if n["Alive"]}:
