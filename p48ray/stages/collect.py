@@ -49,7 +49,8 @@ def layer_of(key: str) -> int:
 def collect_losers(plan: RunPlan, store: Store) -> int:
     """Delete shards of attempts that no manifest names, of units that are done. An attempt still under way finds the manifest taken and gives up."""
     needs = read_needs(plan, store, [run_root.UNITS])
-    shards = {unit.id: [k for k in by_unit(needs).get(unit.id, []) if k.endswith(".safetensors")] for unit in plan.units}
+    found = by_unit(needs)
+    shards = {unit.id: [k for k in found.get(unit.id, []) if k.endswith(".safetensors")] for unit in plan.units}
     contested = [unit for unit, keys in shards.items() if len(keys) > 1 and run_root.unit_manifest(unit) in needs.keys]
     manifests = UnitManifest.load_all(store, map(run_root.unit_manifest, contested))
     losers = [k for m in manifests for k in shards[m.unit] if k != run_root.unit_shard(m.unit, m.attempt)]
