@@ -456,7 +456,7 @@ def measure_ray(prepared: Prepared) -> dict[str, float]:
         done = sum(r.is_done for r in runner.run(tasks))
         cpu, wall = time.process_time() - cpu, time.perf_counter() - start
     assert done == len(tasks)
-    return {"ray_ms_per_task": 1000 * cpu / done, "ray_wall_ms_per_task": 1000 * wall / done}
+    return {"ray_ms_per_task": 1000 * cpu / done, "ray_wall_ms_per_task": 1000 * wall / done, "ray_peak_bytes": peak_bytes()}
 
 
 def assumptions(args: argparse.Namespace, c: Costs) -> list[str]:
@@ -522,7 +522,7 @@ def driver_lines(d: dict[str, Any]) -> list[str]:
     if "ray_ms_per_task" in d:
         lines.append(
             f"With a real Ray and {RAY_WORKERS} workers that do nothing: {d['ray_ms_per_task']:.2f} ms of the driver's processor time a task, RayRunner's "
-            f"included, and {d['ray_wall_ms_per_task']:.2f} ms of wall clock."
+            f"included, and {d['ray_wall_ms_per_task']:.2f} ms of wall clock; peak RSS {d['ray_peak_bytes'] / 1e6:.0f} MB."
         )
     return lines
 
@@ -581,12 +581,12 @@ def run(args: argparse.Namespace, prepared: Prepared, console: Console) -> None:
     if args.ray:
         driver |= measure_ray(prepared)
     fleets = [
-        Fleet(gpus=gpus, gpus_per_node=size, loss_rate=rate, **shared)
+        Fleet(gpus=gpus, gpus_per_node=min(size, gpus), loss_rate=rate, **shared)
         for size in args.gpus_per_node
         for rate in args.loss_rates
         for gpus in args.gpus
     ]
-    fleets += [Fleet(gpus=gpus, gpus_per_node=max(args.gpus_per_node), reads="own", **shared) for gpus in args.own_gpus]
+    fleets += [Fleet(gpus=gpus, gpus_per_node=min(gpus, max(args.gpus_per_node)), reads="own", **shared) for gpus in args.own_gpus]
     outcomes = []
     for fleet in dict.fromkeys(fleets):
         mine = sized(prepared, fleet, "fleet", args.keep)

@@ -31,15 +31,20 @@ def read_experts(index: CheckpointIndex, layout: ModelLayout, layer: int, expert
     Cost:   2 bytes a weight for the result, half a byte as stored, and 3 more for the one linear being decoded; 0.2 s a Kimi expert.
     """
     wanted = list(experts)
-    names = [name for expert in wanted for name in layout.expert_tensor_names(layer, expert)]
-    tensors = read_tensors(index.store, [_entry(index, name) for name in names])
-    return {
-        expert: {
-            projection: _decode_named(index, layout, tensors, layout.expert_linear_name(layer, expert, projection))
-            for projection in PROJECTIONS
-        }
-        for expert in wanted
-    }
+    tensors = fetch_experts(index, layout, layer, wanted)
+    return {expert: decode_expert(index, layout, layer, expert, tensors) for expert in wanted}
+
+
+def fetch_experts(index: CheckpointIndex, layout: ModelLayout, layer: int, experts: Iterable[int]) -> dict[str, Tensor]:
+    """The tensors of several experts as stored, by name: half a byte a weight for INT4."""
+    names = [name for expert in experts for name in layout.expert_tensor_names(layer, expert)]
+    return read_tensors(index.store, [_entry(index, name) for name in names])
+
+
+def decode_expert(index: CheckpointIndex, layout: ModelLayout, layer: int, expert: int, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """One expert's weights out of fetched tensors. See read_experts."""
+    linears = {projection: layout.expert_linear_name(layer, expert, projection) for projection in PROJECTIONS}
+    return {projection: _decode_named(index, layout, tensors, name) for projection, name in linears.items()}
 
 
 def decode_linear(tensors: Mapping[str, Tensor], layout: ModelLayout, where: str = "expert linear") -> Tensor:

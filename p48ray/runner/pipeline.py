@@ -105,9 +105,9 @@ class Job:
         def done() -> int:
             return len(expected & self.keys(prefix))
 
-        with Progress(name, noun, len(expected), done):
+        with Progress(name, noun, len(expected), done) as progress:
             run_all(self.runner, tasks, self.store, on_done)
-        if (count := done()) != len(expected):
+        if (count := progress.final) != len(expected):
             raise StageFailedError(f"{name}: expected {len(expected)} {noun} in {self.store.uri}, found {count}")
         self.seconds[name] = round(self.seconds.get(name, 0.0) + time.monotonic() - start, 1)
 

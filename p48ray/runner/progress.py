@@ -13,6 +13,7 @@ from p48ray.report.work import duration
 log = logging.getLogger("p48ray.progress")
 
 INTERVAL_S = 5.0
+LISTING_SHARE = 50  # times a listing's own duration until the next one: two per cent of the time is spent on watching
 
 
 class Progress:
@@ -39,14 +40,19 @@ class Progress:
         self.thread.join()
         if kind is None:
             elapsed_s = time.monotonic() - self.start
-            log.info("%-9s %d/%d %s in %s", self.stage, self.count(), self.total, self.noun, duration(elapsed_s))
+            self.final = self.first if self.first == self.total else self.count()  # nothing is taken away from a stage that is done
+            log.info("%-9s %d/%d %s in %s", self.stage, self.final, self.total, self.noun, duration(elapsed_s))
 
     def watch(self) -> None:
-        while not self.stopped.wait(self.interval_s):
+        pause_s = self.interval_s
+        while not self.stopped.wait(pause_s):
+            before = time.monotonic()
             try:
                 done = self.count()
             except P48Error:
                 continue  # a listing that failed costs one line of progress, no more
+            finally:
+                pause_s = max(self.interval_s, LISTING_SHARE * (time.monotonic() - before))
             if done != self.last and done < self.total:
                 self.last = done
                 log.info(self.line(done, time.monotonic() - self.start))

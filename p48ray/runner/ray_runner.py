@@ -169,6 +169,7 @@ class RayRunner:
         except RayError as error:  # it died, or raised what is not ours
             found = error
         if isinstance(found, str):
+            self.failed_starts = 0
             self.idle.append(Worker(actor, found))
             return
         ray.kill(actor)

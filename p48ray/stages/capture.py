@@ -62,8 +62,7 @@ def capture_parts(context: StageContext, parts: Sequence[int]) -> list[Activatio
 
 
 def capturing_experts(context: StageContext, number: int, seen: list[RoutedInputs]) -> RoutedExperts:
-    dtype = context.compute_dtype
-    cache = ExpertCache(lambda expert: context.source_expert(number, expert, dtype), EXPERT_CACHE_BYTES)
+    cache = ExpertCache(context.source_layer(number, context.compute_dtype), EXPERT_CACHE_BYTES)
     return RoutedExperts(context.layout.num_experts, cache, observe=seen.append)
 
 

@@ -1,14 +1,14 @@
 """What every stage function gets besides its item of work: the plan, the run root, the opened source, and where to compute."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from p48ray import run_root
-from p48ray.checkpoint.decode import read_expert
+from p48ray.checkpoint.decode import decode_expert, fetch_experts, read_expert
 from p48ray.checkpoint.index import CheckpointIndex
 from p48ray.checkpoint.layout import ModelLayout
 from p48ray.errors import CorruptObjectError, ObjectMissingError, ShardCorruptError
@@ -44,6 +44,21 @@ class StageContext:
         """One expert of the source, decoded."""
         linears = read_expert(self.source, self.layout, layer, expert)
         return ExpertWeights(*(linears[p].to(self.device, dtype) for p in ("gate_proj", "up_proj", "down_proj")))
+
+    def source_layer(self, layer: int, dtype: torch.dtype) -> Callable[[int], ExpertWeights]:
+        """Experts of one layer for a streaming stage: each is read once and kept as stored, and decoded whenever it is asked for.
+
+        A stage asks for every expert once a micro-batch. Memory: the packed layer (Kimi-K2.5: 9.5 GB of host memory), for as long as the result is held.
+        """
+        packed: dict[int, dict[str, Tensor]] = {}
+
+        def weights(expert: int) -> ExpertWeights:
+            if expert not in packed:
+                packed[expert] = fetch_experts(self.source, self.layout, layer, [expert])
+            linears = decode_expert(self.source, self.layout, layer, expert, packed[expert])
+            return ExpertWeights(*(linears[p].to(self.device, dtype) for p in ("gate_proj", "up_proj", "down_proj")))
+
+        return weights
 
     def layer_scales(self, layer: int) -> LayerScales:
         scales = LayerScales.load(self.store, run_root.layer_scales(layer))

@@ -117,7 +117,7 @@ def evaluate_part(context: StageContext, compressed: CompressedExperts, token_id
 def mixtures(context: StageContext, compressed: CompressedExperts, number: int, dtype: torch.dtype) -> tuple[RoutedExperts, RoutedExperts]:
     """The source's experts as they are, and the compressed ones under W4A4."""
     count, scales = context.layout.num_experts, context.layer_scales(number)
-    source = ExpertCache(lambda e: context.source_expert(number, e, dtype), EXPERT_CACHE_BYTES)
+    source = ExpertCache(context.source_layer(number, dtype), EXPERT_CACHE_BYTES)
     smaller = ExpertCache(lambda e: ExpertWeights(*(w.to(dtype) for w in compressed(number, e))), EXPERT_CACHE_BYTES)
     seen = activation_scales(context.plan.config, scales.gate_up, scales.down)
     return RoutedExperts(count, source), RoutedExperts(count, smaller, seen)

@@ -85,8 +85,8 @@ def step_down(
 
 
 def streaming_experts(context: StageContext, number: int) -> RoutedExperts:
-    dtype = context.compute_dtype
-    return RoutedExperts(context.layout.num_experts, ExpertCache(lambda e: context.source_expert(number, e, dtype), EXPERT_CACHE_BYTES))
+    cache = ExpertCache(context.source_layer(number, context.compute_dtype), EXPERT_CACHE_BYTES)
+    return RoutedExperts(context.layout.num_experts, cache)
 
 
 @torch.enable_grad()
