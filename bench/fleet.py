@@ -15,7 +15,7 @@ What is assumed (printed with the results, with the numbers in force):
     a node's link       one queue for reads, first come first served; writes at the same rate beside it; the store itself has no limit
     activations, gradients   reads "shared" (DESIGN 9): once per node and layer, kept while they are among the last `--layers-held`;
                              reads "own" (as the code stands): every unit reads them itself, once, or once a pass if its tokens pass GATHERED_BYTES
-    source layers       "shared": once per node and direction; "own": every call of a mixture reads its experts unless they fit EXPERT_CACHE_BYTES
+    source layers       "shared": once per node and direction; "own": once per worker and direction
     SHA-256             of what is read, at `--hash-rate` in the process that reads it, after reading
     losses              a node is lost as a whole; times are exponential, independent, without warning; seen after `--detect-s`
     nodes               asked for when workers wait; a first node takes `--boot-s`, one in a lost one's place `--replace-s` more; paid from its boot to its
@@ -61,7 +61,6 @@ from p48ray.runner import ray_runner
 from p48ray.runner.pipeline import Job, read_units
 from p48ray.runner.progress import INTERVAL_S
 from p48ray.runner.ray_runner import RayRunner
-from p48ray.stages.context import EXPERT_CACHE_BYTES
 from p48ray.stages.curvature import GATHERED_BYTES
 from p48ray.stages.needs import Needs, read_needs
 from p48ray.stages.prepare import Prepared, prepare
@@ -88,8 +87,6 @@ class Costs:
     source_unit_bytes: int
     unit_bytes: int
     source_layer_bytes: int
-    own_up_reads: int  # of a source layer for one part
-    own_back_reads: int
     up_s: float
     back_s: float
     part_bytes: int  # hidden states of one part, bf16
@@ -101,7 +98,7 @@ class Costs:
 def costs_of(prepared: Prepared, unit_seconds: float | None = None) -> Costs:
     """Args: unit_seconds: measured, of a unit with the mean number of tokens; the shares of loops and products stay."""
     plan, layout = prepared.plan, prepared.layout
-    e, c = estimate(plan, prepared.source, layout, prepared.shards), plan.config.calibration
+    e = estimate(plan, prepared.source, layout, prepared.shards)
     goes_back = plan.config.compression.output_curvature
     loop_s, product_s = (f(plan, layout) / len(plan.units) for f in (loop_seconds, product_seconds))
     factor = 1.0 if unit_seconds is None else unit_seconds / (loop_s + product_s)
@@ -109,8 +106,6 @@ def costs_of(prepared: Prepared, unit_seconds: float | None = None) -> Costs:
     up_s = e.stream_gpu_hours * 3600 / (3 if goes_back else 1) / len(plan.parts) / plan.num_streamed_layers
     per_unit = plan.config.run.experts_per_unit
     routed_bytes = hidden_bytes * layout.top_k * per_unit / layout.num_experts * (1 + goes_back)
-    decoded_bytes = 2 * 3 * layout.hidden_size * layout.moe_intermediate_size * layout.num_experts
-    is_cached = decoded_bytes <= EXPERT_CACHE_BYTES
     return Costs(
         loop_s=factor * loop_s,
         product_s=factor * product_s,
@@ -120,8 +115,6 @@ def costs_of(prepared: Prepared, unit_seconds: float | None = None) -> Costs:
         source_unit_bytes=(e.source_bytes - e.untouched_bytes) // len(plan.units),
         unit_bytes=unit_bytes(layout, plan.units[0]),
         source_layer_bytes=(e.source_bytes - e.untouched_bytes) // len(plan.layers),
-        own_up_reads=0 if is_cached else 1,
-        own_back_reads=0 if is_cached else math.ceil(c.sequences_per_part / c.sequences_per_micro_batch),
         up_s=up_s,
         back_s=2 * up_s,
         part_bytes=hidden_bytes // len(plan.parts),
@@ -234,7 +227,7 @@ class Stubs:
             if not waiting:
                 continue
             computed = [p for p in waiting if goes_up or number > ways[p][0]]
-            read_bytes = self.source_reads(computed, goes_up) * self.costs.source_layer_bytes if number in self.plan.layers else 0.0
+            read_bytes = self.source_reads(computed) * self.costs.source_layer_bytes if number in self.plan.layers else 0.0
             part_bytes = len(waiting) * self.costs.part_bytes
             ready = now + (read_bytes + (0 if goes_up else part_bytes)) * sharers / self.fleet.bandwidth
             solved = ready + len(computed) * (self.costs.up_s if goes_up else self.costs.back_s)
@@ -244,12 +237,12 @@ class Stubs:
             effects.append((now, lambda n=number, w=waiting: self.leave(needs, n, w, goes_up)))
         return Attempt(task, now, computes, effects)
 
-    def source_reads(self, parts: list[int], goes_up: bool) -> float:
+    def source_reads(self, parts: list[int]) -> float:
         """How often one worker reads a layer of the source; a node's workers share what is read once per node."""
         sharers = min(self.plan.config.run.capture_workers or 1, self.fleet.node_gpus)
         if not parts or self.fleet.reads == "shared":
             return bool(parts) / sharers
-        return len(parts) * (self.costs.own_up_reads if goes_up else self.costs.own_back_reads) or 1
+        return 1.0
 
     def leave(self, needs: Needs, number: int, parts: list[int], goes_up: bool) -> None:
         """The objects of one layer."""
@@ -469,8 +462,7 @@ def assumptions(args: argparse.Namespace, c: Costs) -> list[str]:
         f"{args.start_s:g} s. Losses: per {'GPU' if args.loss_per == 'gpu' else 'node'}-hour, exponential, whole nodes, no warning, seen after "
         f"{args.detect_s:g} s. {args.price:g} a GPU-hour. Seed {args.seed}.",
         "Reads 'shared': activations and gradients once per node and layer; source layers once per node and direction (DESIGN 9). "
-        f"Reads 'own': every unit reads its layer {c.own_reads} times; capture reads a layer's experts {c.own_up_reads or 'at most 1'} times a part, "
-        f"gradients {c.own_back_reads or 'at most 1'} times.",
+        f"Reads 'own': every unit reads its layer's activations and gradients {c.own_reads} times; source layers once per worker and direction.",
         f"Streaming: {c.up_s:.2f} s up and {c.back_s:.2f} s back for a part at a layer (assumed rate); read, compute and write one after the other; at most "
         "run.capture_workers GPUs, and only the nodes that they need.",
         "Not counted: reduce, verify, evaluate, the head node, storage, requests, limits of the store.",
