@@ -32,7 +32,8 @@ GRADIENT_NORM_CLIP = 20.0  # times the mean; DESIGN 7
 ASYMMETRIC_SOLVERS = ("block_descent",)  # the one-shot solvers stay what their papers describe
 # One-shot solvers know no shrinkage, except for experts with fewer tokens than inputs, whose Hessian alone has no full rank.
 MIN_TOKENS_PER_INPUT = 1.0
-GATHERED_BYTES = 16 * 10**9  # routed tokens of a unit kept in memory (Kimi-K2.5: 10 GB); beyond it each of six passes reads the layer's parts again
+# Routed tokens of a unit kept in memory (Kimi-K2.5: 10 GB); beyond it each of six passes reads the layer's parts again.
+GATHERED_BYTES = 16 * 10**9
 
 
 @dataclass(slots=True)
