@@ -1,0 +1,79 @@
+"""Publish a finished run's checkpoint on the Hugging Face Hub. Run the same command again to resume.
+
+    HF_TOKEN=... python jobs/publish.py --run-root runs/tiny --repo owner/name --private
+
+Exit code 0 only if the commit is on the Hub; 2 for a mistake in what the user supplied; 1 otherwise. The token comes from HF_TOKEN or from the
+login file (`hf auth login`). HF_ENDPOINT is honoured; HF_HUB_DISABLE_XET=1 takes plain LFS calls (the Xet path is untested).
+"""
+
+import os
+from typing import Annotated
+
+import typer
+from huggingface_hub import constants, get_token
+from huggingface_hub.utils import validate_repo_id
+from rich.console import Console
+from rich.table import Table
+
+from p48ray import run_root as names
+from p48ray.errors import ConfigError, P48Error, UserError
+from p48ray.plan import RunPlan
+from p48ray.report.plan_table import size
+from p48ray.runner.console import configure_logging
+from p48ray.runner.publisher import FileState, RayUploads, publish, rehearse
+from p48ray.stages.hub import Hub, Target
+from p48ray.store.open import open_store
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)  # pretty ones print locals, and the token is in some
+
+SHARED_SETTINGS = ("HF_HUB_DISABLE_XET", "HF_HUB_DISABLE_TELEMETRY", "HF_HUB_OFFLINE")  # of huggingface_hub, read when workers import it
+
+
+def connect(repo: str, revision: str) -> Hub:
+    """Raises: ConfigError for a bad name or without a token."""
+    try:
+        validate_repo_id(repo)
+    except ValueError as error:
+        raise ConfigError(f"--repo: expected owner/name, found {repo!r}: {error}") from error
+    if repo.count("/") != 1:
+        raise ConfigError(f"--repo: expected owner/name, found {repo!r}")
+    if not (token := get_token()):
+        raise ConfigError("no token for the Hub: set HF_TOKEN, or log in with `hf auth login`")
+    return Hub(Target(constants.ENDPOINT, repo, revision), token)
+
+
+def print_states(states: list[FileState], hub: Hub) -> None:
+    print(f"{hub.target.endpoint}/{hub.target.repo}, branch {hub.target.revision}")
+    table = Table("file", "bytes", "state")
+    for s in states:
+        table.add_row(s.name, f"{s.size_bytes:,}", s.state)
+    Console(width=None if os.isatty(1) else 160).print(table)
+    to_send = sum(s.size_bytes for s in states if s.state == "to send")
+    print(f"{len(states)} files, {size(sum(s.size_bytes for s in states))}, to send at most {size(to_send)}; nothing was sent")
+
+
+@app.command()
+def main(
+    run_root: Annotated[str, typer.Option(help="Folder or URI of a finished run.")],
+    repo: Annotated[str, typer.Option(help="owner/name; made if it is not there.")],
+    private: Annotated[bool, typer.Option("--private", help="Make the repository private.")] = False,
+    revision: Annotated[str, typer.Option(help="Branch; made if it is not there.")] = "main",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print files, bytes and what is there already, and stop.")] = False,
+    workers: Annotated[int, typer.Option(min=1, help="Shards on their way at once, each staged in its worker's TMPDIR.")] = 4,
+) -> None:
+    """Publish a finished run's checkpoint on the Hugging Face Hub."""
+    configure_logging()
+    try:
+        hub, store = connect(repo, revision), open_store(run_root)
+        if dry_run:
+            return print_states(rehearse(store, hub), hub)
+        is_shared = store.head(names.PLAN) is not None and RunPlan.load(store, names.PLAN).config.run.root_is_shared
+        settings = {name: os.environ[name] for name in SHARED_SETTINGS if name in os.environ}
+        publish(store, hub, private, RayUploads(workers, os.environ.get("RAY_ADDRESS"), settings, is_shared))
+    except P48Error as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2 if isinstance(error, UserError) else 1) from None
+
+
+if __name__ == "__main__":
+    app()
