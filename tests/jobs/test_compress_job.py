@@ -164,7 +164,8 @@ def test_output_shard_of_another_size_is_made_again(root: Path) -> None:
 def test_settings_outside_the_digest_may_change_on_resume(root: Path) -> None:
     before = snapshot(root / "checkpoint")
     assert invoke(*arguments(root, {"evaluation": HELD_OUT, "run.num_workers": "1", "run.max_attempts": "5"})).code == 0
-    assert snapshot(root / "checkpoint") == before
+    after = snapshot(root / "checkpoint")
+    assert {name for name in after if after[name] != before.get(name)} == {"README.md"}  # the card tells what was measured since
     assert json.loads((root / "report" / "report.json").read_text())["quality"]["num_tokens"] == 128
 
 

@@ -21,6 +21,7 @@ from p48ray.stages.inputs import write_inputs
 from p48ray.stages.prepare import prepare
 from p48ray.store import LocalStore
 from tests.checkpoint.tiny_variants import TINY, flat_names, load_tiny, plain_experts, write_folder
+from tests.conftest import timeless
 from tests.reference import whole_model
 from tests.stages.small_run import configure
 
@@ -55,7 +56,7 @@ def captured(source: Path) -> dict[str, bytes]:
     found = {}
     for info in prepared.store.list():
         if info.key.startswith(("residuals/", "activations/")):
-            data = prepared.store.get(info.key)
+            data = timeless(prepared.store.get(info.key))
             if info.key.endswith(".json"):
                 manifest = ActivationPart.from_json(data, info.key)
                 assert manifest.plan_digest == prepared.plan.digest
