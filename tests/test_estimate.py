@@ -62,3 +62,32 @@ def test_the_way_back_reads_the_source_again_and_costs_hours() -> None:
     assert back.stream_gpu_hours == pytest.approx(3 * forth.stream_gpu_hours)
     assert back.solver_gpu_hours > forth.solver_gpu_hours
     assert (forth.gradient_bytes, back.gradient_bytes > 0) == (0, True)
+
+
+@pytest.mark.parametrize("goes_back", [True, False])
+def test_pilot_costs_its_share_of_the_units_and_no_checkpoint(goes_back: bool) -> None:
+    back = f"compression.output_curvature={str(goes_back).lower()}"
+    whole, pilot = estimated(planned("memory://pilot", back)), estimated(planned("memory://pilot", back, "run.layers=[1,3]"))
+    assert pilot.unit_bytes == whole.unit_bytes // 2
+    assert pilot.activation_bytes == whole.activation_bytes // 2
+    assert pilot.unit_read_bytes == whole.unit_read_bytes // 2
+    assert pilot.solver_gpu_hours == pytest.approx(whole.solver_gpu_hours / 2)
+    assert pilot.checkpoint_bytes == 0
+    streamed = 1 if goes_back else 4 / 5
+    assert pilot.stream_read_bytes == round(whole.stream_read_bytes * streamed)
+    assert pilot.stream_gpu_hours == pytest.approx(whole.stream_gpu_hours * streamed)
+
+
+@pytest.mark.parametrize("goes_back", [True, False])
+def test_keeping_less_stores_less_at_the_peak(goes_back: bool) -> None:
+    """The measured peaks are in tests/runner/test_keep.py."""
+    settings = ("calibration.num_sequences=192", f"compression.output_curvature={str(goes_back).lower()}")
+    peaks = [estimated(planned("memory://keep", *settings, f"run.keep={k}")).peak_stored_bytes for k in ("all", "units", "checkpoint")]
+    assert peaks[0] > peaks[1] == peaks[2]
+
+
+def test_more_workers_solve_more_layers_at_once() -> None:
+    """A layer's tokens stay until its units are done, so that units of several layers come on top of all tokens."""
+    overrides = ("calibration.num_sequences=3", "compression.output_curvature=false", "run.keep=units", "run.layers=[1,2,3]")
+    one, two = (estimated(planned("memory://workers", *overrides, f"run.num_workers={n}")).peak_stored_bytes for n in (1, 2))
+    assert two > one

@@ -86,7 +86,18 @@ def test_every_digest_setting_is_tried() -> None:
 
 @pytest.mark.parametrize(
     "override",
-    ["run.num_workers=7", "run.max_attempts=1", "evaluation=null", "evaluation.seed=4", "run.gpu_hour_price=2.5", "run.capture_workers=1"],
+    [
+        "run.num_workers=7",
+        "run.max_attempts=1",
+        "evaluation=null",
+        "evaluation.seed=4",
+        "run.gpu_hour_price=2.5",
+        "run.capture_workers=1",
+        "run.keep=units",
+        "run.keep=checkpoint",
+        "run.endpoint_url=http://127.0.0.1:8333",
+        "source.endpoint_url=http://127.0.0.1:8333",
+    ],
 )
 def test_setting_that_changes_no_byte_may_change_on_resume(override: str) -> None:
     store = MemoryStore(f"free-{override}")
@@ -117,6 +128,36 @@ def test_plan_with_an_unknown_key_is_refused() -> None:
     text = planned().plan.to_json().replace(b'"schema_version": 1', b'"schema_version": 1, "surprise": 2', 1)
     with pytest.raises(ShardCorruptError, match="surprise"):
         RunPlan.from_json(text, "plan.json")
+
+
+# A pilot's plan.
+
+
+def test_pilot_has_units_of_its_layers_and_streams_up_to_the_last_of_them() -> None:
+    plan = planned("run.layers=[3,1,3]", "compression.output_curvature=false").plan
+    assert (plan.layers, plan.is_pilot) == ((1, 3), True)
+    assert [(u.layer, e) for u in plan.units for e in u.experts] == [(n, e) for n in (1, 3) for e in range(16)]
+    assert (plan.num_streamed_layers, plan.boundaries) == (4, range(1, 4))
+
+
+def test_pilot_that_goes_back_streams_up_to_the_head() -> None:
+    plan = planned("run.layers=[1,3]").plan
+    assert (plan.num_streamed_layers, plan.boundaries) == (5, range(1, 6))
+
+
+def test_plan_of_all_layers_is_no_pilot() -> None:
+    assert not planned().plan.is_pilot and not planned("run.layers=[1,2,3,4]").plan.is_pilot
+    assert planned("run.layers=[1,2,3,4]").plan.units == planned().plan.units
+
+
+def test_pilot_has_no_output_shards() -> None:
+    assert (planned("run.layers=[2]").shards, len(planned().shards)) == ((), 6)
+
+
+@pytest.mark.parametrize(("layers", "found"), [("[0]", r"\[0\]"), ("[4,5,7]", r"\[5, 7\]"), ("[]", "none")])
+def test_layers_without_experts_are_refused_by_name(layers: str, found: str) -> None:
+    with pytest.raises(ConfigError, match=rf"run\.layers: expected some of the layers with experts \(1 to 4\), found {found}"):
+        planned(f"run.layers={layers}")
 
 
 @pytest.mark.parametrize(

@@ -44,8 +44,8 @@ class Dispatcher:
         self.nodes[layer].add(node)
         return self.waiting[layer].pop()
 
-    def weight(self, layer: int | None) -> float:
-        """Waiting load for each node on the layer, one more that would join it included; an unowned layer outweighs every shared one."""
+    def weight(self, layer: int | None) -> tuple[bool, float]:
+        """An unowned layer before every shared one; then waiting load for each node on the layer, one more that would join it included."""
         load = float(sum(task.load for task in self.waiting[layer]) + len(self.waiting[layer]))
         owners = len(self.nodes[layer])
-        return load / (1 + owners) if owners else load * 1e6
+        return (not owners, load / (1 + owners))

@@ -20,7 +20,7 @@ from p48ray.stages.capture import finish_layers
 from p48ray.stages.collect import ABANDONED_S, collect_layer, collect_losers, collect_streams, collect_units
 from p48ray.stages.evaluate import EvaluationResult, combine, evaluation_digest
 from p48ray.stages.inputs import write_inputs
-from p48ray.stages.needs import read_needs
+from p48ray.stages.needs import Needs, read_needs
 from p48ray.stages.prepare import Prepared, prepare
 from p48ray.stages.reduce import file_bytes, finish_checkpoint
 from p48ray.stages.tasks import Task
@@ -121,7 +121,7 @@ class Job:
     def capture(self) -> None:
         needs = read_needs(self.plan, self.store)
         parts = [p.part for p in self.plan.parts if needs.way_up(p.part)]
-        self.stream("capture", "activation parts", run_root.activation_manifest, run_root.ACTIVATIONS, parts)
+        self.stream("capture", "activation parts", run_root.activation_manifest, run_root.ACTIVATIONS, parts, needs)
         finish_layers(self.context)
 
     def gradients(self) -> None:
@@ -129,15 +129,16 @@ class Job:
             return
         needs = read_needs(self.plan, self.store)
         parts = [p.part for p in self.plan.parts if needs.way_back(p.part)]
-        self.stream("gradients", "gradient parts", run_root.gradient_manifest, run_root.GRADIENTS, parts)
+        self.stream("gradients", "gradient parts", run_root.gradient_manifest, run_root.GRADIENTS, parts, needs)
 
-    def stream(self, stage: str, noun: str, manifest: Callable[[int, int], str], prefix: str, missing: list[int]) -> None:
-        """A stage whose tasks own slices of the sequences and walk through the layers."""
+    def stream(self, stage: str, noun: str, manifest: Callable[[int, int], str], prefix: str, missing: list[int], needs: Needs) -> None:
+        """A stage whose tasks own slices of the sequences and walk through the layers. Of layers that are done, what is gone is not missed."""
         run = self.plan.config.run
         workers = run.capture_workers or run.num_workers
         slices = [s for s in (missing[i::workers] for i in range(workers)) if s]
         tasks = [Task(stage=stage, id=f"parts-{s[0]:04d}-and-{len(s) - 1}-more", item=s) for s in slices]
-        self.stage(stage, noun, [manifest(n, p.part) for n in self.plan.layers for p in self.plan.parts], prefix, tasks)
+        every = [(n, manifest(n, p.part)) for n in self.plan.layers for p in self.plan.parts]
+        self.stage(stage, noun, [key for n, key in every if n in needs.open_layers or key in needs.keys], prefix, tasks)
 
     def compress(self) -> None:
         if not self.keeps_all:
@@ -171,7 +172,7 @@ class Job:
     def reduce(self) -> None:
         held = {info.key: info.size_bytes for info in self.store.list(run_root.CHECKPOINT)}
         missing = [s for s in self.shards if held.get(run_root.checkpoint_file(s.name)) != file_bytes(s, self.context.layout)]
-        tasks = [Task(stage="reduce", id=s.name, item=s) for s in missing]
+        tasks = [Task(stage="reduce", id=s.name, item=s, marker=run_root.checkpoint_file(s.name)) for s in missing]
         self.stage("reduce", "shards", [run_root.checkpoint_file(s.name) for s in self.shards], run_root.CHECKPOINT, tasks)
 
     def verify(self) -> None:

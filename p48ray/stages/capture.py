@@ -103,14 +103,15 @@ class ResidualStream:
 def write_activations(context: StageContext, layer: int, part: SequencePart, seen: RoutedInputs, start: float) -> ActivationPart:
     """Store one part of what the experts of a layer saw; the manifest last. `start`: when this layer began, by the monotonic clock.
 
-    A manifest that is there already speaks of a part that is gone (Needs asks for both), so it goes first.
+    A manifest that speaks of a part that is gone goes first.
     """
     hidden_TH = seen.hidden_TH.to(torch.bfloat16)
     data = arrow.encode(
         {"hidden": hidden_TH, "expert_ids": seen.expert_ids_TK.to(torch.int16), "router_weights": seen.router_weights_TK.float()}
     )
     manifest_key = run_root.activation_manifest(layer, part.part)
-    context.store.delete(manifest_key)
+    if context.store.head(run_root.activation_part(layer, part.part)) is None:
+        context.store.delete(manifest_key)
     data = arrow.store_once(context.store, run_root.activation_part(layer, part.part), data)
     counts = torch.bincount(seen.expert_ids_TK.flatten().cpu(), minlength=context.layout.num_experts)
     manifest = ActivationPart(

@@ -165,7 +165,8 @@ def write_gradients(context: StageContext, layer: int, part: SequencePart, delta
     if not mean_square < float("inf"):
         raise CalibrationError(f"layer {layer}, part {part.part}: the gradients are not finite; is the source corrupt?")
     manifest_key = run_root.gradient_manifest(layer, part.part)
-    context.store.delete(manifest_key)
+    if context.store.head(run_root.gradient_part(layer, part.part)) is None:
+        context.store.delete(manifest_key)
     data = arrow.encode({"delta": delta_TH.to(torch.bfloat16)})
     data = arrow.store_once(context.store, run_root.gradient_part(layer, part.part), data)
     manifest = GradientPart(

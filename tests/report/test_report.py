@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from p48ray.manifest import LinearRecord, UnitManifest
 from p48ray.report.report import Report, build_report, print_report
+from p48ray.report.work import Extrapolation
 from tests.stages.small_run import SmallRun
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
@@ -142,3 +143,28 @@ def test_printed_report_of_a_run_without_evaluation_shows_no_quality(finished: S
 def test_linear_records_stay_within_what_a_report_can_fold(finished: SmallRun) -> None:
     records: list[LinearRecord] = [r for unit in units_of(finished) for r in unit.linears]
     assert all(0 <= r.shrinkage <= 1 and 0 < r.damp <= 0.1 and r.tokens >= 0 for r in records)
+
+
+# A pilot's.
+
+
+PILOT = Extrapolation(layers=2, of_layers=60, worker_hours=26.5, wall_hours=0.25, gpu_hours=26.5, cost=1234.5)
+
+
+def test_printed_report_of_a_pilot_says_what_all_layers_would_take_and_names_no_checkpoint(finished: SmallRun) -> None:
+    text = printed(finished.report.model_copy(update={"quality": None, "pilot": PILOT}))
+    words = (
+        "pilot of 2 layers, no checkpoint; all 60 would take 26 h 30 min of workers' time, 26.5 GPU-hours, 1,234.50 at the configured price"
+    )
+    assert f"{words}, 15 min 00 s with the configured workers and none idle" in text
+    assert "checkpoint: " not in text
+
+
+def test_printed_report_of_a_pilot_on_cpus_speaks_of_no_gpus_and_no_price(finished: SmallRun) -> None:
+    text = printed(finished.report.model_copy(update={"pilot": PILOT.model_copy(update={"gpu_hours": 0.0, "cost": None})}))
+    assert "26 h 30 min of workers' time, 15 min 00 s with" in text
+
+
+def test_whole_runs_report_extrapolates_nothing(finished: SmallRun) -> None:
+    assert finished.report.pilot is None
+    assert "pilot" not in printed(finished.report)

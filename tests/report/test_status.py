@@ -13,11 +13,18 @@ from p48ray.manifest import Failure
 from p48ray.report.status import RunStatus, print_status, read_status
 from p48ray.stages.prepare import prepare
 from p48ray.store import LocalStore, MemoryStore
+from tests.report.test_work import felt, part, unit
 from tests.stages.small_run import SmallRun, configure, run_locally
 
 
 def counts(status: RunStatus) -> dict[str, tuple[int, int]]:
     return {stage.stage: (stage.done, stage.total) for stage in status.stages}
+
+
+def printed(status: RunStatus) -> str:
+    out = io.StringIO()
+    print_status(status, Console(file=out, width=120))
+    return out.getvalue()
 
 
 @pytest.fixture
@@ -75,8 +82,8 @@ def test_run_that_uses_gradients_counts_their_parts(finished: SmallRun, tmp_path
     store = LocalStore(tmp_path)
     assert list(counts(read_status(store)))[:3] == ["capture", "gradients", "compress"]
     assert counts(read_status(store))["gradients"] == (0, 12)
-    for layer, part in ((4, 0), (4, 1), (3, 0)):
-        store.put(run_root.gradient_manifest(layer, part), b"{}")
+    for layer, number in ((4, 0), (4, 1), (3, 0)):
+        store.put(run_root.gradient_manifest(layer, number), felt(layer, number, 0.0).to_json())
     assert counts(read_status(store))["gradients"] == (3, 12)
     assert "gradients" not in counts(read_status(LocalStore(finished.root)))
 
@@ -104,9 +111,7 @@ def test_failed_attempts_are_listed_with_their_errors(root: Path) -> None:
     (root / "failures" / "compress" / "L001-E000-007" / "abc.json").write_bytes(failure.to_json())
     status = read_status(LocalStore(root))
     assert status.failures == ("compress/L001-E000-007/abc.json: NumericsError: [boom] it broke",)
-    out = io.StringIO()
-    print_status(status, Console(file=out, width=120))
-    assert "failed attempt: compress/L001-E000-007/abc.json: NumericsError: [boom] it broke" in out.getvalue()
+    assert "failed attempt: compress/L001-E000-007/abc.json: NumericsError: [boom] it broke" in printed(status)
 
 
 def test_run_without_evaluation_expects_none(finished: SmallRun, tmp_path: Path) -> None:
@@ -123,9 +128,78 @@ def test_second_evaluation_under_other_settings_is_not_added_to_the_first(finish
 
 
 def test_printed_status_says_counts_and_what_is_not_known_yet(finished: SmallRun, tmp_path: Path) -> None:
-    out = io.StringIO()
-    print_status(read_status(LocalStore(finished.root)), Console(file=out, width=120))
-    assert f"plan {finished.prepared.plan.digest[:12]}  complete" in out.getvalue()
+    assert f"plan {finished.prepared.plan.digest[:12]}  complete" in printed(read_status(LocalStore(finished.root)))
     (tmp_path / "plan.json").write_bytes((finished.root / "plan.json").read_bytes())
-    print_status(read_status(LocalStore(tmp_path)), Console(file=out, width=120))
-    assert "not complete" in out.getvalue() and "not known yet" in out.getvalue()
+    text = printed(read_status(LocalStore(tmp_path)))
+    assert "not complete" in text and "not known yet" in text
+
+
+# Rate, time left, money.
+
+
+def half_done(finished: SmallRun, name: str, *overrides: str) -> MemoryStore:
+    """Captured in full, 4 of 8 units, one every 30 seconds."""
+    store = MemoryStore(name)
+    plan = prepare(configure(finished.source, "/nowhere", *overrides)).plan
+    store.put(run_root.PLAN, plan.to_json())
+    for n in plan.layers:
+        for p in plan.parts:
+            store.put(run_root.activation_manifest(n, p.part), part(n, p.part, 10.0 * n + p.part, 30.0).to_json())
+    for n, u in enumerate(plan.units[:4]):
+        store.put(run_root.unit_manifest(u.id), unit(u.id, 1000.0 + 30 * n, {"fetch": 60.0, "solve": 780.0}).to_json())
+    return store
+
+
+def test_status_tells_rate_and_time_left_of_the_stage_under_way(finished: SmallRun) -> None:
+    status = read_status(half_done(finished, "status-rate"))
+    capture, compress = status.work
+    assert (capture.done, capture.total, capture.seconds_left) == (12, 12, 0.0)
+    assert (compress.per_minute, compress.seconds_left) == (2.0, 120.0)
+    text = printed(status)
+    assert "compress: 2 a minute of late, 2 min 00 s left at that rate" in text
+    assert "capture: " not in text
+
+
+@pytest.mark.parametrize("units", [0, 1])
+def test_status_tells_no_rate_before_there_are_two_points(units: int, finished: SmallRun) -> None:
+    store = half_done(finished, f"status-{units}-points")
+    plan = finished.prepared.plan
+    for u in plan.units[units:4]:
+        store.delete(run_root.unit_manifest(u.id))
+    status = read_status(store)
+    assert (status.work[-1].done, status.work[-1].per_minute, status.work[-1].seconds_left) == (units, None, None)
+    assert "at that rate" not in printed(status)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "gpu_hours", "cost", "words"),
+    [
+        ((), 0.0, None, "finished work: 1 h 02 min of workers' time (waiting"),
+        (("run.gpus_per_worker=0.5",), 0.5167, None, "1 h 02 min of workers' time, 0.5 GPU-hours (waiting"),
+        (
+            ("run.gpus_per_worker=2", "run.gpu_hour_price=3.5"),
+            2.0667,
+            7.2333,
+            "1 h 02 min of workers' time, 2.1 GPU-hours, 7.23 spent on them",
+        ),
+    ],
+)
+def test_status_tells_what_finished_work_took_and_cost(
+    overrides: tuple[str, ...], gpu_hours: float, cost: float | None, words: str, finished: SmallRun
+) -> None:
+    """12 parts of 30 seconds and 4 units of 14 minutes."""
+    status = read_status(half_done(finished, f"status-cost-{len(overrides)}", *overrides))
+    assert status.gpu_hours == pytest.approx(gpu_hours, abs=1e-4)
+    assert status.cost == (None if cost is None else pytest.approx(cost, abs=1e-4))
+    assert words in printed(status).replace("\n", " ")
+
+
+def test_failures_of_every_stage_are_listed_with_their_reasons(finished: SmallRun) -> None:
+    store = half_done(finished, "status-failures")
+    for stage, task, error in (("capture", "parts-0000-and-2-more", "SourceError: cut"), ("compress", "L001-E000-007", "KeyError: 'x'")):
+        failure = Failure(stage=stage, task=task, attempt="abc", error=error, traceback="...", input="...", is_transient=False)
+        store.put(run_root.failure(stage, task, "abc"), failure.to_json())
+    status = read_status(store)
+    assert status.failures == ("capture/parts-0000-and-2-more/abc.json: SourceError: cut", "compress/L001-E000-007/abc.json: KeyError: 'x'")
+    for failure_line in status.failures:
+        assert f"failed attempt: {failure_line}" in printed(status)
