@@ -4,7 +4,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
-from p48ray.errors import P48Error, StageFailedError, UserError
+from p48ray.errors import P48Error, StageFailedError, TransientStoreError, UserError
 from p48ray.stages.tasks import Task, TaskResult
 from p48ray.store.base import Store
 
@@ -59,4 +59,7 @@ def run_all(runner: Runner, tasks: Sequence[Task], store: Store, on_done: Callab
 
 def is_done_by_another(store: Store, task: Task) -> bool:
     """Two drivers may work on one run root: what failed here because the other was faster (and cleaned up) is done all the same."""
-    return task.marker is not None and store.head(task.marker) is not None
+    try:
+        return task.marker is not None and store.head(task.marker) is not None
+    except TransientStoreError:
+        return False  # the store is away: the task counts as failed, the stage goes on

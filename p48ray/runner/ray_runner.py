@@ -5,7 +5,7 @@ What becomes of a task that fails:
     a transient store error tried again, run.max_attempts times in all
     a foreign exception     tried again as often, in a fresh process: the old one (its GPU context, its memory) may be unsound
     its worker died         the same
-    its node died           tried again; preemption is nobody's fault and counts apart, up to MAX_PREEMPTIONS
+    its node died           (or is out of reach) tried again; preemption is nobody's fault and counts apart, up to MAX_PREEMPTIONS
 Every failed attempt leaves its traceback under failures/, and the rest of the stage goes on.
 """
 
@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Any, Self
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import ActorUnavailableError, RayError
 
 from p48ray.errors import ConfigError, P48Error, StageFailedError, UserError, WorkerLostError
 from p48ray.plan import RunPlan
@@ -201,8 +201,11 @@ class RayRunner:
     def settle_loss(self, worker: Worker, task: Task, error: RayError, waiting: Dispatcher) -> Iterator[TaskResult]:
         """A task whose worker died under it, alone or with its node."""
         loss = WorkerLostError(first_line(error))
-        if worker.node not in {n["NodeID"] for n in ray.nodes() if n["Alive"]}:
+        # A worker that died on a living node is reported as dead; one that can not be reached is on a node that Ray has not given up yet.
+        is_out_of_reach = isinstance(error, ActorUnavailableError)
+        if is_out_of_reach or worker.node not in {n["NodeID"] for n in ray.nodes() if n["Alive"]}:
             waiting.forget(worker.node)
+            self.drop_idle(worker.node)
             self.preemptions[task.id] += 1
             if self.preemptions[task.id] <= MAX_PREEMPTIONS:
                 log.warning("%s %s: its node is gone, it goes to another: %s", task.stage, task.id, loss)
@@ -210,6 +213,12 @@ class RayRunner:
                 return
         record_failure(self.store, task, loss)
         yield from self.try_again(task, TaskResult(task=task, error_type=WorkerLostError.__name__, error=str(loss)), waiting)
+
+    def drop_idle(self, node: str) -> None:
+        """Give up the idle workers of a node that is lost, so that no task is handed to them."""
+        for worker in [w for w in self.idle if w.node == node]:
+            ray.kill(worker.actor)
+            self.idle.remove(worker)
 
     def try_again(self, task: Task, result: TaskResult, waiting: Dispatcher) -> Iterator[TaskResult]:
         """Back to the queue, or given up after run.max_attempts."""

@@ -1,0 +1,55 @@
+"""The disk is full: a real, small file system. The run ends and says so, leaves nothing half written, and goes on once there is room."""
+
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from p48ray import run_root
+from p48ray.store.base import TEMP_PREFIX
+from tests.chaos.checks import assert_same_end
+from tests.chaos.harness import NUM_UNITS, PIECES, Hit, Scene
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(300)]
+
+FULL_IN = {"capture": "8m", "gradients": "20m", "compress": "30m", "reduce": "36m"}  # the whole run needs about 42
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of one megabyte, to be made larger by `resize`. Only root can mount one."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "p48ray-chaos", str(folder)], capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"needs the right to mount a file system: {mounted.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def resize(folder: Path, size: str) -> None:
+    subprocess.run(["mount", "-o", f"remount,size={size}", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("stage", [pytest.param(s, marks=() if s == "compress" else pytest.mark.chaos_long) for s in FULL_IN])
+def test_full_disk_ends_the_run_and_room_lets_it_go_on(
+    stage: str, scene: Scene, small_disk: Path, undisturbed: dict[str, str], tmp_path: Path
+) -> None:
+    resize(small_disk, FULL_IN[stage])
+    scene.root = str(small_disk / "run")
+    driver = scene.submit()
+    code = scene.finish()
+    done = scene.manifests()
+    scene.hits.append(Hit("full disk", stage, done, in_flight=NUM_UNITS - len(done), killed=0))
+    assert code == 1, (driver.out, driver.err)
+    assert "No space left on device" in driver.err
+    assert f"{scene.root}/" in driver.err
+    assert "Traceback" not in driver.err
+    assert 0 < PIECES[stage].count(scene.listing()) < PIECES[stage].total
+    assert run_root.REPORT not in scene.listing()
+    assert not list(small_disk.rglob(f"{TEMP_PREFIX}*"))
+    scene.site.mend()
+    resize(small_disk, "200m")
+    scene.submit()
+    assert_same_end(scene, undisturbed, tmp_path)
