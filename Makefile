@@ -1,10 +1,11 @@
 # Everything a person runs. Each target sets itself up and writes to .venv and runs/; Ray itself keeps /tmp/ray and a token under ~/.ray.
 PYTHON ?= python3
 VENV := .venv
+CLIENTS := .venv-clients
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup demo test check format clean
+.PHONY: setup demo test chaos test-clients check format clean
 
 setup: $(VENV)/.ready
 
@@ -21,6 +22,20 @@ demo: setup
 test: setup
 	$(BIN)/python -m pytest
 
+# Every fault scenario with CHAOS_SEEDS seeds each, about 20 minutes a seed on 2 cores; `make test` has the short form.
+CHAOS_SEEDS ?= 3
+chaos: setup
+	$(BIN)/python -m pytest tests/chaos --chaos-seeds $(CHAOS_SEEDS)
+
+# A checkpoint in vLLM on a CPU (tests/clients/README.md). Its needs differ from ours, hence an environment of its own; --no-deps, because all are pinned.
+$(CLIENTS)/.ready: constraints-clients.txt
+	test -x $(CLIENTS)/bin/python || $(PYTHON) -m venv $(CLIENTS)
+	$(CLIENTS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement constraints-clients.txt
+	touch $@
+
+test-clients: setup $(CLIENTS)/.ready
+	P48RAY_PYTHON=$(abspath $(BIN))/python $(CLIENTS)/bin/python -m pytest --override-ini "addopts=-q --strict-markers" tests/clients
+
 check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -32,4 +47,4 @@ format: setup
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) runs build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(CLIENTS) runs build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -389,6 +389,17 @@ def test_checkpoint_file_lost_after_the_units_were_deleted_is_made_again_from_th
     assert_kept(prepared_run(finished), "checkpoint", finished)
 
 
+def test_checkpoint_file_cut_short_after_the_units_were_deleted_is_made_again(finished: Path, local_run: Path, replayed: list[str]) -> None:
+    """A file of another size is nobody's finished work, though its name is there."""
+    run(finished, "checkpoint")
+    name = next(s.name for s in prepared_run(finished).shards if any(isinstance(x, WorkUnit) for x in s.segments))
+    cut_short = finished / "checkpoint" / name
+    cut_short.write_bytes(cut_short.read_bytes()[:-100])
+    run(finished, "checkpoint")
+    assert 0 < len(replayed) < 16
+    assert snapshot(finished / "checkpoint") == snapshot(local_run / "checkpoint")
+
+
 @pytest.mark.parametrize("layer", [1, 3])
 def test_records_of_a_finished_layer_that_are_gone_are_not_missed(layer: int, finished: Path, local_run: Path, replayed: list[str]) -> None:
     """Another driver finished the layer's last unit after this one had deleted a corrupt part with its manifest, and died."""

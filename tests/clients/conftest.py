@@ -1,0 +1,35 @@
+"""Serving clients, tested by an environment of their own (`make test-clients`); any other collects nothing here."""
+
+import os
+import subprocess
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import REPO
+
+HAS_VLLM = find_spec("vllm") is not None
+collect_ignore = [] if HAS_VLLM else ["test_vllm.py"]
+
+# vLLM reads these when it is imported. One process, so that tests can look into it; no compiler; no MLA, whose CPU code takes no float32.
+if HAS_VLLM:
+    os.environ |= {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "TORCH_COMPILE_DISABLE": "1",
+        "VLLM_MLA_DISABLE": "1",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "HF_HUB_OFFLINE": "1",
+    }
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint and its twin, made by the main environment: that of P48RAY_PYTHON, or of `make setup`."""
+    folder = tmp_path_factory.mktemp("made")
+    python = os.environ.get("P48RAY_PYTHON", str(REPO / ".venv" / "bin" / "python"))
+    subprocess.run([python, "-m", "tests.clients.twin", str(folder)], cwd=REPO, check=True)
+    return folder
