@@ -12,7 +12,7 @@ failures/<stage>/<task>/<attempt>.json               traceback and input of ever
 checkpoint/                                          the Hugging Face folder
 verification/model-00001-of-00003.json               verdict per output shard
 evaluation/<digest>/part-0003.json (+ tokens.arrow)  sums over held-out sequences
-report/report.json
+report/report.json, report/report.html
 publish/<digest>/model-00001-of-00003.json           a shard that the Hub has; digest of endpoint, repository and branch
 """
 
@@ -29,6 +29,8 @@ CHECKPOINT = "checkpoint/"
 VERIFICATION = "verification/"
 EVALUATION = "evaluation/"
 REPORT = "report/report.json"
+REPORT_PAGE = "report/report.html"
+BASELINE = "baseline/"  # run root of the one-shot reference (evaluation.baseline)
 PUBLISH = "publish/"
 
 

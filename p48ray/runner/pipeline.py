@@ -13,6 +13,7 @@ from p48ray.errors import StageFailedError, VerificationError
 from p48ray.manifest import EvaluationPart, LayerScales, ShardVerdict, UnitManifest
 from p48ray.plan import RunPlan, cut
 from p48ray.report.card import model_card
+from p48ray.report.html import report_html
 from p48ray.report.report import Report, build_report
 from p48ray.runner.base import RedoError, Runner, run_all
 from p48ray.runner.progress import Progress
@@ -57,6 +58,8 @@ def run_job(prepared: Prepared, make_runner: RunnerFactory) -> Report:
         store.put(run_root.checkpoint_file("README.md"), model_card(prepared.context, units, result, baseline).encode())
     report = build_report(prepared.context, units, prepared.shards, result, seconds).model_copy(update={"baseline": baseline})
     store.put(run_root.REPORT, report.to_json())
+    page = report_html(prepared.context, report, units, SubStore(store, run_root.BASELINE) if baseline else None)
+    store.put(run_root.REPORT_PAGE, page.encode())
     return report
 
 

@@ -1,0 +1,148 @@
+"""What a page about a run needs, folded from its manifests once: records by layer and expert, who worked when, tokens of every expert."""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from p48ray import run_root
+from p48ray.checkpoint.layout import EXPERT_NAME, PROJECTIONS
+from p48ray.manifest import ActivationPart, GradientPart, LinearRecord, UnitManifest
+from p48ray.report.report import FEW_TOKENS_PER_INPUT, Report
+from p48ray.report.sample import LinearSample, sample_checkpoint
+from p48ray.report.work import Work, measure, seconds_of
+from p48ray.stages.context import StageContext
+from p48ray.store.base import Store
+
+MERGED_SHARE = 0.004  # pieces of work that are nearer than this share of the whole time are drawn as one
+
+
+class Span(NamedTuple):
+    """One piece of finished work, Unix seconds."""
+
+    stage: str
+    layer: int
+    start: float
+    end: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Facts:
+    """All that the page shows. `records[projection][row][expert]` with rows in the order of `layers`."""
+
+    context: StageContext
+    report: Report
+    units: Sequence[UnitManifest]
+    layers: tuple[int, ...]
+    records: dict[str, list[list[LinearRecord | None]]]
+    spans: list[Span]
+    work: tuple[Work, ...]
+    samples: list[LinearSample]
+    failed_attempts: int
+
+    @property
+    def all_records(self) -> list[LinearRecord]:
+        return [r for u in self.units for r in u.linears]
+
+    @property
+    def tokens(self) -> list[list[int | None]]:
+        """Calibration tokens by layer and expert."""
+        return [[None if r is None else r.tokens for r in row] for row in self.records["gate_proj"]]
+
+    @property
+    def few_tokens(self) -> int:
+        """Fewer than this and an expert counts as under-calibrated (report.FEW_TOKENS_PER_INPUT a hidden input)."""
+        return round(FEW_TOKENS_PER_INPUT * self.context.plan.source.hidden_size)
+
+    def errors(self, projection: str) -> list[list[float | None]]:
+        return [[None if r is None else r.relative_output_error for r in row] for row in self.records[projection]]
+
+    def units_by_layer(self) -> dict[int, list[UnitManifest]]:
+        layer_of = {u.id: u.layer for u in self.context.plan.units}
+        found: dict[int, list[UnitManifest]] = {n: [] for n in self.layers}
+        for unit in self.units:
+            found[layer_of[unit.unit]].append(unit)
+        return found
+
+
+def gather(context: StageContext, report: Report, units: Sequence[UnitManifest], baseline_store: Store | None) -> Facts:
+    """Read what the units' manifests do not hold, from the run root and the finished checkpoint."""
+    plan, store = context.plan, context.store
+    held = {info.key for prefix in (run_root.ACTIVATIONS, run_root.GRADIENTS) for info in store.list(prefix)}
+    parts = [(n, p.part) for n in plan.layers for p in plan.parts]
+
+    def present(name: Callable[[int, int], str]) -> list[str]:
+        return [key for key in (name(*p) for p in parts) if key in held]
+
+    seen = ActivationPart.load_all(store, present(run_root.activation_manifest))
+    felt = GradientPart.load_all(store, present(run_root.gradient_manifest))
+    work = [measure("capture", seen, len(parts)), *([measure("gradients", felt, len(parts))] if felt else [])]
+    layer_of = {u.id: u.layer for u in plan.units}
+    spans = [Span("capture", m.layer, m.finished_at - m.seconds, m.finished_at) for m in seen]
+    spans += [Span("gradients", m.layer, m.finished_at - m.seconds, m.finished_at) for m in felt]
+    spans += [Span("compress", layer_of[u.unit], u.finished_at - seconds_of(u), u.finished_at) for u in units]
+    return Facts(
+        context=context,
+        report=report,
+        units=units,
+        layers=plan.layers,
+        records=arrange(plan.layers, context.layout.num_experts, units),
+        spans=spans,
+        work=(*work, measure("compress", units, len(plan.units))),
+        samples=[] if plan.is_pilot else sample_checkpoint(context, baseline_store),
+        failed_attempts=sum(1 for _ in store.list(run_root.FAILURES)),
+    )
+
+
+def arrange(layers: Sequence[int], num_experts: int, units: Iterable[UnitManifest]) -> dict[str, list[list[LinearRecord | None]]]:
+    """Every record at its layer's row and its expert's column."""
+    row_of = {layer: i for i, layer in enumerate(layers)}
+    found: dict[str, list[list[LinearRecord | None]]] = {p: [[None] * num_experts for _ in layers] for p in PROJECTIONS}
+    for unit in units:
+        for record in unit.linears:
+            name = EXPERT_NAME.fullmatch(f"{record.name}.weight")
+            assert name is not None, record.name
+            found[name[4]][row_of[int(name[2])]][int(name[3])] = record
+    return found
+
+
+def merged(spans: Iterable[Span], slack_s: float) -> list[tuple[float, float, int]]:
+    """(start, end, how many) of stretches in which something was worked on, with gaps up to `slack_s` closed."""
+    found: list[tuple[float, float, int]] = []
+    for span in sorted(spans, key=lambda s: s.start):
+        if found and span.start <= found[-1][1] + slack_s:
+            start, end, count = found[-1]
+            found[-1] = (start, max(end, span.end), count + 1)
+        else:
+            found.append((span.start, span.end, 1))
+    return found
+
+
+def busy(spans: Iterable[Span], start: float, end: float, steps: int) -> list[float]:
+    """Mean number of workers at work in each of `steps` equal stretches of time."""
+    width = (end - start) / steps
+    found = [0.0] * steps
+    for span in spans:
+        first = max(0, min(steps - 1, int((span.start - start) / width)))
+        last = max(0, min(steps - 1, int((span.end - start) / width)))
+        for i in range(first, last + 1):
+            inside = min(span.end, start + (i + 1) * width) - max(span.start, start + i * width)
+            found[i] += max(0.0, inside) / width
+    return found
+
+
+def quantiles(values: Sequence[float]) -> tuple[float, float, float, float, float]:
+    """Least, tenth, half, nine tenths, most."""
+    ordered = sorted(values)
+    last = len(ordered) - 1
+    return ordered[0], ordered[round(0.1 * last)], ordered[round(0.5 * last)], ordered[round(0.9 * last)], ordered[last]
+
+
+def binned(values: Sequence[float], low: float, high: float, bins: int, is_log: bool) -> list[int]:
+    """Counts in equal bins between the ends, equal factors where `is_log` (values above 0)."""
+    counts = [0] * bins
+    a, b = (math.log(low), math.log(high)) if is_log else (low, high)
+    for value in values:
+        at = ((math.log(value) if is_log else value) - a) / (b - a)
+        counts[max(0, min(bins - 1, int(at * bins)))] += 1
+    return counts

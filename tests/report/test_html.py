@@ -1,0 +1,374 @@
+"""report.html: its numbers are the report's, every expert is in its pictures, and nothing in it is fetched or executed that should not be."""
+
+import base64
+import hashlib
+import json
+import math
+import re
+import time
+import zlib
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from html.parser import HTMLParser
+
+import pytest
+import torch
+
+from p48ray import run_root
+from p48ray.manifest import LinearRecord, UnitManifest
+from p48ray.plan import plan_units
+from p48ray.report.charts import Scale, time_ticks
+from p48ray.report.fold import Span, busy, merged
+from p48ray.report.html import report_html
+from p48ray.report.inspect import inspect_linear
+from p48ray.report.report import build_report
+from p48ray.report.sample import mask_overlap, sample_checkpoint
+from p48ray.report.work import Extrapolation
+from p48ray.stages.context import StageContext
+from p48ray.stages.evaluate import EvaluationResult
+from p48ray.store import LocalStore, MemoryStore
+from tests.stages.small_run import SmallRun
+
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+NO_VALUE = 255
+
+
+class Page(HTMLParser):
+    """What the tests look at: text by section, pictures by name, attributes that could load something."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.sections: Counter[str] = Counter()
+        self.words: dict[str, str] = {}
+        self.scripts: list[tuple[dict[str, str | None], str]] = []
+        self.policy, self.pictures, self.loads = "", {}, []  # type: ignore[var-annotated]
+        self.tags: Counter[str] = Counter()
+        self.section, self.heat, self.open = "top", "", ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        found = dict(attrs)
+        self.tags[tag] += 1
+        self.open = tag
+        if tag == "section":
+            self.section = found["id"] or ""
+        elif tag == "meta" and found.get("http-equiv"):
+            self.policy = found["content"] or ""
+        elif tag == "script":
+            self.scripts.append((found, ""))
+        elif tag == "div" and "data-heat" in found:
+            self.heat = found["data-heat"] or ""
+        elif tag == "img":
+            self.pictures[self.heat] = decode_png(found["src"] or "")
+        self.loads += [v for k, v in attrs if k in ("src", "href", "srcset", "xlink:href", "action", "data") and v]
+        assert not any(name.startswith("on") for name in found), (tag, found)
+
+    def handle_data(self, data: str) -> None:
+        if self.open == "script" and self.scripts:
+            self.scripts[-1] = (self.scripts[-1][0], self.scripts[-1][1] + data)
+        elif self.open != "style":
+            self.words[self.section] = self.words.get(self.section, "") + " " + data
+
+    def handle_endtag(self, tag: str) -> None:
+        self.open = ""
+
+    @property
+    def data(self) -> dict[str, object]:
+        found: dict[str, object] = json.loads(next(body for attrs, body in self.scripts if attrs.get("id") == "data"))
+        return found
+
+
+def decode_png(uri: str) -> list[list[int]]:
+    """Palette indices of an indexed PNG without filters."""
+    data = base64.b64decode(uri.removeprefix("data:image/png;base64,"))
+    assert data[:8] == b"\x89PNG\r\n\x1a\n"
+    width, height = int.from_bytes(data[16:20]), int.from_bytes(data[20:24])
+    at, packed = 8, b""
+    while at < len(data):
+        size, kind = int.from_bytes(data[at : at + 4]), data[at + 4 : at + 8]
+        assert zlib.crc32(data[at + 4 : at + 8 + size]) == int.from_bytes(data[at + 8 + size : at + 12 + size])
+        packed += data[at + 8 : at + 8 + size] if kind == b"IDAT" else b""
+        at += 12 + size
+    raw = zlib.decompress(packed)
+    assert len(raw) == height * (width + 1)
+    return [list(raw[y * (width + 1) + 1 : (y + 1) * (width + 1)]) for y in range(height)]
+
+
+@pytest.fixture(scope="module")
+def units(finished: SmallRun) -> list[UnitManifest]:
+    return [UnitManifest.load(finished.prepared.store, run_root.unit_manifest(u.id)) for u in finished.prepared.plan.units]
+
+
+@pytest.fixture(scope="module")
+def page(finished: SmallRun, units: list[UnitManifest]) -> Page:
+    return Page(report_html(finished.context, finished.report, units))
+
+
+def changed(units: list[UnitManifest], pick: Callable[[LinearRecord], bool], **fields: object) -> list[UnitManifest]:
+    """Units with some fields of the picked records replaced."""
+    return [u.model_copy(update={"linears": tuple(r.model_copy(update=fields) if pick(r) else r for r in u.linears)}) for u in units]
+
+
+def test_page_has_every_section(page: Page) -> None:
+    assert list(page.words) == ["top", "quality", "timeline", "errors", "routing", "outcomes", "regularization", "masks", "cost", "made"]
+
+
+def test_quality_is_the_reports(finished: SmallRun, units: list[UnitManifest], page: Page) -> None:
+    q = finished.report.quality
+    assert q is not None
+    for value in (q.source_perplexity, q.compressed_perplexity, q.source_accuracy, q.compressed_accuracy, q.kl):
+        assert f" {value:.4f} " in page.words["quality"] + " "
+    assert "192 held-out tokens" in page.words["quality"]
+    assert "one-shot" not in page.words["quality"]
+    other = EvaluationResult(
+        num_tokens=777, source_perplexity=2.0, source_accuracy=0.9, compressed_perplexity=3.0, compressed_accuracy=0.8, kl=0.5
+    )
+    report = finished.report.model_copy(
+        update={"quality": other, "baseline": other.model_copy(update={"kl": 0.625, "compressed_perplexity": 5.5})}
+    )
+    both = Page(report_html(finished.context, report, units))
+    for words in ("777 held-out tokens", "one-shot baseline 0.6250 5.5000 +175.00% 0.8000", "0.5000 3.0000 +50.00% 0.8000"):
+        assert words in re.sub(r"\s+", " ", both.words["quality"])
+    assert "0.80 × the one-shot's 0.6250" in both.words["top"]
+
+
+def test_run_without_evaluation_shows_no_quality(finished: SmallRun, units: list[UnitManifest]) -> None:
+    found = Page(report_html(finished.context, finished.report.model_copy(update={"quality": None}), units))
+    assert "quality" not in found.words
+    assert "perplexity" not in found.words["top"]
+
+
+def test_errors_outcomes_clipping_and_sizes_are_the_reports(finished: SmallRun, units: list[UnitManifest], page: Page) -> None:
+    for projection, errors in finished.report.relative_output_error.items():
+        assert f"{projection}: mean {errors.mean:.4f}, worst {errors.worst:.4f}" in page.words["errors"]
+    assert "solved 192" in page.words["outcomes"]
+    for count in (finished.report.source_bytes, finished.report.checkpoint_bytes, finished.report.expert_bytes):
+        assert f"{count:,}" in page.words["cost"]
+    clipped = [u.model_copy(update={"clipped_input_share": 1e-3 * i, "clipped_intermediate_share": 0.0}) for i, u in enumerate(units)]
+    report = build_report(finished.context, clipped, finished.prepared.shards, None, {})
+    words = Page(report_html(finished.context, report, clipped)).words["outcomes"]
+    assert "inputs: 3.50e-03" in words and "layer 3: 4.50e-03" in words and "intermediates: none" in words
+
+
+def test_outcomes_other_than_solved_are_told_with_their_reasons(finished: SmallRun, units: list[UnitManifest]) -> None:
+    broken = changed(units, lambda r: ".experts.3.down" in r.name, outcome="round_to_nearest", reason="no factor at any damping")
+    report = build_report(finished.context, broken, finished.prepared.shards, None, {})
+    found = Page(report_html(finished.context, report, broken))
+    assert "round to nearest 4" in found.words["outcomes"] and "solved 188" in found.words["outcomes"]
+    assert re.search(r"no factor at any damping\s+4\b", found.words["outcomes"])
+    assert "4 round to nearest" in found.words["top"]
+
+
+def test_every_expert_is_in_the_heat_map_at_its_place_and_in_its_colour(finished: SmallRun, units: list[UnitManifest], page: Page) -> None:
+    for projection in PROJECTIONS:
+        records = {r.name: r.relative_output_error for u in units for r in u.linears if r.name.endswith(projection)}
+        low, high = min(records.values()), max(records.values())
+        expected = [
+            [
+                round(
+                    254
+                    * math.log(records[f"language_model.model.layers.{layer}.mlp.experts.{e}.{projection}"] / low)
+                    / math.log(high / low)
+                )
+                for e in range(16)
+            ]
+            for layer in (1, 2, 3, 4)
+        ]
+        assert page.pictures[projection] == expected
+        assert {0, 254} <= {v for row in expected for v in row}
+
+
+def test_numbers_that_the_script_reads_out_are_the_manifests(units: list[UnitManifest], page: Page) -> None:
+    data = page.data
+    assert (data["layers"], data["experts"], data["few"]) == ([1, 2, 3, 4], 16, 6 * 256)
+    for record in (r for u in units for r in u.linears):
+        layer, expert = map(int, re.findall(r"\.(\d+)\.", record.name))
+        projection = record.name.rpartition(".")[2]
+        assert data["error"][projection][layer - 1][expert] == float(f"{record.relative_output_error:.4g}")  # type: ignore[index]
+        assert data["tokens"][layer - 1][expert] == record.tokens  # type: ignore[index]
+
+
+def test_under_calibrated_experts_are_on_the_orange_side_and_empty_ones_apart(finished: SmallRun, units: list[UnitManifest]) -> None:
+    def at(layer: int, expert: int) -> Callable[[LinearRecord], bool]:
+        return lambda r: f"layers.{layer}.mlp.experts.{expert}." in r.name
+
+    loaded = changed(units, lambda r: True, tokens=6 * 256)
+    for layer, expert, tokens in ((2, 5, 0), (3, 7, 6 * 256 - 1), (3, 8, 400), (4, 9, 4000)):
+        loaded = changed(loaded, at(layer, expert), tokens=tokens)
+    report = build_report(finished.context, loaded, finished.prepared.shards, None, {})
+    found = Page(report_html(finished.context, report, loaded))
+    picture = found.pictures["tokens"]
+    assert picture[1][5] == NO_VALUE
+    assert picture[2][8] == 0 < picture[2][7] <= picture[0][0] == 127 < picture[3][9] < 254
+    assert "2 of 64 experts have few, 1 have none" in found.words["routing"]
+    assert "language_model.model.layers.2.mlp.experts.5" in found.words["routing"]
+
+
+def test_values_without_a_place_on_the_scale_do_not_break_the_page(finished: SmallRun, units: list[UnitManifest]) -> None:
+    odd = changed(units, lambda r: "layers.1.mlp.experts.0." in r.name, relative_output_error=math.nan)
+    odd = changed(odd, lambda r: "layers.1.mlp.experts.1." in r.name, relative_output_error=0.0)
+    found = Page(report_html(finished.context, finished.report, odd))
+    assert found.pictures["up_proj"][0][:2] == [NO_VALUE, NO_VALUE]
+    assert found.data["error"]["up_proj"][0][:2] == [None, 0.0]  # type: ignore[index]
+
+
+def test_text_of_others_is_escaped(finished: SmallRun, units: list[UnitManifest]) -> None:
+    evil = "</script></title><script>alert(1)</script><img src=x onerror='alert(2)'>\""
+    fields = {
+        "source": evil,
+        "checkpoint": evil,
+        "name": evil,
+        "plan_digest": evil,
+        "solver": evil,
+        "devices": {evil: 8},
+        "versions": {evil: evil},
+    }
+    hostile = changed(units, lambda r: ".experts.3.down" in r.name, outcome="one_shot", reason=evil)
+    hostile = [
+        u.model_copy(update={"linears": tuple(r.model_copy(update={"name": f"{evil}.{r.name}"}) for r in u.linears)}) for u in hostile
+    ]
+    report = finished.report.model_copy(update=fields | {"stage_seconds": {evil: 1.0}, "unit_seconds": {evil: 1.0}})
+    text = report_html(finished.context, report, hostile)
+    found = Page(text)
+    assert found.tags["script"] == 2 and "<script>alert" not in text and "<img src=x" not in text
+    assert found.tags["img"] == 4, "the pictures"
+    assert found.words["made"].count("alert(2)") >= 4
+
+
+def test_page_loads_nothing_and_its_policy_says_so(finished: SmallRun, page: Page) -> None:
+    assert all(v.startswith(("data:", "#")) for v in page.loads), [v for v in page.loads if not v.startswith(("data:", "#"))]
+    (_, script) = next(s for s in page.scripts if not s[0])
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert "default-src 'none'" in page.policy and f"script-src 'sha256-{digest}'" in page.policy
+    assert set(re.findall(r"(\w+)-src", page.policy)) == {"default", "img", "style", "script"}
+
+
+def test_page_is_the_same_at_any_time(finished: SmallRun, units: list[UnitManifest], monkeypatch: pytest.MonkeyPatch) -> None:
+    first = report_html(finished.context, finished.report, units)
+    monkeypatch.setattr(time, "time", lambda: 1.0)
+    assert report_html(finished.context, finished.report, units) == first
+
+
+def test_patterns_and_scales_are_those_of_the_sampled_linears(finished: SmallRun) -> None:
+    """A linear of the small model is sampled whole, so that `inspect` counts the same."""
+    samples = sample_checkpoint(finished.context, None)
+    assert {s.layer for s in samples} == {1, 2, 3, 4} and {s.projection for s in samples} == set(PROJECTIONS)
+    assert len(samples) == len({(s.layer, s.expert, s.projection) for s in samples}) == 48
+    checkpoint = LocalStore(finished.checkpoint)
+    for s in samples[::7]:
+        found = inspect_linear(checkpoint, finished.context.layout.expert_linear_name(s.layer, s.expert, s.projection), None)
+        assert (s.patterns, s.scales, s.overlap) == (found.patterns, found.scales, None)
+
+
+def test_overlap_is_shown_only_beside_another_checkpoint(finished: SmallRun, units: list[UnitManifest], page: Page) -> None:
+    assert "overlap" not in page.words["masks"]
+    beside = Page(report_html(finished.context, finished.report, units, LocalStore(finished.root)))
+    assert "overlap with the one-shot's masks: gate_proj 100.0%, up_proj 100.0%, down_proj 100.0%" in beside.words["masks"]
+    absent = Page(report_html(finished.context, finished.report, units, MemoryStore("no-baseline")))
+    assert "overlap" not in absent.words["masks"]
+
+
+def test_overlap_counts_the_pairs_kept_by_both() -> None:
+    a, b, c = (
+        torch.tensor([[*row]], dtype=torch.uint8) for row in ((1, 1, 0, 0, 7, 0, 7, 0), (1, 0, 3, 0, 9, 0, 9, 0), (0, 0, 1, 1, 0, 1, 0, 1))
+    )
+    assert (mask_overlap(a, a), mask_overlap(a, b), mask_overlap(a, c)) == (1.0, 0.75, 0.0)
+
+
+def test_timeline_shows_every_layer_and_no_more_time_than_there_was(finished: SmallRun, units: list[UnitManifest]) -> None:
+    text = report_html(finished.context, finished.report, units)
+    for layer in (1, 2, 3, 4):
+        for stage in ("capture", "compress"):
+            assert f"layer {layer}, {stage}: " in text
+    assert "gradients" not in Page(text).words["timeline"]
+    hours = sum(sum(u.seconds.values()) for u in units)
+    assert f"compress 8 {round(hours)} s" in re.sub(r"\s+", " ", Page(text).words["cost"])
+
+
+def test_stretches_are_merged_and_counted() -> None:
+    spans = [Span("compress", 1, 10.0, 12.0), Span("compress", 1, 0.0, 4.0), Span("compress", 1, 1.0, 3.0), Span("compress", 1, 4.5, 5.0)]
+    assert merged(spans, 0.1) == [(0.0, 4.0, 2), (4.5, 5.0, 1), (10.0, 12.0, 1)]
+    assert merged(spans, 0.5) == [(0.0, 5.0, 3), (10.0, 12.0, 1)]
+    assert busy(spans, 0.0, 12.0, 12) == pytest.approx([1, 2, 2, 1, 0.5, 0, 0, 0, 0, 0, 1, 1])
+    assert sum(busy(spans, 0.0, 12.0, 5)) * 12 / 5 == pytest.approx(sum(s.end - s.start for s in spans))
+
+
+def test_cost_is_there_where_gpus_have_a_price(finished: SmallRun, units: list[UnitManifest], page: Page) -> None:
+    plan = finished.prepared.plan
+    run = plan.config.run.model_copy(update={"gpus_per_worker": 1.0, "gpu_hour_price": 2.5})
+    context = replace(finished.context, plan=plan.model_copy(update={"config": plan.config.model_copy(update={"run": run})}))
+    long = [u.model_copy(update={"seconds": {"solve": 3600.0}}) for u in units]
+    words = re.sub(r"\s+", " ", Page(report_html(context, finished.report, long)).words["cost"])
+    assert "cost at 2.5 an hour" in words and "compress 8 8 h 00 min 8.00 20.00" in words
+    assert "2.5" not in re.sub(r"\s+", " ", page.words["cost"]) and "- -" in re.sub(r"\s+", " ", page.words["cost"])
+
+
+def test_pilot_has_no_checkpoint_and_says_what_all_layers_would_cost(finished: SmallRun, units: list[UnitManifest]) -> None:
+    plan = finished.prepared.plan
+    run = plan.config.run.model_copy(update={"layers": (2, 4)})
+    few = tuple(u for u in plan.units if u.layer in (2, 4))
+    pilot = plan.model_copy(update={"config": plan.config.model_copy(update={"run": run}), "units": few})
+    report = finished.report.model_copy(
+        update={"pilot": Extrapolation(layers=2, of_layers=4, worker_hours=3.5, wall_hours=1.75, gpu_hours=3.5, cost=8.75), "quality": None}
+    )
+    own = [u for u in units if u.unit.startswith(("L002", "L004"))]
+    found = Page(report_html(replace(finished.context, plan=pilot), report, own))
+    assert len(found.pictures["down_proj"]) == 2 and found.data["layers"] == [2, 4]
+    assert "All 4 layers would take 3 h 30 min of workers' time, 3.5 GPU-hours, 8.75 at the configured price" in found.words["cost"]
+    assert "masks" not in found.words and "none: a pilot" in found.words["made"]
+
+
+def kimi_sized(finished: SmallRun) -> tuple[StageContext, list[UnitManifest]]:
+    """60 layers of 384 experts in 2,880 manifests, over an empty run root."""
+    layers = tuple(range(1, 61))
+    layout = replace(finished.context.layout, num_experts=384, num_layers=61, moe_layers=layers)
+    plan = finished.prepared.plan
+    source = plan.source.model_copy(update={"num_experts": 384, "moe_layers": layers, "num_layers": 61, "hidden_size": 7168})
+    plan = plan.model_copy(update={"source": source, "units": plan_units(layout, 8)})
+    context = replace(finished.context, plan=plan, layout=layout, store=MemoryStore("kimi-sized"))
+    sample = UnitManifest.load(finished.prepared.store, run_root.unit_manifest(finished.prepared.plan.units[0].id))
+    units = []
+    for i, unit in enumerate(plan.units):
+        linears = tuple(
+            sample.linears[0].model_copy(
+                update={
+                    "name": layout.expert_linear_name(unit.layer, e, p),
+                    "relative_output_error": 0.01 + 1e-4 * ((7 * e + 13 * unit.layer) % 997),
+                    "tokens": 30000 + 97 * e,
+                }
+            )
+            for p in PROJECTIONS
+            for e in unit.experts
+        )
+        units.append(sample.model_copy(update={"unit": unit.id, "linears": linears, "finished_at": 1.7e9 + 30.0 * i}))
+    return context, units
+
+
+def test_page_of_kimis_size_is_small_and_quick_and_leaves_no_expert_out(finished: SmallRun) -> None:
+    context, units = kimi_sized(finished)
+    start = time.perf_counter()
+    text = report_html(context, finished.report, units)
+    assert time.perf_counter() - start < 30
+    assert len(text.encode()) < 5_000_000
+    found = Page(text)
+    for projection in PROJECTIONS:
+        picture = found.pictures[projection]
+        assert (len(picture), {len(row) for row in picture}) == (60, {384})
+        assert NO_VALUE not in {v for row in picture for v in row}
+        assert found.data["error"][projection][59][383] == 0.01 + 1e-4 * ((7 * 383 + 13 * 60) % 997)  # type: ignore[index]
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.03, 0.36), (1.0, 1e9), (0.0101, 0.0102), (5e-7, 2.0)])
+def test_logarithmic_ticks_lie_inside_and_are_few(low: float, high: float) -> None:
+    ticks = Scale(low, high, "log").ticks()
+    assert 1 <= len(ticks) <= 6 and ticks == sorted(ticks)
+    assert all(low <= t <= high for t in ticks)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "labels"),
+    [(62, ["0 s", "15 s", "30 s", "45 s", "60 s"]), (22.8 * 3600, ["0 h", "6 h", "12 h", "18 h"]), (0.5, ["0 s"])],
+)
+def test_times_are_marked_at_round_numbers(seconds: float, labels: list[str]) -> None:
+    assert [label for _, label in time_ticks(seconds)] == labels
