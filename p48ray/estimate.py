@@ -83,17 +83,22 @@ def estimate(plan: RunPlan, index: CheckpointIndex, layout: ModelLayout, shards:
 def peak_stored_bytes(plan: RunPlan, boundary: int, boundaries_back: int, seen: int, felt: int, units: int, checkpoint: int) -> int:
     """The most that the run root holds at a time under run.keep (stages.collect).
 
-    With keep: all the sum of everything. Otherwise the largest of the stages' peaks: the way up ends with all boundaries where a way back will read
-    them; on the way back each part trades a boundary for a layer's gradients, two boundaries in hand; while units are solved their layer's tokens are
-    still there, of at most as many layers as there are workers; in the end unit shards stand beside the checkpoint.
+    With keep: all the sum of everything. Otherwise the largest of the stages' peaks. Up: two boundaries until a layer's activations are written, or where
+    a way back will read them all above the lowest layer. Back: each part trades a boundary for a layer's gradients, with one boundary of gradients in hand
+    and the next one coming. Units: those of as many layers as there are workers beside all tokens, or in the end all of them beside the last layers'
+    tokens. Last, unit shards beside the checkpoint.
     """
-    residuals = len(plan.boundaries) * boundary
     if plan.config.run.keep == "all":
-        return seen + residuals + felt + boundaries_back * boundary + units + checkpoint
-    in_hand = 2 * boundary
-    up = seen + (residuals if plan.config.compression.output_curvature else in_hand)
-    back = max(up, seen + felt) + in_hand if felt else up
-    solving = seen + felt + units * min(len(plan.layers), plan.config.run.num_workers) // len(plan.layers)
+        return seen + len(plan.boundaries) * boundary + felt + boundaries_back * boundary + units + checkpoint
+    layers = len(plan.layers)
+    if plan.config.compression.output_curvature:
+        up = seen + boundaries_back * boundary
+        back = max(up + boundary + felt // layers, seen + felt + boundary, seen + felt - felt // layers + 3 * boundary)
+    else:
+        up = seen + max(boundary, 2 * boundary - seen // layers)
+        back = 0
+    at_once = min(layers, plan.config.run.num_workers)
+    solving = max(seen + felt + units * at_once // layers, units + (seen + felt) * at_once // layers)
     return max(up, back, solving, units + checkpoint)
 
 

@@ -11,7 +11,7 @@ from p48ray.checkpoint.layout import PROJECTIONS
 from p48ray.manifest import LinearRecord, UnitManifest
 from p48ray.output_layout import OutputShard, unit_bytes
 from p48ray.records import Record
-from p48ray.report.work import Extrapolation, duration, extrapolate, read_work
+from p48ray.report.work import Extrapolation, extrapolate, pilot_words, read_work
 from p48ray.stages.context import StageContext
 from p48ray.stages.evaluate import EvaluationResult
 
@@ -144,11 +144,4 @@ def print_report(report: Report, console: Console) -> None:
     if report.pilot is None:
         console.print(f"checkpoint: {report.checkpoint}", soft_wrap=True)
         return
-    p = report.pilot
-    on_gpus = f", {p.gpu_hours:.1f} GPU-hours" if p.gpu_hours else ""
-    price = f", {p.cost:,.2f} at the configured price" if p.cost is not None else ""
-    console.print(
-        f"pilot of {p.layers} layers, no checkpoint; all {p.of_layers} would take {duration(3600 * p.worker_hours)} of workers' time"
-        f"{on_gpus}{price}, {duration(3600 * p.wall_hours)} with the configured workers and none idle",
-        soft_wrap=True,
-    )
+    console.print(pilot_words(report.pilot), soft_wrap=True)

@@ -11,7 +11,7 @@ from p48ray.errors import ConfigError
 from p48ray.manifest import Failure
 from p48ray.plan import RunPlan, cut
 from p48ray.records import Record
-from p48ray.report.work import Work, duration, gpu_hours, read_work
+from p48ray.report.work import Extrapolation, Work, duration, extrapolate, gpu_hours, pilot_words, read_work
 from p48ray.store.base import Store
 
 
@@ -34,6 +34,7 @@ class RunStatus(Record):
     gpu_hours: float
     cost: float | None
     layers: tuple[tuple[int, int, int], ...]  # layer, activation parts, units
+    pilot: Extrapolation | None = None
     failures: tuple[str, ...]
     stored_bytes: int
     is_complete: bool
@@ -65,10 +66,13 @@ def read_status(store: Store) -> RunStatus:
         StageStatus(stage="capture", done=parts.total(), total=num_parts),
         *((StageStatus(stage="gradients", done=felt, total=num_parts),) if plan.config.compression.output_curvature else ()),
         StageStatus(stage="compress", done=units.total(), total=len(plan.units)),
-        StageStatus(stage="reduce", done=len(shards), total=planned_shards),
-        StageStatus(stage="verify", done=verdicts, total=planned_shards),
-        StageStatus(stage="evaluate", done=min(held_out, max(evaluated.values(), default=0)), total=held_out),
     )
+    if not plan.is_pilot:  # which ends there
+        stages += (
+            StageStatus(stage="reduce", done=len(shards), total=planned_shards),
+            StageStatus(stage="verify", done=verdicts, total=planned_shards),
+            StageStatus(stage="evaluate", done=min(held_out, max(evaluated.values(), default=0)), total=held_out),
+        )
     failures = sorted(k for k in keys if k.startswith(run_root.FAILURES))
     return RunStatus(
         name=plan.config.name,
@@ -78,6 +82,7 @@ def read_status(store: Store) -> RunStatus:
         gpu_hours=gpu_hours(plan, work),
         cost=gpu_hours(plan, work) * price if price else None,
         layers=tuple((n, parts[n], units[n]) for n in plan.layers),
+        pilot=extrapolate(plan, work) if plan.is_pilot and all(w.done == w.total for w in work) else None,
         failures=tuple(
             f"{k.removeprefix(run_root.FAILURES)}: {f.error}" for k, f in zip(failures, Failure.load_all(store, failures), strict=True)
         ),
@@ -101,6 +106,8 @@ def print_status(status: RunStatus, console: Console) -> None:
     spent = f", {status.gpu_hours:.1f} GPU-hours" if status.gpu_hours else ""
     price = f", {status.cost:,.2f} spent on them" if status.cost is not None else ""
     console.print(f"finished work: {worked} of workers' time{spent}{price} (waiting and lost attempts not counted)")
+    if status.pilot is not None:
+        console.print(pilot_words(status.pilot), soft_wrap=True)
     layers = Table("layer", "activation parts", "units")
     for layer, parts, units in status.layers:
         layers.add_row(str(layer), str(parts), str(units))

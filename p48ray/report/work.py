@@ -97,6 +97,15 @@ def extrapolate(plan: RunPlan, work: Sequence[Work]) -> Extrapolation:
     )
 
 
+def pilot_words(p: Extrapolation) -> str:
+    on_gpus = f", {p.gpu_hours:.1f} GPU-hours" if p.gpu_hours else ""
+    price = f", {p.cost:,.2f} at the configured price" if p.cost is not None else ""
+    return (
+        f"pilot of {p.layers} layers, no checkpoint; all {p.of_layers} would take {duration(3600 * p.worker_hours)} of workers' time"
+        f"{on_gpus}{price}, {duration(3600 * p.wall_hours)} with the configured workers and none idle"
+    )
+
+
 def duration(seconds: float) -> str:
     """1 h 02 min, 3 min 05 s, 12 s."""
     whole = round(seconds)

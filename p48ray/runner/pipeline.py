@@ -175,7 +175,7 @@ class Job:
     def reduce(self) -> None:
         held = {info.key: info.size_bytes for info in self.store.list(run_root.CHECKPOINT)}
         missing = [s for s in self.shards if held.get(run_root.checkpoint_file(s.name)) != file_bytes(s, self.context.layout)]
-        tasks = [Task(stage="reduce", id=s.name, item=s, marker=run_root.checkpoint_file(s.name)) for s in missing]
+        tasks = [Task(stage="reduce", id=s.name, item=s) for s in missing]
         self.stage("reduce", "shards", [run_root.checkpoint_file(s.name) for s in self.shards], run_root.CHECKPOINT, tasks)
 
     def verify(self) -> None:

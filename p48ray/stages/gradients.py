@@ -40,6 +40,9 @@ def gradient_parts(context: StageContext, parts: Sequence[int]) -> list[Gradient
     wanted = {p: needs.gradient_layers(p) for p in parts}
     positions = decoder.positions(plan.config.calibration.sequence_length)
     written: list[GradientPart] = []
+    spent = dict.fromkeys(
+        parts, 0.0
+    )  # since a part's last manifest: the head and layers that want no gradient count for the next that does
     for number in range(plan.source.num_layers, -1, -1):
         waiting = [plan.parts[p] for p in parts if number in ways[p]]
         if not waiting:
@@ -52,11 +55,13 @@ def gradient_parts(context: StageContext, parts: Sequence[int]) -> list[Gradient
             above_BSH = None if number == plan.source.num_layers else stream.take(number + 1, part)
             if number in wanted[part.part]:
                 assert above_BSH is not None
-                written.append(write_gradients(context, number, part, above_BSH.flatten(0, 1), start))
+                written.append(write_gradients(context, number, part, above_BSH.flatten(0, 1), start - spent[part.part]))
+                start, spent[part.part] = time.monotonic(), 0.0
             if number > ways[part.part][0]:
                 assert module is not None
                 stream.put(number, part, step_down(context, module, stream.boundary(number, part), above_BSH, positions, part))
             stream.let_go(number, part)
+            spent[part.part] += time.monotonic() - start
     return written
 
 

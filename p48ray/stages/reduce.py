@@ -13,7 +13,7 @@ from p48ray.checkpoint.header import encode_header
 from p48ray.checkpoint.index import INDEX_FILE
 from p48ray.checkpoint.layout import ModelLayout
 from p48ray.checkpoint.output_config import output_config
-from p48ray.errors import CorruptObjectError, ShardCorruptError
+from p48ray.errors import CorruptObjectError, ObjectMissingError, ShardCorruptError
 from p48ray.manifest import CheckpointManifest, ShardVerdict, UnitManifest
 from p48ray.output_layout import OutputShard, shard_rows
 from p48ray.plan import WorkUnit
@@ -37,13 +37,24 @@ def stitch_shard(context: StageContext, shard: OutputShard) -> StitchedShard:
 
     Raises: ShardCorruptError when a unit's manifest belongs to another plan; CorruptObjectError when shards are not what their manifests claim.
     """
+    done = StitchedShard(shard.name, file_bytes(shard, context.layout))
+    if not is_whole(context, done):
+        try:
+            compose_shard(context, shard, done)
+        except (CorruptObjectError, ObjectMissingError):
+            if not is_whole(context, done):  # else another driver was faster, and its units' shards are collected by now
+                raise
+    return done
+
+
+def is_whole(context: StageContext, shard: StitchedShard) -> bool:
+    held = context.store.head(run_root.checkpoint_file(shard.name))
+    return held is not None and held.size_bytes == shard.size_bytes
+
+
+def compose_shard(context: StageContext, shard: OutputShard, done: StitchedShard) -> None:
     key = run_root.checkpoint_file(shard.name)
-    header = encode_header(shard_rows(shard, context.layout))
-    size_bytes = file_bytes(shard, context.layout)
-    held = context.store.head(key)
-    if held is not None and held.size_bytes == size_bytes:
-        return StitchedShard(shard.name, size_bytes)
-    pieces: list[Piece] = [header]
+    pieces: list[Piece] = [encode_header(shard_rows(shard, context.layout))]
     corrupt: list[CorruptObjectError] = []
     for segment in shard.segments:
         if isinstance(segment, WorkUnit):
@@ -57,10 +68,9 @@ def stitch_shard(context: StageContext, shard: OutputShard) -> StitchedShard:
         more = f" (and {len(corrupt) - 1} more units)" if len(corrupt) > 1 else ""
         raise CorruptObjectError(f"{corrupt[0]}{more}", *(name for error in corrupt for name in error.keys))
     written = context.store.compose(key, pieces)
-    if written != size_bytes:
+    if written != done.size_bytes:
         context.store.delete(key)
-        raise ShardCorruptError(f"{context.store.uri}/{key}: expected {size_bytes} bytes, composed {written}")
-    return StitchedShard(shard.name, size_bytes)
+        raise ShardCorruptError(f"{context.store.uri}/{key}: expected {done.size_bytes} bytes, composed {written}")
 
 
 def file_bytes(shard: OutputShard, layout: ModelLayout) -> int:
