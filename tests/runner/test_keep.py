@@ -200,7 +200,7 @@ def expected_files(prepared: Prepared, keep: str, root: Path) -> set[str]:
     """As the docstring of stages.collect says, by the names of run_root; the checkpoint's own files apart."""
     plan = prepared.plan
     parts = [(n, p.part) for n in plan.layers for p in plan.parts]
-    names = {run_root.PLAN, run_root.TOKENS, run_root.REPORT, *(run_root.layer_scales(n) for n in plan.layers)}
+    names = {run_root.PLAN, run_root.TOKENS, run_root.REPORT, run_root.REPORT_PAGE, *(run_root.layer_scales(n) for n in plan.layers)}
     names |= {run_root.activation_manifest(*p) for p in parts} | {run_root.gradient_manifest(*p) for p in parts}
     names |= {run_root.unit_manifest(u.id) for u in plan.units} | {run_root.shard_verdict(s.name) for s in prepared.shards}
     if keep == "all":
