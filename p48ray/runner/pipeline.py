@@ -57,9 +57,9 @@ def run_job(prepared: Prepared, make_runner: RunnerFactory) -> Report:
     if not plan.is_pilot:
         store.put(run_root.checkpoint_file("README.md"), model_card(prepared.context, units, result, baseline).encode())
     report = build_report(prepared.context, units, prepared.shards, result, seconds).model_copy(update={"baseline": baseline})
-    store.put(run_root.REPORT, report.to_json())
     page = report_html(prepared.context, report, units, SubStore(store, run_root.BASELINE) if baseline else None)
     store.put(run_root.REPORT_PAGE, page.encode())
+    store.put(run_root.REPORT, report.to_json())  # last: a run root with it is complete
     return report
 
 
