@@ -77,10 +77,10 @@ def test_status_of_an_unfinished_run_exits_0_too(finished: SmallRun, tmp_path: P
     assert "not complete" in result.stdout
 
 
-@pytest.mark.parametrize("place", ["nowhere", ".", "s3://bucket/run", "ftp://host/run"])
+@pytest.mark.parametrize("place", ["nowhere", ".", "hf://owner/name", "ftp://host/run"])
 def test_status_of_a_place_that_is_no_run_root_exits_2(tmp_path: Path, place: str) -> None:
     path = place if "://" in place else str(tmp_path / place)
-    words = {"s3://bucket/run": "not built yet", "ftp://host/run": "unknown scheme ftp://"}.get(place, "expected a run root with plan.json")
+    words = {"hf://owner/name": "not built yet", "ftp://host/run": "unknown scheme ftp://"}.get(place, "expected a run root with plan.json")
     refused(call("status", path), 2, path, words)
 
 
@@ -114,13 +114,13 @@ def test_verify_of_a_damaged_checkpoint_exits_1_and_names_the_tensor(finished: S
         assert any(f"{LINEAR}.weight_scale" in problem for problem in json.loads(result.stdout)["problems"])
 
 
-def test_verify_finds_an_untouched_byte_only_with_the_source(finished: SmallRun, clean: Folder, tmp_path: Path) -> None:
+def test_verify_finds_an_untouched_byte_with_and_without_the_source(finished: SmallRun, clean: Folder, tmp_path: Path) -> None:
     name = "vision_tower.patch_embed.proj.weight"
     path = write(clean.flipped(name, 100, 0x40), tmp_path / "damaged")
-    assert call("verify", path).exit_code == 0
-    result = call("verify", path, "--source", finished.source)
-    assert result.exit_code == 1
-    assert [name in problem for problem in json.loads(result.stdout)["problems"]] == [True]
+    for source in ((), ("--source", finished.source)):
+        result = call("verify", path, *source)
+        assert result.exit_code == 1
+        assert [name in problem for problem in json.loads(result.stdout)["problems"]] == [True]
 
 
 @pytest.mark.parametrize("damage", ["no shard", "no index", "truncated"])
