@@ -7,6 +7,9 @@ Exit code 0 only if checkpoint/ is complete and verified; 2 for a mistake in wha
 """
 
 import os
+
+os.environ.setdefault("RAY_DEDUP_LOGS", "0")  # read when Ray is imported: a line per finished unit is not to be folded into one of many
+
 from pathlib import Path
 from typing import Annotated
 

@@ -83,24 +83,12 @@ def one_shot(
     Raises:  NumericsError if span is not 16 or 32, or does not divide i and column_block, or a mask comes without sparsity.
     Cost:    O I^2 / 2 multiply-adds an expert, all but O I column_block / 2 of them in matrix products; no wait for the device.
     """
-    n, o, i = weight.shape
+    i = weight.shape[2]
     if span not in SCALE_SPANS or i % span or column_block % span:
         raise NumericsError(f"one_shot: expected a span of 16 or 32 that divides {i} inputs and column_block {column_block}, found {span}")
     if keep is not None and not sparsity:
         raise NumericsError("one_shot: a fixed mask needs sparsity=True")
-    start_keep = torch.ones(n, o, i // 2, dtype=torch.bool, device=weight.device) if keep is None else keep
-    state = _Pass(
-        work_NIO=weight.mT.clone(memory_format=torch.contiguous_format),
-        level_NIO=torch.empty(n, i, o, device=weight.device),
-        keep_NPO=start_keep.mT.contiguous(),
-        scales_NOG=[],
-        upper_NII=upper,
-        sharpness_NI=upper.diagonal(dim1=-2, dim2=-1).square().reciprocal(),
-        global_scale_N=global_scale,
-        span=span,
-        picks_masks=sparsity and keep is None,
-        rounds=True,
-    )
+    state = _opened(weight, upper, keep, global_scale, span=span, picks_masks=sparsity and keep is None, rounds=True)
     _pass_(state, column_block)
     return Codes(
         codes=e2m1.encode(state.level_NIO.mT).contiguous(),
@@ -116,21 +104,30 @@ def one_shot_sparse(
 
     Returns: values (0 where dropped) and kept pairs.
     """
+    unused = torch.ones(len(weight), device=weight.device)
+    state = _opened(weight, upper, None, unused, span=INPUTS_IN_GROUP, picks_masks=True, rounds=False)
+    _pass_(state, column_block)
+    return state.level_NIO.mT.contiguous(), state.keep_NPO.mT.contiguous()
+
+
+def _opened(
+    weight: Tensor, upper: Tensor, keep: Tensor | None, global_scale: Tensor, *, span: int, picks_masks: bool, rounds: bool
+) -> _Pass:
+    """Buffers of a new pass; all pairs are kept where no mask is given."""
     n, o, i = weight.shape
-    state = _Pass(
+    start_keep = torch.ones(n, o, i // 2, dtype=torch.bool, device=weight.device) if keep is None else keep
+    return _Pass(
         work_NIO=weight.mT.clone(memory_format=torch.contiguous_format),
         level_NIO=torch.empty(n, i, o, device=weight.device),
-        keep_NPO=torch.ones(n, i // 2, o, dtype=torch.bool, device=weight.device),
+        keep_NPO=start_keep.mT.contiguous(),
         scales_NOG=[],
         upper_NII=upper,
         sharpness_NI=upper.diagonal(dim1=-2, dim2=-1).square().reciprocal(),
-        global_scale_N=torch.ones(n, device=weight.device),
-        span=INPUTS_IN_GROUP,
-        picks_masks=True,
-        rounds=False,
+        global_scale_N=global_scale,
+        span=span,
+        picks_masks=picks_masks,
+        rounds=rounds,
     )
-    _pass_(state, column_block)
-    return state.level_NIO.mT.contiguous(), state.keep_NPO.mT.contiguous()
 
 
 def _pass_(state: _Pass, column_block: int) -> None:

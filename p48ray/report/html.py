@@ -28,7 +28,7 @@ from p48ray.report.expert_sections import (
 from p48ray.report.fold import MERGED_SHARE, Facts, busy, gather, merged
 from p48ray.report.plan_table import size
 from p48ray.report.report import Report
-from p48ray.report.work import duration, gpu_hours
+from p48ray.report.work import duration, gpu_hours, pilot_words
 from p48ray.stages.context import StageContext
 from p48ray.stages.evaluate import EvaluationResult
 from p48ray.store.base import Store
@@ -224,7 +224,7 @@ def cost_section(facts: Facts) -> str:
     whole = sum(r.unit_seconds.values()) or 1.0
     parts = [(PHASE_COLOURS[min(i, 4)], name, s, f"{duration(s)}, {s / whole:.0%}") for i, (name, s) in enumerate(phases)]
     intro = "Time of finished work, summed over workers; attempts that were lost and waiting are not in it."
-    pilot = "" if r.pilot is None else f"<p>{esc(pilot_words(facts))}</p>"
+    pilot = "" if r.pilot is None else f"<p>{esc(pilot_words(r.pilot))}</p>"
     return section(
         "cost",
         "Cost and size",
@@ -234,16 +234,6 @@ def cost_section(facts: Facts) -> str:
         figure("where the units' time went", charts.stack_bar(parts, "time of units by phase")),
         "" if r.pilot else size_figure(facts),
         f'<p style="margin:18px 0 0">The last driver waited: {esc(driver)}.</p>' if driver else "",
-    )
-
-
-def pilot_words(facts: Facts) -> str:
-    p = facts.report.pilot
-    assert p is not None
-    price = f", {p.cost:,.2f} at the configured price" if p.cost is not None else ""
-    return (
-        f"All {p.of_layers} layers would take {duration(3600 * p.worker_hours)} of workers' time, {p.gpu_hours:,.1f} GPU-hours{price}, "
-        f"{duration(3600 * p.wall_hours)} with the configured workers and none idle."
     )
 
 

@@ -26,8 +26,8 @@ class RedoError(P48Error):
 def run_all(runner: Runner, tasks: Sequence[Task], store: Store, on_done: Callable[[Task], None] = lambda task: None) -> None:
     """Run a stage's tasks to the end, all that can be done of them. `on_done` is called for each as it is done.
 
-    Raises: the user's mistake if that is what stopped a task; RedoError if corrupt objects of the run root are all that stopped the rest,
-            which are then deleted; else StageFailedError listing what failed.
+    Raises: an error that lists what failed: of the kind of the user's mistake if one stopped a task; RedoError if corrupt objects of the run
+            root are all that stopped the rest; else StageFailedError. Corrupt objects are deleted in any case.
     """
     failed = []
     for result in runner.run(tasks):
@@ -38,10 +38,6 @@ def run_all(runner: Runner, tasks: Sequence[Task], store: Store, on_done: Callab
     if not failed:
         return
     for result in failed:
-        error = result.as_exception()
-        if isinstance(error, UserError):
-            raise error
-    for result in failed:
         if result.redo:
             log.warning("%s %s: %s; deleting %s, made anew next", result.task.stage, result.task.id, result.error, ", ".join(result.redo))
         for key in result.redo:
@@ -49,7 +45,8 @@ def run_all(runner: Runner, tasks: Sequence[Task], store: Store, on_done: Callab
     stage = failed[0].task.stage
     lines = [f"  {r.task.id}: {r.error_type}: {r.error}" for r in failed[:LISTED_FAILURES]]
     rest = f"\n  and {len(failed) - LISTED_FAILURES} more" if len(failed) > LISTED_FAILURES else ""
-    kind = RedoError if all(result.redo for result in failed) else StageFailedError
+    mistakes = [error for error in (result.as_exception() for result in failed) if isinstance(error, UserError)]
+    kind = type(mistakes[0]) if mistakes else RedoError if all(result.redo for result in failed) else StageFailedError
     raise kind(
         f"{stage}: {len(failed)} of {len(tasks)} tasks failed; tracebacks under {store.uri}/failures/{stage}/; run the same command again to resume\n"
         + "\n".join(lines)

@@ -40,9 +40,8 @@ def gradient_parts(context: StageContext, parts: Sequence[int]) -> list[Gradient
     wanted = {p: needs.gradient_layers(p) for p in parts}
     positions = decoder.positions(plan.config.calibration.sequence_length)
     written: list[GradientPart] = []
-    spent = dict.fromkeys(
-        parts, 0.0
-    )  # since a part's last manifest: the head and layers that want no gradient count for the next that does
+    # Seconds since a part's last manifest: the head and layers that want no gradient count for the next that does.
+    spent = dict.fromkeys(parts, 0.0)
     for number in range(plan.source.num_layers, -1, -1):
         waiting = [plan.parts[p] for p in parts if number in ways[p]]
         if not waiting:

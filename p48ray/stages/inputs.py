@@ -1,5 +1,7 @@
 """The first things in a run root: what its store can do, the plan, and the texts as token ids."""
 
+from dataclasses import asdict
+
 from p48ray import run_root
 from p48ray.config import CalibrationConfig, EvaluationConfig
 from p48ray.manifest import StoreFacts
@@ -10,15 +12,15 @@ from p48ray.stages.evaluate import evaluation_digest
 from p48ray.stages.prepare import Prepared
 from p48ray.store.base import Store
 from p48ray.store.open import open_store
-from p48ray.store.probe import probe
+from p48ray.store.probe import Capabilities, probe
 
 
 def open_run_root(plan: RunPlan, store_uri: str) -> Store:
     """The run root as its probe found it: where ranges can not be copied on the store's side, they are streamed."""
     store = open_store(store_uri, plan.config.run.endpoint_url)
     if store_uri.startswith("s3://") and store.head(run_root.STORE) is not None:
-        facts = StoreFacts.load(store, run_root.STORE)
-        return open_store(store_uri, plan.config.run.endpoint_url, server_copy=facts.range_copy and facts.unequal_parts)
+        found = Capabilities(**StoreFacts.load(store, run_root.STORE).model_dump(exclude={"schema_version"}))
+        return open_store(store_uri, plan.config.run.endpoint_url, server_copy=found.server_copy)
     return store
 
 
@@ -28,9 +30,7 @@ def probe_once(store: Store) -> None:
     Raises: ConfigError when it lacks what a run can not do without.
     """
     if store.uri.startswith("s3://") and store.head(run_root.STORE) is None:
-        found = probe(store)
-        facts = StoreFacts(range_copy=found.range_copy, unequal_parts=found.unequal_parts, checksums=found.checksums)
-        store.put(run_root.STORE, facts.to_json())
+        store.put(run_root.STORE, StoreFacts(**asdict(probe(store))).to_json())
 
 
 def write_inputs(prepared: Prepared) -> None:

@@ -18,6 +18,7 @@ from p48ray.errors import CorruptObjectError, SourceError, TransientStoreError
 from p48ray.manifest import Failure
 from p48ray.plan import WorkUnit
 from p48ray.runner import ray_runner
+from p48ray.runner.base import run_all
 from p48ray.runner.local_runner import LocalRunner
 from p48ray.runner.pipeline import run_job
 from p48ray.runner.ray_runner import RayRunner, WorkerProcess
@@ -384,3 +385,35 @@ def test_local_run_root_on_several_nodes_must_be_declared_shared(
     for words in ("run.root", "2 nodes", "run.root_is_shared: true"):
         assert words in outcome.err
     assert invoke(*arguments(one_unit_missing, {"run.root_is_shared": "true"}), on_ray=True).code == 0
+
+
+class Ended:
+    """A runner whose tasks have ended as they are told."""
+
+    def __init__(self, *results: TaskResult) -> None:
+        self.results = results
+
+    def run(self, tasks: Sequence[Task]) -> Iterator[TaskResult]:
+        yield from self.results
+
+
+def test_units_that_a_users_mistake_stopped_are_all_listed_beside_other_failures(tmp_path: Path) -> None:
+    units = [Task(stage="compress", id=f"unit-{n}", item=n) for n in range(4)]
+    mistake, bug, corrupt = (
+        TaskResult(task=units[1], error_type="SourceError", error="model.safetensors: not finite"),
+        TaskResult(task=units[2], error_type="KeyError", error="a bug"),
+        TaskResult(task=units[3], error_type="CorruptObjectError", error="flipped", redo=("units/unit-3/manifest.json",)),
+    )
+    store = LocalStore(tmp_path)
+    store.put("units/unit-3/manifest.json", b"{}")
+    with pytest.raises(SourceError) as caught:
+        run_all(Ended(TaskResult(task=units[0]), mistake, bug, corrupt), units, store)
+    for words in (
+        "compress: 3 of 4 tasks failed",
+        "unit-1: SourceError: model.safetensors: not finite",
+        "unit-2: KeyError: a bug",
+        "unit-3: ",
+    ):
+        assert words in str(caught.value)
+    assert "unit-0" not in str(caught.value)
+    assert store.head("units/unit-3/manifest.json") is None
