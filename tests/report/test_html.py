@@ -315,7 +315,7 @@ def test_pilot_has_no_checkpoint_and_says_what_all_layers_would_cost(finished: S
     own = [u for u in units if u.unit.startswith(("L002", "L004"))]
     found = Page(report_html(replace(finished.context, plan=pilot), report, own))
     assert len(found.pictures["down_proj"]) == 2 and found.data["layers"] == [2, 4]
-    assert "All 4 layers would take 3 h 30 min of workers' time, 3.5 GPU-hours, 8.75 at the configured price" in found.words["cost"]
+    assert "all 4 would take 3 h 30 min of workers' time, 3.5 GPU-hours, 8.75 at the configured price" in found.words["cost"]
     assert "masks" not in found.words and "none: a pilot" in found.words["made"]
 
 
