@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 
 from p48ray import run_root
+from p48ray.checkpoint.index import INDEX_FILE
 from p48ray.config import baseline_config
 from p48ray.errors import StageFailedError, VerificationError
 from p48ray.manifest import EvaluationPart, LayerScales, ShardVerdict, UnitManifest
@@ -18,7 +19,7 @@ from p48ray.report.report import Report, build_report
 from p48ray.runner.base import RedoError, Runner, run_all
 from p48ray.runner.progress import Progress
 from p48ray.stages.capture import finish_layers
-from p48ray.stages.collect import ABANDONED_S, collect_layer, collect_losers, collect_streams, collect_units
+from p48ray.stages.collect import ABANDONED_S, collect_layer, collect_losers, collect_streams, collect_units, delete_all
 from p48ray.stages.evaluate import EvaluationResult, combine, evaluation_digest
 from p48ray.stages.inputs import write_inputs
 from p48ray.stages.needs import Needs, read_needs
@@ -175,6 +176,9 @@ class Job:
     def reduce(self) -> None:
         held = {info.key: info.size_bytes for info in self.store.list(run_root.CHECKPOINT)}
         missing = [s for s in self.shards if held.get(run_root.checkpoint_file(s.name)) != file_bytes(s, self.context.layout)]
+        if missing:  # no index over shards that are not all there, and no verdict on one that will be another
+            self.store.delete(run_root.checkpoint_file(INDEX_FILE))
+            delete_all(self.store, [run_root.shard_verdict(s.name) for s in missing])
         tasks = [Task(stage="reduce", id=s.name, item=s) for s in missing]
         self.stage("reduce", "shards", [run_root.checkpoint_file(s.name) for s in self.shards], run_root.CHECKPOINT, tasks)
 

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from p48ray.checkpoint.skeleton import write_kimi_k25_skeleton
+from p48ray.output_layout import OutputShard
+from p48ray.stages.context import StageContext
 from p48ray.stages.tasks import STAGES
 from tests.conftest import REPO
 from tests.jobs.command import HELD_OUT, ROUNDED, arguments, attempts, invoke, run_process, snapshot
@@ -162,6 +164,25 @@ def test_output_shard_of_another_size_is_made_again(root: Path) -> None:
     shard.write_bytes(shard.read_bytes()[:-100])
     assert invoke(*arguments(root)).code == 0
     assert snapshot(root / "checkpoint") == before
+
+
+def test_shard_that_is_made_again_is_verified_again_and_has_no_index_until_then(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shard = sorted((root / "checkpoint").glob("*.safetensors"))[3]
+    shard.write_bytes(shard.read_bytes()[:-100])
+    verified: list[str] = []
+    index = root / "checkpoint" / "model.safetensors.index.json"
+    verify = STAGES["verify"]
+
+    def watch(context: StageContext, item: OutputShard) -> object:
+        verified.append(item.name)
+        assert not index.exists()
+        return verify(context, item)
+
+    monkeypatch.setitem(STAGES, "verify", watch)
+    outcome = invoke(*arguments(root))
+    assert outcome.code == 0, outcome
+    assert verified == [shard.name]
+    assert index.exists()
 
 
 def test_settings_outside_the_digest_may_change_on_resume(root: Path) -> None:
