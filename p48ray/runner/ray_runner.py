@@ -10,6 +10,8 @@ Every failed attempt leaves its traceback under failures/, and the rest of the s
 """
 
 import logging
+import re
+import socket
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -31,6 +33,7 @@ from p48ray.store.base import Store
 log = logging.getLogger(__name__)
 
 START_TIMEOUT_S = 60.0  # how long to wait for a first worker before saying that the cluster has no room
+KNOCK_TIMEOUT_S = 20.0
 MAX_PREEMPTIONS = 50  # of one task; by then something else is wrong
 OBJECT_STORE_BYTES = 256 * 2**20  # of a Ray that this job starts itself: tasks and results are kilobytes
 
@@ -112,8 +115,9 @@ class RayRunner:
             "address": "local",
         }
         try:
+            knock(self.address)
             ray.init(**({"address": self.address} if self.address else own), log_to_driver=True, logging_level=logging.WARNING)
-        except (ConnectionError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError) as error:
             if self.address is None:
                 raise
             raise ConfigError(
@@ -235,6 +239,13 @@ class RayRunner:
     def say_no_room(self) -> None:
         wanted = f"{self.settings.threads_per_worker} CPU and {self.settings.gpus_per_worker:g} GPU a worker"
         log.warning("waiting for workers: %s wanted, the cluster has %s free", wanted, ray.available_resources())
+
+
+def knock(address: str | None) -> None:
+    """Raises: OSError where nobody listens at host:port. Ray itself would try for a quarter of an hour before it says so."""
+    found = re.fullmatch(r"([^:/]+):(\d{1,5})", address or "")
+    if found:
+        socket.create_connection((found[1], int(found[2])), timeout=KNOCK_TIMEOUT_S).close()
 
 
 def first_line(error: Exception) -> str:

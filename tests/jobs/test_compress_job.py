@@ -2,6 +2,7 @@
 
 import json
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -113,6 +114,15 @@ def test_address_that_is_no_clusters_is_a_users_mistake(tmp_path: Path) -> None:
     assert outcome.code == 2, outcome
     assert "Traceback" not in outcome.err
     assert "error: RAY_ADDRESS: expected host:port of a running Ray cluster, found 'http://127.0.0.1:8265'" in outcome.err
+
+
+def test_address_where_nobody_listens_is_a_users_mistake_at_once(tmp_path: Path) -> None:
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))  # and does not listen
+        address = f"127.0.0.1:{held.getsockname()[1]}"
+        outcome = run_process(*arguments(tmp_path / "run"), env={"RAY_ADDRESS": address})
+    assert outcome.code == 2, outcome
+    assert f"error: RAY_ADDRESS: expected host:port of a running Ray cluster, found {address!r}: " in outcome.err
 
 
 def test_report_is_printed_and_stored(tmp_path: Path) -> None:
