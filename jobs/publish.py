@@ -21,8 +21,9 @@ from p48ray.plan import RunPlan
 from p48ray.report.plan_table import size
 from p48ray.runner.console import configure_logging
 from p48ray.runner.publisher import FileState, RayUploads, publish, rehearse
+from p48ray.runner.ray_tasks import RayTasks
 from p48ray.stages.hub import Hub, Target
-from p48ray.store.open import open_store
+from p48ray.store.open import ENDPOINT_VARIABLES, open_store
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)  # pretty ones print locals, and the token is in some
 
@@ -60,16 +61,18 @@ def main(
     revision: Annotated[str, typer.Option(help="Branch; made if it is not there.")] = "main",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print files, bytes and what is there already, and stop.")] = False,
     workers: Annotated[int, typer.Option(min=1, help="Shards on their way at once, each staged in its worker's TMPDIR.")] = 4,
+    endpoint_url: Annotated[str | None, typer.Option(envvar=ENDPOINT_VARIABLES, help="Of an S3 run root that is not on AWS.")] = None,
 ) -> None:
     """Publish a finished run's checkpoint on the Hugging Face Hub."""
     configure_logging()
     try:
-        hub, store = connect(repo, revision), open_store(run_root)
+        hub, store = connect(repo, revision), open_store(run_root, endpoint_url)
         if dry_run:
             return print_states(rehearse(store, hub), hub)
         is_shared = store.head(names.PLAN) is not None and RunPlan.load(store, names.PLAN).config.run.root_is_shared
         settings = {name: os.environ[name] for name in SHARED_SETTINGS if name in os.environ}
-        publish(store, hub, private, RayUploads(workers, os.environ.get("RAY_ADDRESS"), settings, is_shared))
+        tasks = RayTasks(what="publish", num_workers=workers, address=os.environ.get("RAY_ADDRESS"), settings=settings, is_shared=is_shared)
+        publish(store, hub, private, RayUploads(tasks))
     except P48Error as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2 if isinstance(error, UserError) else 1) from None

@@ -1,6 +1,8 @@
 """p48ray: questions about a run root or a checkpoint, answered from the bucket alone; no cluster is needed."""
 
 import json
+import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
@@ -13,16 +15,18 @@ from p48ray.errors import ConfigError, P48Error, UserError
 from p48ray.report.inspect import inspect_linear, print_inspection
 from p48ray.report.status import print_status, read_status
 from p48ray.runner.console import configure_logging
-from p48ray.stages.verify_checkpoint import verify_checkpoint
-from p48ray.store.open import open_store
+from p48ray.store.open import ENDPOINT_VARIABLES, open_store
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, pretty_exceptions_enable=False)
 console = Console()
 
+Endpoint = Annotated[str | None, typer.Option("--endpoint-url", envvar=ENDPOINT_VARIABLES, help="Of an S3 server that is not AWS.")]
+SourceEndpoint = Annotated[str | None, typer.Option("--source-endpoint-url", help="Of the source's; default: that of --endpoint-url.")]
+
 
 def guarded(action: Callable[[], bool]) -> None:
     """Run; exit 0 if it returns True, 1 if False or for an internal error, 2 for a user's mistake."""
-    configure_logging()
+    configure_logging(sys.stderr)
     try:
         is_good = action()
     except P48Error as error:
@@ -32,11 +36,11 @@ def guarded(action: Callable[[], bool]) -> None:
 
 
 @app.command()
-def status(run_root: Annotated[str, typer.Argument(help="Folder or URI of a run.")]) -> None:
+def status(run_root: Annotated[str, typer.Argument(help="Folder or URI of a run.")], endpoint_url: Endpoint = None) -> None:
     """How far a run has come: each stage, each layer, and what failed."""
 
     def action() -> bool:
-        print_status(read_status(open_store(run_root)), console)
+        print_status(read_status(open_store(run_root, endpoint_url)), console)
         return True
 
     guarded(action)
@@ -48,11 +52,29 @@ def verify(
     source: Annotated[
         str | None, typer.Option(help="The checkpoint it was made from: untouched tensors and weight errors are compared too.")
     ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Processes that read shards. Default: as many as the cluster at RAY_ADDRESS has CPUs; without one, this process."
+        ),
+    ] = None,
+    shared: Annotated[bool, typer.Option("--shared", help="Local paths are the same folder on every node of the cluster.")] = False,
+    endpoint_url: Endpoint = None,
+    source_endpoint_url: SourceEndpoint = None,
 ) -> None:
-    """Re-read a checkpoint as a stranger and print what is wrong with it, as JSON. Exit 0 if nothing is, 1 otherwise."""
+    """Re-read a checkpoint as a stranger and print what is wrong with it, as JSON; progress goes to the standard error. Exit 0 if nothing is, 1 otherwise."""
 
     def action() -> bool:
-        verdict = verify_checkpoint(open_store(checkpoint), open_store(source) if source else None)
+        from p48ray.runner.ray_tasks import RayTasks  # here, because Ray takes a second to import and no other command needs it
+        from p48ray.runner.verifier import verify_folder
+
+        address = os.environ.get("RAY_ADDRESS")
+        tasks = RayTasks(what="verify", num_workers=workers, address=address, is_shared=shared, shows_logs=False)
+        verdict = verify_folder(
+            open_store(checkpoint, endpoint_url),
+            open_store(source, source_endpoint_url or endpoint_url) if source else None,
+            tasks if address or (workers or 1) > 1 else None,
+        )
         typer.echo(json.dumps(verdict.model_dump(), indent=1))
         return not verdict.problems
 
@@ -64,11 +86,14 @@ def inspect(
     checkpoint: Annotated[str, typer.Argument(help="Folder of a compressed checkpoint.")],
     linear: Annotated[str | None, typer.Option(help="Module name of one expert linear; default: the first.")] = None,
     source: Annotated[str | None, typer.Option(help="The checkpoint it was made from, for the weight error.")] = None,
+    endpoint_url: Endpoint = None,
+    source_endpoint_url: SourceEndpoint = None,
 ) -> None:
     """One linear: patterns kept, scales, codes, weight error."""
 
     def action() -> bool:
-        print_inspection(inspect_linear(open_store(checkpoint), linear, open_store(source) if source else None), console)
+        origin = open_store(source, source_endpoint_url or endpoint_url) if source else None
+        print_inspection(inspect_linear(open_store(checkpoint, endpoint_url), linear, origin), console)
         return True
 
     guarded(action)

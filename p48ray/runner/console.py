@@ -2,16 +2,21 @@
 
 import logging
 import sys
+from typing import TextIO
 
 
-def configure_logging() -> None:
-    """Progress and warnings always; everything else only where nobody watches (a file, a job's log)."""
-    handler = logging.StreamHandler(sys.stdout)
+def configure_logging(stream: TextIO | None = None) -> None:
+    """Progress and warnings always; everything else only where nobody watches (a file, a job's log).
+
+    Args: stream: where to; None for the standard output, which a command that prints JSON there wants for itself.
+    """
+    target = stream or sys.stdout
+    handler = logging.StreamHandler(target)
     handler.setFormatter(PlainFormatter())
     root = logging.getLogger("p48ray")
     root.handlers[:] = [handler]
     root.propagate = False
-    root.setLevel(logging.WARNING if sys.stdout.isatty() else logging.INFO)
+    root.setLevel(logging.WARNING if target.isatty() else logging.INFO)
     logging.getLogger("p48ray.progress").setLevel(logging.INFO)
 
 

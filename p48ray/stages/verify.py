@@ -19,7 +19,7 @@ from p48ray.checkpoint.header import TensorEntry, parse_header, read_header_byte
 from p48ray.checkpoint.index import CONFIG_FILE, INDEX_FILE, CheckpointIndex
 from p48ray.checkpoint.layout import PROJECTIONS, ModelLayout
 from p48ray.checkpoint.tensors import read_tensors, serialize
-from p48ray.errors import P48Error
+from p48ray.errors import ObjectMissingError, ShardCorruptError, SourceError
 from p48ray.numerics import e2m1, nvfp4, paired48
 from p48ray.numerics.metrics import relative_weight_error
 from p48ray.output_layout import SUFFIXES, OutputShard, shard_rows, unit_rows
@@ -28,6 +28,11 @@ from p48ray.store.base import Store
 
 CLAIM_TOLERANCE = 1e-3  # relative; the manifest's error was summed on the solver's device, this one here
 COMPARE_CHUNK_BYTES = 16 * 2**20
+DAMAGE = (
+    SourceError,
+    ShardCorruptError,
+    ObjectMissingError,
+)  # a finding; a store that is away or refuses says nothing about the checkpoint
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,7 +59,7 @@ def verify_shard(checkpoint: Store, source: CheckpointIndex, layout: ModelLayout
     try:
         raw, size_bytes = read_header_bytes(checkpoint, shard.name)
         entries = parse_header(shard.name, raw, size_bytes)
-    except P48Error as error:
+    except DAMAGE as error:
         return Findings(problems=[str(error)])
     problems = list(compare_rows(shard, shard_rows(shard, layout), entries))
     if problems:

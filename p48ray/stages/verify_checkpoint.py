@@ -1,20 +1,27 @@
-"""Verify a checkpoint folder on its own: what `p48ray verify` does. With the source at hand it proves what the job's own verification proves."""
+"""Verify a checkpoint folder on its own: what `p48ray verify` does. With the source at hand it proves what the job's own verification proves.
+
+Three steps, so that the bytes may be read by many processes: `survey_checkpoint` looks at everything but the data (index, headers, manifest, the small files)
+and makes one check a file; `check_shard` reads one file through, wherever it runs; `conclude` puts the findings together, in the files' order.
+"""
 
 import hashlib
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 
 from p48ray.checkpoint.families import describe_model
 from p48ray.checkpoint.header import TensorEntry, parse_header, read_header_bytes
-from p48ray.checkpoint.index import open_checkpoint
-from p48ray.checkpoint.layout import EXPERT_NAME, PROJECTIONS
+from p48ray.checkpoint.index import HEADER_THREADS, CheckpointIndex, open_checkpoint
+from p48ray.checkpoint.layout import EXPERT_NAME, PROJECTIONS, ModelLayout
 from p48ray.checkpoint.tensors import read_tensors
 from p48ray.errors import ConfigError, P48Error, ShardCorruptError
 from p48ray.manifest import CheckpointManifest
-from p48ray.output_layout import SUFFIXES, plan_output
+from p48ray.output_layout import SUFFIXES, OutputShard, plan_output
 from p48ray.plan import WorkUnit, plan_units, ranges
 from p48ray.records import Record
 from p48ray.stages.reduce import MANIFEST_FILE
 from p48ray.stages.verify import (
+    DAMAGE,
     Promise,
     check_expert,
     check_index,
@@ -38,90 +45,232 @@ class CheckpointVerdict(Record):
     problems: tuple[str, ...]
 
 
-def verify_checkpoint(checkpoint: Store, source: Store | None) -> CheckpointVerdict:
-    """Verify a folder, against its source where one is given.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SourcedCheck:
+    """One planned shard beside its source. `source` and `promise` hold what this shard needs of them and no more: a message, not a model."""
 
-    Raises: ConfigError when the folder has no manifest, ShardCorruptError when that is unsound; whatever is wrong with the weights is in the verdict.
+    file: str
+    size_bytes: int
+    checkpoint: Store
+    shard: OutputShard
+    source: CheckpointIndex
+    layout: ModelLayout
+    promise: Promise
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoneCheck:
+    """One file by the digests of the checkpoint's own manifest. units: those that lie in it, with their linears in shard order.
+    untouched: SHA-256 by tensor."""
+
+    file: str
+    size_bytes: int
+    checkpoint: Store
+    entries: Mapping[str, TensorEntry]
+    units: tuple[tuple[WorkUnit, tuple[str, ...]], ...]
+    untouched: Mapping[str, str]
+    promise: Promise
+
+
+ShardCheck = SourcedCheck | LoneCheck
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Survey:
+    """What a checkpoint is to be held to, and what is wrong with it before its data is read."""
+
+    checkpoint: str
+    compared_with_source: bool
+    num_shards: int
+    num_linears: int
+    checks: tuple[ShardCheck, ...]
+    problems: tuple[str, ...]
+    file_problems: tuple[str, ...]
+
+
+def verify_checkpoint(checkpoint: Store, source: Store | None) -> CheckpointVerdict:
+    """Verify a folder in this process, against its source where one is given. Raises: as survey_checkpoint and check_shard."""
+    survey = survey_checkpoint(checkpoint, source)
+    return conclude(survey, {check.file: check_shard(check) for check in survey.checks})
+
+
+def survey_checkpoint(checkpoint: Store, source: Store | None) -> Survey:
+    """Everything but the data.
+
+    Raises: ConfigError when the folder has no manifest, ShardCorruptError when that is unsound, SourceError for an unsound source; whatever is wrong
+            with the weights is in the survey.
     """
     if checkpoint.head(MANIFEST_FILE) is None:
         raise ConfigError(f"{checkpoint.uri}: expected the checkpoint/ folder of a p48ray run, found no {MANIFEST_FILE} in it")
     manifest = CheckpointManifest.load(checkpoint, MANIFEST_FILE)
-    promise = Promise(
-        is_sparse=manifest.sparsity == "paired-4:8",
-        scale_span=manifest.scale_span,
-        weight_errors=manifest.relative_weight_errors,
-        unit_sha256=manifest.unit_sha256,
-    )
-    problems = verify_alone(checkpoint, manifest, promise) if source is None else verify_with_source(checkpoint, source, manifest, promise)
-    return CheckpointVerdict(
+    sizes = {info.key: info.size_bytes for info in checkpoint.list() if info.key.endswith(".safetensors")}
+    problems, checks = survey_alone(checkpoint, manifest, sizes) if source is None else survey_beside(checkpoint, source, manifest, sizes)
+    return Survey(
         checkpoint=checkpoint.uri,
         compared_with_source=source is not None,
-        num_shards=sum(info.key.endswith(".safetensors") for info in checkpoint.list()),
+        num_shards=len(sizes),
         num_linears=len(manifest.relative_weight_errors),
+        checks=tuple(checks),
         problems=tuple(problems),
+        file_problems=tuple(check_files(checkpoint, manifest))
+        if checks or source is None
+        else (),  # another source's: nothing else is said
     )
 
 
-def verify_with_source(checkpoint: Store, source: Store, manifest: CheckpointManifest, promise: Promise) -> list[str]:
+def check_shard(check: ShardCheck) -> tuple[str, ...]:
+    """Read one file of the checkpoint through; returns what is wrong with it, in words."""
+    if isinstance(check, SourcedCheck):
+        return tuple(verify_shard(check.checkpoint, check.source, check.layout, check.shard, check.promise).problems)
+    problems = []
+    for unit, linears in check.units:
+        names = [f"{linear}.{suffix}" for suffix in SUFFIXES for linear in linears]
+        tensors = read_tensors(check.checkpoint, [check.entries[name] for name in names])
+        problems += check_unit(check.file, unit.id, tensors, check.promise)
+        for at in range(0, len(linears), len(PROJECTIONS)):
+            projections = dict(zip(PROJECTIONS, linears[at : at + len(PROJECTIONS)], strict=True))
+            problems += check_expert(projections, tensors, None, check.promise)
+    for name, digest in sorted(check.untouched.items()):
+        if (found := tensor_digest(check.checkpoint, check.entries[name])) != digest:
+            problems.append(f"{check.file}: {name}: bytes differ from those that were verified: expected SHA-256 {digest}, found {found}")
+    return tuple(problems)
+
+
+def check_shard_or_error(check: ShardCheck) -> tuple[str, ...] | P48Error:
+    """check_shard as the body of a task: an error of ours is returned, a foreign one raised."""
+    try:
+        return check_shard(check)
+    except P48Error as error:
+        return error
+
+
+def conclude(survey: Survey, found: Mapping[str, tuple[str, ...]]) -> CheckpointVerdict:
+    """The verdict, the same in whatever order the files were read. found: problems of every file that was to be checked."""
+    of_shards = [problem for check in survey.checks for problem in found[check.file]]
+    return CheckpointVerdict(
+        checkpoint=survey.checkpoint,
+        compared_with_source=survey.compared_with_source,
+        num_shards=survey.num_shards,
+        num_linears=survey.num_linears,
+        problems=(*survey.problems, *of_shards, *survey.file_problems),
+    )
+
+
+def promise_of(manifest: CheckpointManifest, linears: Mapping[str, float], units: Mapping[str, str]) -> Promise:
+    """What the manifest promises, for some linears and units."""
+    return Promise(is_sparse=manifest.sparsity == "paired-4:8", scale_span=manifest.scale_span, weight_errors=linears, unit_sha256=units)
+
+
+def survey_beside(
+    checkpoint: Store, source: Store, manifest: CheckpointManifest, sizes: Mapping[str, int]
+) -> tuple[list[str], list[SourcedCheck]]:
     """Every planned byte: the plan follows from the source's headers and two settings in the manifest."""
     index = open_checkpoint(source)
     if index.fingerprint != manifest.source_fingerprint:
-        return [
-            f"{source.uri}: not the source of this checkpoint: expected fingerprint {manifest.source_fingerprint[:12]}, found {index.fingerprint[:12]}"
-        ]
+        expected, found = manifest.source_fingerprint[:12], index.fingerprint[:12]
+        return [f"{source.uri}: not the source of this checkpoint: expected fingerprint {expected}, found {found}"], []
     layout = describe_model(index)
     shards = plan_output(plan_units(layout, manifest.experts_per_unit), manifest.max_shard_size, index, layout)
-    problems = check_index(checkpoint, shards, layout)
-    for shard in shards:
-        problems += verify_shard(checkpoint, index, layout, shard, promise).problems
-    return problems + check_files(checkpoint, manifest)
+    checks = [sourced_check(checkpoint, index, layout, shard, manifest, sizes.get(shard.name, 0)) for shard in shards]
+    return check_index(checkpoint, shards, layout), checks
 
 
-def verify_alone(checkpoint: Store, manifest: CheckpointManifest, promise: Promise) -> list[str]:
-    """Headers against the index, every tensor and file against the digests of the checkpoint's own manifest, every expert linear for its form."""
+def sourced_check(
+    checkpoint: Store, index: CheckpointIndex, layout: ModelLayout, shard: OutputShard, manifest: CheckpointManifest, size_bytes: int
+) -> SourcedCheck:
+    units = [s for s in shard.segments if isinstance(s, WorkUnit)]
+    experts = [(u.layer, e) for u in units for e in u.experts]
+    needed = [name for expert in experts for name in layout.expert_tensor_names(*expert)]
+    claims = manifest.relative_weight_errors
+    linears = [layout.expert_linear_name(*expert, p) for expert in experts for p in PROJECTIONS]
+    return SourcedCheck(
+        file=shard.name,
+        size_bytes=size_bytes,
+        checkpoint=checkpoint,
+        shard=shard,
+        source=replace(index, tensors={name: index.tensors[name] for name in needed}),
+        layout=layout,
+        promise=promise_of(
+            manifest,
+            {name: claims[name] for name in linears if name in claims},
+            {u.id: manifest.unit_sha256[u.id] for u in units if u.id in manifest.unit_sha256},
+        ),
+    )
+
+
+def survey_alone(checkpoint: Store, manifest: CheckpointManifest, sizes: Mapping[str, int]) -> tuple[list[str], list[LoneCheck]]:
+    """Headers against the index, and every tensor of the manifest in some file's header, in a form that fits."""
     problems = check_index_files(checkpoint)
     is_index_readable = not problems
-    entries: dict[str, TensorEntry] = {}
-    for file in sorted(info.key for info in checkpoint.list() if info.key.endswith(".safetensors")):
-        try:
-            raw, size_bytes = read_header_bytes(checkpoint, file)
-            entries |= parse_header(file, raw, size_bytes)
-            if (found := header_digest(raw)) != manifest.header_sha256.get(file):
-                problems.append(f"{file}: header: expected SHA-256 {manifest.header_sha256.get(file)}, found {found}")
-        except P48Error as error:
-            problems.append(str(error))
+    entries, unsound = read_headers(checkpoint, manifest, sorted(sizes))
+    problems += unsound
     if is_index_readable:
         problems += compare_index(checkpoint, {e.name: e.file for e in entries.values()}, sum(e.num_bytes for e in entries.values()))
+    units: dict[str, list[tuple[WorkUnit, tuple[str, ...]]]] = {file: [] for file in sizes}
     known: set[str] = set()
     for unit, linears in units_of(manifest):
         names = [f"{linear}.{suffix}" for suffix in SUFFIXES for linear in linears]
         known |= set(names)
         wrong = [text for linear in linears for text in check_form(linear, entries)]
         problems += wrong
-        if not wrong:
-            tensors = read_tensors(checkpoint, [entries[name] for name in names])
-            problems += check_unit(entries[names[0]].file, unit.id, tensors, promise)
-            for at in range(0, len(linears), len(PROJECTIONS)):
-                projections = dict(zip(PROJECTIONS, linears[at : at + len(PROJECTIONS)], strict=True))
-                problems += check_expert(projections, tensors, None, promise)
-    stray = sorted(n for n in entries if EXPERT_NAME.fullmatch(n) and n not in known)
+        files = sorted({entries[name].file for name in names}) if not wrong else []
+        if len(files) == 1:
+            units[files[0]].append((unit, tuple(linears)))
+        elif files:
+            problems.append(f"unit {unit.id}: expected its tensors in one file, found them in {', '.join(files)}")
+    stray = sorted(n for n in entries if EXPERT_NAME.fullmatch(n) and n not in known and n not in manifest.untouched_sha256)
     problems += [f"{name}: an expert tensor that the manifest does not know" for name in stray]
-    return problems + list(check_untouched(checkpoint, manifest, entries, known)) + check_files(checkpoint, manifest)
+    problems += unexpected_tensors(manifest, entries, known)
+    return problems, [lone_check(checkpoint, manifest, file, sizes[file], entries, units[file]) for file in sorted(sizes)]
 
 
-def check_untouched(
-    checkpoint: Store, manifest: CheckpointManifest, entries: Mapping[str, TensorEntry], compressed: set[str]
-) -> Iterator[str]:
-    """Tensors that came over from the source: all there, no other, and the bytes that were verified when the checkpoint was made."""
+def read_headers(checkpoint: Store, manifest: CheckpointManifest, files: list[str]) -> tuple[dict[str, TensorEntry], list[str]]:
+    """Tensors of every file with a sound header, and what is wrong with the others'."""
+
+    def read(file: str) -> tuple[dict[str, TensorEntry], list[str]]:
+        try:
+            raw, size_bytes = read_header_bytes(checkpoint, file)
+            found = parse_header(file, raw, size_bytes)
+        except DAMAGE as error:
+            return {}, [str(error)]
+        expected, digest = manifest.header_sha256.get(file), header_digest(raw)
+        return found, [] if digest == expected else [f"{file}: header: expected SHA-256 {expected}, found {digest}"]
+
+    with ThreadPoolExecutor(HEADER_THREADS) as pool:
+        read_files = list(pool.map(read, files))
+    entries = {name: entry for found, _ in read_files for name, entry in found.items()}
+    return entries, [problem for _, problems in read_files for problem in problems]
+
+
+def lone_check(
+    checkpoint: Store,
+    manifest: CheckpointManifest,
+    file: str,
+    size_bytes: int,
+    entries: Mapping[str, TensorEntry],
+    units: list[tuple[WorkUnit, tuple[str, ...]]],
+) -> LoneCheck:
+    of_units = [f"{linear}.{suffix}" for _, linears in units for linear in linears for suffix in SUFFIXES]
+    untouched = {n: digest for n, digest in manifest.untouched_sha256.items() if n in entries and entries[n].file == file}
+    return LoneCheck(
+        file=file,
+        size_bytes=size_bytes,
+        checkpoint=checkpoint,
+        entries={name: entries[name] for name in (*of_units, *untouched)},
+        units=tuple(units),
+        untouched=untouched,
+        promise=promise_of(manifest, {}, {u.id: manifest.unit_sha256[u.id] for u, _ in units if u.id in manifest.unit_sha256}),
+    )
+
+
+def unexpected_tensors(manifest: CheckpointManifest, entries: Mapping[str, TensorEntry], compressed: set[str]) -> Iterator[str]:
+    """Tensors that came over from the source: all there, and no other."""
     promised = manifest.untouched_sha256
     for name in sorted(promised.keys() - entries.keys()):
         yield f"{name}: missing"
     for name in sorted(entries.keys() - promised.keys() - compressed):
         if not EXPERT_NAME.fullmatch(name):
             yield f"{entries[name].file}: {name}: a tensor that the manifest does not know"
-    for name in sorted(promised.keys() & entries.keys()):
-        if (found := tensor_digest(checkpoint, entries[name])) != promised[name]:
-            yield f"{entries[name].file}: {name}: bytes differ from those that were verified: expected SHA-256 {promised[name]}, found {found}"
 
 
 def check_files(checkpoint: Store, manifest: CheckpointManifest) -> list[str]:

@@ -10,6 +10,9 @@ from p48ray.store.local import LocalStore
 from p48ray.store.memory import MemoryStore
 from p48ray.store.s3 import S3Store
 
+ENDPOINT_VARIABLES = ["AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"]
+"""Where commands look for an endpoint, as boto3 itself does; given to S3Store, it also decides how a bucket is addressed, and it travels to other processes."""
+
 
 def open_store(uri: str | Path, endpoint_url: str | None = None, server_copy: bool = True) -> Store:
     """The store that a path, `file:///path`, `memory://name` or `s3://bucket/prefix` names. Opening touches nothing.

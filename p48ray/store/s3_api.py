@@ -135,7 +135,7 @@ class Api:
         raise P48Error(f"{what}: {error}") from error
 
     def _advice(self) -> str:
-        where = f" at {self.endpoint_url}" if self.endpoint_url else ""
+        where = f" at {self.endpoint_url}" if self.endpoint_url else " at AWS, as no endpoint url was given,"
         return (
             f"check that bucket {self.bucket}{where} exists, that boto3's usual sources (AWS_* variables, profile, instance role) hold "
             "credentials and a region that are valid for it, and that they may read, list, write and delete there"

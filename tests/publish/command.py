@@ -50,7 +50,7 @@ def invoke_publish(root: Path, hub: Hub, *args: str, token: str = TOKEN, repo: s
     return Outcome(result.exit_code, result.stdout, result.stderr)
 
 
-def launch_publish(root: Path, hub: Hub, *args: str, env: Mapping[str, str]) -> subprocess.Popen[str]:
+def launch_publish(root: Path | str, hub: Hub, *args: str, env: Mapping[str, str]) -> subprocess.Popen[str]:
     """The command as a person starts it, with a Ray of its own."""
     own = {"HF_TOKEN": TOKEN, "HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
     return subprocess.Popen(

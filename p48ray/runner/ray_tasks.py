@@ -1,0 +1,144 @@
+"""A function over many items as Ray tasks, for commands that need no more of a cluster than that: publishing, verifying.
+
+The function returns an error of ours instead of raising it, which tells it from a process that died. What becomes of a task that fails:
+    a user's mistake        ends everything
+    another error of ours   is set aside, the rest goes on
+    a transient store error, a worker or its node lost, or what is not ours: tried again, MAX_ATTEMPTS times in all
+"""
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, Self, TypeVar
+
+import ray
+from ray.exceptions import RayError
+
+from p48ray.errors import ConfigError, P48Error, StageFailedError, TransientStoreError, UserError, WorkerLostError
+from p48ray.runner.ray_runner import OBJECT_STORE_BYTES, START_TIMEOUT_S, first_line, knock
+from p48ray.store.base import Store
+
+log = logging.getLogger("p48ray.progress")
+
+MAX_ATTEMPTS = 3  # at one item
+LISTED_FAILURES = 10
+
+T = TypeVar("T")
+Body = Callable[..., T | P48Error]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RayTasks:
+    """Tasks of one CPU each.
+
+    Args: what: names them in messages. num_workers: how many at once; None for as many as the cluster has CPUs. address: of a running cluster;
+          None starts a Ray on this machine and stops it at the end. settings: environment variables of the tasks on a cluster, no secrets among
+          them. is_shared: a local path is the same folder on every node. shows_logs: what workers print comes out here.
+    """
+
+    what: str
+    num_workers: int | None
+    address: str | None
+    settings: Mapping[str, str] = field(default_factory=dict)
+    is_shared: bool = False
+    shows_logs: bool = True
+
+    def run(self, body: Body[T], items: Mapping[str, Sequence[Any]], stores: Mapping[str, Store]) -> Iterator[tuple[str, T]]:
+        """Yields (name, result) as items are done. All that can be done is, before a failure is raised.
+
+        Args: items: arguments by name, in the order in which they start. stores: those that tasks will open, by the option that names them.
+        """
+        with nullcontext() if ray.is_initialized() else Connection(self.num_workers or 1, self.address, self.shows_logs) as own:
+            for option, store in stores.items():
+                self.check_shared(option, store)
+            count = self.num_workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
+            options = {} if own and own.address is None else {"runtime_env": {"env_vars": dict(self.settings)}}
+            yield from self.work_off(body, items, count, options)
+
+    def check_shared(self, option: str, store: Store) -> None:
+        """A local path means another folder on every node, unless the user says that it does not."""
+        nodes = [n for n in ray.nodes() if n["Alive"] and n["Resources"].get("CPU")]
+        if len(nodes) > 1 and "://" not in store.uri and not self.is_shared:
+            raise ConfigError(
+                f"{option}: {store.uri} is a local path and the cluster has {len(nodes)} nodes; use a bucket, or a shared folder"
+            )
+
+    def work_off(
+        self, body: Body[T], items: Mapping[str, Sequence[Any]], count: int, options: Mapping[str, Any]
+    ) -> Iterator[tuple[str, T]]:
+        task = ray.remote(body).options(num_cpus=1, max_retries=0, **options)
+        waiting = list(items)[::-1]
+        attempts: Counter[str] = Counter()
+        running: dict[Any, str] = {}
+        failed: dict[str, P48Error] = {}
+        try:
+            while waiting or running:
+                while waiting and len(running) < count:
+                    name = waiting.pop()
+                    running[task.remote(*items[name])] = name
+                done, _ = ray.wait(list(running), num_returns=1, timeout=START_TIMEOUT_S)
+                if not done:
+                    self.say_no_room()
+                    continue
+                name = running.pop(done[0])
+                found = outcome(done[0])
+                if not isinstance(found, P48Error):
+                    yield name, found
+                    continue
+                if isinstance(found, UserError):
+                    raise found
+                attempts[name] += 1
+                may_pass = isinstance(found, TransientStoreError | WorkerLostError)
+                if may_pass and attempts[name] < MAX_ATTEMPTS:
+                    log.warning("%s %s: attempt %d failed, it will be tried again: %s", self.what, name, attempts[name], found)
+                    waiting.append(name)
+                else:
+                    failed[name] = found
+        finally:
+            for ref in running:
+                ray.cancel(ref, force=True)
+        if failed:
+            lines = [f"  {name}: {type(error).__name__}: {first_line(error)}" for name, error in list(failed.items())[:LISTED_FAILURES]]
+            raise StageFailedError(
+                f"{self.what}: {len(failed)} of {len(items)} shards failed; run the same command again to go on\n" + "\n".join(lines)
+            )
+
+    def say_no_room(self) -> None:
+        """Nothing has ended for a while: that may be a long task, or a cluster that has no place for one."""
+        if ray.cluster_resources().get("CPU", 0) < 1:
+            log.warning("%s: waiting for a node with CPUs, the cluster has none", self.what)
+
+
+def outcome(ref: Any) -> Any:
+    """A finished task's result, or what went wrong. A process that died, or that raised what is not ours, may be replaced."""
+    try:
+        return ray.get(ref)
+    except RayError as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        return WorkerLostError(lines[0] if len(lines) == 1 else f"{lines[0]}: {lines[-1]}")
+
+
+class Connection(AbstractContextManager["Connection"]):
+    """A connection to a cluster, or a Ray of this machine, for as long as the tasks take."""
+
+    def __init__(self, num_workers: int, address: str | None, shows_logs: bool) -> None:
+        self.num_workers, self.address, self.shows_logs = num_workers, address, shows_logs
+
+    def __enter__(self) -> Self:
+        own = {"address": "local", "num_cpus": self.num_workers, "object_store_memory": OBJECT_STORE_BYTES, "include_dashboard": False}
+        try:
+            knock(self.address)
+            ray.init(**({"address": self.address} if self.address else own), log_to_driver=self.shows_logs, logging_level=logging.WARNING)
+        except (OSError, ValueError, RuntimeError) as error:
+            if self.address is None:
+                raise
+            raise ConfigError(
+                f"RAY_ADDRESS: expected host:port of a running Ray cluster, found {self.address!r}: {first_line(error)}; "
+                "start one with `ray start --head`, or unset RAY_ADDRESS to use this machine alone"
+            ) from error
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        ray.shutdown()
