@@ -79,6 +79,16 @@ class LinearRecord(Record):
     )
 
 
+class LadderStep(Record):
+    """Error of one expert's linears after one step of its solve (stages.ladder), by "gate_up" and "down"."""
+
+    step: str
+    output_error: dict[str, float] = Field(description="Mean |W h - Q h'|^2 / mean |W h|^2 over the calibration tokens.")
+    loss_error: dict[str, float] = Field(
+        description="The same in the metric of the model's own loss, which the solver lowers; empty without gradients."
+    )
+
+
 class UnitManifest(Record):
     """One finished unit. Names the attempt whose shard counts."""
 
@@ -90,6 +100,7 @@ class UnitManifest(Record):
     sha256: str
     data_offset: int = Field(description="Where the tensors begin in the shard, after its header.")
     linears: tuple[LinearRecord, ...]
+    ladder: tuple[LadderStep, ...] = Field((), description="Of one of the experts, step by step; empty in manifests of before.")
     clipped_input_share: float
     clipped_intermediate_share: float
     seconds: dict[str, float]

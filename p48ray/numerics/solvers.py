@@ -15,6 +15,7 @@ Legend: N experts, O out, I in, P pairs (I/2), G scale groups (I/16), B packed b
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from jaxtyping import Float32
@@ -54,7 +55,8 @@ class SolverSettings:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Solution:
     """Quantized weights of a batch. Per expert: outcome "solved", "one_shot" (block descent was no better) or "round_to_nearest" (no usable
-    Hessian); the reason for the latter two, else ""; damp_rel, the damping its factor needed, 0 without a factor."""
+    Hessian); the reason for the latter two, else ""; damp_rel, the damping its factor needed, 0 without a factor. start: what block descent
+    began from, None for other solvers."""
 
     packed_NOB: Tensor
     scale_NOG: Tensor
@@ -64,6 +66,7 @@ class Solution:
     outcome: tuple[str, ...]
     reason: tuple[str, ...]
     damp_rel: tuple[float, ...]
+    start: QuantizedLinear | None = None
 
     def as_quantized(self) -> QuantizedLinear:
         """Codes instead of packed bytes, for refinement."""
@@ -107,17 +110,20 @@ class _Draft:
     global_scale_N: Tensor
     keep_NOP: Tensor
     is_start_N: Tensor  # block descent kept its one-shot start
+    start: QuantizedLinear | None = None  # that start; no part of the result
 
     def values(self) -> Tensor:
         return nvfp4.dequantize(self.codes_NOI, self.scale_NOG, self.global_scale_N)
 
     def replaced(self, is_replaced_N: Tensor, other: "_Draft") -> "_Draft":
         """This draft with some experts taken from another."""
-        taken = {}
+        taken: dict[str, Any] = {}
         for field in fields(self):
+            if field.name == "start":
+                continue
             mine, theirs = getattr(self, field.name), getattr(other, field.name)
             taken[field.name] = torch.where(is_replaced_N.view(-1, *[1] * (mine.dim() - 1)), theirs, mine)
-        return _Draft(**taken)
+        return replace(self, **taken)
 
 
 def solve(
@@ -215,7 +221,10 @@ def _block_descent(problem: _Problem) -> _Draft:
     start = _one_shot(problem)
     start_values_NOI = start.values()
     descended_NOI, keep_NOP = _descend(problem, start_values_NOI, start.keep_NOP)
-    end = _descend_codes(problem, _column_loop(problem, descended_NOI, keep_NOP))
+    kept = QuantizedLinear(
+        codes_NOI=start.codes_NOI, scale_NOG=start.scale_NOG, global_scale_N=start.global_scale_N, keep_NOP=start.keep_NOP
+    )
+    end = replace(_descend_codes(problem, _column_loop(problem, descended_NOI, keep_NOP)), start=kept)
     is_worse_N = ~(problem.loss(end.values()) <= problem.loss(start_values_NOI))  # a NaN is worse
     marked = _Draft(
         codes_NOI=start.codes_NOI,
@@ -317,6 +326,7 @@ def _solution(draft: _Draft, failures: tuple[str, ...], damp_rel: tuple[float, .
         outcome=outcome,
         reason=reason,
         damp_rel=damp_rel,
+        start=draft.start,
     )
 
 

@@ -26,6 +26,7 @@ from p48ray.report.expert_sections import (
     section,
 )
 from p48ray.report.fold import MERGED_SHARE, Facts, busy, gather, merged
+from p48ray.report.ladder_section import ladder_section
 from p48ray.report.plan_table import size
 from p48ray.report.report import Report
 from p48ray.report.work import duration, gpu_hours, pilot_words
@@ -46,6 +47,7 @@ def report_html(context: StageContext, report: Report, units: Sequence[UnitManif
     facts = gather(context, report, units, baseline_store)
     sections = [
         quality_section(facts),
+        ladder_section(facts),
         timeline_section(facts),
         error_section(facts),
         routing_section(facts),

@@ -26,6 +26,15 @@ class ProjectionErrors(Record):
     worst_linear: str
 
 
+class LadderMean(Record):
+    """Errors of experts' linears after one step of their solve: means over the expert that each unit has measured."""
+
+    step: str
+    experts: int
+    output_error: dict[str, float]
+    loss_error: dict[str, float]
+
+
 class Report(Record):
     """report/report.json."""
 
@@ -44,6 +53,7 @@ class Report(Record):
     experts_with_few_tokens: int
     calibration_tokens: int
     relative_output_error: dict[str, ProjectionErrors]
+    ladder: tuple[LadderMean, ...] = ()
     clipped_input_share: float
     clipped_intermediate_share: float
     checkpoint_bytes: int
@@ -88,6 +98,7 @@ def build_report(
         experts_with_few_tokens=sum(0 < r.tokens < few for r in gates),
         calibration_tokens=plan.config.calibration.num_sequences * plan.config.calibration.sequence_length,
         relative_output_error={p: projection_errors(records, p) for p in PROJECTIONS},
+        ladder=mean_ladder(units),
         clipped_input_share=sum(u.clipped_input_share for u in units) / len(units),
         clipped_intermediate_share=sum(u.clipped_intermediate_share for u in units) / len(units),
         checkpoint_bytes=sum(s.num_bytes for s in shards),
@@ -99,6 +110,26 @@ def build_report(
         unit_seconds={name: round(value, 1) for name, value in phases.items()},
         devices=dict(Counter(u.device for u in units)),
         versions=units[0].versions,
+    )
+
+
+def mean_ladder(units: list[UnitManifest]) -> tuple[LadderMean, ...]:
+    """Step by step, over the units whose manifests have the steps of the first one that has any (a run has one solver)."""
+    ladders = [u.ladder for u in units if u.ladder]
+    names = [s.step for s in ladders[0]] if ladders else []
+    ladders = [ladder for ladder in ladders if [s.step for s in ladder] == names]
+
+    def mean(errors: list[dict[str, float]]) -> dict[str, float]:
+        return {side: sum(e[side] for e in errors) / len(errors) for side in errors[0]}
+
+    return tuple(
+        LadderMean(
+            step=name,
+            experts=len(ladders),
+            output_error=mean([ladder[i].output_error for ladder in ladders]),
+            loss_error=mean([ladder[i].loss_error for ladder in ladders]),
+        )
+        for i, name in enumerate(names)
     )
 
 

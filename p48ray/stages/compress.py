@@ -24,7 +24,7 @@ from p48ray.checkpoint.header import dtype_name
 from p48ray.checkpoint.layout import PROJECTIONS
 from p48ray.checkpoint.tensors import serialize
 from p48ray.errors import ShardCorruptError
-from p48ray.manifest import LayerScales, LinearRecord, UnitManifest
+from p48ray.manifest import LadderStep, LayerScales, LinearRecord, UnitManifest
 from p48ray.numerics.asymmetric import compensated_target
 from p48ray.numerics.metrics import relative_output_error, relative_weight_error
 from p48ray.numerics.solvers import Solution, SolverSettings, solve
@@ -32,6 +32,7 @@ from p48ray.output_layout import unit_bytes, unit_rows
 from p48ray.plan import WorkUnit
 from p48ray.stages.context import StageContext
 from p48ray.stages.curvature import ASYMMETRIC_SOLVERS, Curvature, RoutedTokens, down_curvature, gate_up_curvature, output_side
+from p48ray.stages.ladder import Ladder
 from p48ray.stages.refinement import refine_experts
 
 log = logging.getLogger(__name__)
@@ -62,7 +63,7 @@ def compress_unit(context: StageContext, unit: WorkUnit) -> UnitManifest:
     Returns: the manifest that counts: ours, or that of an attempt that was faster.
     Raises:  SourceError, CalibrationError or NumericsError with the unit's input at fault; ShardCorruptError when what was stored differs.
     """
-    clock = Clock()
+    clock, ladder = Clock(), Ladder(context)
     scales = context.layer_scales(unit.layer)
     with clock.phase("fetch"):
         originals = [context.source_expert(unit.layer, expert, torch.float32) for expert in unit.experts]
@@ -73,21 +74,27 @@ def compress_unit(context: StageContext, unit: WorkUnit) -> UnitManifest:
         inputs, clipped_input = gate_up_curvature(tokens, side)
     with clock.phase("solve"):
         gate_up = solve_batch(context, gate_up_NOI, inputs)
+    with clock.phase("ladder"):
+        gate_up = ladder.solved("gate_up", gate_up_NOI, gate_up, inputs)
     with clock.phase("curvature"):
         intermediates, clipped_intermediate = down_curvature(tokens, side, originals, gate_up.values_NOI)
     down_NOI = torch.stack([w.down_HF for w in originals])
     with clock.phase("solve"):
         down = solve_batch(context, down_NOI, intermediates)
+    with clock.phase("ladder"):
+        down = ladder.solved("down", down_NOI, down, intermediates)
     if context.plan.config.compression.refine_steps:
         with clock.phase("refine"):
             refined = refine_experts(tokens, side, originals, gate_up, down, intermediates)
             gate_up, down = gate_up.with_codes(refined.gate_up), down.with_codes(refined.down)
             intermediates, clipped_intermediate = down_curvature(tokens, side, originals, gate_up.values_NOI)
+        with clock.phase("ladder"):
+            ladder.refined("gate_up", gate_up_NOI, gate_up, inputs)
+            ladder.refined("down", down_NOI, down, intermediates)
     records = describe_linears(context, unit, (gate_up_NOI, gate_up, inputs), (down_NOI, down, intermediates))
     with clock.phase("write"):
-        return store_unit(
-            context, unit, pack_unit(context, unit, scales, gate_up, down), records, (clipped_input, clipped_intermediate), clock
-        )
+        shard = pack_unit(context, unit, scales, gate_up, down)
+        return store_unit(context, unit, shard, records, ladder.steps(), (clipped_input, clipped_intermediate), clock)
 
 
 def solve_batch(context: StageContext, weight_NOI: Tensor, curvature: list[Curvature]) -> Solution:
@@ -186,7 +193,13 @@ def pack_unit(context: StageContext, unit: WorkUnit, scales: LayerScales, gate_u
 
 
 def store_unit(
-    context: StageContext, unit: WorkUnit, shard: bytes, records: tuple[LinearRecord, ...], clipped: tuple[float, float], clock: Clock
+    context: StageContext,
+    unit: WorkUnit,
+    shard: bytes,
+    records: tuple[LinearRecord, ...],
+    ladder: tuple[LadderStep, ...],
+    clipped: tuple[float, float],
+    clock: Clock,
 ) -> UnitManifest:
     """Shard first, checked; manifest last, first writer wins."""
     attempt = uuid.uuid4().hex[:12]
@@ -205,6 +218,7 @@ def store_unit(
         sha256=hashlib.sha256(shard).hexdigest(),
         data_offset=len(shard) - unit_bytes(context.layout, unit),
         linears=records,
+        ladder=ladder,
         clipped_input_share=clipped[0],
         clipped_intermediate_share=clipped[1],
         seconds=clock.seconds,

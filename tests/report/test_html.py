@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from p48ray import run_root
-from p48ray.manifest import LinearRecord, UnitManifest
+from p48ray.manifest import LadderStep, LinearRecord, UnitManifest
 from p48ray.plan import plan_units
 from p48ray.report.charts import Scale, time_ticks
 from p48ray.report.fold import Span, busy, merged
@@ -111,7 +111,19 @@ def changed(units: list[UnitManifest], pick: Callable[[LinearRecord], bool], **f
 
 
 def test_page_has_every_section(page: Page) -> None:
-    assert list(page.words) == ["top", "quality", "timeline", "errors", "routing", "outcomes", "regularization", "masks", "cost", "made"]
+    assert list(page.words) == [
+        "top",
+        "quality",
+        "ladder",
+        "timeline",
+        "errors",
+        "routing",
+        "outcomes",
+        "regularization",
+        "masks",
+        "cost",
+        "made",
+    ]
 
 
 def test_quality_is_the_reports(finished: SmallRun, units: list[UnitManifest], page: Page) -> None:
@@ -137,6 +149,51 @@ def test_run_without_evaluation_shows_no_quality(finished: SmallRun, units: list
     found = Page(report_html(finished.context, finished.report.model_copy(update={"quality": None}), units))
     assert "quality" not in found.words
     assert "perplexity" not in found.words["top"]
+
+
+def with_ladder(units: list[UnitManifest], *steps: tuple[str, float, float], is_weighted: bool) -> list[UnitManifest]:
+    """Units that have measured these steps: name, error of gate and up, of down; the first unit's are twice the others'."""
+    found = []
+    for i, unit in enumerate(units):
+        rungs = []
+        for step, gate_up, down in steps:
+            errors = {"gate_up": gate_up * (2 - bool(i)), "down": down * (2 - bool(i))}
+            weighted = {side: value / 10 for side, value in errors.items()} if is_weighted else {}
+            rungs.append(LadderStep(step=step, output_error=errors, loss_error=weighted))
+        found.append(unit.model_copy(update={"ladder": tuple(rungs)}))
+    return found
+
+
+def test_ladder_shows_every_step_and_kl_only_where_it_was_measured(finished: SmallRun, units: list[UnitManifest]) -> None:
+    climbed = with_ladder(units, ("dense", 0.01, 0.02), ("one_shot", 0.04, 0.08), ("block_descent", 0.02, 0.04), is_weighted=False)
+    mean = 1 + 1 / len(units)
+    for quality, baseline in ((None, None), (finished.report.quality, None), (finished.report.quality, finished.report.quality)):
+        report = build_report(finished.context, climbed, finished.prepared.shards, quality, {}).model_copy(update={"baseline": baseline})
+        words = re.sub(r"\s+", " ", Page(report_html(finished.context, report, climbed)).words["ladder"])
+        for name, errors in (("NVFP4, dense", (0.01, 0.02)), ("one-shot", (0.04, 0.08)), ("block descent", (0.02, 0.04))):
+            for error in errors:
+                assert f" {name} {error * mean:.4f} " in words
+        assert f"this checkpoint {quality.kl:.4f}" in words if quality else "KL" not in words
+        assert ("one-shot, as published" in words) == (baseline is not None)
+        assert f"the mean of {len(units)} experts" in words and "without the metric" not in words
+
+
+def test_ladder_of_a_run_with_gradients_is_in_their_metric_first(finished: SmallRun, units: list[UnitManifest]) -> None:
+    climbed = with_ladder(units[1:], ("dense", 0.01, 0.02), ("refined", 0.5, 0.25), is_weighted=True)
+    report = build_report(finished.context, [units[0].model_copy(update={"ladder": ()}), *climbed], finished.prepared.shards, None, {})
+    assert [(m.step, m.experts) for m in report.ladder] == [("dense", len(units) - 1), ("refined", len(units) - 1)]
+    words = Page(report_html(finished.context, report, climbed)).words["ladder"]
+    shown, _, plain = words.partition("the same without the metric")
+    mean = 1 + 1 / (len(units) - 1)
+    assert f"{0.05 * mean:.4f}" in shown and f"{0.5 * mean:.4f}" not in shown
+    assert f"{0.5 * mean:.4f}" in plain
+
+
+def test_run_of_before_has_no_ladder(finished: SmallRun, units: list[UnitManifest]) -> None:
+    bare = [u.model_copy(update={"ladder": ()}) for u in units]
+    report = build_report(finished.context, bare, finished.prepared.shards, None, {})
+    assert report.ladder == ()
+    assert "ladder" not in Page(report_html(finished.context, report, bare)).words
 
 
 def test_errors_outcomes_clipping_and_sizes_are_the_reports(finished: SmallRun, units: list[UnitManifest], page: Page) -> None:
