@@ -5,7 +5,7 @@ CLIENTS := .venv-clients
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup demo test chaos test-clients check format clean
+.PHONY: setup chromium demo test chaos test-clients check format clean
 
 setup: $(VENV)/.ready
 
@@ -16,11 +16,19 @@ $(VENV)/.ready: constraints.txt pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
+# The browser tests look at the report in a Chromium, and skip without one. Where apt can install it, it does; else nothing is changed.
+chromium:
+	@if command -v chromium || command -v chromium-browser || command -v google-chrome; then :; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null; then \
+		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium \
+		|| echo "chromium could not be installed: the browser tests will be skipped"; \
+	else echo "no chromium here, and no apt or not root: the browser tests will be skipped"; fi
+
 demo: setup
 	$(BIN)/python jobs/compress.py --config configs/tiny.yaml
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -rs
 
 # Every fault scenario with CHAOS_SEEDS seeds each, about 20 minutes a seed on 2 cores; `make test` has the short form.
 CHAOS_SEEDS ?= 3

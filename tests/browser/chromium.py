@@ -29,8 +29,16 @@ FLAGS = (
 
 
 def find_chromium() -> str | None:
-    """Debian's package first, then what others call it."""
-    return next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
+    """Debian's package first, then what others call it. One that can not say its version (Ubuntu's stub without its snap) is none."""
+    names = ("chromium", "chromium-browser", "google-chrome")
+    return next((found for name in names if (found := shutil.which(name)) and answers(found)), None)
+
+
+def answers(binary: str) -> bool:
+    try:
+        return subprocess.run([binary, "--version"], capture_output=True, timeout=TIMEOUT_S).returncode == 0
+    except (OSError, subprocess.TimeoutExpired):
+        return False
 
 
 class Chromium:

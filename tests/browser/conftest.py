@@ -36,7 +36,7 @@ def page_url(finished: SmallRun, units: list[UnitManifest], tmp_path_factory: py
 def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chromium]:
     binary = find_chromium()
     if binary is None:
-        pytest.skip("no chromium on PATH: apt-get install -y --no-install-recommends chromium")
+        pytest.skip("no chromium on PATH that starts: make chromium")
     profile: Path = tmp_path_factory.mktemp("chromium")
     with Chromium(binary, profile) as browser:
         yield browser
