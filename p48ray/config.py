@@ -131,6 +131,7 @@ class OutputConfig(Section):
     base_model: str | None = Field(
         None, description="owner/name of the source on the Hub, for the card; default: what an hf:// source says."
     )
+    base_revision: str | None = Field(None, description="Its commit there, for the card; default: what an hf:// source says.")
 
 
 class EvaluationConfig(Section):

@@ -52,6 +52,7 @@ SETTINGS: dict[str, Effect] = {
     "output.max_shard_size": "digest",
     "output.storage": "digest",
     "output.base_model": "digest",  # stands in the card
+    "output.base_revision": "free",  # so does this, but the source's fingerprint says more, and run roots of before keep their digest
     "evaluation.documents": "free",  # evaluation results lie under a digest of their own
     "evaluation.num_sequences": "free",
     "evaluation.sequence_length": "free",

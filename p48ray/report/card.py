@@ -20,13 +20,15 @@ from p48ray.plan import NUMERICS_VERSION, RunPlan
 from p48ray.stages.context import StageContext
 from p48ray.stages.evaluate import EvaluationResult
 
-VLLM_VERSION = "0.32"  # whose flags and environment these are
+VLLM_VERSION = "0.32"  # whose flags these are; it reads no VLLM_USE_FLASHINFER_MOE_FP4 any more
+MOE_BACKEND = "flashinfer_trtllm"  # of its NVFP4 backends the one that it tries first
 SERVING_FLAGS = {
     "kimi_k25": ("--mm-encoder-tp-mode data", "--trust-remote-code", "--tool-call-parser kimi_k2", "--reasoning-parser kimi_k2"),
     "kimi_k2": ("--trust-remote-code", "--tool-call-parser kimi_k2"),
 }
 """Flags that only a family's models take."""
-CARRIED_FIELDS = ("license", "license_name", "license_link")
+NOTICES = ("LICENSE", "LICENCE", "NOTICE", "THIRD_PARTY", "USE_POLICY")
+CARRIED_FIELDS = ("license", "license_name", "license_link", "pipeline_tag")
 
 
 def model_card(
@@ -38,22 +40,22 @@ def model_card(
         f"# {plan.config.name}",
         summary(context),
         "## Compression",
-        table(("", ""), compression_rows(context)),
+        table(("", ""), [*origin_rows(context), *compression_rows(context), *size_rows(context)]),
         "Per routed expert linear (`gate_proj`, `up_proj`, `down_proj`; the first two share both global scales):",
         table(("key", "dtype", "shape", "meaning"), KEY_ROWS),
         "## Serving",
-        serving(plan),
+        serving(context),
         "## In transformers",
         TRANSFORMERS,
         "## Evaluation",
         evaluation(plan, quality, baseline),
         "## Reproduction",
-        reproduction(plan, units),
+        reproduction(context, units),
         "## Integrity",
         "`p48ray verify <this folder>` checks every byte but this card against the digests in `p48ray.json`: SHA-256 of every unit of compressed "
         "experts, of every untouched tensor, of every header and of the files beside them.",
         "## Licence",
-        licence(context.source),
+        licence(context),
     ]
     return f"---\n{front_matter(context).to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n"
 
@@ -72,17 +74,32 @@ def front_matter(context: StageContext) -> ModelCardData:
 
 def base_model(plan: RunPlan) -> str | None:
     """The source's name on the Hub, where it is known."""
+    return plan.config.output.base_model or hub_name(plan)[0]
+
+
+def base_revision(plan: RunPlan) -> str | None:
+    """The source's commit or branch on the Hub, where it is known."""
+    return plan.config.output.base_revision or hub_name(plan)[1]
+
+
+def hub_name(plan: RunPlan) -> tuple[str | None, str | None]:
+    """owner/name and revision as a hf:// source states them."""
     checkpoint = plan.config.source.checkpoint
-    named = checkpoint.removeprefix("hf://").partition("@")[0] if checkpoint.startswith("hf://") else None
-    return plan.config.output.base_model or named
+    if not checkpoint.startswith("hf://"):
+        return None, None
+    name, _, revision = checkpoint.removeprefix("hf://").partition("@")
+    return name, revision or None
 
 
 def carried_fields(source: CheckpointIndex) -> dict[str, str]:
-    """The licence as the source's own card states it."""
+    """Licence and task as the source's own card states them."""
     try:
-        data = ModelCard(source.store.get("README.md").decode("utf-8", "replace"), ignore_metadata_errors=True).data.to_dict()
+        text = source.store.get("README.md").decode("utf-8", "replace")
     except ObjectMissingError:
         return {}
+    if not text.startswith("---"):  # no front matter, which the library would remark upon
+        return {}
+    data = ModelCard(text, ignore_metadata_errors=True).data.to_dict()
     return {name: str(data[name]) for name in CARRIED_FIELDS if data.get(name)}
 
 
@@ -102,16 +119,41 @@ def has_vision(context: StageContext) -> bool:
     return "vision_config" in context.source.config
 
 
+def origin_rows(context: StageContext) -> list[tuple[str, str]]:
+    """From what it was made."""
+    base, revision = base_model(context.plan), base_revision(context.plan)
+    named = f"[{base}](https://huggingface.co/{base})" if base else "a checkpoint without a name on the Hub"
+    at = f", revision `{revision}`" if revision else ""
+    stored = {"int4": "INT4 (compressed-tensors `pack-quantized`)", "bf16": "plain floats"}.get(context.layout.expert_storage)
+    return [
+        ("source", f"{named}{at}; fingerprint `{context.plan.source.fingerprint}`"),
+        ("its experts", stored or context.layout.expert_storage),
+    ]
+
+
+def size_rows(context: StageContext) -> list[tuple[str, str]]:
+    """Bytes of tensors before and after, all of them and the experts' alone."""
+    layout, tensors = context.layout, context.source.tensors.values()
+    before = sum(e.num_bytes for e in tensors if layout.is_expert_tensor(e.name))
+    after = sum(unit_bytes(layout, u) for u in context.plan.units)
+    weights = 3 * layout.hidden_size * layout.moe_intermediate_size * sum(u.num_experts for u in context.plan.units)
+    return [
+        (
+            "size of the experts",
+            f"{after:,} bytes, {8 * after / weights:.2f} bits a weight (source: {before:,}, {8 * before / weights:.2f})",
+        )
+    ]
+
+
 def compression_rows(context: StageContext) -> list[tuple[str, str]]:
     plan, c = context.plan, context.plan.config.compression
     texts = plan.config.calibration
-    documents = ", ".join(f"{d.path.rsplit('/', 1)[-1] if '://' not in d.path else d.path} ({d.weight:g})" for d in texts.documents)
-    experts = sum(unit_bytes(context.layout, u) for u in plan.units)
+    documents = ", ".join(f"{place_name(d.path)} ({d.weight:g})" for d in texts.documents)
     method = f"`{c.solver}`" + (f", {c.sweeps} sweeps" if c.solver == "block_descent" else "")
     method += ", under the curvature of the model's own loss on the output side" if c.output_curvature else ""
     method += f", then {c.refine_steps} steps of refinement with masks fixed" if c.refine_steps else ""
     return [
-        ("routed experts", f"{c.sparsity}, NVFP4 weights (E2M1 codes, one E4M3 scale per 16 inputs), {experts:,} bytes"),
+        ("routed experts", f"{c.sparsity}, NVFP4 weights (E2M1 codes, one E4M3 scale per 16 inputs)"),
         ("scale span", f"{c.scale_span} inputs" + (" (lossless in the sparse kernels' group-32 form)" if c.scale_span == 32 else "")),
         ("activations", "NVFP4, local scales at run time, one global scale a layer and side"),
         ("everything else", "untouched"),
@@ -128,12 +170,16 @@ KEY_ROWS = [
 ]
 
 
-def serving(plan: RunPlan) -> str:
+def serving(context: StageContext) -> str:
+    plan = context.plan
     flags = ["--tensor-parallel-size 4", *SERVING_FLAGS.get(plan.source.family, ())]
     command = " \\\n  ".join([f"vllm serve <this repository> {flags[0]}", *flags[1:]])
     return (
-        f"For vLLM {VLLM_VERSION} on NVIDIA Blackwell (a model of Kimi-K2.5's size: 4x B200). Versions that read it want "
-        f"`VLLM_USE_FLASHINFER_MOE_FP4=1` in the environment; those that do not take `--moe-backend`.\n\n```\nVLLM_USE_FLASHINFER_MOE_FP4=1 {command}\n```\n\n"
+        "NVFP4 weights and activations want NVIDIA Blackwell GPUs; a model of Kimi-K2.5's size, 595 GB, takes four B200. "
+        f"For vLLM {VLLM_VERSION}:\n\n"
+        f"```\n{command} \\\n  --moe-backend {MOE_BACKEND}\n```\n\n"
+        "Older versions that read it want a variable of the environment in place of `--moe-backend`:\n\n"
+        f"```\nVLLM_USE_FLASHINFER_MOE_FP4=1 {command}\n```\n\n"
         "These commands were not run on such hardware by the job that made this checkpoint."
     )
 
@@ -163,21 +209,45 @@ def evaluation(plan: RunPlan, quality: EvaluationResult | None, baseline: Evalua
     )
 
 
-def reproduction(plan: RunPlan, units: Sequence[UnitManifest]) -> str:
+def reproduction(context: StageContext, units: Sequence[UnitManifest]) -> str:
+    """A configuration that makes the same plan of the same source and texts, and the command that takes it."""
+    plan = context.plan
     versions = ", ".join(f"{name} {version}" for name, version in sorted(units[0].versions.items()))
-    chosen = plan.config.model_dump(mode="json", include={"calibration", "compression", "output"}, exclude={"calibration": {"documents"}})
-    settings = json.dumps(chosen, indent=1)
+    devices = ", ".join(sorted({u.device for u in units}))
+    chosen = plan.config.model_dump(mode="json", include={"name", "calibration", "compression", "output"})
+    for document in chosen["calibration"]["documents"]:
+        document["path"] = place_name(document["path"])
+    base, revision = base_model(plan), base_revision(plan)
+    source = f"hf://{base}" + (f"@{revision}" if revision else "") if base else "SOURCE"
+    chosen = {
+        "name": chosen.pop("name"),
+        "source": {"checkpoint": source},
+        **chosen,
+        "run": {"experts_per_unit": plan.config.run.experts_per_unit},
+    }
     return (
-        f"`python jobs/compress.py --config FILE` of p48ray {__version__} (numerics version {NUMERICS_VERSION}; {versions}); "
-        f"plan `{plan.digest}`, source fingerprint `{plan.source.fingerprint}`. Its settings:\n\n```json\n{settings}\n```"
+        f"p48ray {__version__}, numerics version {NUMERICS_VERSION} ({versions}), on {devices}. As `config.yaml`, with the calibration texts beside it"
+        f"{'' if base else ' and the path of the source for SOURCE'}:\n\n"
+        f"```yaml\n{json.dumps(chosen, indent=1)}\n```\n\n"
+        "```\npython jobs/compress.py --config config.yaml --run-root ROOT\n```\n\n"
+        f"The plan's digest is then `{plan.digest}`. The texts, with their weights, have the digest `{plan.documents_digest}`."
     )
 
 
-def licence(source: CheckpointIndex) -> str:
+def place_name(path: str) -> str:
+    """A text's place without the folders of the machine that it lay on."""
+    return path if "://" in path else path.rsplit("/", 1)[-1]
+
+
+def licence(context: StageContext) -> str:
+    """What the source's card and files state, and whose work the weights are."""
+    source, base = context.source, base_model(context.plan)
     found = carried_fields(source)
-    notices = [name for name in source.sidecars if name.upper().startswith(("LICENSE", "LICENCE", "NOTICE"))]
+    notices = [name for name in source.sidecars if name.upper().startswith(NOTICES)]
     stated = f"The base model's own: {found.get('license_name') or found['license']}." if found.get("license") else "The base model's own."
-    return stated + (f" Its text is in {', '.join(f'`{name}`' for name in notices)}." if notices else "")
+    texts = f" Its text is in {', '.join(f'`{name}`' for name in notices)}." if notices else ""
+    credit = f" The weights are derived from [{base}](https://huggingface.co/{base}), whose authors took no part in this." if base else ""
+    return stated + texts + credit
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -1,6 +1,8 @@
 """A finished checkpoint in vLLM: how it reads the configuration, what it loads, and what its engine answers."""
 
 import json
+import re
+import shlex
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -12,16 +14,20 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from vllm import LLM, SamplingParams
+from vllm import LLM, SamplingParams, envs
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.distributed import ensure_model_parallel_initialized, init_distributed_environment
 from vllm.engine.arg_utils import EngineArgs
+from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.model_executor.layers.fused_moe.oracle import nvfp4 as oracle
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
 from vllm.model_executor.layers.quantization.utils.quant_utils import kNvfp4Dynamic, kNvfp4Static
 from vllm.model_executor.model_loader import get_model
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+from vllm.reasoning import ReasoningParserManager
+from vllm.tool_parsers import ToolParserManager
+from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from tests.clients.torch_nvfp4 import TorchNvfp4Experts, in_the_emulations_slot
 
@@ -273,3 +279,19 @@ def test_engine_quantizes_activations_as_the_evaluation_does(
     assert found_BS.median() < 1e-6
     assert found_BS.mean() < 0.05 * distance_BS.mean()
     assert distance_BS.median() > 1e-3
+
+
+def test_vllm_takes_the_commands_of_the_card(made: Path) -> None:
+    """Every flag, and every value that has a list: the parsers' names are looked up. The older form's variable is none of this version's."""
+    card = (made / "run" / "checkpoint" / "README.md").read_text()
+    newer, older = re.findall(r"```\n((?:\w+=1 )?vllm serve .*?)\n```", card, re.DOTALL)
+    parser = make_arg_parser(FlexibleArgumentParser())
+    one_line = newer.replace("\\\n", "").replace("<this repository>", str(made / "run" / "checkpoint"))
+    found = parser.parse_args(shlex.split(one_line)[2:])
+    assert (found.tensor_parallel_size, found.moe_backend, found.mm_encoder_tp_mode) == (4, "flashinfer_trtllm", "data")
+    assert found.trust_remote_code
+    oracle.map_nvfp4_backend(found.moe_backend)
+    assert found.tool_call_parser in ToolParserManager.list_registered()
+    assert found.reasoning_parser in ReasoningParserManager.list_registered()
+    variable = older.partition("=")[0]
+    assert variable == "VLLM_USE_FLASHINFER_MOE_FP4" and variable not in envs.environment_variables

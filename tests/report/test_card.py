@@ -1,18 +1,23 @@
 """The card of a finished checkpoint: what the Hub's library reads from it, and that it says what was done and nothing else."""
 
-import json
 import re
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
+from safetensors import safe_open
 
 from p48ray import run_root
+from p48ray.config import load_config
 from p48ray.manifest import UnitManifest
 from p48ray.report.card import model_card
 from p48ray.stages.context import StageContext
 from p48ray.stages.evaluate import EvaluationResult
+from p48ray.stages.prepare import prepare
 from p48ray.store import MemoryStore
+from tests.conftest import TINY
 from tests.stages.small_run import SmallRun
 
 QUALITY = EvaluationResult(
@@ -53,12 +58,14 @@ def test_card_in_the_checkpoint_is_read_by_the_hubs_library(finished: SmallRun) 
 
 
 def test_base_model_and_licence_are_carried_over(finished: SmallRun, units: list[UnitManifest]) -> None:
-    readme = b"---\nlicense: other\nlicense_name: modified-mit\nlicense_link: LICENSE\ntags: [theirs]\n---\n# Source\n"
+    readme = b"---\nlicense: other\nlicense_name: modified-mit\nlicense_link: LICENSE\npipeline_tag: image-text-to-text\ntags: [theirs]\n---\n# Source\n"
     card = ModelCard(model_card(context_with(finished, readme, base_model="owner/name"), units, None, None))
     data = card.data.to_dict()
     assert (data["base_model"], data["base_model_relation"]) == ("owner/name", "quantized")
     assert (data["license"], data["license_name"], data["license_link"]) == ("other", "modified-mit", "LICENSE")
     assert "theirs" not in data["tags"]
+    assert data["pipeline_tag"] == "image-text-to-text"
+    assert "derived from [owner/name](https://huggingface.co/owner/name), whose authors took no part" in card.text
     assert "The base model's own: modified-mit. Its text is in `LICENSE`." in card.text
 
 
@@ -87,10 +94,60 @@ def test_flags_of_a_family_are_for_that_family(finished: SmallRun, units: list[U
     assert "vllm serve <this repository> --tensor-parallel-size 4" in text
 
 
+def test_vllm_is_told_its_backend_in_either_way_of_its_versions(finished: SmallRun, units: list[UnitManifest]) -> None:
+    text = model_card(context_with(finished), units, None, None)
+    newer, older = re.findall(r"```\n((?:VLLM_USE_FLASHINFER_MOE_FP4=1 )?vllm serve .*?)\n```", text, re.DOTALL)
+    assert newer.split("\\\n  ")[-1] == "--moe-backend flashinfer_trtllm" and "VLLM_USE" not in newer
+    assert older.startswith("VLLM_USE_FLASHINFER_MOE_FP4=1 vllm serve") and "--moe-backend" not in older
+    assert older.count("--") == newer.count("--") - 1
+    assert "vLLM 0.32:" in text
+
+
+def test_source_is_named_with_its_revision(finished: SmallRun, units: list[UnitManifest]) -> None:
+    stated = model_card(context_with(finished, base_model="owner/name", base_revision="0123abc"), units, None, None)
+    for words in ("[owner/name](https://huggingface.co/owner/name), revision `0123abc`", '"checkpoint": "hf://owner/name@0123abc"'):
+        assert words in stated
+    context = context_with(finished)
+    source = context.plan.config.source.model_copy(update={"checkpoint": "hf://owner/other@main"})
+    plan = context.plan.model_copy(update={"config": context.plan.config.model_copy(update={"source": source})})
+    known = model_card(replace(context, plan=plan), units, None, None)
+    assert "[owner/other](https://huggingface.co/owner/other), revision `main`" in known
+    assert ModelCard(known).data.base_model == "owner/other"
+    unknown = model_card(context, units, None, None)
+    assert "a checkpoint without a name on the Hub" in unknown and "huggingface.co" not in unknown
+
+
+def test_experts_sizes_are_those_of_the_files(finished: SmallRun, units: list[UnitManifest]) -> None:
+    text = model_card(context_with(finished), units, None, None)
+    found = re.search(r"size of the experts \| ([\d,]+) bytes, ([\d.]+) bits a weight \(source: ([\d,]+), ([\d.]+)\)", text)
+    assert found is not None
+    weights = 4 * 16 * 3 * 128 * 256
+    after, before = (int(found[i].replace(",", "")) for i in (1, 3))
+    for folder, expected in ((finished.checkpoint, after), (finished.source, before)):
+        sizes = {}
+        for path in folder.glob("*.safetensors"):
+            with safe_open(path, "pt") as opened:
+                sizes |= {n: t.numel() * t.element_size() for n in opened.keys() if ".experts." in n for t in [opened.get_tensor(n)]}  # noqa: SIM118
+        assert sum(sizes.values()) == expected
+    assert (found[2], found[4]) == (f"{8 * after / weights:.2f}", f"{8 * before / weights:.2f}")
+
+
 def test_card_names_no_place_of_this_machine(finished: SmallRun, units: list[UnitManifest]) -> None:
     text = model_card(context_with(finished), units, QUALITY, None)
     assert str(finished.root.parent) not in text and str(finished.source) not in text
     assert "calibration.jsonl (1)" in text
-    found = re.search(r"```json\n(.*?)\n```", text, re.DOTALL)
-    assert found is not None
-    assert json.loads(found[1])["compression"]["sweeps"] == 1
+
+
+def test_configuration_in_the_card_makes_the_same_plan(
+    finished: SmallRun, units: list[UnitManifest], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a reader would do it: the block as a file, the texts beside it, the source by its path."""
+    text = model_card(context_with(finished), units, None, None)
+    found = re.search(r"```yaml\n(.*?)\n```", text, re.DOTALL)
+    assert found is not None and "the path of the source for SOURCE" in text
+    (tmp_path / "config.yaml").write_text(found[1].replace("SOURCE", str(finished.source)))
+    shutil.copy(TINY / "calibration.jsonl", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    plan = prepare(load_config(Path("config.yaml"), (), "memory://again")).plan
+    assert plan.digest == finished.prepared.plan.digest
+    assert f"`{plan.digest}`" in text and f"`{plan.documents_digest}`" in text
