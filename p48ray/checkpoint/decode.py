@@ -1,22 +1,20 @@
-"""Source experts as floating-point weights: INT4 through compressed-tensors' own decoder, plain floats as they are.
+"""Source experts as floating-point weights: INT4 as compressed-tensors decodes it, plain floats as they are.
 
-w = (code - 8) * scale, rounded to the scale's dtype (BF16): the model that servers of the release run, bit for bit. A copy of the formula
-here would be one more thing to keep equal; the tests hold the decoder to it instead.
+w = (code - 8) * scale, rounded to the scale's dtype (BF16): the model that servers of the release run, bit for bit (numerics.int4).
 """
 
 from collections.abc import Iterable, Mapping
 
 import torch
-from compressed_tensors.compressors import PackedQuantizationCompressor
-from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from torch import Tensor
 
-from p48ray.checkpoint.experts import CODES_PER_WORD, INT4_WEIGHTS
+from p48ray.checkpoint.experts import CODES_PER_WORD
 from p48ray.checkpoint.header import TensorEntry
 from p48ray.checkpoint.index import CheckpointIndex
 from p48ray.checkpoint.layout import PROJECTIONS, ModelLayout
 from p48ray.checkpoint.tensors import read_tensors
 from p48ray.errors import SourceError
+from p48ray.numerics.int4 import decode_int4
 
 
 def read_expert(index: CheckpointIndex, layout: ModelLayout, layer: int, expert: int) -> dict[str, Tensor]:
@@ -41,21 +39,30 @@ def fetch_experts(index: CheckpointIndex, layout: ModelLayout, layer: int, exper
     return read_tensors(index.store, [_entry(index, name) for name in names])
 
 
-def decode_expert(index: CheckpointIndex, layout: ModelLayout, layer: int, expert: int, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """One expert's weights out of fetched tensors. See read_experts."""
+def decode_expert(
+    index: CheckpointIndex,
+    layout: ModelLayout,
+    layer: int,
+    expert: int,
+    tensors: Mapping[str, Tensor],
+    device: str | torch.device = "cpu",
+) -> dict[str, Tensor]:
+    """One expert's weights on `device`, where they are decoded, out of fetched tensors. See read_experts."""
     linears = {projection: layout.expert_linear_name(layer, expert, projection) for projection in PROJECTIONS}
-    return {projection: _decode_named(index, layout, tensors, name) for projection, name in linears.items()}
+    return {projection: _decode_named(index, layout, tensors, name, device) for projection, name in linears.items()}
 
 
-def decode_linear(tensors: Mapping[str, Tensor], layout: ModelLayout, where: str = "expert linear") -> Tensor:
+def decode_linear(
+    tensors: Mapping[str, Tensor], layout: ModelLayout, where: str = "expert linear", device: str | torch.device = "cpu"
+) -> Tensor:
     """The weight of one linear, (out, in), in its scale's dtype (INT4) or as stored.
 
-    Args:    tensors: suffix ("weight_packed") -> tensor. where: file and name of the linear, for messages.
+    Args:    tensors: suffix ("weight_packed") -> tensor, on the CPU. where: file and name of the linear, for messages. device: where to decode.
     Raises:  SourceError for scales or weights that are not finite, and for a weight_shape other than the packed words have.
     """
     if layout.int4_group_size is None:
         _check_finite(tensors["weight"], f"{where}.weight")
-        return tensors["weight"]
+        return tensors["weight"].to(device)
     packed, scale = tensors["weight_packed"], tensors["weight_scale"]
     expected = [packed.shape[0], packed.shape[1] * CODES_PER_WORD]
     if (found := tensors["weight_shape"].tolist()) != expected:
@@ -64,21 +71,16 @@ def decode_linear(tensors: Mapping[str, Tensor], layout: ModelLayout, where: str
     if list(scale.shape) != expected_scale:
         raise SourceError(f"{where}.weight_scale: expected shape {expected_scale}, found {list(scale.shape)}")
     _check_finite(scale, f"{where}.weight_scale")
-    decoded = PackedQuantizationCompressor.decompress(dict(tensors), int4_scheme(layout.int4_group_size))
-    weight: Tensor = decoded["weight"]
-    return weight
+    return decode_int4(packed.to(device), scale.to(device))
 
 
-def int4_scheme(group_size: int) -> QuantizationScheme:
-    """The scheme of the source's experts. describe_model has checked that the source's quantization_config says the same."""
-    return QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(**INT4_WEIGHTS, group_size=group_size))
-
-
-def _decode_named(index: CheckpointIndex, layout: ModelLayout, tensors: Mapping[str, Tensor], name: str) -> Tensor:
+def _decode_named(
+    index: CheckpointIndex, layout: ModelLayout, tensors: Mapping[str, Tensor], name: str, device: str | torch.device
+) -> Tensor:
     """One linear out of tensors by their full names."""
     parts = {suffix: tensors[f"{name}.{suffix}"] for suffix in layout.expert_suffixes}
     file = index.tensors[f"{name}.{layout.expert_suffixes[-1]}"].file
-    return decode_linear(parts, layout, f"{file}: tensor {name}")
+    return decode_linear(parts, layout, f"{file}: tensor {name}", device)
 
 
 def _entry(index: CheckpointIndex, name: str) -> TensorEntry:
