@@ -20,12 +20,13 @@ from p48ray.model.experts import ExpertWeights
 from p48ray.plan import RunPlan
 from p48ray.stages import arrow
 from p48ray.store.base import ByteRange, Store
+from p48ray.store.local import LocalStore
 from p48ray.store.node_cache import NodeCache, fetch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageContext:
-    """Read-only handles, opened once per process and passed to each stage function."""
+    """Read-only handles, opened once per process and passed to each stage function. `cache`: what this node's workers read in common, if it comes from afar."""
 
     plan: RunPlan
     store: Store
@@ -38,6 +39,11 @@ class StageContext:
     def compute_dtype(self) -> torch.dtype:
         dtype: torch.dtype = getattr(torch, self.plan.config.calibration.compute_dtype)
         return dtype
+
+    @property
+    def store_is_near(self) -> bool:
+        """The run root is a folder of this node's own: a copy on another of its disks would gain nothing."""
+        return isinstance(self.store, LocalStore) and not self.plan.config.run.root_is_shared
 
     def decoder(self) -> Decoder:
         return Decoder(self.source, self.layout, self.device, self.compute_dtype, self.cache)
@@ -80,7 +86,7 @@ class StageContext:
         self.check_owner(manifest.plan_digest, key)
         where = f"{self.store.uri}/{key}"
         data: bytes | memoryview | None = None
-        if self.cache is not None:
+        if self.cache is not None and not self.store_is_near:
             data = self.cache.open(f"{where} {manifest.sha256}", manifest.size_bytes, partial(self.fetch_part, key, manifest))
         if data is not None:
             return arrow.decode(data, where, is_checked=True)

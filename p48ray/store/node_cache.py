@@ -42,9 +42,7 @@ class NodeCache:
 
     def __init__(self, folder: str | Path, limit_bytes: int | None = None) -> None:
         self.folder = Path(folder)
-        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        self.alive = os.open(self.folder / _ALIVE, os.O_CREAT | os.O_RDWR, 0o600)
-        fcntl.flock(self.alive, fcntl.LOCK_SH)
+        self.alive = join_folder(self.folder)
         self.limit_bytes = (
             limit_bytes if limit_bytes is not None else int(FREE_SHARE * (shutil.disk_usage(folder).free + self.held_bytes()))
         )
@@ -121,6 +119,19 @@ class NodeCache:
         """Let go of the folder; the last process removes it."""
         remove_if_unused(self.folder, self.alive)
         os.close(self.alive)
+
+
+def join_folder(folder: Path) -> int:
+    """Make the folder, if it is not there, and hold its `in-use` file under a shared lock. Returns the descriptor."""
+    while True:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with contextlib.suppress(FileNotFoundError):  # somebody removes the folder at this moment
+            descriptor = os.open(folder / _ALIVE, os.O_CREAT | os.O_RDWR, 0o600)
+            fcntl.flock(descriptor, fcntl.LOCK_SH)
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(descriptor), os.stat(folder / _ALIVE)):
+                    return descriptor
+            os.close(descriptor)
 
 
 def node_folder(base: str | None, node: str) -> Path:
