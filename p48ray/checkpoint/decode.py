@@ -39,30 +39,27 @@ def fetch_experts(index: CheckpointIndex, layout: ModelLayout, layer: int, exper
     return read_tensors(index.store, [_entry(index, name) for name in names])
 
 
-def decode_expert(
-    index: CheckpointIndex,
-    layout: ModelLayout,
-    layer: int,
-    expert: int,
-    tensors: Mapping[str, Tensor],
-    device: str | torch.device = "cpu",
-) -> dict[str, Tensor]:
-    """One expert's weights on `device`, where they are decoded, out of fetched tensors. See read_experts."""
+def decode_expert(index: CheckpointIndex, layout: ModelLayout, layer: int, expert: int, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """One expert's weights out of fetched tensors. See read_experts."""
     linears = {projection: layout.expert_linear_name(layer, expert, projection) for projection in PROJECTIONS}
-    return {projection: _decode_named(index, layout, tensors, name, device) for projection, name in linears.items()}
+    return {projection: decode_linear(*_named(index, layout, tensors, name)) for projection, name in linears.items()}
 
 
-def decode_linear(
-    tensors: Mapping[str, Tensor], layout: ModelLayout, where: str = "expert linear", device: str | torch.device = "cpu"
-) -> Tensor:
+def decode_linear(tensors: Mapping[str, Tensor], layout: ModelLayout, where: str = "expert linear") -> Tensor:
     """The weight of one linear, (out, in), in its scale's dtype (INT4) or as stored.
 
-    Args:    tensors: suffix ("weight_packed") -> tensor, on the CPU. where: file and name of the linear, for messages. device: where to decode.
+    Args:    tensors: suffix ("weight_packed") -> tensor. where: file and name of the linear, for messages.
     Raises:  SourceError for scales or weights that are not finite, and for a weight_shape other than the packed words have.
     """
+    check_linear(tensors, layout, where)
+    return decode_checked(tensors, layout)
+
+
+def check_linear(tensors: Mapping[str, Tensor], layout: ModelLayout, where: str) -> None:
+    """Raises: SourceError as decode_linear does."""
     if layout.int4_group_size is None:
         _check_finite(tensors["weight"], f"{where}.weight")
-        return tensors["weight"].to(device)
+        return
     packed, scale = tensors["weight_packed"], tensors["weight_scale"]
     expected = [packed.shape[0], packed.shape[1] * CODES_PER_WORD]
     if (found := tensors["weight_shape"].tolist()) != expected:
@@ -71,16 +68,28 @@ def decode_linear(
     if list(scale.shape) != expected_scale:
         raise SourceError(f"{where}.weight_scale: expected shape {expected_scale}, found {list(scale.shape)}")
     _check_finite(scale, f"{where}.weight_scale")
-    return decode_int4(packed.to(device), scale.to(device))
 
 
-def _decode_named(
-    index: CheckpointIndex, layout: ModelLayout, tensors: Mapping[str, Tensor], name: str, device: str | torch.device
-) -> Tensor:
-    """One linear out of tensors by their full names."""
+def decode_checked(tensors: Mapping[str, Tensor], layout: ModelLayout) -> Tensor:
+    """The weight of one linear out of tensors that check_linear has let pass, on their device."""
+    if layout.int4_group_size is None:
+        return tensors["weight"]
+    return decode_int4(tensors["weight_packed"], tensors["weight_scale"])
+
+
+def check_expert(index: CheckpointIndex, layout: ModelLayout, layer: int, expert: int, tensors: Mapping[str, Tensor]) -> None:
+    """Raises: SourceError as read_experts does, for tensors that are decoded later on another device."""
+    for projection in PROJECTIONS:
+        check_linear(*_named(index, layout, tensors, layout.expert_linear_name(layer, expert, projection)))
+
+
+def _named(
+    index: CheckpointIndex, layout: ModelLayout, tensors: Mapping[str, Tensor], name: str
+) -> tuple[dict[str, Tensor], ModelLayout, str]:
+    """One linear's tensors by suffix out of tensors by their full names, the layout, and where they lie, for messages."""
     parts = {suffix: tensors[f"{name}.{suffix}"] for suffix in layout.expert_suffixes}
     file = index.tensors[f"{name}.{layout.expert_suffixes[-1]}"].file
-    return decode_linear(parts, layout, f"{file}: tensor {name}", device)
+    return parts, layout, f"{file}: tensor {name}"
 
 
 def _entry(index: CheckpointIndex, name: str) -> TensorEntry:

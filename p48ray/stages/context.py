@@ -2,7 +2,7 @@
 
 import hashlib
 import mmap
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from p48ray import run_root
-from p48ray.checkpoint.decode import decode_expert, read_expert
+from p48ray.checkpoint.decode import read_expert
 from p48ray.checkpoint.index import CheckpointIndex
 from p48ray.checkpoint.layout import PROJECTIONS, ModelLayout
 from p48ray.errors import CorruptObjectError, ObjectMissingError, ShardCorruptError
@@ -52,16 +52,6 @@ class StageContext:
         """One expert of the source, decoded."""
         linears = read_expert(self.source, self.layout, layer, expert)
         return ExpertWeights(*(linears[p].to(self.device, dtype) for p in PROJECTIONS))
-
-    def layer_experts(self, decoder: Decoder, layer: int) -> Callable[[int], ExpertWeights]:
-        """Experts of one layer for a streaming stage: kept as stored (mapped, where they can be), decoded on the device whenever one is asked for."""
-        stored = decoder.reader.tensors(layer)
-
-        def weights(expert: int) -> ExpertWeights:
-            linears = decode_expert(self.source, self.layout, layer, expert, stored, self.device)
-            return ExpertWeights(*(linears[p].to(decoder.dtype) for p in PROJECTIONS))
-
-        return weights
 
     def layer_scales(self, layer: int) -> LayerScales:
         scales = LayerScales.load(self.store, run_root.layer_scales(layer))

@@ -19,6 +19,7 @@ from p48ray.config import EvaluationConfig, RunConfig
 from p48ray.errors import ConfigError
 from p48ray.manifest import EvaluationPart
 from p48ray.model.decoder import Decoder, run_layer
+from p48ray.model.expert_loader import layer_experts
 from p48ray.model.experts import ActivationScales, ExpertWeights, RoutedExperts
 from p48ray.model.texts import digest_documents
 from p48ray.numerics import e2m1, nvfp4
@@ -121,7 +122,7 @@ def mixtures(context: StageContext, decoder: Decoder, compressed: CompressedExpe
     def smaller(expert: int) -> ExpertWeights:
         return ExpertWeights(*(w.to(decoder.dtype) for w in compressed(number, expert)))
 
-    return RoutedExperts(count, context.layer_experts(decoder, number)), RoutedExperts(count, smaller, seen)
+    return RoutedExperts(count, layer_experts(decoder, number)), RoutedExperts(count, smaller, seen)
 
 
 def activation_scales(config: RunConfig, gate_up: float, down: float) -> ActivationScales | None:

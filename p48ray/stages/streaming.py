@@ -7,6 +7,7 @@ number: every product is taken part by part.
 from collections.abc import Callable, Iterator, Sequence
 
 from p48ray.model.decoder import Decoder
+from p48ray.model.expert_loader import layer_experts
 from p48ray.model.experts import RoutedExperts, RoutedInputs
 from p48ray.plan import RunPlan, SequencePart
 from p48ray.stages.context import StageContext
@@ -34,4 +35,4 @@ def streaming_experts(
     """The routed experts of a layer, packed as the source stores them until they are used; None for a dense layer."""
     if number not in context.plan.source.moe_layers:
         return None
-    return RoutedExperts(context.layout.num_experts, context.layer_experts(decoder, number), observe=observe)
+    return RoutedExperts(context.layout.num_experts, layer_experts(decoder, number), observe=observe)

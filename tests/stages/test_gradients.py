@@ -16,7 +16,7 @@ from p48ray.manifest import GradientPart
 from p48ray.model.decoder import Decoder, run_layer
 from p48ray.model.experts import ExpertWeights
 from p48ray.plan import SequencePart
-from p48ray.stages import arrow, gradients
+from p48ray.stages import arrow, gradients, streaming
 from p48ray.stages.capture import capture_parts
 from p48ray.stages.context import StageContext
 from p48ray.stages.gradients import GradientStream, gradient_parts, head_gradient, sample, step_back
@@ -228,7 +228,7 @@ def test_no_two_layers_weights_are_ever_held_together(context: StageContext, mon
     alive: list[tuple[int, weakref.ref[object]]] = []
     built: list[int] = []
     asked: list[int] = []
-    layer, head, experts_of = Decoder.layer, Decoder.head, StageContext.layer_experts
+    layer, head, experts_of = Decoder.layer, Decoder.head, streaming.layer_experts
 
     def check(number: int) -> None:
         held = {owner for owner, thing in alive if thing() is not None} - {number, EXPERT}
@@ -247,9 +247,9 @@ def test_no_two_layers_weights_are_ever_held_together(context: StageContext, mon
         check(HEAD)
         return track(HEAD, head(self))
 
-    def watched_experts(self: StageContext, decoder: Decoder, number: int) -> Callable[[int], ExpertWeights]:
+    def watched_experts(decoder: Decoder, number: int) -> Callable[[int], ExpertWeights]:
         check(number)
-        get = experts_of(self, decoder, number)
+        get = experts_of(decoder, number)
 
         def watched_expert(wanted: int) -> ExpertWeights:
             check(number)
@@ -265,7 +265,7 @@ def test_no_two_layers_weights_are_ever_held_together(context: StageContext, mon
 
     monkeypatch.setattr(Decoder, "layer", watched_layer)
     monkeypatch.setattr(Decoder, "head", watched_head)
-    monkeypatch.setattr(StageContext, "layer_experts", watched_experts)
+    monkeypatch.setattr(streaming, "layer_experts", watched_experts)
     gradient_parts(context, [0, 1, 2])
     assert built == [5, 4, 3, 2], "each is built once for all parts, and the lowest mixture not at all"
     assert set(asked) == {4, 3, 2}
