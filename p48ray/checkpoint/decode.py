@@ -70,11 +70,14 @@ def check_linear(tensors: Mapping[str, Tensor], layout: ModelLayout, where: str)
     _check_finite(scale, f"{where}.weight_scale")
 
 
-def decode_checked(tensors: Mapping[str, Tensor], layout: ModelLayout) -> Tensor:
-    """The weight of one linear out of tensors that check_linear has let pass, on their device."""
+def decode_checked(tensors: Mapping[str, Tensor], layout: ModelLayout, out: Tensor | None = None) -> Tensor:
+    """The weight of one linear out of tensors that check_linear has let pass, on their device; in `out` where that is given."""
     if layout.int4_group_size is None:
-        return tensors["weight"]
-    return decode_int4(tensors["weight_packed"], tensors["weight_scale"])
+        return tensors["weight"] if out is None else out.copy_(tensors["weight"])
+    packed, scale = tensors["weight_packed"], tensors["weight_scale"]
+    if out is not None and out.dtype != scale.dtype:
+        return out.copy_(decode_int4(packed, scale))
+    return decode_int4(packed, scale, out)
 
 
 def check_expert(index: CheckpointIndex, layout: ModelLayout, layer: int, expert: int, tensors: Mapping[str, Tensor]) -> None:

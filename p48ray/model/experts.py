@@ -5,6 +5,7 @@ Legend: T tokens, H hidden size, F expert intermediate size, K experts a token.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -20,6 +21,19 @@ class ExpertWeights(NamedTuple):
     gate_FH: Tensor
     up_FH: Tensor
     down_HF: Tensor
+
+    @property
+    def gate_up_ZH(self) -> Tensor:
+        """Gate above up, (2 F, H); no copy where they were decoded into one tensor."""
+        whole = self.gate_FH._base
+        if (
+            whole is not None
+            and whole is self.up_FH._base
+            and whole.shape[0] == 2 * len(self.gate_FH)
+            and self.gate_FH.data_ptr() == whole.data_ptr()
+        ):
+            return whole
+        return torch.cat([self.gate_FH, self.up_FH])
 
 
 class RoutedInputs(NamedTuple):
@@ -98,7 +112,13 @@ class RoutedExperts(nn.Module):
         outs = [torch.zeros_like(call.hidden_TH) for call in calls]
         amaxes = [torch.zeros((), dtype=torch.float32, device=call.hidden_TH.device) for call in calls]
         inputs = [c.hidden_TH if self.scales is None else self.quantized(c.hidden_TH, self.scales.gate_up) for c in calls]
+        fused = self.scales is None and is_fused(calls)
         for weights, position, rows, slots in self.visits(calls):
+            if fused:
+                h_TF = kernels().swiglu(F.linear(inputs[position][rows], weights.gate_up_ZH), amaxes[position])
+                shares_T = calls[position].router_weights_TK[rows, slots]
+                kernels().add_rows(outs[position], rows, F.linear(h_TF, weights.down_HF), shares_T)
+                continue
             h_TF = intermediate(inputs[position][rows], weights)
             amaxes[position] = torch.maximum(amaxes[position], h_TF.abs().amax().float())
             if self.scales is not None:
@@ -120,7 +140,15 @@ class RoutedExperts(nn.Module):
         """
         assert self.scales is None
         found = [(torch.zeros_like(c.hidden_TH), torch.zeros_like(c.router_weights_TK)) for c in calls]
+        fused = is_fused(calls)
         for weights, position, rows, slots in self.visits(calls):
+            if fused:
+                u_TF = at_outputs[position][rows] @ weights.down_HF
+                ab_TZ = F.linear(calls[position].hidden_TH[rows], weights.gate_up_ZH)
+                dab_TZ, dw_T = kernels().swiglu_backward(ab_TZ, u_TF, calls[position].router_weights_TK[rows, slots])
+                found[position][1][rows, slots] = dw_T.to(found[position][1].dtype)
+                kernels().add_rows(found[position][0], rows, dab_TZ @ weights.gate_up_ZH)
+                continue
             x_TH, w_T1 = calls[position].hidden_TH[rows], calls[position].router_weights_TK[rows, slots, None]
             u_TF = at_outputs[position][rows] @ weights.down_HF
             a_TF, b_TF = F.linear(x_TH, weights.gate_FH), F.linear(x_TH, weights.up_FH)
@@ -146,6 +174,17 @@ class RoutedExperts(nn.Module):
     def quantized(self, x: Tensor, global_scale: float) -> Tensor:
         assert self.scales is not None
         return quantize_activations(x.float(), global_scale, self.scales.group).to(x.dtype)
+
+
+def is_fused(calls: Sequence[RoutedCall]) -> bool:
+    """Whether the elementwise steps have kernels for these tensors."""
+    return all(call.hidden_TH.is_cuda and call.hidden_TH.dtype == torch.bfloat16 and not call.hidden_TH.requires_grad for call in calls)
+
+
+def kernels() -> ModuleType:
+    from p48ray.numerics.kernels import swiglu  # Triton: only where there is a GPU
+
+    return swiglu
 
 
 def routes_by_expert(expert_ids_TK: Tensor, num_experts: int) -> list[tuple[Tensor, Tensor]]:

@@ -18,9 +18,10 @@ CODES_PER_WORD = 8
 ZERO_POINT = 8
 
 
-def decode_int4(packed: Int32[Tensor, "o w"], scale: Float[Tensor, "o g"]) -> Float[Tensor, "o i"]:
+def decode_int4(packed: Int32[Tensor, "o w"], scale: Float[Tensor, "o g"], out: Float[Tensor, "o i"] | None = None) -> Float[Tensor, "o i"]:
     """Weights in the scale's dtype, on the device of the arguments; (o, 8 w).
 
+    Args:   out: contiguous, of that shape and dtype, to be filled.
     Raises: NumericsError unless whole groups fill the inputs.
     """
     rows, inputs = packed.shape[0], packed.shape[1] * CODES_PER_WORD
@@ -29,9 +30,10 @@ def decode_int4(packed: Int32[Tensor, "o w"], scale: Float[Tensor, "o g"]) -> Fl
     if packed.is_cuda and scale.dtype == torch.bfloat16 and packed.shape[1] % scale.shape[1] == 0:
         from p48ray.numerics.kernels.int4 import decode_int4_bf16
 
-        return decode_int4_bf16(packed, scale)
+        return decode_int4_bf16(packed, scale, out)
     bytes_OB = packed.contiguous().view(torch.uint8)
-    values = torch.empty((rows, inputs // 2, 2), dtype=scale.dtype, device=packed.device)
+    values = torch.empty((rows, inputs), dtype=scale.dtype, device=packed.device) if out is None else out
+    values = values.view(rows, inputs // 2, 2)
     values[..., 0] = bytes_OB & 15
     values[..., 1] = bytes_OB >> 4
     values -= ZERO_POINT

@@ -16,6 +16,7 @@ from p48ray import run_root
 from p48ray.errors import CalibrationError
 from p48ray.manifest import ActivationPart, LayerScales
 from p48ray.model.decoder import Decoder, attend, mix
+from p48ray.model.expert_loader import check_layer
 from p48ray.model.experts import RoutedInputs
 from p48ray.numerics.activation import input_global_scale
 from p48ray.plan import SequencePart
@@ -59,6 +60,8 @@ def capture_parts(context: StageContext, parts: Sequence[int]) -> list[Activatio
                 start = time.monotonic() - share
                 x_BSH = leaving.pop(0)
                 if not bool(torch.isfinite(x_BSH).all()):
+                    if number in plan.source.moe_layers:
+                        check_layer(decoder, number)
                     raise CalibrationError(
                         f"layer {number}, part {part.part}: the model's own activations are not finite; is the source corrupt?"
                     )

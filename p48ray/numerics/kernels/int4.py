@@ -24,10 +24,11 @@ def _decode(packed_ptr, scale_ptr, out_ptr, num_words, words_per_group, BLOCK: t
     tl.store(out_ptr + n_N[:, None] * 8 + place_P[None, :], value_NP.to(tl.bfloat16), mask=inside_N[:, None])
 
 
-def decode_int4_bf16(packed: Tensor, scale: Tensor) -> Tensor:
+def decode_int4_bf16(packed: Tensor, scale: Tensor, out: Tensor | None = None) -> Tensor:
     """See numerics.int4.decode_int4; packed (o, w) int32, scale (o, g) bf16, both on one CUDA device -> (o, 8 w) bf16."""
     packed, scale = packed.contiguous(), scale.contiguous()
-    out = torch.empty(packed.shape[0], packed.shape[1] * 8, dtype=torch.bfloat16, device=packed.device)
+    if out is None:
+        out = torch.empty(packed.shape[0], packed.shape[1] * 8, dtype=torch.bfloat16, device=packed.device)
     num_words = packed.numel()
     grid = (triton.cdiv(num_words, WORDS_PER_PROGRAM),)
     _decode[grid](packed, scale, out, num_words, packed.shape[1] // scale.shape[1], BLOCK=WORDS_PER_PROGRAM)
