@@ -119,17 +119,20 @@ class Method:
 
 
 class Actor:
-    """A worker as RayRunner sees it: `ready` and `execute`."""
+    """A worker as RayRunner sees it: `ready`, `execute` and `close`."""
 
     def __init__(self, sim: "SimulatedRay") -> None:
         self.sim, self.node, self.is_dead = sim, None, False
         self.open: Ref | None = None
         self.attempt: Attempt | None = None
-        self.ready, self.execute = Method(self.call_ready), Method(self.call_execute)
+        self.ready, self.execute, self.close = Method(self.call_ready), Method(self.call_execute), Method(self.call_close)
 
     def call_ready(self) -> Ref:
         assert self.open is not None
         return self.open
+
+    def call_close(self) -> Ref:
+        return Ref(is_ready=True)
 
     def call_execute(self, task: Task) -> Ref:
         return self.sim.execute(self, pickle.dumps(task))

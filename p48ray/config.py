@@ -164,6 +164,13 @@ class RunSettings(Section):
     max_attempts: int = Field(3, gt=0)
     layers: Annotated[tuple[int, ...], BeforeValidator(as_tuple)] | None = None
     keep: Literal["all", "units", "checkpoint"] = "all"
+    node_cache: str | None = Field(
+        None,
+        description="Folder on a fast disk of every node, for what its workers read in common; null: the system's for temporary files.",
+    )
+    node_cache_size: Annotated[int, BeforeValidator(parse_size), Field(ge=0)] | None = Field(
+        None, description="Of all its files; 0: none are kept; null: half of what the disk has free."
+    )
 
 
 class RunConfig(Section):

@@ -18,7 +18,7 @@ from p48ray.records import Record, canonical_json
 from p48ray.store.base import Store
 
 FORMAT_VERSION = 2  # layout of the run root and of unit shards
-NUMERICS_VERSION = 1  # bumped by whoever changes a number that reaches an output byte
+NUMERICS_VERSION = 2  # bumped by whoever changes a number that reaches an output byte
 
 Effect = Literal["digest", "free"]
 
@@ -73,6 +73,8 @@ SETTINGS: dict[str, Effect] = {
     "run.max_attempts": "free",
     "run.layers": "digest",
     "run.keep": "free",
+    "run.node_cache": "free",
+    "run.node_cache_size": "free",
 }
 
 

@@ -1,22 +1,20 @@
-"""Source experts as floating-point weights: INT4 through compressed-tensors' own decoder, plain floats as they are.
+"""Source experts as floating-point weights: INT4 as compressed-tensors decodes it, plain floats as they are.
 
-w = (code - 8) * scale, rounded to the scale's dtype (BF16): the model that servers of the release run, bit for bit. A copy of the formula
-here would be one more thing to keep equal; the tests hold the decoder to it instead.
+w = (code - 8) * scale, rounded to the scale's dtype (BF16): the model that servers of the release run, bit for bit (numerics.int4).
 """
 
 from collections.abc import Iterable, Mapping
 
 import torch
-from compressed_tensors.compressors import PackedQuantizationCompressor
-from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from torch import Tensor
 
-from p48ray.checkpoint.experts import CODES_PER_WORD, INT4_WEIGHTS
+from p48ray.checkpoint.experts import CODES_PER_WORD
 from p48ray.checkpoint.header import TensorEntry
 from p48ray.checkpoint.index import CheckpointIndex
 from p48ray.checkpoint.layout import PROJECTIONS, ModelLayout
 from p48ray.checkpoint.tensors import read_tensors
 from p48ray.errors import SourceError
+from p48ray.numerics.int4 import decode_int4
 
 
 def read_expert(index: CheckpointIndex, layout: ModelLayout, layer: int, expert: int) -> dict[str, Tensor]:
@@ -44,7 +42,7 @@ def fetch_experts(index: CheckpointIndex, layout: ModelLayout, layer: int, exper
 def decode_expert(index: CheckpointIndex, layout: ModelLayout, layer: int, expert: int, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """One expert's weights out of fetched tensors. See read_experts."""
     linears = {projection: layout.expert_linear_name(layer, expert, projection) for projection in PROJECTIONS}
-    return {projection: _decode_named(index, layout, tensors, name) for projection, name in linears.items()}
+    return {projection: decode_linear(*_named(index, layout, tensors, name)) for projection, name in linears.items()}
 
 
 def decode_linear(tensors: Mapping[str, Tensor], layout: ModelLayout, where: str = "expert linear") -> Tensor:
@@ -53,9 +51,15 @@ def decode_linear(tensors: Mapping[str, Tensor], layout: ModelLayout, where: str
     Args:    tensors: suffix ("weight_packed") -> tensor. where: file and name of the linear, for messages.
     Raises:  SourceError for scales or weights that are not finite, and for a weight_shape other than the packed words have.
     """
+    check_linear(tensors, layout, where)
+    return decode_checked(tensors, layout)
+
+
+def check_linear(tensors: Mapping[str, Tensor], layout: ModelLayout, where: str) -> None:
+    """Raises: SourceError as decode_linear does."""
     if layout.int4_group_size is None:
         _check_finite(tensors["weight"], f"{where}.weight")
-        return tensors["weight"]
+        return
     packed, scale = tensors["weight_packed"], tensors["weight_scale"]
     expected = [packed.shape[0], packed.shape[1] * CODES_PER_WORD]
     if (found := tensors["weight_shape"].tolist()) != expected:
@@ -64,21 +68,31 @@ def decode_linear(tensors: Mapping[str, Tensor], layout: ModelLayout, where: str
     if list(scale.shape) != expected_scale:
         raise SourceError(f"{where}.weight_scale: expected shape {expected_scale}, found {list(scale.shape)}")
     _check_finite(scale, f"{where}.weight_scale")
-    decoded = PackedQuantizationCompressor.decompress(dict(tensors), int4_scheme(layout.int4_group_size))
-    weight: Tensor = decoded["weight"]
-    return weight
 
 
-def int4_scheme(group_size: int) -> QuantizationScheme:
-    """The scheme of the source's experts. describe_model has checked that the source's quantization_config says the same."""
-    return QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(**INT4_WEIGHTS, group_size=group_size))
+def decode_checked(tensors: Mapping[str, Tensor], layout: ModelLayout, out: Tensor | None = None) -> Tensor:
+    """The weight of one linear out of tensors that check_linear has let pass, on their device; in `out` where that is given."""
+    if layout.int4_group_size is None:
+        return tensors["weight"] if out is None else out.copy_(tensors["weight"])
+    packed, scale = tensors["weight_packed"], tensors["weight_scale"]
+    if out is not None and out.dtype != scale.dtype:
+        return out.copy_(decode_int4(packed, scale))
+    return decode_int4(packed, scale, out)
 
 
-def _decode_named(index: CheckpointIndex, layout: ModelLayout, tensors: Mapping[str, Tensor], name: str) -> Tensor:
-    """One linear out of tensors by their full names."""
+def check_expert(index: CheckpointIndex, layout: ModelLayout, layer: int, expert: int, tensors: Mapping[str, Tensor]) -> None:
+    """Raises: SourceError as read_experts does, for tensors that are decoded later on another device."""
+    for projection in PROJECTIONS:
+        check_linear(*_named(index, layout, tensors, layout.expert_linear_name(layer, expert, projection)))
+
+
+def _named(
+    index: CheckpointIndex, layout: ModelLayout, tensors: Mapping[str, Tensor], name: str
+) -> tuple[dict[str, Tensor], ModelLayout, str]:
+    """One linear's tensors by suffix out of tensors by their full names, the layout, and where they lie, for messages."""
     parts = {suffix: tensors[f"{name}.{suffix}"] for suffix in layout.expert_suffixes}
     file = index.tensors[f"{name}.{layout.expert_suffixes[-1]}"].file
-    return decode_linear(parts, layout, f"{file}: tensor {name}")
+    return parts, layout, f"{file}: tensor {name}"
 
 
 def _entry(index: CheckpointIndex, name: str) -> TensorEntry:

@@ -136,14 +136,15 @@ def _num_bytes(spec: Spec) -> int:
 def _shards() -> list[list[Spec]]:
     """One file a layer, one each for embedding, head, and vision; wide types first, then by name, as the reference writer does."""
     prefix = "language_model."
-    shards = [list(_layer(layer)) for layer in range(NUM_LAYERS)]
+    shards = [list(layer_specs(layer)) for layer in range(NUM_LAYERS)]
     shards.append([(f"{prefix}model.embed_tokens.weight", "BF16", (VOCAB, HIDDEN))])
     shards.append([(f"{prefix}model.norm.weight", "BF16", (HIDDEN,)), (f"{prefix}lm_head.weight", "BF16", (VOCAB, HIDDEN))])
     shards.append([*_vision(), *_projector()])
     return [sorted(specs, key=lambda spec: (-DTYPE_BYTES[spec[1]], spec[0])) for specs in shards]
 
 
-def _layer(layer: int) -> Iterator[Spec]:
+def layer_specs(layer: int) -> Iterator[Spec]:
+    """Every tensor of one decoder layer."""
     prefix = f"language_model.model.layers.{layer}."
     attention = {
         "q_a_proj": (Q_LORA, HIDDEN), "q_a_layernorm": (Q_LORA,), "q_b_proj": (HEADS * (NOPE + ROPE), Q_LORA),

@@ -1,6 +1,6 @@
 """One decoder layer at a time, with the modules that transformers has for the model: built empty, filled by byte range, run, dropped.
 
-Nothing here ever holds more than one layer. The routed experts are replaced by `RoutedExperts`, which decodes an expert when it is used.
+Nothing here ever holds more than one layer. The routed experts are replaced by `RoutedExperts`, which is handed an expert when it is used.
 """
 
 from typing import Any, NamedTuple
@@ -9,10 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from p48ray.checkpoint.index import CheckpointIndex
+from p48ray.checkpoint.layer_reader import LayerReader
 from p48ray.checkpoint.layout import ModelLayout
-from p48ray.checkpoint.tensors import read_tensor, read_tensors
+from p48ray.checkpoint.tensors import read_tensor
 from p48ray.errors import SourceError
 from p48ray.model.experts import RoutedExperts
+from p48ray.store.node_cache import NodeCache
 
 KEPT_IN_FLOAT32 = ("e_score_correction_bias",)  # the router adds it to fp32 scores; bf16 would change which experts win
 
@@ -36,13 +38,16 @@ def architecture(family: str) -> Architecture:
 
 
 class Decoder:
-    """The model as a stream: embedding, layers on demand, final norm and head. Holds the configuration and file positions, no weights.
+    """The model as a stream: embedding, layers on demand, final norm and head. Holds the configuration and file positions, and one layer as stored.
 
-    Args: index, layout: the source. device, dtype: where and in what precision layers run.
+    Args: index, layout: the source. device, dtype: where and in what precision layers run. cache: of this node, for sources in a bucket.
     """
 
-    def __init__(self, index: CheckpointIndex, layout: ModelLayout, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self, index: CheckpointIndex, layout: ModelLayout, device: torch.device, dtype: torch.dtype, cache: NodeCache | None = None
+    ) -> None:
         self.index, self.layout, self.device, self.dtype = index, layout, device, dtype
+        self.reader = LayerReader(index, layout.layer_prefix, cache)
         self.arch = architecture(layout.family)
         settings = {
             k: v for k, v in layout.text_config.items() if k not in ("quantization_config", "model_type", "architectures", "auto_map")
@@ -71,8 +76,8 @@ class Decoder:
         if experts is not None:
             module.mlp.experts = experts
         prefix = f"{self.layout.layer_prefix}{number}."
-        entries = [e for n, e in self.index.tensors.items() if n.startswith(prefix) and not self.layout.is_expert_tensor(n)]
-        state = {name.removeprefix(prefix): self.placed(name, t) for name, t in read_tensors(self.index.store, entries).items()}
+        stored = {name: t for name, t in self.reader.tensors(number).items() if not self.layout.is_expert_tensor(name)}
+        state = {name.removeprefix(prefix): self.placed(name, t) for name, t in stored.items()}
         wanted = set(module.state_dict())
         if wanted != set(state):
             raise SourceError(
@@ -80,6 +85,10 @@ class Decoder:
             )
         module.load_state_dict(state, strict=True, assign=True)
         return module.eval().requires_grad_(False)
+
+    def prefetch(self, number: int) -> None:
+        """Begin to fetch the layer that will be asked for next, where it comes from afar."""
+        self.reader.prefetch(number)
 
     def placed(self, name: str, tensor: Tensor) -> Tensor:
         dtype = torch.float32 if name.endswith(KEPT_IN_FLOAT32) else self.dtype
@@ -106,10 +115,33 @@ def run_layer(layer: Any, x_BSH: Tensor, positions: tuple[Tensor, Tensor], micro
 
     The split is the same whoever runs the part, so the sums are too. Source: DeepseekV3DecoderLayer.forward of transformers.
     """
+    return mix(layer, [attend(layer, x_BSH, positions, micro_batch)])[0]
+
+
+def attend(layer: Any, x_BSH: Tensor, positions: tuple[Tensor, Tensor], micro_batch: int) -> Tensor:
+    """The first half of a layer: the residual stream after attention."""
     attended = []
     for x in x_BSH.split(micro_batch):
         out, _ = layer.self_attn(hidden_states=layer.input_layernorm(x), position_embeddings=positions, attention_mask=None)
         attended.append(x + out)
-    x_BSH = torch.cat(attended)
-    out_BSH: Tensor = x_BSH + layer.mlp(layer.post_attention_layernorm(x_BSH))
-    return out_BSH
+    return torch.cat(attended)
+
+
+def mix(layer: Any, attended: list[Tensor]) -> list[Tensor]:
+    """The second half, of several parts together: an expert of a mixture is decoded once for all of them.
+
+    A block of transformers adds its shared experts to what the routed ones answer, so their zeros leave the shared experts' part, and the sum is the same.
+    """
+    experts = routed_experts(layer)
+    if experts is None:
+        return [x + layer.mlp(layer.post_attention_layernorm(x)) for x in attended]
+    with experts.deferred() as calls:
+        rest = [layer.mlp(layer.post_attention_layernorm(x)) for x in attended]
+    routed = experts.outputs(calls)
+    return [attended[i] + (routed[i].view_as(rest[i]) + rest[i]) for i in range(len(attended))]
+
+
+def routed_experts(layer: Any) -> RoutedExperts | None:
+    """The layer's routed experts; None for a dense layer."""
+    found = getattr(layer.mlp, "experts", None)
+    return found if isinstance(found, RoutedExperts) else None

@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 
 START_TIMEOUT_S = 60.0  # how long to wait for a first worker before saying that the cluster has no room
 KNOCK_TIMEOUT_S = 20.0
+CLOSE_TIMEOUT_S = 20.0
 MAX_PREEMPTIONS = 50  # of one task; by then something else is wrong
 OBJECT_STORE_BYTES = 256 * 2**20  # of a Ray that this job starts itself: tasks and results are kilobytes
 
@@ -47,12 +48,18 @@ class WorkerProcess:
 
     def ready(self) -> str | P48Error:
         """Open the context. Returns this worker's node, or what is wrong instead of raising it, which would reach the driver as a dead actor."""
+        node = str(ray.get_runtime_context().get_node_id())
         try:
-            self.context = open_context(RunPlan.from_json(self.plan_json, "the driver's plan"), self.store_uri)
+            self.context = open_context(RunPlan.from_json(self.plan_json, "the driver's plan"), self.store_uri, node)
         except P48Error as error:
             return error
         self.metrics = WorkerMetrics(self.context)
-        return str(ray.get_runtime_context().get_node_id())
+        return node
+
+    def close(self) -> None:
+        """Let go of the node's cache; the last worker of the node removes it."""
+        if self.context.cache is not None:
+            self.context.cache.close()
 
     def execute(self, task: Task) -> TaskResult:
         result = execute(self.context, task)
@@ -101,6 +108,9 @@ class RayRunner:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         workers = [*self.idle, *(worker for worker, _ in self.running.values())]
+        # Workers that are busy, or gone, leave their node's cache to the next run's sweep.
+        if self.idle:
+            ray.wait([worker.actor.close.remote() for worker in self.idle], num_returns=len(self.idle), timeout=CLOSE_TIMEOUT_S)
         for actor in [*self.starting.values(), *(worker.actor for worker in workers)]:
             ray.kill(actor)
         if self.has_joined:  # a Ray that the caller started is the caller's to stop

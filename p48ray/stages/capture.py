@@ -15,13 +15,15 @@ from torch import Tensor
 from p48ray import run_root
 from p48ray.errors import CalibrationError
 from p48ray.manifest import ActivationPart, LayerScales
-from p48ray.model.decoder import Decoder, run_layer
-from p48ray.model.experts import ExpertCache, RoutedExperts, RoutedInputs
+from p48ray.model.decoder import Decoder, attend, mix
+from p48ray.model.expert_loader import check_layer
+from p48ray.model.experts import RoutedInputs
 from p48ray.numerics.activation import input_global_scale
 from p48ray.plan import SequencePart
 from p48ray.stages import arrow
-from p48ray.stages.context import EXPERT_CACHE_BYTES, StageContext
+from p48ray.stages.context import StageContext
 from p48ray.stages.needs import Needs, read_needs
+from p48ray.stages.streaming import streaming_experts, waves
 
 log = logging.getLogger(__name__)
 
@@ -45,25 +47,31 @@ def capture_parts(context: StageContext, parts: Sequence[int]) -> list[Activatio
             continue
         seen: list[RoutedInputs] = []
         layer = None  # the layer below goes before this one is read
-        layer = decoder.layer(number, capturing_experts(context, number, seen) if number in plan.source.moe_layers else None)
-        for part in waiting:
+        layer = decoder.layer(number, streaming_experts(context, decoder, number, seen.append))
+        if any(number + 1 in ways[part.part] for part in waiting):
+            decoder.prefetch(number + 1)
+        for wave in waves(plan, waiting):
             start = time.monotonic()
             seen.clear()
-            x_BSH = run_layer(layer, stream.take(number, part), positions, plan.config.calibration.sequences_per_micro_batch)
-            if not bool(torch.isfinite(x_BSH).all()):
-                raise CalibrationError(
-                    f"layer {number}, part {part.part}: the model's own activations are not finite; is the source corrupt?"
-                )
-            stream.put(number + 1, part, x_BSH)
-            if number in needs.activation_layers(part.part):
-                written.append(write_activations(context, number, part, seen[0], start))
-            stream.let_go(number, part)
+            micro_batch = plan.config.calibration.sequences_per_micro_batch
+            leaving = mix(layer, [attend(layer, stream.take(number, part), positions, micro_batch) for part in wave])
+            share = (time.monotonic() - start) / len(wave)
+            for part in wave:
+                start = time.monotonic() - share
+                x_BSH = leaving.pop(0)
+                if not bool(torch.isfinite(x_BSH).all()):
+                    if number in plan.source.moe_layers:
+                        check_layer(decoder, number)
+                    raise CalibrationError(
+                        f"layer {number}, part {part.part}: the model's own activations are not finite; is the source corrupt?"
+                    )
+                stream.put(number + 1, part, x_BSH)
+                felt = seen.pop(0) if seen else None
+                if number in needs.activation_layers(part.part):
+                    assert felt is not None
+                    written.append(write_activations(context, number, part, felt, start))
+                stream.let_go(number, part)
     return written
-
-
-def capturing_experts(context: StageContext, number: int, seen: list[RoutedInputs]) -> RoutedExperts:
-    cache = ExpertCache(context.source_layer(number, context.compute_dtype), EXPERT_CACHE_BYTES)
-    return RoutedExperts(context.layout.num_experts, cache, observe=seen.append)
 
 
 class ResidualStream:

@@ -1,64 +1,57 @@
 """What every stage function gets besides its item of work: the plan, the run root, the opened source, and where to compute."""
 
 import hashlib
-from collections.abc import Callable, Iterator
+import mmap
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from p48ray import run_root
-from p48ray.checkpoint.decode import decode_expert, fetch_experts, read_expert
+from p48ray.checkpoint.decode import read_expert
 from p48ray.checkpoint.index import CheckpointIndex
-from p48ray.checkpoint.layout import ModelLayout
+from p48ray.checkpoint.layout import PROJECTIONS, ModelLayout
 from p48ray.errors import CorruptObjectError, ObjectMissingError, ShardCorruptError
 from p48ray.manifest import ActivationPart, GradientPart, LayerScales
 from p48ray.model.decoder import Decoder
 from p48ray.model.experts import ExpertWeights
 from p48ray.plan import RunPlan
 from p48ray.stages import arrow
-from p48ray.store.base import Store
-
-EXPERT_CACHE_BYTES = 2 * 10**9  # decoded experts that a streaming layer keeps at most
+from p48ray.store.base import ByteRange, Store
+from p48ray.store.local import LocalStore
+from p48ray.store.node_cache import NodeCache, fetch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageContext:
-    """Read-only handles, opened once per process and passed to each stage function."""
+    """Read-only handles, opened once per process and passed to each stage function. `cache`: what this node's workers read in common, if it comes from afar."""
 
     plan: RunPlan
     store: Store
     source: CheckpointIndex
     layout: ModelLayout
     device: torch.device
+    cache: NodeCache | None = None
 
     @property
     def compute_dtype(self) -> torch.dtype:
         dtype: torch.dtype = getattr(torch, self.plan.config.calibration.compute_dtype)
         return dtype
 
+    @property
+    def store_is_near(self) -> bool:
+        """The run root is a folder of this node's own: a copy on another of its disks would gain nothing."""
+        return isinstance(self.store, LocalStore) and not self.plan.config.run.root_is_shared
+
     def decoder(self) -> Decoder:
-        return Decoder(self.source, self.layout, self.device, self.compute_dtype)
+        return Decoder(self.source, self.layout, self.device, self.compute_dtype, self.cache)
 
     def source_expert(self, layer: int, expert: int, dtype: torch.dtype) -> ExpertWeights:
         """One expert of the source, decoded."""
         linears = read_expert(self.source, self.layout, layer, expert)
-        return ExpertWeights(*(linears[p].to(self.device, dtype) for p in ("gate_proj", "up_proj", "down_proj")))
-
-    def source_layer(self, layer: int, dtype: torch.dtype) -> Callable[[int], ExpertWeights]:
-        """Experts of one layer for a streaming stage: each is read once and kept as stored, and decoded whenever it is asked for.
-
-        A stage asks for every expert once a micro-batch. Memory: the packed layer (Kimi-K2.5: 9.5 GB of host memory), for as long as the result is held.
-        """
-        packed: dict[int, dict[str, Tensor]] = {}
-
-        def weights(expert: int) -> ExpertWeights:
-            if expert not in packed:
-                packed[expert] = fetch_experts(self.source, self.layout, layer, [expert])
-            linears = decode_expert(self.source, self.layout, layer, expert, packed[expert])
-            return ExpertWeights(*(linears[p].to(self.device, dtype) for p in ("gate_proj", "up_proj", "down_proj")))
-
-        return weights
+        return ExpertWeights(*(linears[p].to(self.device, dtype) for p in PROJECTIONS))
 
     def layer_scales(self, layer: int) -> LayerScales:
         scales = LayerScales.load(self.store, run_root.layer_scales(layer))
@@ -79,20 +72,37 @@ class StageContext:
             yield columns
 
     def checked_part(self, key: str, manifest: ActivationPart | GradientPart) -> dict[str, Tensor]:
-        """Columns of one stored part, after a check of owner, size and digest."""
+        """Columns of one stored part, after a check of owner, size and digest: once a node where there is a cache, else for every reader."""
         self.check_owner(manifest.plan_digest, key)
-        made_anew = (key.removesuffix(".arrow") + ".json", key)
+        where = f"{self.store.uri}/{key}"
+        data: bytes | memoryview | None = None
+        if self.cache is not None and not self.store_is_near:
+            data = self.cache.open(f"{where} {manifest.sha256}", manifest.size_bytes, partial(self.fetch_part, key, manifest))
+        if data is not None:
+            return arrow.decode(data, where, is_checked=True)
         try:
             data = self.store.get(key)
         except ObjectMissingError as error:
-            raise CorruptObjectError(f"{error}, but its manifest is there", *made_anew) from error
+            raise CorruptObjectError(f"{error}, but its manifest is there", *made_anew(key)) from error
+        self.check_part(key, manifest, data)
+        return arrow.decode(data, where)
+
+    def fetch_part(self, key: str, manifest: ActivationPart | GradientPart, descriptor: int) -> None:
+        """Copy a part into a file of the node, and check it there."""
+        try:
+            fetch([(ByteRange(self.store, key, 0, manifest.size_bytes), 0)], descriptor)
+        except (ObjectMissingError, ShardCorruptError) as error:
+            raise CorruptObjectError(f"{error}, but its manifest says {manifest.size_bytes} bytes", *made_anew(key)) from error
+        with mmap.mmap(descriptor, manifest.size_bytes, access=mmap.ACCESS_READ) as data:
+            self.check_part(key, manifest, data)
+
+    def check_part(self, key: str, manifest: ActivationPart | GradientPart, data: bytes | mmap.mmap) -> None:
         if len(data) != manifest.size_bytes or hashlib.sha256(data).hexdigest() != manifest.sha256:
             raise CorruptObjectError(
                 f"{self.store.uri}/{key}: expected {manifest.size_bytes} bytes with SHA-256 {manifest.sha256[:12]} as its manifest says, "
                 f"found {len(data)} others",
-                *made_anew,
+                *made_anew(key),
             )
-        return arrow.decode(data, f"{self.store.uri}/{key}")
 
     def boundary(self, key: str, column: str) -> Tensor:
         """What a streaming stage left at a layer's boundary.
@@ -107,3 +117,8 @@ class StageContext:
     def check_owner(self, digest: str, key: str) -> None:
         if digest != self.plan.digest:
             raise ShardCorruptError(f"{self.store.uri}/{key}: expected plan digest {self.plan.digest[:12]}, found {digest[:12]}")
+
+
+def made_anew(key: str) -> tuple[str, str]:
+    """What to delete so that a part is made again: its manifest first."""
+    return (key.removesuffix(".arrow") + ".json", key)

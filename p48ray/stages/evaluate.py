@@ -18,13 +18,14 @@ from p48ray.checkpoint.tensors import read_tensors
 from p48ray.config import EvaluationConfig, RunConfig
 from p48ray.errors import ConfigError
 from p48ray.manifest import EvaluationPart
-from p48ray.model.decoder import run_layer
-from p48ray.model.experts import ActivationScales, ExpertCache, ExpertWeights, RoutedExperts
+from p48ray.model.decoder import Decoder, run_layer
+from p48ray.model.expert_loader import layer_experts
+from p48ray.model.experts import ActivationScales, ExpertWeights, RoutedExperts
 from p48ray.model.texts import digest_documents
 from p48ray.numerics import e2m1, nvfp4
 from p48ray.plan import RunPlan, SequencePart
 from p48ray.records import Record, canonical_json
-from p48ray.stages.context import EXPERT_CACHE_BYTES, StageContext
+from p48ray.stages.context import StageContext
 
 ROWS_PER_HEAD_CALL = 4096  # tokens whose logits exist at once
 CompressedExperts = Callable[[int, int], ExpertWeights]
@@ -78,14 +79,13 @@ def evaluate_part(context: StageContext, compressed: CompressedExperts, token_id
           token_ids_BS: (sequences of the part, sequence_length + 1); the last column is only predicted.
     """
     decoder = context.decoder()
-    dtype = context.compute_dtype
     inputs_BS, labels_BS = token_ids_BS[:, :-1], token_ids_BS[:, 1:].to(context.device).long()
     positions = decoder.positions(inputs_BS.shape[1])
     source_BSH = compressed_BSH = decoder.embed(inputs_BS)
     micro_batch = context.plan.config.calibration.sequences_per_micro_batch
     for number in range(context.plan.source.num_layers):
         layer = experts = None  # the layer below goes before this one is read
-        experts = mixtures(context, compressed, number, dtype) if number in context.plan.source.moe_layers else None
+        experts = mixtures(context, decoder, compressed, number) if number in context.plan.source.moe_layers else None
         layer = decoder.layer(number, experts[0] if experts else None)
         source_BSH = run_layer(layer, source_BSH, positions, micro_batch)
         if experts:
@@ -114,13 +114,15 @@ def evaluate_part(context: StageContext, compressed: CompressedExperts, token_id
     )
 
 
-def mixtures(context: StageContext, compressed: CompressedExperts, number: int, dtype: torch.dtype) -> tuple[RoutedExperts, RoutedExperts]:
+def mixtures(context: StageContext, decoder: Decoder, compressed: CompressedExperts, number: int) -> tuple[RoutedExperts, RoutedExperts]:
     """The source's experts as they are, and the compressed ones under W4A4."""
     count, scales = context.layout.num_experts, context.layer_scales(number)
-    source = ExpertCache(context.source_layer(number, dtype), EXPERT_CACHE_BYTES)
-    smaller = ExpertCache(lambda e: ExpertWeights(*(w.to(dtype) for w in compressed(number, e))), EXPERT_CACHE_BYTES)
     seen = activation_scales(context.plan.config, scales.gate_up, scales.down)
-    return RoutedExperts(count, source), RoutedExperts(count, smaller, seen)
+
+    def smaller(expert: int) -> ExpertWeights:
+        return ExpertWeights(*(w.to(decoder.dtype) for w in compressed(number, expert)))
+
+    return RoutedExperts(count, layer_experts(decoder, number)), RoutedExperts(count, smaller, seen)
 
 
 def activation_scales(config: RunConfig, gate_up: float, down: float) -> ActivationScales | None:

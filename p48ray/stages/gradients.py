@@ -11,7 +11,10 @@ Legend: B sequences, S positions, T = B S tokens, H hidden size, V vocabulary.
 
 import hashlib
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,12 +22,12 @@ from torch import Tensor, nn
 from p48ray import run_root
 from p48ray.errors import CalibrationError
 from p48ray.manifest import GradientPart
-from p48ray.model.decoder import Decoder, run_layer
-from p48ray.model.experts import ExpertCache, RoutedExperts
+from p48ray.model.decoder import Decoder, attend, routed_experts
 from p48ray.plan import SequencePart
 from p48ray.stages import arrow
-from p48ray.stages.context import EXPERT_CACHE_BYTES, StageContext
+from p48ray.stages.context import StageContext
 from p48ray.stages.needs import read_needs
+from p48ray.stages.streaming import streaming_experts, waves
 
 ROWS_PER_HEAD_CALL = 2048  # tokens whose logits exist at once
 LABEL_SEED_STRIDE = 2**20  # parts of one calibration seed never share a stream of labels with another seed's
@@ -35,13 +38,9 @@ def gradient_parts(context: StageContext, parts: Sequence[int]) -> list[Gradient
     plan = context.plan
     decoder = context.decoder()
     needs = read_needs(plan, context.store)
-    stream = GradientStream(context)
     ways = {p: needs.way_back(p) for p in parts}
-    wanted = {p: needs.gradient_layers(p) for p in parts}
-    positions = decoder.positions(plan.config.calibration.sequence_length)
+    descent = Descent(context, decoder, GradientStream(context), ways, {p: needs.gradient_layers(p) for p in parts})
     written: list[GradientPart] = []
-    # Seconds since a part's last manifest: the head and layers that want no gradient count for the next that does.
-    spent = dict.fromkeys(parts, 0.0)
     for number in range(plan.source.num_layers, -1, -1):
         waiting = [plan.parts[p] for p in parts if number in ways[p]]
         if not waiting:
@@ -49,59 +48,127 @@ def gradient_parts(context: StageContext, parts: Sequence[int]) -> list[Gradient
         module = None  # lets go of the layer above before the next is read
         if any(number > ways[part.part][0] for part in waiting):
             module = layer_or_head(context, decoder, number)
-        for part in waiting:
-            start = time.monotonic()
-            above_BSH = None if number == plan.source.num_layers else stream.take(number + 1, part)
-            if number in wanted[part.part]:
-                assert above_BSH is not None
-                written.append(write_gradients(context, number, part, above_BSH.flatten(0, 1), start - spent[part.part]))
-                start, spent[part.part] = time.monotonic(), 0.0
-            if number > ways[part.part][0]:
-                assert module is not None
-                stream.put(number, part, step_down(context, module, stream.boundary(number, part), above_BSH, positions, part))
-            stream.let_go(number, part)
-            spent[part.part] += time.monotonic() - start
+            if any(number - 1 > ways[part.part][0] for part in waiting):
+                decoder.prefetch(number - 1)
+        for wave in waves(plan, waiting):
+            written += descent.step(number, module, wave)
     return written
+
+
+@dataclass(slots=True)
+class Descent:
+    """The way back of some parts. `wanted`: layers whose gradient is still to be written, by part."""
+
+    context: StageContext
+    decoder: Decoder
+    stream: "GradientStream"
+    ways: dict[int, range]
+    wanted: dict[int, list[int]]
+    # Seconds since a part's last manifest: the head and layers that want no gradient count for the next that does.
+    spent: Counter[int] = field(default_factory=Counter)
+
+    def step(self, number: int, module: nn.Module | None, wave: list[SequencePart]) -> list[GradientPart]:
+        """Write the gradients wanted at a layer's output, and take parts that go further down through it."""
+        written = []
+        is_head = number == self.context.plan.source.num_layers
+        above: dict[int, Tensor] = {}
+        for part in wave:
+            start = time.monotonic()
+            if not is_head:
+                above[part.part] = self.stream.take(number + 1, part)
+            if number in self.wanted[part.part]:
+                delta_TH = above[part.part].flatten(0, 1)
+                written.append(write_gradients(self.context, number, part, delta_TH, start - self.spent.pop(part.part, 0.0)))
+                start = time.monotonic()
+            self.spent[part.part] += time.monotonic() - start  # type: ignore[assignment]
+        stepping = [part for part in wave if number > self.ways[part.part][0]]
+        start = time.monotonic()
+        if stepping:
+            assert module is not None
+            entering = [self.stream.boundary(number, part) for part in stepping]
+            below = step_down(self.context, self.decoder, module, entering, [above.get(part.part) for part in stepping], stepping)
+            for part, gradient_BSH in zip(stepping, below, strict=True):
+                self.stream.put(number, part, gradient_BSH)
+        for part in wave:
+            self.stream.let_go(number, part)
+            self.spent[part.part] += (time.monotonic() - start) / len(wave)  # type: ignore[assignment]
+        return written
 
 
 def layer_or_head(context: StageContext, decoder: Decoder, number: int) -> nn.Module:
     """The only weights held at a time: a layer's, or the head's, which stands above the last layer."""
     if number == context.plan.source.num_layers:
         return decoder.head()
-    layer: nn.Module = decoder.layer(number, streaming_experts(context, number) if number in context.plan.source.moe_layers else None)
+    layer: nn.Module = decoder.layer(number, streaming_experts(context, decoder, number))
     return layer
 
 
 def step_down(
     context: StageContext,
+    decoder: Decoder,
     module: nn.Module,
-    entering_BSH: Tensor,
-    above_BSH: Tensor | None,
-    positions: tuple[Tensor, Tensor],
-    part: SequencePart,
-) -> Tensor:
-    """Gradient with respect to what enters a layer, or the head where nothing comes from above."""
+    entering: list[Tensor],
+    above: list[Tensor | None],
+    parts: list[SequencePart],
+) -> list[Tensor]:
+    """Gradients with respect to what enters a layer, or the head where nothing comes from above; (B, S, H) for each part."""
     calibration = context.plan.config.calibration
-    if above_BSH is None:
-        generator = torch.Generator().manual_seed(calibration.seed * LABEL_SEED_STRIDE + part.part)
-        return head_gradient(module, entering_BSH, generator)
-    return step_back(module, entering_BSH, above_BSH, positions, calibration.sequences_per_micro_batch)
+    gradients = [gradient for gradient in above if gradient is not None]
+    if not gradients:
+        seeds = (calibration.seed * LABEL_SEED_STRIDE + part.part for part in parts)
+        return [head_gradient(module, x, torch.Generator().manual_seed(s)) for x, s in zip(entering, seeds, strict=True)]
+    positions = decoder.positions(calibration.sequence_length)
+    return step_back(module, entering, gradients, positions, calibration.sequences_per_micro_batch)
 
 
-def streaming_experts(context: StageContext, number: int) -> RoutedExperts:
-    cache = ExpertCache(context.source_layer(number, context.compute_dtype), EXPERT_CACHE_BYTES)
-    return RoutedExperts(context.layout.num_experts, cache)
+def step_back(
+    layer: nn.Module, entering: list[Tensor], gradients: list[Tensor], positions: tuple[Tensor, Tensor], micro_batch: int
+) -> list[Tensor]:
+    """Gradients with respect to what enters a layer, given those with respect to what leaves it; one part each.
+
+    Both halves of the layer are recomputed, the upper one first. The mixture's experts are differentiated by hand (RoutedExperts.gradients), all parts
+    together, and their share enters autograd at the router's weights and the normalised inputs. So no graph holds an expert, and none more than a part.
+    Cost: attention runs twice forward; the routed experts' outputs are never needed.
+    """
+    with torch.no_grad():
+        attended = [attend(layer, x, positions, micro_batch) for x in entering]
+    for i, gradient_BSH in enumerate(through_mixture(layer, attended, gradients)):
+        attended[i] = through_attention(layer, entering[i], gradient_BSH, positions, micro_batch)
+    return attended
+
+
+def through_mixture(layer: Any, attended: list[Tensor], gradients: list[Tensor]) -> list[Tensor]:
+    """Gradients with respect to the residual stream between attention and mixture (or dense block)."""
+    experts = routed_experts(layer)
+    if experts is None:
+        return [
+            pull(x, (g,), lambda leaf: [leaf + layer.mlp(layer.post_attention_layernorm(leaf))])
+            for x, g in zip(attended, gradients, strict=True)
+        ]
+    with torch.no_grad(), experts.deferred() as calls:
+        for x_BSH in attended:
+            layer.mlp(layer.post_attention_layernorm(x_BSH))
+    routed = experts.gradients(calls, [g.flatten(0, 1) for g in gradients])
+
+    def outputs(leaf: Tensor) -> list[Tensor]:
+        with experts.deferred() as again:
+            out = leaf + layer.mlp(layer.post_attention_layernorm(leaf))
+        return [out, again[0].hidden_TH, again[0].router_weights_TK]
+
+    return [pull(x, (g, *r), outputs) for x, g, r in zip(attended, gradients, routed, strict=True)]
+
+
+def through_attention(layer: Any, entering_BSH: Tensor, gradient_BSH: Tensor, positions: tuple[Tensor, Tensor], micro_batch: int) -> Tensor:
+    """The rest of the way, by micro-batches of sequences, which are independent."""
+    pairs = zip(entering_BSH.split(micro_batch), gradient_BSH.split(micro_batch), strict=True)
+    return torch.cat([pull(x, (gradient,), lambda leaf: [attend(layer, leaf, positions, micro_batch)]) for x, gradient in pairs])
 
 
 @torch.enable_grad()
-def step_back(layer: nn.Module, entering_BSH: Tensor, gradient_BSH: Tensor, positions: tuple[Tensor, Tensor], micro_batch: int) -> Tensor:
-    """Gradient with respect to what enters a layer, given that with respect to what leaves it. By micro-batches of sequences, which are independent."""
-    below = []
-    for x, gradient in zip(entering_BSH.split(micro_batch), gradient_BSH.split(micro_batch), strict=True):
-        leaf = x.detach().requires_grad_(True)
-        out = run_layer(layer, leaf, positions, micro_batch)
-        below.append(torch.autograd.grad(out, leaf, gradient)[0])
-    return torch.cat(below)
+def pull(at: Tensor, gradients: Sequence[Tensor], function: Callable[[Tensor], list[Tensor]]) -> Tensor:
+    """The vector-Jacobian product of `function`, which has one output for each gradient, at a point."""
+    leaf = at.detach().requires_grad_(True)
+    return torch.autograd.grad(function(leaf), leaf, list(gradients))[0]
 
 
 @torch.enable_grad()

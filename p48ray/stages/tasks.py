@@ -5,7 +5,7 @@ import time
 import traceback
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -29,6 +29,8 @@ from p48ray.stages.inputs import open_run_root
 from p48ray.stages.reduce import stitch_shard
 from p48ray.stages.verify import Promise, verify_shard
 from p48ray.store.base import Store
+from p48ray.store.local import LocalStore
+from p48ray.store.node_cache import NodeCache, node_folder, sweep_unused
 from p48ray.store.open import open_store
 from p48ray.store.view import SubStore
 
@@ -86,9 +88,10 @@ class TaskResult:
         return errors.StageFailedError(f"{self.task.stage} {self.task.id}: {self.error_type}: {self.error}")
 
 
-def open_context(plan: RunPlan, store_uri: str) -> StageContext:
+def open_context(plan: RunPlan, store_uri: str, node: str | None = None) -> StageContext:
     """Open the run root and the source in this process, and fix what could change a sum: threads and precision.
 
+    Args:   node: name of this node among those that share a disk; without one the process caches nothing.
     Raises: SourceError when the source is not the one that was planned.
     """
     torch.set_num_threads(plan.config.run.threads_per_worker)
@@ -100,13 +103,24 @@ def open_context(plan: RunPlan, store_uri: str) -> StageContext:
             f"{source.store.uri}: changed since it was planned: expected fingerprint {plan.source.fingerprint[:12]}, found {source.fingerprint[:12]}"
         )
     on_gpu = plan.config.run.gpus_per_worker > 0
-    return StageContext(
+    context = StageContext(
         plan=plan,
         store=open_run_root(plan, store_uri),
         source=source,
         layout=describe_model(source),
         device=torch.device("cuda" if on_gpu else "cpu"),
     )
+    return replace(context, cache=open_cache(context, node))
+
+
+def open_cache(context: StageContext, node: str | None) -> NodeCache | None:
+    """This node's cache, where something is read from afar. What killed workers of other runs left behind goes first."""
+    run = context.plan.config.run
+    is_near = context.store_is_near and isinstance(context.source.store, LocalStore)
+    if node is None or is_near or run.node_cache_size == 0:
+        return None
+    sweep_unused(run.node_cache)
+    return NodeCache(node_folder(run.node_cache, node), run.node_cache_size)
 
 
 def execute(context: StageContext, task: Task) -> TaskResult:

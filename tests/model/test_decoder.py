@@ -15,7 +15,7 @@ from p48ray.checkpoint.index import CheckpointIndex, open_checkpoint
 from p48ray.errors import SourceError
 from p48ray.manifest import ActivationPart
 from p48ray.model.decoder import Decoder, run_layer
-from p48ray.model.experts import ExpertCache, ExpertWeights, RoutedExperts, RoutedInputs
+from p48ray.model.experts import ExpertWeights, RoutedExperts, RoutedInputs
 from p48ray.stages.capture import capture_parts
 from p48ray.stages.inputs import write_inputs
 from p48ray.stages.prepare import prepare
@@ -85,7 +85,7 @@ def source_experts(decoder: Decoder, layer: int) -> RoutedExperts:
             *(whole_model.decode_int4(tensors, f"{stem}.{p}").to(decoder.dtype) for p in ("gate_proj", "up_proj", "down_proj"))
         )
 
-    return RoutedExperts(16, ExpertCache(decode, 10**9))
+    return RoutedExperts(16, decode)
 
 
 def random_ids(batch: int = 3, length: int = 24) -> Tensor:

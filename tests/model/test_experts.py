@@ -1,6 +1,4 @@
-"""The mixture that stands in for transformers' own, with and without W4A4 activations, and the cache of decoded experts."""
-
-from collections.abc import Callable
+"""The mixture that stands in for transformers' own: forward with and without W4A4 activations, several calls at once, and the way back."""
 
 import pytest
 import torch
@@ -9,7 +7,7 @@ from torch import Tensor
 from transformers import DeepseekV3Config
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Experts
 
-from p48ray.model.experts import ActivationScales, ExpertCache, ExpertWeights, RoutedExperts, RoutedInputs, intermediate
+from p48ray.model.experts import ActivationScales, ExpertWeights, RoutedCall, RoutedExperts, RoutedInputs, intermediate, routes_by_expert
 from tests.stages.slow_nvfp4 import quantize_tokens
 
 NUM_EXPERTS, HIDDEN, SIZE, TOP_K = 6, 64, 32, 2
@@ -109,44 +107,67 @@ def test_mixture_leaves_its_inputs_as_they_were() -> None:
     assert all(torch.equal(a, b) for a, b in zip(call, before, strict=True))
 
 
-# The cache
-
-EXPERT_BYTES = 3 * SIZE * HIDDEN * 4
+# Several calls together
 
 
-def counting_cache(budget_bytes: int) -> tuple[ExpertCache, list[int]]:
-    decoded: list[int] = []
+def test_calls_made_together_give_what_each_gives_alone_and_ask_for_an_expert_once() -> None:
+    asked: list[int] = []
     weights = random_weights()
 
-    def decode(expert: int) -> ExpertWeights:
-        decoded.append(expert)
+    def get(expert: int) -> ExpertWeights:
+        asked.append(expert)
         return weights[expert]
 
-    return ExpertCache(decode, budget_bytes), decoded
+    calls = [random_call(tokens, seed) for tokens, seed in ((40, 1), (7, 2), (23, 3))]
+    seen: list[RoutedInputs] = []
+    experts = RoutedExperts(NUM_EXPERTS, get, observe=seen.append)
+    with experts.deferred() as recorded:
+        zeros = [experts(*call) for call in calls]
+    assert all(not z.any() and z.shape == call[0].shape for z, call in zip(zeros, calls, strict=True))
+    assert not asked
+    together = experts.outputs(recorded)
+    assert asked == sorted(set(asked)) == [1, 2, 3, 4, 5]
+    alone = [RoutedExperts(NUM_EXPERTS, weights.__getitem__)(*call) for call in calls]
+    assert all(torch.equal(a, b) for a, b in zip(together, alone, strict=True))
+    assert [len(s.hidden_TH) for s in seen] == [40, 7, 23], "one observation a call, in order"
 
 
-Access = Callable[[int], ExpertWeights]
+def test_calls_are_answered_again_once_they_are_no_longer_deferred() -> None:
+    experts, call = RoutedExperts(NUM_EXPERTS, random_weights().__getitem__), random_call()
+    with pytest.raises(ZeroDivisionError), experts.deferred():
+        raise ZeroDivisionError
+    assert experts(*call).any()
 
 
-def test_cache_decodes_an_expert_once_while_it_fits() -> None:
-    cache, decoded = counting_cache(6 * EXPERT_BYTES)
-    results = [cache(e) for e in (0, 1, 2, 3, 4, 5, 0, 3, 5)]
-    assert decoded == [0, 1, 2, 3, 4, 5]
-    assert results[6] is results[0]
+def test_routes_are_the_rows_and_slots_of_every_expert_in_order() -> None:
+    _, ids_TK, _ = random_call(tokens=50)
+    for expert, (rows, slots) in enumerate(routes_by_expert(ids_TK.to(torch.int16), NUM_EXPERTS)):
+        expected = torch.where(ids_TK == expert)
+        assert torch.equal(rows, expected[0]) and torch.equal(slots, expected[1])
 
 
-def test_cache_drops_the_least_recently_used_beyond_its_budget() -> None:
-    cache, decoded = counting_cache(2 * EXPERT_BYTES)
-    for expert in (0, 1, 0, 2, 0, 1):  # 2 pushes 1 out, because 0 was used since
-        cache(expert)
-        assert len(cache.held) <= 2
-    assert decoded == [0, 1, 2, 1]
+# The way back
 
 
-@pytest.mark.parametrize("budget_bytes", [0, 1, EXPERT_BYTES - 1, EXPERT_BYTES, 2 * EXPERT_BYTES - 1])
-def test_cache_of_less_than_two_experts_holds_the_last_one(budget_bytes: int) -> None:
-    cache, decoded = counting_cache(budget_bytes)
-    for expert in (0, 0, 1, 1, 0):
-        cache(expert)
-        assert list(cache.held) == [expert]
-    assert decoded == [0, 1, 0]
+def test_gradients_are_autograds_in_float64() -> None:
+    """Through SwiGLU, router weights and the sum over experts; at inputs and at router weights."""
+    weights = [ExpertWeights(*(w.double() for w in expert)) for expert in random_weights()]
+    calls, at_outputs = [], []
+    for tokens, seed in ((30, 1), (11, 2)):
+        x_TH, ids_TK, router_TK = random_call(tokens, seed)
+        calls.append(RoutedCall(x_TH.double(), ids_TK, router_TK.double()))
+        at_outputs.append(torch.randn(tokens, HIDDEN, generator=torch.Generator().manual_seed(seed), dtype=torch.float64))
+    experts = RoutedExperts(NUM_EXPERTS, weights.__getitem__)
+    found = experts.gradients(calls, at_outputs)
+    for call, gradient_TH, (at_inputs_TH, at_router_TK) in zip(calls, at_outputs, found, strict=True):
+        x_TH, router_TK = call.hidden_TH.clone().requires_grad_(True), call.router_weights_TK.clone().requires_grad_(True)
+        expected = torch.autograd.grad(experts(x_TH, call.expert_ids_TK, router_TK), (x_TH, router_TK), gradient_TH)
+        assert expected[0].abs().max() > 0.1 and expected[1].abs().max() > 0.1
+        torch.testing.assert_close(at_inputs_TH, expected[0], rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(at_router_TK, expected[1], rtol=1e-6, atol=1e-6)  # summed in float32
+
+
+def test_no_gradient_is_taken_through_quantized_activations() -> None:
+    experts, call = RoutedExperts(NUM_EXPERTS, random_weights().__getitem__, ActivationScales(100.0, 100.0, 16)), random_call()
+    with pytest.raises(AssertionError):
+        experts.gradients([RoutedCall(*call)], [call[0]])

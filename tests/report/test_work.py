@@ -168,7 +168,7 @@ def test_seconds_of_a_part_hold_the_pass_through_its_layer(
     write_inputs(prepared)
     if stage == "gradients":
         STAGES["capture"](prepared.context, [0])
-    slow(monkeypatch, capture if stage == "capture" else gradients, "run_layer" if stage == "capture" else "step_down")
+    slow(monkeypatch, capture if stage == "capture" else gradients, "attend" if stage == "capture" else "step_down")
     STAGES[stage](prepared.context, [0])
     store, keys = prepared.store, {info.key for info in prepared.store.list()}
     (work,) = [w for w in read_work(prepared.plan, store, keys) if w.stage == stage]

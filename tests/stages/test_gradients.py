@@ -3,6 +3,7 @@
 import hashlib
 import shutil
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,10 @@ from torch import Tensor, nn
 from p48ray import run_root
 from p48ray.errors import CalibrationError
 from p48ray.manifest import GradientPart
-from p48ray.model.decoder import Decoder
+from p48ray.model.decoder import Decoder, run_layer
 from p48ray.model.experts import ExpertWeights
 from p48ray.plan import SequencePart
-from p48ray.stages import arrow, gradients
+from p48ray.stages import arrow, gradients, streaming
 from p48ray.stages.capture import capture_parts
 from p48ray.stages.context import StageContext
 from p48ray.stages.gradients import GradientStream, gradient_parts, head_gradient, sample, step_back
@@ -24,6 +25,7 @@ from tests.reference import whole_gradients, whole_model
 from tests.stages.test_capture import files, open_run, token_ids
 
 CURVED = "compression.output_curvature=true"
+EXPERT = -1  # among layers' numbers: a decoded expert, whatever its layer
 HEAD = 5  # the tiny model has a dense layer 0 and mixtures 1 to 4
 
 
@@ -165,8 +167,8 @@ def test_gradients_are_the_same_whoever_owns_the_parts_and_wherever_they_stopped
         (die_at_put, (HEAD, 2), [0, 2]),
         (die_at_layer, (4,), [2, 0]),
         (die_at_write, (4, 1), [0, 1]),
-        (die_at_put, (3, 2), [2, 1, 0]),
         (die_at_manifest, (3, 1), [1, 2]),
+        (die_at_put, (3, 2), [2, 1, 0]),
         (die_at_layer, (2,), [1, 0]),
         (die_at_write, (1, 0), [0, 2]),
     ]
@@ -225,10 +227,11 @@ def test_no_two_layers_weights_are_ever_held_together(context: StageContext, mon
     """Asked whenever weights are read or built: everything still alive belongs to the layer (or the head) being worked on."""
     alive: list[tuple[int, weakref.ref[object]]] = []
     built: list[int] = []
-    layer, head, expert = Decoder.layer, Decoder.head, StageContext.source_expert
+    asked: list[int] = []
+    layer, head, experts_of = Decoder.layer, Decoder.head, streaming.layer_experts
 
     def check(number: int) -> None:
-        held = {owner for owner, thing in alive if thing() is not None} - {number}
+        held = {owner for owner, thing in alive if thing() is not None} - {number, EXPERT}
         assert not held, f"while working on layer {number} weights of {held} were still held"
 
     def track(number: int, module: nn.Module) -> nn.Module:
@@ -244,18 +247,29 @@ def test_no_two_layers_weights_are_ever_held_together(context: StageContext, mon
         check(HEAD)
         return track(HEAD, head(self))
 
-    def watched_expert(self: StageContext, number: int, wanted: int, dtype: torch.dtype) -> ExpertWeights:
+    def watched_experts(decoder: Decoder, number: int) -> Callable[[int], ExpertWeights]:
         check(number)
-        weights = expert(self, number, wanted, dtype)
-        alive.extend((number, weakref.ref(w)) for w in weights)
-        return weights
+        get = experts_of(decoder, number)
+
+        def watched_expert(wanted: int) -> ExpertWeights:
+            check(number)
+            assert sum(owner == EXPERT and thing() is not None for owner, thing in alive) <= 3, (
+                "one decoded expert at a time, and the next one"
+            )
+            weights = get(wanted)
+            alive.extend((EXPERT, weakref.ref(w)) for w in weights)
+            asked.append(number)
+            return weights
+
+        return watched_expert
 
     monkeypatch.setattr(Decoder, "layer", watched_layer)
     monkeypatch.setattr(Decoder, "head", watched_head)
-    monkeypatch.setattr(StageContext, "source_expert", watched_expert)
+    monkeypatch.setattr(streaming, "layer_experts", watched_experts)
     gradient_parts(context, [0, 1, 2])
     assert built == [5, 4, 3, 2], "each is built once for all parts, and the lowest mixture not at all"
-    assert {owner for owner, _ in alive} == {5, 4, 3, 2}
+    assert set(asked) == {4, 3, 2}
+    assert {owner for owner, _ in alive} == {5, 4, 3, 2, EXPERT}
     assert sum(thing() is not None for _, thing in alive) == 0
 
 
@@ -308,9 +322,23 @@ def test_a_step_back_is_the_same_by_micro_batches(context: StageContext) -> None
     layer, positions = gradients.layer_or_head(context, decoder, 2), decoder.positions(64)
     generator = torch.Generator().manual_seed(0)
     x_BSH, above_BSH = torch.randn(3, 64, 256, generator=generator), torch.randn(3, 64, 256, generator=generator)
-    torch.testing.assert_close(
-        step_back(layer, x_BSH, above_BSH, positions, 1), step_back(layer, x_BSH, above_BSH, positions, 3), rtol=1e-4, atol=1e-5
-    )
+    one, three = (step_back(layer, [x_BSH], [above_BSH], positions, micro_batch)[0] for micro_batch in (1, 3))
+    torch.testing.assert_close(one, three, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("number", [0, 2])
+def test_a_step_back_through_a_dense_layer_and_a_mixture_is_autograds(context: StageContext, number: int) -> None:
+    """The layer as one graph, experts and all, in one go; two parts of different size."""
+    decoder = context.decoder()
+    layer, positions = gradients.layer_or_head(context, decoder, number), decoder.positions(64)
+    generator = torch.Generator().manual_seed(0)
+    entering = [torch.randn(n, 64, 256, generator=generator) for n in (3, 1)]
+    above = [torch.randn(n, 64, 256, generator=generator) for n in (3, 1)]
+    found = step_back(layer, entering, above, positions, 2)
+    for x_BSH, above_BSH, below_BSH in zip(entering, above, found, strict=True):
+        leaf = x_BSH.clone().requires_grad_(True)
+        expected = torch.autograd.grad(run_layer(layer, leaf, positions, 4), leaf, above_BSH)[0]
+        torch.testing.assert_close(below_BSH, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_samples_follow_the_distribution() -> None:

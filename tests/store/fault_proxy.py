@@ -80,6 +80,7 @@ class Request:
     path: str
     fault: Fault | None
     num_body_bytes: int
+    num_reply_bytes: int = 0
 
 
 @dataclass
@@ -94,7 +95,7 @@ class FaultProxy:
     endpoint_url: str = ""
     lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def choose(self, method: str, path: str, num_body_bytes: int) -> Fault | None:
+    def choose(self, method: str, path: str, num_body_bytes: int) -> Request:
         """Every rule sees every request; the first that applies decides."""
         with self.lock:
             hits = [rule.fault for rule in self.rules if rule.applies(method, path)]
@@ -102,7 +103,7 @@ class FaultProxy:
             if fault is None and self.random_source.random() < self.random_share:
                 fault = self.random_source.choice(RANDOM_FAULTS)
             self.requests.append(Request(method, path, fault, num_body_bytes))
-            return fault
+            return self.requests[-1]
 
     def seen(self, method: str = ".*", path: str = ".*") -> list[Request]:
         """The requests so far that match."""
@@ -159,7 +160,8 @@ class _Connection(socketserver.StreamRequestHandler):
         headers = http.client.parse_headers(self.rfile)
         num_body_bytes = int(headers.get("Content-Length", 0))
         proxy: FaultProxy = self.server.proxy  # type: ignore[attr-defined]
-        fault = proxy.choose(method, path + (COPY_MARK if "x-amz-copy-source" in headers else ""), num_body_bytes)
+        request = proxy.choose(method, path + (COPY_MARK if "x-amz-copy-source" in headers else ""), num_body_bytes)
+        fault = request.fault
         if headers.get("Expect"):
             self.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         if fault is Fault.RESET_IN_UPLOAD:
@@ -172,7 +174,9 @@ class _Connection(socketserver.StreamRequestHandler):
             return self._refuse(method, *REFUSALS[fault])
         if fault is Fault.LATENCY:
             time.sleep(LATENCY_S)
-        return self._answer(method, fault, self._forward(proxy, method, path, headers, body))
+        reply = self._forward(proxy, method, path, headers, body)
+        request.num_reply_bytes = len(reply[2])
+        return self._answer(method, fault, reply)
 
     def _forward(self, proxy: FaultProxy, method: str, path: str, headers: Any, body: bytes) -> tuple[int, list[tuple[str, str]], bytes]:
         upstream = http.client.HTTPConnection(urlsplit(proxy.upstream_url).netloc, timeout=60)

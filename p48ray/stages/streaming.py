@@ -1,0 +1,38 @@
+"""What the stages that walk through the layers share: the experts of a layer, and how many tokens meet them at once.
+
+A worker's parts go through a layer together, in waves of bounded size, so that an expert is decoded once a wave. How the parts are grouped changes no
+number: every product is taken part by part.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+
+from p48ray.model.decoder import Decoder
+from p48ray.model.expert_loader import layer_experts
+from p48ray.model.experts import RoutedExperts, RoutedInputs
+from p48ray.plan import RunPlan, SequencePart
+from p48ray.stages.context import StageContext
+
+WAVE_TOKENS = 2**18
+"""Tokens of one wave. About six copies of (tokens, hidden) are held for it: 23 GB at Kimi-K2.5's width in bf16."""
+
+
+def waves(plan: RunPlan, parts: Sequence[SequencePart]) -> Iterator[list[SequencePart]]:
+    """Parts in order, in groups of at most WAVE_TOKENS tokens (or one part)."""
+    wave: list[SequencePart] = []
+    for part in parts:
+        tokens = sum(p.num_sequences for p in (*wave, part)) * plan.config.calibration.sequence_length
+        if wave and tokens > WAVE_TOKENS:
+            yield wave
+            wave = []
+        wave.append(part)
+    if wave:
+        yield wave
+
+
+def streaming_experts(
+    context: StageContext, decoder: Decoder, number: int, observe: Callable[[RoutedInputs], None] | None = None
+) -> RoutedExperts | None:
+    """The routed experts of a layer, packed as the source stores them until they are used; None for a dense layer."""
+    if number not in context.plan.source.moe_layers:
+        return None
+    return RoutedExperts(context.layout.num_experts, layer_experts(decoder, number), observe=observe)

@@ -1,0 +1,102 @@
+"""The mixture on a GPU: fused steps against the torch code that defines them, and experts that arrive while others compute."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from p48ray.model import experts as module
+from p48ray.model.experts import ExpertWeights, RoutedCall, RoutedExperts, RoutedInputs
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+NUM_EXPERTS, HIDDEN, SIZE, TOP_K = 12, 512, 192, 4  # 192 is no power of two
+
+
+def weights_on_gpu(is_stacked: bool) -> list[ExpertWeights]:
+    generator = torch.Generator().manual_seed(0)
+    made = []
+    for _ in range(NUM_EXPERTS):
+        gate_up = (0.1 * torch.randn(2 * SIZE, HIDDEN, generator=generator)).bfloat16().cuda()
+        down = (0.1 * torch.randn(HIDDEN, SIZE, generator=generator)).bfloat16().cuda()
+        gate, up = gate_up.split(SIZE) if is_stacked else (gate_up[:SIZE].clone(), gate_up[SIZE:].clone())
+        made.append(ExpertWeights(gate, up, down))
+    return made
+
+
+def call_of(tokens: int, seed: int) -> tuple[RoutedCall, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    ids_TK = 1 + torch.rand(tokens, NUM_EXPERTS - 1, generator=generator).argsort(1)[:, :TOP_K]
+    x_TH, g_TH = torch.randn(tokens, HIDDEN, generator=generator), 1e-3 * torch.randn(tokens, HIDDEN, generator=generator)
+    call = RoutedCall(x_TH.bfloat16().cuda(), ids_TK.cuda(), (torch.rand(tokens, TOP_K, generator=generator) + 0.1).cuda())
+    return call, g_TH.bfloat16().cuda()
+
+
+def relative_gap(ours: Tensor, theirs: Tensor) -> float:
+    return float((ours.double() - theirs.double()).norm() / theirs.double().norm())
+
+
+@pytest.mark.parametrize("is_stacked", [True, False])
+def test_fused_steps_are_the_torch_code(is_stacked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights, seen = weights_on_gpu(is_stacked), []
+    calls = [call_of(300, 1), call_of(17, 2)]
+
+    def run(is_fused: bool) -> tuple[list[Tensor], list[tuple[Tensor, Tensor]], list[float]]:
+        monkeypatch.setattr(module, "is_fused", lambda calls: is_fused)
+        seen: list[RoutedInputs] = []
+        experts = RoutedExperts(NUM_EXPERTS, weights.__getitem__, observe=seen.append)
+        outs = experts.outputs([call for call, _ in calls])
+        return outs, experts.gradients([c for c, _ in calls], [g for _, g in calls]), [s.amax_intermediate.item() for s in seen]
+
+    ours, theirs, again = run(True), run(False), run(True)
+    for a, b in zip(ours[0], theirs[0], strict=True):
+        assert relative_gap(a, b) < 4e-3  # bf16 rounds at 2e-3; products of other shapes add in another order
+    for (a, aw), (b, bw) in zip(ours[1], theirs[1], strict=True):
+        assert relative_gap(a, b) < 8e-3 and relative_gap(aw, bw) < 8e-3
+    assert ours[2] == pytest.approx(theirs[2], rel=1e-2)
+    assert all(torch.equal(a, b) for a, b in zip(ours[0], again[0], strict=True)), "the same every time"
+    assert all(torch.equal(a, b) for x, y in zip(ours[1], again[1], strict=True) for a, b in zip(x, y, strict=True))
+    assert not seen
+
+
+def test_gradients_are_float64_autograds_within_bf16() -> None:
+    weights = weights_on_gpu(True)
+    call, gradient_TH = call_of(200, 3)
+    at_inputs, at_router = RoutedExperts(NUM_EXPERTS, weights.__getitem__).gradients([call], [gradient_TH])[0]
+    exact = [ExpertWeights(*(w.double() for w in expert)) for expert in weights]
+    x_TH, router_TK = call.hidden_TH.double().requires_grad_(True), call.router_weights_TK.double().requires_grad_(True)
+    out = RoutedExperts(NUM_EXPERTS, exact.__getitem__)(x_TH, call.expert_ids_TK, router_TK)
+    expected = torch.autograd.grad(out, (x_TH, router_TK), gradient_TH.double())
+    assert relative_gap(at_inputs, expected[0]) < 1e-2 and relative_gap(at_router, expected[1]) < 1e-2
+
+
+def test_experts_arrive_whole_whatever_is_skipped() -> None:
+    """More experts than slots, asked for with gaps and twice, while the device is kept busy."""
+    from p48ray.model.expert_loader import ExpertLoader
+
+    stored = [{"w": torch.full((64, 1024), float(e)), "n": torch.tensor([e])} for e in range(40)]
+    loader = ExpertLoader(
+        40, stored.__getitem__, lambda e, t: ExpertWeights(t["w"].clone(), t["n"].clone(), t["w"][:1].clone()), torch.device("cuda")
+    )
+    busy = torch.randn(4096, 4096, device="cuda")
+    for asked in ([*range(40)], [0, 1, 9, 10, 11, 30, 39], [*range(0, 40, 3)], [5, 2, 38]):
+        got = []
+        for expert in asked:
+            busy = busy @ busy * 1e-2
+            got.append(loader(expert))
+        for expert, weights in zip(asked, got, strict=True):
+            assert (weights.gate_FH == expert).all() and weights.up_FH.item() == expert, expert
+
+
+def test_error_of_the_thread_reaches_the_caller_and_costs_no_slot() -> None:
+    from p48ray.model.expert_loader import ExpertLoader
+
+    def fetch(expert: int) -> dict[str, Tensor]:
+        if expert % 2:
+            raise ValueError(f"expert {expert} is broken")
+        return {"w": torch.full((8,), float(expert))}
+
+    loader = ExpertLoader(100, fetch, lambda e, t: ExpertWeights(t["w"].clone(), t["w"], t["w"]), torch.device("cuda"))
+    for expert in range(0, 100, 2):
+        with pytest.raises(ValueError, match=f"expert {expert + 1} is broken"):
+            loader(expert + 1)
+        assert loader(expert).gate_FH[0].item() == expert
