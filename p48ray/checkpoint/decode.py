@@ -1,22 +1,25 @@
-"""Source experts as floating-point weights: INT4 through compressed-tensors' own decoder, plain floats as they are.
+"""Source weights as floating-point: INT4 and FP8 through compressed-tensors' own decoders, plain floats as they are.
 
-w = (code - 8) * scale, rounded to the scale's dtype (BF16): the model that servers of the release run, bit for bit. A copy of the formula
-here would be one more thing to keep equal; the tests hold the decoder to it instead.
+INT4: w = (code - 8) * scale, rounded to the scale's dtype (BF16): the model that servers of the release run, bit for bit. FP8: w = weight *
+weight_scale_inv of its block, in float32 and then rounded to BF16, as the release's own conversion does (see fp8). A copy of the formulas
+here would be one more thing to keep equal; the tests hold the decoders to them instead.
 """
 
 from collections.abc import Iterable, Mapping
 
 import torch
-from compressed_tensors.compressors import PackedQuantizationCompressor
+from compressed_tensors.compressors import FloatQuantizationCompressor, PackedQuantizationCompressor
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from torch import Tensor
 
 from p48ray.checkpoint.experts import CODES_PER_WORD, INT4_WEIGHTS
+from p48ray.checkpoint.fp8 import Fp8Weight, PlainTensor
 from p48ray.checkpoint.header import TensorEntry
 from p48ray.checkpoint.index import CheckpointIndex
 from p48ray.checkpoint.layout import PROJECTIONS, ModelLayout
 from p48ray.checkpoint.tensors import read_tensors
 from p48ray.errors import SourceError
+from p48ray.store import Store
 
 
 def read_expert(index: CheckpointIndex, layout: ModelLayout, layer: int, expert: int) -> dict[str, Tensor]:
@@ -48,11 +51,14 @@ def decode_expert(index: CheckpointIndex, layout: ModelLayout, layer: int, exper
 
 
 def decode_linear(tensors: Mapping[str, Tensor], layout: ModelLayout, where: str = "expert linear") -> Tensor:
-    """The weight of one linear, (out, in), in its scale's dtype (INT4) or as stored.
+    """The weight of one linear, (out, in), in its scale's dtype (INT4), in BF16 (FP8) or as stored.
 
     Args:    tensors: suffix ("weight_packed") -> tensor. where: file and name of the linear, for messages.
     Raises:  SourceError for scales or weights that are not finite, and for a weight_shape other than the packed words have.
     """
+    if layout.expert_storage == "fp8":
+        assert layout.fp8_block is not None
+        return decode_fp8(tensors["weight"], tensors["weight_scale_inv"], layout.fp8_block, f"{where}.weight")
     if layout.int4_group_size is None:
         _check_finite(tensors["weight"], f"{where}.weight")
         return tensors["weight"]
@@ -72,6 +78,41 @@ def decode_linear(tensors: Mapping[str, Tensor], layout: ModelLayout, where: str
 def int4_scheme(group_size: int) -> QuantizationScheme:
     """The scheme of the source's experts. describe_model has checked that the source's quantization_config says the same."""
     return QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(**INT4_WEIGHTS, group_size=group_size))
+
+
+def read_plain(store: Store, tensors: Iterable[PlainTensor]) -> dict[str, Tensor]:
+    """Tensors outside the compressed experts by name, on the CPU: as stored, or as BF16 where that is FP8. Neighbours are read in one request.
+
+    Raises: SourceError, naming file and tensor, for FP8 weights that are not finite.
+    """
+    wanted = list(tensors)
+    entries = [part for tensor in wanted for part in ((tensor.weight, tensor.scale_inv) if isinstance(tensor, Fp8Weight) else (tensor,))]
+    found = read_tensors(store, entries)
+
+    def value(tensor: PlainTensor) -> Tensor:
+        if not isinstance(tensor, Fp8Weight):
+            return found[tensor.name]
+        weight, scale_inv = found.pop(tensor.weight.name), found[tensor.scale_inv.name]
+        return decode_fp8(weight, scale_inv, tensor.block, f"{tensor.file}: tensor {tensor.name}")
+
+    return {tensor.name: value(tensor) for tensor in wanted}
+
+
+def decode_fp8(weight: Tensor, scale_inv: Tensor, block: tuple[int, int], where: str = "weight") -> Tensor:
+    """(out, in) E4M3 and the scales of its blocks, (out blocks, in blocks) -> (out, in) BF16.
+
+    Raises: SourceError, saying `where`, for weights or scales that are not finite.
+    """
+    parts = {"weight": weight, "weight_scale": scale_inv.float()}
+    decoded: Tensor = FloatQuantizationCompressor.decompress(parts, fp8_scheme(block))["weight"].to(torch.bfloat16)
+    _check_finite(decoded, where)
+    return decoded
+
+
+def fp8_scheme(block: tuple[int, int]) -> QuantizationScheme:
+    """The scheme of FP8 weights with one scale per block."""
+    args = QuantizationArgs(num_bits=8, type="float", symmetric=True, strategy="block", block_structure=list(block), dynamic=False)
+    return QuantizationScheme(targets=["Linear"], weights=args)
 
 
 def _decode_named(index: CheckpointIndex, layout: ModelLayout, tensors: Mapping[str, Tensor], name: str) -> Tensor:

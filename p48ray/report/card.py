@@ -11,6 +11,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from p48ray import __version__
+from p48ray.checkpoint.families import FAMILIES
 from p48ray.checkpoint.index import CheckpointIndex
 from p48ray.errors import ObjectMissingError
 from p48ray.manifest import UnitManifest
@@ -20,12 +21,7 @@ from p48ray.plan import NUMERICS_VERSION, RunPlan
 from p48ray.stages.context import StageContext
 from p48ray.stages.evaluate import EvaluationResult
 
-VLLM_VERSION = "0.32"  # whose flags and environment these are
-SERVING_FLAGS = {
-    "kimi_k25": ("--mm-encoder-tp-mode data", "--trust-remote-code", "--tool-call-parser kimi_k2", "--reasoning-parser kimi_k2"),
-    "kimi_k2": ("--trust-remote-code", "--tool-call-parser kimi_k2"),
-}
-"""Flags that only a family's models take."""
+VLLM_VERSION = "0.32"  # whose environment variable this is; the flags of a family's models are in its file
 CARRIED_FIELDS = ("license", "license_name", "license_link")
 
 
@@ -94,12 +90,22 @@ def summary(context: StageContext) -> str:
     vision = " Calibrated on text only; the vision tower and its projector pass through untouched." if has_vision(context) else ""
     return (
         f"{origin} with its routed experts ({len(plan.layers)} layers x {plan.source.num_experts} experts) {form}, weights and activations (W4A4), in the "
-        f"compressed-tensors format `nvfp4-pack-quantized`. Everything else is byte for byte as in the source.{vision}"
+        f"compressed-tensors format `nvfp4-pack-quantized`. {everything_else(context)}{vision}"
     )
 
 
+def everything_else(context: StageContext) -> str:
+    """What became of the tensors that no unit made."""
+    count = context.plan.source.num_fp8_outside_experts
+    fp8 = f", but for {count:,} weights that the source stores in FP8: they are BF16 here, because no client reads two quantizations in one model"
+    behind = context.layout.passthrough_expert_layers
+    layers = f" Layer {', '.join(map(str, behind))} behind the last one (multi-token prediction) passes through under the same rule."
+    return "Everything else is byte for byte as in the source" + (fp8 if count else "") + "." + (layers if behind else "")
+
+
 def has_vision(context: StageContext) -> bool:
-    return "vision_config" in context.source.config
+    prefixes = FAMILIES[context.layout.family].vision_prefixes
+    return bool(prefixes) and any(name.startswith(prefixes) for name in context.source.tensors)
 
 
 def compression_rows(context: StageContext) -> list[tuple[str, str]]:
@@ -114,7 +120,7 @@ def compression_rows(context: StageContext) -> list[tuple[str, str]]:
         ("routed experts", f"{c.sparsity}, NVFP4 weights (E2M1 codes, one E4M3 scale per 16 inputs), {experts:,} bytes"),
         ("scale span", f"{c.scale_span} inputs" + (" (lossless in the sparse kernels' group-32 form)" if c.scale_span == 32 else "")),
         ("activations", "NVFP4, local scales at run time, one global scale a layer and side"),
-        ("everything else", "untouched"),
+        ("everything else", f"untouched; {fp8:,} FP8 weights as BF16" if (fp8 := plan.source.num_fp8_outside_experts) else "untouched"),
         ("method", method),
         ("calibration", f"{texts.num_sequences:,} x {texts.sequence_length:,} tokens, seed {texts.seed}: {documents}"),
     ]
@@ -129,7 +135,7 @@ KEY_ROWS = [
 
 
 def serving(plan: RunPlan) -> str:
-    flags = ["--tensor-parallel-size 4", *SERVING_FLAGS.get(plan.source.family, ())]
+    flags = ["--tensor-parallel-size 4", *FAMILIES[plan.source.family].serving_flags]
     command = " \\\n  ".join([f"vllm serve <this repository> {flags[0]}", *flags[1:]])
     return (
         f"For vLLM {VLLM_VERSION} on NVIDIA Blackwell (a model of Kimi-K2.5's size: 4x B200). Versions that read it want "
