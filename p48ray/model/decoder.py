@@ -79,7 +79,8 @@ class Decoder:
         if experts is not None:
             module.mlp.experts = experts
         prefix = f"{self.layout.layer_prefix}{number}."
-        entries = [entry for name, entry in self.index.tensors.items() if name.startswith(prefix)]
+        unused = self.family.recomputed_tensors
+        entries = [entry for name, entry in self.index.tensors.items() if name.startswith(prefix) and not name.endswith(unused)]
         tensors = [tensor for entry in entries if (tensor := as_plain(self.index, self.layout, entry)) is not None]
         state = {name.removeprefix(prefix): self.placed(name, t) for name, t in read_plain(self.index.store, tensors).items()}
         wanted = set(module.state_dict())

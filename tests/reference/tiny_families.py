@@ -154,10 +154,13 @@ def kimi_k25() -> tuple[dict[str, Any], Tensors]:
 
 
 def kimi_k2() -> tuple[dict[str, Any], Tensors]:
-    """Everything but norms, router and ends in FP8; no groups of experts."""
+    """Everything but norms, router and ends in FP8; no groups of experts; rotary frequencies, which old transformers stored."""
     code = {"AutoConfig": "configuration_deepseek.DeepseekV3Config", "AutoModelForCausalLM": "modeling_deepseek.DeepseekV3ForCausalLM"}
     config = latent_config(model_type="kimi_k2", auto_map=code, quantization_config=FP8_CONFIG, routed_scaling_factor=2.827)
-    return config, latent_model(Draw(2), config, "", as_fp8, as_fp8)
+    tensors = latent_model(Draw(2), config, "", as_fp8, as_fp8)
+    for layer in range(config["num_hidden_layers"]):
+        tensors[f"model.layers.{layer}.self_attn.rotary_emb.inv_freq"] = torch.logspace(0, -3, config["qk_rope_head_dim"] // 2)
+    return config, tensors
 
 
 def deepseek_v3() -> tuple[dict[str, Any], Tensors]:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import uuid
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import torch
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import preset_name_to_scheme
+from safetensors.torch import load
 from torch import Tensor
 from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
 
@@ -19,11 +21,12 @@ from p48ray.runner.pipeline import run_job
 from p48ray.runner.ray_runner import RayRunner
 from p48ray.stages.prepare import prepare
 from p48ray.stages.verify_checkpoint import CheckpointVerdict, verify_checkpoint
-from p48ray.store import LocalStore
+from p48ray.store import LocalStore, open_store
 from tests.conftest import timeless
 from tests.reference import fp8, tiny_families, whole_model
 from tests.stages.damage import Folder
 from tests.stages.small_run import SmallRun, configure, run_locally
+from tests.store.servers import BUCKET, Server
 
 SETTINGS = ("compression.output_curvature=true", "compression.refine_steps=2", "run.keep=checkpoint", "output.max_shard_size=400KB")
 SUFFIXES = ("weight_packed", "weight_scale", "weight_global_scale", "input_global_scale")
@@ -162,6 +165,26 @@ def test_weight_that_is_not_the_sources_as_bf16_is_found(run: SmallRun, family: 
     assert f"{name}: {words} (model-" in problem
     (problem,) = verdict(damaged, None).problems
     assert f"{name}: bytes differ from those that were verified" in problem
+
+
+@pytest.mark.slow
+def test_weights_are_decoded_into_a_bucket_too(seaweedfs: Server, tmp_path: Path) -> None:
+    """A shard made of ranges of two places in the bucket and of weights decoded between them."""
+    alone = finished("deepseek_v3", tmp_path)
+    place, endpoint = f"s3://{BUCKET}/{uuid.uuid4().hex}", seaweedfs.endpoint_url
+    bucket = open_store(f"{place}/source", endpoint)
+    for path in alone.source.iterdir():
+        bucket.put(path.name, path.read_bytes())
+    overrides = (f"source.endpoint_url={endpoint}", f"run.endpoint_url={endpoint}", "output.max_shard_size=30MB")
+    prepared = prepare(configure(f"{place}/source", f"{place}/run", *SETTINGS, *overrides))
+    run_locally(prepared)
+    checkpoint = open_store(f"{place}/run/checkpoint", endpoint)
+    assert verify_checkpoint(checkpoint, LocalStore(alone.source)).problems == ()
+    files = [info.key for info in checkpoint.list() if info.key.endswith(".safetensors")]
+    assert len(files) == 1
+    written, expected = load(checkpoint.get(files[0])), whole_model.read_all(alone.checkpoint)
+    assert written.keys() == expected.keys()
+    assert all(raw(written[name]) == raw(expected[name]) for name in expected)
 
 
 @pytest.mark.ray

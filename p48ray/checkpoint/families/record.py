@@ -72,6 +72,8 @@ class Family:
     """Config keys whose other values are refused: nothing here would compute what they say. An absent key is fine."""
     float32_tensors: tuple[str, ...] = ()
     """Ends of names that stay in float32 whatever layers are computed in."""
+    recomputed_tensors: tuple[str, ...] = ("rotary_emb.inv_freq",)
+    """Ends of names that some releases store although the model computes them: they pass through, and no layer is filled with them."""
     vision_prefixes: tuple[str, ...] = ()
     """Starts of the names of parts that read images: they pass through, and calibration never runs them."""
     serving_flags: tuple[str, ...] = ()
