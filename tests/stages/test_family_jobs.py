@@ -25,10 +25,10 @@ from p48ray.store import LocalStore, open_store
 from tests.conftest import timeless
 from tests.reference import fp8, tiny_families, whole_model
 from tests.stages.damage import Folder
+from tests.stages.family_runs import SETTINGS, finished_family
 from tests.stages.small_run import SmallRun, configure, run_locally
 from tests.store.servers import BUCKET, Server
 
-SETTINGS = ("compression.output_curvature=true", "compression.refine_steps=2", "run.keep=checkpoint", "output.max_shard_size=400KB")
 SUFFIXES = ("weight_packed", "weight_scale", "weight_global_scale", "input_global_scale")
 FP8_FAMILIES = ("kimi_k2", "deepseek_v3")
 
@@ -40,14 +40,7 @@ def family(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module")
 def run(family: str, tmp_path_factory: pytest.TempPathFactory) -> SmallRun:
-    return finished(family, tmp_path_factory.mktemp("family"))
-
-
-def finished(family: str, folder: Path) -> SmallRun:
-    source = tiny_families.write_release(family, folder / "source")
-    torch.set_num_threads(1)
-    prepared = prepare(configure(source, folder / "run", *SETTINGS))
-    return SmallRun(root=folder / "run", source=source, prepared=prepared, report=run_locally(prepared))
+    return finished_family(family, tmp_path_factory.mktemp("family"))
 
 
 def verdict(folder: Folder, source: Path | None) -> CheckpointVerdict:
@@ -170,7 +163,7 @@ def test_weight_that_is_not_the_sources_as_bf16_is_found(run: SmallRun, family: 
 @pytest.mark.slow
 def test_weights_are_decoded_into_a_bucket_too(seaweedfs: Server, tmp_path: Path) -> None:
     """A shard made of ranges of two places in the bucket and of weights decoded between them."""
-    alone = finished("deepseek_v3", tmp_path)
+    alone = finished_family("deepseek_v3", tmp_path)
     place, endpoint = f"s3://{BUCKET}/{uuid.uuid4().hex}", seaweedfs.endpoint_url
     bucket = open_store(f"{place}/source", endpoint)
     for path in alone.source.iterdir():
@@ -191,7 +184,7 @@ def test_weights_are_decoded_into_a_bucket_too(seaweedfs: Server, tmp_path: Path
 @pytest.mark.slow
 def test_ray_makes_the_same_checkpoint(tmp_path: Path) -> None:
     """DeepSeek-V3, whose shards hold decoded weights: two workers' files are one process's, byte for byte."""
-    alone = finished("deepseek_v3", tmp_path)
+    alone = finished_family("deepseek_v3", tmp_path)
     prepared = prepare(configure(alone.source, tmp_path / "ray", *SETTINGS, "run.num_workers=2"))
     run_job(prepared, partial(RayRunner, address=None))
     ours, theirs = (Folder.read(root / "checkpoint") for root in (tmp_path / "ray", alone.root))
