@@ -41,6 +41,16 @@ def test_families_are_those_that_have_a_file() -> None:
     assert all(family.model_type == name for name, family in FAMILIES.items())
 
 
+def test_documentation_shows_a_familys_file_as_it_is() -> None:
+    shown = (REPO / "docs" / "families.md").read_text().partition("```python\n")[2].partition("```")[0]
+    assert shown == (FOLDER / "qwen3_moe.py").read_text()
+
+
+def test_documentation_names_every_family() -> None:
+    text = (REPO / "docs" / "families.md").read_text()
+    assert all(f"| `{name}` |" in text for name in FAMILIES)
+
+
 def test_a_new_file_is_a_new_family(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package = write_package(tmp_path, monkeypatch, other=NEW.format(value="replace(base, model_type='other')"), notes="X = 1")
     assert list(find_families(package)) == ["other"]

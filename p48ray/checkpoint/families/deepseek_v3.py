@@ -13,7 +13,8 @@ CLASSES = TransformersClasses(
     norm="DeepseekV3RMSNorm",
 )
 
-SUPPORTED = {"hidden_act": ("silu",), "scoring_func": ("sigmoid",), "topk_method": ("noaux_tc",)}
+SUPPORTED = {"hidden_act": ("silu",), "scoring_func": ("sigmoid",), "topk_method": ("noaux_tc",), "moe_layer_freq": (1,)}
+"""transformers' classes heed none of these keys: they compute what the values here mean."""
 
 FLOAT32_TENSORS = ("e_score_correction_bias",)
 """The router adds it to fp32 scores; bf16 would change which experts win."""

@@ -82,12 +82,14 @@ class Family:
     def check_supported(self, text: TextConfig) -> None:
         """Raises: SourceError for a setting that neither this project nor the transformers classes above would heed."""
         for key, allowed in self.supported.items():
-            if key in text.values and text.values[key] not in allowed:
+            found = text.values.get(key)
+            if key in text.values and not any(
+                type(found) is type(value) and found == value for value in allowed
+            ):  # JSON's true is Python's 1
                 expected = " or ".join(repr(value) for value in allowed)
-                raise SourceError(f"{text.where(key)}: expected {expected} for model_type {self.model_type}, found {text.values[key]!r}")
+                raise SourceError(f"{text.where(key)}: expected {expected} for model_type {self.model_type}, found {found!r}")
 
 
 def layers_from_first_dense(text: TextConfig) -> Iterator[int]:
-    """DeepSeek-V3's rule: from first_k_dense_replace on, every moe_layer_freq-th."""
-    first, step = text.integer("first_k_dense_replace", least=0), text.integer("moe_layer_freq", default=1)
-    return (layer for layer in range(first, text.integer("num_hidden_layers")) if layer % step == 0)
+    """DeepSeek-V3's rule: all layers from first_k_dense_replace on."""
+    return iter(range(text.integer("first_k_dense_replace", least=0), text.integer("num_hidden_layers")))
