@@ -59,6 +59,7 @@ def estimate(plan: RunPlan, index: CheckpointIndex, layout: ModelLayout, shards:
     source = sum(e.num_bytes for e in index.tensors.values())
     untouched = untouched_tensors(index, layout)
     untouched_bytes = sum(e.num_bytes for e in untouched)
+    experts_bytes = sum(e.num_bytes for e in index.tensors.values() if layout.is_expert_tensor(e.name))
     checkpoint = sum(s.num_bytes for s in shards)
     dense = sum(e.num_bytes // DTYPE_BYTES[e.dtype] for e in untouched if layer_of(layout, e.name) is not None)
     directions = 3 if goes_back else 1  # on the way back every layer is run again, then differentiated with respect to its activations
@@ -70,7 +71,7 @@ def estimate(plan: RunPlan, index: CheckpointIndex, layout: ModelLayout, shards:
         activation_bytes=moe * seen,
         residual_bytes=len(plan.boundaries) * boundary,
         gradient_bytes=moe * felt + boundaries_back * boundary,
-        unit_read_bytes=(source - untouched_bytes) * moe // len(layout.moe_layers) + len(plan.units) * (seen + felt),
+        unit_read_bytes=experts_bytes * moe // len(layout.moe_layers) + len(plan.units) * (seen + felt),
         unit_bytes=units,
         untouched_bytes=untouched_bytes,
         checkpoint_bytes=checkpoint,

@@ -2,17 +2,20 @@
 
 Shards are filled layer by layer, tensors outside the layers last. Within a shard the units come first, each contiguous and in the order of its own
 shard (so that a unit is one range copy), then source tensors, widest element first. Every unit is a multiple of 8 bytes, so no tensor is misaligned.
+Source tensors are byte ranges of the source, but for weights that it stores in FP8: these are BF16 here.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from p48ray.checkpoint.header import DTYPE_BYTES, TensorEntry
+from p48ray.checkpoint.fp8 import PlainTensor, plain_tensors
+from p48ray.checkpoint.header import DTYPE_BYTES
 from p48ray.checkpoint.index import CheckpointIndex
 from p48ray.checkpoint.layout import PROJECTIONS, ModelLayout
 from p48ray.plan import WorkUnit
 
 HeaderRow = tuple[str, str, tuple[int, ...]]
+Segment = WorkUnit | PlainTensor
 SUFFIXES = ("weight_global_scale", "input_global_scale", "weight_scale", "weight_packed")  # widest element first
 
 
@@ -21,7 +24,7 @@ class OutputShard:
     """One safetensors file of the result: whole units, then source tensors, in file order."""
 
     name: str
-    segments: tuple[WorkUnit | TensorEntry, ...]
+    segments: tuple[Segment, ...]
     num_bytes: int
 
 
@@ -52,21 +55,20 @@ def unit_bytes(layout: ModelLayout, unit: WorkUnit) -> int:
     return unit.num_experts * (weights // 2 + weights // 16 + 3 * 2 * 4)
 
 
-def untouched_tensors(index: CheckpointIndex, layout: ModelLayout) -> list[TensorEntry]:
-    """Source tensors that go to the output byte for byte, in output order."""
-    entries = [e for e in index.tensors.values() if not layout.is_expert_tensor(e.name)]
+def untouched_tensors(index: CheckpointIndex, layout: ModelLayout) -> list[PlainTensor]:
+    """Tensors that no unit makes, in output order: the source's byte for byte, or its FP8 weights as BF16."""
     outside = layout.num_layers + 10**6
 
-    def order(entry: TensorEntry) -> tuple[int, int, str]:
+    def order(entry: PlainTensor) -> tuple[int, int, str]:
         layer = layer_of(layout, entry.name)
         return (outside if layer is None else layer, -DTYPE_BYTES[entry.dtype], entry.name)
 
-    return sorted(entries, key=order)
+    return sorted(plain_tensors(index, layout), key=order)
 
 
 def plan_output(units: Sequence[WorkUnit], max_shard_bytes: int, index: CheckpointIndex, layout: ModelLayout) -> tuple[OutputShard, ...]:
     """Fill shards in order up to `max_shard_bytes`; a unit or tensor larger than that gets a shard of its own."""
-    filled: list[list[WorkUnit | TensorEntry]] = [[]]
+    filled: list[list[Segment]] = [[]]
     sizes = [0]
     for segment in ordered_segments(units, index, layout):
         size = unit_bytes(layout, segment) if isinstance(segment, WorkUnit) else segment.num_bytes
@@ -79,16 +81,16 @@ def plan_output(units: Sequence[WorkUnit], max_shard_bytes: int, index: Checkpoi
     return tuple(OutputShard(name=n, segments=aligned(s), num_bytes=b) for n, s, b in zip(names, filled, sizes, strict=True))
 
 
-def aligned(segments: list[WorkUnit | TensorEntry]) -> tuple[WorkUnit | TensorEntry, ...]:
-    """Units, then source tensors by falling element width; otherwise as given."""
+def aligned(segments: list[Segment]) -> tuple[Segment, ...]:
+    """Units, then the other tensors by falling element width; otherwise as given."""
     return tuple(sorted(segments, key=lambda s: -16 if isinstance(s, WorkUnit) else -DTYPE_BYTES[s.dtype]))
 
 
-def ordered_segments(units: Sequence[WorkUnit], index: CheckpointIndex, layout: ModelLayout) -> list[WorkUnit | TensorEntry]:
+def ordered_segments(units: Sequence[WorkUnit], index: CheckpointIndex, layout: ModelLayout) -> list[Segment]:
     by_layer: dict[int, list[WorkUnit]] = {}
     for unit in units:
         by_layer.setdefault(unit.layer, []).append(unit)
-    segments: list[WorkUnit | TensorEntry] = []
+    segments: list[Segment] = []
     untouched = untouched_tensors(index, layout)
     for layer in range(layout.num_layers):
         segments += by_layer.get(layer, [])

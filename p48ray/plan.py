@@ -7,10 +7,11 @@ holds a plan with another digest is refused by the name of the first setting tha
 import hashlib
 from typing import Literal
 
-from pydantic import JsonValue
+from pydantic import Field, JsonValue
 
 from p48ray import run_root
 from p48ray.checkpoint.families import ModelLayout, check_divisibility
+from p48ray.checkpoint.fp8 import Fp8Weight, plain_tensors
 from p48ray.checkpoint.index import CheckpointIndex
 from p48ray.config import RunConfig, lookup
 from p48ray.errors import ConfigError, PlanMismatchError
@@ -114,6 +115,7 @@ class SourceRecord(Record):
     hidden_size: int
     moe_intermediate_size: int
     expert_storage: str
+    num_fp8_outside_experts: int = Field(0, description="Weights that the output holds as BF16, because no client reads two quantizations.")
 
 
 class RunPlan(Record):
@@ -176,6 +178,7 @@ def make_plan(config: RunConfig, index: CheckpointIndex, layout: ModelLayout, do
         hidden_size=layout.hidden_size,
         moe_intermediate_size=layout.moe_intermediate_size,
         expert_storage=layout.expert_storage,
+        num_fp8_outside_experts=sum(isinstance(tensor, Fp8Weight) for tensor in plain_tensors(index, layout)),
     )
     plan = RunPlan(
         numerics_version=NUMERICS_VERSION,

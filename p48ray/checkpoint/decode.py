@@ -1,6 +1,7 @@
-"""Source experts as floating-point weights: INT4 as compressed-tensors decodes it, plain floats as they are.
+"""Source weights as floating-point: INT4 as compressed-tensors decodes it, FP8 through its own decoder, plain floats as they are.
 
-w = (code - 8) * scale, rounded to the scale's dtype (BF16): the model that servers of the release run, bit for bit (numerics.int4).
+INT4: w = (code - 8) * scale, rounded to the scale's dtype (BF16): the model that servers of the release run, bit for bit (numerics.int4). FP8: w =
+weight * weight_scale_inv of its block, in float32 and then rounded to BF16, as the release's own conversion does (see fp8).
 """
 
 from collections.abc import Iterable, Mapping
@@ -9,12 +10,14 @@ import torch
 from torch import Tensor
 
 from p48ray.checkpoint.experts import CODES_PER_WORD
+from p48ray.checkpoint.fp8 import Fp8Weight, PlainTensor
 from p48ray.checkpoint.header import TensorEntry
 from p48ray.checkpoint.index import CheckpointIndex
 from p48ray.checkpoint.layout import PROJECTIONS, ModelLayout
 from p48ray.checkpoint.tensors import read_tensors
 from p48ray.errors import SourceError
 from p48ray.numerics.int4 import decode_int4
+from p48ray.store import Store
 
 
 def read_expert(index: CheckpointIndex, layout: ModelLayout, layer: int, expert: int) -> dict[str, Tensor]:
@@ -46,7 +49,7 @@ def decode_expert(index: CheckpointIndex, layout: ModelLayout, layer: int, exper
 
 
 def decode_linear(tensors: Mapping[str, Tensor], layout: ModelLayout, where: str = "expert linear") -> Tensor:
-    """The weight of one linear, (out, in), in its scale's dtype (INT4) or as stored.
+    """The weight of one linear, (out, in), in its scale's dtype (INT4), in BF16 (FP8) or as stored.
 
     Args:    tensors: suffix ("weight_packed") -> tensor. where: file and name of the linear, for messages.
     Raises:  SourceError for scales or weights that are not finite, and for a weight_shape other than the packed words have.
@@ -57,6 +60,10 @@ def decode_linear(tensors: Mapping[str, Tensor], layout: ModelLayout, where: str
 
 def check_linear(tensors: Mapping[str, Tensor], layout: ModelLayout, where: str) -> None:
     """Raises: SourceError as decode_linear does."""
+    if layout.expert_storage == "fp8":
+        _check_finite(tensors["weight"].float(), f"{where}.weight")
+        _check_finite(tensors["weight_scale_inv"], f"{where}.weight_scale_inv")
+        return
     if layout.int4_group_size is None:
         _check_finite(tensors["weight"], f"{where}.weight")
         return
@@ -72,12 +79,59 @@ def check_linear(tensors: Mapping[str, Tensor], layout: ModelLayout, where: str)
 
 def decode_checked(tensors: Mapping[str, Tensor], layout: ModelLayout, out: Tensor | None = None) -> Tensor:
     """The weight of one linear out of tensors that check_linear has let pass, on their device; in `out` where that is given."""
+    if layout.expert_storage == "fp8":
+        assert layout.fp8_block is not None
+        weight = fp8_values(tensors["weight"], tensors["weight_scale_inv"], layout.fp8_block)
+        return weight if out is None else out.copy_(weight)
     if layout.int4_group_size is None:
         return tensors["weight"] if out is None else out.copy_(tensors["weight"])
     packed, scale = tensors["weight_packed"], tensors["weight_scale"]
     if out is not None and out.dtype != scale.dtype:
         return out.copy_(decode_int4(packed, scale))
     return decode_int4(packed, scale, out)
+
+
+def read_plain(store: Store, tensors: Iterable[PlainTensor]) -> dict[str, Tensor]:
+    """Tensors outside the compressed experts by name, on the CPU: as stored, or as BF16 where that is FP8. Neighbours are read in one request.
+
+    Raises: SourceError, naming file and tensor, for FP8 weights that are not finite.
+    """
+    wanted = list(tensors)
+    entries = [part for tensor in wanted for part in ((tensor.weight, tensor.scale_inv) if isinstance(tensor, Fp8Weight) else (tensor,))]
+    return decode_plain(read_tensors(store, entries), wanted)
+
+
+def decode_plain(stored: Mapping[str, Tensor], tensors: Iterable[PlainTensor]) -> dict[str, Tensor]:
+    """The same out of tensors by their stored names."""
+
+    def value(tensor: PlainTensor) -> Tensor:
+        if not isinstance(tensor, Fp8Weight):
+            return stored[tensor.name]
+        where = f"{tensor.file}: tensor {tensor.name}"
+        return decode_fp8(stored[tensor.weight.name], stored[tensor.scale_inv.name], tensor.block, where)
+
+    return {tensor.name: value(tensor) for tensor in tensors}
+
+
+def decode_fp8(weight: Tensor, scale_inv: Tensor, block: tuple[int, int], where: str = "weight") -> Tensor:
+    """(out, in) E4M3 and the scales of its blocks, (out blocks, in blocks) -> (out, in) BF16.
+
+    Raises: SourceError, saying `where`, for weights or scales that are not finite.
+    """
+    decoded = fp8_values(weight, scale_inv, block)
+    _check_finite(decoded, where)
+    return decoded
+
+
+def fp8_values(weight: Tensor, scale_inv: Tensor, block: tuple[int, int]) -> Tensor:
+    """decode_fp8 without its check, on the device of its arguments."""
+    from compressed_tensors.compressors import FloatQuantizationCompressor  # three seconds: only where a source is FP8
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+
+    args = QuantizationArgs(num_bits=8, type="float", symmetric=True, strategy="block", block_structure=list(block), dynamic=False)
+    parts = {"weight": weight, "weight_scale": scale_inv.float()}
+    decoded: Tensor = FloatQuantizationCompressor.decompress(parts, QuantizationScheme(targets=["Linear"], weights=args))["weight"]
+    return decoded.to(torch.bfloat16)
 
 
 def check_expert(index: CheckpointIndex, layout: ModelLayout, layer: int, expert: int, tensors: Mapping[str, Tensor]) -> None:

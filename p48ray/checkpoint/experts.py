@@ -6,6 +6,7 @@ Only headers are looked at. The first fault is reported with its file and key: a
 from collections.abc import Mapping
 from typing import Any
 
+from p48ray.checkpoint.fp8 import FP8_DTYPE, FP8_SCALE_DTYPES, scale_shape
 from p48ray.checkpoint.header import TensorEntry
 from p48ray.checkpoint.index import CONFIG_FILE, CheckpointIndex
 from p48ray.checkpoint.layout import PROJECTIONS, ModelLayout
@@ -83,14 +84,6 @@ def int4_group_size(config: Mapping[str, Any], text_config: Mapping[str, Any]) -
     return size
 
 
-def check_no_fp8(index: CheckpointIndex) -> None:
-    """Raises: SourceError for the first FP8 tensor, in an expert or elsewhere: no client reads two quantization methods in one model."""
-    for entry in index.tensors.values():
-        if entry.dtype.startswith("F8"):
-            where = f"{entry.file}: tensor {entry.name}"
-            raise SourceError(f"{where}: expected BF16 or INT4, found {entry.dtype}: FP8 sources are not built yet")
-
-
 def check_untouched(index: CheckpointIndex, layout: ModelLayout) -> None:
     """Raises: SourceError if tensors that pass through are packed: the output announces NVFP4 and could not say how to read them."""
     for entry in index.tensors.values():
@@ -104,6 +97,10 @@ def check_untouched(index: CheckpointIndex, layout: ModelLayout) -> None:
 def _tensor_shapes(layout: ModelLayout, projection: str) -> dict[str, tuple[tuple[int, ...], tuple[str, ...]]]:
     """suffix -> (shape, allowed dtypes) for one linear. Raises: SourceError if INT4 words or groups would be cut."""
     out_features, in_features = layout.linear_shape(projection)
+    if layout.expert_storage == "fp8":
+        assert layout.fp8_block is not None
+        scales = scale_shape((out_features, in_features), layout.fp8_block)
+        return {"weight": ((out_features, in_features), (FP8_DTYPE,)), "weight_scale_inv": (scales, FP8_SCALE_DTYPES)}
     if layout.int4_group_size is None:
         return {"weight": ((out_features, in_features), FLOATS)}
     for multiple, what in ((CODES_PER_WORD, "codes a word"), (layout.int4_group_size, "weights a scale")):

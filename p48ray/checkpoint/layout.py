@@ -9,12 +9,12 @@ from typing import Any, Literal
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 """The three linears of an expert, in the order of its forward pass: down(silu(gate(x)) * up(x))."""
 
-ExpertStorage = Literal["int4", "bf16"]
+ExpertStorage = Literal["int4", "fp8", "bf16"]
 
 EXPERT_SUFFIXES: Mapping[ExpertStorage, tuple[str, ...]] = MappingProxyType(
-    {"int4": ("weight_packed", "weight_scale", "weight_shape"), "bf16": ("weight",)}
+    {"int4": ("weight_packed", "weight_scale", "weight_shape"), "fp8": ("weight_scale_inv", "weight"), "bf16": ("weight",)}
 )
-"""The tensors of one expert linear, by storage. "bf16" stands for any plain float: BF16, F16 or F32."""
+"""The tensors of one expert linear, by storage; the first is one that no storage behind it has. "bf16" stands for any plain float: BF16, F16 or F32."""
 
 EXPERT_NAME = re.compile(r"(.*\.|)layers\.(0|[1-9]\d*)\.mlp\.experts\.(0|[1-9]\d*)\.(gate_proj|up_proj|down_proj)\.(\w+)")
 """(prefix, layer, expert, projection, suffix) of a routed expert's tensor; shared experts have no number and do not match."""
@@ -22,8 +22,9 @@ EXPERT_NAME = re.compile(r"(.*\.|)layers\.(0|[1-9]\d*)\.mlp\.experts\.(0|[1-9]\d
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelLayout:
-    """Names and sizes of one checkpoint, read from its config and headers. `int4_group_size` is None for plain storage.
+    """Names and sizes of one checkpoint, read from its config and headers. `int4_group_size` is None unless experts are INT4.
 
+    `fp8_block` is (outputs, inputs) that share a scale where any linear is stored in FP8, in or outside the experts; None without such.
     `layer_prefix` ends before a layer's number ("language_model.model.layers."). `head_name` is the embedding's where they are tied.
     `passthrough_expert_layers` are layers behind the last one (multi-token prediction) that hold experts too: they stay as they are.
     """
@@ -44,6 +45,7 @@ class ModelLayout:
     moe_intermediate_size: int
     expert_storage: ExpertStorage
     int4_group_size: int | None
+    fp8_block: tuple[int, int] | None = None
 
     @property
     def expert_suffixes(self) -> tuple[str, ...]:

@@ -18,12 +18,14 @@ import torch
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import preset_name_to_scheme
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, DeepseekV3Config, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.compressed_tensors import CompressedTensorsDequantize, get_experts_scheme
 from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
 
 NVFP4_FORMAT = "nvfp4-pack-quantized"
 HUB_OPTIONS = ("revision", "token", "trust_remote_code")
+SAME_ARCHITECTURE = {"kimi_k2": DeepseekV3Config}
+"""Model types that transformers knows under another name only; their releases bring code for old releases of transformers."""
 PROBE_SCALE = 4.0  # of the expert that is decoded to see whether the stock operation heeds it
 
 
@@ -85,6 +87,15 @@ def install() -> bool:
     return True
 
 
+def read_config(checkpoint: str, **options: Any) -> PreTrainedConfig:
+    """The checkpoint's configuration, of the class whose model transformers has."""
+    values, _ = PreTrainedConfig.get_config_dict(checkpoint, **{k: v for k, v in options.items() if k != "trust_remote_code"})
+    known = SAME_ARCHITECTURE.get(values.get("model_type"))
+    if known is None:
+        return AutoConfig.from_pretrained(checkpoint, **options)
+    return known.from_dict({k: v for k, v in values.items() if k not in ("model_type", "auto_map")})
+
+
 def load_model(checkpoint: str, **options: Any) -> PreTrainedModel:
     """A checkpoint of this project as a transformers model, decoded to dense weights.
 
@@ -92,7 +103,7 @@ def load_model(checkpoint: str, **options: Any) -> PreTrainedModel:
     Returns: the model in evaluation mode.
     """
     install()
-    config = AutoConfig.from_pretrained(checkpoint, **{k: v for k, v in options.items() if k in HUB_OPTIONS})
+    config = read_config(checkpoint, **{k: v for k, v in options.items() if k in HUB_OPTIONS})
     config.quantization_config = {**config.quantization_config, "dequantize": True}
     loader = AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
     model: PreTrainedModel = loader.from_pretrained(checkpoint, config=config, **options)

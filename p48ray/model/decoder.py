@@ -3,20 +3,21 @@
 Nothing here ever holds more than one layer. The routed experts are replaced by `RoutedExperts`, which is handed an expert when it is used.
 """
 
+from importlib import import_module
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from p48ray.checkpoint.decode import decode_plain, read_plain
+from p48ray.checkpoint.families import FAMILIES, Family
+from p48ray.checkpoint.fp8 import as_plain
 from p48ray.checkpoint.index import CheckpointIndex
 from p48ray.checkpoint.layer_reader import LayerReader
 from p48ray.checkpoint.layout import ModelLayout
-from p48ray.checkpoint.tensors import read_tensor
-from p48ray.errors import SourceError
+from p48ray.errors import P48Error, SourceError
 from p48ray.model.experts import RoutedExperts
 from p48ray.store.node_cache import NodeCache
-
-KEPT_IN_FLOAT32 = ("e_score_correction_bias",)  # the router adds it to fp32 scores; bf16 would change which experts win
 
 
 class Architecture(NamedTuple):
@@ -28,13 +29,18 @@ class Architecture(NamedTuple):
     norm: Any
 
 
-def architecture(family: str) -> Architecture:
-    """transformers' modules for a family of checkpoint.families. All known families are DeepSeek-V3 underneath."""
-    from transformers.models.deepseek_v3 import modeling_deepseek_v3 as deepseek
-    from transformers.models.deepseek_v3.configuration_deepseek_v3 import DeepseekV3Config
+def architecture(family: Family) -> Architecture:
+    """The classes that a family's record names. Raises: P48Error, naming class and record, where transformers has none of that name."""
+    import transformers  # half a second and 100 MB: only where a model is run
 
-    assert family in ("kimi_k25", "kimi_k2", "deepseek_v3"), family
-    return Architecture(DeepseekV3Config, deepseek.DeepseekV3DecoderLayer, deepseek.DeepseekV3RotaryEmbedding, deepseek.DeepseekV3RMSNorm)
+    names = family.transformers
+    try:
+        module = import_module(names.module)
+        return Architecture(*(getattr(module, name) for name in (names.config, names.layer, names.rotary, names.norm)))
+    except (ImportError, AttributeError) as error:
+        raise P48Error(
+            f"family {family.model_type}: transformers {transformers.__version__} has not what its file names: {error}"
+        ) from error
 
 
 class Decoder:
@@ -48,7 +54,8 @@ class Decoder:
     ) -> None:
         self.index, self.layout, self.device, self.dtype = index, layout, device, dtype
         self.reader = LayerReader(index, layout.layer_prefix, cache)
-        self.arch = architecture(layout.family)
+        self.family = FAMILIES[layout.family]
+        self.arch = architecture(self.family)
         settings = {
             k: v for k, v in layout.text_config.items() if k not in ("quantization_config", "model_type", "architectures", "auto_map")
         }
@@ -57,9 +64,10 @@ class Decoder:
         self.rotary = self.arch.rotary(self.config).to(device)
 
     def read(self, name: str) -> Tensor:
-        if name not in self.index.tensors:
+        tensor = as_plain(self.index, self.layout, self.index.tensors[name]) if name in self.index.tensors else None
+        if tensor is None:
             raise SourceError(f"{self.index.store.uri}: tensor {name} is missing; the model can not run without it")
-        return read_tensor(self.index.store, self.index.tensors[name])
+        return read_plain(self.index.store, [tensor])[name]
 
     def embed(self, token_ids_BS: Tensor) -> Tensor:
         """(B, S) ids -> (B, S, H) in the compute dtype."""
@@ -76,8 +84,10 @@ class Decoder:
         if experts is not None:
             module.mlp.experts = experts
         prefix = f"{self.layout.layer_prefix}{number}."
-        stored = {name: t for name, t in self.reader.tensors(number).items() if not self.layout.is_expert_tensor(name)}
-        state = {name.removeprefix(prefix): self.placed(name, t) for name, t in stored.items()}
+        unused, stored = self.family.recomputed_tensors, self.reader.tensors(number)
+        entries = [self.index.tensors[name] for name in stored if not name.endswith(unused)]
+        tensors = [tensor for entry in entries if (tensor := as_plain(self.index, self.layout, entry)) is not None]
+        state = {name.removeprefix(prefix): self.placed(name, t) for name, t in decode_plain(stored, tensors).items()}
         wanted = set(module.state_dict())
         if wanted != set(state):
             raise SourceError(
@@ -91,7 +101,7 @@ class Decoder:
         self.reader.prefetch(number)
 
     def placed(self, name: str, tensor: Tensor) -> Tensor:
-        dtype = torch.float32 if name.endswith(KEPT_IN_FLOAT32) else self.dtype
+        dtype = torch.float32 if name.endswith(self.family.float32_tensors) else self.dtype
         return tensor.to(self.device, dtype)
 
     def positions(self, length: int) -> tuple[Tensor, Tensor]:

@@ -77,11 +77,13 @@ def load_tokenizer(index: CheckpointIndex, trust_remote_code: bool) -> Any:
 
     Raises: SourceError with the reason when transformers can not build it.
     """
-    from transformers import AutoTokenizer  # half a second and 100 MB: only where text is read
+    from transformers import CONFIG_MAPPING, AutoTokenizer, PreTrainedConfig  # half a second and 100 MB: only where text is read
 
+    # For a model type that it does not know (Kimi-K2's) transformers fills a bare config with all keys, and fails on them; tokenizers need none.
+    blank = {} if index.config.get("model_type") in CONFIG_MAPPING else {"config": PreTrainedConfig()}
     with tokenizer_folder(index) as folder:
         try:
-            return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True, **blank)
         except Exception as error:
             hint = "" if trust_remote_code else "; if it ships its own tokenizer code that you trust, set source.trust_remote_code: true"
             raise SourceError(f"{index.store.uri}: the tokenizer can not be loaded: {type(error).__name__}: {error}{hint}") from error

@@ -11,6 +11,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from p48ray import __version__
+from p48ray.checkpoint.families import FAMILIES
 from p48ray.checkpoint.index import CheckpointIndex
 from p48ray.errors import ObjectMissingError
 from p48ray.manifest import UnitManifest
@@ -20,13 +21,8 @@ from p48ray.plan import NUMERICS_VERSION, RunPlan
 from p48ray.stages.context import StageContext
 from p48ray.stages.evaluate import EvaluationResult
 
-VLLM_VERSION = "0.32"  # whose flags these are; it reads no VLLM_USE_FLASHINFER_MOE_FP4 any more
+VLLM_VERSION = "0.32"  # which reads no VLLM_USE_FLASHINFER_MOE_FP4 any more; the flags of a family's models are in its file
 MOE_BACKEND = "flashinfer_trtllm"  # of its NVFP4 backends the one that it tries first
-SERVING_FLAGS = {
-    "kimi_k25": ("--mm-encoder-tp-mode data", "--trust-remote-code", "--tool-call-parser kimi_k2", "--reasoning-parser kimi_k2"),
-    "kimi_k2": ("--trust-remote-code", "--tool-call-parser kimi_k2"),
-}
-"""Flags that only a family's models take."""
 NOTICES = ("LICENSE", "LICENCE", "NOTICE", "THIRD_PARTY", "USE_POLICY")
 CARRIED_FIELDS = ("license", "license_name", "license_link", "pipeline_tag")
 
@@ -111,12 +107,22 @@ def summary(context: StageContext) -> str:
     vision = " Calibrated on text only; the vision tower and its projector pass through untouched." if has_vision(context) else ""
     return (
         f"{origin} with its routed experts ({len(plan.layers)} layers x {plan.source.num_experts} experts) {form}, weights and activations (W4A4), in the "
-        f"compressed-tensors format `nvfp4-pack-quantized`. Everything else is byte for byte as in the source.{vision}"
+        f"compressed-tensors format `nvfp4-pack-quantized`. {everything_else(context)}{vision}"
     )
 
 
+def everything_else(context: StageContext) -> str:
+    """What became of the tensors that no unit made."""
+    count = context.plan.source.num_fp8_outside_experts
+    fp8 = f", but for {count:,} weights that the source stores in FP8: they are BF16 here, because no client reads two quantizations in one model"
+    behind = context.layout.passthrough_expert_layers
+    layers = f" Layer {', '.join(map(str, behind))} behind the last one (multi-token prediction) passes through under the same rule."
+    return "Everything else is byte for byte as in the source" + (fp8 if count else "") + "." + (layers if behind else "")
+
+
 def has_vision(context: StageContext) -> bool:
-    return "vision_config" in context.source.config
+    prefixes = FAMILIES[context.layout.family].vision_prefixes
+    return bool(prefixes) and any(name.startswith(prefixes) for name in context.source.tensors)
 
 
 def origin_rows(context: StageContext) -> list[tuple[str, str]]:
@@ -124,7 +130,9 @@ def origin_rows(context: StageContext) -> list[tuple[str, str]]:
     base, revision = base_model(context.plan), base_revision(context.plan)
     named = f"[{base}](https://huggingface.co/{base})" if base else "a checkpoint without a name on the Hub"
     at = f", revision `{revision}`" if revision else ""
-    stored = {"int4": "INT4 (compressed-tensors `pack-quantized`)", "bf16": "plain floats"}.get(context.layout.expert_storage)
+    stored = {"int4": "INT4 (compressed-tensors `pack-quantized`)", "fp8": "FP8 (blocks of 128 x 128)", "bf16": "plain floats"}.get(
+        context.layout.expert_storage
+    )
     return [
         ("source", f"{named}{at}; fingerprint `{context.plan.source.fingerprint}`"),
         ("its experts", stored or context.layout.expert_storage),
@@ -156,7 +164,7 @@ def compression_rows(context: StageContext) -> list[tuple[str, str]]:
         ("routed experts", f"{c.sparsity}, NVFP4 weights (E2M1 codes, one E4M3 scale per 16 inputs)"),
         ("scale span", f"{c.scale_span} inputs" + (" (lossless in the sparse kernels' group-32 form)" if c.scale_span == 32 else "")),
         ("activations", "NVFP4, local scales at run time, one global scale a layer and side"),
-        ("everything else", "untouched"),
+        ("everything else", f"untouched; {fp8:,} FP8 weights as BF16" if (fp8 := plan.source.num_fp8_outside_experts) else "untouched"),
         ("method", method),
         ("calibration", f"{texts.num_sequences:,} x {texts.sequence_length:,} tokens, seed {texts.seed}: {documents}"),
     ]
@@ -171,8 +179,7 @@ KEY_ROWS = [
 
 
 def serving(context: StageContext) -> str:
-    plan = context.plan
-    flags = ["--tensor-parallel-size 4", *SERVING_FLAGS.get(plan.source.family, ())]
+    flags = ["--tensor-parallel-size 4", *FAMILIES[context.plan.source.family].serving_flags]
     command = " \\\n  ".join([f"vllm serve <this repository> {flags[0]}", *flags[1:]])
     return (
         "NVFP4 weights and activations want NVIDIA Blackwell GPUs; a model of Kimi-K2.5's size, 595 GB, takes four B200. "

@@ -50,6 +50,8 @@ def plan_rows(prepared: Prepared, e: Estimate) -> list[tuple[str, str]]:
         if plan.is_pilot
         else ("output", f"{len(prepared.shards)} shards, {size(e.checkpoint_bytes)}, of it untouched {size(e.untouched_bytes)}"),
     ]
+    if count := plan.source.num_fp8_outside_experts:
+        rows.append(("FP8 outside the experts", f"{count:,} weights become BF16 in the output, among the untouched"))
     if r.gpus_per_worker:
         hours = f"{e.gpu_hours:.1f} GPU-hours on H100s (streaming {e.stream_gpu_hours:.1f}, solver {e.solver_gpu_hours:.1f}; input and output apart)"
         price = f", {e.gpu_hours * r.gpu_hour_price:,.0f} at {r.gpu_hour_price:g} an hour" if r.gpu_hour_price else ""

@@ -5,14 +5,17 @@ A shard is a header plus byte ranges, composed by the store in one atomic object
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from p48ray import run_root
+from p48ray.checkpoint.decode import read_plain
+from p48ray.checkpoint.fp8 import Fp8Weight
 from p48ray.checkpoint.header import encode_header
 from p48ray.checkpoint.index import INDEX_FILE
 from p48ray.checkpoint.layout import ModelLayout
 from p48ray.checkpoint.output_config import output_config
+from p48ray.checkpoint.tensors import tensor_bytes
 from p48ray.errors import CorruptObjectError, ObjectMissingError, ShardCorruptError
 from p48ray.manifest import CheckpointManifest, ShardVerdict, UnitManifest
 from p48ray.output_layout import OutputShard, shard_rows
@@ -54,23 +57,34 @@ def is_whole(context: StageContext, shard: StitchedShard) -> bool:
 
 def compose_shard(context: StageContext, shard: OutputShard, done: StitchedShard) -> None:
     key = run_root.checkpoint_file(shard.name)
-    pieces: list[Piece] = [encode_header(shard_rows(shard, context.layout))]
+    units: dict[str, ByteRange] = {}
     corrupt: list[CorruptObjectError] = []
     for segment in shard.segments:
         if isinstance(segment, WorkUnit):
             try:
-                pieces.append(unit_range(context, segment))
+                units[segment.id] = unit_range(context, segment)
             except CorruptObjectError as error:
                 corrupt.append(error)  # all of them are named, so that one round makes them all anew
-        else:
-            pieces.append(ByteRange(context.source.store, segment.file, segment.start, segment.num_bytes))
     if corrupt:
         more = f" (and {len(corrupt) - 1} more units)" if len(corrupt) > 1 else ""
         raise CorruptObjectError(f"{corrupt[0]}{more}", *(name for error in corrupt for name in error.keys))
-    written = context.store.compose(key, pieces)
+    written = context.store.compose(key, shard_pieces(context, shard, units))
     if written != done.size_bytes:
         context.store.delete(key)
         raise ShardCorruptError(f"{context.store.uri}/{key}: expected {done.size_bytes} bytes, composed {written}")
+
+
+def shard_pieces(context: StageContext, shard: OutputShard, units: Mapping[str, ByteRange]) -> Iterator[Piece]:
+    """Header, units and source tensors in file order. FP8 weights are decoded as they are asked for: one at a time is held in memory."""
+    yield encode_header(shard_rows(shard, context.layout))
+    source = context.source.store
+    for segment in shard.segments:
+        if isinstance(segment, WorkUnit):
+            yield units[segment.id]
+        elif isinstance(segment, Fp8Weight):
+            yield tensor_bytes(read_plain(source, [segment])[segment.name])
+        else:
+            yield ByteRange(source, segment.file, segment.start, segment.num_bytes)
 
 
 def file_bytes(shard: OutputShard, layout: ModelLayout) -> int:

@@ -1,7 +1,8 @@
 """Verify: re-read a finished checkpoint as a stranger and compare it with what was promised.
 
 Per tensor: patterns legal, no minus zero, scales finite and positive, gate and up agreeing on their global scales, plain weight error against the source
-as the unit's manifest claims. Untouched tensors byte-equal. Over all: exactly the planned set of tensors, in the shards that the index names.
+as the unit's manifest claims. Untouched tensors byte-equal, FP8 ones equal to the source's as BF16. Over all: exactly the planned set of tensors, in the
+shards that the index names.
 """
 
 import hashlib
@@ -14,11 +15,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from p48ray.checkpoint.decode import read_expert
+from p48ray.checkpoint.decode import read_expert, read_plain
+from p48ray.checkpoint.fp8 import Fp8Weight
 from p48ray.checkpoint.header import TensorEntry, parse_header, read_header_bytes
 from p48ray.checkpoint.index import CONFIG_FILE, INDEX_FILE, CheckpointIndex
 from p48ray.checkpoint.layout import PROJECTIONS, ModelLayout
-from p48ray.checkpoint.tensors import read_tensors, serialize
+from p48ray.checkpoint.tensors import read_tensors, serialize, tensor_bytes
 from p48ray.errors import ObjectMissingError, ShardCorruptError, SourceError
 from p48ray.numerics import e2m1, nvfp4, paired48
 from p48ray.numerics.metrics import relative_weight_error
@@ -73,6 +75,11 @@ def verify_shard(checkpoint: Store, source: CheckpointIndex, layout: ModelLayout
                 originals = read_expert(source, layout, segment.layer, expert)
                 names = {p: layout.expert_linear_name(segment.layer, expert, p) for p in PROJECTIONS}
                 problems += check_expert(names, tensors, originals, promise)
+        elif isinstance(segment, Fp8Weight):
+            digests[segment.name] = tensor_digest(checkpoint, entries[segment.name])
+            expected = tensor_bytes(read_plain(source.store, [segment])[segment.name])
+            if digests[segment.name] != hashlib.sha256(expected).hexdigest():
+                problems.append(f"{shard.name}: {segment.name}: values differ from the source's FP8 weight as BF16 ({segment.file})")
         else:
             is_same, digests[segment.name] = compare_bytes(checkpoint, entries[segment.name], source.store, segment)
             if not is_same:

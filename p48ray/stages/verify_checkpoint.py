@@ -218,6 +218,7 @@ def survey_alone(checkpoint: Store, manifest: CheckpointManifest, sizes: Mapping
             units[files[0]].append((unit, tuple(linears)))
         elif files:
             problems.append(f"unit {unit.id}: expected its tensors in one file, found them in {', '.join(files)}")
+    # experts behind the last layer (multi-token prediction) pass through, and are promised with the untouched tensors
     stray = sorted(n for n in entries if EXPERT_NAME.fullmatch(n) and n not in known and n not in manifest.untouched_sha256)
     problems += [f"{name}: an expert tensor that the manifest does not know" for name in stray]
     problems += unexpected_tensors(manifest, entries, known)

@@ -2,6 +2,8 @@
 
 import os
 import subprocess
+from collections.abc import Callable
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import pytest
 from tests.conftest import REPO
 
 HAS_VLLM = find_spec("vllm") is not None
-collect_ignore = [] if HAS_VLLM else ["test_vllm.py"]
+collect_ignore = [] if HAS_VLLM else ["test_vllm.py", "test_vllm_families.py"]
 
 # vLLM reads these when it is imported. One process, so that tests can look into it; no compiler; no MLA, whose CPU code takes no float32.
 if HAS_VLLM:
@@ -29,7 +31,16 @@ if HAS_VLLM:
 @pytest.fixture(scope="session")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint and its twin, made by the main environment: that of P48RAY_PYTHON, or of `make setup`."""
-    folder = tmp_path_factory.mktemp("made")
+    return make(tmp_path_factory.mktemp("made"))
+
+
+@pytest.fixture(scope="session")
+def made_families(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The same of a family's small random checkpoint, once a session."""
+    return cache(lambda family: make(tmp_path_factory.mktemp(family), family))
+
+
+def make(folder: Path, *family: str) -> Path:
     python = os.environ.get("P48RAY_PYTHON", str(REPO / ".venv" / "bin" / "python"))
-    subprocess.run([python, "-m", "tests.clients.twin", str(folder)], cwd=REPO, check=True)
+    subprocess.run([python, "-m", "tests.clients.twin", str(folder), *family], cwd=REPO, check=True)
     return folder

@@ -186,7 +186,10 @@ def drop_config(folder: Path) -> None:
         (root_a_tensor, [SHARD, "'/etc/outside'", "expected a name without"]),
         (drop_an_expert, [f"{LAYERS}.2.mlp.experts.3.up_proj.weight_scale", "expected", "found"]),
         (break_config, ["config.json", "expected JSON"]),
-        (be_another_model, ["config.json: model_type", "expected one of kimi_k25", "found 'llama'"]),
+        (
+            be_another_model,
+            ["config.json: model_type", "one of deepseek_v3, kimi_k2, kimi_k25, qwen3_moe, found 'llama'", "docs/families.md shows how"],
+        ),
         (drop_config, ["config.json", "found none"]),
     ],
     ids=lambda value: value.__name__ if callable(value) else "",

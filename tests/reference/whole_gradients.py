@@ -4,11 +4,11 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from transformers import DeepseekV3ForCausalLM
+from transformers import PreTrainedModel
 
 
 def at_routed_outputs(
-    model: DeepseekV3ForCausalLM, token_ids_BS: Tensor, label: Callable[[Tensor], Tensor]
+    model: PreTrainedModel, token_ids_BS: Tensor, label: Callable[[Tensor], Tensor]
 ) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
     """Gradients of the summed cross-entropy, by layer: at the output of its routed experts, and at what enters it (num_layers: the final norm); (T, H) each.
 

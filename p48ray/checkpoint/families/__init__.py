@@ -1,56 +1,54 @@
 """From an index to a layout: which family a checkpoint is, and whether it holds what that family holds.
 
-Nothing but the model types is hard-wired: where the text model's names start is read off the experts' names, sizes come from the config,
-and the two are checked against each other.
+What differs between families stands in their files (see record and docs/families.md). Where the text model's names start is read off the
+experts' names, sizes come from the config, and the two are checked against each other.
 """
 
 from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any
 
-from p48ray.checkpoint.experts import ExpertEntries, check_divisibility, check_experts, check_no_fp8, check_untouched, int4_group_size
+from p48ray.checkpoint.experts import ExpertEntries, check_divisibility, check_experts, check_untouched, int4_group_size
+from p48ray.checkpoint.families.record import Family, TextConfig
+from p48ray.checkpoint.families.registry import FAMILIES
+from p48ray.checkpoint.fp8 import check_fp8
 from p48ray.checkpoint.header import TensorEntry
 from p48ray.checkpoint.index import CONFIG_FILE, CheckpointIndex
 from p48ray.checkpoint.layout import EXPERT_NAME, EXPERT_SUFFIXES, PROJECTIONS, ExpertStorage, ModelLayout
 from p48ray.errors import SourceError
 
-FAMILIES: Mapping[str, tuple[str, ...]] = MappingProxyType({"kimi_k25": ("text_config",), "kimi_k2": (), "deepseek_v3": ()})
-"""model_type -> where in config.json the text model's config is."""
-
-TEXT_MODEL_TYPES = ("kimi_k2", "deepseek_v3")
-"""The architectures that the layers behind a layout may have: DeepSeek-V3's, under two names."""
-
-__all__ = ["FAMILIES", "PROJECTIONS", "TEXT_MODEL_TYPES", "ModelLayout", "check_divisibility", "describe_model"]
+__all__ = ["FAMILIES", "PROJECTIONS", "Family", "ModelLayout", "check_divisibility", "describe_model"]
 
 
 def describe_model(index: CheckpointIndex) -> ModelLayout:
     """The layout of a checkpoint, all of whose expert tensors have been checked to be there with the right dtype and shape.
 
-    Raises: SourceError, naming file and key, for a family that is not known, FP8 weights, and whatever config and headers disagree on.
+    Raises: SourceError, naming file and key, for a family that is not known and whatever config and headers disagree on.
     """
     family = _family(index.config)
-    path = FAMILIES[family]
-    text_config = _text_config(index.config, path)
-    check_no_fp8(index)
-    prefix, experts, passthrough_layers = _find_experts(index, _size(text_config, path, "num_hidden_layers"))
+    text = _text_config(index.config, family)
+    family.check_supported(text)
+    num_layers = text.integer("num_hidden_layers")
+    fp8_block = check_fp8(index, text.values)
+    prefix, experts, passthrough_layers = _find_experts(index, num_layers)
     storage = _storage(experts)
     layout = ModelLayout(
-        family=family,
-        text_config=text_config,
-        text_config_path=path,
+        family=family.model_type,
+        text_config=dict(text.values),
+        text_config_path=family.text_config_path,
         layer_prefix=f"{prefix}layers.",
         embed_name=f"{prefix}embed_tokens.weight",
         norm_name=f"{prefix}norm.weight",
-        head_name=_head_name(index, text_config, prefix),
-        num_layers=_size(text_config, path, "num_hidden_layers"),
-        moe_layers=_moe_layers(text_config, path),
+        head_name=_head_name(index, text.values, prefix),
+        num_layers=num_layers,
+        moe_layers=_moe_layers(family, text),
         passthrough_expert_layers=passthrough_layers,
-        num_experts=_size(text_config, path, "n_routed_experts"),
-        top_k=_size(text_config, path, "num_experts_per_tok"),
-        hidden_size=_size(text_config, path, "hidden_size"),
-        moe_intermediate_size=_size(text_config, path, "moe_intermediate_size"),
+        num_experts=text.integer(family.num_experts_key),
+        top_k=text.integer(family.top_k_key),
+        hidden_size=text.integer(family.hidden_size_key),
+        moe_intermediate_size=text.integer(family.moe_intermediate_size_key),
         expert_storage=storage,
-        int4_group_size=int4_group_size(index.config, text_config) if storage == "int4" else None,
+        int4_group_size=int4_group_size(index.config, text.values) if storage == "int4" else None,
+        fp8_block=fp8_block,
     )
     _check_ends(index, layout)
     check_experts(layout, experts)
@@ -58,41 +56,34 @@ def describe_model(index: CheckpointIndex) -> ModelLayout:
     return layout
 
 
-def _family(config: Mapping[str, Any]) -> str:
-    family = config.get("model_type")
-    if not isinstance(family, str) or family not in FAMILIES:
-        raise SourceError(f"{CONFIG_FILE}: model_type: expected one of {', '.join(FAMILIES)}, found {family!r}")
-    return family
+def _family(config: Mapping[str, Any]) -> Family:
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        raise SourceError(
+            f"{CONFIG_FILE}: model_type: expected one of {', '.join(FAMILIES)}, found {model_type!r}; "
+            "a family is one file in p48ray/checkpoint/families (docs/families.md shows how to add it)"
+        )
+    return FAMILIES[model_type]
 
 
-def _text_config(config: Mapping[str, Any], path: tuple[str, ...]) -> dict[str, Any]:
+def _text_config(config: Mapping[str, Any], family: Family) -> TextConfig:
     """The text model's config. Raises: SourceError if it is not there, or is of another architecture."""
     found: Any = config
-    for key in path:
+    for key in family.text_config_path:
         found = found.get(key) if isinstance(found, dict) else None
     if not isinstance(found, dict):
-        raise SourceError(f"{CONFIG_FILE}: {'.'.join(path)}: expected an object, found {found!r}")
-    if found.get("model_type") not in TEXT_MODEL_TYPES:
-        where = ".".join((*path, "model_type"))
-        raise SourceError(f"{CONFIG_FILE}: {where}: expected one of {', '.join(TEXT_MODEL_TYPES)}, found {found.get('model_type')!r}")
-    return found
+        raise SourceError(f"{CONFIG_FILE}: {'.'.join(family.text_config_path)}: expected an object, found {found!r}")
+    text = TextConfig(found, family.text_config_path)
+    if found.get("model_type") not in family.text_model_types:
+        known = ", ".join(family.text_model_types)
+        raise SourceError(f"{text.where('model_type')}: expected one of {known}, found {found.get('model_type')!r}")
+    return text
 
 
-def _size(text_config: Mapping[str, Any], path: tuple[str, ...], key: str, *, least: int = 1) -> int:
-    """A number of the text config. Raises: SourceError, naming its dotted path, if it is no integer of at least `least`."""
-    value = text_config.get(key)
-    if type(value) is not int or value < least:
-        raise SourceError(f"{CONFIG_FILE}: {'.'.join((*path, key))}: expected an integer >= {least}, found {value!r}")
-    return value
-
-
-def _moe_layers(text_config: Mapping[str, Any], path: tuple[str, ...]) -> tuple[int, ...]:
-    """Layers with routed experts, by DeepSeek-V3's rule: from first_k_dense_replace on, every moe_layer_freq-th."""
-    first = _size(text_config, path, "first_k_dense_replace", least=0)
-    step = _size(text_config, path, "moe_layer_freq") if "moe_layer_freq" in text_config else 1
-    layers = tuple(layer for layer in range(first, _size(text_config, path, "num_hidden_layers")) if layer % step == 0)
+def _moe_layers(family: Family, text: TextConfig) -> tuple[int, ...]:
+    layers = tuple(family.moe_layers(text))
     if not layers:
-        raise SourceError(f"{CONFIG_FILE}: {'.'.join((*path, 'first_k_dense_replace'))}: expected a layer with experts, found none")
+        raise SourceError(f"{text.where(family.moe_layers_key)}: expected a layer with experts, found none")
     return layers
 
 
@@ -125,8 +116,8 @@ def _storage(experts: ExpertEntries) -> ExpertStorage:
         if suffixes[0] in entries:
             return storage
     entry = next(iter(entries.values()))
-    known = " or ".join(suffixes[0] for suffixes in EXPERT_SUFFIXES.values())
-    raise SourceError(f"{entry.file}: tensor {entry.name}: expected {known} for this linear, found {', '.join(sorted(entries))}")
+    found = ", ".join(sorted(entries))
+    raise SourceError(f"{entry.file}: tensor {entry.name}: expected weight_packed or weight for this linear, found {found}")
 
 
 def _head_name(index: CheckpointIndex, text_config: Mapping[str, Any], prefix: str) -> str:
