@@ -1,4 +1,4 @@
-"""The unit of dispatch: a stage's name and one item of its work. Runners hand tasks to processes; `execute` is what every process does with one."""
+"""The unit of dispatch: a stage's name and one item of its work. Runners hand tasks to processes; a `Workplace` is what each process does them with."""
 
 import logging
 import time
@@ -6,7 +6,7 @@ import traceback
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -26,10 +26,10 @@ from p48ray.stages.context import StageContext
 from p48ray.stages.evaluate import compressed_expert, evaluate_part
 from p48ray.stages.gradients import gradient_parts
 from p48ray.stages.inputs import open_run_root
+from p48ray.stages.mirror import look, mirror_file, open_source
 from p48ray.stages.reduce import stitch_shard
 from p48ray.stages.verify import Promise, verify_shard
-from p48ray.store.base import Store
-from p48ray.store.open import open_store
+from p48ray.store.base import Store, Traffic
 from p48ray.store.view import SubStore
 
 log = logging.getLogger(__name__)
@@ -86,36 +86,61 @@ class TaskResult:
         return errors.StageFailedError(f"{self.task.stage} {self.task.id}: {self.error_type}: {self.error}")
 
 
-def open_context(plan: RunPlan, store_uri: str) -> StageContext:
-    """Open the run root and the source in this process, and fix what could change a sum: threads and precision.
+def open_context(plan: RunPlan, store: Store) -> StageContext:
+    """Open the source in this process, and fix what could change a sum: threads and precision.
 
     Raises: SourceError when the source is not the one that was planned.
     """
     torch.set_num_threads(plan.config.run.threads_per_worker)
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
-    source = open_checkpoint(open_store(plan.config.source.checkpoint, plan.config.source.endpoint_url))
-    if source.fingerprint != plan.source.fingerprint:
-        raise errors.SourceError(
-            f"{source.store.uri}: changed since it was planned: expected fingerprint {plan.source.fingerprint[:12]}, found {source.fingerprint[:12]}"
-        )
+    source = open_source(plan, store)
     on_gpu = plan.config.run.gpus_per_worker > 0
     return StageContext(
         plan=plan,
-        store=open_run_root(plan, store_uri),
+        store=store,
         source=source,
         layout=describe_model(source),
         device=torch.device("cuda" if on_gpu else "cpu"),
     )
 
 
-def execute(context: StageContext, task: Task) -> TaskResult:
-    """Run one task; a failure is recorded in the bucket and returned, never raised, so that the rest of the stage goes on."""
+class Workplace:
+    """What one process works with: the run root at once, the source when the first task comes that reads it.
+
+    The tasks of the mirror come before there is a source to open. A process that starts after them opens everything at its start.
+    """
+
+    def __init__(self, plan: RunPlan, store_uri: str) -> None:
+        """Raises: SourceError when the source is not the one that was planned."""
+        self.plan, self.store = plan, open_run_root(plan, store_uri)
+        if look(plan, self.store).is_complete:
+            self.context  # noqa: B018 (opened now)
+
+    @cached_property
+    def context(self) -> StageContext:
+        return open_context(self.plan, self.store)
+
+    @property
+    def traffic(self) -> list[Traffic]:
+        """Counters of what this process has opened so far."""
+        source = [self.context.source.store.traffic] if "context" in self.__dict__ and not self.plan.source.mirror else []
+        return [self.store.traffic, *source]
+
+    def execute(self, task: Task) -> TaskResult:
+        """Run one task; see `attempt`."""
+        if task.stage == MIRROR_STAGE:
+            return attempt(self.store, task, lambda: mirror_file(self.store, task.item))
+        return attempt(self.store, task, lambda: STAGES[task.stage](self.context, task.item))
+
+
+def attempt(store: Store, task: Task, work: Callable[[], object]) -> TaskResult:
+    """Do the work of one task; a failure is recorded in the bucket and returned, never raised, so that the rest of the stage goes on."""
     start = time.monotonic()
     try:
-        made = STAGES[task.stage](context, task.item)
+        made = work()
     except Exception as error:  # noqa: BLE001 (the one boundary: whatever a stage raises becomes a record with its traceback)
-        record_failure(context.store, task, error)
+        record_failure(store, task, error)
         redo = error.keys if isinstance(error, CorruptObjectError) else ()
         return TaskResult(task=task, error_type=type(error).__name__, error=str(error), redo=redo, seconds=time.monotonic() - start)
     return TaskResult(task=task, seconds=time.monotonic() - start, facts=facts_of(made))
@@ -188,6 +213,7 @@ def evaluate_and_record(context: StageContext, item: tuple[str, SequencePart]) -
     context.store.put(run_root.evaluation_part(digest, part.part), sums.to_json())
 
 
+MIRROR_STAGE = "mirror"  # the one stage that works without the source
 STAGES: dict[str, Callable[[StageContext, Any], object]] = {
     "capture": capture_parts,
     "gradients": gradient_parts,
