@@ -9,7 +9,6 @@ weights, pictures, .gitattributes. The copy is kept whatever `run.keep` says: re
 """
 
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -56,7 +55,7 @@ def mirror_file(store: Store, item: MirrorItem) -> MirrorManifest:
     start, file = time.monotonic(), item.file
     digest = FileDigest(HubFile(file.path, file.size_bytes, file.sha256, file.git_sha1))
     key = run_root.source_file(file.path)
-    num_bytes = store.compose(key, checked(item.source, digest))
+    num_bytes = store.compose(key, item.source.download(digest))
     if num_bytes != file.size_bytes:
         raise ShardCorruptError(f"{store.uri}/{key}: expected {file.size_bytes} bytes, wrote {num_bytes}")
     manifest = MirrorManifest(
@@ -69,14 +68,6 @@ def mirror_file(store: Store, item: MirrorItem) -> MirrorManifest:
     )
     store.put(run_root.mirror_manifest(file.path), manifest.to_json())
     return manifest
-
-
-def checked(source: HubStore, digest: FileDigest) -> Iterator[bytes]:
-    """The file's bytes; raises in place of the end if they are not those of the plan, so that whoever writes them gives up."""
-    for data in source.stream(digest.file.path):
-        digest.update(data)
-        yield data
-    digest.check(f"{source.uri}/{digest.file.path}")
 
 
 @dataclass(frozen=True, slots=True)

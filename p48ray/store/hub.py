@@ -141,12 +141,16 @@ class HubStore:
         return self._tree(full.rpartition("/")[0]).get(full)
 
     def stream(self, key: str) -> Iterator[bytes]:
-        """The whole file in pieces of STREAM_BYTES at most, taken up again where a connection breaks, and held against its digest at the end.
+        """See `download`. Raises: ObjectMissingError too."""
+        return self.download(self._existing(key).digest())
 
-        Raises: ObjectMissingError; TransientStoreError, after the last piece, if the bytes are not those that the Hub names.
+    def download(self, digest: FileDigest) -> Iterator[bytes]:
+        """A whole file in pieces of STREAM_BYTES at most, taken up again where a connection breaks, and held against its digest at the end.
+
+        Args:   digest: of the file, nothing counted yet; it counts what is handed on. What the Hub lists is not asked for again.
+        Raises: TransientStoreError, after the last piece, if the bytes are not those that the Hub lists.
         """
-        file = self._existing(key)
-        digest, failed, kinds = file.digest(), 0, failures()
+        file, failed, kinds = digest.file, 0, failures()
         while digest.num_bytes < file.size_bytes:
             before = digest.num_bytes
             try:
