@@ -123,7 +123,7 @@ def sparsity_alone(config: RunConfig) -> EvaluationResult:
     prepared = prepare(config)
     plan, settings = prepared.plan, prepared.plan.config.evaluation
     assert settings is not None
-    context = open_context(plan, prepared.store.uri)
+    context = open_context(plan, prepared.store)
     experts: dict[tuple[int, int], ExpertWeights] = {}
     for unit in plan.units:
         experts |= {(unit.layer, expert): w for expert, w in zip(unit.experts, sparse_unit(context, unit), strict=True)}

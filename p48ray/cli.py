@@ -15,6 +15,7 @@ from p48ray.errors import ConfigError, P48Error, UserError
 from p48ray.report.inspect import inspect_linear, print_inspection
 from p48ray.report.status import print_status, read_status
 from p48ray.runner.console import configure_logging
+from p48ray.store.hub import is_hub
 from p48ray.store.open import ENDPOINT_VARIABLES, open_store
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, pretty_exceptions_enable=False)
@@ -40,6 +41,8 @@ def status(run_root: Annotated[str, typer.Argument(help="Folder or URI of a run.
     """How far a run has come: each stage, each layer, and what failed."""
 
     def action() -> bool:
+        if is_hub(run_root):
+            raise ConfigError(f"{run_root}: expected a run root, found a repository on the Hub, where none can lie")
         print_status(read_status(open_store(run_root, endpoint_url)), console)
         return True
 

@@ -47,10 +47,11 @@ class SourceConfig(Section):
 
 
 class DocumentSource(Section):
-    """One file (or data set) of texts in a mix."""
+    """One source of texts in a mix: .jsonl or .parquet with a column text, messages or conversations."""
 
-    path: str = Field(min_length=1)
+    path: str = Field(min_length=1, description="File or folder, local or s3://, or hf://datasets/owner/name[@revision][/path].")
     weight: float = Field(1.0, gt=0, description="Share of the sequences, relative to the other weights.")
+    endpoint_url: str | None = Field(None, description="Of an S3-compatible store that holds it; null: as the environment says.")
 
 
 def as_tuple(value: object) -> object:
@@ -187,12 +188,6 @@ class RunConfig(Section):
 
 # What the configuration can already say but the code can not yet do: dotted key -> (is it asked for, what to use instead).
 UNBUILT: dict[str, tuple[Any, str]] = {
-    "source.checkpoint": (lambda c: not is_stored(c.source.checkpoint), "a local folder or s3://bucket/prefix"),
-    "calibration.documents": (lambda c: any("://" in d.path for d in c.calibration.documents), "local .jsonl files"),
-    "evaluation.documents": (
-        lambda c: c.evaluation is not None and any("://" in d.path for d in c.evaluation.documents),
-        "local .jsonl files",
-    ),
     "calibration.propagate": (lambda c: c.calibration.propagate != "dense", "dense"),
     "output.storage": (lambda c: c.output.storage != "dense", "dense"),
     "run.root": (lambda c: not is_stored(c.run.root), "a local folder or s3://bucket/prefix"),
@@ -200,7 +195,7 @@ UNBUILT: dict[str, tuple[Any, str]] = {
 
 
 def is_stored(uri: str) -> bool:
-    """Whether a store exists for the place."""
+    """Whether a place can be written to."""
     return "://" not in uri or uri.startswith(("file://", "s3://"))
 
 
@@ -210,8 +205,13 @@ def baseline_config(config: RunConfig) -> RunConfig:
     plain = {"output_curvature": False, "output_damp": "auto", "refine_steps": 0, "code_sweeps": 0}
     compression = config.compression.model_copy(update=one_shot | plain)
     evaluation = config.evaluation.model_copy(update={"baseline": False}) if config.evaluation else None
-    run = config.run.model_copy(update={"root": f"{config.run.root.rstrip('/')}/baseline"})
-    return config.model_copy(update={"name": f"{config.name}-baseline", "compression": compression, "evaluation": evaluation, "run": run})
+    root = config.run.root.rstrip("/")
+    source = config.source
+    if source.checkpoint.startswith("hf://"):  # which the run has mirrored by then
+        source = source.model_copy(update={"checkpoint": f"{root}/source", "endpoint_url": config.run.endpoint_url})
+    run = config.run.model_copy(update={"root": f"{root}/baseline"})
+    changed = {"source": source, "compression": compression, "evaluation": evaluation, "run": run}
+    return config.model_copy(update={"name": f"{config.name}-baseline"} | changed)
 
 
 def unbuilt_settings(config: RunConfig) -> list[str]:

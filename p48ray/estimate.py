@@ -29,6 +29,7 @@ class Estimate:
 
     num_tokens: int
     source_bytes: int
+    mirror_bytes: int
     stream_read_bytes: int
     activation_bytes: int
     residual_bytes: int
@@ -64,9 +65,11 @@ def estimate(plan: RunPlan, index: CheckpointIndex, layout: ModelLayout, shards:
     dense = sum(e.num_bytes // DTYPE_BYTES[e.dtype] for e in untouched if layer_of(layout, e.name) is not None)
     directions = 3 if goes_back else 1  # on the way back every layer is run again, then differentiated with respect to its activations
     streamed = plan.num_streamed_layers / layout.num_layers
+    mirror = sum(f.size_bytes for f in plan.source.mirror)
     return Estimate(
         num_tokens=tokens,
         source_bytes=source,
+        mirror_bytes=mirror,
         stream_read_bytes=round(source * streamed * (2 if goes_back else 1)),
         activation_bytes=moe * seen,
         residual_bytes=len(plan.boundaries) * boundary,
@@ -75,14 +78,14 @@ def estimate(plan: RunPlan, index: CheckpointIndex, layout: ModelLayout, shards:
         unit_bytes=units,
         untouched_bytes=untouched_bytes,
         checkpoint_bytes=checkpoint,
-        peak_stored_bytes=peak_stored_bytes(plan, boundary, boundaries_back, moe * seen, moe * felt, units, checkpoint),
+        peak_stored_bytes=mirror + peak_stored_bytes(plan, boundary, boundaries_back, moe * seen, moe * felt, units, checkpoint),
         stream_gpu_hours=directions * streamed * forward_flops(tokens, layout, dense) / STREAM_FLOPS / 3600,
         solver_gpu_hours=(loop_seconds(plan, layout) + product_seconds(plan, layout)) / 3600,
     )
 
 
 def peak_stored_bytes(plan: RunPlan, boundary: int, boundaries_back: int, seen: int, felt: int, units: int, checkpoint: int) -> int:
-    """The most that the run root holds at a time under run.keep (stages.collect).
+    """The most that the run root holds at a time under run.keep (stages.collect), the mirror apart, which stays.
 
     With keep: all the sum of everything. Otherwise the largest of the stages' peaks. Up: two boundaries until a layer's activations are written, or where
     a way back will read them all above the lowest layer. Back: each part trades a boundary for a layer's gradients, with one boundary of gradients in hand

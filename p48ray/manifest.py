@@ -19,6 +19,18 @@ class StoreFacts(Record):
     checksums: bool = Field(description="SHA-256 of objects is kept and told.")
 
 
+class MirrorManifest(Record):
+    """One file of the source that lies in the run root, byte for byte as the Hub lists it."""
+
+    schema_version: Literal[1] = 1
+    source: str = Field(description="hf:// uri with the commit.")
+    path: str
+    size_bytes: int
+    sha256: str = Field(description="Of the bytes as they were copied.")
+    seconds: float
+    finished_at: float = Field(description="Unix time, seconds.")
+
+
 class ActivationPart(Record):
     """One part of one layer's captured expert inputs."""
 

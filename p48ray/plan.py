@@ -5,6 +5,8 @@ holds a plan with another digest is refused by the name of the first setting tha
 """
 
 import hashlib
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Literal
 
 from pydantic import Field, JsonValue
@@ -26,7 +28,7 @@ Effect = Literal["digest", "free"]
 # Every configuration key: does it belong to the digest, or may it change on resume? (free: who works, where, and what is measured afterwards)
 SETTINGS: dict[str, Effect] = {
     "name": "digest",  # stands in the checkpoint's README
-    "source.checkpoint": "free",  # the fingerprint counts, not the place
+    "source.checkpoint": "free",  # the fingerprint counts, not the place; of two hf:// sources the commit too (settle_plan)
     "source.trust_remote_code": "free",
     "source.endpoint_url": "free",
     "calibration.documents": "free",  # their bytes and weights count (documents_digest)
@@ -103,8 +105,17 @@ class SequencePart(Record):
     num_sequences: int
 
 
+class MirroredFile(Record):
+    """A file of the source's repository that is copied into the run root, with the digest that the Hub lists for it."""
+
+    path: str
+    size_bytes: int
+    sha256: str | None
+    git_sha1: str | None
+
+
 class SourceRecord(Record):
-    """The source as the plan saw it."""
+    """The source as the plan saw it. `mirror`: what is copied of a hf:// source, from which every worker then reads; of others nothing is."""
 
     fingerprint: str
     family: str
@@ -116,10 +127,14 @@ class SourceRecord(Record):
     moe_intermediate_size: int
     expert_storage: str
     num_fp8_outside_experts: int = Field(0, description="Weights that the output holds as BF16, because no client reads two quantizations.")
+    mirror: tuple[MirroredFile, ...] = ()
 
 
 class RunPlan(Record):
-    """Everything that will be done. `digest` is SHA-256 over `digest_facts`."""
+    """Everything that will be done. `digest` is SHA-256 over `digest_facts`.
+
+    `revisions`: the commit of every hf:// place that the user named, as it was found when the run was first planned. `config` names those commits.
+    """
 
     schema_version: Literal[1] = 1
     numerics_version: int
@@ -130,6 +145,7 @@ class RunPlan(Record):
     tokenizer_digest: str
     parts: tuple[SequencePart, ...]
     units: tuple[WorkUnit, ...]
+    revisions: dict[str, str] = Field(default_factory=dict)
     digest: str
 
     @property
@@ -153,9 +169,18 @@ class RunPlan(Record):
         return range(1, self.num_streamed_layers + self.config.compression.output_curvature)
 
 
-def make_plan(config: RunConfig, index: CheckpointIndex, layout: ModelLayout, documents_digest: str, tokenizer_digest: str) -> RunPlan:
+def make_plan(
+    config: RunConfig,
+    index: CheckpointIndex,
+    layout: ModelLayout,
+    documents_digest: str,
+    tokenizer_digest: str,
+    mirror: tuple[MirroredFile, ...] = (),
+    revisions: Mapping[str, str] = MappingProxyType({}),
+) -> RunPlan:
     """Plan a run. Checks every shape the work will meet.
 
+    Args:   config: its hf:// places are at commits. mirror, revisions: as SourceRecord and RunPlan hold them.
     Raises: SourceError for shapes that do not divide, ConfigError for settings that do not fit the checkpoint.
     """
     check_divisibility(layout, max(config.compression.scale_span, config.compression.activation_group))
@@ -179,6 +204,7 @@ def make_plan(config: RunConfig, index: CheckpointIndex, layout: ModelLayout, do
         moe_intermediate_size=layout.moe_intermediate_size,
         expert_storage=layout.expert_storage,
         num_fp8_outside_experts=sum(isinstance(tensor, Fp8Weight) for tensor in plain_tensors(index, layout)),
+        mirror=mirror,
     )
     plan = RunPlan(
         numerics_version=NUMERICS_VERSION,
@@ -189,6 +215,7 @@ def make_plan(config: RunConfig, index: CheckpointIndex, layout: ModelLayout, do
         tokenizer_digest=tokenizer_digest,
         parts=cut(config.calibration.num_sequences, config.calibration.sequences_per_part),
         units=plan_units(layout, config.run.experts_per_unit, config.run.layers),
+        revisions=dict(revisions),
         digest="",
     )
     return plan.model_copy(update={"digest": hashlib.sha256(canonical_json(digest_facts(plan))).hexdigest()})
@@ -239,9 +266,11 @@ def settle_plan(plan: RunPlan, store: Store) -> bool:
     if store.head(run_root.PLAN) is None:
         return False
     held = RunPlan.load(store, run_root.PLAN)
-    if held.digest == plan.digest:
-        return True
     ours, theirs = digest_facts(plan), digest_facts(held)
+    if plan.source.mirror and held.source.mirror:  # the fingerprint does not cover the small files, which are mirrored and carried over too
+        ours, theirs = ({"source.checkpoint": p.config.source.checkpoint, **facts} for p, facts in ((plan, ours), (held, theirs)))
+    if held.digest == plan.digest and ours == theirs:
+        return True
     differing = [name for name in ours if ours[name] != theirs.get(name)]
     name = differing[0] if differing else "plan digest"
     raise PlanMismatchError(

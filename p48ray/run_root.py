@@ -2,6 +2,7 @@
 
 store.json                                           what the bucket was seen to be able to do (buckets only)
 plan.json                                            written first of what belongs to the run
+source/                                              copy of a hf:// source;  mirror/config.json.json once a file is there and was held against its digest
 calibration/tokens.arrow                             packed token ids of the calibration sequences
 residuals/layer-007/part-0003.arrow                  what enters layer 7
 activations/layer-007/part-0003.arrow (+ .json)      what its experts see;  scales.json once the layer is complete
@@ -18,6 +19,8 @@ publish/<digest>/model-00001-of-00003.json           a shard that the Hub has; d
 
 STORE = "store.json"
 PLAN = "plan.json"
+SOURCE = "source/"
+MIRROR = "mirror/"
 TOKENS = "calibration/tokens.arrow"
 ACTIVATIONS = "activations/"
 GRADIENTS = "gradients/"
@@ -32,6 +35,14 @@ REPORT = "report/report.json"
 REPORT_PAGE = "report/report.html"
 BASELINE = "baseline/"  # run root of the one-shot reference (evaluation.baseline)
 PUBLISH = "publish/"
+
+
+def source_file(name: str) -> str:
+    return f"{SOURCE}{name}"
+
+
+def mirror_manifest(name: str) -> str:
+    return f"{MIRROR}{name}.json"
 
 
 def residual_part(layer: int, part: int) -> str:

@@ -80,7 +80,9 @@ def test_status_of_an_unfinished_run_exits_0_too(finished: SmallRun, tmp_path: P
 @pytest.mark.parametrize("place", ["nowhere", ".", "hf://owner/name", "ftp://host/run"])
 def test_status_of_a_place_that_is_no_run_root_exits_2(tmp_path: Path, place: str) -> None:
     path = place if "://" in place else str(tmp_path / place)
-    words = {"hf://owner/name": "not built yet", "ftp://host/run": "unknown scheme ftp://"}.get(place, "expected a run root with plan.json")
+    words = {"hf://owner/name": "found a repository on the Hub", "ftp://host/run": "unknown scheme ftp://"}.get(
+        place, "expected a run root with plan.json"
+    )
     refused(call("status", path), 2, path, words)
 
 

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from p48ray.checkpoint.header import TensorEntry, torch_dtype
-from p48ray.checkpoint.index import CheckpointIndex
+from p48ray.checkpoint.index import CONFIG_FILE, CheckpointIndex
 from p48ray.checkpoint.tensors import from_bytes, merge_ranges, read_tensors
 from p48ray.store.base import ByteRange
-from p48ray.store.local import LocalStore
 from p48ray.store.node_cache import NodeCache, fetch
+from p48ray.store.view import local_path
 
 ALIGNMENT = 64
 
@@ -34,6 +34,7 @@ class LayerReader:
         self.maps: dict[str, memoryview] = {}
         self.held: tuple[int, Mapping[str, Tensor]] | None = None
         self.ahead: threading.Thread | None = None
+        self.is_local = local_path(index.store, CONFIG_FILE) is not None
 
     def tensors(self, number: int) -> Mapping[str, Tensor]:
         """Every tensor of the layer by name, on the CPU. Raises: what Store.get_range raises."""
@@ -48,8 +49,8 @@ class LayerReader:
 
     def read(self, number: int) -> dict[str, Tensor]:
         entries = self.entries(number)
-        if isinstance(self.index.store, LocalStore):
-            return {e.name: view(self.mapped(self.index.store, e.file), e, e.start) for e in entries}
+        if self.is_local:
+            return {e.name: view(self.mapped(e.file), e, e.start) for e in entries}
         data = self.fetched(number, entries)
         if data is None:
             return read_tensors(self.index.store, entries)
@@ -58,7 +59,7 @@ class LayerReader:
 
     def prefetch(self, number: int) -> None:
         """Begin to fetch a layer that will be asked for next. An error is not told here: whoever asks for the layer meets it again."""
-        if self.cache is None or isinstance(self.index.store, LocalStore):
+        if self.cache is None or self.is_local:
             return
 
         def work() -> None:
@@ -74,9 +75,11 @@ class LayerReader:
         prefix = f"{self.layer_prefix}{number}."
         return [e for name, e in self.index.tensors.items() if name.startswith(prefix)]
 
-    def mapped(self, store: LocalStore, file: str) -> memoryview:
+    def mapped(self, file: str) -> memoryview:
         if file not in self.maps:
-            with open(store.path(file), "rb") as opened:
+            path = local_path(self.index.store, file)
+            assert path is not None
+            with open(path, "rb") as opened:
                 self.maps[file] = memoryview(mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ))
         return self.maps[file]
 

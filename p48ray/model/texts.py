@@ -1,36 +1,33 @@
 """Calibration and held-out texts: read, tokenize, pack into sequences of one length, draw a seeded sample.
 
-Documents are packed as `bos document bos document ...` per source and cut into chunks; a document may span two chunks. Chunks are drawn without
-replacement by a seeded permutation, each source giving its share of a weighted mix.
+Documents are packed as `bos document bos document ...` per source and cut into chunks; a document may span several chunks. Chunks are drawn without
+replacement by a seeded permutation, each source giving its share of a weighted mix: from all its chunks, or, of a source that is too large to be read
+whole (model.documents), from the first SPREAD times its share.
 """
 
 import hashlib
-import json
+from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from p48ray.checkpoint.header import json_object
 from p48ray.checkpoint.index import CONFIG_FILE, CheckpointIndex
 from p48ray.config import DocumentSource
-from p48ray.errors import CalibrationError, ConfigError, SourceError
+from p48ray.errors import SourceError
+from p48ray.model.documents import open_texts, read_documents, too_little
 from p48ray.store.local import LocalStore
 
+SPREAD = 4
+"""Of a large source so many times its share is packed before the draw, so that neighbours in the draw rarely are neighbours in a document."""
+TOKENIZER_CONFIG = "tokenizer_config.json"
 TOKENIZER_FILES = ("tokenizer", "special_tokens_map", "added_tokens", "vocab", "merges", "tiktoken", "chat_template")
-
-
-def digest_documents(documents: Sequence[DocumentSource], key: str) -> str:
-    """SHA-256 over every file's bytes and weight, in the order of the mix: the identity of the texts, wherever they lie."""
-    digest = hashlib.sha256()
-    for document in documents:
-        data = read_file(document.path, key)
-        digest.update(f"{document.weight!r} {len(data)}\n".encode())
-        digest.update(data)
-    return digest.hexdigest()
 
 
 def digest_tokenizer(index: CheckpointIndex) -> str:
@@ -44,34 +41,6 @@ def digest_tokenizer(index: CheckpointIndex) -> str:
     return digest.hexdigest()
 
 
-def read_file(path: str, key: str) -> bytes:
-    try:
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise ConfigError(f"{key}: {path}: can not be read: {error.strerror}") from None
-
-
-def read_documents(path: str, key: str) -> Iterator[str]:
-    """The texts of a .jsonl file, one JSON object with a 'text' a line; empty texts are skipped."""
-    for number, line in enumerate(read_file(path, key).split(b"\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            text = json.loads(line.decode("utf-8"))["text"]
-            str(text).encode("utf-8")  # JSON can spell half a surrogate pair (\ud83d alone), which is no text and stops tokenizers
-        except UnicodeDecodeError as error:
-            raise CalibrationError(f"{key}: {path}, line {number}: not UTF-8 (byte {error.start} of the line)") from None
-        except UnicodeEncodeError as error:
-            found = f"a lone surrogate at character {error.start}"
-            raise CalibrationError(f"{key}: {path}, line {number}: expected a 'text' that is Unicode, found {found}") from None
-        except (ValueError, KeyError, TypeError, RecursionError):
-            raise CalibrationError(f"{key}: {path}, line {number}: expected a JSON object with a 'text', found {line[:60]!r}") from None
-        if not isinstance(text, str):
-            raise CalibrationError(f"{key}: {path}, line {number}: 'text' should be a string, found {type(text).__name__}")
-        if text.strip():
-            yield text
-
-
 def load_tokenizer(index: CheckpointIndex, trust_remote_code: bool) -> Any:
     """The source's own tokenizer through transformers. Code from the folder runs only with trust_remote_code.
 
@@ -81,12 +50,43 @@ def load_tokenizer(index: CheckpointIndex, trust_remote_code: bool) -> Any:
 
     # For a model type that it does not know (Kimi-K2's) transformers fills a bare config with all keys, and fails on them; tokenizers need none.
     blank = {} if index.config.get("model_type") in CONFIG_MAPPING else {"config": PreTrainedConfig()}
+    if not trust_remote_code and (name := own_class(index)):
+        raise SourceError(
+            f"{index.store.uri}: the tokenizer can not be loaded: {TOKENIZER_CONFIG} names {name}, which is code of this checkpoint"
+            f"{hint(None, trust_remote_code)}"
+        )
     with tokenizer_folder(index) as folder:
         try:
             return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True, **blank)
         except Exception as error:
-            hint = "" if trust_remote_code else "; if it ships its own tokenizer code that you trust, set source.trust_remote_code: true"
-            raise SourceError(f"{index.store.uri}: the tokenizer can not be loaded: {type(error).__name__}: {error}{hint}") from error
+            raise SourceError(
+                f"{index.store.uri}: the tokenizer can not be loaded: {type(error).__name__}: {error}{hint(error, trust_remote_code)}"
+            ) from error
+
+
+def own_class(index: CheckpointIndex) -> str | None:
+    """The tokenizer's class, where only the checkpoint's own code has it.
+
+    transformers would otherwise make do with what it finds: from a file of tiktoken ranks alone it builds a tokenizer that cuts words in another way,
+    without special tokens, and says nothing.
+    """
+    import transformers
+
+    if TOKENIZER_CONFIG not in index.sidecars:
+        return None
+    settings = json_object(TOKENIZER_CONFIG, index.store.get(TOKENIZER_CONFIG), unique_keys=False)
+    name, mapped = settings.get("tokenizer_class"), settings.get("auto_map")
+    is_code = bool(mapped) and (not isinstance(mapped, dict) or "AutoTokenizer" in mapped)
+    return str(name or mapped) if is_code and not hasattr(transformers, str(name)) else None
+
+
+def hint(error: Exception | None, trust_remote_code: bool) -> str:
+    """What the user may do about a tokenizer that does not load."""
+    if not trust_remote_code:
+        return "; if it ships its own tokenizer code that you trust, set source.trust_remote_code: true"
+    if isinstance(error, ImportError) and "tiktoken" in str(error):
+        return "; its code needs tiktoken, which is not installed here: pip install 'p48ray[tiktoken]'"
+    return ""
 
 
 @contextmanager
@@ -101,14 +101,19 @@ def tokenizer_folder(index: CheckpointIndex) -> Iterator[str]:
         yield folder
 
 
-def pack(texts: Iterator[str], tokenizer: Any, length: int) -> Tensor:
-    """Token ids of all texts, bos before each, cut into rows of `length`; the rest is dropped. Returns (rows, length) int32."""
+def pack(texts: Iterator[str], tokenizer: Any, length: int, most: int | None = None) -> Tensor:
+    """Token ids of all texts, bos before each, cut into rows of `length`; the rest is dropped. Returns (rows, length) int32.
+
+    Args: most: rows after which no further text is asked for.
+    """
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    ids: list[int] = []
+    ids = array("i")
     for text in texts:
-        ids += bos + tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    rows = len(ids) // length
-    return torch.tensor(ids[: rows * length], dtype=torch.int32).reshape(rows, length)
+        ids.extend(bos + tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        if most is not None and len(ids) >= most * length:
+            break
+    rows = len(ids) // length if most is None else min(most, len(ids) // length)
+    return torch.from_numpy(np.array(ids[: rows * length], dtype=np.int32)).reshape(rows, length)
 
 
 def load_sequences(
@@ -120,15 +125,13 @@ def load_sequences(
     Returns: (num_sequences, length) int32.
     Raises:  CalibrationError when a source is empty or holds fewer sequences than its share.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator, name = torch.Generator().manual_seed(seed), f"{key}.documents"
     drawn = []
     for document, share in zip(documents, shares([d.weight for d in documents], num_sequences), strict=True):
-        rows = pack(read_documents(document.path, f"{key}.documents"), tokenizer, length)
+        most = None if open_texts(document, name).is_whole else SPREAD * share
+        rows = pack(read_documents(document, name, seed, tokenizer), tokenizer, length, most)
         if len(rows) < share:
-            raise CalibrationError(
-                f"{key}.documents: {document.path}: expected text for {share} sequences of {length} tokens, found {len(rows)}; "
-                f"add text or lower {key}.num_sequences"
-            )
+            raise too_little(document, name, share, length, len(rows))
         drawn.append(rows[torch.randperm(len(rows), generator=generator)[:share]])
     sequences = torch.cat(drawn)
     if int(sequences.max()) >= vocab_size:

@@ -4,6 +4,7 @@ from rich.console import Console
 from rich.table import Table
 
 from p48ray.estimate import Estimate, estimate
+from p48ray.run_root import SOURCE
 from p48ray.stages.prepare import Prepared
 
 
@@ -29,8 +30,15 @@ def plan_rows(prepared: Prepared, e: Estimate) -> list[tuple[str, str]]:
         "units": e.unit_bytes,
         "checkpoint": e.checkpoint_bytes,
     }
+    mirror = (
+        [("mirrored first", f"{len(plan.source.mirror)} files, {size(e.mirror_bytes)}, into {r.root}/{SOURCE}")]
+        if plan.source.mirror
+        else []
+    )
     rows = [
         ("source", f"{prepared.source.store.uri} ({layout.family}, {size(e.source_bytes)}, {len(prepared.source.files)} shards)"),
+        *((place, f"commit {commit}, as found when the run was first planned") for place, commit in plan.revisions.items()),
+        *mirror,
         ("run root", plan.config.run.root),
         (
             "expert linears",

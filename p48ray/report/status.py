@@ -62,7 +62,9 @@ def read_status(store: Store) -> RunStatus:
     felt = sum(run_root.gradient_manifest(n, p.part) in keys for n in plan.layers for p in plan.parts)
     work = read_work(plan, store, keys)
     price = plan.config.run.gpu_hour_price
+    copied = sum(run_root.mirror_manifest(f.path) in keys for f in plan.source.mirror)
     stages = (
+        *((StageStatus(stage="mirror", done=copied, total=len(plan.source.mirror)),) if plan.source.mirror else ()),
         StageStatus(stage="capture", done=parts.total(), total=num_parts),
         *((StageStatus(stage="gradients", done=felt, total=num_parts),) if plan.config.compression.output_curvature else ()),
         StageStatus(stage="compress", done=units.total(), total=len(plan.units)),

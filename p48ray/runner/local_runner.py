@@ -3,8 +3,7 @@
 from collections.abc import Iterator, Sequence
 
 from p48ray.plan import RunPlan
-from p48ray.stages.context import StageContext
-from p48ray.stages.tasks import Task, TaskResult, execute, open_context
+from p48ray.stages.tasks import Task, TaskResult, Workplace
 
 
 class LocalRunner:
@@ -12,13 +11,13 @@ class LocalRunner:
 
     def __init__(self, plan: RunPlan, store_uri: str) -> None:
         self.plan = plan
-        self.context: StageContext = open_context(plan, store_uri)
+        self.workplace = Workplace(plan, store_uri)
 
     def run(self, tasks: Sequence[Task]) -> Iterator[TaskResult]:
         for task in tasks:
-            result = execute(self.context, task)
+            result = self.workplace.execute(task)
             for _ in range(self.plan.config.run.max_attempts - 1):
                 if not result.is_transient:
                     break
-                result = execute(self.context, task)
+                result = self.workplace.execute(task)
             yield result

@@ -3,18 +3,21 @@
 Metrics are for watching. What counts is in the bucket, and `p48ray status` reads it there.
 """
 
+from collections.abc import Callable, Iterable
+
 import torch
 from ray.util.metrics import Counter, Gauge
 
-from p48ray.stages.context import StageContext
 from p48ray.stages.tasks import TaskResult
+from p48ray.store.base import Traffic
 
 
 class WorkerMetrics:
     """Counters of one worker process. Ray adds the node and the worker to every series."""
 
-    def __init__(self, context: StageContext) -> None:
-        self.context = context
+    def __init__(self, traffic: Callable[[], Iterable[Traffic]]) -> None:
+        """Args: traffic: of the stores that this process has opened so far."""
+        self.traffic = traffic
         self.seen = [0, 0]
         stage = ("stage",)
         self.done = Counter("p48ray_tasks_done", "Tasks that ended well.", stage)
@@ -38,8 +41,8 @@ class WorkerMetrics:
         for name, value in result.facts.items():
             if name.endswith("_s"):
                 add(self.phases, value, {"phase": name.removesuffix("_s")})
-        stores = (self.context.store.traffic, self.context.source.store.traffic)
-        now = [sum(t.bytes_read for t in stores), sum(t.bytes_written for t in stores)]
+        traffic = list(self.traffic())
+        now = [sum(t.bytes_read for t in traffic), sum(t.bytes_written for t in traffic)]
         add(self.read, now[0] - self.seen[0], {})
         add(self.written, now[1] - self.seen[1], {})
         self.seen = now

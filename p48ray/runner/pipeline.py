@@ -1,4 +1,4 @@
-"""The job: plan, capture, compress, reduce, verify, evaluate, report, on whatever runner it is given. Every stage does what the bucket lacks."""
+"""The job: plan, mirror, capture, compress, reduce, verify, evaluate, report, on whatever runner it is given. Every stage does what the bucket lacks."""
 
 import json
 import logging
@@ -22,12 +22,14 @@ from p48ray.stages.capture import finish_layers
 from p48ray.stages.collect import ABANDONED_S, collect_layer, collect_losers, collect_streams, collect_units, delete_all
 from p48ray.stages.evaluate import EvaluationResult, combine, evaluation_digest
 from p48ray.stages.inputs import write_inputs
+from p48ray.stages.mirror import MirrorItem, look
 from p48ray.stages.needs import Needs, read_needs
 from p48ray.stages.prepare import Prepared, prepare
 from p48ray.stages.reduce import file_bytes, finish_checkpoint
-from p48ray.stages.tasks import Task
+from p48ray.stages.tasks import MIRROR_STAGE, Task
 from p48ray.stages.verify import check_index
 from p48ray.store.base import Store
+from p48ray.store.hub import HubStore
 from p48ray.store.view import SubStore
 
 log = logging.getLogger("p48ray.progress")
@@ -84,6 +86,7 @@ class Job:
         self.context, self.runner, self.seconds = prepared.context, runner, seconds
 
     def run(self) -> EvaluationResult | None:
+        self.mirror()
         self.capture()
         self.gradients()
         self.compress()
@@ -121,6 +124,26 @@ class Job:
     @property
     def keeps_all(self) -> bool:
         return self.plan.config.run.keep == "all"
+
+    def mirror(self) -> None:
+        """Copy a hf:// source into the run root; the largest files first, so that the last to end is a small one."""
+        if not self.plan.source.mirror:
+            return
+        source = HubStore(self.plan.config.source.checkpoint)
+        found = look(self.plan, self.store)
+        delete_all(self.store, found.void)
+        tasks = [
+            Task(
+                stage=MIRROR_STAGE,
+                id=f.path,
+                item=MirrorItem(source, f),
+                marker=run_root.mirror_manifest(f.path),
+                load=float(f.size_bytes),
+            )
+            for f in found.missing
+        ]
+        every = [run_root.mirror_manifest(f.path) for f in self.plan.source.mirror]
+        self.stage(MIRROR_STAGE, "files of the source", every, run_root.MIRROR, tasks)
 
     def capture(self) -> None:
         needs = read_needs(self.plan, self.store)

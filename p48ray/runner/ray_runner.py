@@ -27,7 +27,7 @@ from p48ray.runner.console import configure_logging
 from p48ray.runner.dispatch import Dispatcher
 from p48ray.runner.metrics import WorkerMetrics
 from p48ray.stages.inputs import open_run_root
-from p48ray.stages.tasks import Task, TaskResult, execute, open_context, record_failure
+from p48ray.stages.tasks import Task, TaskResult, Workplace, record_failure
 from p48ray.store.base import Store
 
 log = logging.getLogger(__name__)
@@ -40,29 +40,28 @@ OBJECT_STORE_BYTES = 256 * 2**20  # of a Ray that this job starts itself: tasks 
 
 
 class WorkerProcess:
-    """The actor's body: opens the context once, then executes tasks."""
+    """The actor's body: opens run root and source once, then executes tasks."""
 
     def __init__(self, plan_json: bytes, store_uri: str) -> None:
         configure_logging()
         self.plan_json, self.store_uri = plan_json, store_uri
 
     def ready(self) -> str | P48Error:
-        """Open the context. Returns this worker's node, or what is wrong instead of raising it, which would reach the driver as a dead actor."""
+        """Open what there is. Returns this worker's node, or what is wrong instead of raising it, which would reach the driver as a dead actor."""
         node = str(ray.get_runtime_context().get_node_id())
         try:
-            self.context = open_context(RunPlan.from_json(self.plan_json, "the driver's plan"), self.store_uri, node)
+            self.workplace = Workplace(RunPlan.from_json(self.plan_json, "the driver's plan"), self.store_uri, node)
         except P48Error as error:
             return error
-        self.metrics = WorkerMetrics(self.context)
+        self.metrics = WorkerMetrics(lambda: self.workplace.traffic)
         return node
 
     def close(self) -> None:
         """Let go of the node's cache; the last worker of the node removes it."""
-        if self.context.cache is not None:
-            self.context.cache.close()
+        self.workplace.close()
 
     def execute(self, task: Task) -> TaskResult:
-        result = execute(self.context, task)
+        result = self.workplace.execute(task)
         try:
             self.metrics.count(result)
         except Exception as error:  # noqa: BLE001 (a unit is not to be lost because nobody could be told of it)

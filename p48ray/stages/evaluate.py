@@ -19,9 +19,9 @@ from p48ray.config import EvaluationConfig, RunConfig
 from p48ray.errors import ConfigError
 from p48ray.manifest import EvaluationPart
 from p48ray.model.decoder import Decoder, run_layer
+from p48ray.model.documents import digest_documents
 from p48ray.model.expert_loader import layer_experts
 from p48ray.model.experts import ActivationScales, ExpertWeights, RoutedExperts
-from p48ray.model.texts import digest_documents
 from p48ray.numerics import e2m1, nvfp4
 from p48ray.plan import RunPlan, SequencePart
 from p48ray.records import Record, canonical_json

@@ -5,24 +5,31 @@ from pathlib import Path
 
 import torch
 
+from p48ray import run_root
 from p48ray.checkpoint.families import describe_model
 from p48ray.checkpoint.index import CheckpointIndex, open_checkpoint
 from p48ray.checkpoint.layout import ModelLayout
 from p48ray.config import RunConfig
-from p48ray.model.texts import digest_documents, digest_tokenizer
+from p48ray.errors import ConfigError
+from p48ray.model.documents import digest_documents
+from p48ray.model.texts import digest_tokenizer
 from p48ray.output_layout import OutputShard, plan_output
-from p48ray.plan import RunPlan, make_plan
+from p48ray.plan import MirroredFile, RunPlan, make_plan
 from p48ray.stages.context import StageContext
 from p48ray.stages.evaluate import check_length
+from p48ray.stages.mirror import files_to_mirror, look, mirrored
+from p48ray.stages.revisions import hub_places, read_held_plan, resolve
 from p48ray.store.base import Store
+from p48ray.store.hub import HubStore, parse_place
 from p48ray.store.open import open_store
+from p48ray.store.view import SubStore
 
 DRY_RUN_STORE = "memory://dry-run"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prepared:
-    """A run whose every input has been checked, before anything is written."""
+    """A run whose every input has been checked, before anything is written. `source`: as it can be read now, a hf:// source from the Hub."""
 
     plan: RunPlan
     store: Store
@@ -32,7 +39,9 @@ class Prepared:
 
     @property
     def context(self) -> StageContext:
-        return StageContext(plan=self.plan, store=self.store, source=self.source, layout=self.layout, device=torch.device("cpu"))
+        """For stages after the mirror: a hf:// source is read from there."""
+        source = mirrored(self.source, self.store) if self.plan.source.mirror else self.source
+        return StageContext(plan=self.plan, store=self.store, source=source, layout=self.layout, device=torch.device("cpu"))
 
 
 def prepare(config: RunConfig, is_dry: bool = False) -> Prepared:
@@ -42,15 +51,34 @@ def prepare(config: RunConfig, is_dry: bool = False) -> Prepared:
     Raises: UserError of some kind for whatever the user must mend.
     """
     config = absolute(config)
-    source = open_checkpoint(open_store(config.source.checkpoint, config.source.endpoint_url))
+    store = open_store(DRY_RUN_STORE) if is_dry else open_store(config.run.root, config.run.endpoint_url)
+    held = read_held_plan(store) if hub_places(config) and not is_dry else None
+    config, commits = resolve(config, held.revisions if held else {}, is_dry)
+    source, mirror = open_planned_source(config, store, held)
     layout = describe_model(source)
     documents = digest_documents(config.calibration.documents, "calibration.documents") if not is_dry else "not read"
-    plan = make_plan(config, source, layout, documents, digest_tokenizer(source))
+    plan = make_plan(config, source, layout, documents, digest_tokenizer(source), mirror, commits)
     if config.evaluation is not None:
         check_length(plan, config.evaluation, layout.text_config.get("max_position_embeddings"))
     shards = () if plan.is_pilot else plan_output(plan.units, config.output.max_shard_size, source, layout)
-    store = open_store(DRY_RUN_STORE) if is_dry else open_store(config.run.root, config.run.endpoint_url)
     return Prepared(plan=plan, store=store, source=source, layout=layout, shards=shards)
+
+
+def open_planned_source(config: RunConfig, store: Store, held: RunPlan | None) -> tuple[CheckpointIndex, tuple[MirroredFile, ...]]:
+    """The source, and what is to be mirrored of it. A mirror that is complete is read instead of the Hub.
+
+    Raises: ConfigError for a hf:// source that is no model's whole repository; SourceError for one that is not sound.
+    """
+    place = config.source.checkpoint
+    if held is not None and held.source.mirror and held.config.source.checkpoint == place and look(held, store).is_complete:
+        return open_checkpoint(SubStore(store, run_root.SOURCE)), held.source.mirror
+    opened = open_store(place, config.source.endpoint_url)
+    if not isinstance(opened, HubStore):
+        return open_checkpoint(opened), ()
+    if parse_place(place).kind != "model" or parse_place(place).path:
+        raise ConfigError(f"source.checkpoint: {place}: expected hf://owner/name[@revision], the whole repository of a model")
+    index = open_checkpoint(opened)
+    return index, files_to_mirror(index, opened)
 
 
 def absolute(config: RunConfig) -> RunConfig:

@@ -1,4 +1,4 @@
-"""The unit of dispatch: a stage's name and one item of its work. Runners hand tasks to processes; `execute` is what every process does with one."""
+"""The unit of dispatch: a stage's name and one item of its work. Runners hand tasks to processes; a `Workplace` is what each process does them with."""
 
 import logging
 import time
@@ -6,14 +6,14 @@ import traceback
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 
 from p48ray import errors, run_root
 from p48ray.checkpoint.families import describe_model
-from p48ray.checkpoint.index import open_checkpoint
+from p48ray.checkpoint.index import CONFIG_FILE, open_checkpoint
 from p48ray.checkpoint.layout import PROJECTIONS
 from p48ray.errors import CorruptObjectError, P48Error, TransientStoreError
 from p48ray.manifest import Failure, ShardVerdict, UnitManifest
@@ -26,13 +26,12 @@ from p48ray.stages.context import StageContext
 from p48ray.stages.evaluate import compressed_expert, evaluate_part
 from p48ray.stages.gradients import gradient_parts
 from p48ray.stages.inputs import open_run_root
+from p48ray.stages.mirror import look, mirror_file, open_source
 from p48ray.stages.reduce import stitch_shard
 from p48ray.stages.verify import Promise, verify_shard
-from p48ray.store.base import Store
-from p48ray.store.local import LocalStore
+from p48ray.store.base import Store, Traffic
 from p48ray.store.node_cache import NodeCache, node_folder, sweep_unused
-from p48ray.store.open import open_store
-from p48ray.store.view import SubStore
+from p48ray.store.view import SubStore, local_path
 
 log = logging.getLogger(__name__)
 
@@ -88,8 +87,8 @@ class TaskResult:
         return errors.StageFailedError(f"{self.task.stage} {self.task.id}: {self.error_type}: {self.error}")
 
 
-def open_context(plan: RunPlan, store_uri: str, node: str | None = None) -> StageContext:
-    """Open the run root and the source in this process, and fix what could change a sum: threads and precision.
+def open_context(plan: RunPlan, store: Store, node: str | None = None) -> StageContext:
+    """Open the source in this process, and fix what could change a sum: threads and precision.
 
     Args:   node: name of this node among those that share a disk; without one the process caches nothing.
     Raises: SourceError when the source is not the one that was planned.
@@ -97,15 +96,11 @@ def open_context(plan: RunPlan, store_uri: str, node: str | None = None) -> Stag
     torch.set_num_threads(plan.config.run.threads_per_worker)
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
-    source = open_checkpoint(open_store(plan.config.source.checkpoint, plan.config.source.endpoint_url))
-    if source.fingerprint != plan.source.fingerprint:
-        raise errors.SourceError(
-            f"{source.store.uri}: changed since it was planned: expected fingerprint {plan.source.fingerprint[:12]}, found {source.fingerprint[:12]}"
-        )
+    source = open_source(plan, store)
     on_gpu = plan.config.run.gpus_per_worker > 0
     context = StageContext(
         plan=plan,
-        store=open_run_root(plan, store_uri),
+        store=store,
         source=source,
         layout=describe_model(source),
         device=torch.device("cuda" if on_gpu else "cpu"),
@@ -116,20 +111,54 @@ def open_context(plan: RunPlan, store_uri: str, node: str | None = None) -> Stag
 def open_cache(context: StageContext, node: str | None) -> NodeCache | None:
     """This node's cache, where something is read from afar. What killed workers of other runs left behind goes first."""
     run = context.plan.config.run
-    is_near = context.store_is_near and isinstance(context.source.store, LocalStore)
+    is_near = context.store_is_near and local_path(context.source.store, CONFIG_FILE) is not None
     if node is None or is_near or run.node_cache_size == 0:
         return None
     sweep_unused(run.node_cache)
     return NodeCache(node_folder(run.node_cache, node), run.node_cache_size)
 
 
-def execute(context: StageContext, task: Task) -> TaskResult:
-    """Run one task; a failure is recorded in the bucket and returned, never raised, so that the rest of the stage goes on."""
+class Workplace:
+    """What one process works with: the run root at once, the source when the first task comes that reads it.
+
+    The tasks of the mirror come before there is a source to open. A process that starts after them opens everything at its start.
+    """
+
+    def __init__(self, plan: RunPlan, store_uri: str, node: str | None = None) -> None:
+        """Args: node: see open_context. Raises: SourceError when the source is not the one that was planned."""
+        self.plan, self.store, self.node = plan, open_run_root(plan, store_uri), node
+        if look(plan, self.store).is_complete:
+            self.context  # noqa: B018 (opened now)
+
+    @cached_property
+    def context(self) -> StageContext:
+        return open_context(self.plan, self.store, self.node)
+
+    def close(self) -> None:
+        """Let go of the node's cache."""
+        if "context" in self.__dict__ and self.context.cache is not None:
+            self.context.cache.close()
+
+    @property
+    def traffic(self) -> list[Traffic]:
+        """Counters of what this process has opened so far."""
+        source = [self.context.source.store.traffic] if "context" in self.__dict__ and not self.plan.source.mirror else []
+        return [self.store.traffic, *source]
+
+    def execute(self, task: Task) -> TaskResult:
+        """Run one task; see `attempt`."""
+        if task.stage == MIRROR_STAGE:
+            return attempt(self.store, task, lambda: mirror_file(self.store, task.item))
+        return attempt(self.store, task, lambda: STAGES[task.stage](self.context, task.item))
+
+
+def attempt(store: Store, task: Task, work: Callable[[], object]) -> TaskResult:
+    """Do the work of one task; a failure is recorded in the bucket and returned, never raised, so that the rest of the stage goes on."""
     start = time.monotonic()
     try:
-        made = STAGES[task.stage](context, task.item)
+        made = work()
     except Exception as error:  # noqa: BLE001 (the one boundary: whatever a stage raises becomes a record with its traceback)
-        record_failure(context.store, task, error)
+        record_failure(store, task, error)
         redo = error.keys if isinstance(error, CorruptObjectError) else ()
         return TaskResult(task=task, error_type=type(error).__name__, error=str(error), redo=redo, seconds=time.monotonic() - start)
     return TaskResult(task=task, seconds=time.monotonic() - start, facts=facts_of(made))
@@ -202,6 +231,7 @@ def evaluate_and_record(context: StageContext, item: tuple[str, SequencePart]) -
     context.store.put(run_root.evaluation_part(digest, part.part), sums.to_json())
 
 
+MIRROR_STAGE = "mirror"  # the one stage that works without the source
 STAGES: dict[str, Callable[[StageContext, Any], object]] = {
     "capture": capture_parts,
     "gradients": gradient_parts,

@@ -1,6 +1,7 @@
 """Where bytes live: one small protocol (base.Store) and its backends. Keys are relative posix paths under the store's root."""
 
 from p48ray.store.base import ByteRange, ObjectInfo, Piece, Store, Traffic, check_key
+from p48ray.store.hub import HubStore
 from p48ray.store.local import LocalStore
 from p48ray.store.memory import MemoryStore
 from p48ray.store.open import open_store
@@ -10,6 +11,7 @@ from p48ray.store.s3 import S3Store
 __all__ = [
     "ByteRange",
     "Capabilities",
+    "HubStore",
     "LocalStore",
     "MemoryStore",
     "ObjectInfo",

@@ -6,6 +6,7 @@ from urllib.parse import unquote
 
 from p48ray.errors import ConfigError
 from p48ray.store.base import Store
+from p48ray.store.hub import HubStore
 from p48ray.store.local import LocalStore
 from p48ray.store.memory import MemoryStore
 from p48ray.store.s3 import S3Store
@@ -15,10 +16,10 @@ ENDPOINT_VARIABLES = ["AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"]
 
 
 def open_store(uri: str | Path, endpoint_url: str | None = None, server_copy: bool = True) -> Store:
-    """The store that a path, `file:///path`, `memory://name` or `s3://bucket/prefix` names. Opening touches nothing.
+    """The store that a path, `file:///path`, `memory://name`, `s3://bucket/prefix` or `hf://owner/name@revision` names. Opening touches nothing.
 
     Args: endpoint_url, server_copy: of an S3 server that is not AWS, see S3Store; other stores have no use for them.
-    Raises: ConfigError for hf://, which is not built yet, and for anything unknown.
+    Raises: ConfigError for anything unknown.
     """
     if isinstance(uri, Path):
         return LocalStore(uri.expanduser())
@@ -37,8 +38,8 @@ def open_store(uri: str | Path, endpoint_url: str | None = None, server_copy: bo
     if scheme == "s3":
         return S3Store(f"s3://{rest}", endpoint_url, server_copy)
     if scheme == "hf":
-        raise ConfigError(f"{uri}: hf:// stores are not built yet; use a local folder, file:///path, memory://name or s3://bucket/prefix")
-    raise ConfigError(f"{uri}: unknown scheme {scheme}://; known are a plain path, file://, memory:// and s3://")
+        return HubStore(f"hf://{rest}")
+    raise ConfigError(f"{uri}: unknown scheme {scheme}://; known are a plain path, file://, memory://, s3:// and hf://")
 
 
 def _file_path(uri: str, rest: str) -> str:

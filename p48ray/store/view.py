@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 from p48ray.store.base import ByteRange, ObjectInfo, Piece, Store, Traffic, check_key, check_prefix
+from p48ray.store.local import LocalStore
 
 
 class SubStore:
@@ -59,3 +60,10 @@ class SubStore:
             view = piece.store
             piece = ByteRange(store=view.store, key=view.full(piece.key), start=piece.start, num_bytes=piece.num_bytes)
         return piece
+
+
+def local_path(store: Store, key: str) -> str | None:
+    """The file behind an object, for readers that map files into memory; None where it lies in no folder of this machine."""
+    while isinstance(store, SubStore):
+        key, store = store.full(key), store.store
+    return store.path(key) if isinstance(store, LocalStore) else None

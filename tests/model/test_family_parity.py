@@ -13,11 +13,12 @@ from p48ray.model.decoder import run_layer
 from p48ray.model.experts import RoutedInputs
 from p48ray.plan import SequencePart
 from p48ray.stages import arrow, capture, gradients
-from p48ray.stages.capture import capture_parts, capturing_experts
+from p48ray.stages.capture import capture_parts
 from p48ray.stages.context import StageContext
 from p48ray.stages.gradients import gradient_parts, sample
 from p48ray.stages.inputs import write_inputs
 from p48ray.stages.prepare import prepare
+from p48ray.stages.streaming import streaming_experts
 from tests.reference import tiny_families, whole_gradients, whole_model
 from tests.stages.small_run import configure
 
@@ -96,7 +97,7 @@ def streamed_logits(context: StageContext, ids_BS: Tensor) -> Tensor:
     decoder = context.decoder()
     x_BSH, positions = decoder.embed(ids_BS), decoder.positions(ids_BS.shape[1])
     for number in range(context.layout.num_layers):
-        experts = capturing_experts(context, number, []) if number in context.layout.moe_layers else None
+        experts = streaming_experts(context, decoder, number)
         x_BSH = run_layer(decoder.layer(number, experts), x_BSH, positions, micro_batch=2)
     logits: Tensor = decoder.head()(x_BSH)
     return logits

@@ -11,7 +11,8 @@ import torch
 from p48ray.checkpoint.index import open_checkpoint
 from p48ray.config import DocumentSource
 from p48ray.errors import CalibrationError, ConfigError, SourceError
-from p48ray.model.texts import digest_documents, digest_tokenizer, load_sequences, load_tokenizer, pack, read_documents, shares
+from p48ray.model.documents import digest_documents, read_documents
+from p48ray.model.texts import digest_tokenizer, load_sequences, load_tokenizer, pack, shares
 from p48ray.store import LocalStore
 from tests.conftest import TINY
 
@@ -55,7 +56,7 @@ def test_no_text_packs_to_no_rows() -> None:
 def test_documents_are_read_line_by_line_and_empty_ones_skipped(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", "one", "  ", "two\nlines", "")
     path.write_text(path.read_text() + "\n\n" + '{"text": "ünd", "other": 1}')
-    assert list(read_documents(str(path), "calibration.documents")) == ["one", "two\nlines", "ünd"]
+    assert list(read_documents(source(path), "calibration.documents")) == ["one", "two\nlines", "ünd"]
 
 
 @pytest.mark.parametrize(
@@ -74,7 +75,7 @@ def test_bad_line_is_refused_by_file_and_number(tmp_path: Path, line: bytes, wor
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"text": "fine"}\n\n' + line + b"\n")
     with pytest.raises(CalibrationError, match=rf"calibration\.documents: .*a\.jsonl, line 3: {words}"):
-        list(read_documents(str(path), "calibration.documents"))
+        list(read_documents(source(path), "calibration.documents"))
 
 
 @pytest.mark.parametrize(
@@ -132,7 +133,7 @@ def test_draw_is_the_same_for_the_same_seed_and_another_for_another(tmp_path: Pa
 def test_sequences_are_drawn_without_replacement(tmp_path: Path) -> None:
     """Asked for all of them, a draw is a permutation of the packed text."""
     path = write(tmp_path / "a.jsonl", "abcdefghijklmnopqrstuvwxyz" * 3)
-    rows = pack(read_documents(str(path), "k"), Letters(), 5)
+    rows = pack(read_documents(source(path), "k"), Letters(), 5)
     drawn = load_sequences([source(path)], Letters(), len(rows), 5, 1, 2000, "calibration")
     assert drawn.tolist() != rows.tolist()
     assert sorted(drawn.tolist()) == sorted(rows.tolist())
@@ -200,7 +201,7 @@ def test_small_models_own_tokenizer_packs_what_its_texts_hold() -> None:
     tokenizer: Any = load_tokenizer(index, trust_remote_code=False)
     rows = load_sequences([source(TINY / "heldout.jsonl")], tokenizer, 4, 64, 0, 2048, "evaluation")
     assert rows.shape == (4, 64) and int(rows.min()) >= 0
-    texts = list(read_documents(str(TINY / "heldout.jsonl"), "k"))
+    texts = list(read_documents(source(TINY / "heldout.jsonl"), "k"))
     first = pack(iter(texts[:1]), tokenizer, 16)[0]
     assert int(first[0]) == tokenizer.bos_token_id == 0
     assert texts[0].startswith(tokenizer.decode(first[1:].tolist()))

@@ -60,7 +60,7 @@ def result(stage: str, seconds: float = 0.0, error: str | None = None, facts: di
 
 
 def test_tasks_and_their_seconds_are_counted_by_stage(context: StageContext, told: Series) -> None:
-    worker = WorkerMetrics(context)
+    worker = WorkerMetrics(lambda: [context.store.traffic, context.source.store.traffic])
     for stage, seconds in (("capture", 2.5), ("compress", 1.0), ("compress", 3.0)):
         worker.count(result(stage, seconds))
     assert told == {
@@ -72,7 +72,7 @@ def test_tasks_and_their_seconds_are_counted_by_stage(context: StageContext, tol
 
 
 def test_failed_attempts_are_counted_by_stage_and_error_and_are_not_done(context: StageContext, told: Series) -> None:
-    worker = WorkerMetrics(context)
+    worker = WorkerMetrics(lambda: [context.store.traffic, context.source.store.traffic])
     for error in ("NumericsError", "TransientStoreError", "NumericsError"):
         worker.count(result("compress", 1.0, error))
     assert told == {
@@ -85,7 +85,7 @@ def test_failed_attempts_are_counted_by_stage_and_error_and_are_not_done(context
 def test_units_tokens_and_seconds_by_phase_are_those_of_its_manifest(context: StageContext, told: Series) -> None:
     linears = tuple(linear(f"experts.{e}.{p}", tokens) for e, tokens in ((0, 100), (1, 23)) for p in ("gate_proj", "up_proj", "down_proj"))
     facts = facts_of(unit_manifest(linears, {"fetch": 0.5, "solve": 4.0, "write": 0.0}))
-    worker = WorkerMetrics(context)
+    worker = WorkerMetrics(lambda: [context.store.traffic, context.source.store.traffic])
     worker.count(result("compress", 5.0, facts=facts))
     worker.count(result("compress", 5.0, facts=facts))
     assert told[tagged("p48ray_unit_tokens")] == 2 * 123
@@ -98,7 +98,7 @@ def test_tasks_other_than_units_have_no_facts() -> None:
 
 
 def test_bytes_are_what_went_through_both_stores_since_the_last_task(context: StageContext, told: Series) -> None:
-    worker = WorkerMetrics(context)
+    worker = WorkerMetrics(lambda: [context.store.traffic, context.source.store.traffic])
     context.store.put("a", bytes(1000))
     context.source.store.put("b", bytes(50))
     context.source.store.get("b")
@@ -115,7 +115,7 @@ def test_gpu_memory_is_told_where_there_is_one(has_gpu: bool, context: StageCont
     peaks = iter([3e9, 5e9])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: next(peaks))
-    worker = WorkerMetrics(context)
+    worker = WorkerMetrics(lambda: [context.store.traffic, context.source.store.traffic])
     worker.count(result("compress"))
     worker.count(result("compress"))
     assert {name: value for (name, _), value in told.items() if "gpu" in name} == ({"p48ray_gpu_peak_bytes": 5e9} if has_gpu else {})

@@ -1,0 +1,55 @@
+"""Revisions: every hf:// place of a configuration at one commit, looked up once in the life of a run.
+
+A branch may move between a run and its resume. The plan in the run root says which commit each place stood at when it was first planned, and the same words
+mean the same commit for as long as that plan is there.
+"""
+
+from collections.abc import Callable, Mapping
+
+from p48ray import run_root
+from p48ray.config import DocumentSource, RunConfig
+from p48ray.plan import RunPlan
+from p48ray.store.base import Store
+from p48ray.store.hub import HubStore, is_hub, parse_place
+
+
+def hub_places(config: RunConfig) -> list[str]:
+    """Every hf:// text of a configuration, in order, each once."""
+    texts = (*config.calibration.documents, *(config.evaluation.documents if config.evaluation else ()))
+    places = [config.source.checkpoint, *(d.path for d in texts)]
+    return list(dict.fromkeys(place for place in places if is_hub(place)))
+
+
+def read_held_plan(store: Store) -> RunPlan | None:
+    """The plan in a run root, if there is one."""
+    return RunPlan.load(store, run_root.PLAN) if store.head(run_root.PLAN) is not None else None
+
+
+def resolve(config: RunConfig, known: Mapping[str, str], is_dry: bool) -> tuple[RunConfig, dict[str, str]]:
+    """The configuration with a commit in each hf:// place, and which.
+
+    Args:    known: commit by place; these are not asked for again. is_dry: texts are left as they are, because a dry run does not touch them.
+    Raises:  ConfigError for a repository or revision that is not there or may not be read.
+    """
+    places = [config.source.checkpoint] if is_dry and is_hub(config.source.checkpoint) else [] if is_dry else hub_places(config)
+    commits = {place: known.get(place) or HubStore(parse_place(place).at(parse_place(place).revision, "").uri).commit for place in places}
+
+    def pinned(place: str) -> str:
+        return parse_place(place).at(commits[place]).uri if place in commits else place
+
+    return with_places(config, pinned), commits
+
+
+def with_places(config: RunConfig, change: Callable[[str], str]) -> RunConfig:
+    """The configuration with every place of source and texts changed."""
+
+    def texts(documents: tuple[DocumentSource, ...]) -> tuple[DocumentSource, ...]:
+        return tuple(d.model_copy(update={"path": change(d.path)}) for d in documents)
+
+    changed = {
+        "source": config.source.model_copy(update={"checkpoint": change(config.source.checkpoint)}),
+        "calibration": config.calibration.model_copy(update={"documents": texts(config.calibration.documents)}),
+    }
+    if config.evaluation is not None:
+        changed["evaluation"] = config.evaluation.model_copy(update={"documents": texts(config.evaluation.documents)})
+    return config.model_copy(update=changed)

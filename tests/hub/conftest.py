@@ -1,0 +1,39 @@
+"""A Hub to read from, and huggingface_hub pointed at it."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from huggingface_hub import constants
+
+from p48ray.store import hub_api
+from tests.conftest import TINY
+from tests.hub.server import ReadHub
+from tests.jobs.conftest import aws_identity, moto_server, seaweedfs  # noqa: F401 (fixtures)
+
+MODEL = "models/owner/tiny"
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ReadHub]:
+    """Empty. Waits between attempts are short, and no token is at hand."""
+    server = ReadHub()
+    settings = {
+        "ENDPOINT": server.url,
+        "HF_HUB_OFFLINE": False,
+        "HF_HUB_DISABLE_TELEMETRY": True,
+        "HF_TOKEN_PATH": str(tmp_path / "no-login"),
+    }
+    for name, value in settings.items():
+        monkeypatch.setattr(constants, name, value)
+    monkeypatch.setattr(hub_api, "BACKOFF_BASE_S", 0.001)
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    yield server
+    server.close()
+
+
+def tiny_files() -> dict[str, bytes]:
+    """The sample model as a repository, with what repositories have besides."""
+    files = {p.name: p.read_bytes() for p in sorted(TINY.iterdir()) if p.suffix != ".jsonl"}
+    more = {".gitattributes": b"*.safetensors filter=lfs\n", "original/model.safetensors": b"another form", "figures/logo.png": b"\x89PNG"}
+    return files | more | {"pytorch_model.bin": b"another form too"}
