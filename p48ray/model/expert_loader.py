@@ -16,10 +16,10 @@ from p48ray.checkpoint.layout import PROJECTIONS
 from p48ray.model.decoder import Decoder
 from p48ray.model.experts import ExpertWeights
 
-THREADS = 8
-"""One thread copies about 7 GB/s from a mapped file to pinned memory; PCIe takes 55, and where 131k tokens meet 384 experts, so does the computation."""
+THREADS = 6
+"""One thread copies 5 GB/s from a mapped file to pinned memory, six 15 GB/s, eight no more (docs/PERFORMANCE.md)."""
 
-AHEAD = 10
+AHEAD = 8
 """Experts on their way."""
 
 ALIGNMENT = 256
