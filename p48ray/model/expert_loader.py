@@ -1,28 +1,30 @@
 """The experts of a layer, decoded whenever one is asked for; on a GPU, while one is multiplied, the next ones are on their way.
 
-What is stored (half a byte a weight for INT4) goes from the mapped file through pinned memory to the device by threads and a stream of their own, and is
-decoded there when its expert is asked for. Host memory: AHEAD + 2 packed experts, pinned. Device memory: as many again, and what the caller holds decoded.
+What is stored (half a byte a weight for INT4) stays where the file is mapped: its pages are pinned for as long as the layer is at hand, a stream of its own
+copies the next experts from them, and an expert is decoded on the device when it is asked for. Device memory: AHEAD + 1 packed experts, and what the
+caller holds decoded.
 """
 
-from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from queue import SimpleQueue
+import logging
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor
 
 from p48ray.checkpoint.decode import check_expert, decode_checked, decode_expert
 from p48ray.checkpoint.layout import PROJECTIONS
+from p48ray.checkpoint.tensors import MAX_GAP_BYTES
 from p48ray.model.decoder import Decoder
 from p48ray.model.experts import ExpertWeights
 
-THREADS = 6
-"""One thread copies 5 GB/s from a mapped file to pinned memory, six 15 GB/s, eight no more (docs/PERFORMANCE.md)."""
+log = logging.getLogger(__name__)
 
 AHEAD = 8
 """Experts on their way."""
 
 ALIGNMENT = 256
+PAGE_BYTES = 4096
+READ_ONLY = 8  # cudaHostRegisterReadOnly: the mapping is
 
 
 def layer_experts(decoder: Decoder, layer: int) -> Callable[[int], ExpertWeights]:
@@ -39,7 +41,7 @@ def layer_experts(decoder: Decoder, layer: int) -> Callable[[int], ExpertWeights
     if decoder.device.type != "cuda":
         return weights
 
-    def fetch(expert: int) -> dict[str, Tensor]:
+    def stored_expert(expert: int) -> dict[str, Tensor]:
         return {name: stored[name] for name in layout.expert_tensor_names(layer, expert)}
 
     def decode(expert: int, tensors: Mapping[str, Tensor]) -> ExpertWeights:
@@ -52,7 +54,7 @@ def layer_experts(decoder: Decoder, layer: int) -> Callable[[int], ExpertWeights
         gate_FH, up_FH = gate_up_ZH.split(size)
         return ExpertWeights(gate_FH, up_FH, down_HF)
 
-    return ExpertLoader(layout.num_experts, fetch, decode, decoder.device)
+    return ExpertLoader(layout.num_experts, stored_expert, decode, decoder.device)
 
 
 def check_layer(decoder: Decoder, layer: int) -> None:
@@ -65,73 +67,98 @@ def check_layer(decoder: Decoder, layer: int) -> None:
 
 
 class Slot:
-    """Room for one packed expert on either side. Events: the copy is complete; the device is done with it."""
+    """Room for one packed expert on the device. Events: the copy is complete; the device is done with it."""
 
     def __init__(self, num_bytes: int, device: torch.device) -> None:
-        self.host = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
-        self.device = torch.empty(num_bytes, dtype=torch.uint8, device=device)
+        self.room = torch.empty(num_bytes, dtype=torch.uint8, device=device)
         self.arrived, self.used = torch.cuda.Event(), torch.cuda.Event()
 
 
 class ExpertLoader:
     """Calls `decode` with an expert's stored tensors on the device.
 
-    Args: fetch: expert -> its tensors as stored, on the CPU; called by several threads. decode: those tensors on the device -> the expert.
+    Args: stored: expert -> its tensors as stored, on the CPU. decode: those tensors on the device -> the expert.
           num_experts: asked for in ascending order mostly, some perhaps not at all.
     """
 
     def __init__(
         self,
         num_experts: int,
-        fetch: Callable[[int], Mapping[str, Tensor]],
+        stored: Callable[[int], Mapping[str, Tensor]],
         decode: Callable[[int, Mapping[str, Tensor]], ExpertWeights],
         device: torch.device,
     ) -> None:
-        self.num_experts, self.fetch, self.decode, self.device = num_experts, fetch, decode, device
-        self.pending: dict[int, Future[tuple[Slot, dict[str, Tensor]]]] = {}
-        self.thread = ThreadPoolExecutor(THREADS, thread_name_prefix="expert-loader")
+        self.num_experts, self.stored, self.decode, self.device = num_experts, stored, decode, device
+        self.coming: dict[int, tuple[Slot, dict[str, Tensor]]] = {}
+        self.free: list[Slot] = []
         self.stream = torch.cuda.Stream(device)
-        self.free: SimpleQueue[Slot | None] = SimpleQueue()
-        for _ in range(AHEAD + 2):
-            self.free.put(None)  # made when the size is known
+        self.pages = PinnedPages(t for expert in range(num_experts) for t in stored(expert).values())
 
     def __call__(self, expert: int) -> ExpertWeights:
-        """Raises: what fetch raises."""
-        for passed in [e for e in self.pending if e < expert or e > expert + AHEAD]:
-            self.pending.pop(passed).add_done_callback(self.give_back)
-        for coming in range(expert, min(expert + AHEAD + 1, self.num_experts)):
-            if coming not in self.pending:
-                self.pending[coming] = self.thread.submit(self.bring, coming)
-        slot, tensors = self.pending.pop(expert).result()
+        for passed in [e for e in self.coming if e < expert or e > expert + AHEAD]:
+            self.free.append(self.coming.pop(passed)[0])
+        for wanted in range(expert, min(expert + AHEAD + 1, self.num_experts)):
+            if wanted not in self.coming:
+                self.coming[wanted] = self.bring(wanted)
+        slot, tensors = self.coming.pop(expert)
         stream = torch.cuda.current_stream(self.device)
         stream.wait_event(slot.arrived)
         decoded = self.decode(expert, tensors)
         slot.used.record(stream)
-        self.free.put(slot)
+        self.free.append(slot)
         return decoded
 
     def bring(self, expert: int) -> tuple[Slot, dict[str, Tensor]]:
-        """Start one expert on its way to the device."""
-        stored = self.fetch(expert)
+        """Send one expert on its way to the device."""
+        stored = self.stored(expert)
         places, size = lay_out(stored)
-        slot = self.free.get()
-        if slot is None or len(slot.host) < size:
+        slot = self.free.pop(0) if self.free else Slot(size, self.device)
+        if len(slot.room) < size:
             slot = Slot(size, self.device)
-        slot.arrived.synchronize()
-        host = slot.host.numpy()  # whose copies are one thread's each: torch's would start a team of threads for every one of these
-        for name, tensor in stored.items():
-            host[places[name] :][: tensor.nbytes] = tensor.reshape(-1).view(torch.uint8).numpy()
+        views = {n: slot.room[places[n] :][: t.nbytes].view(t.dtype).view(t.shape) for n, t in stored.items()}
         with torch.cuda.stream(self.stream):
-            self.stream.wait_event(slot.used)
-            slot.device[:size].copy_(slot.host[:size], non_blocking=True)
+            self.stream.wait_event(slot.used)  # by the decoding of what was there before
+            for name, tensor in stored.items():
+                views[name].copy_(tensor, non_blocking=True)
             slot.arrived.record(self.stream)
-        return slot, {
-            name: slot.device[places[name] :][: tensor.nbytes].view(tensor.dtype).view(tensor.shape) for name, tensor in stored.items()
-        }
+        return slot, views
 
-    def give_back(self, passed: "Future[tuple[Slot, dict[str, Tensor]]]") -> None:
-        """The slot of an expert that nobody asked for."""
-        self.free.put(None if passed.exception() else passed.result()[0])
+    def __del__(self) -> None:
+        """Nothing may be on its way from pages that are let go."""
+        self.stream.synchronize()
+
+
+class PinnedPages:
+    """Pages of host memory, mapped files among them, that the device copies from by itself; theirs for as long as this object lives.
+
+    A page that can not be pinned is copied all the same, only slower, and the caller waits for it.
+    Source: CUDA runtime API, cudaHostRegister with cudaHostRegisterReadOnly.
+    """
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        runtime = torch.cuda.cudart()
+        self.unpin, self.starts = runtime.cudaHostUnregister, []
+        for start, end in page_ranges((t.data_ptr(), t.nbytes) for t in tensors):
+            if int(runtime.cudaHostRegister(start, end - start, READ_ONLY)) == 0:
+                self.starts.append(start)
+            else:
+                log.warning("%d bytes of a layer can not be pinned: copies to the device are slower", end - start)
+
+    def __del__(self) -> None:
+        for start in self.starts:
+            self.unpin(start)
+
+
+def page_ranges(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """(address, bytes) of tensors -> (start, end) of whole pages, those less than MAX_GAP_BYTES apart joined."""
+    ranges: list[tuple[int, int]] = []
+    for start, num_bytes in sorted(spans):
+        first, end = start // PAGE_BYTES * PAGE_BYTES, -(-(start + num_bytes) // PAGE_BYTES) * PAGE_BYTES
+        if ranges and first <= ranges[-1][1] + MAX_GAP_BYTES:
+            ranges[-1] = (ranges[-1][0], max(end, ranges[-1][1]))
+        else:
+            ranges.append((first, end))
+    return ranges
 
 
 def lay_out(tensors: Mapping[str, Tensor]) -> tuple[dict[str, int], int]:

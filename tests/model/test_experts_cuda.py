@@ -1,10 +1,15 @@
 """The mixture on a GPU: fused steps against the torch code that defines them, and experts that arrive while others compute."""
 
+import mmap
+import warnings
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
 
 from p48ray.model import experts as module
+from p48ray.model.expert_loader import ExpertLoader
 from p48ray.model.experts import ExpertWeights, RoutedCall, RoutedExperts, RoutedInputs
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -71,8 +76,6 @@ def test_gradients_are_float64_autograds_within_bf16() -> None:
 
 def test_experts_arrive_whole_whatever_is_skipped() -> None:
     """More experts than slots, asked for with gaps and twice, while the device is kept busy."""
-    from p48ray.model.expert_loader import ExpertLoader
-
     stored = [{"w": torch.full((64, 1024), float(e)), "n": torch.tensor([e])} for e in range(40)]
     loader = ExpertLoader(
         40, stored.__getitem__, lambda e, t: ExpertWeights(t["w"].clone(), t["n"].clone(), t["w"][:1].clone()), torch.device("cuda")
@@ -87,16 +90,19 @@ def test_experts_arrive_whole_whatever_is_skipped() -> None:
             assert (weights.gate_FH == expert).all() and weights.up_FH.item() == expert, expert
 
 
-def test_error_of_the_thread_reaches_the_caller_and_costs_no_slot() -> None:
-    from p48ray.model.expert_loader import ExpertLoader
-
-    def fetch(expert: int) -> dict[str, Tensor]:
-        if expert % 2:
-            raise ValueError(f"expert {expert} is broken")
-        return {"w": torch.full((8,), float(expert))}
-
-    loader = ExpertLoader(100, fetch, lambda e, t: ExpertWeights(t["w"].clone(), t["w"], t["w"]), torch.device("cuda"))
-    for expert in range(0, 100, 2):
-        with pytest.raises(ValueError, match=f"expert {expert + 1} is broken"):
-            loader(expert + 1)
-        assert loader(expert).gate_FH[0].item() == expert
+def test_pages_are_pinned_while_the_loader_lives(tmp_path: Path) -> None:
+    """Tensors on a mapped file, as a run has them; and again after the first loader is gone."""
+    path = tmp_path / "weights"
+    path.write_bytes(bytes(range(256)) * 2**14)
+    with path.open("rb") as file:
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        stored = [{"w": torch.frombuffer(mapped, dtype=torch.uint8, count=2**18, offset=e * 2**18 + e)} for e in range(8)]
+    for _ in range(2):
+        loader = ExpertLoader(8, stored.__getitem__, lambda e, t: ExpertWeights(t["w"].clone(), t["w"], t["w"]), torch.device("cuda"))
+        assert stored[3]["w"].is_pinned()
+        for expert in range(8):
+            assert torch.equal(loader(expert).gate_FH.cpu(), stored[expert]["w"])
+        del loader
+        assert not stored[3]["w"].is_pinned()
