@@ -14,7 +14,7 @@ What is assumed (printed with the results, with the numbers in force):
     streaming stages    p48ray.estimate's assumed rate; reading, computing and writing one after the other; workers of a node share its link evenly
     a node's link       one queue for reads, first come first served; writes at the same rate beside it; the store itself has no limit
     activations, gradients   reads "shared" (DESIGN 9): once per node and layer, kept while they are among the last `--layers-held`;
-                             reads "own" (as the code stands): every unit reads them itself, once, or once a pass if its tokens pass GATHERED_BYTES
+                             reads "own" (as the code stands): every unit reads them itself, once
     source layers       "shared": once per node and direction; "own": once per worker and direction
     SHA-256             of what is read, at `--hash-rate` in the process that reads it, after reading
     losses              a node is lost as a whole; times are exponential, independent, without warning; seen after `--detect-s`
@@ -52,7 +52,7 @@ from p48ray import run_root
 from p48ray.checkpoint.layout import PROJECTIONS
 from p48ray.checkpoint.skeleton import write_kimi_k25_skeleton
 from p48ray.config import load_config
-from p48ray.estimate import estimate, loop_seconds, product_seconds
+from p48ray.estimate import estimate, loop_seconds, product_seconds, stored_bytes
 from p48ray.manifest import ActivationPart, GradientPart, LinearRecord, UnitManifest
 from p48ray.output_layout import unit_bytes
 from p48ray.plan import RunPlan, WorkUnit
@@ -61,7 +61,6 @@ from p48ray.runner import ray_runner
 from p48ray.runner.pipeline import Job, read_units
 from p48ray.runner.progress import INTERVAL_S
 from p48ray.runner.ray_runner import RayRunner
-from p48ray.stages.curvature import GATHERED_BYTES
 from p48ray.stages.needs import Needs, read_needs
 from p48ray.stages.prepare import Prepared, prepare
 from p48ray.stages.tasks import Task, TaskResult
@@ -71,7 +70,6 @@ from p48ray.store.memory import MemoryStore
 POPULARITY_SIGMA = 0.5
 RAY_WORKERS = 2
 LISTED_AT_ONCE = 1000  # keys of one LIST answer
-PASSES = 5  # over a unit's tokens after the one that samples the layer: gradients, gate and up, down, refinement, down again
 STUB = b"-"  # stands for the bytes of an object
 
 
@@ -83,7 +81,6 @@ class Costs:
     product_s: float
     mean_load: float
     layer_bytes: int  # activations and gradients of one layer
-    own_reads: int  # of the layer by one unit that shares nothing
     source_unit_bytes: int
     unit_bytes: int
     source_layer_bytes: int
@@ -105,13 +102,12 @@ def costs_of(prepared: Prepared, unit_seconds: float | None = None) -> Costs:
     hidden_bytes = 2 * e.num_tokens * layout.hidden_size
     up_s = e.stream_gpu_hours * 3600 / (3 if goes_back else 1) / len(plan.parts) / plan.num_streamed_layers
     per_unit = plan.config.run.experts_per_unit
-    routed_bytes = hidden_bytes * layout.top_k * per_unit / layout.num_experts * (1 + goes_back)
     return Costs(
         loop_s=factor * loop_s,
         product_s=factor * product_s,
         mean_load=e.num_tokens * layout.top_k * per_unit / layout.num_experts,
-        layer_bytes=e.activation_bytes // len(plan.layers) + goes_back * hidden_bytes,
-        own_reads=1 if routed_bytes <= GATHERED_BYTES else 1 + PASSES,
+        layer_bytes=e.activation_bytes // len(plan.layers)
+        + goes_back * e.num_tokens * stored_bytes(layout.hidden_size, plan.config.calibration.stored_bits),
         source_unit_bytes=(e.source_bytes - e.untouched_bytes) // len(plan.units),
         unit_bytes=unit_bytes(layout, plan.units[0]),
         source_layer_bytes=(e.source_bytes - e.untouched_bytes) // len(plan.layers),
@@ -149,9 +145,9 @@ class Stubs:
         if self.fleet.reads == "shared":
             ready = self.load_layer(node, unit.layer, now)
         else:
-            num_bytes = c.own_reads * c.layer_bytes
+            num_bytes = c.layer_bytes
             self.tally.bytes_read += num_bytes
-            self.tally.layer_loads += c.own_reads
+            self.tally.layer_loads += 1
             ready = node.read(now, num_bytes, b) + num_bytes / self.fleet.hash_rate
         self.tally.bytes_read += c.source_unit_bytes
         ready = max(ready, node.read(now, c.source_unit_bytes, b))
@@ -462,7 +458,7 @@ def assumptions(args: argparse.Namespace, c: Costs) -> list[str]:
         f"{args.start_s:g} s. Losses: per {'GPU' if args.loss_per == 'gpu' else 'node'}-hour, exponential, whole nodes, no warning, seen after "
         f"{args.detect_s:g} s. {args.price:g} a GPU-hour. Seed {args.seed}.",
         "Reads 'shared': activations and gradients once per node and layer; source layers once per node and direction (DESIGN 9). "
-        f"Reads 'own': every unit reads its layer's activations and gradients {c.own_reads} times; source layers once per worker and direction.",
+        "Reads 'own': every unit reads its layer's activations and gradients once; source layers once per worker and direction.",
         f"Streaming: {c.up_s:.2f} s up and {c.back_s:.2f} s back for a part at a layer (assumed rate); read, compute and write one after the other; at most "
         "run.capture_workers GPUs, and only the nodes that they need.",
         "Not counted: reduce, verify, evaluate, the head node, storage, requests, limits of the store.",

@@ -78,6 +78,7 @@ class CalibrationConfig(Section):
     sequences_per_part: int = Field(8, gt=0, description="Sequences of one activations part; fixes the order of every sum.")
     sequences_per_micro_batch: int = Field(4, gt=0, description="Sequences of one attention call.")
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    stored_bits: Literal[16, 8] = Field(16, description="Of activations and gradients in the run root: bf16, or int8 with a scale per 16.")
 
 
 class CompressionConfig(Section):

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from p48ray.checkpoint.header import DTYPE_BYTES
 from p48ray.checkpoint.index import CheckpointIndex
 from p48ray.checkpoint.layout import ModelLayout
-from p48ray.numerics import code_descent
+from p48ray.numerics import block_int8, code_descent
 from p48ray.numerics.paired48 import INPUTS_IN_GROUP
 from p48ray.numerics.refine import BATCH_TOKENS
 from p48ray.numerics.two_sided import ROW_GROUPS
@@ -53,8 +53,8 @@ def estimate(plan: RunPlan, index: CheckpointIndex, layout: ModelLayout, shards:
     tokens = c.num_sequences * c.sequence_length
     goes_back = plan.config.compression.output_curvature
     boundary = tokens * layout.hidden_size * (4 if c.compute_dtype == "float32" else 2)
-    seen = tokens * (2 * layout.hidden_size + ROUTING_BYTES * layout.top_k)
-    felt = tokens * 2 * layout.hidden_size if goes_back else 0
+    seen = tokens * (stored_bytes(layout.hidden_size, c.stored_bits) + ROUTING_BYTES * layout.top_k)
+    felt = tokens * stored_bytes(layout.hidden_size, c.stored_bits) if goes_back else 0
     boundaries_back = layout.num_layers - plan.layers[0] if goes_back else 0
     units = sum(unit_bytes(layout, u) for u in plan.units)
     source = sum(e.num_bytes for e in index.tensors.values())
@@ -82,6 +82,11 @@ def estimate(plan: RunPlan, index: CheckpointIndex, layout: ModelLayout, shards:
         stream_gpu_hours=directions * streamed * forward_flops(tokens, layout, dense) / STREAM_FLOPS / 3600,
         solver_gpu_hours=(loop_seconds(plan, layout) + product_seconds(plan, layout)) / 3600,
     )
+
+
+def stored_bytes(width: int, bits: int) -> int:
+    """One token's activations, or its gradients, as parts store them (calibration.stored_bits)."""
+    return 2 * width if bits == 16 else round(width * block_int8.BYTES_PER_VALUE)
 
 
 def peak_stored_bytes(plan: RunPlan, boundary: int, boundaries_back: int, seen: int, felt: int, units: int, checkpoint: int) -> int:

@@ -39,6 +39,7 @@ SETTINGS: dict[str, Effect] = {
     "calibration.sequences_per_part": "digest",
     "calibration.sequences_per_micro_batch": "digest",
     "calibration.compute_dtype": "digest",
+    "calibration.stored_bits": "digest",
     "compression.solver": "digest",
     "compression.sparsity": "digest",
     "compression.scale_span": "digest",

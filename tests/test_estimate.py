@@ -28,10 +28,10 @@ def estimated(prepared: Prepared) -> Estimate:
     return estimate(prepared.plan, prepared.source, prepared.layout, prepared.shards)
 
 
-@pytest.mark.parametrize("goes_back", [True, False])
-def test_stored_bytes_of_the_streaming_stages_are_the_predicted_ones(tmp_path: Path, goes_back: bool) -> None:
+@pytest.mark.parametrize(("goes_back", "bits"), [(True, 16), (False, 16), (True, 8)])
+def test_stored_bytes_of_the_streaming_stages_are_the_predicted_ones(tmp_path: Path, goes_back: bool, bits: int) -> None:
     """To 1 %: Arrow's framing and the manifests are not in the prediction."""
-    prepared = planned(str(tmp_path), f"compression.output_curvature={str(goes_back).lower()}")
+    prepared = planned(str(tmp_path), f"compression.output_curvature={str(goes_back).lower()}", f"calibration.stored_bits={bits}")
     write_inputs(prepared)
     capture_parts(prepared.context, [0])
     if goes_back:
@@ -84,6 +84,13 @@ def test_keeping_less_stores_less_at_the_peak(goes_back: bool) -> None:
     settings = ("calibration.num_sequences=192", f"compression.output_curvature={str(goes_back).lower()}")
     peaks = [estimated(planned("memory://keep", *settings, f"run.keep={k}")).peak_stored_bytes for k in ("all", "units", "checkpoint")]
     assert peaks[0] > peaks[1] == peaks[2]
+
+
+def test_eight_bits_store_nine_sixteenths_of_activations_and_gradients() -> None:
+    sixteen, eight = (estimated(planned("memory://bits", f"calibration.stored_bits={bits}")) for bits in (16, 8))
+    values = 4 * 6 * 256 * 256 * 2  # layers, sequences, length, hidden size, bytes
+    assert sixteen.activation_bytes - eight.activation_bytes == sixteen.gradient_bytes - eight.gradient_bytes == values * 7 // 16
+    assert sixteen.unit_read_bytes > eight.unit_read_bytes and sixteen.residual_bytes == eight.residual_bytes
 
 
 def test_more_workers_solve_more_layers_at_once() -> None:

@@ -22,6 +22,7 @@ OTHER_VALUES = {
     "calibration.sequences_per_part": "5",
     "calibration.sequences_per_micro_batch": "2",
     "calibration.compute_dtype": "bfloat16",
+    "calibration.stored_bits": "8",
     "compression.solver": None,  # needs other settings to change with it
     "compression.code_sweeps": "3",
     "compression.sparsity": None,

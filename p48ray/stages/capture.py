@@ -24,6 +24,7 @@ from p48ray.stages import arrow
 from p48ray.stages.context import StageContext
 from p48ray.stages.needs import Needs, read_needs
 from p48ray.stages.streaming import streaming_experts, waves
+from p48ray.stages.token_rows import to_columns
 
 log = logging.getLogger(__name__)
 
@@ -111,11 +112,12 @@ class ResidualStream:
 def write_activations(context: StageContext, layer: int, part: SequencePart, seen: RoutedInputs, start: float) -> ActivationPart:
     """Store one part of what the experts of a layer saw; the manifest last. `start`: when this layer began, by the monotonic clock.
 
-    A manifest that speaks of a part that is gone goes first.
+    A manifest that speaks of a part that is gone goes first. The largest value is that of bf16, in whatever form the part is stored.
     """
     hidden_TH = seen.hidden_TH.to(torch.bfloat16)
     data = arrow.encode(
-        {"hidden": hidden_TH, "expert_ids": seen.expert_ids_TK.to(torch.int16), "router_weights": seen.router_weights_TK.float()}
+        to_columns("hidden", seen.hidden_TH, context.plan.config.calibration.stored_bits)
+        | {"expert_ids": seen.expert_ids_TK.to(torch.int16), "router_weights": seen.router_weights_TK.float()}
     )
     manifest_key = run_root.activation_manifest(layer, part.part)
     if context.store.head(run_root.activation_part(layer, part.part)) is None:

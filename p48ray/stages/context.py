@@ -59,7 +59,7 @@ class StageContext:
         return scales
 
     def activation_parts(self, layer: int) -> Iterator[dict[str, Tensor]]:
-        """The captured parts of a layer, in the plan's order: hidden (bf16), expert_ids, router_weights; delta (bf16) where gradients are used.
+        """The captured parts of a layer, in the plan's order: hidden, expert_ids, router_weights; delta where gradients are used (stored as in token_rows).
 
         Raises: ShardCorruptError when a part is not what its manifest says.
         """

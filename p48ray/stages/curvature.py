@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from p48ray.config import RunConfig
+from p48ray.estimate import stored_bytes
 from p48ray.manifest import LayerScales
 from p48ray.model.experts import ExpertWeights, intermediate
 from p48ray.numerics.activation import count_clipped, quantize_activations
@@ -19,6 +21,7 @@ from p48ray.numerics.curvature import SecondMoment, shrinkage_from_tokens
 from p48ray.numerics.output_gradients import expert_gradients, norm_weights
 from p48ray.plan import WorkUnit
 from p48ray.stages.context import StageContext
+from p48ray.stages.token_rows import Spill, TokenRows, of_columns, reserve
 
 LAYER_SAMPLE_TOKENS = 8192  # tokens of the whole layer that stand in for what an expert saw too little of
 # Tokens per input at which the layer's statistics weigh as much as the expert's own. From the lab's few-token figures (DESIGN 7): at 6 tokens per input
@@ -32,7 +35,7 @@ GRADIENT_NORM_CLIP = 20.0  # times the mean; DESIGN 7
 ASYMMETRIC_SOLVERS = ("block_descent",)  # the one-shot solvers stay what their papers describe
 # One-shot solvers know no shrinkage, except for experts with fewer tokens than inputs, whose Hessian alone has no full rank.
 MIN_TOKENS_PER_INPUT = 1.0
-# Routed tokens of a unit kept in memory (Kimi-K2.5: 10 GB); beyond it each of six passes reads the layer's parts again.
+# Routed tokens of a unit kept in memory (Kimi-K2.5, 2.1 M tokens in all: 10 GB in bf16, 5.6 GB in int8); beyond it they go to a file of the node.
 GATHERED_BYTES = 16 * 10**9
 
 
@@ -52,8 +55,17 @@ class Curvature:
     output_hessian_OO: Tensor | None = None
 
 
+class StoredSlice(NamedTuple):
+    """The tokens of one expert in one part: x as stored, router weights, and delta as stored where gradients are used."""
+
+    position: int
+    x: TokenRows
+    router_T: Tensor
+    delta: TokenRows | None
+
+
 class RoutedSlice(NamedTuple):
-    """The tokens of one expert in one part: x as stored (bf16), router weights, and delta (bf16) where gradients are used."""
+    """The same, decoded."""
 
     position: int
     x_TH: Tensor
@@ -72,49 +84,69 @@ class LayerSample(NamedTuple):
 class RoutedTokens:
     """The tokens of a unit's experts, in the plan's order, and a sample of the whole layer's.
 
-    One pass over the layer's parts takes both; the tokens stay in memory (bf16, as stored) unless they pass GATHERED_BYTES.
+    One pass over the layer's parts takes both. The tokens stay in memory, as stored, and where they pass GATHERED_BYTES in a mapped file of this node.
+    `gathered` is None where its disk has no room: then every pass reads the layer's parts again.
     """
 
     def __init__(self, context: StageContext, unit: WorkUnit, scales: LayerScales) -> None:
         self.context, self.unit, self.scales = context, unit, scales
         self.settings = context.plan.config.compression
-        per_token = 2 * context.layout.hidden_size * (2 if self.settings.output_curvature else 1)
-        expected = sum(scales.tokens_per_expert[e] for e in unit.experts) * per_token
-        self.gathered: list[RoutedSlice] | None = [] if expected <= GATHERED_BYTES else None
+        num_tokens = sum(scales.tokens_per_expert[e] for e in unit.experts)
+        expected = num_tokens * routed_token_bytes(context.layout.hidden_size, context.plan.config)
+        num_tensors = 5 * unit.num_experts * len(context.plan.parts)
+        folder = None if context.cache is None else context.cache.folder
+        spill = reserve(expected, num_tensors, folder) if expected > GATHERED_BYTES else None
+        self.gathered: list[StoredSlice] | None = [] if spill is not None or expected <= GATHERED_BYTES else None
         share = -(-LAYER_SAMPLE_TOKENS // len(context.plan.parts))
-        samples = []
+        samples: dict[str, list[Tensor]] = {"hidden": [], "router_weights": [], "delta": []}
         for part in context.activation_parts(unit.layer):
-            step = max(1, len(part["hidden"]) // share)
-            samples.append({name: column[::step][:share].float() for name, column in part.items() if name != "expert_ids"})
+            some = slice(None, None, max(1, len(part["hidden"]) // share))
+            samples["router_weights"].append(part["router_weights"][some][:share].to(context.device))
+            for name in ("hidden", "delta")[: 1 + self.settings.output_curvature]:
+                samples[name].append(of_columns(part, name).pick(some).pick(slice(share)).decoded(context.device))
             if self.gathered is not None:
-                self.gathered += self.routed(part)
-        columns = {name: torch.cat([s[name] for s in samples]).to(context.device) for name in samples[0]}
+                self.gathered += (spilled(s, spill) for s in self.routed(part))
+        columns = {name: torch.cat(taken) for name, taken in samples.items() if taken}
         router_T = columns["router_weights"].square().mean(1).sqrt()
         self.sample = LayerSample(columns["hidden"], router_T, columns.get("delta"))
 
-    def routed(self, part: dict[str, Tensor]) -> Iterator[RoutedSlice]:
+    def routed(self, part: dict[str, Tensor]) -> Iterator[StoredSlice]:
         """Slices of a part, one for every expert that has tokens in it."""
-        ids_TK, delta_TH = part["expert_ids"], part.get("delta")
+        ids_TK, hidden = part["expert_ids"], of_columns(part, "hidden")
+        delta = of_columns(part, "delta") if self.settings.output_curvature else None
         for n, expert in enumerate(self.unit.experts):
             rows, slots = torch.where(ids_TK == expert)
             if len(rows):
-                yield RoutedSlice(
-                    n, part["hidden"][rows], part["router_weights"][rows, slots], None if delta_TH is None else delta_TH[rows]
-                )
+                yield StoredSlice(n, hidden.pick(rows), part["router_weights"][rows, slots], None if delta is None else delta.pick(rows))
 
     def __iter__(self) -> Iterator[RoutedSlice]:
         """As `routed`, over all parts, in float32 on the context's device; the same order every time."""
         parts = self.context.activation_parts(self.unit.layer)
         device = self.context.device
         for s in self.gathered if self.gathered is not None else (s for part in parts for s in self.routed(part)):
-            delta_TH = None if s.delta_TH is None else s.delta_TH.to(device).float()
-            yield RoutedSlice(s.position, s.x_TH.to(device).float(), s.router_T.to(device), delta_TH)
+            yield RoutedSlice(s.position, s.x.decoded(device), s.router_T.to(device), None if s.delta is None else s.delta.decoded(device))
 
     def quantized(self, values: Tensor, global_scale: float) -> Tensor:
         """Values as the kernel will see them (compression.activation_quantization), else as they are."""
         if not self.settings.activation_quantization:
             return values
         return quantize_activations(values, global_scale, self.settings.activation_group)
+
+
+def routed_token_bytes(hidden_size: int, config: RunConfig) -> int:
+    """What RoutedTokens holds of one token of an expert: x, delta where gradients are used, router weight."""
+    return (1 + config.compression.output_curvature) * stored_bytes(hidden_size, config.calibration.stored_bits) + 4
+
+
+def spilled(s: StoredSlice, spill: Spill | None) -> StoredSlice:
+    """The same slice with its tensors in the file, if there is one."""
+    if spill is None:
+        return s
+
+    def keep(rows: TokenRows) -> TokenRows:
+        return TokenRows(spill.keep(rows.values_TH), None if rows.scale_TG is None else spill.keep(rows.scale_TG))
+
+    return StoredSlice(s.position, keep(s.x), spill.keep(s.router_T), None if s.delta is None else keep(s.delta))
 
 
 @dataclass(slots=True)

@@ -28,6 +28,7 @@ from p48ray.stages import arrow
 from p48ray.stages.context import StageContext
 from p48ray.stages.needs import read_needs
 from p48ray.stages.streaming import streaming_experts, waves
+from p48ray.stages.token_rows import to_columns
 
 ROWS_PER_HEAD_CALL = 2048  # tokens whose logits exist at once
 LABEL_SEED_STRIDE = 2**20  # parts of one calibration seed never share a stream of labels with another seed's
@@ -238,7 +239,7 @@ def write_gradients(context: StageContext, layer: int, part: SequencePart, delta
     manifest_key = run_root.gradient_manifest(layer, part.part)
     if context.store.head(run_root.gradient_part(layer, part.part)) is None:
         context.store.delete(manifest_key)
-    data = arrow.encode({"delta": delta_TH.to(torch.bfloat16)})
+    data = arrow.encode(to_columns("delta", delta_TH, context.plan.config.calibration.stored_bits))
     data = arrow.store_once(context.store, run_root.gradient_part(layer, part.part), data)
     manifest = GradientPart(
         plan_digest=context.plan.digest,

@@ -39,12 +39,16 @@ def refine_experts(
 def gather(tokens: RoutedTokens, side: OutputSide, num_experts: int, hidden: int) -> list[ExpertTokens]:
     """The first MAX_TOKENS tokens of every expert, in the plan's order."""
     slices: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(num_experts)]
+    room = [MAX_TOKENS] * num_experts
     for s, weight_T in zip(tokens, side.down_weights, strict=True):
-        slices[s.position].append((s.x_TH, weight_T))
+        if room[s.position]:
+            x_TH = s.x_TH[: room[s.position]]
+            slices[s.position].append((x_TH, weight_T[: len(x_TH)]))
+            room[s.position] -= len(x_TH)
     result = []
     for mine in slices:
-        x_TH = torch.cat([x for x, _ in mine])[:MAX_TOKENS] if mine else torch.zeros(0, hidden, device=tokens.context.device)
-        weight_T = torch.cat([w for _, w in mine])[:MAX_TOKENS] if mine else x_TH.new_zeros(0)
+        x_TH = torch.cat([x for x, _ in mine]) if mine else torch.zeros(0, hidden, device=tokens.context.device)
+        weight_T = torch.cat([w for _, w in mine]) if mine else x_TH.new_zeros(0)
         quantized_TH = tokens.quantized(x_TH, tokens.scales.gate_up) if mine else x_TH
         result.append(ExpertTokens(x_TH=x_TH, quantized_TH=quantized_TH, weight_T=weight_T))
     return result

@@ -17,11 +17,12 @@ from torch import Tensor
 
 from p48ray import run_root
 from p48ray.checkpoint.index import open_checkpoint
-from p48ray.errors import CorruptObjectError, ShardCorruptError
+from p48ray.errors import CorruptObjectError, NumericsError, ShardCorruptError
 from p48ray.manifest import LayerScales, LinearRecord, UnitManifest
 from p48ray.model.experts import RoutedInputs
+from p48ray.numerics import block_int8
 from p48ray.plan import WorkUnit
-from p48ray.stages import arrow, curvature
+from p48ray.stages import arrow, curvature, refinement, token_rows
 from p48ray.stages.capture import combine, write_activations
 from p48ray.stages.compress import compress_unit
 from p48ray.stages.context import StageContext
@@ -217,8 +218,11 @@ def test_two_runs_of_a_unit_make_the_same_bytes(opened: Opener, solver: str) -> 
 
 
 def test_unit_that_streams_its_tokens_makes_the_bytes_of_one_that_holds_them(opened: Opener, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Held in a file of the node, and read again from the parts where its disk has no room."""
     held = compress(opened())
     monkeypatch.setattr(curvature, "GATHERED_BYTES", 0)
+    assert compress(opened()) == held
+    monkeypatch.setattr(curvature, "reserve", lambda *_: None)
     context = opened()
     assert curvature.RoutedTokens(context, PAIR, context.layer_scales(1)).gathered is None
     assert compress(context) == held
@@ -366,9 +370,74 @@ def test_gradients_change_the_result_and_the_same_ones_give_the_same_bytes(opene
 def test_unit_that_streams_tokens_and_gradients_makes_the_bytes_of_one_that_holds_them(
     opened: Opener, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    held = compress(opened(GRADIENTS))
+    for bits in (16, 8):
+        settings = (GRADIENTS, f"calibration.stored_bits={bits}")
+        held = compress(opened(*settings))
+        with monkeypatch.context() as patch:
+            patch.setattr(curvature, "GATHERED_BYTES", 0)
+            assert compress(opened(*settings)) == held
+            patch.setattr(curvature, "reserve", lambda *_: None)
+            assert compress(opened(*settings)) == held
+
+
+@pytest.mark.parametrize("bits", [16, 8])
+def test_tokens_of_a_unit_take_the_bytes_that_are_expected_and_parts_are_read_once(
+    opened: Opener, monkeypatch: pytest.MonkeyPatch, bits: int
+) -> None:
+    """As codes where they are stored as codes; in a file of exactly the size that the layer's token counts give."""
     monkeypatch.setattr(curvature, "GATHERED_BYTES", 0)
-    assert compress(opened(GRADIENTS)) == held
+    context = opened(GRADIENTS, f"calibration.stored_bits={bits}", "compression.refine_steps=3")
+    spills, reads = [], []
+    reserve, read = curvature.reserve, StageContext.checked_part
+
+    def reserved(num_bytes: int, num_tensors: int, folder: Path | None) -> token_rows.Spill | None:
+        spills.append((num_bytes, num_tensors, reserve(num_bytes, num_tensors, folder)))
+        return spills[-1][2]
+
+    monkeypatch.setattr(curvature, "reserve", reserved)
+    monkeypatch.setattr(StageContext, "checked_part", lambda self, key, manifest: reads.append(key) or read(self, key, manifest))
+    compress(context)
+    assert len(reads) == len(set(reads)) == 2 * len(context.plan.parts)
+    ((expected, num_tensors, spill),) = spills
+    counts = context.layer_scales(1).tokens_per_expert
+    row = 256 * 2 if bits == 16 else 256 + 2 * 256 // 16
+    assert expected == sum(counts[e] for e in PAIR.experts) * (2 * row + 4)
+    assert expected <= spill.end <= expected + num_tensors * 64 == len(spill.data)
+
+
+def test_eight_bits_store_what_the_coder_makes_of_the_original_values_and_leave_scales_alone(
+    opened: Opener, layer_inputs: RoutedInputs, random_delta: Tensor
+) -> None:
+    wide = layer_inputs._replace(hidden_TH=layer_inputs.hidden_TH.float() * 1.001)  # not bf16 numbers
+    coarse, fine = opened(GRADIENTS, "calibration.stored_bits=8", seen=wide), opened(GRADIENTS, seen=wide)
+    assert coarse.layer_scales(1).gate_up == fine.layer_scales(1).gate_up
+    parts = list(coarse.activation_parts(1))
+    for name, original_TH in (("hidden", wide.hidden_TH), ("delta", random_delta)):
+        rows = [token_rows.of_columns(part, name) for part in parts]
+        assert {r.values_TH.dtype for r in rows} == {torch.int8}
+        found_TH = torch.cat([r.decoded(torch.device("cpu")) for r in rows])
+        assert torch.equal(found_TH, block_int8.decode(*block_int8.encode(original_TH)))
+    assert compress(coarse) != compress(fine)
+
+
+def test_eight_bits_refuse_activations_that_are_not_finite(opened: Opener, layer_inputs: RoutedInputs) -> None:
+    broken_TH = layer_inputs.hidden_TH.clone()
+    broken_TH[3, 7] = float("inf")
+    with pytest.raises(NumericsError, match="not"):
+        opened("calibration.stored_bits=8", seen=layer_inputs._replace(hidden_TH=broken_TH))
+
+
+def test_refinement_gathers_no_more_tokens_than_it_uses(opened: Opener, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first of the plan's order, and nothing held beyond them."""
+    context = opened("compression.refine_steps=1")
+    tokens = curvature.RoutedTokens(context, PAIR, context.layer_scales(1))
+    side = curvature.output_side(tokens, [])
+    whole = refinement.gather(tokens, side, 2, 256)
+    assert min(len(t.x_TH) for t in whole) > 40
+    monkeypatch.setattr(refinement, "MAX_TOKENS", 40)
+    for few, all_of_it in zip(refinement.gather(tokens, side, 2, 256), whole, strict=True):
+        assert torch.equal(few.x_TH, all_of_it.x_TH[:40]) and torch.equal(few.weight_T, all_of_it.weight_T[:40])
+        assert few.x_TH.untyped_storage().nbytes() == few.x_TH.nbytes
 
 
 def test_tokens_weigh_by_the_norm_of_their_gradient_clipped_at_20_times_its_mean(

@@ -1,0 +1,85 @@
+"""Rows of values, one a token, in the form in which parts store them: bf16, or int8 codes with their scales (calibration.stored_bits, numerics.block_int8).
+
+Rows are picked as they are stored, and decoded when they are used, so that what is held never grows beyond what was written.
+"""
+
+import logging
+import mmap
+import os
+import tempfile
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from p48ray.numerics import block_int8
+
+log = logging.getLogger(__name__)
+
+SCALE_SUFFIX = "_scale"
+
+
+@dataclass(frozen=True, slots=True)
+class TokenRows:
+    """(T, H) values: bf16 themselves, or int8 codes with scales (T, H/16)."""
+
+    values_TH: Tensor
+    scale_TG: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.values_TH)
+
+    def pick(self, rows: Tensor | slice) -> "TokenRows":
+        return TokenRows(self.values_TH[rows], None if self.scale_TG is None else self.scale_TG[rows])
+
+    def decoded(self, device: torch.device) -> Tensor:
+        """(T, H) float32 on the device; the stored form is what travels there."""
+        values_TH = self.values_TH.to(device)
+        return values_TH.float() if self.scale_TG is None else block_int8.decode(values_TH, self.scale_TG.to(device))
+
+
+def to_columns(name: str, values_TH: Tensor, bits: int) -> dict[str, Tensor]:
+    """The columns of a part that hold these values.
+
+    Raises: NumericsError for values that are not finite, where they are stored in 8 bits.
+    """
+    if bits == 16:
+        return {name: values_TH.to(torch.bfloat16)}
+    codes_TH, scale_TG = block_int8.encode(values_TH)
+    return {name: codes_TH, name + SCALE_SUFFIX: scale_TG}
+
+
+def of_columns(part: dict[str, Tensor], name: str) -> TokenRows:
+    """Inverse of `to_columns`, as stored."""
+    return TokenRows(part[name], part.get(name + SCALE_SUFFIX))
+
+
+class Spill:
+    """Room for tensors in an unnamed file of this node, mapped: they are written once, and the kernel keeps of them in memory what there is room for."""
+
+    ALIGNMENT = 64
+
+    def __init__(self, num_bytes: int, folder: str | os.PathLike[str] | None) -> None:
+        """Args: num_bytes: of all tensors. folder: where; None: the system's for temporary files. Raises: OSError when the disk has no room."""
+        with tempfile.TemporaryFile(dir=folder) as file:
+            os.posix_fallocate(file.fileno(), 0, num_bytes)  # a full disk is an error here, and a killed process later
+            self.data = mmap.mmap(file.fileno(), num_bytes)
+        self.end = 0
+
+    def keep(self, tensor: Tensor) -> Tensor:
+        """A copy of a tensor in the file."""
+        start = -(-self.end // self.ALIGNMENT) * self.ALIGNMENT
+        self.end = start + tensor.nbytes
+        copy = torch.frombuffer(self.data, dtype=tensor.dtype, count=tensor.numel(), offset=start).view(tensor.shape)
+        return copy.copy_(tensor)
+
+
+def reserve(num_bytes: int, num_tensors: int, folder: str | os.PathLike[str] | None) -> Spill | None:
+    """A spill for so many bytes in so many tensors; None, and a warning, where the disk has no room for it."""
+    try:
+        return Spill(num_bytes + num_tensors * Spill.ALIGNMENT, folder)
+    except OSError as error:
+        log.warning(
+            "%s: no room for %d bytes of tokens (%s); every pass over them reads their parts again", folder, num_bytes, error.strerror
+        )
+        return None
