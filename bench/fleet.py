@@ -4,8 +4,8 @@
     python bench/fleet.py --out runs/fleet --gpus 8 64 --gpus-per-node 8 --loss-rates 0 0.1 --loss-per node --price 3
     python bench/fleet.py --out runs/fleet --unit-seconds 40 --bandwidth 5      other measured times, another store
 
-Real: plan and output layout from a header-only checkpoint, `Job.capture`, `Job.gradients` and `Job.compress`, `run_all`, `RayRunner` with its `Dispatcher`,
-attempts and preemptions, needs, collect, `finish_layers`, all records (a UnitManifest of 24 linears a unit), a store in memory. Pretended: the module `ray` as
+Real: plan and output layout from a header-only checkpoint, `Job.compress` with its `Overlap`, `run_all`, `RayRunner` with its `Dispatcher`,
+attempts and preemptions, needs, collect, `finish_layer`, all records (a UnitManifest of 24 linears a unit), a store in memory. Pretended: the module `ray` as
 `RayRunner` sees it (`SimulatedRay`: a queue of events with a clock), and the stages' bodies, which only write the objects that mark work as done.
 
 What is assumed (printed with the results, with the numbers in force):
@@ -311,8 +311,7 @@ class Outcome:
     bytes_read: float
     bytes_written: float
     idle_share: float
-    driver_ms_per_unit: float
-    stream_driver_s: float
+    driver_ms_per_unit: float  # streams included
 
 
 def sized(prepared: Prepared, fleet: Fleet, name: str, keep: str) -> Prepared:
@@ -328,21 +327,18 @@ def simulate(prepared: Prepared, fleet: Fleet, costs: Costs) -> tuple[Outcome, S
     """Capture, gradients and compress, or what the store lacks of them, by the real driver. Raises whatever the driver raises."""
     stubs = Stubs(prepared, fleet, costs)
     sim = SimulatedRay(fleet, stubs)
-    clock: list[tuple[float, float]] = []  # (virtual time, the driver's own processor time) after each stage
+    clock: list[tuple[float, float]] = []  # (virtual time, the driver's own processor time) before and after
 
     def mark() -> None:
         clock.append((sim.now, time.process_time() - sim.cpu_s))
 
     with mock.patch.object(ray_runner, "ray", sim), RayRunner(prepared.plan, prepared.store.uri, None) as runner:
-        job = Job(prepared, runner, {})
-        mark()
-        job.capture()
-        job.gradients()
+        job = Job(prepared, runner, {}, lambda: sim.now)
         mark()
         job.compress()
         mark()
-        end = sim.now
-    (_, cpu_0), (streamed, cpu_1), (_, cpu_2) = clock
+        end, streamed = sim.now, sim.streamed
+    (_, cpu_0), (_, cpu_1) = clock
     paid_s = sum(max(0.0, (end if n.lost_at is None else n.lost_at) - n.paid_from) for n in sim.machines) * fleet.node_gpus
     t = sim.tally
     begun = max(1, len(t.attempts))
@@ -363,8 +359,7 @@ def simulate(prepared: Prepared, fleet: Fleet, costs: Costs) -> tuple[Outcome, S
         bytes_read=t.bytes_read,
         bytes_written=t.bytes_written,
         idle_share=1 - t.busy_s / paid_s,
-        driver_ms_per_unit=1000 * (cpu_2 - cpu_1) / begun,
-        stream_driver_s=cpu_1 - cpu_0,
+        driver_ms_per_unit=1000 * (cpu_1 - cpu_0) / begun,
     )
     return outcome, sim
 
@@ -385,7 +380,7 @@ def measure_driver(prepared: Prepared, fleet: Fleet, costs: Costs) -> dict[str, 
     store = whole.store
     assert isinstance(store, CountingStore)
     outcome, _ = simulate(whole, fleet, costs)
-    facts |= {"run_counts": dict(store.counts), "ms_per_unit": outcome.driver_ms_per_unit, "stream_driver_s": outcome.stream_driver_s}
+    facts |= {"run_counts": dict(store.counts), "ms_per_unit": outcome.driver_ms_per_unit}
     facts["run_peak_bytes"] = peak_bytes()
     start = time.process_time()
     build_report(whole.context, read_units(whole), whole.shards, None, {})
@@ -429,6 +424,9 @@ class IdleWorker:
         import ray
 
         return str(ray.get_runtime_context().get_node_id())
+
+    def close(self) -> None:
+        """Nothing to let go of."""
 
     def execute(self, task: Task) -> TaskResult:
         return TaskResult(task=task, facts={"tokens": task.load})
@@ -495,8 +493,8 @@ def driver_lines(d: dict[str, Any]) -> list[str]:
     asked, run = d["resume_counts"], d["run_counts"]
     mb = {key: f"{d[key] / 1e6:.0f} MB" for key in ("prepare_peak_bytes", "run_peak_bytes", "peak_bytes", "stored_bytes")}
     lines = [
-        f"Driver, {d['gpus']} GPUs, {d['num_units']:,} units, {d['num_linears']:,} linears: {d['ms_per_unit']:.2f} ms of processor time a unit; capture and "
-        f"gradients together {d['stream_driver_s']:.1f} s, the report {d['report_s']:.1f} s.",
+        f"Driver, {d['gpus']} GPUs, {d['num_units']:,} units, {d['num_linears']:,} linears: {d['ms_per_unit']:.2f} ms of processor time a unit, capture and "
+        f"gradients included; the report {d['report_s']:.1f} s.",
         f"Peak RSS: {mb['prepare_peak_bytes']} after planning, {mb['run_peak_bytes']} after compress, {mb['peak_bytes']} with the report; "
         f"{mb['stored_bytes']} of it are the store's objects, which a bucket holds elsewhere.",
         f"A tick of progress, every {INTERVAL_S:g} s, lists units/: {d['tick_ms']:.0f} ms and {d['tick_pages']} pages at the end of the run.",

@@ -157,6 +157,7 @@ class SimulatedRay:
     def __init__(self, fleet: Fleet, stubs: Bodies) -> None:
         self.fleet, self.stubs, self.tally = fleet, stubs, stubs.tally
         self.now, self.cpu_s, self.first_execute = 0.0, 0.0, 0.0
+        self.streamed = 0.0  # when the last stream ended
         self.events: list[tuple[float, int, Callable[[], None]]] = []
         self.num_events = self.num_launched = 0
         self.random = random.Random(fleet.seed)
@@ -275,9 +276,6 @@ class SimulatedRay:
 
     def account(self, attempt: Attempt) -> None:
         self.tally.busy_s += sum(max(0.0, min(end, self.now) - start) for start, end in attempt.computes)
-        for when, effect in attempt.effects:
-            if when <= self.now:
-                effect()
 
     def fail(self, ref: Ref) -> None:
         ref.is_lost = ref.is_ready = True
@@ -301,6 +299,8 @@ class SimulatedRay:
                 return ref
             start = self.now
             actor.attempt = attempt = self.stubs.begin(pickle.loads(task_data), node, start)
+            for when, effect in attempt.effects:
+                self.at(when, lambda effect=effect: effect() if actor.attempt is attempt else None)
             self.at(attempt.end, lambda: self.finish(actor, attempt, start))
             return ref
 
@@ -309,5 +309,7 @@ class SimulatedRay:
             return
         self.account(attempt)
         actor.attempt = None
+        if attempt.task.layer is None:
+            self.streamed = self.now
         facts = {"tokens": attempt.task.load, "solve_s": attempt.end - start}
         self.settle(actor, TaskResult(task=attempt.task, seconds=attempt.end - start, facts=facts))

@@ -92,23 +92,37 @@ def stored_bytes(width: int, bits: int) -> int:
 def peak_stored_bytes(plan: RunPlan, boundary: int, boundaries_back: int, seen: int, felt: int, units: int, checkpoint: int) -> int:
     """The most that the run root holds at a time under run.keep (stages.collect), the mirror apart, which stays.
 
-    With keep: all the sum of everything. Otherwise the largest of the stages' peaks. Up: two boundaries until a layer's activations are written, or where
-    a way back will read them all above the lowest layer. Back: each part trades a boundary for a layer's gradients, with one boundary of gradients in hand
-    and the next one coming. Units: those of as many layers as there are workers beside all tokens, or in the end all of them beside the last layers'
-    tokens. Last, unit shards beside the checkpoint.
+    With keep: all the sum of everything. Otherwise the largest over all states that streams and units can be in together: so many layers streamed (from the
+    top where there is a way back, else from the bottom), so many of them finished, whose tokens are gone, and units under way in as many more as there are
+    workers that do not stream. Last, unit shards beside the checkpoint.
     """
     if plan.config.run.keep == "all":
         return seen + len(plan.boundaries) * boundary + felt + boundaries_back * boundary + units + checkpoint
-    layers = len(plan.layers)
-    if plan.config.compression.output_curvature:
-        up = seen + boundaries_back * boundary
-        back = max(up + boundary + felt // layers, seen + felt + boundary, seen + felt - felt // layers + 3 * boundary)
-    else:
-        up = seen + max(boundary, 2 * boundary - seen // layers)
-        back = 0
-    at_once = min(layers, plan.config.run.num_workers)
-    solving = max(seen + felt + units * at_once // layers, units + (seen + felt) * at_once // layers)
-    return max(up, back, solving, units + checkpoint)
+    layers, workers = len(plan.layers), plan.config.run.num_workers
+    goes_back = plan.config.compression.output_curvature
+    most = seen + (boundaries_back + 1) * boundary if goes_back else 0  # the head has answered with a first gradient
+    for streamed in range(1, layers + 1):
+        streams = boundaries_under_way(plan, streamed) * boundary
+        solvers = workers - 1  # whoever does not stream, while anybody does
+        for finished in range(streamed + 1 if solvers else 1):
+            tokens = seen * (layers - finished if goes_back else streamed - finished) + felt * (streamed - finished)
+            begun = min(streamed, finished + solvers)
+            most = max(most, (tokens + units * begun) // layers + streams)
+    for finished in range(layers + 1):
+        most = max(most, ((seen + felt) * (layers - finished) + units * min(layers, finished + workers)) // layers)
+    return max(most, units + checkpoint)
+
+
+def boundaries_under_way(plan: RunPlan, streamed: int) -> int:
+    """Layer boundaries stored for each part that has just been through `streamed` of the planned layers.
+
+    Up: the one that the next layer starts from and the one that it writes. Back: a gradient in hand and the next one coming, and the boundaries of all layers
+    below, which are still to be read.
+    """
+    layers = plan.layers
+    is_last = streamed == len(layers)
+    below = layers[-streamed] - layers[0] if plan.config.compression.output_curvature else 0
+    return below + (1 if is_last else 2)
 
 
 def forward_flops(tokens: int, layout: ModelLayout, dense_elements: int) -> float:

@@ -45,6 +45,19 @@ def mirror_manifest(name: str) -> str:
     return f"{MIRROR}{name}.json"
 
 
+def activation_folder(layer: int) -> str:
+    return f"{ACTIVATIONS}layer-{layer:03d}/"
+
+
+def gradient_folder(layer: int) -> str:
+    return f"{GRADIENTS}layer-{layer:03d}/"
+
+
+def unit_folder(layer: int) -> str:
+    """Prefix of all units of a layer."""
+    return f"{UNITS}L{layer:03d}-"
+
+
 def residual_part(layer: int, part: int) -> str:
     return f"{RESIDUALS}layer-{layer:03d}/part-{part:04d}.arrow"
 

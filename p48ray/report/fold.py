@@ -118,6 +118,12 @@ def merged(spans: Iterable[Span], slack_s: float) -> list[tuple[float, float, in
     return found
 
 
+def shared_seconds(some: Iterable[Span], others: Iterable[Span]) -> float:
+    """For how long both kinds of work were under way at once."""
+    stretches = [merged(spans, 0.0) for spans in (some, others)]
+    return sum(max(0.0, min(a[1], b[1]) - max(a[0], b[0])) for a in stretches[0] for b in stretches[1])
+
+
 def busy(spans: Iterable[Span], start: float, end: float, steps: int) -> list[float]:
     """Mean number of workers at work in each of `steps` equal stretches of time."""
     width = (end - start) / steps

@@ -25,7 +25,7 @@ from p48ray.report.expert_sections import (
     sample_section,
     section,
 )
-from p48ray.report.fold import MERGED_SHARE, Facts, busy, gather, merged
+from p48ray.report.fold import MERGED_SHARE, Facts, busy, gather, merged, shared_seconds
 from p48ray.report.ladder_section import ladder_section
 from p48ray.report.plan_table import size
 from p48ray.report.report import Report
@@ -193,11 +193,13 @@ def timeline_section(facts: Facts) -> str:
         for stage, css in STAGES
     ]
     most = max(sum(v) for v in zip(*(v for _, v in at_work), strict=True))
+    shared = shared_seconds(*([s for s in facts.spans if (s.stage == "compress") == is_unit] for is_unit in (False, True)))
+    at_once = f", {esc(duration(shared))} of it with streams and units at once" if shared else ""
     begun, ended = (datetime.fromtimestamp(t, UTC).strftime("%Y-%m-%d %H:%M") for t in (start, end))
     present = [(css, stage) for stage, css in STAGES if any(s.stage == stage for s in facts.spans)]
     intro = (
-        f"{begun} to {ended} UTC, {esc(duration(whole))} from the first piece of work to the last. Above: workers busy at once. Below: when each layer was "
-        "captured, differentiated and compressed. A gap is waiting or an interruption; attempts that were lost leave no mark."
+        f"{begun} to {ended} UTC, {esc(duration(whole))} from the first piece of work to the last{at_once}. Above: workers busy at once. Below: when "
+        "each layer was captured, differentiated and compressed. A gap is waiting or an interruption; attempts that were lost leave no mark."
     )
     words = f"workers at work, up to {most:.3g}"
     area = charts.stacked_area(at_work, words, f"{most:.3g}")

@@ -1,6 +1,7 @@
 """What a runner is: something that takes a stage's tasks and returns how each one ended."""
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
@@ -13,24 +14,49 @@ log = logging.getLogger(__name__)
 LISTED_FAILURES = 10
 
 
-class Runner(Protocol):
-    """Runs tasks in some processes. Order of results is the order in which they finish."""
+More = Callable[[bool], Sequence[Task]]
+"""Asked at intervals and whenever a task has ended: tasks that became ready since, each once. Told whether nothing waits and nothing runs: then what is
+not named now is not asked for again."""
 
-    def run(self, tasks: Sequence[Task]) -> Iterator[TaskResult]: ...
+
+def nothing_more(is_idle: bool) -> Sequence[Task]:
+    return ()
+
+
+class Runner(Protocol):
+    """Runs tasks in some processes. Order of results is the order in which they finish.
+
+    Tasks without a layer go before those with one: streams are never held up by the units that follow from them.
+    """
+
+    def run(self, tasks: Sequence[Task], more: More = nothing_more) -> Iterator[TaskResult]: ...
 
 
 class RedoError(P48Error):
     """Corrupt objects were found and deleted; the stages that make them have to run again. Never leaves the pipeline."""
 
 
-def run_all(runner: Runner, tasks: Sequence[Task], store: Store, on_done: Callable[[Task], None] = lambda task: None) -> None:
-    """Run a stage's tasks to the end, all that can be done of them. `on_done` is called for each as it is done.
+def run_all(
+    runner: Runner,
+    tasks: Sequence[Task],
+    store: Store,
+    on_done: Callable[[Task], None] = lambda task: None,
+    more: More = nothing_more,
+) -> None:
+    """Run tasks, and those that follow from them, to the end: all that can be done of them. `on_done` is called for each as it is done.
 
     Raises: an error that lists what failed: of the kind of the user's mistake if one stopped a task; RedoError if corrupt objects of the run
             root are all that stopped the rest; else StageFailedError. Corrupt objects are deleted in any case.
     """
-    failed = []
-    for result in runner.run(tasks):
+    failed: list[TaskResult] = []
+    handed = Counter(task.stage for task in tasks)
+
+    def counted(is_idle: bool) -> Sequence[Task]:
+        found = more(is_idle)
+        handed.update(task.stage for task in found)
+        return found
+
+    for result in runner.run(tasks, counted):
         if result.is_done or is_done_by_another(store, result.task):
             on_done(result.task)
         else:
@@ -42,13 +68,18 @@ def run_all(runner: Runner, tasks: Sequence[Task], store: Store, on_done: Callab
             log.warning("%s %s: %s; deleting %s, made anew next", result.task.stage, result.task.id, result.error, ", ".join(result.redo))
         for key in result.redo:
             store.delete(key)
-    stage = failed[0].task.stage
-    lines = [f"  {r.task.id}: {r.error_type}: {r.error}" for r in failed[:LISTED_FAILURES]]
-    rest = f"\n  and {len(failed) - LISTED_FAILURES} more" if len(failed) > LISTED_FAILURES else ""
+    stages = dict.fromkeys(result.task.stage for result in failed)
     mistakes = [error for error in (result.as_exception() for result in failed) if isinstance(error, UserError)]
     kind = type(mistakes[0]) if mistakes else RedoError if all(result.redo for result in failed) else StageFailedError
-    raise kind(
-        f"{stage}: {len(failed)} of {len(tasks)} tasks failed; tracebacks under {store.uri}/failures/{stage}/; run the same command again to resume\n"
+    raise kind("\n".join(describe(stage, [r for r in failed if r.task.stage == stage], handed[stage], store) for stage in stages))
+
+
+def describe(stage: str, failed: Sequence[TaskResult], handed: int, store: Store) -> str:
+    """What failed of a stage, in words."""
+    lines = [f"  {r.task.id}: {r.error_type}: {r.error}" for r in failed[:LISTED_FAILURES]]
+    rest = f"\n  and {len(failed) - LISTED_FAILURES} more" if len(failed) > LISTED_FAILURES else ""
+    return (
+        f"{stage}: {len(failed)} of {handed} tasks failed; tracebacks under {store.uri}/failures/{stage}/; run the same command again to resume\n"
         + "\n".join(lines)
         + rest
     )

@@ -1,4 +1,6 @@
-"""Who does what next: tasks that share a layer's activations go to the same node, heaviest first.
+"""Who does what next: streams before all else, then tasks that share a layer's activations to the same node, heaviest first.
+
+Streams (tasks without a layer) are what layers' units wait for, so a unit that waits never holds one up, nor the next attempt at one.
 
 A node works on whole layers, so that it reads each layer's activations and gradients once. It takes the heaviest layer that nobody has; when none is
 left, it joins the layer with the most waiting work for each node on it. (A layer that moved as a whole would leave its first node idle, which would take
@@ -12,15 +14,17 @@ from p48ray.stages.tasks import Task
 
 
 class Dispatcher:
-    """Waiting tasks. Within a layer by falling load; tasks without a layer are a layer of their own that belongs to everybody."""
+    """Waiting tasks. Within a layer by falling load; tasks without a layer belong to everybody and go first."""
 
     def __init__(self, tasks: Iterable[Task]) -> None:
         self.waiting: dict[int | None, list[Task]] = defaultdict(list)
-        self.nodes: dict[int | None, set[str]] = defaultdict(set)
-        for task in tasks:
-            self.waiting[task.layer].append(task)
-        for queue in self.waiting.values():
-            queue.sort(key=lambda task: (task.load, task.id))  # taken from the end
+        self.nodes: dict[int, set[str]] = defaultdict(set)
+        self.add(tasks)
+
+    def add(self, tasks: Iterable[Task]) -> None:
+        """More tasks; they wait behind those of their layer that wait already."""
+        for task in sorted(tasks, key=lambda task: (task.load, task.id), reverse=True):
+            self.waiting[task.layer].insert(0, task)  # taken from the end
 
     def __len__(self) -> int:
         return sum(len(queue) for queue in self.waiting.values())
@@ -36,15 +40,17 @@ class Dispatcher:
 
     def take(self, node: str) -> Task | None:
         """The next task for a worker on `node`; None when nothing waits."""
-        open_layers = [layer for layer, queue in self.waiting.items() if queue]
+        if self.waiting[None]:
+            return self.waiting[None].pop()
+        open_layers = [layer for layer, queue in self.waiting.items() if layer is not None and queue]
         if not open_layers:
             return None
-        mine = [layer for layer in open_layers if layer is None or node in self.nodes[layer]]
-        layer = max(mine or open_layers, key=lambda n: (self.weight(n), -(n or 0)))
+        mine = [layer for layer in open_layers if node in self.nodes[layer]]
+        layer = max(mine or open_layers, key=lambda n: (self.weight(n), -n))
         self.nodes[layer].add(node)
         return self.waiting[layer].pop()
 
-    def weight(self, layer: int | None) -> tuple[bool, float]:
+    def weight(self, layer: int) -> tuple[bool, float]:
         """An unowned layer before every shared one; then waiting load for each node on the layer, one more that would join it included."""
         load = float(sum(task.load for task in self.waiting[layer]) + len(self.waiting[layer]))
         owners = len(self.nodes[layer])

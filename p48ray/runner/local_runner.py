@@ -3,18 +3,27 @@
 from collections.abc import Iterator, Sequence
 
 from p48ray.plan import RunPlan
+from p48ray.runner.base import More, nothing_more
 from p48ray.stages.tasks import Task, TaskResult, Workplace
 
 
 class LocalRunner:
-    """Runs tasks in the calling process. Transient failures are retried run.max_attempts times in all."""
+    """Runs tasks in the calling process, in the order in which they are named, those without a layer first.
+
+    Transient failures are retried run.max_attempts times in all.
+    """
 
     def __init__(self, plan: RunPlan, store_uri: str) -> None:
         self.plan = plan
         self.workplace = Workplace(plan, store_uri)
 
-    def run(self, tasks: Sequence[Task]) -> Iterator[TaskResult]:
-        for task in tasks:
+    def run(self, tasks: Sequence[Task], more: More = nothing_more) -> Iterator[TaskResult]:
+        waiting = list(tasks)
+        while True:
+            waiting = sorted([*waiting, *more(not waiting)], key=lambda task: task.layer is not None)
+            if not waiting:
+                return
+            task = waiting.pop(0)
             result = self.workplace.execute(task)
             for _ in range(self.plan.config.run.max_attempts - 1):
                 if not result.is_transient:

@@ -3,23 +3,23 @@
 import json
 import logging
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 
 from p48ray import run_root
 from p48ray.checkpoint.index import INDEX_FILE
 from p48ray.config import baseline_config
 from p48ray.errors import StageFailedError, VerificationError
-from p48ray.manifest import EvaluationPart, LayerScales, ShardVerdict, UnitManifest
+from p48ray.manifest import EvaluationPart, ShardVerdict, UnitManifest
 from p48ray.plan import RunPlan, cut
 from p48ray.report.card import model_card
 from p48ray.report.html import report_html
 from p48ray.report.report import Report, build_report
 from p48ray.runner.base import RedoError, Runner, run_all
+from p48ray.runner.overlap import Overlap
 from p48ray.runner.progress import Progress
-from p48ray.stages.capture import finish_layers
-from p48ray.stages.collect import ABANDONED_S, collect_layer, collect_losers, collect_streams, collect_units, delete_all
+from p48ray.stages.capture import finish_layer
+from p48ray.stages.collect import ABANDONED_S, collect_losers, collect_units, delete_all
 from p48ray.stages.evaluate import EvaluationResult, combine, evaluation_digest
 from p48ray.stages.inputs import write_inputs
 from p48ray.stages.mirror import MirrorItem, look
@@ -79,16 +79,17 @@ def run_stages(job: "Job") -> EvaluationResult | None:
 
 
 class Job:
-    """The stages of one run. Each method does what its stage lacks and returns when the stage is complete."""
+    """The stages of one run. Each method does what its stage lacks and returns when the stage is complete.
 
-    def __init__(self, prepared: Prepared, runner: Runner, seconds: dict[str, float]) -> None:
+    Args: seconds: taken by each stage, added to. clock: monotonic seconds.
+    """
+
+    def __init__(self, prepared: Prepared, runner: Runner, seconds: dict[str, float], clock: Callable[[], float] = time.monotonic) -> None:
         self.plan, self.store, self.shards = prepared.plan, prepared.store, prepared.shards
-        self.context, self.runner, self.seconds = prepared.context, runner, seconds
+        self.context, self.runner, self.seconds, self.clock = prepared.context, runner, seconds, clock
 
     def run(self) -> EvaluationResult | None:
         self.mirror()
-        self.capture()
-        self.gradients()
         self.compress()
         if self.plan.is_pilot:
             return None
@@ -96,34 +97,27 @@ class Job:
         self.verify()
         return self.evaluate()
 
-    def stage(
-        self,
-        name: str,
-        noun: str,
-        markers: Sequence[str],
-        prefix: str,
-        tasks: Sequence[Task],
-        on_done: Callable[[Task], None] = lambda task: None,
-    ) -> None:
+    def stage(self, name: str, noun: str, markers: Sequence[str], prefix: str, tasks: Sequence[Task]) -> None:
         """Run a stage's tasks. Progress, and whether it is complete, is how many of its markers are there."""
         start = time.monotonic()
+        with self.progress(name, noun, markers, prefix) as progress:
+            run_all(self.runner, tasks, self.store)
+        self.end(progress, time.monotonic() - start)
+
+    def progress(self, name: str, noun: str, markers: Sequence[str], prefix: str) -> Progress:
         expected = set(markers)
+        return Progress(name, noun, len(expected), lambda: len(expected & self.keys(prefix)))
 
-        def done() -> int:
-            return len(expected & self.keys(prefix))
-
-        with Progress(name, noun, len(expected), done) as progress:
-            run_all(self.runner, tasks, self.store, on_done)
-        if (count := progress.final) != len(expected):
-            raise StageFailedError(f"{name}: expected {len(expected)} {noun} in {self.store.uri}, found {count}")
-        self.seconds[name] = round(self.seconds.get(name, 0.0) + time.monotonic() - start, 1)
+    def end(self, progress: Progress, seconds: float) -> None:
+        """Raises: StageFailedError when a stage that came to its end is not complete."""
+        if progress.final != progress.total:
+            raise StageFailedError(
+                f"{progress.stage}: expected {progress.total} {progress.noun} in {self.store.uri}, found {progress.final}"
+            )
+        self.seconds[progress.stage] = round(self.seconds.get(progress.stage, 0.0) + seconds, 1)
 
     def keys(self, prefix: str) -> set[str]:
         return {info.key for info in self.store.list(prefix)}
-
-    @property
-    def keeps_all(self) -> bool:
-        return self.plan.config.run.keep == "all"
 
     def mirror(self) -> None:
         """Copy a hf:// source into the run root; the largest files first, so that the last to end is a small one."""
@@ -145,56 +139,31 @@ class Job:
         every = [run_root.mirror_manifest(f.path) for f in self.plan.source.mirror]
         self.stage(MIRROR_STAGE, "files of the source", every, run_root.MIRROR, tasks)
 
-    def capture(self) -> None:
-        needs = read_needs(self.plan, self.store)
-        parts = [p.part for p in self.plan.parts if needs.way_up(p.part)]
-        self.stream("capture", "activation parts", run_root.activation_manifest, run_root.ACTIVATIONS, parts, needs)
-        finish_layers(self.context)
-
-    def gradients(self) -> None:
-        if not self.plan.config.compression.output_curvature:
-            return
-        needs = read_needs(self.plan, self.store)
-        parts = [p.part for p in self.plan.parts if needs.way_back(p.part)]
-        self.stream("gradients", "gradient parts", run_root.gradient_manifest, run_root.GRADIENTS, parts, needs)
-
-    def stream(self, stage: str, noun: str, manifest: Callable[[int, int], str], prefix: str, missing: list[int], needs: Needs) -> None:
-        """A stage whose tasks own slices of the sequences and walk through the layers. Of layers that are done, what is gone is not missed."""
-        run = self.plan.config.run
-        workers = run.capture_workers or run.num_workers
-        slices = [s for s in (missing[i::workers] for i in range(workers)) if s]
-        tasks = [Task(stage=stage, id=f"parts-{s[0]:04d}-and-{len(s) - 1}-more", item=s) for s in slices]
-        every = [(n, manifest(n, p.part)) for n in self.plan.layers for p in self.plan.parts]
-        self.stage(stage, noun, [key for n, key in every if n in needs.open_layers or key in needs.keys], prefix, tasks)
-
     def compress(self) -> None:
-        if not self.keeps_all:
-            collect_streams(self.plan, self.store)
-        missing = read_needs(self.plan, self.store, [run_root.UNITS]).missing_units
-        layers = sorted({u.layer for u in missing})
-        scales = LayerScales.load_all(self.store, map(run_root.layer_scales, layers))
-        load = {n: s.tokens_per_expert for n, s in zip(layers, scales, strict=True)}
-        tasks = [
-            Task(
-                stage="compress",
-                id=u.id,
-                item=u,
-                marker=run_root.unit_manifest(u.id),
-                layer=u.layer,
-                load=sum(load[u.layer][e] for e in u.experts),
-            )
-            for u in missing
-        ]
-        left = Counter(u.layer for u in missing)
-
-        def on_done(task: Task) -> None:
-            left[task.item.layer] -= 1
-            if not left[task.item.layer] and not self.keeps_all:
-                collect_layer(self.plan, self.store, task.item.layer)
-
-        self.stage("compress", "units", [run_root.unit_manifest(u.id) for u in self.plan.units], run_root.UNITS, tasks, on_done)
+        """Capture, gradients and compress, each layer's units as soon as its parts are there (runner.overlap)."""
+        needs = read_needs(self.plan, self.store)
+        overlap = Overlap(self.context, needs, self.clock)
+        shown = [self.stream_progress("capture", "activation parts", run_root.activation_manifest, run_root.ACTIVATIONS, needs)]
+        if self.plan.config.compression.output_curvature:
+            shown.append(self.stream_progress("gradients", "gradient parts", run_root.gradient_manifest, run_root.GRADIENTS, needs))
+        every = [run_root.unit_manifest(u.id) for u in self.plan.units]
+        shown.append(self.progress("compress", "units", every, run_root.UNITS))
+        with ExitStack() as stack:
+            for progress in shown:
+                stack.enter_context(progress)
+            run_all(self.runner, overlap.more(False), self.store, overlap.on_done, overlap.more)
+        for progress in shown:
+            first, last = overlap.spans.get(progress.stage, (0.0, 0.0))
+            self.end(progress, last - first)
+        for layer in self.plan.layers:  # one that was complete long ago may have lost its scales, which evaluation reads
+            finish_layer(self.context, layer)
         collect_losers(self.plan, self.store)
         check_fallbacks(self.plan, self.store)
+
+    def stream_progress(self, stage: str, noun: str, manifest: Callable[[int, int], str], prefix: str, needs: Needs) -> Progress:
+        """Of a stage whose tasks walk through the layers. Of layers that are done, what is gone is not missed."""
+        every = [(n, manifest(n, p.part)) for n in self.plan.layers for p in self.plan.parts]
+        return self.progress(stage, noun, [key for n, key in every if n in needs.open_layers or key in needs.keys], prefix)
 
     def reduce(self) -> None:
         held = {info.key: info.size_bytes for info in self.store.list(run_root.CHECKPOINT)}

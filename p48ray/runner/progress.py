@@ -30,22 +30,28 @@ class Progress:
     def __enter__(self) -> Self:
         self.start, self.first = time.monotonic(), self.count()
         self.last = self.first
+        self.final: int | None = None
         resumed = f", {self.first} already done" if self.first else ""
         log.info("%-9s %d %s%s", self.stage, self.total, self.noun, resumed)
+        if self.first == self.total:  # nothing is taken away from a stage that is done
+            self.end(self.first)
         self.thread.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.stopped.set()
         self.thread.join()
-        if kind is None:
-            elapsed_s = time.monotonic() - self.start
-            self.final = self.first if self.first == self.total else self.count()  # nothing is taken away from a stage that is done
-            log.info("%-9s %d/%d %s in %s", self.stage, self.final, self.total, self.noun, duration(elapsed_s))
+        if kind is None and self.final is None:
+            self.end(self.count())
+
+    def end(self, done: int) -> None:
+        """The last line. Stages overlap: one may be complete long before its neighbours."""
+        self.final = done
+        log.info("%-9s %d/%d %s in %s", self.stage, done, self.total, self.noun, duration(time.monotonic() - self.start))
 
     def watch(self) -> None:
         pause_s = self.interval_s
-        while not self.stopped.wait(pause_s):
+        while self.final is None and not self.stopped.wait(pause_s):
             before = time.monotonic()
             try:
                 done = self.count()
@@ -53,7 +59,9 @@ class Progress:
                 continue  # a listing that failed costs one line of progress, no more
             finally:
                 pause_s = max(self.interval_s, LISTING_SHARE * (time.monotonic() - before))
-            if done != self.last and done < self.total:
+            if done == self.total:
+                self.end(done)
+            elif done != self.last:
                 self.last = done
                 log.info(self.line(done, time.monotonic() - self.start))
 

@@ -23,6 +23,7 @@ from ray.exceptions import ActorUnavailableError, RayError
 
 from p48ray.errors import ConfigError, P48Error, StageFailedError, UserError, WorkerLostError
 from p48ray.plan import RunPlan
+from p48ray.runner.base import More, nothing_more
 from p48ray.runner.console import configure_logging
 from p48ray.runner.dispatch import Dispatcher
 from p48ray.runner.metrics import WorkerMetrics
@@ -33,6 +34,7 @@ from p48ray.store.base import Store
 log = logging.getLogger(__name__)
 
 START_TIMEOUT_S = 60.0  # how long to wait for a first worker before saying that the cluster has no room
+LOOK_S = 5.0  # how long nothing may happen until the driver asks whether there is more to do
 KNOCK_TIMEOUT_S = 20.0
 CLOSE_TIMEOUT_S = 20.0
 MAX_PREEMPTIONS = 50  # of one task; by then something else is wrong
@@ -144,17 +146,23 @@ class RayRunner:
                 "use a bucket, or set run.root_is_shared: true if every node mounts the same folder"
             )
 
-    def run(self, tasks: Sequence[Task]) -> Iterator[TaskResult]:
+    def run(self, tasks: Sequence[Task], more: More = nothing_more) -> Iterator[TaskResult]:
         """Hand each task to an idle worker; yield results as they finish. Workers stay for the next stage."""
         waiting = Dispatcher(tasks)
         self.failures.clear()
         self.preemptions.clear()
+        quiet_s = 0.0
         try:
-            while waiting or self.running:
+            while True:
+                waiting.add(more(not waiting and not self.running))
+                if not waiting and not self.running:
+                    return
                 self.dispatch(waiting)
-                done, _ = ray.wait([*self.starting, *self.running], num_returns=1, timeout=START_TIMEOUT_S)
-                if not done and not self.running:
+                done, _ = ray.wait([*self.starting, *self.running], num_returns=1, timeout=LOOK_S)
+                quiet_s = 0.0 if done or self.running else quiet_s + LOOK_S
+                if quiet_s >= START_TIMEOUT_S:
                     self.say_no_room()
+                    quiet_s = 0.0
                 for ref in done:
                     if ref in self.starting:
                         self.settle_start(ref)

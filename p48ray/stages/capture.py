@@ -141,12 +141,11 @@ def write_activations(context: StageContext, layer: int, part: SequencePart, see
     return manifest
 
 
-def finish_layers(context: StageContext) -> None:
-    """Write scales.json of every layer whose parts are all there and that has none yet."""
-    for layer in context.plan.layers:
-        if context.store.head(run_root.layer_scales(layer)) is None:
-            scales = combine(context, layer, read_manifests(context, layer))
-            context.store.put_if_absent(run_root.layer_scales(layer), scales.to_json())
+def finish_layer(context: StageContext, layer: int) -> None:
+    """Write scales.json of a layer whose parts are all there, unless it has one."""
+    if context.store.head(run_root.layer_scales(layer)) is None:
+        scales = combine(context, layer, read_manifests(context, layer))
+        context.store.put_if_absent(run_root.layer_scales(layer), scales.to_json())
 
 
 def read_manifests(context: StageContext, layer: int) -> list[ActivationPart]:

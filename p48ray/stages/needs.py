@@ -34,13 +34,24 @@ class Needs:
 
     def activation_layers(self, part: int) -> list[int]:
         """Open layers whose activations of this part are not there in full, lowest first."""
-        return [n for n in self.open_layers if not self.has(run_root.activation_part(n, part), run_root.activation_manifest(n, part))]
+        return [n for n in self.open_layers if not self.is_seen(n, part)]
 
     def gradient_layers(self, part: int) -> list[int]:
         """The same for gradients; none where the plan does not use them."""
         if not self.plan.config.compression.output_curvature:
             return []
-        return [n for n in self.open_layers if not self.has(run_root.gradient_part(n, part), run_root.gradient_manifest(n, part))]
+        return [n for n in self.open_layers if not self.is_felt(n, part)]
+
+    def is_complete(self, layer: int) -> bool:
+        """Whether all is there that units of a layer read. Keys of the layer's own folders are enough to know."""
+        goes_back = self.plan.config.compression.output_curvature
+        return all(self.is_seen(layer, p.part) and (not goes_back or self.is_felt(layer, p.part)) for p in self.plan.parts)
+
+    def is_seen(self, layer: int, part: int) -> bool:
+        return self.has(run_root.activation_part(layer, part), run_root.activation_manifest(layer, part))
+
+    def is_felt(self, layer: int, part: int) -> bool:
+        return self.has(run_root.gradient_part(layer, part), run_root.gradient_manifest(layer, part))
 
     def has(self, *keys: str) -> bool:
         return all(key in self.keys for key in keys)

@@ -13,7 +13,7 @@ from p48ray import run_root
 from p48ray.checkpoint.layout import PROJECTIONS
 from p48ray.config import load_config
 from p48ray.manifest import UnitManifest
-from p48ray.runner import dispatch, pipeline, ray_runner
+from p48ray.runner import dispatch, overlap, pipeline, ray_runner
 from p48ray.stages.prepare import Prepared, prepare
 from tests.conftest import REPO
 
@@ -43,7 +43,7 @@ def simulated(planned: Prepared, chosen: Fleet, keep: str = "all") -> tuple[flee
 
 def timeless(outcome: fleet.Outcome) -> fleet.Outcome:
     """Without the real clock's part."""
-    return replace(outcome, driver_ms_per_unit=0.0, stream_driver_s=0.0)
+    return replace(outcome, driver_ms_per_unit=0.0)
 
 
 def test_same_seed_same_outcome(planned: Prepared) -> None:
@@ -111,13 +111,13 @@ def test_driver_is_the_product(planned: Prepared, monkeypatch: pytest.MonkeyPatc
         (dispatch.Dispatcher, "take"),
         (dispatch.Dispatcher, "forget"),
         (pipeline, "run_all"),
-        (pipeline, "read_needs"),
-        (pipeline, "collect_layer"),
-        (pipeline, "finish_layers"),
+        (overlap, "read_needs"),
+        (overlap, "collect_layer"),
+        (overlap, "finish_layer"),
     ]:
         watch(owner, name)
     simulated(planned, STORMY, "units")
-    assert used == {"compress", "settle_loss", "take", "forget", "run_all", "read_needs", "collect_layer", "finish_layers"}
+    assert used == {"compress", "settle_loss", "take", "forget", "run_all", "read_needs", "collect_layer", "finish_layer"}
     assert (fleet.Job, fleet.RayRunner) == (pipeline.Job, ray_runner.RayRunner)
 
 

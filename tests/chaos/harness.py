@@ -236,9 +236,9 @@ class Scene:
         self.wait_for(stage, share)
         in_flight = len(self.site.busy_workers())
         killed = strike(self)
-        done = self.manifests() if PIECES[stage].is_after_units else {}
+        done = self.manifests()
         assert killed, f"{name} in {stage}: nothing was there to be hit"
-        self.hits.append(Hit(name, stage, done, in_flight if stage == "compress" else 0, killed))
+        self.hits.append(Hit(name, stage, done, in_flight if PIECES[stage].is_beside_units else 0, killed))
         return self.hits[-1]
 
     def finish(self) -> int:
@@ -257,18 +257,18 @@ class Pieces:
     total: int
     prefix: str
     suffix: str
-    is_after_units: bool = False
+    is_beside_units: bool = False
 
     def count(self, keys: Iterable[str]) -> int:
         return sum(key.startswith(self.prefix) and key.endswith(self.suffix) and not key.endswith("scales.json") for key in keys)
 
 
 PIECES = {
-    "capture": Pieces(NUM_PARTS, run_root.ACTIVATIONS, ".json"),
-    "gradients": Pieces(NUM_PARTS, run_root.GRADIENTS, ".json"),
-    "compress": Pieces(NUM_UNITS, run_root.UNITS, "/manifest.json", is_after_units=True),
-    "reduce": Pieces(NUM_SHARDS, run_root.CHECKPOINT, ".safetensors", is_after_units=True),
-    "verify": Pieces(NUM_SHARDS, run_root.VERIFICATION, ".json", is_after_units=True),
+    "capture": Pieces(NUM_PARTS, run_root.ACTIVATIONS, ".json", is_beside_units=True),
+    "gradients": Pieces(NUM_PARTS, run_root.GRADIENTS, ".json", is_beside_units=True),
+    "compress": Pieces(NUM_UNITS, run_root.UNITS, "/manifest.json", is_beside_units=True),
+    "reduce": Pieces(NUM_SHARDS, run_root.CHECKPOINT, ".safetensors"),
+    "verify": Pieces(NUM_SHARDS, run_root.VERIFICATION, ".json"),
 }
 
 

@@ -157,3 +157,22 @@ def test_more_nodes_than_layers_do_not_thrash(num_nodes: int, num_layers: int) -
         shared[layer].add(node)
     assert max(map(len, shared.values())) <= 3 * num_nodes / num_layers + 4
     assert late < 1.2
+
+
+def test_streams_go_before_units_and_so_do_their_next_attempts() -> None:
+    waiting = Dispatcher([*layer_of_tasks(1, 1e9, 1e9), task(None, "stream", 0)])
+    stream = waiting.take("a")
+    assert stream is not None and stream.id == "stream"
+    assert waiting.take("a").layer == 1  # type: ignore[union-attr]
+    waiting.put_back(stream)
+    assert drain(waiting, "a") == ["stream", "L1-0"]
+
+
+def test_tasks_that_come_later_are_handed_out_like_those_that_were_there() -> None:
+    """The node that works on a layer goes on with it; the next node takes the new one, heaviest unit first."""
+    waiting = Dispatcher(layer_of_tasks(1, 3, 3, 3))
+    assert waiting.take("a").layer == 1  # type: ignore[union-attr]
+    waiting.add(layer_of_tasks(2, 5, 9, 1))
+    assert [waiting.take(node).id for node in "aba"] == ["L1-1", "L2-1", "L1-0"]  # type: ignore[union-attr]
+    waiting.add([task(1, "late", 100.0)])
+    assert drain(waiting, "b") == ["L2-0", "L2-2", "late"]

@@ -27,7 +27,7 @@ from p48ray.plan import RunPlan, WorkUnit
 from p48ray.report.report import Report
 from p48ray.report.status import read_status
 from p48ray.runner import pipeline
-from p48ray.runner.base import RedoError, run_all
+from p48ray.runner.base import More, RedoError, nothing_more, run_all
 from p48ray.runner.local_runner import LocalRunner
 from p48ray.runner.pipeline import run_job
 from p48ray.stages import arrow, capture, gradients, reduce, tasks
@@ -429,7 +429,7 @@ class Scripted:
     def __init__(self, *results: TaskResult) -> None:
         self.results = results
 
-    def run(self, tasks: Sequence[Task]) -> Iterator[TaskResult]:
+    def run(self, tasks: Sequence[Task], more: More = nothing_more) -> Iterator[TaskResult]:
         return iter(self.results)
 
 

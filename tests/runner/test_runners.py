@@ -14,11 +14,11 @@ import pytest
 
 from p48ray import run_root
 from p48ray.config import load_config
-from p48ray.errors import CorruptObjectError, SourceError, TransientStoreError
+from p48ray.errors import CorruptObjectError, SourceError, StageFailedError, TransientStoreError
 from p48ray.manifest import Failure
 from p48ray.plan import WorkUnit
 from p48ray.runner import ray_runner
-from p48ray.runner.base import run_all
+from p48ray.runner.base import More, nothing_more, run_all
 from p48ray.runner.local_runner import LocalRunner
 from p48ray.runner.pipeline import run_job
 from p48ray.runner.ray_runner import RayRunner, WorkerProcess
@@ -83,8 +83,8 @@ class KillingRunner(RayRunner):
 
     killed = 0
 
-    def run(self, tasks: Sequence[Task]) -> Iterator[TaskResult]:
-        for result in super().run(tasks):
+    def run(self, tasks: Sequence[Task], more: More = nothing_more) -> Iterator[TaskResult]:
+        for result in super().run(tasks, more):
             if result.task.stage == "compress" and not self.killed:
                 victims = busy_workers()
                 for victim in victims[:1]:
@@ -393,7 +393,7 @@ class Ended:
     def __init__(self, *results: TaskResult) -> None:
         self.results = results
 
-    def run(self, tasks: Sequence[Task]) -> Iterator[TaskResult]:
+    def run(self, tasks: Sequence[Task], more: More = nothing_more) -> Iterator[TaskResult]:
         yield from self.results
 
 
@@ -417,3 +417,21 @@ def test_units_that_a_users_mistake_stopped_are_all_listed_beside_other_failures
         assert words in str(caught.value)
     assert "unit-0" not in str(caught.value)
     assert store.head("units/unit-3/manifest.json") is None
+
+
+def test_failures_of_stages_that_ran_at_once_are_listed_by_stage(tmp_path: Path) -> None:
+    stream = Task(stage="gradients", id="parts-0000-and-1-more", item=[0, 1])
+    units = [Task(stage="compress", id=f"unit-{n}", item=n, layer=4) for n in range(3)]
+
+    class Following:
+        def run(self, tasks: Sequence[Task], more: More = nothing_more) -> Iterator[TaskResult]:
+            yield TaskResult(task=tasks[0], error_type="KeyError", error="a bug")
+            for task in more(False):
+                yield TaskResult(task=task, error_type=None if task.id == "unit-1" else "NumericsError", error="no factor")
+
+    with pytest.raises(StageFailedError) as caught:
+        run_all(Following(), [stream], LocalStore(tmp_path), more=lambda is_idle: units)
+    lines = str(caught.value).splitlines()
+    assert lines[0].startswith("gradients: 1 of 1 tasks failed; tracebacks under ")
+    assert lines[2].startswith("compress: 2 of 3 tasks failed; tracebacks under ")
+    assert lines[1::2] == ["  parts-0000-and-1-more: KeyError: a bug", "  unit-0: NumericsError: no factor"]

@@ -12,7 +12,7 @@ from p48ray.model import decoder as decoder_module
 from p48ray.model.experts import RoutedInputs
 from p48ray.plan import RunPlan
 from p48ray.stages import arrow, capture
-from p48ray.stages.capture import capture_parts, finish_layers
+from p48ray.stages.capture import capture_parts, finish_layer
 from p48ray.stages.context import StageContext
 from p48ray.stages.inputs import write_inputs
 from p48ray.stages.prepare import prepare
@@ -80,7 +80,8 @@ def check_routing(ids_TK: torch.Tensor, weights_TK: torch.Tensor, want: whole_mo
 def test_scales_are_those_of_the_layers_maxima(context: StageContext) -> None:
     """gate/up from amax of the stored inputs, down with 1.25 of room above the dense intermediates, both over all parts and experts."""
     capture_parts(context, [p.part for p in context.plan.parts])
-    finish_layers(context)
+    for layer in context.plan.layers:
+        finish_layer(context, layer)
     model = whole_model.load(TINY)
     _, seen = whole_model.run_and_record(model, token_ids(context).long())
     for layer in context.plan.source.moe_layers:
