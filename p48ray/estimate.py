@@ -63,19 +63,20 @@ def estimate(plan: RunPlan, index: CheckpointIndex, layout: ModelLayout, shards:
     dense = sum(e.num_bytes // DTYPE_BYTES[e.dtype] for e in untouched if layer_of(layout, e.name) is not None)
     directions = 3 if goes_back else 1  # on the way back every layer is run again, then differentiated with respect to its activations
     streamed = plan.num_streamed_layers / layout.num_layers
+    again = layers_run_again(plan)
     return Estimate(
         num_tokens=tokens,
         source_bytes=source,
-        stream_read_bytes=round(source * streamed * (2 if goes_back else 1)),
+        stream_read_bytes=round(source * (streamed * (2 if goes_back else 1) + again / layout.num_layers)),
         activation_bytes=moe * seen,
-        residual_bytes=len(plan.boundaries) * boundary,
+        residual_bytes=(len(plan.boundaries) + again) * boundary,
         gradient_bytes=moe * felt + boundaries_back * boundary,
         unit_read_bytes=(source - untouched_bytes) * moe // len(layout.moe_layers) + len(plan.units) * (seen + felt),
         unit_bytes=units,
         untouched_bytes=untouched_bytes,
         checkpoint_bytes=checkpoint,
-        peak_stored_bytes=peak_stored_bytes(plan, boundary, boundaries_back, moe * seen, moe * felt, units, checkpoint),
-        stream_gpu_hours=directions * streamed * forward_flops(tokens, layout, dense) / STREAM_FLOPS / 3600,
+        peak_stored_bytes=peak_stored_bytes(plan, boundary, moe * seen, moe * felt, units, checkpoint),
+        stream_gpu_hours=(directions * streamed + again / layout.num_layers) * forward_flops(tokens, layout, dense) / STREAM_FLOPS / 3600,
         solver_gpu_hours=(loop_seconds(plan, layout) + product_seconds(plan, layout)) / 3600,
     )
 
@@ -85,26 +86,59 @@ def stored_bytes(width: int, bits: int) -> int:
     return 2 * width if bits == 16 else round(width * block_int8.BYTES_PER_VALUE)
 
 
-def peak_stored_bytes(plan: RunPlan, boundary: int, boundaries_back: int, seen: int, felt: int, units: int, checkpoint: int) -> int:
+def layers_run_again(plan: RunPlan) -> int:
+    """Layers that the way back runs up once more to get at boundaries that were not left to it (run.boundary_every)."""
+    if plan.config.run.keep == "all" or not plan.config.compression.output_curvature:
+        return 0
+    read = range(plan.layers[0] + 1, plan.source.num_layers + 1)
+    segments: dict[int, int] = {}
+    for boundary in read:
+        base = plan.base_of(boundary)
+        segments[base] = max(segments.get(base, 0), boundary - base)
+    return sum(segments.values())
+
+
+def peak_stored_bytes(plan: RunPlan, boundary: int, seen: int, felt: int, units: int, checkpoint: int) -> int:
     """The most that the run root holds at a time under run.keep (stages.collect).
 
-    With keep: all the sum of everything. Otherwise the largest of the stages' peaks. Up: two boundaries until a layer's activations are written, or where
-    a way back will read them all above the lowest layer. Back: each part trades a boundary for a layer's gradients, with one boundary of gradients in hand
-    and the next one coming. Units: those of as many layers as there are workers beside all tokens, or in the end all of them beside the last layers'
-    tokens. Last, unit shards beside the checkpoint.
+    With keep: all the sum of everything. Otherwise the largest of the stages' peaks. Up: two boundaries until a layer's activations are written, or those
+    that are left to a way back. Back: see way_back_peak. Units: those of as many layers as there are workers beside all tokens, or in the end all of them
+    beside the last layers' tokens. Last, unit shards beside the checkpoint.
     """
     if plan.config.run.keep == "all":
+        boundaries_back = plan.source.num_layers - plan.layers[0] if plan.config.compression.output_curvature else 0
         return seen + len(plan.boundaries) * boundary + felt + boundaries_back * boundary + units + checkpoint
     layers = len(plan.layers)
     if plan.config.compression.output_curvature:
-        up = seen + boundaries_back * boundary
-        back = max(up + boundary + felt // layers, seen + felt + boundary, seen + felt - felt // layers + 3 * boundary)
+        up, back = (seen + peak for peak in way_back_peak(plan, boundary, felt // layers))
     else:
         up = seen + max(boundary, 2 * boundary - seen // layers)
         back = 0
     at_once = min(layers, plan.config.run.num_workers)
     solving = max(seen + felt + units * at_once // layers, units + (seen + felt) * at_once // layers)
     return max(up, back, solving, units + checkpoint)
+
+
+def way_back_peak(plan: RunPlan, boundary: int, layer_gradients: int) -> tuple[int, int]:
+    """Bytes stored beside the activations before the way back, and the most while it goes down, layer by layer.
+
+    A layer's gradients are written; its boundary is read, with those of its segment that are run again where it was not left; the gradient at its entry is
+    stored before the one at its exit and the boundary go.
+    """
+    lowest, top = plan.layers[0], plan.source.num_layers
+    held = {plan.base_of(b) for b in range(lowest + 1, top + 1)} - {0}
+    before = most = len(held) * boundary
+    gradients, back = 0, 0
+    for number in range(top, lowest - 1, -1):
+        gradients += layer_gradients * (number in plan.layers)
+        if number > lowest:
+            if number not in held:
+                held |= set(range(plan.base_of(number) + 1, number + 1))
+            back += 1
+        most = max(most, (len(held) + back) * boundary + gradients)
+        held.discard(number)
+        back -= number < top
+    return before, most
 
 
 def forward_flops(tokens: int, layout: ModelLayout, dense_elements: int) -> float:
