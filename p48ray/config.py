@@ -166,6 +166,9 @@ class RunSettings(Section):
     max_attempts: int = Field(3, gt=0)
     layers: Annotated[tuple[int, ...], BeforeValidator(as_tuple)] | None = None
     keep: Literal["all", "units", "checkpoint"] = "all"
+    boundary_every: int = Field(
+        1, gt=0, description="Unless all is kept, the way back finds every n-th layer boundary stored, and runs the layers between again."
+    )
     node_cache: str | None = Field(
         None,
         description="Folder on a fast disk of every node, for what its workers read in common; null: the system's for temporary files.",

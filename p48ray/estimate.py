@@ -65,21 +65,22 @@ def estimate(plan: RunPlan, index: CheckpointIndex, layout: ModelLayout, shards:
     dense = sum(e.num_bytes // DTYPE_BYTES[e.dtype] for e in untouched if layer_of(layout, e.name) is not None)
     directions = 3 if goes_back else 1  # on the way back every layer is run again, then differentiated with respect to its activations
     streamed = plan.num_streamed_layers / layout.num_layers
+    again = layers_run_again(plan)
     mirror = sum(f.size_bytes for f in plan.source.mirror)
     return Estimate(
         num_tokens=tokens,
         source_bytes=source,
         mirror_bytes=mirror,
-        stream_read_bytes=round(source * streamed * (2 if goes_back else 1)),
+        stream_read_bytes=round(source * (streamed * (2 if goes_back else 1) + again / layout.num_layers)),
         activation_bytes=moe * seen,
-        residual_bytes=len(plan.boundaries) * boundary,
+        residual_bytes=(len(plan.boundaries) + again) * boundary,
         gradient_bytes=moe * felt + boundaries_back * boundary,
         unit_read_bytes=experts_bytes * moe // len(layout.moe_layers) + len(plan.units) * (seen + felt),
         unit_bytes=units,
         untouched_bytes=untouched_bytes,
         checkpoint_bytes=checkpoint,
-        peak_stored_bytes=mirror + peak_stored_bytes(plan, boundary, boundaries_back, moe * seen, moe * felt, units, checkpoint),
-        stream_gpu_hours=directions * streamed * forward_flops(tokens, layout, dense) / STREAM_FLOPS / 3600,
+        peak_stored_bytes=mirror + peak_stored_bytes(plan, boundary, moe * seen, moe * felt, units, checkpoint),
+        stream_gpu_hours=(directions * streamed + again / layout.num_layers) * forward_flops(tokens, layout, dense) / STREAM_FLOPS / 3600,
         solver_gpu_hours=(loop_seconds(plan, layout) + product_seconds(plan, layout)) / 3600,
     )
 
@@ -89,7 +90,19 @@ def stored_bytes(width: int, bits: int) -> int:
     return 2 * width if bits == 16 else round(width * block_int8.BYTES_PER_VALUE)
 
 
-def peak_stored_bytes(plan: RunPlan, boundary: int, boundaries_back: int, seen: int, felt: int, units: int, checkpoint: int) -> int:
+def layers_run_again(plan: RunPlan) -> int:
+    """Layers that the way back runs up once more to get at boundaries that were not left to it (run.boundary_every)."""
+    if plan.config.run.keep == "all" or not plan.config.compression.output_curvature:
+        return 0
+    read = range(plan.layers[0] + 1, plan.source.num_layers + 1)
+    segments: dict[int, int] = {}
+    for boundary in read:
+        base = plan.base_of(boundary)
+        segments[base] = max(segments.get(base, 0), boundary - base)
+    return sum(segments.values())
+
+
+def peak_stored_bytes(plan: RunPlan, boundary: int, seen: int, felt: int, units: int, checkpoint: int) -> int:
     """The most that the run root holds at a time under run.keep (stages.collect), the mirror apart, which stays.
 
     With keep: all the sum of everything. Otherwise the largest over all states that streams and units can be in together: so many layers streamed (from the
@@ -97,10 +110,13 @@ def peak_stored_bytes(plan: RunPlan, boundary: int, boundaries_back: int, seen: 
     workers that do not stream. Last, unit shards beside the checkpoint.
     """
     if plan.config.run.keep == "all":
+        boundaries_back = plan.source.num_layers - plan.layers[0] if plan.config.compression.output_curvature else 0
         return seen + len(plan.boundaries) * boundary + felt + boundaries_back * boundary + units + checkpoint
     layers, workers = len(plan.layers), plan.config.run.num_workers
     goes_back = plan.config.compression.output_curvature
-    most = seen + (boundaries_back + 1) * boundary if goes_back else 0  # the head has answered with a first gradient
+    most = (
+        seen + (len(boundaries_held(plan, plan.source.num_layers)) + 1) * boundary if goes_back else 0
+    )  # the head has answered with a first gradient
     for streamed in range(1, layers + 1):
         streams = boundaries_under_way(plan, streamed) * boundary
         solvers = workers - 1  # whoever does not stream, while anybody does
@@ -116,13 +132,21 @@ def peak_stored_bytes(plan: RunPlan, boundary: int, boundaries_back: int, seen: 
 def boundaries_under_way(plan: RunPlan, streamed: int) -> int:
     """Layer boundaries stored for each part that has just been through `streamed` of the planned layers.
 
-    Up: the one that the next layer starts from and the one that it writes. Back: a gradient in hand and the next one coming, and the boundaries of all layers
-    below, which are still to be read.
+    Up: the one that the next layer starts from and the one that it writes. Back: a gradient in hand and the next one coming, and the boundaries that are
+    still to be read.
     """
-    layers = plan.layers
-    is_last = streamed == len(layers)
-    below = layers[-streamed] - layers[0] if plan.config.compression.output_curvature else 0
-    return below + (1 if is_last else 2)
+    held = boundaries_held(plan, plan.layers[-streamed]) if plan.config.compression.output_curvature else set()
+    return len(held) + (1 if streamed == len(plan.layers) else 2)
+
+
+def boundaries_held(plan: RunPlan, number: int) -> set[int]:
+    """Boundaries that the way back holds when it comes to layer `number` (num_layers: the head): those that are left to it (run.boundary_every) up to there,
+    and of the segment that it is in those that are run again."""
+    lowest = plan.layers[0]
+    if number <= lowest:
+        return set()
+    left = {plan.base_of(b) for b in range(lowest + 1, number + 1)} - {0}
+    return left | set(range(plan.base_of(number) + 1, number + 1))
 
 
 def forward_flops(tokens: int, layout: ModelLayout, dense_elements: int) -> float:

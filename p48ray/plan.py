@@ -77,6 +77,7 @@ SETTINGS: dict[str, Effect] = {
     "run.max_attempts": "free",
     "run.layers": "digest",
     "run.keep": "free",
+    "run.boundary_every": "free",  # what is run again comes out bit for bit
     "run.node_cache": "free",
     "run.node_cache_size": "free",
 }
@@ -168,6 +169,15 @@ class RunPlan(Record):
     def boundaries(self) -> range:
         """Layers before which the residual stream is stored; num_layers stands for what enters the head."""
         return range(1, self.num_streamed_layers + self.config.compression.output_curvature)
+
+    def base_of(self, boundary: int) -> int:
+        """The boundary, at or below this one, that the way up leaves to the way back for it; 0 stands for the embedding.
+
+        With run.boundary_every every n-th is left, and those above the last of them, which the way back reads first.
+        """
+        every = self.config.run.boundary_every
+        last = (self.source.num_layers - 1) // every * every
+        return boundary if boundary > last else boundary // every * every
 
 
 def make_plan(

@@ -86,6 +86,17 @@ def test_keeping_less_stores_less_at_the_peak(goes_back: bool) -> None:
     assert peaks[0] > peaks[1] == peaks[2]
 
 
+def test_fewer_boundaries_store_less_at_the_peak_and_cost_reads_and_hours() -> None:
+    """Every second of five, of which the way back reads four: one layer more to read and to run. Where all is kept, nothing is run again."""
+    overrides = ("calibration.num_sequences=384", "run.keep=units")
+    every, second = (estimated(planned("memory://every", *overrides, f"run.boundary_every={n}")) for n in (1, 2))
+    assert second.peak_stored_bytes < every.peak_stored_bytes
+    assert second.stream_read_bytes == round(every.stream_read_bytes * (2 + 1 / 5) / 2)
+    assert second.stream_gpu_hours == pytest.approx(every.stream_gpu_hours * (3 + 1 / 5) / 3)
+    assert second.residual_bytes == every.residual_bytes * 6 // 5
+    assert estimated(planned("memory://every", "run.boundary_every=2")) == estimated(planned("memory://every"))
+
+
 def test_eight_bits_store_nine_sixteenths_of_activations_and_gradients() -> None:
     sixteen, eight = (estimated(planned("memory://bits", f"calibration.stored_bits={bits}")) for bits in (16, 8))
     values = 4 * 6 * 256 * 256 * 2  # layers, sequences, length, hidden size, bytes

@@ -100,7 +100,7 @@ class ResidualStream:
 
     def let_go(self, number: int, part: SequencePart) -> None:
         """Delete a boundary that neither a resume nor the way back will read: the next one is stored, and so is all that this layer leaves."""
-        is_read_again = number in self.needs.way_back(part.part)[1:]
+        is_read_again = number in {self.context.plan.base_of(b) for b in self.needs.way_back(part.part)[1:]}
         if self.context.plan.config.run.keep != "all" and number + 1 in self.context.plan.boundaries and not is_read_again:
             self.context.store.delete(run_root.residual_part(number, part.part))
 

@@ -27,6 +27,7 @@ from p48ray.plan import SequencePart
 from p48ray.stages import arrow
 from p48ray.stages.context import StageContext
 from p48ray.stages.needs import read_needs
+from p48ray.stages.recompute import remake_boundaries
 from p48ray.stages.streaming import streaming_experts, waves
 from p48ray.stages.token_rows import to_columns
 
@@ -47,7 +48,12 @@ def gradient_parts(context: StageContext, parts: Sequence[int]) -> list[Gradient
         if not waiting:
             continue
         module = None  # lets go of the layer above before the next is read
-        if any(number > ways[part.part][0] for part in waiting):
+        stepping = [part.part for part in waiting if number > ways[part.part][0]]
+        if stepping:
+            start = time.monotonic()
+            needs = remake_boundaries(context, decoder, needs, stepping, number)
+            for p in stepping:
+                descent.spent[p] += (time.monotonic() - start) / len(stepping)  # type: ignore[assignment]
             module = layer_or_head(context, decoder, number)
             if any(number - 1 > ways[part.part][0] for part in waiting):
                 decoder.prefetch(number - 1)

@@ -68,10 +68,15 @@ class Needs:
         stored = (b for b in range(wanted[-1] + 1, top + 1) if run_root.residual_gradient_part(b, part) in self.keys)
         return range(wanted[0], next(stored, top + 1))
 
+    def start_of(self, boundary: int, part: int) -> int:
+        """The boundary from which the way back gets at this one: the highest stored at or below it, down to its base, which is answered in any case."""
+        base = self.plan.base_of(boundary)
+        return next((b for b in range(boundary, base, -1) if run_root.residual_part(b, part) in self.keys), base)
+
     def way_up(self, part: int) -> range:
         """Layers that capture still runs with this part; empty when it is done."""
-        missing = (b for b in self.way_back(part)[1:] if run_root.residual_part(b, part) not in self.keys)
-        layers = {*self.activation_layers(part), *(b - 1 for b in missing)}
+        starts = {self.start_of(b, part) for b in self.way_back(part)[1:]}
+        layers = {*self.activation_layers(part), *(b - 1 for b in starts if b and run_root.residual_part(b, part) not in self.keys)}
         if not layers:
             return range(0)
         first = min(layers)

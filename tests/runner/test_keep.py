@@ -20,7 +20,7 @@ import torch
 from p48ray import run_root
 from p48ray.config import load_config
 from p48ray.errors import ConfigError, CorruptObjectError, P48Error, ShardCorruptError, StageFailedError
-from p48ray.estimate import estimate
+from p48ray.estimate import estimate, layers_run_again
 from p48ray.manifest import ActivationPart, GradientPart, UnitManifest
 from p48ray.output_layout import unit_bytes
 from p48ray.plan import RunPlan, WorkUnit
@@ -324,6 +324,76 @@ def test_run_cut_after_every_twenty_first_change_ends_in_the_same_bytes(local_ru
     assert_kept(prepared, "checkpoint", root)
 
 
+# Boundaries that are run again.
+
+
+def boundaries_written(prepared: Prepared) -> tuple[list[str], int]:
+    """Boundaries of the residual stream that a run stores, in order, and the most that are there at once."""
+    root, written, most = Path(prepared.plan.config.run.root), [], 0
+
+    def after(what: str, key: str) -> None:
+        nonlocal most
+        if key.startswith(run_root.RESIDUALS) and what == "write":
+            written.append(key)
+            most = max(most, sum(name.startswith(run_root.RESIDUALS) for name in files_of(root)))
+
+    with pytest.MonkeyPatch.context() as patch:
+        Watched(root, patch, after)
+        run_locally(prepared)
+    return written, most
+
+
+@pytest.mark.parametrize(("every", "again", "most"), [("1", 0, 4), ("2", 1, 3), ("4", 3, 3), ("60", 0, 4)])
+def test_boundaries_that_are_not_left_to_the_way_back_are_run_again_to_the_same_bytes(
+    every: str, again: int, most: int, local_run: Path, replayed: list[str], tmp_path: Path
+) -> None:
+    """Five boundaries of two parts, the lowest not read on the way back. As many are stored once more as the plan counts, and fewer lie there at once (one
+    part is a boundary ahead)."""
+    root = tmp_path / "run"
+    prepared = prepared_run(root, run__keep="units", run__boundary_every=every)
+    written, held = boundaries_written(prepared)
+    assert layers_run_again(prepared.plan) == again
+    assert len(written) == 2 * (5 + again) and len(set(written)) == 2 * 5
+    assert held <= 2 * most + 1
+    assert_kept(prepared, "units", root)
+    assert snapshot(root / "checkpoint") == snapshot(local_run / "checkpoint")
+    assert snapshot_of_manifests(root, "gradients") == snapshot_of_manifests(local_run, "gradients")
+
+
+def test_run_with_few_boundaries_cut_after_every_twenty_first_change_ends_in_the_same_bytes(
+    local_run: Path, replayed: list[str], tmp_path: Path
+) -> None:
+    count = 0
+
+    def is_cut(what: str, key: str) -> bool:
+        nonlocal count
+        count += 1
+        return count % 21 == 0
+
+    prepared = prepared_run(tmp_path / "run", run__keep="checkpoint", run__boundary_every="2")
+    assert run_through_cuts(prepared, is_cut) >= 9
+    assert snapshot(tmp_path / "run" / "checkpoint") == snapshot(local_run / "checkpoint")
+    assert_kept(prepared, "checkpoint", tmp_path / "run")
+
+
+def test_corrupt_boundary_that_others_are_run_again_from_is_made_anew(local_run: Path, replayed: list[str], tmp_path: Path) -> None:
+    """The run deletes it and goes up from further below."""
+    root, damaged = tmp_path / "run", []
+
+    def after(what: str, key: str) -> None:
+        if what == "write" and key == run_root.residual_gradient_part(4, 0) and not damaged:
+            damaged.append(root / run_root.residual_part(2, 0))
+            damaged[0].write_bytes(damaged[0].read_bytes()[:-8] + bytes(8))
+
+    prepared = prepared_run(root, run__keep="units", run__boundary_every="2")
+    with pytest.MonkeyPatch.context() as patch:
+        Watched(root, patch, after)
+        run_locally(prepared)
+    assert damaged
+    assert_kept(prepared, "units", root)
+    assert snapshot(root / "checkpoint") == snapshot(local_run / "checkpoint")
+
+
 # Changed minds, and lost units.
 
 
@@ -583,11 +653,12 @@ ONE_PART |= {"run__num_workers": "1"}  # as many as LocalRunner has
 PARTS = ONE_PART | {"calibration__sequences_per_part": "2", "run__num_workers": "2"}
 FEW_TOKENS = ONE_PART | {"calibration__num_sequences": "2"}
 FORTH, BACK = {"compression__output_curvature": "false"}, {"compression__output_curvature": "true"}
+SPARSE = BACK | {"run__boundary_every": "2"}
 PILOT = {"run__layers": "[1,2,3]", "compression__refine_steps": "0"}
 FRAMING = 1.02  # Arrow's and safetensors' headers
 
 
-@pytest.mark.parametrize("way", [FORTH, BACK], ids=["forth", "and back"])
+@pytest.mark.parametrize("way", [FORTH, BACK, SPARSE], ids=["forth", "and back", "every second boundary"])
 @pytest.mark.parametrize(
     ("keep", "tokens"),
     [("all", ONE_PART), ("units", ONE_PART), ("units", PARTS), ("units", FEW_TOKENS)],

@@ -26,6 +26,9 @@ PLANS = {
     "and back": ("compression.output_curvature=true",),
     "and back, layers 1 and 3": ("compression.output_curvature=true", "run.layers=[1,3]"),
     "and back, layer 4": ("compression.output_curvature=true", "run.layers=[4]"),
+    "and back, every second boundary": ("compression.output_curvature=true", "run.boundary_every=2"),
+    "and back, every third boundary, layers 1 and 3": ("compression.output_curvature=true", "run.boundary_every=3", "run.layers=[1,3]"),
+    "and back, no boundary but the last": ("compression.output_curvature=true", "run.boundary_every=5"),
 }
 
 
@@ -85,7 +88,18 @@ def climb(plan: RunPlan, keys: frozenset[str], part: int, layers: Iterable[int])
     return frozenset(found)
 
 
-def descend(keys: frozenset[str], part: int, layers: Iterable[int]) -> frozenset[str] | None:
+def is_reached(plan: RunPlan, keys: frozenset[str], part: int, boundary: int) -> bool:
+    """Whether the layers below can be run again up to a boundary: from a stored one, without passing one that the way up was to leave."""
+    every = plan.config.run.boundary_every
+    left = {*range(every, HEAD, every), *range((HEAD - 1) // every * every + 1, HEAD + 1)}
+    while boundary and BOUNDARY(boundary, part) not in keys:
+        if boundary in left:
+            return False
+        boundary -= 1
+    return True
+
+
+def descend(plan: RunPlan, keys: frozenset[str], part: int, layers: Iterable[int]) -> frozenset[str] | None:
     """What there is after the way down; None if a gradient or a boundary is missing on it. The lowest layer is not differentiated."""
     found, held = set(keys), HEAD + 1
     visited = sorted(layers, reverse=True)
@@ -95,7 +109,7 @@ def descend(keys: frozenset[str], part: int, layers: Iterable[int]) -> frozenset
                 return None
             found |= {name(n, part) for name in FELT}
         if n != visited[-1]:
-            if BOUNDARY(n, part) not in keys:
+            if not is_reached(plan, keys, part, n):
                 return None
             found.add(BOUNDARY_BACK(n, part))
             held = n
@@ -122,7 +136,7 @@ def test_both_ways_give_open_layers_all_they_read_and_nothing_shorter_would(plan
             up, back = needs.way_up(part), needs.way_back(part)
             captured = climb(plan, keys, part, up)
             assert captured is not None, "starts where nothing is stored"
-            felt = descend(captured, part, back)
+            felt = descend(plan, captured, part, back)
             assert felt is not None, "misses a boundary on the way back"
             assert is_served(plan, felt, part)
             assert len(back) <= len(shortest_back(plan, keys, part))
@@ -135,7 +149,7 @@ def shortest_up(plan: RunPlan, keys: frozenset[str], part: int, back: range) -> 
     def serves(way: range) -> bool:
         found = climb(plan, keys, part, way)
         is_captured = found is not None and all(name(n, part) in found for n in open_layers(plan, keys) for name in SEEN)
-        return is_captured and found is not None and descend(found, part, back) is not None
+        return is_captured and found is not None and descend(plan, found, part, back) is not None
 
     return next(way for way in slices(HEAD) if serves(way))
 
@@ -145,7 +159,7 @@ def shortest_back(plan: RunPlan, keys: frozenset[str], part: int) -> range:
     everywhere = keys | {BOUNDARY(b, part) for b in range(1, HEAD + 1)}
 
     def serves(way: range) -> bool:
-        found = descend(everywhere, part, way)
+        found = descend(plan, everywhere, part, way)
         return found is not None and all(name(n, part) in found for n in open_layers(plan, keys) for name in FELT)
 
     return next(way for way in slices(HEAD + 1) if not goes_back(plan) or serves(way))
@@ -159,7 +173,7 @@ def test_ways_that_were_gone_need_not_be_gone_again(plan: RunPlan) -> None:
             captured = climb(plan, keys, part, Needs(plan, keys).way_up(part))
             assert captured is not None
             assert not Needs(plan, captured).way_up(part)
-            felt = descend(captured, part, Needs(plan, captured).way_back(part))
+            felt = descend(plan, captured, part, Needs(plan, captured).way_back(part))
             assert felt is not None
             assert not Needs(plan, felt).way_back(part) and not Needs(plan, felt).way_up(part)
 

@@ -1,0 +1,41 @@
+"""Boundaries that the way up did not leave to the way back (run.boundary_every), run again from the one below, a segment of layers at a time.
+
+The same parts go through the same layers by the same calls as in capture, so what comes out is what was there, bit for bit.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from p48ray import run_root
+from p48ray.model.decoder import Decoder, attend, mix
+from p48ray.stages.capture import ResidualStream
+from p48ray.stages.context import StageContext
+from p48ray.stages.needs import Needs
+from p48ray.stages.streaming import streaming_experts, waves
+
+
+@torch.no_grad()
+def remake_boundaries(context: StageContext, decoder: Decoder, needs: Needs, parts: Sequence[int], boundary: int) -> Needs:
+    """Run those of the parts that lack a boundary up to it, storing it and those on the way.
+
+    Returns: needs with what is there now. Raises: CorruptObjectError naming the boundary that a part would have started from.
+    """
+    plan = context.plan
+    lacking = [p for p in parts if run_root.residual_part(boundary, p) not in needs.keys]
+    ways = {p: range(needs.start_of(boundary, p), boundary) for p in lacking}
+    stream = ResidualStream(context, decoder, needs)
+    positions = decoder.positions(plan.config.calibration.sequence_length)
+    for number in range(min((way.start for way in ways.values()), default=boundary), boundary):
+        waiting = [plan.parts[p] for p in lacking if number in ways[p]]
+        layer = None  # the layer below goes before this one is read
+        layer = decoder.layer(number, streaming_experts(context, decoder, number))
+        decoder.prefetch(number + 1)
+        for wave in waves(plan, waiting):
+            entering = [
+                attend(layer, stream.take(number, part), positions, plan.config.calibration.sequences_per_micro_batch) for part in wave
+            ]
+            for part, x_BSH in zip(wave, mix(layer, entering), strict=True):
+                stream.put(number + 1, part, x_BSH)
+    made = {run_root.residual_part(b + 1, p) for p, way in ways.items() for b in way}
+    return Needs(plan, needs.keys | made)
