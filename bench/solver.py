@@ -89,9 +89,9 @@ def timed(action: Callable[[], Any], device: str, repeats: int) -> tuple[Any, fl
     return result, sorted(milliseconds)[len(milliseconds) // 2]
 
 
-def moment(x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    sums = SecondMoment.zeros(x.shape[1], x.device, dtype)
-    sums.add_(x, None)
+def moment(x: Tensor, x_scale: float = 1.0) -> Tensor:
+    sums = SecondMoment.zeros(x.shape[1], x.device)
+    sums.add_(x, None, x_scale=x_scale)
     return sums.mean()
 
 
@@ -120,7 +120,7 @@ def time_linear(name: str, linear: Linear, device: str, repeats: int, against_cp
     scale = input_global_scale(float(x.abs().amax()))
     ms: dict[str, float] = {}
     quantized, ms["quantize"] = timed(lambda: quantize_activations(x, scale), device, repeats)
-    hessian, ms["curvature"] = timed(lambda: moment(quantized), device, repeats)
+    hessian, ms["curvature"] = timed(lambda: moment(quantized, scale), device, repeats)
     hessian64 = moment_in_float64(quantized)
     gram_error = float((hessian.double() - hessian64).norm() / hessian64.norm())
     output_hessian, ms["G"] = timed(lambda: moment(linear.gradient_TO), device, repeats)

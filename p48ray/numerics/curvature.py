@@ -33,25 +33,37 @@ OUTPUT_DAMP_MIN, OUTPUT_DAMP_MAX, OUTPUT_DAMP_TOKENS = 0.05, 0.3, 1.8  # the sam
 class GpuSums:
     """How a GPU adds tokens to a sum: operands in bf16, products and sums in float32, GPU_SLICE_TOKENS at a time, however few tokens a call brings.
 
-    Where both sides are the same tokens the operand is sqrt(w) x on both, only the lower block triangle is computed, and it is mirrored when the sum is
-    read. Rounding
-    operands to bf16 is an independent relative error of 2^-9 a value, which averages out over tokens (docs/PERFORMANCE.md has it measured).
+    A quantized activation times its global scale is an E2M1 value times an E4M3 scale: 6 bits, exact in bf16, so `x_scale` should be that global scale. Without
+    it the few values of the grid are rounded the same way every time, which does not average out: 1e-4 to 2.5e-3 of the moment was measured. Anything else has
+    an independent relative error of 2^-9 a value, which averages out over tokens.
+
+    Where both sides are the same tokens the operand is sqrt(w) x on both, only the lower block triangle is computed, and it is mirrored when the sum is read.
     """
 
     def __init__(self, sum_II: Tensor) -> None:
         self.sum_II, self.is_symmetric = sum_II, True
+        self.x_scale: float | None = None
         self.waiting: list[tuple[Tensor, Tensor]] = []
         self.num_waiting = 0
 
-    def add_(self, x: Tensor, weight: Tensor | None, y: Tensor | None) -> None:
-        """Arguments as in SecondMoment.add_."""
-        if y is not None and self.is_symmetric:
-            self.finish_()
-            self.is_symmetric = False
+    @property
+    def unit(self) -> float:
+        """What sum_II holds instead of 1."""
+        return (self.x_scale or 1.0) ** (2 if self.is_symmetric else 1)
+
+    def add_(self, x: Tensor, weight: Tensor | None, y: Tensor | None, x_scale: float) -> None:
+        """Arguments as in SecondMoment.add_. All calls for one sum must have, or all lack, a y, and share x_scale."""
+        if self.x_scale is None:
+            self.is_symmetric, self.x_scale = y is None, x_scale
+        if (self.is_symmetric, self.x_scale) != (y is None, x_scale):
+            raise NumericsError(
+                f"second moment: expected x_scale {self.x_scale} and y {'absent' if self.is_symmetric else 'present'} as before, found x_scale {x_scale}"
+            )
+        scaled_TI = x.float() * x_scale
         if y is None:
-            right_TI = left_TI = (x if weight is None else x * weight.sqrt()[:, None]).to(torch.bfloat16)
+            right_TI = left_TI = (scaled_TI if weight is None else scaled_TI * weight.sqrt()[:, None]).to(torch.bfloat16)
         else:
-            right_TI, left_TI = x.to(torch.bfloat16), (y if weight is None else y * weight[:, None]).to(torch.bfloat16)
+            right_TI, left_TI = scaled_TI.to(torch.bfloat16), (y if weight is None else y * weight[:, None]).to(torch.bfloat16)
         self.waiting.append((left_TI, right_TI))
         self.num_waiting += len(x)
         if self.num_waiting >= GPU_SLICE_TOKENS:
@@ -98,10 +110,15 @@ class SecondMoment:
         """Sum of the token weights. Waits for the device."""
         return float(self.weight_total)
 
-    def add_(self, x: Float[Tensor, "t i"], weight: Float[Tensor, "t"] | None, y: Float[Tensor, "t i"] | None = None) -> None:
-        """Add tokens: sum += sum_t w_t y_t^T x_t, so sum[j, k] holds y_j x_k. weight: >= 0, None for all 1. y None: x itself."""
+    def add_(
+        self, x: Float[Tensor, "t i"], weight: Float[Tensor, "t"] | None, y: Float[Tensor, "t i"] | None = None, x_scale: float = 1.0
+    ) -> None:
+        """Add tokens: sum += sum_t w_t y_t^T x_t, so sum[j, k] holds y_j x_k. weight: >= 0, None for all 1. y None: x itself.
+
+        x_scale: a factor under which x is exact in bf16, for quantized activations their global scale. It changes nothing but rounding on a GPU (GpuSums).
+        """
         if self.on_gpu is not None:
-            self.on_gpu.add_(x, weight, y)
+            self.on_gpu.add_(x, weight, y, x_scale)
         else:
             self._add_slices_(x, weight, y)
         self.weight_total += len(x) if weight is None else weight.sum(dtype=torch.float64)
@@ -125,6 +142,7 @@ class SecondMoment:
         weight_sum = self.weight_sum
         if self.on_gpu is not None:
             self.on_gpu.finish_()
+            weight_sum *= self.on_gpu.unit
         mean_II = self.sum_II / weight_sum if weight_sum else torch.zeros_like(self.sum_II)
         if not bool(torch.isfinite(mean_II).all()):
             raise NumericsError(
