@@ -27,6 +27,21 @@ from p48ray.numerics.paired48 import keep_top_pairs, pairs_to_inputs
 from tests.reference.problems import correlated
 
 
+@triton.jit
+def count_up(out, stop):
+    for k in range(stop):
+        tl.store(out + k, k)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _interpreter() -> None:
+    """Triton 3.6's interpreter can not run a loop with numpy 2.4."""
+    try:
+        count_up[(1,)](torch.zeros(4, dtype=torch.int32), 4)
+    except triton.runtime.errors.InterpreterError as error:
+        pytest.skip(f"Triton {triton.__version__}'s interpreter does not work with this numpy: {error}")
+
+
 @pytest.fixture(autouse=True)
 def small_panels(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that a small matrix has several column_blocks, panels and strips."""
