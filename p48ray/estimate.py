@@ -12,13 +12,19 @@ from p48ray.numerics.two_sided import ROW_GROUPS
 from p48ray.output_layout import OutputShard, layer_of, unit_bytes, untouched_tensors
 from p48ray.plan import RunPlan
 
-# Behind the GPU-hours: what this project's torch code took on one H100 80GB with Kimi-K2.5's shapes (docs/PERFORMANCE.md). Its column loops are bound by kernel
-# launches, so they cost per step of a unit, nearly whatever the unit holds (1 to 8 experts measured); products cost by their FLOP.
-COLUMN_STEP_S = 3.5e-4  # one column of a one-shot pass
-PAIR_GROUP_STEP_S = 3.1e-4  # one pair_group of a descent sweep, of all rows or of a row group
-CODE_STEP_FACTOR = 5  # a pair_group of code descent against one of descent, by count of kernels: not measured
-MATMUL_FLOPS = 5.1e13  # float32 products of that card (DESIGN 8)
-REFINE_FLOPS = 8.0e12  # refinement: 11 ms an expert and step
+# Behind the GPU-hours: what this project's kernels took on one H100 80GB with Kimi-K2.5's shapes (docs/PERFORMANCE.md), from batches of 1 and 8 experts:
+# a part that a unit pays whatever it holds, because columns wait for each other, and a part for every weight.
+COLUMN_STEP_S = 1.2e-6  # one column of a one-shot pass
+PAIR_GROUP_STEP_S = 3.5e-6  # one pair_group of a descent sweep, of all rows or of a row group
+WEIGHT_S = 1.0e-10  # one weight of a one-shot pass or of a one-sided sweep, with its share of what lies between them
+TWO_SIDED_WEIGHT_S = 2.3e-10  # one weight of a two-sided sweep
+CODE_STEP_S = (
+    1.6e-3  # a pair_group of code descent, which is torch code: five descent steps of that kind, by count of kernels: not measured
+)
+MATMUL_FLOPS = 5.1e13  # float32 products of that card (DESIGN 8): expert forwards and gradients
+MOMENT_FLOPS = 6.5e14  # second moments, counted as whole squares
+FACTOR_FLOPS = 2.8e13  # factors, counted as one cube
+REFINE_FLOPS = 4.1e13  # refinement: 2.2 ms an expert and step
 STREAM_FLOPS = 2.4e14  # the streaming stages: an assumption, 30 % of the card's bf16 matmul rate
 ROUTING_BYTES = 2 + 4  # expert id and router weight of one routed token
 
@@ -161,19 +167,26 @@ def loop_seconds(plan: RunPlan, layout: ModelLayout) -> float:
     inputs = layout.hidden_size + layout.moe_intermediate_size
     row_groups = ROW_GROUPS if c.output_curvature else 1
     code_groups = code_descent.ROW_GROUPS if c.output_curvature else 1
-    descends = c.solver == "block_descent"
+    sweeps = c.sweeps * (c.solver == "block_descent")
+    code_sweeps = c.code_sweeps * (c.solver == "block_descent")
     passes = {"block_descent": 2, "round_to_nearest": 0}.get(c.solver, 1)
-    sweeps = descends * (c.sweeps * row_groups + c.code_sweeps * code_groups * CODE_STEP_FACTOR)
-    return len(plan.units) * inputs * (passes * COLUMN_STEP_S + sweeps / INPUTS_IN_GROUP * PAIR_GROUP_STEP_S)
+    steps = sweeps * row_groups * PAIR_GROUP_STEP_S + code_sweeps * code_groups * CODE_STEP_S
+    unit_seconds = inputs * (passes * COLUMN_STEP_S + steps / INPUTS_IN_GROUP)
+    weights = 3 * layout.hidden_size * layout.moe_intermediate_size
+    expert_seconds = weights * (passes * WEIGHT_S + sweeps * (TWO_SIDED_WEIGHT_S if c.output_curvature else WEIGHT_S))
+    return sum(unit_seconds + u.num_experts * expert_seconds for u in plan.units)
 
 
 def product_seconds(plan: RunPlan, layout: ModelLayout) -> float:
-    """The products of all experts: moments and expert forwards, factors, the gradients' side, refinement."""
+    """The products of all experts outside the loops: moments and expert forwards, factors, the gradients' side, refinement."""
     h, f = layout.hidden_size, layout.moe_intermediate_size
     calibration, c = plan.config.calibration, plan.config.compression
     routed = calibration.num_sequences * calibration.sequence_length * layout.top_k / layout.num_experts
-    flops = 2 * routed * (h * h + 3 * f * f + 6 * h * f) + (h**3 + f**3) * (c.solver != "round_to_nearest")
+    moments, forwards = 2 * routed * (h * h + 3 * f * f), 2 * routed * 6 * h * f
     if c.output_curvature:
-        flops += 2 * routed * (4 * f * f + h * h + 6 * h * f) + 2 * c.sweeps * (4 * f * f * h + h * h * f)
+        moments += 2 * routed * (4 * f * f + h * h)
+        forwards += 2 * routed * 6 * h * f
+    factors = (h**3 + f**3) * (c.solver != "round_to_nearest")
     refinement = 24 * c.refine_steps * BATCH_TOKENS * h * f
-    return sum(u.num_experts for u in plan.units) * (flops / MATMUL_FLOPS + refinement / REFINE_FLOPS)
+    seconds = moments / MOMENT_FLOPS + forwards / MATMUL_FLOPS + factors / FACTOR_FLOPS + refinement / REFINE_FLOPS
+    return seconds * sum(u.num_experts for u in plan.units)

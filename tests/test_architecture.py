@@ -12,7 +12,7 @@ PACKAGE = REPO / "p48ray"
 # A module may import its own row and rows above it. The first match counts.
 ROWS = [
     ["p48ray.errors", "p48ray.integrations"],
-    ["p48ray.config", "p48ray.numerics", "p48ray.store"],
+    ["p48ray.config", "p48ray.numerics", "p48ray.kernels", "p48ray.store"],
     ["p48ray.checkpoint", "p48ray.records", "p48ray.run_root"],
     ["p48ray.model"],
     ["p48ray.plan", "p48ray.manifest"],
@@ -68,19 +68,33 @@ def test_numerics_need_only_torch() -> None:
         "torch",
         "jaxtyping",
         "p48ray.numerics",
+        "p48ray.kernels",
         "p48ray.errors",
         "math",
         "dataclasses",
         "collections",
+        "contextlib",
         "functools",
         "typing",
         "itertools",
     )
     for name, path in modules():
         if name.startswith("p48ray.numerics"):
-            kernels = ("triton",) if name.startswith("p48ray.numerics.kernels") else ()
-            strangers = {i for i in imports(path) if not i.startswith(allowed + kernels)}
+            strangers = {i for i in imports(path) if not i.startswith(allowed)}
             assert strangers <= {"p48ray"}, f"{name} imports {strangers}"
+        if name.startswith("p48ray.kernels"):
+            strangers = {i for i in imports(path) if not i.startswith((*allowed, "triton"))}
+            assert strangers <= {"p48ray"}, f"{name} imports {strangers}"
+
+
+def test_triton_is_imported_by_kernels_only_and_kernels_inside_functions_only() -> None:
+    """A CPU has no triton: what needs it is imported where a tensor on a GPU comes."""
+    for name, path in modules():
+        if name.startswith("p48ray.kernels"):
+            continue
+        assert not any(i == "triton" or i.startswith("triton.") for i in imports(path)), name
+        top = [n for n in ast.parse(path.read_text()).body if isinstance(n, ast.ImportFrom | ast.Import)]
+        assert not any("p48ray.kernels" in ast.unparse(n) for n in top), name
 
 
 def test_no_module_is_a_grab_bag() -> None:

@@ -182,7 +182,7 @@ def is_fused(calls: Sequence[RoutedCall]) -> bool:
 
 
 def kernels() -> ModuleType:
-    from p48ray.numerics.kernels import swiglu  # Triton: only where there is a GPU
+    from p48ray.kernels import swiglu  # Triton: only where there is a GPU
 
     return swiglu
 

@@ -53,7 +53,18 @@ class Descent:
 
     def keep(self) -> Tensor:
         """Kept pairs (N, O, P)."""
-        return torch.tensor(PATTERNS, device=self.target_NOI.device)[self.pattern_NOK].flatten(2)
+        return kept_pairs(self.pattern_NOK)
+
+
+def kept_pairs(pattern_NOK: Tensor) -> Tensor:
+    """Kept pairs (N, O, P) of pattern indices."""
+    return torch.tensor(PATTERNS, device=pattern_NOK.device)[pattern_NOK].flatten(2)
+
+
+def check_inputs(target: Tensor) -> None:
+    """Raises: NumericsError if the inputs are not a multiple of 8."""
+    if target.shape[2] % INPUTS_IN_GROUP:
+        raise NumericsError(f"block_descent: expected {target.shape[2]} inputs to be a multiple of {INPUTS_IN_GROUP}")
 
 
 def start_descent(target: Tensor, start_values: Tensor, start_keep: Tensor, hessian_damped: Tensor) -> Descent:
@@ -61,8 +72,7 @@ def start_descent(target: Tensor, start_values: Tensor, start_keep: Tensor, hess
 
     Raises: NumericsError if the inputs are not a multiple of 8.
     """
-    if target.shape[2] % INPUTS_IN_GROUP:
-        raise NumericsError(f"block_descent: expected {target.shape[2]} inputs to be a multiple of {INPUTS_IN_GROUP}")
+    check_inputs(target)
     return Descent(
         target_NOI=target,
         values_NOI=start_values.clone(),
@@ -89,6 +99,9 @@ def block_descent(
     Raises:  NumericsError if i or column_block is not a multiple of 8.
     Cost:    O I^2 multiply-adds an expert and sweep.
     """
+    if target.is_cuda:
+        check_inputs(target)
+        return _descend_by_kernel(target, start_values, start_keep, hessian_damped, sweeps, min_relative_gain)
     state = start_descent(target, start_values, start_keep, hessian_damped)
     loss = float(hessian_loss(target - start_values, hessian_damped).sum()) if min_relative_gain > 0 else 0.0
     for _ in range(sweeps):
@@ -113,20 +126,37 @@ def sweep_(state: Descent, column_block: int) -> None:
 
 
 def _six_solvers(hessian_NII: Tensor) -> Tensor:
-    """inv(H_pp) of all pair_groups and patterns, embedded in zeros: (N, K, 8, 48). The 4 x 4 inverses are taken in float64."""
-    size = INPUTS_IN_GROUP
-    diagonal_NK88 = hessian_NII.unflatten(2, (-1, size)).unflatten(1, (-1, size)).diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)
-    keep_68 = pairs_to_inputs(torch.tensor(PATTERNS))
-    kept_64 = torch.stack([k.nonzero()[:, 0] for k in keep_68]).to(hessian_NII.device)
-    rows_641, columns_614, pattern_611 = (
-        kept_64[:, :, None],
-        kept_64[:, None, :],
-        torch.arange(len(PATTERNS), device=kept_64.device)[:, None, None],
-    )
-    inverse_NK644 = torch.linalg.inv_ex(diagonal_NK88[:, :, rows_641, columns_614].double()).inverse
-    embedded_NK688 = torch.zeros(*diagonal_NK88.shape[:2], len(PATTERNS), size, size, device=hessian_NII.device)
-    embedded_NK688[:, :, pattern_611, rows_641, columns_614] = inverse_NK644.float()
+    """inv(H_pp) of all pair_groups and patterns, embedded in zeros: (N, K, 8, 48)."""
+    size, kept_64 = INPUTS_IN_GROUP, _kept_inputs(hessian_NII.device)
+    pattern_611 = torch.arange(len(PATTERNS), device=kept_64.device)[:, None, None]
+    inverse_NK644 = six_inverses(hessian_NII)
+    embedded_NK688 = torch.zeros(*inverse_NK644.shape[:2], len(PATTERNS), size, size, device=hessian_NII.device)
+    embedded_NK688[:, :, pattern_611, kept_64[:, :, None], kept_64[:, None, :]] = inverse_NK644
     return embedded_NK688.transpose(2, 3).flatten(3)
+
+
+def six_inverses(hessian_NII: Tensor) -> Tensor:
+    """inv(H_pp) of all pair_groups and patterns: (N, K, 6, 4, 4), taken in float64, rounded to float32."""
+    size, kept_64 = INPUTS_IN_GROUP, _kept_inputs(hessian_NII.device)
+    diagonal_NK88 = hessian_NII.unflatten(2, (-1, size)).unflatten(1, (-1, size)).diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)
+    return torch.linalg.inv_ex(diagonal_NK88[:, :, kept_64[:, :, None], kept_64[:, None, :]].double()).inverse.float()
+
+
+def _kept_inputs(device: torch.device) -> Tensor:
+    """The four inputs that each pattern keeps, (6, 4)."""
+    return torch.stack([k.nonzero()[:, 0] for k in pairs_to_inputs(torch.tensor(PATTERNS))]).to(device)
+
+
+def _descend_by_kernel(
+    target: Tensor, start_values: Tensor, start_keep: Tensor, hessian_damped: Tensor, sweeps: int, min_relative_gain: float
+) -> tuple[Tensor, Tensor]:
+    """block_descent on a GPU."""
+    from p48ray.kernels import descent as kernel
+
+    values_NOI, pattern_NOK = kernel.block_descent(
+        target, start_values, pattern_index(start_keep), hessian_damped, six_inverses(hessian_damped), sweeps, min_relative_gain
+    )
+    return values_NOI, kept_pairs(pattern_NOK)
 
 
 def _descend_columns_(state: Descent, start: int, stop: int) -> None:

@@ -28,7 +28,7 @@ def decode_int4(packed: Int32[Tensor, "o w"], scale: Float[Tensor, "o g"], out: 
     if scale.shape[1] == 0 or inputs % scale.shape[1]:
         raise NumericsError(f"decode_int4: expected groups that divide {inputs} inputs, found {scale.shape[1]} of them")
     if packed.is_cuda and scale.dtype == torch.bfloat16 and packed.shape[1] % scale.shape[1] == 0:
-        from p48ray.numerics.kernels.int4 import decode_int4_bf16
+        from p48ray.kernels.int4 import decode_int4_bf16
 
         return decode_int4_bf16(packed, scale, out)
     bytes_OB = packed.contiguous().view(torch.uint8)

@@ -9,10 +9,13 @@ import torch
 from jaxtyping import Float32
 from torch import Tensor
 
+from p48ray.numerics.products import tensor_float_32
+
 
 def hessian_loss(delta: Float32[Tensor, "n o i"], hessian: Float32[Tensor, "n i i"]) -> Float32[Tensor, "n"]:
     """tr(D H D^T): with H a mean of x^T x, the mean squared output error, summed over outputs (GPTQ's objective, arXiv 2210.17323)."""
-    return ((delta @ hessian) * delta).sum((1, 2), dtype=torch.float64).float()
+    with tensor_float_32():
+        return ((delta @ hessian) * delta).sum((1, 2), dtype=torch.float64).float()
 
 
 def relative_weight_error(w: Float32[Tensor, "n o i"], q: Float32[Tensor, "n o i"]) -> Float32[Tensor, "n"]:

@@ -25,6 +25,7 @@ from p48ray.numerics import e2m1
 from p48ray.numerics.activation import quantize_activations
 from p48ray.numerics.e2m1 import round_to_e2m1
 from p48ray.numerics.nvfp4 import SCALE_GROUP, effective_scale
+from p48ray.numerics.products import tensor_float_32
 
 BATCH_TOKENS = 256
 LEARNING_RATE_REL = 0.005  # of the root mean square of a linear's kept values; the lab's 2e-4 on weights of about 0.04
@@ -108,6 +109,11 @@ class _Refinement:
         self.units = [linear.unit() for linear in self.starts]
         self.masks = [linear.keep_NOP.repeat_interleave(2, dim=2).float() for linear in self.starts]
         self.latents = [(e2m1.decode(q.codes_NOI) * u).requires_grad_(True) for q, u in zip(self.starts, self.units, strict=True)]
+        self.grid: list[Tensor] = []  # on a GPU: the latents' values on the grid, kept in step by the kernel
+        if gate_up_original.is_cuda:
+            with torch.no_grad():
+                self.grid = [v.contiguous() for v in self.quantized()]
+            self.grid_units = [effective_scale(q.scale_NOG, q.global_scale_N).contiguous() for q in self.starts]
         self.generator = torch.Generator().manual_seed(0)
         self.is_frozen = [len(t.x_TH) < MIN_TOKENS for t in tokens]
         self.train = [split(t, is_train=True) for t in tokens]
@@ -121,18 +127,20 @@ class _Refinement:
 
     def quantized(self) -> list[Tensor]:
         """Values on the grid; the gradient passes the rounding unchanged."""
+        if self.grid:
+            return [v.detach() for v in self.grid]
         values = []
         for latent, unit, mask in zip(self.latents, self.units, self.masks, strict=True):
             rounded = round_to_e2m1(latent.detach() / unit) * unit
             values.append((latent + (rounded - latent.detach())) * mask)
         return values
 
-    def loss(self, tokens: ExpertTokens) -> Tensor:
+    def loss(self, tokens: ExpertTokens, values: list[Tensor]) -> Tensor:
         """Weighted mean error of every expert in the metric G over the same of the original output, (N,)."""
         with torch.no_grad():
             gate, up = (tokens.x_TH @ self.originals[0].mT).chunk(2, -1)
             wanted_NTH = (F.silu(gate) * up) @ self.originals[1].mT
-        gate_up_NZH, down_NHF = self.quantized()
+        gate_up_NZH, down_NHF = values
         gate, up = (tokens.quantized_TH @ gate_up_NZH.mT).chunk(2, -1)
         h_NTF = F.silu(gate) * up
         on_grid_NTF = quantize_activations(h_NTF.detach().flatten(0, 1), self.down_scale, self.group).view_as(h_NTF)
@@ -144,7 +152,7 @@ class _Refinement:
     @torch.enable_grad()
     def run(self, steps: int) -> Refined:
         with torch.no_grad():
-            before_N = best_N = self.loss(self.held_out)
+            before_N = best_N = self.loss(self.held_out, self.quantized())
         best = [latent.detach().clone() for latent in self.latents]
         rates = self.rates()
         moments = [(torch.zeros_like(v), torch.zeros_like(v)) for v in self.latents]
@@ -153,16 +161,38 @@ class _Refinement:
         for step in range(1, steps + 1):
             rate = 0.1 + 0.45 * (1 + math.cos(math.pi * (step - 1) / steps))
             rows = [torch.randint(0, len(t.x_TH), (BATCH_TOKENS,), generator=self.generator) for t in self.train]
-            gradients = torch.autograd.grad(self.loss(batch(self.train, rows)).sum(), self.latents)
+            self.step_(batch(self.train, rows), moments, [scale * rate for scale in rates], step)
             with torch.no_grad():
-                for latent, gradient, (first, second), scale in zip(self.latents, gradients, moments, rates, strict=True):
-                    adam_(latent, gradient, first, second, scale * rate, step)
                 if step % interval == 0 or step == steps:
-                    now_N = self.loss(self.held_out)
+                    now_N = self.loss(self.held_out, self.quantized())
                     better_N = (now_N < best_N) & ~frozen_N
                     best_N = torch.where(better_N, now_N, best_N)
                     best = [torch.where(better_N[:, None, None], v, b) for v, b in zip(self.latents, best, strict=True)]
         return self.finish(best, before_N, best_N)
+
+    def step_(self, tokens: ExpertTokens, moments: list[tuple[Tensor, Tensor]], rates: list[Tensor], step: int) -> None:
+        """One step of Adam on the latents."""
+        if tokens.x_TH.is_cuda:
+            self.step_by_kernel_(tokens, moments, rates, step)
+            return
+        gradients = torch.autograd.grad(self.loss(tokens, self.quantized()).sum(), self.latents)
+        with torch.no_grad():
+            for latent, gradient, (first, second), rate in zip(self.latents, gradients, moments, rates, strict=True):
+                adam_(latent, gradient, first, second, rate, step)
+
+    def step_by_kernel_(self, tokens: ExpertTokens, moments: list[tuple[Tensor, Tensor]], rates: list[Tensor], step: int) -> None:
+        """The same on a GPU: the gradient at the values, in TF32, then one pass over all weights."""
+        from p48ray.kernels import refinement as kernel
+
+        values = [v.requires_grad_(True) for v in self.grid]
+        with tensor_float_32():
+            gradients = torch.autograd.grad(self.loss(tokens, values).sum(), values)
+        with torch.no_grad():
+            for k, (gradient, (first, second), rate) in enumerate(zip(gradients, moments, rates, strict=True)):
+                unit_NOG, keep_NOP = self.grid_units[k], self.starts[k].keep_NOP
+                kernel.adam_step_(
+                    self.latents[k], gradient.contiguous(), first, second, values[k], unit_NOG, keep_NOP, rate.flatten(), BETAS, step
+                )
 
     @torch.no_grad()
     def finish(self, best: list[Tensor], before_N: Tensor, after_N: Tensor) -> Refined:

@@ -34,7 +34,7 @@ from torch import Tensor
 from p48ray.errors import NumericsError
 from p48ray.numerics import e2m1
 from p48ray.numerics.e2m1 import round_to_e2m1
-from p48ray.numerics.nvfp4 import SCALE_SPANS, choose_scales, effective_scale
+from p48ray.numerics.nvfp4 import SCALE_GROUP, SCALE_SPANS, choose_scales, effective_scale
 from p48ray.numerics.paired48 import INPUTS_IN_GROUP, keep_top_pairs, pairs_to_inputs
 
 COLUMN_BLOCK = 128
@@ -89,6 +89,8 @@ def one_shot(
     if keep is not None and not sparsity:
         raise NumericsError("one_shot: a fixed mask needs sparsity=True")
     state = _opened(weight, upper, keep, global_scale, span=span, picks_masks=sparsity and keep is None, rounds=True)
+    if weight.is_cuda:
+        return _one_shot_by_kernel(state)
     _pass_(state, column_block)
     return Codes(
         codes=e2m1.encode(state.level_NIO.mT).contiguous(),
@@ -106,8 +108,37 @@ def one_shot_sparse(
     """
     unused = torch.ones(len(weight), device=weight.device)
     state = _opened(weight, upper, None, unused, span=INPUTS_IN_GROUP, picks_masks=True, rounds=False)
+    if weight.is_cuda:
+        values_NIO, _ = _pass_by_kernel(state)
+        return values_NIO.mT.contiguous(), state.keep_NPO.mT.contiguous()
     _pass_(state, column_block)
     return state.level_NIO.mT.contiguous(), state.keep_NPO.mT.contiguous()
+
+
+def _pass_by_kernel(state: _Pass) -> tuple[Tensor, Tensor]:
+    """The pass on a GPU: (codes or values (N, I, O), scale per span (N, S, O))."""
+    from p48ray.kernels import one_shot as kernel
+
+    return kernel.pass_(
+        state.work_NIO,
+        state.keep_NPO,
+        state.upper_NII,
+        state.sharpness_NI,
+        state.global_scale_N,
+        span=state.span,
+        picks_masks=state.picks_masks,
+        rounds=state.rounds,
+    )
+
+
+def _one_shot_by_kernel(state: _Pass) -> Codes:
+    codes_NIO, scale_NSO = _pass_by_kernel(state)
+    scale_NOS = scale_NSO.mT.contiguous().to(torch.float8_e4m3fn)
+    return Codes(
+        codes=codes_NIO.mT.contiguous(),
+        scale=scale_NOS.repeat_interleave(state.span // SCALE_GROUP, dim=2),
+        keep=state.keep_NPO.mT.contiguous(),
+    )
 
 
 def _opened(
@@ -118,7 +149,7 @@ def _opened(
     start_keep = torch.ones(n, o, i // 2, dtype=torch.bool, device=weight.device) if keep is None else keep
     return _Pass(
         work_NIO=weight.mT.clone(memory_format=torch.contiguous_format),
-        level_NIO=torch.empty(n, i, o, device=weight.device),
+        level_NIO=torch.empty(0 if weight.is_cuda else n, i, o, device=weight.device),  # kernels have an output of their own
         keep_NPO=start_keep.mT.contiguous(),
         scales_NOG=[],
         upper_NII=upper,

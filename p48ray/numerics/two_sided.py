@@ -28,7 +28,9 @@ import torch
 from jaxtyping import Bool, Float32
 from torch import Tensor
 
-from p48ray.numerics.block_descent import COLUMN_BLOCK, start_descent, sweep_
+from p48ray.numerics.block_descent import COLUMN_BLOCK, check_inputs, kept_pairs, six_inverses, start_descent, sweep_
+from p48ray.numerics.paired48 import pattern_index
+from p48ray.numerics.products import tensor_float_32
 
 ROW_GROUPS = 16  # more groups: a tighter bound and more matrix products; 8 to 32 made no difference on the small models
 
@@ -49,12 +51,41 @@ def two_sided_descent(
              row_groups: groups a sweep; the rows of a group are drawn anew each sweep from a fixed seed.
     Cost:    O I^2 + O^2 I multiply-adds an expert and sweep.
     """
+    if target.is_cuda:
+        return _descend_by_kernel(target, start_values, start_keep, hessian_damped, output_hessian_damped, sweeps, row_groups)
     state = start_descent(target, start_values, start_keep, hessian_damped)
     for rows_R in row_partitions(target.shape[1], row_groups, sweeps, target.device):
         group = state.rows(rows_R, majorised_target(target, state.values_NOI, output_hessian_damped, rows_R))
         sweep_(group, column_block)
         state.values_NOI[:, rows_R], state.pattern_NOK[:, rows_R] = group.values_NOI, group.pattern_NOK
     return state.values_NOI, state.keep()
+
+
+def _descend_by_kernel(
+    target: Tensor,
+    start_values: Tensor,
+    start_keep: Tensor,
+    hessian_damped: Tensor,
+    output_hessian_damped: Tensor,
+    sweeps: int,
+    row_groups: int,
+) -> tuple[Tensor, Tensor]:
+    """two_sided_descent on a GPU."""
+    from p48ray.kernels import descent as kernel
+
+    check_inputs(target)
+    groups = list(row_partitions(target.shape[1], row_groups, sweeps, target.device))
+    per_sweep = len(groups) // max(1, sweeps)
+    values_NOI, pattern_NOK = kernel.two_sided_descent(
+        target,
+        start_values,
+        pattern_index(start_keep),
+        hessian_damped,
+        six_inverses(hessian_damped),
+        output_hessian_damped,
+        [groups[k * per_sweep : (k + 1) * per_sweep] for k in range(sweeps)],
+    )
+    return values_NOI, kept_pairs(pattern_NOK)
 
 
 def row_partitions(num_rows: int, row_groups: int, sweeps: int, device: torch.device) -> Iterator[Tensor]:
@@ -77,4 +108,5 @@ def two_sided_loss(
     delta: Float32[Tensor, "n o i"], hessian: Float32[Tensor, "n i i"], output_hessian: Float32[Tensor, "n o o"]
 ) -> Float32[Tensor, "n"]:
     """tr(G D H D^T)."""
-    return ((output_hessian @ delta) * (delta @ hessian)).sum((1, 2), dtype=torch.float64).float()
+    with tensor_float_32():
+        return ((output_hessian @ delta) * (delta @ hessian)).sum((1, 2), dtype=torch.float64).float()

@@ -126,6 +126,10 @@ class RoutedTokens:
         for s in self.gathered if self.gathered is not None else (s for part in parts for s in self.routed(part)):
             yield RoutedSlice(s.position, s.x.decoded(device), s.router_T.to(device), None if s.delta is None else s.delta.decoded(device))
 
+    def exact_scale(self, global_scale: float) -> float:
+        """The factor under which `quantized` values are exact in bf16 (SecondMoment.add_)."""
+        return global_scale if self.settings.activation_quantization else 1.0
+
     def quantized(self, values: Tensor, global_scale: float) -> Tensor:
         """Values as the kernel will see them (compression.activation_quantization), else as they are."""
         if not self.settings.activation_quantization:
@@ -217,11 +221,11 @@ def gate_up_curvature(tokens: RoutedTokens, side: OutputSide) -> tuple[list[Curv
     own = [SecondMoment.zeros(hidden, sample_TH.device) for _ in tokens.unit.experts]
     clipped, seen = torch.zeros((), dtype=torch.int64, device=sample_TH.device), 0
     for s, weights_T in zip(tokens, side.gate_up_weights, strict=True):
-        own[s.position].add_(tokens.quantized(s.x_TH, scale), weights_T)
+        own[s.position].add_(tokens.quantized(s.x_TH, scale), weights_T, x_scale=tokens.exact_scale(scale))
         clipped += count_clipped(s.x_TH, scale)
         seen += s.x_TH.numel()
     pool = SecondMoment.zeros(hidden, sample_TH.device)
-    pool.add_(tokens.quantized(sample_TH, scale), None)
+    pool.add_(tokens.quantized(sample_TH, scale), None, x_scale=tokens.exact_scale(scale))
     result = []
     for moment, output_hessian in zip(own, side.gate_up, strict=True):
         share = shrinkage(tokens, moment.num_tokens, hidden, GATE_UP_HALF_TOKENS)
@@ -237,13 +241,14 @@ def down_curvature(
     compressed = [ExpertWeights(w[:size], w[size:], o.down_HF) for w, o in zip(gate_up_NOI, originals, strict=True)]
     own = [[SecondMoment.zeros(size, sample_TH.device) for _ in range(3)] for _ in originals]
     clipped, seen = torch.zeros((), dtype=torch.int64, device=sample_TH.device), 0
+    down_scale = tokens.exact_scale(tokens.scales.down)
 
     def add(moments: list[SecondMoment], n: int, x_TH: Tensor, weights_T: Tensor | None) -> Tensor:
         h_TF = intermediate(x_TH, originals[n])
         raw_TF = intermediate(tokens.quantized(x_TH, tokens.scales.gate_up), compressed[n])
         hq_TF = tokens.quantized(raw_TF, tokens.scales.down)
-        moments[0].add_(hq_TF, weights_T)
-        moments[1].add_(hq_TF, weights_T, h_TF)
+        moments[0].add_(hq_TF, weights_T, x_scale=down_scale)
+        moments[1].add_(hq_TF, weights_T, h_TF, x_scale=down_scale)
         moments[2].add_(h_TF, weights_T)
         return raw_TF
 

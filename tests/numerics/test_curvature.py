@@ -5,6 +5,7 @@ import torch
 
 from p48ray.errors import NumericsError
 from p48ray.numerics import curvature
+from p48ray.numerics.activation import quantize_activations
 from p48ray.numerics.curvature import SecondMoment, damp, damp_from_tokens, shrink_towards, shrinkage_from_tokens
 from tests.reference.descent import hessian_sum
 
@@ -126,3 +127,37 @@ def test_an_expert_without_tokens_takes_the_pool_and_others_in_the_batch_do_not(
 
 def test_an_empty_pool_leaves_the_hessian() -> None:
     assert torch.equal(shrink_towards(torch.eye(2), torch.zeros(2, 2), 0.5), torch.eye(2))
+
+
+@pytest.mark.parametrize("has_y", [False, True])
+@pytest.mark.parametrize("is_weighted", [False, True])
+def test_sums_as_a_gpu_makes_them(monkeypatch: pytest.MonkeyPatch, has_y: bool, is_weighted: bool) -> None:
+    """The bookkeeping of GpuSums (waiting tokens, block triangle, mirror, scale) without a GPU: only its product is replaced."""
+
+    def addmm(into: torch.Tensor, a: torch.Tensor, b: torch.Tensor, out_dtype: torch.dtype, out: torch.Tensor) -> torch.Tensor:
+        assert a.dtype == b.dtype == torch.bfloat16
+        assert a.shape[1] <= 64
+        return out.copy_(into + a.to(out_dtype) @ b.to(out_dtype))
+
+    monkeypatch.setattr(torch, "addmm", addmm)
+    monkeypatch.setattr(curvature, "GPU_SLICE_TOKENS", 64)
+    monkeypatch.setattr(curvature, "TRIANGLE_BLOCK", 24)
+    generator = torch.Generator().manual_seed(0)
+    x = quantize_activations(torch.randn(500, 64, generator=generator) ** 3, 37.1)
+    y = torch.randn(500, 64, generator=generator) if has_y else None
+    weight = torch.rand(500, generator=generator) if is_weighted else None
+    moment = SecondMoment.zeros(64, "cpu")
+    moment.on_gpu = curvature.GpuSums(moment.sum_II)
+    for start, stop in ((0, 5), (5, 12), (12, 300), (300, 500)):
+        part = slice(start, stop)
+        moment.add_(x[part], None if weight is None else weight[part], None if y is None else y[part], x_scale=37.1)
+        if stop == 300:
+            moment.mean()  # reading in between changes nothing
+    wanted = SecondMoment.zeros(64, "cpu", torch.float64)
+    wanted.add_(x, weight, y)
+    bound = 2e-3 if has_y or is_weighted else 1e-6  # bf16 operands, of a few hundred tokens; exact on the grid
+    assert (moment.mean() - wanted.mean()).norm() < bound * wanted.mean().norm()
+    if not has_y:
+        assert torch.equal(moment.mean(), moment.mean().mT)
+    with pytest.raises(NumericsError, match="x_scale"):
+        moment.add_(x, None, y, x_scale=1.0)
