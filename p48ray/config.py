@@ -73,7 +73,9 @@ class CalibrationConfig(Section):
     num_sequences: int = Field(gt=0)
     sequence_length: int = Field(gt=1)
     seed: int = 0
-    propagate: Literal["dense", "compressed"] = Field("dense", description="Whose outputs feed the next layer.")
+    propagate: Literal["dense", "compressed"] = Field(
+        "dense", description="Which layers feed the next: the source's, or those compressed before it, one layer after the other."
+    )
     sequences_per_part: int = Field(8, gt=0, description="Sequences of one activations part; fixes the order of every sum.")
     sequences_per_micro_batch: int = Field(4, gt=0, description="Sequences of one attention call.")
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
@@ -192,7 +194,6 @@ UNBUILT: dict[str, tuple[Any, str]] = {
         lambda c: c.evaluation is not None and any("://" in d.path for d in c.evaluation.documents),
         "local .jsonl files",
     ),
-    "calibration.propagate": (lambda c: c.calibration.propagate != "dense", "dense"),
     "output.storage": (lambda c: c.output.storage != "dense", "dense"),
     "run.root": (lambda c: not is_stored(c.run.root), "a local folder or s3://bucket/prefix"),
 }
@@ -210,7 +211,9 @@ def baseline_config(config: RunConfig) -> RunConfig:
     compression = config.compression.model_copy(update=one_shot | plain)
     evaluation = config.evaluation.model_copy(update={"baseline": False}) if config.evaluation else None
     run = config.run.model_copy(update={"root": f"{config.run.root.rstrip('/')}/baseline"})
-    return config.model_copy(update={"name": f"{config.name}-baseline", "compression": compression, "evaluation": evaluation, "run": run})
+    calibration = config.calibration.model_copy(update={"propagate": "dense"})
+    sections = {"calibration": calibration, "compression": compression, "evaluation": evaluation, "run": run}
+    return config.model_copy(update={"name": f"{config.name}-baseline"} | sections)
 
 
 def unbuilt_settings(config: RunConfig) -> list[str]:

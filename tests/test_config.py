@@ -99,7 +99,6 @@ def test_malformed_override_is_refused(override: str) -> None:
     [
         ("source.checkpoint=hf://moonshotai/Kimi-K2.5@main", "source.checkpoint"),
         ("calibration.documents=hf://datasets/a/b", "calibration.documents"),
-        ("calibration.propagate=compressed", "calibration.propagate"),
         ("output.storage=sparse", "output.storage"),
         ("run.root=hf://owner/name", "run.root"),
     ],

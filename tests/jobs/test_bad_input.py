@@ -52,7 +52,6 @@ UNBUILT_VALUES = {
     "source.checkpoint": ("hf://moonshotai/Kimi-K2.5@main", "'hf://moonshotai/Kimi-K2.5@main'"),
     "calibration.documents": ("hf://datasets/a/b", "hf://datasets/a/b"),
     "evaluation.documents": ("hf://datasets/a/b", "hf://datasets/a/b"),
-    "calibration.propagate": ("compressed", "'compressed'"),
     "compression.output_curvature": ("true", "True"),
     "compression.output_damp": ("0.1", "0.1"),
     "compression.refine_steps": ("10", "10"),
