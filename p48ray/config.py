@@ -74,7 +74,9 @@ class CalibrationConfig(Section):
     num_sequences: int = Field(gt=0)
     sequence_length: int = Field(gt=1)
     seed: int = 0
-    propagate: Literal["dense", "compressed"] = Field("dense", description="Whose outputs feed the next layer.")
+    propagate: Literal["dense", "compressed"] = Field(
+        "dense", description="Which layers feed the next: the source's, or those compressed before it, one layer after the other."
+    )
     sequences_per_part: int = Field(8, gt=0, description="Sequences of one activations part; fixes the order of every sum.")
     sequences_per_micro_batch: int = Field(4, gt=0, description="Sequences of one attention call.")
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
@@ -192,7 +194,6 @@ class RunConfig(Section):
 
 # What the configuration can already say but the code can not yet do: dotted key -> (is it asked for, what to use instead).
 UNBUILT: dict[str, tuple[Any, str]] = {
-    "calibration.propagate": (lambda c: c.calibration.propagate != "dense", "dense"),
     "output.storage": (lambda c: c.output.storage != "dense", "dense"),
     "run.root": (lambda c: not is_stored(c.run.root), "a local folder or s3://bucket/prefix"),
 }
@@ -214,7 +215,8 @@ def baseline_config(config: RunConfig) -> RunConfig:
     if source.checkpoint.startswith("hf://"):  # which the run has mirrored by then
         source = source.model_copy(update={"checkpoint": f"{root}/source", "endpoint_url": config.run.endpoint_url})
     run = config.run.model_copy(update={"root": f"{root}/baseline"})
-    changed = {"source": source, "compression": compression, "evaluation": evaluation, "run": run}
+    calibration = config.calibration.model_copy(update={"propagate": "dense"})
+    changed = {"source": source, "calibration": calibration, "compression": compression, "evaluation": evaluation, "run": run}
     return config.model_copy(update={"name": f"{config.name}-baseline"} | changed)
 
 

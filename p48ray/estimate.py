@@ -69,24 +69,29 @@ def estimate(plan: RunPlan, index: CheckpointIndex, layout: ModelLayout, shards:
     experts_bytes = sum(e.num_bytes for e in index.tensors.values() if layout.is_expert_tensor(e.name))
     checkpoint = sum(s.num_bytes for s in shards)
     dense = sum(e.num_bytes // DTYPE_BYTES[e.dtype] for e in untouched if layer_of(layout, e.name) is not None)
-    directions = 3 if goes_back else 1  # on the way back every layer is run again, then differentiated with respect to its activations
+    # On the way back every layer is run again, then differentiated with respect to its activations.
+    directions = 3 if goes_back else 0 if plan.propagates else 1
     streamed = plan.num_streamed_layers / layout.num_layers
     again = layers_run_again(plan)
+    in_turn = plan.propagates * (plan.layers[-1] + 1) / layout.num_layers  # each layer as the source has it, then compressed
     mirror = sum(f.size_bytes for f in plan.source.mirror)
     return Estimate(
         num_tokens=tokens,
         source_bytes=source,
         mirror_bytes=mirror,
-        stream_read_bytes=round(source * (streamed * (2 if goes_back else 1) + again / layout.num_layers)),
+        stream_read_bytes=round(source * (streamed * min(directions, 2) + again / layout.num_layers + in_turn) + units * plan.propagates),
         activation_bytes=moe * seen,
-        residual_bytes=(len(plan.boundaries) + again) * boundary,
+        residual_bytes=(num_boundaries(plan) + again) * boundary,
         gradient_bytes=moe * felt + boundaries_back * boundary,
         unit_read_bytes=experts_bytes * moe // len(layout.moe_layers) + len(plan.units) * (seen + felt),
         unit_bytes=units,
         untouched_bytes=untouched_bytes,
         checkpoint_bytes=checkpoint,
         peak_stored_bytes=mirror + peak_stored_bytes(plan, boundary, moe * seen, moe * felt, units, checkpoint),
-        stream_gpu_hours=(directions * streamed + again / layout.num_layers) * forward_flops(tokens, layout, dense) / STREAM_FLOPS / 3600,
+        stream_gpu_hours=(directions * streamed + again / layout.num_layers + 2 * in_turn)
+        * forward_flops(tokens, layout, dense)
+        / STREAM_FLOPS
+        / 3600,
         solver_gpu_hours=(loop_seconds(plan, layout) + product_seconds(plan, layout)) / 3600,
     )
 
@@ -115,9 +120,11 @@ def peak_stored_bytes(plan: RunPlan, boundary: int, seen: int, felt: int, units:
     top where there is a way back, else from the bottom), so many of them finished, whose tokens are gone, and units under way in as many more as there are
     workers that do not stream. Last, unit shards beside the checkpoint.
     """
+    boundaries_back = plan.source.num_layers - plan.layers[0] if plan.config.compression.output_curvature else 0
     if plan.config.run.keep == "all":
-        boundaries_back = plan.source.num_layers - plan.layers[0] if plan.config.compression.output_curvature else 0
-        return seen + len(plan.boundaries) * boundary + felt + boundaries_back * boundary + units + checkpoint
+        return seen + num_boundaries(plan) * boundary + felt + boundaries_back * boundary + units + checkpoint
+    if plan.propagates:
+        return max(peak_in_turn(plan, boundary, boundaries_back, seen, felt, units), units + checkpoint)
     layers, workers = len(plan.layers), plan.config.run.num_workers
     goes_back = plan.config.compression.output_curvature
     most = (
@@ -133,6 +140,25 @@ def peak_stored_bytes(plan: RunPlan, boundary: int, seen: int, felt: int, units:
     for finished in range(layers + 1):
         most = max(most, ((seen + felt) * (layers - finished) + units * min(layers, finished + workers)) // layers)
     return max(most, units + checkpoint)
+
+
+def peak_in_turn(plan: RunPlan, boundary: int, boundaries_back: int, seen: int, felt: int, units: int) -> int:
+    """The same where layers take turns: first the gradients of all layers, then one layer's activations at a time beside those that still wait."""
+    layers = len(plan.layers)
+    most = (boundaries_back + 1) * boundary if felt else 0
+    for streamed in range(1, layers + 1 if felt else 1):
+        most = max(most, felt * streamed // layers + boundaries_under_way(plan, streamed) * boundary)
+    for finished in range(layers):
+        waiting = felt * (layers - finished)
+        streaming = (waiting + units * finished) // layers + 2 * boundary
+        most = max(most, streaming, (waiting + seen + units * (finished + 1)) // layers + boundary)
+    return most
+
+
+def num_boundaries(plan: RunPlan) -> int:
+    """Of the residual stream: the source's own, unless it is not run, and those behind compressed layers."""
+    is_run = not plan.propagates or plan.config.compression.output_curvature
+    return is_run * len(plan.boundaries) + plan.propagates * plan.layers[-1]
 
 
 def boundaries_under_way(plan: RunPlan, streamed: int) -> int:

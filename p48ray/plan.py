@@ -161,6 +161,11 @@ class RunPlan(Record):
         return self.layers != self.source.moe_layers
 
     @property
+    def propagates(self) -> bool:
+        """Every layer's inputs come from the compressed layers below it (calibration.propagate)."""
+        return self.config.calibration.propagate == "compressed"
+
+    @property
     def num_streamed_layers(self) -> int:
         """Layers that capture runs: up to the last one compressed, or all of them where gradients come back from the head."""
         return self.source.num_layers if self.config.compression.output_curvature else self.layers[-1] + 1

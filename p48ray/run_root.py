@@ -5,6 +5,7 @@ plan.json                                            written first of what belon
 source/                                              copy of a hf:// source;  mirror/config.json.json once a file is there and was held against its digest
 calibration/tokens.arrow                             packed token ids of the calibration sequences
 residuals/layer-007/part-0003.arrow                  what enters layer 7
+compressed-residuals/layer-007/part-0003.arrow       the same where the layers below are the compressed ones (calibration.propagate)
 activations/layer-007/part-0003.arrow (+ .json)      what its experts see;  scales.json once the layer is complete
 gradients/layer-007/part-0003.arrow (+ .json)        the loss's gradient at its routed output, rows as in activations
 residual-gradients/layer-007/part-0003.arrow         the gradient with respect to what enters layer 7, for resume
@@ -25,6 +26,7 @@ TOKENS = "calibration/tokens.arrow"
 ACTIVATIONS = "activations/"
 GRADIENTS = "gradients/"
 RESIDUALS = "residuals/"
+COMPRESSED_RESIDUALS = "compressed-residuals/"
 RESIDUAL_GRADIENTS = "residual-gradients/"
 UNITS = "units/"
 FAILURES = "failures/"
@@ -60,6 +62,10 @@ def unit_folder(layer: int) -> str:
 
 def residual_part(layer: int, part: int) -> str:
     return f"{RESIDUALS}layer-{layer:03d}/part-{part:04d}.arrow"
+
+
+def compressed_residual_part(layer: int, part: int) -> str:
+    return f"{COMPRESSED_RESIDUALS}layer-{layer:03d}/part-{part:04d}.arrow"
 
 
 def activation_part(layer: int, part: int) -> str:

@@ -97,7 +97,6 @@ def test_malformed_override_is_refused(override: str) -> None:
 @pytest.mark.parametrize(
     ("override", "key"),
     [
-        ("calibration.propagate=compressed", "calibration.propagate"),
         ("output.storage=sparse", "output.storage"),
         ("run.root=hf://owner/name", "run.root"),
     ],
@@ -157,3 +156,9 @@ def test_what_a_one_shot_solver_does_not_know_is_refused_when_asked_for(key: str
     path.write_text(f"name: a\nsource: {{checkpoint: s}}\n{DOCUMENTS}compression: {{solver: sparsegpt_gptq, {key}}}\nrun: {{root: r}}\n")
     with pytest.raises(ConfigError, match=f"{key.partition(':')[0]} needs solver 'block_descent', found 'sparsegpt_gptq'"):
         load_config(path)
+
+
+def test_published_reference_sees_the_source_whatever_the_run_propagates() -> None:
+    config = load_config(TINY_CONFIG, ("calibration.propagate=compressed",))
+    assert (unbuilt_settings(config), config.calibration.propagate) == ([], "compressed")
+    assert baseline_config(config).calibration.propagate == "dense"

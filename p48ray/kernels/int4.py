@@ -12,7 +12,7 @@ WORDS_PER_PROGRAM = 1024
 
 
 @triton.jit
-def _decode(packed_ptr, scale_ptr, out_ptr, num_words, words_per_group, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _decode(packed_ptr, scale_ptr, out_ptr, num_words, words_per_group, BLOCK: tl.constexpr):
     n_N = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside_N = n_N < num_words
     word_N = tl.load(packed_ptr + n_N, mask=inside_N, other=0)

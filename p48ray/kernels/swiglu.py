@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 @triton.jit
-def _forward(ab_ptr, h_ptr, amax_ptr, width, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _forward(ab_ptr, h_ptr, amax_ptr, width, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     f_F = tl.arange(0, BLOCK)
     inside_F = f_F < width
@@ -26,7 +26,7 @@ def _forward(ab_ptr, h_ptr, amax_ptr, width, BLOCK: tl.constexpr):  # type: igno
 
 
 @triton.jit
-def _backward(ab_ptr, u_ptr, weight_ptr, dab_ptr, dweight_ptr, width, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _backward(ab_ptr, u_ptr, weight_ptr, dab_ptr, dweight_ptr, width, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     f_F = tl.arange(0, BLOCK)
     inside_F = f_F < width
@@ -43,7 +43,7 @@ def _backward(ab_ptr, u_ptr, weight_ptr, dab_ptr, dweight_ptr, width, BLOCK: tl.
 
 
 @triton.jit
-def _add_rows(out_ptr, rows_ptr, y_ptr, weight_ptr, width, HAS_WEIGHT: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _add_rows(out_ptr, rows_ptr, y_ptr, weight_ptr, width, HAS_WEIGHT: tl.constexpr, BLOCK: tl.constexpr):
     i = tl.program_id(0).to(tl.int64)
     c_H = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside_H = c_H < width

@@ -227,7 +227,7 @@ def cost_section(facts: Facts) -> str:
     phases = sorted(r.unit_seconds.items(), key=lambda item: -item[1])
     whole = sum(r.unit_seconds.values()) or 1.0
     parts = [(PHASE_COLOURS[min(i, 4)], name, s, f"{duration(s)}, {s / whole:.0%}") for i, (name, s) in enumerate(phases)]
-    intro = "Time of finished work, summed over workers; attempts that were lost and waiting are not in it."
+    intro = f"Time of finished work, summed over workers; attempts that were lost and waiting are not in it. {idle_words(facts)}"
     pilot = "" if r.pilot is None else f"<p>{esc(pilot_words(r.pilot))}</p>"
     return section(
         "cost",
@@ -238,6 +238,23 @@ def cost_section(facts: Facts) -> str:
         figure("where the units' time went", charts.stack_bar(parts, "time of units by phase")),
         "" if r.pilot else size_figure(facts),
         f'<p style="margin:18px 0 0">The last driver waited: {esc(driver)}.</p>' if driver else "",
+    )
+
+
+def idle_words(facts: Facts) -> str:
+    """What workers are paid for from the first piece of work to the last, and did not work."""
+    if not facts.spans:
+        return ""
+    run = facts.context.plan.config.run
+    whole = max(s.end for s in facts.spans) - min(s.start for s in facts.spans)
+    worked = sum(s.end - s.start for s in facts.spans)
+    idle = max(0.0, whole * run.num_workers - worked)
+    on_gpus = f", {idle / 3600 * run.gpus_per_worker:,.2f} GPU-hours" if run.gpus_per_worker else ""
+    return (
+        f"If all {run.num_workers:,} workers were there from the first of it to the last, {esc(duration(whole))}, they were idle for "
+        f"{esc(duration(idle))} together{on_gpus} ({idle / (whole * run.num_workers):.0%})."
+        if whole > 0
+        else ""
     )
 
 

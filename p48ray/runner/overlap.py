@@ -32,14 +32,14 @@ class Overlap:
 
     def __init__(self, context: StageContext, needs: Needs, clock: Callable[[], float] = time.monotonic) -> None:
         self.context, self.plan, self.store, self.clock = context, context.plan, context.store, clock
-        self.waiting = sorted(needs.open_layers, reverse=self.plan.config.compression.output_curvature)
+        self.waiting = self.in_order(needs)
         self.ways_back: dict[str, Task] = {}  # id of the way up -> what follows it
         self.ready: list[Task] = []
         self.open_streams = 0
         self.left: Counter[int] = Counter()  # units by layer
         self.next_look = clock() + LOOK_S
         self.spans: dict[str, tuple[float, float]] = {}  # stage -> when its first task was named and its last one done
-        for parts in slices(self.plan.config.run.capture_workers or self.plan.config.run.num_workers, needs):
+        for parts in self.slices([p.part for p in self.plan.parts if needs.way_up(p.part) or needs.way_back(p.part)]):
             self.begin_slice(needs, parts)
         if not self.open_streams:
             self.end_streams()
@@ -47,9 +47,13 @@ class Overlap:
             self.ready += self.units_of(layer, needs)
             self.waiting.remove(layer)
 
+    def in_order(self, needs: Needs) -> list[int]:
+        """Open layers as streams complete them."""
+        return sorted(needs.open_layers, reverse=self.plan.config.compression.output_curvature)
+
     def begin_slice(self, needs: Needs, parts: list[int]) -> None:
         steps = [("capture", [p for p in parts if needs.way_up(p)]), ("gradients", [p for p in parts if needs.way_back(p)])]
-        tasks = [Task(stage=stage, id=f"parts-{s[0]:04d}-and-{len(s) - 1}-more", item=s) for stage, s in steps if s]
+        tasks = [Task(stage=stage, id=name_of(s), item=s) for stage, s in steps if s]
         self.ready.append(tasks[0])
         if len(tasks) > 1:
             self.ways_back[tasks[0].id] = tasks[1]
@@ -132,8 +136,11 @@ class Overlap:
     def keeps_all(self) -> bool:
         return self.plan.config.run.keep == "all"
 
+    def slices(self, parts: list[int]) -> list[list[int]]:
+        """Parts shared out to the workers that stream."""
+        workers = self.plan.config.run.capture_workers or self.plan.config.run.num_workers
+        return [s for s in (parts[i::workers] for i in range(workers)) if s]
 
-def slices(workers: int, needs: Needs) -> list[list[int]]:
-    """Parts that are not through with both ways, shared out to at most so many workers."""
-    missing = [p.part for p in needs.plan.parts if needs.way_up(p.part) or needs.way_back(p.part)]
-    return [s for s in (missing[i::workers] for i in range(workers)) if s]
+
+def name_of(parts: list[int]) -> str:
+    return f"parts-{parts[0]:04d}-and-{len(parts) - 1}-more"

@@ -16,6 +16,7 @@ from p48ray.report.card import model_card
 from p48ray.report.html import report_html
 from p48ray.report.report import Report, build_report
 from p48ray.runner.base import RedoError, Runner, run_all
+from p48ray.runner.in_turn import InTurn
 from p48ray.runner.overlap import Overlap
 from p48ray.runner.progress import Progress
 from p48ray.stages.capture import finish_layer
@@ -140,10 +141,11 @@ class Job:
         self.stage(MIRROR_STAGE, "files of the source", every, run_root.MIRROR, tasks)
 
     def compress(self) -> None:
-        """Capture, gradients and compress, each layer's units as soon as its parts are there (runner.overlap)."""
+        """Capture, gradients and compress, each layer's units as soon as its parts are there (runner.overlap), or layers in turn (runner.in_turn)."""
         needs = read_needs(self.plan, self.store)
-        overlap = Overlap(self.context, needs, self.clock)
-        shown = [self.stream_progress("capture", "activation parts", run_root.activation_manifest, run_root.ACTIVATIONS, needs)]
+        overlap = (InTurn if self.plan.propagates else Overlap)(self.context, needs, self.clock)
+        stage = "propagate" if self.plan.propagates else "capture"
+        shown = [self.stream_progress(stage, "activation parts", run_root.activation_manifest, run_root.ACTIVATIONS, needs)]
         if self.plan.config.compression.output_curvature:
             shown.append(self.stream_progress("gradients", "gradient parts", run_root.gradient_manifest, run_root.GRADIENTS, needs))
         every = [run_root.unit_manifest(u.id) for u in self.plan.units]

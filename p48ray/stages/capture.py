@@ -78,6 +78,8 @@ def capture_parts(context: StageContext, parts: Sequence[int]) -> list[Activatio
 class ResidualStream:
     """The residual stream of some parts: in memory between layers, in the run root at every boundary."""
 
+    key = staticmethod(run_root.residual_part)
+
     def __init__(self, context: StageContext, decoder: Decoder, needs: Needs) -> None:
         self.context, self.decoder, self.needs = context, decoder, needs
         self.held: dict[int, tuple[int, Tensor]] = {}  # part -> (layer it enters, values)
@@ -89,20 +91,20 @@ class ResidualStream:
             return x_BSH
         if number == 0:
             return self.decoder.embed(self.token_ids(part))
-        x_TH = self.context.boundary(run_root.residual_part(number, part.part), "residual")
+        x_TH = self.context.boundary(self.key(number, part.part), "residual")
         return x_TH.reshape(part.num_sequences, -1, x_TH.shape[-1])
 
     def put(self, number: int, part: SequencePart, x_BSH: Tensor) -> None:
         """Keep what enters layer `number`; in the run root too where a later stage or a resume may start from it."""
         self.held[part.part] = (number, x_BSH)
         if number in self.context.plan.boundaries:
-            arrow.store_once(self.context.store, run_root.residual_part(number, part.part), arrow.encode({"residual": x_BSH.flatten(0, 1)}))
+            arrow.store_once(self.context.store, self.key(number, part.part), arrow.encode({"residual": x_BSH.flatten(0, 1)}))
 
     def let_go(self, number: int, part: SequencePart) -> None:
         """Delete a boundary that neither a resume nor the way back will read: the next one is stored, and so is all that this layer leaves."""
         is_read_again = number in {self.context.plan.base_of(b) for b in self.needs.way_back(part.part)[1:]}
         if self.context.plan.config.run.keep != "all" and number + 1 in self.context.plan.boundaries and not is_read_again:
-            self.context.store.delete(run_root.residual_part(number, part.part))
+            self.context.store.delete(self.key(number, part.part))
 
     def token_ids(self, part: SequencePart) -> Tensor:
         ids_NS = arrow.decode(self.context.store.get(run_root.TOKENS), run_root.TOKENS)["token_ids"]

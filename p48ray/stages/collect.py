@@ -35,6 +35,8 @@ def collect_streams(plan: RunPlan, store: Store) -> int:
     unneeded = [key for key in needs.keys if is_data(key) and layer_of(key) not in needs.open_layers]
     if not any(needs.way_up(p.part) or needs.way_back(p.part) for p in plan.parts):
         unneeded += [key for key in needs.keys if key.startswith((run_root.RESIDUALS, run_root.RESIDUAL_GRADIENTS))]
+    if not needs.open_layers:
+        unneeded += [key for key in needs.keys if key.startswith(run_root.COMPRESSED_RESIDUALS)]
     return delete_all(store, unneeded)
 
 

@@ -14,7 +14,7 @@ from p48ray.checkpoint.decode import read_expert
 from p48ray.checkpoint.index import CheckpointIndex
 from p48ray.checkpoint.layout import PROJECTIONS, ModelLayout
 from p48ray.errors import CorruptObjectError, ObjectMissingError, ShardCorruptError
-from p48ray.manifest import ActivationPart, GradientPart, LayerScales
+from p48ray.manifest import ActivationPart, GradientPart, LayerScales, UnitManifest
 from p48ray.model.decoder import Decoder
 from p48ray.model.experts import ExpertWeights
 from p48ray.plan import RunPlan
@@ -87,7 +87,7 @@ class StageContext:
         self.check_part(key, manifest, data)
         return arrow.decode(data, where)
 
-    def fetch_part(self, key: str, manifest: ActivationPart | GradientPart, descriptor: int) -> None:
+    def fetch_part(self, key: str, manifest: ActivationPart | GradientPart | UnitManifest, descriptor: int) -> None:
         """Copy a part into a file of the node, and check it there."""
         try:
             fetch([(ByteRange(self.store, key, 0, manifest.size_bytes), 0)], descriptor)
@@ -96,7 +96,7 @@ class StageContext:
         with mmap.mmap(descriptor, manifest.size_bytes, access=mmap.ACCESS_READ) as data:
             self.check_part(key, manifest, data)
 
-    def check_part(self, key: str, manifest: ActivationPart | GradientPart, data: bytes | mmap.mmap) -> None:
+    def check_part(self, key: str, manifest: ActivationPart | GradientPart | UnitManifest, data: bytes | mmap.mmap) -> None:
         if len(data) != manifest.size_bytes or hashlib.sha256(data).hexdigest() != manifest.sha256:
             raise CorruptObjectError(
                 f"{self.store.uri}/{key}: expected {manifest.size_bytes} bytes with SHA-256 {manifest.sha256[:12]} as its manifest says, "

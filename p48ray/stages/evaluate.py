@@ -6,7 +6,7 @@ else is the same bytes in both. So the difference is what a server of the checkp
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,7 @@ from p48ray.records import Record, canonical_json
 from p48ray.stages.context import StageContext
 
 ROWS_PER_HEAD_CALL = 4096  # tokens whose logits exist at once
+WEIGHT_SUFFIXES = ("weight_packed", "weight_scale", "weight_global_scale")
 CompressedExperts = Callable[[int, int], ExpertWeights]
 
 
@@ -53,12 +54,21 @@ def evaluation_digest(plan: RunPlan, settings: EvaluationConfig) -> str:
 
 def compressed_expert(index: CheckpointIndex, context: StageContext, layer: int, expert: int) -> ExpertWeights:
     """One expert of the written checkpoint, decoded, float32."""
-    names = [context.layout.expert_linear_name(layer, expert, p) for p in PROJECTIONS]
-    suffixes = ("weight_packed", "weight_scale", "weight_global_scale")
-    tensors = read_tensors(index.store, [index.tensors[f"{name}.{suffix}"] for name in names for suffix in suffixes])
+    wanted = compressed_names(context, layer, expert)
+    return decode_compressed(context, layer, expert, read_tensors(index.store, [index.tensors[name] for name in wanted]))
+
+
+def compressed_names(context: StageContext, layer: int, expert: int) -> list[str]:
+    """Tensors that hold the weights of one compressed expert."""
+    names = (context.layout.expert_linear_name(layer, expert, p) for p in PROJECTIONS)
+    return [f"{name}.{suffix}" for name in names for suffix in WEIGHT_SUFFIXES]
+
+
+def decode_compressed(context: StageContext, layer: int, expert: int, tensors: Mapping[str, Tensor]) -> ExpertWeights:
+    """One expert from its stored tensors, decoded, float32, on the context's device."""
 
     def decode(name: str) -> Tensor:
-        packed, scale, divisor = (tensors[f"{name}.{suffix}"].to(context.device) for suffix in suffixes)
+        packed, scale, divisor = (tensors[f"{name}.{suffix}"].to(context.device) for suffix in WEIGHT_SUFFIXES)
         return nvfp4.dequantize(e2m1.unpack(packed)[None], scale[None], divisor)[0]
 
     return ExpertWeights(*(decode(context.layout.expert_linear_name(layer, expert, p)) for p in ("gate_proj", "up_proj", "down_proj")))

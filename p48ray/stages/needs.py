@@ -3,6 +3,9 @@
 A layer is open while one of its units has no manifest. Only open layers need activations and gradients, so what `run.keep` deleted is not made again unless a
 unit has to be. A part of the calibration sequences goes up from the highest stored boundary that serves, and back down from the lowest.
 
+Where compressed layers feed the next (calibration.propagate), layers take turns: only the lowest open one can be captured, because those below it are all
+compressed. The source's own way up then serves the way back alone.
+
 Boundary n is what enters layer n; boundary num_layers is what enters the head. The gradient at a mixture's output is that at the boundary above it.
 """
 
@@ -14,7 +17,14 @@ from p48ray import run_root
 from p48ray.plan import RunPlan, WorkUnit
 from p48ray.store.base import Store
 
-STREAM_PREFIXES = (run_root.RESIDUALS, run_root.ACTIVATIONS, run_root.RESIDUAL_GRADIENTS, run_root.GRADIENTS, run_root.UNITS)
+STREAM_PREFIXES = (
+    run_root.RESIDUALS,
+    run_root.COMPRESSED_RESIDUALS,
+    run_root.ACTIVATIONS,
+    run_root.RESIDUAL_GRADIENTS,
+    run_root.GRADIENTS,
+    run_root.UNITS,
+)
 
 
 @dataclass(frozen=True)
@@ -33,7 +43,9 @@ class Needs:
         return tuple(sorted({u.layer for u in self.missing_units}))
 
     def activation_layers(self, part: int) -> list[int]:
-        """Open layers whose activations of this part are not there in full, lowest first."""
+        """Open layers whose activations of this part are not there in full, lowest first; none where they are not the source's to give."""
+        if self.plan.propagates:
+            return []
         return [n for n in self.open_layers if not self.is_seen(n, part)]
 
     def gradient_layers(self, part: int) -> list[int]:
@@ -82,6 +94,18 @@ class Needs:
         first = min(layers)
         entry = next((b for b in range(first, 0, -1) if run_root.residual_part(b, part) in self.keys), 0)
         return range(entry, max(layers) + 1)
+
+    @property
+    def turn(self) -> int | None:
+        """The layer that is to be captured and compressed next where layers take turns; None when all are done."""
+        return self.open_layers[0] if self.open_layers else None
+
+    def way_to(self, layer: int, part: int) -> range:
+        """Layers that this part still passes for the activations of `layer`, itself the last; empty when they are there. Those below are compressed."""
+        if self.is_seen(layer, part):
+            return range(0)
+        entry = next((b for b in range(layer, 0, -1) if run_root.compressed_residual_part(b, part) in self.keys), 0)
+        return range(entry, layer + 1)
 
 
 def read_needs(plan: RunPlan, store: Store, prefixes: Iterable[str] = STREAM_PREFIXES) -> Needs:

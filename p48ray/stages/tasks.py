@@ -27,6 +27,7 @@ from p48ray.stages.evaluate import compressed_expert, evaluate_part
 from p48ray.stages.gradients import gradient_parts
 from p48ray.stages.inputs import open_run_root
 from p48ray.stages.mirror import look, mirror_file, open_source
+from p48ray.stages.propagate import propagate_parts
 from p48ray.stages.reduce import stitch_shard
 from p48ray.stages.verify import Promise, verify_shard
 from p48ray.store.base import Store, Traffic
@@ -235,6 +236,7 @@ MIRROR_STAGE = "mirror"  # the one stage that works without the source
 STAGES: dict[str, Callable[[StageContext, Any], object]] = {
     "capture": capture_parts,
     "gradients": gradient_parts,
+    "propagate": propagate_parts,
     "compress": compress_unit,
     "reduce": stitch_shard,
     "verify": verify_and_record,

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from bench.capture import LayerBench
+from p48ray.checkpoint.families import FAMILIES
 from p48ray.model.decoder import architecture
 from p48ray.model.experts import ExpertWeights
 
@@ -61,7 +62,7 @@ def main() -> None:
     parser.add_argument("--leaky", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    architecture("kimi_k25")  # transformers' modules
+    architecture(FAMILIES["kimi_k25"])  # transformers' modules
     with watched() as peak:
         before = writable_bytes()
         if args.limit is not None:

@@ -49,7 +49,6 @@ def test_setting_is_refused_by_file_key_expected_and_found(key: str, value: str,
 
 # A value of every setting whose feature may not be built yet, and how the message shows it.
 UNBUILT_VALUES = {
-    "calibration.propagate": ("compressed", "'compressed'"),
     "compression.output_curvature": ("true", "True"),
     "compression.output_damp": ("0.1", "0.1"),
     "compression.refine_steps": ("10", "10"),

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from html.parser import HTMLParser
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -19,8 +20,8 @@ from p48ray import run_root
 from p48ray.manifest import LadderStep, LinearRecord, UnitManifest
 from p48ray.plan import plan_units
 from p48ray.report.charts import Scale, time_ticks
-from p48ray.report.fold import Span, busy, merged
-from p48ray.report.html import report_html
+from p48ray.report.fold import Span, busy, merged, shared_seconds
+from p48ray.report.html import idle_words, report_html
 from p48ray.report.inspect import inspect_linear
 from p48ray.report.report import build_report
 from p48ray.report.sample import mask_overlap, sample_checkpoint
@@ -341,6 +342,24 @@ def test_timeline_shows_every_layer_and_no_more_time_than_there_was(finished: Sm
     assert "gradients" not in Page(text).words["timeline"]
     hours = sum(sum(u.seconds.values()) for u in units)
     assert f"compress 8 {round(hours)} s" in re.sub(r"\s+", " ", Page(text).words["cost"])
+
+
+def test_time_that_streams_and_units_share_counts_each_moment_once() -> None:
+    streams = [Span("gradients", 2, 0.0, 4.0), Span("gradients", 1, 3.0, 6.0)]
+    units = [Span("compress", 2, 5.0, 7.0), Span("compress", 2, 5.5, 9.0), Span("compress", 1, -1.0, 1.0)]
+    assert shared_seconds(streams, units) == pytest.approx(2.0)
+    assert shared_seconds(streams, []) == 0
+
+
+@pytest.mark.parametrize(
+    ("workers", "gpus", "expected"), [(2, 0.0, "12 s together (60%)"), (1, 0.0, "2 s together (20%)"), (3, 1.0, "GPU-hours (73%)")]
+)
+def test_idle_time_is_what_workers_were_there_for_less_what_they_worked(workers: int, gpus: float, expected: str) -> None:
+    """Ten seconds from the first piece of work to the last, eight of them worked."""
+    facts = Mock(spans=[Span("capture", 1, 0.0, 5.0), Span("compress", 1, 7.0, 10.0)])
+    facts.context.plan.config.run.num_workers, facts.context.plan.config.run.gpus_per_worker = workers, gpus
+    assert expected in idle_words(facts)
+    assert idle_words(Mock(spans=[])) == ""
 
 
 def test_stretches_are_merged_and_counted() -> None:

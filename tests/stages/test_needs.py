@@ -271,3 +271,85 @@ def test_needs_are_read_from_one_listing_of_what_they_are_about(plans: dict[str,
         store.put(key, b"{}")
     assert read_needs(plan, store) == Needs(plan, keys)
     assert read_needs(plan, store, [run_root.UNITS]).missing_units == Needs(plan, keys).missing_units
+
+
+# Layers in turn: each is captured behind the compressed ones below it.
+
+BEHIND = run_root.compressed_residual_part
+IN_TURN = {
+    name.replace("forth", "turn"): (*overrides, "calibration.propagate=compressed")
+    for name, overrides in PLANS.items()
+    if "back" not in name
+} | {f"{name}, in turn": (*overrides, "calibration.propagate=compressed") for name, overrides in PLANS.items() if "back" in name}
+
+
+@pytest.fixture(scope="module")
+def turn_plans() -> dict[str, RunPlan]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(REPO)
+        return {name: planned(*overrides) for name, overrides in IN_TURN.items()}
+
+
+@pytest.fixture(params=IN_TURN)
+def turn_plan(request: pytest.FixtureRequest, turn_plans: dict[str, RunPlan]) -> RunPlan:
+    return turn_plans[request.param]
+
+
+def pass_through(keys: frozenset[str], part: int, layer: int, layers: Iterable[int]) -> frozenset[str] | None:
+    """What there is after taking a part through layers to `layer`; None if one of them has nothing to start from."""
+    found, held = set(keys), 0
+    for n in layers:
+        if n != held and BEHIND(n, part) not in keys:
+            return None
+        held = n + 1
+        found |= {name(n, part) for name in SEEN} if n == layer else {BEHIND(n + 1, part)}
+    return frozenset(found)
+
+
+def test_way_to_the_layer_whose_turn_it_is_gives_its_activations_and_nothing_shorter_would(turn_plan: RunPlan) -> None:
+    chance = random.Random(8)
+    for _ in range(150):
+        keys = random_keys(turn_plan, chance) | {BEHIND(b, p) for b in range(1, HEAD) for p in (0, 1) if chance.random() < 0.3}
+        needs = Needs(turn_plan, keys)
+        opened = open_layers(turn_plan, keys)
+        assert needs.turn == (opened[0] if opened else None)
+        if needs.turn is None:
+            continue
+        for part in (0, 1):
+            way = needs.way_to(needs.turn, part)
+            found = pass_through(keys, part, needs.turn, way)
+            assert found is not None, "starts where nothing is stored"
+            assert all(name(needs.turn, part) in found for name in SEEN)
+            assert not Needs(turn_plan, found).way_to(needs.turn, part)
+            shorter = [w for w in slices(needs.turn + 1) if len(w) < len(way)]
+            for other in shorter:
+                reached = pass_through(keys, part, needs.turn, other)
+                assert reached is None or not all(name(needs.turn, part) in reached for name in SEEN), other
+
+
+def test_the_sources_own_way_up_serves_the_way_back_alone(turn_plan: RunPlan) -> None:
+    """Its activations are not asked for, and with no way back it is not gone at all."""
+    chance = random.Random(9)
+    for _ in range(150):
+        keys = random_keys(turn_plan, chance)
+        needs = Needs(turn_plan, keys)
+        for part in (0, 1):
+            up, back = needs.way_up(part), needs.way_back(part)
+            assert needs.activation_layers(part) == []
+            assert goes_back(turn_plan) or (up, back) == (range(0), range(0))
+            climbed = climb(turn_plan, keys, part, up)
+            assert climbed is not None
+            felt = descend(climbed, part, back)
+            assert felt is not None
+            assert all(name(n, part) in felt for n in open_layers(turn_plan, keys) for name in FELT if goes_back(turn_plan))
+            assert len(back) <= len(shortest_back(turn_plan, keys, part))
+
+
+def test_empty_run_root_begins_with_the_lowest_layer(turn_plans: dict[str, RunPlan]) -> None:
+    needs = Needs(turn_plans["turn, layers 1 and 3"], frozenset())
+    assert (needs.turn, needs.way_to(1, 0), needs.way_up(0)) == (1, range(2), range(0))
+    done = frozenset(run_root.unit_manifest(u.id) for u in needs.plan.units if u.layer == 1)
+    assert Needs(needs.plan, done).turn == 3
+    assert Needs(needs.plan, done).way_to(3, 0) == range(4)
+    assert Needs(needs.plan, done | {BEHIND(1, 0), BEHIND(2, 0)}).way_to(3, 0) == range(2, 4)
+    assert Needs(needs.plan, done | {BEHIND(4, 0)}).way_to(3, 0) == range(4), "one above it is of no use"

@@ -1,0 +1,137 @@
+"""Propagate: what the experts of a layer will see in the finished model, where every mixture below them is the compressed one.
+
+With `calibration.propagate: compressed` layers take turns. A layer's inputs come from a stream through the layers below: their experts decoded from the shards
+that the units' manifests name, their inputs quantized as the server will (W4A4, the layer's own scales), everything else as in the source. In its own turn a
+layer runs with the source's experts, whose outputs nobody uses: they say how large intermediates get. The stream is stored at every boundary, under a prefix
+of its own, so each turn passes two layers: the one that was just compressed, and its own.
+
+Mixtures that the plan does not compress (run.layers) stay the source's.
+"""
+
+import struct
+import time
+from functools import partial
+
+import torch
+
+from p48ray import run_root
+from p48ray.checkpoint.header import parse_header
+from p48ray.checkpoint.tensors import from_bytes
+from p48ray.errors import CalibrationError, CorruptObjectError, ObjectMissingError
+from p48ray.manifest import ActivationPart, UnitManifest
+from p48ray.model.decoder import Decoder, attend, mix
+from p48ray.model.experts import ActivationScales, ExpertWeights, RoutedExperts, RoutedInputs
+from p48ray.plan import SequencePart, WorkUnit
+from p48ray.stages import arrow
+from p48ray.stages.capture import ResidualStream, write_activations
+from p48ray.stages.context import StageContext
+from p48ray.stages.evaluate import compressed_names, decode_compressed
+from p48ray.stages.needs import read_needs
+from p48ray.stages.streaming import streaming_experts, waves
+
+HEADER_LENGTH_BYTES = 8  # of a safetensors file, before its header
+
+
+@torch.no_grad()
+def propagate_parts(context: StageContext, item: tuple[int, list[int]]) -> list[ActivationPart]:
+    """Take parts to a layer, from the highest boundary stored for each, and write the layer's activations. Returns the manifests it wrote.
+
+    Args:   item: the layer, whose turn it is, and the parts.
+    Raises: CorruptObjectError naming what to make anew when a boundary or the shard of a unit below is not what was written.
+    """
+    layer, parts = item
+    plan, decoder = context.plan, context.decoder()
+    needs = read_needs(plan, context.store)
+    ways = {p: needs.way_to(layer, p) for p in parts}
+    stream = CompressedStream(context, decoder, needs)
+    positions = decoder.positions(plan.config.calibration.sequence_length)
+    micro_batch = plan.config.calibration.sequences_per_micro_batch
+    written: list[ActivationPart] = []
+    for number in range(layer + 1):
+        waiting = [plan.parts[p] for p in parts if number in ways[p]]
+        if not waiting:
+            continue
+        seen: list[RoutedInputs] = []
+        module = None  # the layer below goes before this one is read
+        is_compressed = number < layer and number in plan.layers
+        experts = (
+            compressed_experts(context, decoder, number) if is_compressed else streaming_experts(context, decoder, number, seen.append)
+        )
+        module = decoder.layer(number, experts)
+        for wave in waves(plan, waiting):
+            start = time.monotonic()
+            seen.clear()
+            leaving = mix(module, [attend(module, stream.take(number, part), positions, micro_batch) for part in wave])
+            share = (time.monotonic() - start) / len(wave)
+            for part, x_BSH in zip(wave, leaving, strict=True):
+                start = time.monotonic() - share
+                if not bool(torch.isfinite(x_BSH).all()):
+                    raise CalibrationError(f"layer {number}, part {part.part}: activations behind compressed layers are not finite")
+                if number < layer:
+                    stream.put(number + 1, part, x_BSH)
+                    stream.let_go(number, part)
+                else:
+                    written.append(write_activations(context, number, part, seen.pop(0), start))
+    return written
+
+
+class CompressedStream(ResidualStream):
+    """The residual stream behind compressed layers; stored at every boundary that it reaches."""
+
+    key = staticmethod(run_root.compressed_residual_part)
+
+    def put(self, number: int, part: SequencePart, x_BSH: torch.Tensor) -> None:
+        self.held[part.part] = (number, x_BSH)
+        arrow.store_once(self.context.store, self.key(number, part.part), arrow.encode({"residual": x_BSH.flatten(0, 1)}))
+
+    def let_go(self, number: int, part: SequencePart) -> None:
+        """Delete a boundary once the next one is stored."""
+        if self.context.plan.config.run.keep != "all":
+            self.context.store.delete(self.key(number, part.part))
+
+
+def compressed_experts(context: StageContext, decoder: Decoder, layer: int) -> RoutedExperts:
+    """A finished layer's experts as a server will run them."""
+    scales, settings = context.layer_scales(layer), context.plan.config.compression
+    seen = ActivationScales(scales.gate_up, scales.down, settings.activation_group) if settings.activation_quantization else None
+    return RoutedExperts(context.layout.num_experts, UnitShards(context, decoder, layer), seen)
+
+
+class UnitShards:
+    """Experts of a finished layer by their number, in the decoder's dtype, decoded when asked for. One unit's shard is held at a time."""
+
+    def __init__(self, context: StageContext, decoder: Decoder, layer: int) -> None:
+        self.context, self.decoder, self.layer = context, decoder, layer
+        self.units = [u for u in context.plan.units if u.layer == layer]
+        self.held: WorkUnit | None = None
+
+    def __call__(self, expert: int) -> ExpertWeights:
+        """Raises: CorruptObjectError when the shard is not what its unit's manifest says."""
+        unit = next(u for u in self.units if expert in u.experts)
+        if unit != self.held:
+            self.held, self.key, self.data = None, *unit_shard(self.context, unit)
+            (length,) = struct.unpack("<Q", self.data[:HEADER_LENGTH_BYTES])
+            self.entries = parse_header(self.key, bytes(self.data[HEADER_LENGTH_BYTES:][:length]), len(self.data))
+            self.held = unit
+        wanted = [self.entries[name] for name in compressed_names(self.context, self.layer, expert)]
+        tensors = {e.name: from_bytes(self.data[e.start :][: e.num_bytes], e.dtype, e.shape) for e in wanted}
+        return ExpertWeights(*(w.to(self.decoder.dtype) for w in decode_compressed(self.context, self.layer, expert, tensors)))
+
+
+def unit_shard(context: StageContext, unit: WorkUnit) -> tuple[str, memoryview]:
+    """Key and bytes of the attempt that a unit's manifest names, after a check of owner, size and digest: once a node where there is a cache."""
+    manifest_key = run_root.unit_manifest(unit.id)
+    manifest = UnitManifest.load(context.store, manifest_key)
+    context.check_owner(manifest.plan_digest, manifest_key)
+    key = run_root.unit_shard(unit.id, manifest.attempt)
+    data: bytes | memoryview | None = None
+    try:
+        if context.cache is not None and not context.store_is_near:
+            name = f"{context.store.uri}/{key} {manifest.sha256}"
+            data = context.cache.open(name, manifest.size_bytes, partial(context.fetch_part, key, manifest))
+        if data is None:
+            data = context.store.get(key)
+            context.check_part(key, manifest, data)
+    except (CorruptObjectError, ObjectMissingError) as error:
+        raise CorruptObjectError(f"{error} ({manifest_key} names it)", manifest_key, key) from error
+    return key, memoryview(data)
