@@ -11,6 +11,8 @@ import typer
 from rich.console import Console
 
 from p48ray.checkpoint.skeleton import write_kimi_k25_skeleton
+from p48ray.checkpoint.sparse_storage import Storage
+from p48ray.config import is_stored
 from p48ray.errors import ConfigError, P48Error, UserError
 from p48ray.report.inspect import inspect_linear, print_inspection
 from p48ray.report.status import print_status, read_status
@@ -80,6 +82,47 @@ def verify(
         )
         typer.echo(json.dumps(verdict.model_dump(), indent=1))
         return not verdict.problems
+
+    guarded(action)
+
+
+@app.command()
+def convert(
+    checkpoint: Annotated[str, typer.Argument(help="Folder of a compressed checkpoint.")],
+    out: Annotated[str, typer.Argument(help="New folder, or one where the same conversion was interrupted.")],
+    storage: Annotated[Storage, typer.Option(help="What to write: sparse for the kernels of paired-4:8, dense for stock loaders.")],
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Processes that convert shards. Default: as many as the cluster at RAY_ADDRESS has CPUs; without one, this process."
+        ),
+    ] = None,
+    shared: Annotated[bool, typer.Option("--shared", help="Local paths are the same folder on every node of the cluster.")] = False,
+    endpoint_url: Endpoint = None,
+    out_endpoint_url: Annotated[
+        str | None, typer.Option("--out-endpoint-url", help="Of OUT's S3 server; default: that of --endpoint-url.")
+    ] = None,
+) -> None:
+    """Write a checkpoint anew in sparse or dense storage, without loss either way. Progress goes to the standard error."""
+
+    def action() -> bool:
+        from p48ray.runner.converter import convert_folder  # here, because Ray takes a second to import
+        from p48ray.runner.ray_tasks import RayTasks
+
+        if not is_stored(out):
+            raise ConfigError(f"OUT: expected a place that can be written to, found {out}")
+        address = os.environ.get("RAY_ADDRESS")
+        tasks = RayTasks(what="convert", num_workers=workers, address=address, is_shared=shared, shows_logs=False)
+        found = convert_folder(
+            open_store(checkpoint, endpoint_url),
+            open_store(out, out_endpoint_url or endpoint_url),
+            storage,
+            tasks if address or (workers or 1) > 1 else None,
+        )
+        typer.echo(f"{'found' if found.is_done else 'wrote'} {out}: {storage} storage, {len(found.shards)} shards")
+        for what, (before, after) in (("experts", found.expert_bytes), ("all tensors", found.all_bytes)):
+            typer.echo(f"{what:<12} {before:,} -> {after:,} bytes ({after / before:.3f}x)")
+        return True
 
     guarded(action)
 

@@ -194,7 +194,7 @@ class RunConfig(Section):
 
 # What the configuration can already say but the code can not yet do: dotted key -> (is it asked for, what to use instead).
 UNBUILT: dict[str, tuple[Any, str]] = {
-    "output.storage": (lambda c: c.output.storage != "dense", "dense"),
+    "output.storage": (lambda c: c.output.storage != "dense", "dense, and `p48ray convert CHECKPOINT OUT --storage sparse` afterwards"),
     "run.root": (lambda c: not is_stored(c.run.root), "a local folder or s3://bucket/prefix"),
 }
 

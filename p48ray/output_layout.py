@@ -12,6 +12,7 @@ from p48ray.checkpoint.fp8 import PlainTensor, plain_tensors
 from p48ray.checkpoint.header import DTYPE_BYTES
 from p48ray.checkpoint.index import CheckpointIndex
 from p48ray.checkpoint.layout import PROJECTIONS, ModelLayout
+from p48ray.checkpoint.sparse_storage import Storage, stored_suffixes
 from p48ray.plan import WorkUnit
 
 HeaderRow = tuple[str, str, tuple[int, ...]]
@@ -41,6 +42,11 @@ def unit_rows(layout: ModelLayout, unit: WorkUnit) -> list[HeaderRow]:
                 }.get(suffix, ("F32", (1,)))
                 rows.append((f"{layout.expert_linear_name(unit.layer, expert, projection)}.{suffix}", dtype, shape))
     return rows
+
+
+def unit_tensor_names(linears: Sequence[str], storage: Storage = "dense") -> list[str]:
+    """Names of a unit's tensors in shard order, from its linears in theirs."""
+    return [f"{linear}.{stored}" for suffix in SUFFIXES for linear in linears for stored in stored_suffixes(suffix, storage)]
 
 
 def layer_of(layout: ModelLayout, name: str) -> int | None:

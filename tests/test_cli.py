@@ -172,6 +172,35 @@ def test_inspect_of_what_is_not_there_exits_2(finished: SmallRun, tmp_path: Path
     refused(call("inspect", finished.checkpoint, "--source", tmp_path), 2, "config.json")
 
 
+# convert
+
+
+def test_convert_there_and_back_exits_0_and_tells_the_sizes(finished: SmallRun, clean: Folder, tmp_path: Path) -> None:
+    there = call("convert", finished.checkpoint, tmp_path / "sparse", "--storage", "sparse")
+    assert there.exit_code == 0
+    assert there.stdout.startswith(f"wrote {tmp_path / 'sparse'}: sparse storage, 6 shards\nexperts ")
+    assert "(0.611x)" in there.stdout.splitlines()[1]
+    back = call("convert", tmp_path / "sparse", tmp_path / "dense", "--storage", "dense")
+    assert back.exit_code == 0 and "(1.636x)" in back.stdout.splitlines()[1]
+    assert Folder.read(tmp_path / "dense").changed_from(clean) == []
+    again = call("convert", finished.checkpoint, tmp_path / "sparse", "--storage", "sparse")
+    assert again.exit_code == 0 and again.stdout.startswith("found ")
+    assert call("verify", tmp_path / "sparse").exit_code == 0
+    refused(call("verify", tmp_path / "sparse", "--source", finished.source), 2, "p48ray convert --storage dense")
+    dense, sparse = (call("inspect", tmp_path / storage, "--linear", LINEAR) for storage in ("dense", "sparse"))
+    assert sparse.exit_code == 0 and sparse.stdout == dense.stdout
+
+
+def test_convert_of_what_it_can_not_read_or_write_exits_2(finished: SmallRun, tmp_path: Path) -> None:
+    storage = ("--storage", "sparse")
+    refused(call("convert", tmp_path / "nowhere", tmp_path / "out", *storage), 2, "nowhere", "p48ray.json")
+    refused(call("convert", finished.checkpoint, tmp_path / "out", "--storage", "dense"), 2, "has dense storage already")
+    refused(call("convert", finished.checkpoint, finished.checkpoint, *storage), 2, "expected a new or empty folder")
+    refused(call("convert", finished.checkpoint, "hf://owner/name", *storage), 2, "OUT: expected a place that can be written to")
+    assert call("convert", finished.checkpoint, tmp_path / "out", "--storage", "thin").exit_code == 2
+    assert not (tmp_path / "out").exists()
+
+
 # skeleton
 
 
@@ -197,7 +226,7 @@ def test_skeleton_overwrites_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize("arguments", [[], ["--help"]])
 def test_help_lists_the_commands(arguments: list[str]) -> None:
     result = call(*arguments)
-    for command in ("status", "verify", "inspect", "skeleton"):
+    for command in ("status", "verify", "convert", "inspect", "skeleton"):
         assert command in result.output
 
 

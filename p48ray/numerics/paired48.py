@@ -5,7 +5,7 @@
 
 Source: PTX ISA, `mma.sp` on E2M1 operands: pair-wise structured sparsity at a granularity of 4:8.
 
-Legend: N experts, O out, P pairs (I/2), I inputs, B bytes (= P), K pair_groups (P/4).
+Legend: N experts, O out, P pairs (I/2), I inputs, B bytes (= P), K pair_groups (P/4), S kept bytes (B/2), M bytes of mask (B/8).
 """
 
 import torch
@@ -64,6 +64,103 @@ def pattern_histogram(packed: UInt8[Tensor, "*n b"]) -> Int64[Tensor, "6"]:
     """
     keep = keep_top_pairs((packed != 0).float())
     return torch.bincount(pattern_index(keep).flatten().int(), minlength=len(PATTERNS))
+
+
+def pack_sparse(packed: UInt8[Tensor, "*n b"]) -> tuple[UInt8[Tensor, "*n s"], UInt8[Tensor, "*n m"]]:
+    """Dense bytes -> (kept bytes, mask), the sparse storage. Lossless, minus zeros included: a byte is kept for being nonzero.
+
+    Args:    packed: (..., B) one pair a byte, B a multiple of 8 (16 inputs).
+    Returns: (..., B/2) the 2 kept bytes of every 4, in order; (..., B/8) 4 bits a pair_group, bit i = byte i kept, low nibble = lower inputs. A
+             pair_group with fewer than 2 nonzero bytes keeps its lowest zero bytes.
+    Raises:  NumericsError if a pair_group has more than 2 nonzero bytes (`find_illegal`), with how many do and which is the first.
+    """
+    if packed.shape[-1] % (2 * PAIRS_IN_GROUP):
+        raise NumericsError(f"paired-4:8: sparse storage: expected a multiple of 8 pairs (16 inputs), found {packed.shape[-1]} pairs")
+    word_K = _words(packed, torch.int32)
+    nonzero_K = torch.zeros_like(word_K)
+    for i in range(PAIRS_IN_GROUP):
+        nonzero_K |= ((word_K >> 8 * i & 0xFF) != 0).int() << i
+    mask_K = _look_up(MASK_OF_NONZERO, nonzero_K)
+    if bool((mask_K == 0).any()):
+        where = (mask_K == 0).nonzero()
+        raise NumericsError(
+            f"paired-4:8: expected at most {KEPT_PAIRS} nonzero bytes in every {PAIRS_IN_GROUP}, found more in {len(where)} pair_groups, "
+            f"the first at {tuple(where[0].tolist())}"
+        )
+    first_K, second_K = _kept_pairs(mask_K)
+    kept_K = (word_K >> 8 * first_K & 0xFF) | (word_K >> 8 * second_K & 0xFF) << 8
+    return kept_K.to(torch.int16).view(torch.uint8), _two_nibbles_a_byte(mask_K)
+
+
+def unpack_sparse(kept: UInt8[Tensor, "*n s"], mask: UInt8[Tensor, "*n m"]) -> UInt8[Tensor, "*n b"]:
+    """The sparse storage's bytes back where they were: the inverse of `pack_sparse`.
+
+    Raises: NumericsError if the shapes do not belong together or a nibble of the mask does not have exactly 2 bits.
+    """
+    if kept.shape != (*mask.shape[:-1], mask.shape[-1] * 2 * KEPT_PAIRS):
+        raise NumericsError(
+            f"paired-4:8: expected 4 kept bytes for every byte of the mask, found {tuple(kept.shape)} and {tuple(mask.shape)}"
+        )
+    first_K, second_K = _kept_pairs(_nibbles(mask))
+    kept_K = _words(kept, torch.int16).int()
+    return ((kept_K & 0xFF) << 8 * first_K | (kept_K >> 8 & 0xFF) << 8 * second_K).view(torch.uint8)
+
+
+def ordered_metadata(mask: UInt8[Tensor, "*n m"]) -> UInt8[Tensor, "*n m"]:
+    """The sparse storage's mask as the tensor cores' ordered metadata: 4 bits a pair_group, two 2-bit indices of the kept pairs, the lower in the low bits.
+
+    Two pair_groups a byte, low nibble = lower inputs, rows as they are: what a kernel's layout then does with the order of rows and words is its own.
+    Source:  PTX ISA, "Sparse matrix storage" of mma.sp with .kind::mxf4nvf4, 4:8 in pairs, ordered metadata: 0b0100 for pairs 0 and 1 up to 0b1110.
+    Raises:  NumericsError if a nibble does not have exactly 2 bits.
+    """
+    first_K, second_K = _kept_pairs(_nibbles(mask))
+    return _two_nibbles_a_byte(first_K | second_K << 2)
+
+
+def _stored_mask(nonzero: int) -> int:
+    """The mask that stores a pair_group with these nonzero bytes: them, and the lowest others up to two. 0 where they are more than two."""
+    bits = [i for i in range(PAIRS_IN_GROUP) if nonzero >> i & 1]
+    others = [i for i in range(PAIRS_IN_GROUP) if i not in bits]
+    return sum(1 << i for i in (bits + others)[:KEPT_PAIRS]) if len(bits) <= KEPT_PAIRS else 0
+
+
+def _set_bits(mask: int) -> int:
+    """The two bits that are set, as lower + 4 * higher: rising, hence never 0. 0 where not exactly two are."""
+    bits = [i for i in range(PAIRS_IN_GROUP) if mask >> i & 1]
+    return bits[0] + 4 * bits[1] if len(bits) == KEPT_PAIRS else 0
+
+
+MASK_OF_NONZERO = tuple(map(_stored_mask, range(1 << PAIRS_IN_GROUP)))
+KEPT_OF_MASK = tuple(map(_set_bits, range(1 << PAIRS_IN_GROUP)))
+
+
+def _kept_pairs(mask_K: Tensor) -> tuple[Tensor, Tensor]:
+    """The two kept pairs of each mask, the lower one first. Raises: NumericsError unless each mask has exactly 2 bits."""
+    both_K = _look_up(KEPT_OF_MASK, mask_K)
+    if bool((both_K == 0).any()):
+        first = tuple((both_K == 0).nonzero()[0].tolist())
+        raise NumericsError(
+            f"paired-4:8: expected exactly {KEPT_PAIRS} of 4 bits in every mask, found {int(mask_K[first]):04b} at pair_group {first}"
+        )
+    return both_K & 3, both_K >> 2
+
+
+def _look_up(table: tuple[int, ...], index: Tensor) -> Tensor:
+    return torch.tensor(table, dtype=torch.int32, device=index.device).index_select(0, index.flatten()).view(index.shape)
+
+
+def _words(stored: Tensor, dtype: torch.dtype) -> Tensor:
+    """Neighbouring bytes as one integer, the first in its low bits: the order of every machine that CUDA or this project's files know."""
+    return stored.clone(memory_format=torch.contiguous_format).view(dtype)  # a copy, because a slice may begin between two words
+
+
+def _two_nibbles_a_byte(nibbles_K: Tensor) -> Tensor:
+    low, high = nibbles_K.unflatten(-1, (-1, 2)).unbind(-1)
+    return (low | high << 4).to(torch.uint8)
+
+
+def _nibbles(packed: Tensor) -> Tensor:
+    return torch.stack([packed & 0x0F, packed >> 4], dim=-1).flatten(-2).int()
 
 
 def _by_pair_group(values: Tensor) -> Tensor:

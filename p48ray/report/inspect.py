@@ -12,11 +12,12 @@ from p48ray.checkpoint.families import describe_model
 from p48ray.checkpoint.header import TensorEntry
 from p48ray.checkpoint.index import open_checkpoint
 from p48ray.checkpoint.layout import EXPERT_NAME
+from p48ray.checkpoint.sparse_storage import KEPT, PACKED, dense_tensors, storage_of
 from p48ray.checkpoint.tensors import read_tensors
 from p48ray.errors import ConfigError
 from p48ray.numerics import e2m1, nvfp4, paired48
 from p48ray.numerics.metrics import relative_weight_error
-from p48ray.output_layout import SUFFIXES
+from p48ray.output_layout import unit_tensor_names
 from p48ray.records import Record
 from p48ray.store.base import Store
 
@@ -43,10 +44,12 @@ def inspect_linear(checkpoint: Store, linear: str | None, source: Store | None) 
     Raises: ConfigError when the checkpoint has no such compressed linear, with the names that are near.
     """
     index = open_checkpoint(checkpoint)
-    name = choose(
-        sorted(n.removesuffix(".weight_packed") for n in index.tensors if is_compressed(n, index.tensors)), linear, checkpoint.uri
-    )
-    tensors = read_tensors(checkpoint, [index.tensors[f"{name}.{suffix}"] for suffix in SUFFIXES])
+    storage = storage_of(index.config)
+    packed_name = KEPT if storage == "sparse" else PACKED
+    found_names = (n.removesuffix(f".{packed_name}") for n in index.tensors if is_compressed(n, packed_name, index.tensors))
+    name = choose(sorted(found_names), linear, checkpoint.uri)
+    tensors = read_tensors(checkpoint, [index.tensors[stored] for stored in unit_tensor_names([name], storage)])
+    tensors = dense_tensors(tensors) if storage == "sparse" else tensors
     packed, scale, divisor, divisor_in = (
         tensors[f"{name}.{s}"] for s in ("weight_packed", "weight_scale", "weight_global_scale", "input_global_scale")
     )
@@ -75,9 +78,9 @@ def inspect_linear(checkpoint: Store, linear: str | None, source: Store | None) 
     )
 
 
-def is_compressed(name: str, tensors: Mapping[str, TensorEntry]) -> bool:
-    stem = name.removesuffix(".weight_packed")
-    return name.endswith(".weight_packed") and f"{stem}.weight_global_scale" in tensors
+def is_compressed(name: str, packed_name: str, tensors: Mapping[str, TensorEntry]) -> bool:
+    linear, _, suffix = name.rpartition(".")
+    return suffix == packed_name and f"{linear}.weight_global_scale" in tensors
 
 
 def choose(names: list[str], wanted: str | None, uri: str) -> str:

@@ -5,18 +5,20 @@ and makes one check a file; `check_shard` reads one file through, wherever it ru
 """
 
 import hashlib
+import json
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 from p48ray.checkpoint.families import describe_model
 from p48ray.checkpoint.header import TensorEntry, parse_header, read_header_bytes
-from p48ray.checkpoint.index import HEADER_THREADS, CheckpointIndex, open_checkpoint
+from p48ray.checkpoint.index import CONFIG_FILE, HEADER_THREADS, CheckpointIndex, open_checkpoint
 from p48ray.checkpoint.layout import EXPERT_NAME, PROJECTIONS, ModelLayout
-from p48ray.checkpoint.tensors import read_tensors
-from p48ray.errors import ConfigError, P48Error, ShardCorruptError
+from p48ray.checkpoint.sparse_storage import KEPT, PACKED, Storage, dense_tensors, linear_form, sparse_tensors, storage_of
+from p48ray.checkpoint.tensors import read_tensors, serialize
+from p48ray.errors import ConfigError, P48Error, ShardCorruptError, SourceError
 from p48ray.manifest import CheckpointManifest
-from p48ray.output_layout import SUFFIXES, OutputShard, plan_output
+from p48ray.output_layout import OutputShard, plan_output, unit_tensor_names
 from p48ray.plan import WorkUnit, plan_units, ranges
 from p48ray.records import Record
 from p48ray.stages.reduce import MANIFEST_FILE
@@ -61,7 +63,7 @@ class SourcedCheck:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoneCheck:
     """One file by the digests of the checkpoint's own manifest. units: those that lie in it, with their linears in shard order.
-    untouched: SHA-256 by tensor."""
+    untouched: SHA-256 by tensor. storage: what sparse tensors decode to is what is checked."""
 
     file: str
     size_bytes: int
@@ -70,6 +72,7 @@ class LoneCheck:
     units: tuple[tuple[WorkUnit, tuple[str, ...]], ...]
     untouched: Mapping[str, str]
     promise: Promise
+    storage: Storage
 
 
 ShardCheck = SourcedCheck | LoneCheck
@@ -100,11 +103,17 @@ def survey_checkpoint(checkpoint: Store, source: Store | None) -> Survey:
     Raises: ConfigError when the folder has no manifest, ShardCorruptError when that is unsound, SourceError for an unsound source; whatever is wrong
             with the weights is in the survey.
     """
-    if checkpoint.head(MANIFEST_FILE) is None:
-        raise ConfigError(f"{checkpoint.uri}: expected the checkpoint/ folder of a p48ray run, found no {MANIFEST_FILE} in it")
-    manifest = CheckpointManifest.load(checkpoint, MANIFEST_FILE)
+    manifest = read_manifest(checkpoint)
+    storage = announced_storage(checkpoint)
+    if storage == "sparse" and source is not None:
+        raise ConfigError(
+            f"{checkpoint.uri}: has sparse storage, which is not compared with a source; verify it without --source, or what "
+            "`p48ray convert --storage dense` makes of it with one"
+        )
     sizes = {info.key: info.size_bytes for info in checkpoint.list() if info.key.endswith(".safetensors")}
-    problems, checks = survey_alone(checkpoint, manifest, sizes) if source is None else survey_beside(checkpoint, source, manifest, sizes)
+    problems, checks = (
+        survey_alone(checkpoint, manifest, sizes, storage) if source is None else survey_beside(checkpoint, source, manifest, sizes)
+    )
     return Survey(
         checkpoint=checkpoint.uri,
         compared_with_source=source is not None,
@@ -118,14 +127,37 @@ def survey_checkpoint(checkpoint: Store, source: Store | None) -> Survey:
     )
 
 
+def read_manifest(checkpoint: Store) -> CheckpointManifest:
+    """p48ray.json. Raises: ConfigError where there is none, ShardCorruptError where it is unsound."""
+    if checkpoint.head(MANIFEST_FILE) is None:
+        raise ConfigError(f"{checkpoint.uri}: expected the checkpoint/ folder of a p48ray run, found no {MANIFEST_FILE} in it")
+    return CheckpointManifest.load(checkpoint, MANIFEST_FILE)
+
+
+def announced_storage(checkpoint: Store) -> Storage:
+    """By config.json; dense where that can not be read, which check_index_files reports. Raises: SourceError for an unknown sparse layout."""
+    if check_index_files(checkpoint):
+        return "dense"
+    return storage_of(json.loads(checkpoint.get(CONFIG_FILE)))
+
+
 def check_shard(check: ShardCheck) -> tuple[str, ...]:
     """Read one file of the checkpoint through; returns what is wrong with it, in words."""
     if isinstance(check, SourcedCheck):
         return tuple(verify_shard(check.checkpoint, check.source, check.layout, check.shard, check.promise).problems)
     problems = []
     for unit, linears in check.units:
-        names = [f"{linear}.{suffix}" for suffix in SUFFIXES for linear in linears]
-        tensors = read_tensors(check.checkpoint, [check.entries[name] for name in names])
+        tensors = read_tensors(check.checkpoint, [check.entries[name] for name in unit_tensor_names(linears, check.storage)])
+        if check.storage == "sparse":
+            stored = tensors
+            try:
+                tensors = dense_tensors(stored)
+                is_canonical = serialize(sparse_tensors(tensors)) == serialize(stored)
+            except SourceError as error:
+                problems.append(f"{check.file}: {error}")
+                continue
+            if not is_canonical:
+                problems.append(f"{check.file}: unit {unit.id}: a mask marks other zero bytes as kept than the lowest")
         problems += check_unit(check.file, unit.id, tensors, check.promise)
         for at in range(0, len(linears), len(PROJECTIONS)):
             projections = dict(zip(PROJECTIONS, linears[at : at + len(PROJECTIONS)], strict=True))
@@ -198,7 +230,9 @@ def sourced_check(
     )
 
 
-def survey_alone(checkpoint: Store, manifest: CheckpointManifest, sizes: Mapping[str, int]) -> tuple[list[str], list[LoneCheck]]:
+def survey_alone(
+    checkpoint: Store, manifest: CheckpointManifest, sizes: Mapping[str, int], storage: Storage
+) -> tuple[list[str], list[LoneCheck]]:
     """Headers against the index, and every tensor of the manifest in some file's header, in a form that fits."""
     problems = check_index_files(checkpoint)
     is_index_readable = not problems
@@ -209,9 +243,9 @@ def survey_alone(checkpoint: Store, manifest: CheckpointManifest, sizes: Mapping
     units: dict[str, list[tuple[WorkUnit, tuple[str, ...]]]] = {file: [] for file in sizes}
     known: set[str] = set()
     for unit, linears in units_of(manifest):
-        names = [f"{linear}.{suffix}" for suffix in SUFFIXES for linear in linears]
+        names = unit_tensor_names(linears, storage)
         known |= set(names)
-        wrong = [text for linear in linears for text in check_form(linear, entries)]
+        wrong = [text for linear in linears for text in check_form(linear, entries, storage)]
         problems += wrong
         files = sorted({entries[name].file for name in names}) if not wrong else []
         if len(files) == 1:
@@ -222,7 +256,7 @@ def survey_alone(checkpoint: Store, manifest: CheckpointManifest, sizes: Mapping
     stray = sorted(n for n in entries if EXPERT_NAME.fullmatch(n) and n not in known and n not in manifest.untouched_sha256)
     problems += [f"{name}: an expert tensor that the manifest does not know" for name in stray]
     problems += unexpected_tensors(manifest, entries, known)
-    return problems, [lone_check(checkpoint, manifest, file, sizes[file], entries, units[file]) for file in sorted(sizes)]
+    return problems, [lone_check(checkpoint, manifest, file, sizes[file], entries, units[file], storage) for file in sorted(sizes)]
 
 
 def read_headers(checkpoint: Store, manifest: CheckpointManifest, files: list[str]) -> tuple[dict[str, TensorEntry], list[str]]:
@@ -250,8 +284,9 @@ def lone_check(
     size_bytes: int,
     entries: Mapping[str, TensorEntry],
     units: list[tuple[WorkUnit, tuple[str, ...]]],
+    storage: Storage,
 ) -> LoneCheck:
-    of_units = [f"{linear}.{suffix}" for _, linears in units for linear in linears for suffix in SUFFIXES]
+    of_units = [name for _, linears in units for name in unit_tensor_names(linears, storage)]
     untouched = {n: digest for n, digest in manifest.untouched_sha256.items() if n in entries and entries[n].file == file}
     return LoneCheck(
         file=file,
@@ -261,6 +296,7 @@ def lone_check(
         units=tuple(units),
         untouched=untouched,
         promise=promise_of(manifest, {}, {u.id: manifest.unit_sha256[u.id] for u, _ in units if u.id in manifest.unit_sha256}),
+        storage=storage,
     )
 
 
@@ -301,14 +337,15 @@ def units_of(manifest: CheckpointManifest) -> Iterator[tuple[WorkUnit, list[str]
             yield unit, [f"{prefix}layers.{layer}.mlp.experts.{e}.{p}" for e in unit.experts for p in PROJECTIONS]
 
 
-def check_form(linear: str, entries: Mapping[str, TensorEntry]) -> list[str]:
-    """A linear's four tensors are there, in dtypes and shapes that fit each other."""
-    if missing := [f"{linear}.{suffix}: missing" for suffix in SUFFIXES if f"{linear}.{suffix}" not in entries]:
+def check_form(linear: str, entries: Mapping[str, TensorEntry], storage: Storage) -> list[str]:
+    """A linear's tensors are there, in dtypes and shapes that fit each other."""
+    names = unit_tensor_names([linear], storage)
+    if missing := [f"{name}: missing" for name in names if name not in entries]:
         return missing
-    found = {suffix: (entries[f"{linear}.{suffix}"].dtype, entries[f"{linear}.{suffix}"].shape) for suffix in SUFFIXES}
-    out, num_bytes = (*found["weight_packed"][1], 0, 0)[:2]
-    expected = {"weight_packed": ("U8", (out, num_bytes)), "weight_scale": ("F8_E4M3", (out, num_bytes // 8))}
-    wanted = {suffix: expected.get(suffix, ("F32", (1,))) for suffix in SUFFIXES}
-    return [
-        f"{linear}.{suffix}: expected {wanted[suffix]}, found {found[suffix]}" for suffix in SUFFIXES if found[suffix] != wanted[suffix]
-    ]
+    expected = linear_form(entries[f"{linear}.{KEPT if storage == 'sparse' else PACKED}"].shape, storage)
+    problems = []
+    for name in names:
+        wanted, found = expected.get(name.rpartition(".")[2], ("F32", (1,))), (entries[name].dtype, entries[name].shape)
+        if found != wanted:
+            problems.append(f"{name}: expected {wanted}, found {found}")
+    return problems

@@ -82,3 +82,95 @@ def test_pairs_that_do_not_fill_a_pair_group_are_refused() -> None:
         paired48.keep_top_pairs(torch.zeros(1, 6))
     with pytest.raises(NumericsError, match="found 6 pairs"):
         paired48.find_illegal(torch.zeros(1, 6, dtype=torch.uint8))
+
+
+# the sparse storage
+
+
+ALL_LEGAL = [bits for bits in product([0, 1], repeat=4) if sum(bits) <= 2]
+
+
+def stored(group: tuple[int, ...] | list[int]) -> tuple[list[int], int]:
+    """Kept bytes and mask of four bytes, by hand: nonzero ones, then the lowest zeros until there are two."""
+    kept = [k for k in range(4) if group[k]]
+    for k in range(4):
+        if len(kept) < 2 and k not in kept:
+            kept.append(k)
+    return [group[k] for k in sorted(kept)], sum(1 << k for k in kept)
+
+
+def test_every_byte_value_in_every_legal_place_is_stored_and_comes_back() -> None:
+    """All 256 values beside all 256, in all six patterns: every legal pair_group there is."""
+    a, b = (v.flatten() for v in torch.meshgrid(torch.arange(256), torch.arange(256), indexing="ij"))
+    for first, second in combinations(range(4), 2):
+        groups = torch.zeros(65536, 4, dtype=torch.uint8)
+        groups[:, first], groups[:, second] = a.to(torch.uint8), b.to(torch.uint8)
+        packed = groups.view(128, 2048)
+        kept, mask = paired48.pack_sparse(packed)
+        assert (kept.shape, mask.shape) == ((128, 1024), (128, 256))
+        assert torch.equal(paired48.unpack_sparse(kept, mask), packed)
+        both = (a != 0) & (b != 0)
+        nibbles = torch.stack([mask & 15, mask >> 4], -1).flatten()
+        assert (nibbles[both] == (1 << first | 1 << second)).all()
+        assert torch.equal(kept.view(-1, 2)[both].long(), torch.stack([a, b], -1)[both])
+
+
+@pytest.mark.parametrize("low", ALL_LEGAL)
+@pytest.mark.parametrize("high", ALL_LEGAL)
+def test_two_pair_groups_share_a_byte_of_mask_the_lower_inputs_in_the_low_nibble(low: tuple[int, ...], high: tuple[int, ...]) -> None:
+    groups = [[b * (0x21 + k) for k, b in enumerate(low)], [b * (0x81 + k) for k, b in enumerate(high)]]
+    kept, mask = paired48.pack_sparse(torch.tensor([groups[0] + groups[1]], dtype=torch.uint8))
+    (kept_low, mask_low), (kept_high, mask_high) = map(stored, groups)
+    assert kept.tolist() == [kept_low + kept_high]
+    assert mask.tolist() == [[mask_low | mask_high << 4]]
+
+
+def test_minus_zeros_survive_the_sparse_storage() -> None:
+    packed = torch.tensor([[0, 0x08, 0, 0x80, 0x88, 0, 0, 0]], dtype=torch.uint8)
+    assert torch.equal(paired48.unpack_sparse(*paired48.pack_sparse(packed)), packed)
+
+
+def test_sparse_storage_does_not_change_its_input() -> None:
+    packed = torch.tensor([[0, 1, 0, 2, 3, 0, 0, 4]], dtype=torch.uint8)
+    before = packed.clone()
+    paired48.unpack_sparse(*paired48.pack_sparse(packed))
+    assert torch.equal(packed, before)
+
+
+@pytest.mark.parametrize("bits", [bits for bits in product([0, 1], repeat=4) if sum(bits) > 2])
+def test_pair_groups_that_keep_more_than_two_have_no_sparse_storage(bits: tuple[int, ...]) -> None:
+    packed = torch.zeros(3, 16, dtype=torch.uint8)
+    packed[1, 8:12] = torch.tensor(bits, dtype=torch.uint8)
+    with pytest.raises(NumericsError, match=r"found more in 1 pair_groups, the first at \(1, 2\)"):
+        paired48.pack_sparse(packed)
+
+
+@pytest.mark.parametrize("nibble", [n for n in range(16) if bin(n).count("1") != 2])
+def test_masks_without_exactly_two_bits_are_refused(nibble: int) -> None:
+    mask = torch.tensor([[0x33, nibble << 4 | 0x05]], dtype=torch.uint8)
+    with pytest.raises(NumericsError, match=rf"found {nibble:04b} at pair_group \(0, 3\)"):
+        paired48.unpack_sparse(torch.zeros(1, 8, dtype=torch.uint8), mask)
+    with pytest.raises(NumericsError, match="exactly 2 of 4 bits"):
+        paired48.ordered_metadata(mask)
+
+
+def test_sparse_storage_of_cut_groups_and_of_shapes_that_do_not_fit_is_refused() -> None:
+    with pytest.raises(NumericsError, match="found 12 pairs"):
+        paired48.pack_sparse(torch.zeros(1, 12, dtype=torch.uint8))
+    with pytest.raises(NumericsError, match="4 kept bytes for every byte"):
+        paired48.unpack_sparse(torch.zeros(1, 6, dtype=torch.uint8), torch.full((1, 2), 0x33, dtype=torch.uint8))
+
+
+def test_ordered_metadata_of_every_byte_is_what_a_search_over_indices_finds() -> None:
+    """For a nibble of the mask, the one metadata (of all 16) whose two rising indices select exactly the kept pairs."""
+
+    def search(nibble: int) -> int:
+        found = [m for m in range(16) if (m & 3) < (m >> 2) and {m & 3, m >> 2} == {k for k in range(4) if nibble >> k & 1}]
+        assert len(found) == 1
+        return found[0]
+
+    legal = [n for n in range(16) if bin(n).count("1") == 2]
+    masks = [low | high << 4 for low, high in product(legal, repeat=2)]
+    expected = [search(m & 15) | search(m >> 4) << 4 for m in masks]
+    assert paired48.ordered_metadata(torch.tensor([masks], dtype=torch.uint8)).tolist() == [expected]
+    assert sorted({m & 15 for m in expected}) == [0b0100, 0b1000, 0b1001, 0b1100, 0b1101, 0b1110]
