@@ -74,7 +74,7 @@ def test_time_and_money_add_up_when_nothing_is_lost(planned: Prepared) -> None:
     mine = fleet.sized(planned, chosen, "fleet-test", "all")
     costs = fleet.costs_of(mine, unit_seconds=60.0)
     outcome = simulated(planned, chosen)[0]
-    work = sum(costs.unit_s(m.linears[0].tokens) for m in pipeline.read_units(mine)) / 3600
+    work = sum(costs.unit_s(sum(r.tokens for r in m.linears) / len(PROJECTIONS)) for m in pipeline.read_units(mine)) / 3600
     assert outcome.hours == outcome.gpu_hours
     assert work < outcome.hours - outcome.stream_hours < 1.02 * work
     assert outcome.layer_loads == outcome.layers_joined == len(mine.plan.layers)

@@ -10,7 +10,6 @@ from p48ray import run_root
 from p48ray.config import load_config
 from p48ray.errors import CorruptObjectError
 from p48ray.estimate import estimate
-from p48ray.runner import local_runner
 from p48ray.stages import tasks
 from p48ray.stages.context import StageContext
 from p48ray.stages.prepare import Prepared, prepare
@@ -78,13 +77,13 @@ def test_two_workers_one_of_them_killed_give_the_same_bytes(
 
 
 def test_tasks_come_layer_by_layer_after_the_sources_own_ways(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, ran = local_runner.execute, []
+    real, ran = tasks.Workplace.execute, []
 
-    def execute(context: StageContext, task: Task) -> TaskResult:
+    def execute(self: tasks.Workplace, task: Task) -> TaskResult:
         ran.append((task.stage, task.item[0] if task.stage == "propagate" else task.layer))
-        return real(context, task)
+        return real(self, task)
 
-    monkeypatch.setattr(local_runner, "execute", execute)
+    monkeypatch.setattr(tasks.Workplace, "execute", execute)
     assert invoke(*arguments(tmp_path / "run", {"compression.sweeps": "0", "compression.refine_steps": "0"})).code == 0
     ways = [("capture", None)] * 2 + [("gradients", None)] * 2
     turns = [step for n in LAYERS for step in [("propagate", n)] * 2 + [("compress", n)] * 4]

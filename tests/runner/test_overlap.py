@@ -50,7 +50,7 @@ class WaitingWorker(WorkerProcess):
     awaited = run_root.UNITS
 
     def execute(self, task: Task) -> TaskResult:
-        goes_back = self.context.plan.config.compression.output_curvature
+        goes_back = self.workplace.plan.config.compression.output_curvature
         write_gradients, write_activations = gradients.write_gradients, capture.write_activations
 
         def back(context: StageContext, layer: int, *rest: object) -> GradientPart:
@@ -308,11 +308,10 @@ def test_layer_whose_activations_are_all_zero_stops_the_run_with_its_number(prep
 # Runners, and what follows from a task.
 
 
-def test_local_runner_runs_what_follows_streams_first(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_local_runner_runs_what_follows_streams_first() -> None:
     runner = object.__new__(LocalRunner)
-    runner.plan, runner.context = mock.Mock(), mock.Mock()
+    runner.plan, runner.workplace = mock.Mock(), mock.Mock(execute=lambda task: TaskResult(task=task))
     runner.plan.config.run.max_attempts = 1
-    monkeypatch.setattr("p48ray.runner.local_runner.execute", lambda context, task: TaskResult(task=task))
     stream = [Task(stage="gradients", id=f"s{n}", item=n) for n in range(2)]
     unit = [Task(stage="compress", id=f"u{n}", item=n, layer=1) for n in range(3)]
     ran: list[str] = []

@@ -339,7 +339,7 @@ def test_the_sources_own_way_up_serves_the_way_back_alone(turn_plan: RunPlan) ->
             assert goes_back(turn_plan) or (up, back) == (range(0), range(0))
             climbed = climb(turn_plan, keys, part, up)
             assert climbed is not None
-            felt = descend(climbed, part, back)
+            felt = descend(turn_plan, climbed, part, back)
             assert felt is not None
             assert all(name(n, part) in felt for n in open_layers(turn_plan, keys) for name in FELT if goes_back(turn_plan))
             assert len(back) <= len(shortest_back(turn_plan, keys, part))
