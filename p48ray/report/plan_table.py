@@ -48,7 +48,7 @@ def plan_rows(prepared: Prepared, e: Estimate) -> list[tuple[str, str]]:
         ("calibration", f"{c.num_sequences:,} x {c.sequence_length:,} = {e.num_tokens:,} tokens in {len(plan.parts):,} parts"),
         ("workers", f"{r.num_workers:,} x {r.threads_per_worker} threads, {r.gpus_per_worker:g} GPUs each"),
         ("read by streaming stages", f"{size(e.stream_read_bytes)} a node"),
-        ("read by units", f"{size(e.unit_read_bytes)} (each unit reads its experts and its layer's activations and gradients once)"),
+        ("read by units", f"{size(e.unit_read_bytes)} at most (a node reads a layer once for all its units while its cache has room)"),
         (
             "written",
             ", ".join(f"{name} {size(value)}" for name, value in written.items()),
