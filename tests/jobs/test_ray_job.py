@@ -111,7 +111,7 @@ def head() -> Iterator[Head]:
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of this repository that can be told from it, with an environment and old runs that are not to be sent anywhere."""
     folder = tmp_path_factory.mktemp("checkout") / "repo"
-    shutil.copytree(REPO, folder, ignore=shutil.ignore_patterns(".git", ".venv", "runs", "*cache*", "*__pycache__*", "*.egg-info"))
+    shutil.copytree(REPO, folder, ignore=shutil.ignore_patterns(".git", ".venv", "runs", ".*_cache", "*__pycache__*", "*.egg-info"))
     init = folder / "p48ray" / "__init__.py"
     init.write_text(init.read_text().replace(__version__, f"{__version__}+submitted"))
     for ignored in (".venv/bin/python", "runs/tiny/plan.json"):
