@@ -43,10 +43,6 @@ class LayerReader:
             self.held = (number, self.read(number))
         return self.held[1]
 
-    def let_go(self) -> None:
-        """Forget the layer at hand."""
-        self.held = None
-
     def read(self, number: int) -> dict[str, Tensor]:
         entries = self.entries(number)
         if self.is_local:

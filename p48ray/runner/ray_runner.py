@@ -125,16 +125,7 @@ class RayRunner:
             "include_dashboard": False,
             "address": "local",
         }
-        try:
-            knock(self.address)
-            ray.init(**({"address": self.address} if self.address else own), log_to_driver=True, logging_level=logging.WARNING)
-        except (OSError, ValueError, RuntimeError) as error:
-            if self.address is None:
-                raise
-            raise ConfigError(
-                f"RAY_ADDRESS: expected host:port of a running Ray cluster, found {self.address!r}: {first_line(error)}; "
-                "start one with `ray start --head`, or unset RAY_ADDRESS to use this machine alone"
-            ) from error
+        connect(self.address, own)
         self.has_joined = True
 
     def check_shared(self) -> None:
@@ -256,6 +247,20 @@ class RayRunner:
     def say_no_room(self) -> None:
         wanted = f"{self.settings.threads_per_worker} CPU and {self.settings.gpus_per_worker:g} GPU a worker"
         log.warning("waiting for workers: %s wanted, the cluster has %s free", wanted, ray.available_resources())
+
+
+def connect(address: str | None, own: dict[str, Any], shows_logs: bool = True) -> None:
+    """Connect to the cluster, or start a Ray of this machine with the settings `own`. Raises: ConfigError for an address where there is none."""
+    try:
+        knock(address)
+        ray.init(**({"address": address} if address else own), log_to_driver=shows_logs, logging_level=logging.WARNING)
+    except (OSError, ValueError, RuntimeError) as error:
+        if address is None:
+            raise
+        raise ConfigError(
+            f"RAY_ADDRESS: expected host:port of a running Ray cluster, found {address!r}: {first_line(error)}; "
+            "start one with `ray start --head`, or unset RAY_ADDRESS to use this machine alone"
+        ) from error
 
 
 def knock(address: str | None) -> None:

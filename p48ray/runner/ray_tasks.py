@@ -17,7 +17,7 @@ import ray
 from ray.exceptions import RayError
 
 from p48ray.errors import ConfigError, P48Error, StageFailedError, TransientStoreError, UserError, WorkerLostError
-from p48ray.runner.ray_runner import OBJECT_STORE_BYTES, START_TIMEOUT_S, first_line, knock
+from p48ray.runner.ray_runner import OBJECT_STORE_BYTES, START_TIMEOUT_S, connect, first_line
 from p48ray.store.base import Store
 
 log = logging.getLogger("p48ray.progress")
@@ -128,16 +128,7 @@ class Connection(AbstractContextManager["Connection"]):
 
     def __enter__(self) -> Self:
         own = {"address": "local", "num_cpus": self.num_workers, "object_store_memory": OBJECT_STORE_BYTES, "include_dashboard": False}
-        try:
-            knock(self.address)
-            ray.init(**({"address": self.address} if self.address else own), log_to_driver=self.shows_logs, logging_level=logging.WARNING)
-        except (OSError, ValueError, RuntimeError) as error:
-            if self.address is None:
-                raise
-            raise ConfigError(
-                f"RAY_ADDRESS: expected host:port of a running Ray cluster, found {self.address!r}: {first_line(error)}; "
-                "start one with `ray start --head`, or unset RAY_ADDRESS to use this machine alone"
-            ) from error
+        connect(self.address, own, self.shows_logs)
         return self
 
     def __exit__(self, *_: object) -> None:

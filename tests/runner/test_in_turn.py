@@ -1,8 +1,6 @@
 """calibration.propagate: compressed: layers in turn, to the same bytes whoever does what and whatever is lost on the way."""
 
-from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -14,13 +12,12 @@ from p48ray.stages import tasks
 from p48ray.stages.context import StageContext
 from p48ray.stages.prepare import Prepared, prepare
 from p48ray.stages.tasks import Task, TaskResult
-from p48ray.store.local import LocalStore
 from tests.conftest import REPO
 from tests.jobs import command
 from tests.jobs.command import CONFIG, ROUNDED, SMALL, invoke, snapshot
 from tests.runner.conftest import ALL_STAGES
 from tests.runner.test_keep import peak_bytes
-from tests.runner.test_runners import KillingRunner, PowerCutError, flip_a_bit
+from tests.runner.test_runners import KillingRunner, flip_a_bit, run_through_power_cuts
 
 IN_TURN = ALL_STAGES | {"calibration.propagate": "compressed"}
 FORTH = ROUNDED | {"calibration.propagate": "compressed"}
@@ -91,26 +88,7 @@ def test_tasks_come_layer_by_layer_after_the_sources_own_ways(tmp_path: Path, mo
 
 
 def test_run_cut_after_every_twelfth_write_ends_in_the_same_bytes(turn_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write, count = LocalStore._write, 0
-
-    def cut(self: LocalStore, path: str, *rest: Any) -> tuple[int, bool]:
-        nonlocal count
-        count += 1
-        if count % 24 == 12:
-            raise PowerCutError("before the object has its name")
-        result = write(self, path, *rest)
-        if count % 24 == 0:
-            raise PowerCutError("after it")
-        return result
-
-    monkeypatch.setattr(LocalStore, "_write", cut)
-    codes: list[int] = []
-    while not codes:
-        assert count < 1000, "the run does not get ahead"
-        with suppress(PowerCutError):
-            codes.append(invoke(*arguments(tmp_path / "run")).code)
-    assert codes == [0]
-    assert count > 100
+    run_through_power_cuts(arguments(tmp_path / "run"), monkeypatch)
     assert_same_bytes(turn_run, tmp_path / "run")
 
 

@@ -147,7 +147,8 @@ class PowerCutError(BaseException):
     """Not an Exception: nothing may catch it, as nothing catches a power cut."""
 
 
-def test_run_cut_after_every_twelfth_write_ends_in_the_same_bytes(local_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def run_through_power_cuts(args: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command again and again, cut before or after every twelfth write in turn, until it ends."""
     write, count = LocalStore._write, 0
 
     def cut(self: LocalStore, path: str, *rest: Any) -> tuple[int, bool]:
@@ -165,9 +166,13 @@ def test_run_cut_after_every_twelfth_write_ends_in_the_same_bytes(local_run: Pat
     while not codes:
         assert count < 1000, "the run does not get ahead"
         with suppress(PowerCutError):
-            codes.append(invoke(*arguments(tmp_path / "run")).code)
+            codes.append(invoke(*args).code)
     assert codes == [0]
     assert count > 100
+
+
+def test_run_cut_after_every_twelfth_write_ends_in_the_same_bytes(local_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_through_power_cuts(arguments(tmp_path / "run"), monkeypatch)
     assert_same_bytes(local_run, tmp_path / "run")
 
 
