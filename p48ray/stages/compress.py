@@ -43,8 +43,9 @@ LIBRARIES = ("torch", "transformers", "compressed-tensors")
 
 @dataclass(slots=True)
 class Clock:
-    """Seconds by phase."""
+    """Seconds by phase. A phase lasts until the device has done what was asked of it, or the next one would pay for it."""
 
+    device: torch.device
     seconds: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
@@ -52,6 +53,8 @@ class Clock:
         start = time.perf_counter()
         try:
             yield
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
         finally:
             self.seconds[name] = round(self.seconds.get(name, 0.0) + time.perf_counter() - start, 4)
 
@@ -63,7 +66,7 @@ def compress_unit(context: StageContext, unit: WorkUnit) -> UnitManifest:
     Returns: the manifest that counts: ours, or that of an attempt that was faster.
     Raises:  SourceError, CalibrationError or NumericsError with the unit's input at fault; ShardCorruptError when what was stored differs.
     """
-    clock, ladder = Clock(), Ladder(context)
+    clock, ladder = Clock(context.device), Ladder(context)
     scales = context.layer_scales(unit.layer)
     with clock.phase("fetch"):
         originals = [context.source_expert(unit.layer, expert, torch.float32) for expert in unit.experts]
@@ -91,7 +94,8 @@ def compress_unit(context: StageContext, unit: WorkUnit) -> UnitManifest:
         with clock.phase("ladder"):
             ladder.refined("gate_up", gate_up_NOI, gate_up, inputs)
             ladder.refined("down", down_NOI, down, intermediates)
-    records = describe_linears(context, unit, (gate_up_NOI, gate_up, inputs), (down_NOI, down, intermediates))
+    with clock.phase("describe"):
+        records = describe_linears(context, unit, (gate_up_NOI, gate_up, inputs), (down_NOI, down, intermediates))
     with clock.phase("write"):
         shard = pack_unit(context, unit, scales, gate_up, down)
         return store_unit(context, unit, shard, records, ladder.steps(), (clipped_input, clipped_intermediate), clock)

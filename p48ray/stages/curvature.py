@@ -19,9 +19,11 @@ from p48ray.model.experts import ExpertWeights, intermediate
 from p48ray.numerics.activation import count_clipped, quantize_activations
 from p48ray.numerics.curvature import SecondMoment, shrinkage_from_tokens
 from p48ray.numerics.output_gradients import expert_gradients, norm_weights
+from p48ray.numerics.products import tensor_float_32
+from p48ray.numerics.token_rows import TokenRows
 from p48ray.plan import WorkUnit
 from p48ray.stages.context import StageContext
-from p48ray.stages.token_rows import Spill, TokenRows, of_columns, reserve
+from p48ray.stages.token_rows import Spill, of_columns, reserve
 
 LAYER_SAMPLE_TOKENS = 8192  # tokens of the whole layer that stand in for what an expert saw too little of
 # Tokens per input at which the layer's statistics weigh as much as the expert's own. From the lab's few-token figures (DESIGN 7): at 6 tokens per input
@@ -119,11 +121,18 @@ class RoutedTokens:
             if len(rows):
                 yield StoredSlice(n, hidden.pick(rows), part["router_weights"][rows, slots], None if delta is None else delta.pick(rows))
 
+    def stored(self) -> Iterator[StoredSlice]:
+        """As `routed`, over all parts; the same order every time."""
+        if self.gathered is not None:
+            yield from self.gathered
+            return
+        for part in self.context.activation_parts(self.unit.layer):
+            yield from self.routed(part)
+
     def __iter__(self) -> Iterator[RoutedSlice]:
-        """As `routed`, over all parts, in float32 on the context's device; the same order every time."""
-        parts = self.context.activation_parts(self.unit.layer)
+        """The same, in float32 on the context's device."""
         device = self.context.device
-        for s in self.gathered if self.gathered is not None else (s for part in parts for s in self.routed(part)):
+        for s in self.stored():
             yield RoutedSlice(s.position, s.x.decoded(device), s.router_T.to(device), None if s.delta is None else s.delta.decoded(device))
 
     def exact_scale(self, global_scale: float) -> float:
@@ -174,7 +183,8 @@ def output_side(tokens: RoutedTokens, originals: list[ExpertWeights]) -> OutputS
     norms: list[tuple[int, Tensor, Tensor]] = []
     for s in tokens:
         assert s.delta_TH is not None
-        inner_TZ, outer_TH = expert_gradients(s.x_TH, s.delta_TH, s.router_T, *originals[s.position])
+        with tensor_float_32():
+            inner_TZ, outer_TH = expert_gradients(s.x_TH, s.delta_TH, s.router_T, *originals[s.position])
         for moment, gradient in zip(own[s.position], (inner_TZ, outer_TH), strict=True):
             moment.add_(gradient, None)
         norms.append((s.position, inner_TZ.norm(dim=1), outer_TH.norm(dim=1)))
@@ -194,7 +204,8 @@ def shrunk_output_hessians(
     for (inner, outer), weights in zip(own, originals, strict=True):
         per_input = inner.num_tokens / x_TH.shape[1]
         pool_inner = SecondMoment.zeros(inner.sum_II.shape[0], x_TH.device)
-        pool_inner.add_(expert_gradients(x_TH, delta_TH, router_T, *weights)[0], None)
+        with tensor_float_32():
+            pool_inner.add_(expert_gradients(x_TH, delta_TH, router_T, *weights)[0], None)
         gate_up.append(blend(inner, pool_inner, shrinkage_from_tokens(per_input, GATE_UP_OUTPUT_HALF_TOKENS)))
         down.append(blend(outer, pool_down, shrinkage_from_tokens(per_input, DOWN_OUTPUT_HALF_TOKENS)))
     return gate_up, down
@@ -244,8 +255,9 @@ def down_curvature(
     down_scale = tokens.exact_scale(tokens.scales.down)
 
     def add(moments: list[SecondMoment], n: int, x_TH: Tensor, weights_T: Tensor | None) -> Tensor:
-        h_TF = intermediate(x_TH, originals[n])
-        raw_TF = intermediate(tokens.quantized(x_TH, tokens.scales.gate_up), compressed[n])
+        with tensor_float_32():
+            h_TF = intermediate(x_TH, originals[n])
+            raw_TF = intermediate(tokens.quantized(x_TH, tokens.scales.gate_up), compressed[n])
         hq_TF = tokens.quantized(raw_TF, tokens.scales.down)
         moments[0].add_(hq_TF, weights_T, x_scale=down_scale)
         moments[1].add_(hq_TF, weights_T, h_TF, x_scale=down_scale)
@@ -279,8 +291,10 @@ def blend(own: SecondMoment, pool: SecondMoment, share: float, by: tuple[SecondM
     """(1 - share) own + share * pool, the pool rescaled to own's mean diagonal (taken from the pair `by` where the moment is not symmetric)."""
     if own.num_tokens == 0:
         return pool.mean()
+    own_II = own.mean()
     if share == 0:
-        return own.mean()
-    own_by, pool_by = by or (own, pool)
-    ratio = own_by.mean().diagonal().mean() / pool_by.mean().diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
-    return (1 - share) * own.mean() + share * ratio * pool.mean()
+        return own_II
+    pool_II = pool.mean()
+    own_by, pool_by = (own_II, pool_II) if by is None else (by[0].mean(), by[1].mean())
+    ratio = own_by.diagonal().mean() / pool_by.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
+    return (1 - share) * own_II + share * ratio * pool_II

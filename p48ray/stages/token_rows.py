@@ -1,41 +1,19 @@
-"""Rows of values, one a token, in the form in which parts store them: bf16, or int8 codes with their scales (calibration.stored_bits, numerics.block_int8).
-
-Rows are picked as they are stored, and decoded when they are used, so that what is held never grows beyond what was written.
-"""
+"""Rows of values, one a token, as columns of a part (calibration.stored_bits): bf16, or int8 codes with their scales; and room for them in a file of a node."""
 
 import logging
 import mmap
 import os
 import tempfile
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from p48ray.numerics import block_int8
+from p48ray.numerics.token_rows import TokenRows
 
 log = logging.getLogger(__name__)
 
 SCALE_SUFFIX = "_scale"
-
-
-@dataclass(frozen=True, slots=True)
-class TokenRows:
-    """(T, H) values: bf16 themselves, or int8 codes with scales (T, H/16)."""
-
-    values_TH: Tensor
-    scale_TG: Tensor | None = None
-
-    def __len__(self) -> int:
-        return len(self.values_TH)
-
-    def pick(self, rows: Tensor | slice) -> "TokenRows":
-        return TokenRows(self.values_TH[rows], None if self.scale_TG is None else self.scale_TG[rows])
-
-    def decoded(self, device: torch.device) -> Tensor:
-        """(T, H) float32 on the device; the stored form is what travels there."""
-        values_TH = self.values_TH.to(device)
-        return values_TH.float() if self.scale_TG is None else block_int8.decode(values_TH, self.scale_TG.to(device))
 
 
 def to_columns(name: str, values_TH: Tensor, bits: int) -> dict[str, Tensor]:

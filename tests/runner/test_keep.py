@@ -86,7 +86,7 @@ def replay(known_run: Path, patch: pytest.MonkeyPatch) -> list[str]:
         check_inputs(context, known, unit.layer)
         manifest = UnitManifest.load(known, run_root.unit_manifest(unit.id))
         shard = known.get(run_root.unit_shard(unit.id, manifest.attempt))
-        return store_unit(context, unit, shard, manifest.linears, manifest.ladder, (0.0, 0.0), Clock({"solve": 1.0}))
+        return store_unit(context, unit, shard, manifest.linears, manifest.ladder, (0.0, 0.0), Clock(context.device, {"solve": 1.0}))
 
     patch.setitem(tasks.STAGES, "compress", compress)
     return done
@@ -623,7 +623,7 @@ def test_driver_that_lags_behind_leaves_manifests_of_parts_that_are_there(
 def solve_nothing(context: StageContext, unit: WorkUnit) -> UnitManifest:
     """A shard of the right size after its inputs were read."""
     list(context.activation_parts(unit.layer))
-    return store_unit(context, unit, bytes(unit_bytes(context.layout, unit)), (), (), (0.0, 0.0), Clock({}))
+    return store_unit(context, unit, bytes(unit_bytes(context.layout, unit)), (), (), (0.0, 0.0), Clock(context.device, {}))
 
 
 def peak_bytes(prepared: Prepared) -> int:
