@@ -7,6 +7,7 @@ Legend: N experts of the unit, T tokens, K experts a token, H hidden size, F int
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -35,7 +36,8 @@ GRADIENT_NORM_CLIP = 20.0  # times the mean; DESIGN 7
 ASYMMETRIC_SOLVERS = ("block_descent",)  # the one-shot solvers stay what their papers describe
 # One-shot solvers know no shrinkage, except for experts with fewer tokens than inputs, whose Hessian alone has no full rank.
 MIN_TOKENS_PER_INPUT = 1.0
-# Routed tokens of a unit kept in memory (Kimi-K2.5, 2.1 M tokens in all: 10 GB in bf16, 5.6 GB in int8); beyond it they go to a file of the node.
+# Routed tokens kept in a worker's memory, those of units read ahead included (a unit of Kimi-K2.5, 2.1 M tokens in all: 10 GB in bf16, 5.6 GB in int8);
+# a unit that passes its share has them in a file of the node.
 GATHERED_BYTES = 16 * 10**9
 
 
@@ -73,6 +75,14 @@ class RoutedSlice(NamedTuple):
     delta_TH: Tensor | None
 
 
+class LayerRows(NamedTuple):
+    """Some tokens of one part, as stored, whatever experts they went to."""
+
+    x: TokenRows
+    router_TK: Tensor
+    delta: TokenRows | None
+
+
 class LayerSample(NamedTuple):
     """Some tokens of the whole layer, whatever experts they went to; router_T is the root mean square of a token's router weights."""
 
@@ -84,8 +94,8 @@ class LayerSample(NamedTuple):
 class RoutedTokens:
     """The tokens of a unit's experts, in the plan's order, and a sample of the whole layer's.
 
-    One pass over the layer's parts takes both. The tokens stay in memory, as stored, and where they pass GATHERED_BYTES in a mapped file of this node.
-    `gathered` is None where its disk has no room: then every pass reads the layer's parts again.
+    One pass over the layer's parts takes both. The tokens stay in memory, as stored, and where they pass the unit's share of GATHERED_BYTES in a mapped file
+    of this node. `gathered` is None where its disk has no room: then every pass reads the layer's parts again. Nothing goes to the device before it is used.
     """
 
     def __init__(self, context: StageContext, unit: WorkUnit, scales: LayerScales) -> None:
@@ -95,20 +105,27 @@ class RoutedTokens:
         expected = num_tokens * routed_token_bytes(context.layout.hidden_size, context.plan.config)
         num_tensors = 5 * unit.num_experts * len(context.plan.parts)
         folder = None if context.cache is None else context.cache.folder
-        spill = reserve(expected, num_tensors, folder) if expected > GATHERED_BYTES else None
-        self.gathered: list[StoredSlice] | None = [] if spill is not None or expected <= GATHERED_BYTES else None
+        limit = GATHERED_BYTES // (1 + context.plan.config.run.prefetch_units)
+        spill = reserve(expected, num_tensors, folder) if expected > limit else None
+        self.gathered: list[StoredSlice] | None = [] if spill is not None or expected <= limit else None
+        self.sampled: list[LayerRows] = []
         share = -(-LAYER_SAMPLE_TOKENS // len(context.plan.parts))
-        samples: dict[str, list[Tensor]] = {"hidden": [], "router_weights": [], "delta": []}
         for part in context.activation_parts(unit.layer):
-            some = slice(None, None, max(1, len(part["hidden"]) // share))
-            samples["router_weights"].append(part["router_weights"][some][:share].to(context.device))
-            for name in ("hidden", "delta")[: 1 + self.settings.output_curvature]:
-                samples[name].append(of_columns(part, name).pick(some).pick(slice(share)).decoded(context.device))
+            num_tokens = len(part["hidden"])
+            some = torch.arange(0, num_tokens, max(1, num_tokens // share))[:share]
+            delta = of_columns(part, "delta").pick(some) if self.settings.output_curvature else None
+            self.sampled.append(LayerRows(of_columns(part, "hidden").pick(some), part["router_weights"][some], delta))
             if self.gathered is not None:
                 self.gathered += (spilled(s, spill) for s in self.routed(part))
-        columns = {name: torch.cat(taken) for name, taken in samples.items() if taken}
-        router_T = columns["router_weights"].square().mean(1).sqrt()
-        self.sample = LayerSample(columns["hidden"], router_T, columns.get("delta"))
+
+    @cached_property
+    def sample(self) -> LayerSample:
+        """The layer's sample on the context's device."""
+        device = self.context.device
+        x_TH = torch.cat([rows.x.decoded(device) for rows in self.sampled])
+        router_TK = torch.cat([rows.router_TK.to(device) for rows in self.sampled])
+        deltas = [rows.delta.decoded(device) for rows in self.sampled if rows.delta is not None]
+        return LayerSample(x_TH, router_TK.square().mean(1).sqrt(), torch.cat(deltas) if deltas else None)
 
     def routed(self, part: dict[str, Tensor]) -> Iterator[StoredSlice]:
         """Slices of a part, one for every expert that has tokens in it."""
