@@ -75,6 +75,7 @@ SETTINGS: dict[str, Effect] = {
     "run.gpus_per_worker": "free",  # across device models: within tolerance; manifests record the device
     "run.gpu_hour_price": "free",
     "run.max_attempts": "free",
+    "run.prefetch_units": "free",
     "run.layers": "digest",
     "run.keep": "free",
     "run.boundary_every": "free",  # what is run again comes out bit for bit

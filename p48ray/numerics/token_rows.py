@@ -5,7 +5,7 @@ Rows are picked as they are stored, and decoded when they are used, so that what
 Legend: T tokens, H values of a token, G blocks of a row (H/16).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,15 +24,15 @@ class TokenRows:
     def __len__(self) -> int:
         return len(self.values_TH)
 
-    @property
-    def nbytes(self) -> int:
-        return self.values_TH.nbytes + (0 if self.scale_TG is None else self.scale_TG.nbytes)
+    def mapped(self, function: Callable[[Tensor], Tensor]) -> "TokenRows":
+        """The same rows with a function's results in place of their tensors."""
+        return TokenRows(function(self.values_TH), None if self.scale_TG is None else function(self.scale_TG))
 
     def pick(self, rows: Tensor | slice) -> "TokenRows":
-        return TokenRows(self.values_TH[rows], None if self.scale_TG is None else self.scale_TG[rows])
+        return self.mapped(lambda tensor: tensor[rows])
 
     def to(self, device: torch.device) -> "TokenRows":
-        return TokenRows(self.values_TH.to(device), None if self.scale_TG is None else self.scale_TG.to(device))
+        return self.mapped(lambda tensor: tensor.to(device))
 
     def decoded(self, device: torch.device) -> Tensor:
         """(T, H) float32 on the device; the stored form is what travels there."""

@@ -52,6 +52,28 @@ class Spill:
         return copy.copy_(tensor)
 
 
+class DeviceRoom:
+    """Room for tensors on a GPU, filled beside what is computed there, by a stream of its own."""
+
+    ALIGNMENT = 256
+
+    def __init__(self, num_bytes: int, num_tensors: int, device: torch.device) -> None:
+        self.data = torch.empty(num_bytes + num_tensors * self.ALIGNMENT, dtype=torch.uint8, device=device)
+        self.stream, self.end = torch.cuda.Stream(device), 0
+        self.stream.wait_stream(torch.cuda.default_stream(device))  # which may still use what lay there before
+
+    def keep(self, tensor: Tensor) -> Tensor:
+        """A copy of a tensor in the room; complete once the room is settled."""
+        start = -(-self.end // self.ALIGNMENT) * self.ALIGNMENT
+        self.end = start + tensor.nbytes
+        with torch.cuda.stream(self.stream):
+            return self.data[start : self.end].view(tensor.dtype).view(tensor.shape).copy_(tensor)
+
+    def settle(self) -> None:
+        """Wait until all copies are complete."""
+        self.stream.synchronize()
+
+
 def reserve(num_bytes: int, num_tensors: int, folder: str | os.PathLike[str] | None) -> Spill | None:
     """A spill for so many bytes in so many tensors; None, and a warning, where the disk has no room for it."""
     try:
