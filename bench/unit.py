@@ -1,13 +1,13 @@
-"""One work unit of Kimi-K2.5's width through the stage's own code, phase by phase: from a run root on this disk to a stored shard.
+"""Work units of Kimi-K2.5's width through the stage's own code, phase by phase: from a run root on this disk to stored shards.
 
-    python bench/unit.py --json unit.json                              on a GPU: 8 experts, 43,690 tokens each, the configuration for Kimi-K2.5
+    python bench/unit.py --json unit.json                              on a GPU: units of 8 experts, 43,690 tokens each, the configuration for Kimi-K2.5
     python bench/unit.py --profile 25                                  the kernels that take most time, too
     python bench/unit.py --set compression.refine_steps=0              with other settings
     python bench/unit.py --experts 2 --tokens 1024 --parts 2 ...       something smaller; a CPU takes minutes an expert
 
 The checkpoint is that of bench/capture.py (one layer, random INT4 experts), tokens are those of bench/solver.py: correlated, with outlier channels. Every
-token goes to all experts of the unit, so that a unit sees as many slices of as many tokens as in a run, but reads parts that hold no other experts' tokens:
-1/48 of a run's bytes.
+token goes to all experts of one unit, so that a unit sees as many slices of as many tokens as in a run, but reads parts that hold tokens of --units units and
+not of 48. Units run one by one first, then as a worker runs them: the next is fetched while one is computed (run.prefetch_units).
 """
 
 import argparse
@@ -16,6 +16,8 @@ import platform
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,12 +45,13 @@ CONFIG = Path(__file__).resolve().parents[1] / "configs" / "kimi_k25_p48_nvfp4.y
 AMAX_INTERMEDIATE = 8.0
 
 
-def prepare_unit(args: argparse.Namespace, folder: Path) -> StageContext:
+def prepare_units(args: argparse.Namespace, folder: Path) -> StageContext:
     """The checkpoint, the plan, and what capture and gradients would have left of its one layer."""
     source, root = folder / "source", folder / "run"
     source.mkdir()
-    write_layer(source, args.experts)
-    length = args.tokens // args.parts
+    num_experts = args.units * args.experts
+    write_layer(source, num_experts)
+    length = args.units * args.tokens // args.parts
     settings = [
         f"source.checkpoint={source}",
         f"calibration.num_sequences={args.parts}",
@@ -63,65 +66,73 @@ def prepare_unit(args: argparse.Namespace, folder: Path) -> StageContext:
     layout = describe_model(index)
     plan = make_plan(config, index, layout, "none", "none")
     context = open_context(plan, LocalStore(root))
-    tokens = make_tokens(length * args.parts, layout.hidden_size, args.device)
-    gradients = 1e-4 * make_tokens(length * args.parts, layout.hidden_size, args.device, seed=1)
     generator = torch.Generator(device=args.device).manual_seed(2)
-    for part, x_TH, delta_TH in zip(plan.parts, tokens.split(length), gradients.split(length), strict=True):
-        ids_TK = torch.arange(args.experts, device=args.device).expand(length, args.experts)
+    first_T1 = (torch.arange(length, device=args.device) % args.units * args.experts)[:, None]
+    ids_TK = first_T1 + torch.arange(args.experts, device=args.device)
+    for part in plan.parts:
+        x_TH = make_tokens(length, layout.hidden_size, args.device, seed=2 * part.part)
+        delta_TH = 1e-4 * make_tokens(length, layout.hidden_size, args.device, seed=2 * part.part + 1)
         router_TK = torch.rand(length, args.experts, generator=generator, device=args.device).softmax(1)
-        amax = torch.tensor(AMAX_INTERMEDIATE)
-        write_activations(context, 0, part, RoutedInputs(x_TH.cpu(), ids_TK.cpu(), router_TK.cpu(), amax), time.monotonic())
+        seen = RoutedInputs(x_TH.cpu(), ids_TK.cpu(), router_TK.cpu(), torch.tensor(AMAX_INTERMEDIATE))
+        write_activations(context, 0, part, seen, time.monotonic())
         write_gradients(context, 0, part, delta_TH.cpu(), time.monotonic())
     finish_layer(context, 0)
     return context
 
 
-def compress_again(context: StageContext) -> UnitManifest:
-    """The unit as if nobody had done it."""
-    unit = context.plan.units[0]
+def compress_all(context: StageContext, at_once: int) -> tuple[list[UnitManifest], float]:
+    """All units as if nobody had done them, and the seconds that they took."""
     for key in [info.key for info in context.store.list(run_root.UNITS)]:
         context.store.delete(key)
-    return compress_unit(context, unit)
+    start = time.perf_counter()
+    with ThreadPoolExecutor(at_once) as pool:
+        manifests = list(pool.map(partial(compress_unit, context), context.plan.units))
+    return manifests, time.perf_counter() - start
 
 
 def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    context = prepare_unit(args, folder)
+    context = prepare_units(args, folder)
     is_cuda = context.device.type == "cuda"
     if is_cuda:
-        compress_again(context)  # compiles the kernels
+        compress_unit(context, context.plan.units[0])  # compiles the kernels
         torch.cuda.reset_peak_memory_stats()
-    found, seconds = [], []
-    for _ in range(args.repeats):
-        start = time.perf_counter()
-        found.append(compress_again(context))
-        seconds.append(time.perf_counter() - start)
-    best = min(range(args.repeats), key=seconds.__getitem__)
-    per_expert = {phase: round(1000 * s / args.experts, 2) for phase, s in found[best].seconds.items()}
+    alone, alone_s = compress_all(context, 1)
     peak = peak_bytes(context.device)
+    together, together_s = compress_all(context, 1 + context.plan.config.run.prefetch_units)
     if args.profile:
         profile(context, args.profile)
-    errors = [record.relative_output_error for record in found[best].linears]
+    errors = [record.relative_output_error for manifest in alone for record in manifest.linears]
+    experts = args.units * args.experts
     return {
         "device": torch.cuda.get_device_name() if is_cuda else platform.processor() or platform.machine(),
         "torch": torch.__version__,
+        "units": args.units,
         "experts": args.experts,
         "tokens": args.tokens,
         "parts": args.parts,
         "settings": args.set,
-        "unit_s": [round(s, 3) for s in seconds],
-        "ms_an_expert": per_expert | {"all": round(1000 * seconds[best] / args.experts, 2)},
+        "ms_an_expert": phases(alone, args.experts) | {"all": round(1000 * alone_s / experts, 1)},
+        "ms_an_expert_ahead": phases(together, args.experts) | {"all": round(1000 * together_s / experts, 1)},
         "peak_bytes": peak,
-        "sha256": sorted({m.sha256[:16] for m in found}),
+        "peak_bytes_ahead": peak_bytes(context.device),
+        "same_bytes": [m.sha256 for m in alone] == [m.sha256 for m in together],
         "mean_output_error": sum(errors) / len(errors),
     }
+
+
+def phases(manifests: list[UnitManifest], experts: int) -> dict[str, float]:
+    """Milliseconds an expert by phase: of the unit that took least in all."""
+    best = min(manifests, key=lambda manifest: sum(manifest.seconds.values()))
+    return {phase: round(1000 * s / experts, 1) for phase, s in best.seconds.items()}
 
 
 def profile(context: StageContext, rows: int) -> None:
     """Print the operators that take most device time."""
     from torch.profiler import ProfilerActivity, profile
 
+    context.store.delete(run_root.unit_manifest(context.plan.units[0].id))
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as recorded:
-        compress_again(context)
+        compress_unit(context, context.plan.units[0])
     print(recorded.key_averages().table(sort_by="self_cuda_time_total", row_limit=rows, max_name_column_width=70))
 
 
@@ -131,7 +142,7 @@ def main() -> None:
     parser.add_argument("--experts", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=43_696, help="of each expert")
     parser.add_argument("--parts", type=int, default=16)
-    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--units", type=int, default=3)
     parser.add_argument("--profile", type=int, default=0, metavar="ROWS")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--json", type=Path)
