@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from p48ray import __version__, run_root
-from p48ray.checkpoint.decode import read_experts
+from p48ray.checkpoint.decode import fetch_experts
 from p48ray.checkpoint.header import dtype_name
 from p48ray.checkpoint.layout import PROJECTIONS
 from p48ray.checkpoint.tensors import serialize
@@ -45,8 +45,9 @@ LIBRARIES = ("torch", "transformers", "compressed-tensors")
 
 @dataclass(slots=True)
 class Clock:
-    """Seconds by phase."""
+    """Seconds by phase. A phase lasts until the device has done what was asked of it, or the next one would pay for it."""
 
+    device: torch.device
     seconds: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
@@ -54,16 +55,18 @@ class Clock:
         start = time.perf_counter()
         try:
             yield
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
         finally:
             self.seconds[name] = round(self.seconds.get(name, 0.0) + time.perf_counter() - start, 4)
 
 
 @dataclass(frozen=True, slots=True)
 class Fetched:
-    """What a unit is computed from, in this machine's memory: its experts as the source's floats, and its tokens as stored."""
+    """What a unit is computed from: its experts and its tokens, both as stored. Tokens may lie on the device already."""
 
     scales: LayerScales
-    experts: dict[int, dict[str, Tensor]]
+    experts: dict[str, Tensor]
     tokens: RoutedTokens
 
 
@@ -86,28 +89,28 @@ def compress_unit(context: StageContext, unit: WorkUnit) -> UnitManifest:
     Returns: the manifest that counts: ours, or that of an attempt that was faster.
     Raises:  SourceError, CalibrationError or NumericsError with the unit's input at fault; ShardCorruptError when what was stored differs.
     """
-    clock, begun_at = Clock(), time.perf_counter()
+    clock, begun_at = Clock(context.device), time.perf_counter()
     fetched = fetch_unit(context, unit)
     fetched_at = time.perf_counter()
     with context.turn.taken() as free_since:
         clock.seconds["fetch"] = round(idle_seconds(begun_at, fetched_at, free_since), 4)
         solved = solve_unit(context, unit, fetched, clock)
     del fetched  # the next unit has room for its tokens while this one is written
-    with clock.phase("write"):
-        return store_unit(context, unit, solved, clock)
+    return store_unit(context, unit, solved, clock)
 
 
 def fetch_unit(context: StageContext, unit: WorkUnit) -> Fetched:
-    """Read what a unit needs. Touches no device, on which another unit may be computed."""
+    """Read what a unit needs. Computes nothing on the device, where another unit may be at work."""
     scales = context.layer_scales(unit.layer)
-    experts = read_experts(context.source, context.layout, unit.layer, unit.experts)
+    experts = fetch_experts(context.source, context.layout, unit.layer, unit.experts)
     return Fetched(scales, experts, RoutedTokens(context, unit, scales))
 
 
 def solve_unit(context: StageContext, unit: WorkUnit, fetched: Fetched, clock: Clock) -> Solved:
     """All that is computed of a unit; nothing of it is left on the device."""
     ladder, tokens = Ladder(context), fetched.tokens
-    originals = [context.placed(linears, torch.float32) for linears in fetched.experts.values()]
+    with clock.phase("fetch"):
+        originals = [context.decoded(unit.layer, expert, fetched.experts, torch.float32) for expert in unit.experts]
     gate_up_NOI = torch.stack([torch.cat([w.gate_FH, w.up_FH]) for w in originals])
     with clock.phase("curvature"):
         side = output_side(tokens, originals)
@@ -131,8 +134,9 @@ def solve_unit(context: StageContext, unit: WorkUnit, fetched: Fetched, clock: C
         with clock.phase("ladder"):
             ladder.refined("gate_up", gate_up_NOI, gate_up, inputs)
             ladder.refined("down", down_NOI, down, intermediates)
-    records = describe_linears(context, unit, (gate_up_NOI, gate_up, inputs), (down_NOI, down, intermediates))
-    tensors = pack_unit(context, unit, fetched.scales, gate_up, down)
+    with clock.phase("describe"):
+        records = describe_linears(context, unit, (gate_up_NOI, gate_up, inputs), (down_NOI, down, intermediates))
+        tensors = pack_unit(context, unit, fetched.scales, gate_up, down)
     return Solved(tensors, records, ladder.steps(), (clipped_input, clipped_intermediate))
 
 
@@ -274,7 +278,7 @@ def unit_line(manifest: UnitManifest) -> str:
             "seconds": manifest.seconds,
             "tokens": sum(r.tokens for r in linears) // len(PROJECTIONS),
             "outcomes": {o: sum(r.outcome == o for r in linears) for o in sorted({r.outcome for r in linears})},
-            "worst_relative_output_error": round(max(r.relative_output_error for r in linears), 5),
+            "worst_relative_output_error": round(max((r.relative_output_error for r in linears), default=0.0), 5),
             "peak_gpu_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0,
         }
     )

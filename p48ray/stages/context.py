@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from p48ray import run_root
+from p48ray.checkpoint.decode import decode_expert
 from p48ray.checkpoint.index import CheckpointIndex
 from p48ray.checkpoint.layout import PROJECTIONS, ModelLayout
 from p48ray.errors import CorruptObjectError, ObjectMissingError, ShardCorruptError
@@ -52,9 +53,14 @@ class StageContext:
     def decoder(self) -> Decoder:
         return Decoder(self.source, self.layout, self.device, self.compute_dtype, self.cache)
 
-    def placed(self, linears: Mapping[str, Tensor], dtype: torch.dtype) -> ExpertWeights:
-        """An expert's linears on the context's device; they travel there as they are."""
-        return ExpertWeights(*(linears[p].to(self.device).to(dtype) for p in PROJECTIONS))
+    def decoded(self, layer: int, expert: int, stored: Mapping[str, Tensor], dtype: torch.dtype) -> ExpertWeights:
+        """An expert of the source out of fetched tensors, decoded on the context's device; what is stored is what travels there.
+
+        Raises: SourceError, naming file and tensor, for weights that are not finite.
+        """
+        there = {name: stored[name].to(self.device) for name in self.layout.expert_tensor_names(layer, expert)}
+        linears = decode_expert(self.source, self.layout, layer, expert, there)
+        return ExpertWeights(*(linears[p].to(dtype) for p in PROJECTIONS))
 
     def layer_scales(self, layer: int) -> LayerScales:
         scales = LayerScales.load(self.store, run_root.layer_scales(layer))
