@@ -35,6 +35,7 @@ from p48ray.stages.context import StageContext
 from p48ray.stages.curvature import ASYMMETRIC_SOLVERS, Curvature, RoutedTokens, down_curvature, gate_up_curvature, output_side
 from p48ray.stages.ladder import Ladder
 from p48ray.stages.refinement import refine_experts
+from p48ray.stages.turn import idle_seconds
 
 log = logging.getLogger(__name__)
 
@@ -92,7 +93,7 @@ def compress_unit(context: StageContext, unit: WorkUnit) -> UnitManifest:
     fetched = fetch_unit(context, unit)
     fetched_at = time.perf_counter()
     with context.turn.taken() as free_since:
-        clock.seconds["fetch"] = round(max(0.0, fetched_at - max(begun_at, free_since)), 4)
+        clock.seconds["fetch"] = round(idle_seconds(begun_at, fetched_at, free_since), 4)
         solved = solve_unit(context, unit, fetched, clock)
     del fetched  # the next unit has room for its tokens while this one is written
     return store_unit(context, unit, solved, clock)

@@ -21,3 +21,8 @@ class Turn:
                 yield self.free_since
             finally:
                 self.free_since = time.perf_counter()
+
+
+def idle_seconds(begun_at: float, fetched_at: float, free_since: float) -> float:
+    """Of the time in which a unit's data was fetched, the part in which nothing computed."""
+    return max(0.0, fetched_at - max(begun_at, free_since))
