@@ -97,7 +97,6 @@ def test_malformed_override_is_refused(override: str) -> None:
 @pytest.mark.parametrize(
     ("override", "key"),
     [
-        ("output.storage=sparse", "output.storage"),
         ("run.root=hf://owner/name", "run.root"),
     ],
 )
