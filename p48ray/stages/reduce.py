@@ -108,7 +108,8 @@ def unit_pieces(unit: StoredUnit, storage: Storage) -> Iterator[Piece]:
     try:
         yield from recoded_unit(unit, storage)
     except (ShardCorruptError, SourceError) as error:
-        raise CorruptObjectError(str(error), unit.named_in, unit.file) from error
+        where = f"{unit.store.uri}/{unit.file}"
+        raise CorruptObjectError(f"{where}: not the unit that {unit.named_in} names: {error}", unit.named_in, unit.file) from error
 
 
 def find_unit(context: StageContext, unit: WorkUnit) -> StoredUnit:
