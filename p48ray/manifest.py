@@ -133,7 +133,9 @@ class CheckpointManifest(Record):
     experts_per_unit: int
     max_shard_size: int
     relative_weight_errors: dict[str, float] = Field(description="|W - Q|^2 / |W|^2 of every compressed linear, by module name.")
-    unit_sha256: dict[str, str] = Field(description="SHA-256 of every unit's shard, by unit id; its tensors lie here byte for byte.")
+    unit_sha256: dict[str, str] = Field(
+        description="SHA-256 of every unit's shard, by unit id; its tensors lie here byte for byte, or in sparse storage decode to it."
+    )
     untouched_sha256: dict[str, str] = Field(description="SHA-256 of every other tensor's bytes, by name.")
     header_sha256: dict[str, str] = Field(description="SHA-256 of every safetensors file's header, length included, by file.")
     file_sha256: dict[str, str] = Field(

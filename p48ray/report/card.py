@@ -13,11 +13,13 @@ from huggingface_hub import ModelCard, ModelCardData
 from p48ray import __version__
 from p48ray.checkpoint.families import FAMILIES
 from p48ray.checkpoint.index import CheckpointIndex
+from p48ray.checkpoint.sparse_storage import Storage
 from p48ray.errors import ObjectMissingError
 from p48ray.manifest import UnitManifest
 from p48ray.numerics.solvers import PAIRED_48
 from p48ray.output_layout import unit_bytes
 from p48ray.plan import NUMERICS_VERSION, RunPlan
+from p48ray.report.storage_card import convert_card
 from p48ray.stages.context import StageContext
 from p48ray.stages.evaluate import EvaluationResult
 
@@ -30,7 +32,7 @@ CARRIED_FIELDS = ("license", "license_name", "license_link", "pipeline_tag")
 def model_card(
     context: StageContext, units: Sequence[UnitManifest], quality: EvaluationResult | None, baseline: EvaluationResult | None
 ) -> str:
-    """README.md of the checkpoint."""
+    """README.md of the checkpoint. With sparse storage it is the dense one's with the note that a conversion puts in."""
     plan = context.plan
     sections = [
         f"# {plan.config.name}",
@@ -53,7 +55,14 @@ def model_card(
         "## Licence",
         licence(context),
     ]
-    return f"---\n{front_matter(context).to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n"
+    card = f"---\n{front_matter(context).to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n"
+    if plan.config.output.storage == "sparse":
+        card = convert_card(card, "sparse", (expert_bytes(context, "dense"), expert_bytes(context, "sparse")))
+    return card
+
+
+def expert_bytes(context: StageContext, storage: Storage) -> int:
+    return sum(unit_bytes(context.layout, unit, storage) for unit in context.plan.units)
 
 
 def front_matter(context: StageContext) -> ModelCardData:
@@ -143,7 +152,7 @@ def size_rows(context: StageContext) -> list[tuple[str, str]]:
     """Bytes of tensors before and after, all of them and the experts' alone."""
     layout, tensors = context.layout, context.source.tensors.values()
     before = sum(e.num_bytes for e in tensors if layout.is_expert_tensor(e.name))
-    after = sum(unit_bytes(layout, u) for u in context.plan.units)
+    after = expert_bytes(context, "dense")
     weights = 3 * layout.hidden_size * layout.moe_intermediate_size * sum(u.num_experts for u in context.plan.units)
     return [
         (

@@ -282,6 +282,7 @@ def made_section(facts: Facts) -> str:
     entries = [
         ("source", r.source),
         ("checkpoint", "none: a pilot" if r.pilot else r.checkpoint),
+        *([("storage", "sparse, for the kernels of paired-4:8")] if r.storage == "sparse" else []),
         ("calibration", f"{config.calibration.num_sequences:,} × {config.calibration.sequence_length:,} = {r.calibration_tokens:,} tokens"),
         ("scales", f"one for {r.scale_span} inputs of a weight, activations in groups of {r.activation_group}"),
         ("devices", ", ".join(f"{name} ({count:,} units)" for name, count in sorted(r.devices.items()))),

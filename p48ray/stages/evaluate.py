@@ -14,6 +14,7 @@ from torch import Tensor
 
 from p48ray.checkpoint.index import CheckpointIndex
 from p48ray.checkpoint.layout import PROJECTIONS
+from p48ray.checkpoint.sparse_storage import Storage, dense_tensors, storage_of, stored_suffixes
 from p48ray.checkpoint.tensors import read_tensors
 from p48ray.config import EvaluationConfig, RunConfig
 from p48ray.errors import ConfigError
@@ -53,15 +54,16 @@ def evaluation_digest(plan: RunPlan, settings: EvaluationConfig) -> str:
 
 
 def compressed_expert(index: CheckpointIndex, context: StageContext, layer: int, expert: int) -> ExpertWeights:
-    """One expert of the written checkpoint, decoded, float32."""
-    wanted = compressed_names(context, layer, expert)
-    return decode_compressed(context, layer, expert, read_tensors(index.store, [index.tensors[name] for name in wanted]))
+    """One expert of the written checkpoint, in either storage, decoded, float32."""
+    storage = storage_of(index.config)
+    stored = read_tensors(index.store, [index.tensors[name] for name in compressed_names(context, layer, expert, storage)])
+    return decode_compressed(context, layer, expert, dense_tensors(stored) if storage == "sparse" else stored)
 
 
-def compressed_names(context: StageContext, layer: int, expert: int) -> list[str]:
-    """Tensors that hold the weights of one compressed expert."""
+def compressed_names(context: StageContext, layer: int, expert: int, storage: Storage = "dense") -> list[str]:
+    """Tensors that hold the weights of one compressed expert; those of a unit's shard are dense."""
     names = (context.layout.expert_linear_name(layer, expert, p) for p in PROJECTIONS)
-    return [f"{name}.{suffix}" for name in names for suffix in WEIGHT_SUFFIXES]
+    return [f"{name}.{stored}" for name in names for suffix in WEIGHT_SUFFIXES for stored in stored_suffixes(suffix, storage)]
 
 
 def decode_compressed(context: StageContext, layer: int, expert: int, tensors: Mapping[str, Tensor]) -> ExpertWeights:

@@ -19,6 +19,7 @@ import torch
 from p48ray import run_root
 from p48ray.manifest import LadderStep, LinearRecord, UnitManifest
 from p48ray.plan import plan_units
+from p48ray.report import sample
 from p48ray.report.charts import Scale, time_ticks
 from p48ray.report.fold import Span, busy, merged, shared_seconds
 from p48ray.report.html import idle_words, report_html
@@ -26,9 +27,11 @@ from p48ray.report.inspect import inspect_linear
 from p48ray.report.report import build_report
 from p48ray.report.sample import mask_overlap, sample_checkpoint
 from p48ray.report.work import Extrapolation
+from p48ray.runner.converter import convert_folder
 from p48ray.stages.context import StageContext
 from p48ray.stages.evaluate import EvaluationResult
 from p48ray.store import LocalStore, MemoryStore
+from p48ray.store.view import SubStore
 from tests.stages.small_run import SmallRun
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
@@ -317,6 +320,16 @@ def test_patterns_and_scales_are_those_of_the_sampled_linears(finished: SmallRun
     for s in samples[::7]:
         found = inspect_linear(checkpoint, finished.context.layout.expert_linear_name(s.layer, s.expert, s.projection), None)
         assert (s.patterns, s.scales, s.overlap) == (found.patterns, found.scales, None)
+
+
+def test_rows_of_sparse_storage_are_sampled_as_those_of_dense(finished: SmallRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = MemoryStore("sampled-sparse")
+    convert_folder(LocalStore(finished.checkpoint), SubStore(store, run_root.CHECKPOINT), "sparse", None)
+    monkeypatch.setattr(sample, "SAMPLED_BYTES", 1000)  # 7 rows of 128 bytes, or 15 of 64
+    dense = sample_checkpoint(finished.context, finished.prepared.store)
+    assert {s.rows for s in dense} == {7, 15} and {s.overlap for s in dense} == {1.0}
+    context = replace(finished.context, store=store)
+    assert sample_checkpoint(context, store) == sample_checkpoint(context, finished.prepared.store) == dense
 
 
 def test_overlap_is_shown_only_beside_another_checkpoint(finished: SmallRun, units: list[UnitManifest], page: Page) -> None:
