@@ -165,6 +165,14 @@ class ShardVerdict(Record):
     untouched_sha256: dict[str, str] = Field(description="By tensor, as read here.")
 
 
+class CompressedSums(Record):
+    """Sums over some held-out sequences through the compressed model; natural logarithms."""
+
+    loss: float
+    correct: int
+    kl: float
+
+
 class EvaluationPart(Record):
     """Sums over some held-out sequences; natural logarithms."""
 
@@ -177,6 +185,9 @@ class EvaluationPart(Record):
     compressed_loss: float
     compressed_correct: int
     kl: float
+    in_groups_of_32: CompressedSums | None = Field(
+        None, description="With activation scales of 32 inputs, as kernels of paired-4:8 see them."
+    )
 
 
 class PublishedShard(Record):

@@ -218,6 +218,15 @@ def evaluation(plan: RunPlan, quality: EvaluationResult | None, baseline: Evalua
     for name, r in results:
         if r is not None:
             rows.append((name, f"{r.compressed_perplexity:.4f}", f"{r.compressed_accuracy:.4f}", f"{r.kl:.4f}"))
+    if (other := quality.in_groups_of_32) is not None:
+        rows.append(
+            (
+                "this checkpoint on sparse kernels: activations in groups of 32",
+                f"{other.perplexity:.4f}",
+                f"{other.accuracy:.4f}",
+                f"{other.kl:.4f}",
+            )
+        )
     how = "NVFP4 activations emulated" if settings.activations == "nvfp4" else "original activations"
     return table(("", "perplexity", "token accuracy", "KL to source, nats a token"), rows) + (
         f"\n\n{quality.num_tokens:,} held-out tokens in sequences of {settings.sequence_length:,}, {how}, by p48ray's own "

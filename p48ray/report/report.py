@@ -157,6 +157,8 @@ def print_report(report: Report, console: Console) -> None:
         table.add_row(
             f"{report.solver}, {report.sparsity}", f"{q.compressed_perplexity:.4f}", f"{q.compressed_accuracy:.4f}", f"{q.kl:.4f}"
         )
+        if (other := q.in_groups_of_32) is not None:
+            table.add_row("the same, activations in groups of 32", f"{other.perplexity:.4f}", f"{other.accuracy:.4f}", f"{other.kl:.4f}")
         console.print(table)
     if report.quality is not None and report.baseline is not None and report.baseline.kl > 0:
         console.print(f"KL ratio to the one-shot baseline: {report.quality.kl / report.baseline.kl:.3f}")

@@ -147,6 +147,9 @@ def test_quality_is_the_reports(finished: SmallRun, units: list[UnitManifest], p
     for words in ("777 held-out tokens", "one-shot baseline 0.6250 5.5000 +175.00% 0.8000", "0.5000 3.0000 +50.00% 0.8000"):
         assert words in re.sub(r"\s+", " ", both.words["quality"])
     assert "0.80 × the one-shot's 0.6250" in both.words["top"]
+    assert "sparse kernels" not in both.words["quality"]
+    assert q.in_groups_of_32 is not None
+    assert f"the same on sparse kernels {q.in_groups_of_32.kl:.4f} {q.in_groups_of_32.perplexity:.4f}" in page.words["quality"]
 
 
 def test_run_without_evaluation_shows_no_quality(finished: SmallRun, units: list[UnitManifest]) -> None:
