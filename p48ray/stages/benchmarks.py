@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from p48ray import run_root
 from p48ray.checkpoint.index import CONFIG_FILE, INDEX_FILE
-from p48ray.config_benchmarks import BenchmarksConfig, BenchmarkTask, Role
+from p48ray.config_benchmarks import ROLES, BenchmarksConfig, BenchmarkTask, ComparedCheckpoint, Role
 from p48ray.errors import ConfigError, ObjectMissingError, StageFailedError
 from p48ray.records import Record, canonical_json
 from p48ray.stages.reduce import MANIFEST_FILE
@@ -59,7 +59,7 @@ class BenchmarkColumn(Record):
 
 
 class BenchmarkTable(Record):
-    """benchmarks/table.json: the rows, and the columns that are named in the configuration."""
+    """benchmarks/table.json: the rows and the three columns; one without figures is empty."""
 
     schema_version: Literal[1] = 1
     tasks: tuple[BenchmarkTask, ...]
@@ -110,9 +110,9 @@ def table_rows(table: BenchmarkTable) -> list[TableRow]:
     rows = []
     for t in table.tasks:
         counted = "" if t.filter == "none" else f" ({t.filter})"
-        values = {role: table.value(role, t.task) for role in ("base", "baseline", "ours")}
+        values = {role: table.value(role, t.task) for role in ROLES}
         rows.append(TableRow(task=t.task, label=t.label, setting=f"{t.shots}-shot {t.metric}{counted}", **values))
-    means = {role: table.average(role) for role in ("base", "baseline", "ours")}
+    means = {role: table.average(role) for role in ROLES}
     rows.append(TableRow(task=None, label="average", setting=f"of {len(table.averaged)} of {len(table.tasks)} tasks", **means))
     return rows
 
@@ -121,14 +121,15 @@ def table_notes(table: BenchmarkTable) -> list[str]:
     """With what every column was measured, or where its figures come from. Plain text, a sentence each."""
     notes = []
     for c in table.columns:
+        title = c.title[:1].upper() + c.title[1:]
         if c.source is not None:
-            notes.append(f"{c.title}: published figures, not measured here: {c.source}.")
+            notes.append(f"{title}: published figures, not measured here: {c.source}.")
         elif c.values:
             notes.append(
-                f"{c.title}: lm-evaluation-harness {c.harness} against {', '.join(c.servers)}, checkpoint {(c.identity or '')[:12]}."
+                f"{title}: lm-evaluation-harness {c.harness} against {', '.join(c.servers)}, checkpoint {(c.identity or '')[:12]}."
             )
         else:
-            notes.append(f"{c.title}: not measured.")
+            notes.append(f"{title}: not measured.")
     if table.limit is not None:
         notes.append(f"A trial: at most {table.limit:,} documents a task.")
     return notes
@@ -237,7 +238,8 @@ def build_table(config: BenchmarksConfig, store: Store, identities: Mapping[Role
     """
     held = {info.key for info in store.list(run_root.BENCHMARKS)}
     columns = []
-    for role, column in config.columns().items():
+    for role in ROLES:
+        column = config.columns().get(role, ComparedCheckpoint())  # one that is not named has its place all the same
         title = column.title or DEFAULT_TITLES[role]
         if column.figures:
             published = read_figures(column.figures, config.tasks, f"benchmarks.{role}.figures")

@@ -32,7 +32,9 @@ def version(name: str) -> str:
 
 replaced = ExitStack()  # for as long as the process lives
 replaced.enter_context(mock.patch.object(importlib.metadata, "version", version))
-replaced.enter_context(mock.patch.object(ModelConfig, "_supports_multimodal_inputs", lambda self: False))  # the small model has no image processor
+replaced.enter_context(
+    mock.patch.object(ModelConfig, "_supports_multimodal_inputs", lambda self: False)
+)  # the small model has no image processor
 replaced.enter_context(in_the_emulations_slot())
 
 if __name__ == "__main__":
