@@ -216,11 +216,12 @@ model = load_model("<this repository>")
 
 
 def evaluation(
-    plan: RunPlan, quality: EvaluationResult | None, baseline: EvaluationResult | None, benchmarks: BenchmarkTable | None = None
+    plan: RunPlan, quality: EvaluationResult | None, baseline: EvaluationResult | None, benchmarks: BenchmarkTable | None
 ) -> str:
     settings = plan.config.evaluation
     if quality is None or settings is None:
-        return "Not evaluated by the job that made it."
+        own = "on held-out text " if is_measured(benchmarks) else ""
+        return f"Not evaluated {own}by the job that made it."
     rows = [("source", f"{quality.source_perplexity:.4f}", f"{quality.source_accuracy:.4f}", "0")]
     results = (("one-shot reference (SparseGPT masks + GPTQ)", baseline), ("this checkpoint", quality))
     for name, r in results:
