@@ -61,16 +61,17 @@ class RayServer(AbstractContextManager[str]):
             )
 
     def wait(self, actor: Any) -> str:
-        """The URL, once the server is healthy."""
-        start = said = time.monotonic()
+        """The URL, once the server is healthy. The time that it may take counts from when its node was found, which may have to be bought first."""
+        asked = said = started = time.monotonic()
         log.info("server    %s", " ".join(self.command))
         url: str | None = None
         while True:
-            waited = time.monotonic() - start
             state = ServerState(False, None, "waiting for a node with its GPUs")
             try:
-                url = url or ray.get(actor.where.remote(), timeout=POLL_S)
-                state = ray.get(actor.state.remote(), timeout=max(POLL_S, self.settings.start_timeout_s - waited))
+                if url is None:
+                    url = ray.get(actor.where.remote(), timeout=POLL_S)
+                    started = time.monotonic()
+                state = ray.get(actor.state.remote(), timeout=self.settings.start_timeout_s)
             except GetTimeoutError:
                 pass
             except RayTaskError as error:
@@ -79,21 +80,21 @@ class RayServer(AbstractContextManager[str]):
                 raise startup_failure(error) from error
             last = state.last_lines.splitlines()[-SHOWN_LINES:]
             if state.is_healthy and url:
-                log.info("server    healthy after %s at %s", duration(waited), url)
+                log.info("server    healthy after %s at %s", duration(time.monotonic() - asked), url)
                 return url
             if state.code is not None:
                 raise StageFailedError(
                     f"server: {' '.join(self.command)}: ended with code {state.code} before it answered; its last lines:\n"
                     + "\n".join(last)
                 )
-            if waited > self.settings.start_timeout_s:
+            if url and time.monotonic() - started > self.settings.start_timeout_s:
                 raise StageFailedError(
                     f"server: {' '.join(self.command)}: not healthy within benchmarks.server.start_timeout_s = {self.settings.start_timeout_s:g}; its last "
                     "lines:\n" + "\n".join(last)
                 )
             if time.monotonic() - said > SAID_EVERY_S:
                 said = time.monotonic()
-                log.info("server    starting for %s: %s", duration(waited), (last or [""])[-1][:120])
+                log.info("server    starting for %s: %s", duration(said - asked), (last or [""])[-1][:120])
             time.sleep(POLL_S)
 
 

