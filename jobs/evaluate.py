@@ -19,14 +19,14 @@ from p48ray.config import load_config
 from p48ray.config_benchmarks import Role
 from p48ray.errors import P48Error, UserError
 from p48ray.report.benchmark_section import print_benchmarks
-from p48ray.runner.benchmarks import Evaluation, Measured, choose, prepare_evaluation, run_evaluation
+from p48ray.runner.benchmarks import Evaluation, prepare_evaluation, run_evaluation
 from p48ray.runner.console import configure_logging
 from p48ray.runner.ray_server import RayServer
 
 
-def print_dry(evaluation: Evaluation, columns: list[Measured], url: str | None) -> None:
+def print_dry(evaluation: Evaluation, url: str | None) -> None:
     """What would be started and asked."""
-    for column in columns:
+    for column in evaluation.chosen:
         print(f"{column.title}: {column.place}, identity {column.identity[:12]}")
         print("  to measure: " + (", ".join(f"{t.label} ({t.shots}-shot {t.metric})" for t in column.missing) or "nothing, all is there"))
         if column.missing:
@@ -46,12 +46,11 @@ def main(
     """Benchmarks of a finished run's checkpoint beside its base and the one-shot baseline."""
     configure_logging()
     try:
-        evaluation = prepare_evaluation(load_config(config, tuple(set_ or ()), run_root))
-        columns = choose(evaluation, checkpoint, server)
+        evaluation = prepare_evaluation(load_config(config, tuple(set_ or ()), run_root), checkpoint, server)
         if dry_run:
-            return print_dry(evaluation, columns, server)
+            return print_dry(evaluation, server)
         address = os.environ.get("RAY_ADDRESS")
-        table = run_evaluation(evaluation, columns, server, lambda command: RayServer(command, evaluation.benchmarks.server, address))
+        table = run_evaluation(evaluation, server, lambda command: RayServer(command, evaluation.benchmarks.server, address))
         print_benchmarks(table, Console(width=None if os.isatty(1) else 160))
     except P48Error as error:
         typer.echo(f"error: {error}", err=True)

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,7 @@ from p48ray.stages.benchmarks import (
     BenchmarkTable,
     build_table,
     identify,
+    is_about,
     read_figures,
     read_harness,
     result_digest,
@@ -59,18 +60,18 @@ class Measured:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluation:
-    """A finished run whose benchmarks are asked for; every input has been checked. `plan`: the run root's, with the places of this configuration."""
+    """A finished run whose benchmarks are asked for; every input has been checked.
+
+    `plan`: the run root's, with the places of this configuration. `chosen`: what is to be measured now. `identities`: of all columns with a checkpoint.
+    """
 
     config: RunConfig
     benchmarks: BenchmarksConfig
     plan: RunPlan
     store: Store
     report: Report
-    columns: tuple[Measured, ...]
-
-    @property
-    def identities(self) -> dict[Role, str]:
-        return {c.role: c.identity for c in self.columns}
+    chosen: tuple[Measured, ...]
+    identities: Mapping[Role, str]
 
     def server_command(self, column: Measured) -> list[str]:
         """As it is started, but for --host and --port."""
@@ -82,25 +83,44 @@ class Evaluation:
         return [*server.command, column.place, *at, *flags]
 
 
-def prepare_evaluation(config: RunConfig) -> Evaluation:
-    """Open everything and check it; nothing is written. Raises: UserError of some kind for whatever the user must mend."""
+def prepare_evaluation(config: RunConfig, only: Role | None, url: str | None) -> Evaluation:
+    """Open everything and check it; nothing is written.
+
+    Args:   only: the one column to measure. url: of a server that runs already; it serves one checkpoint, ours unless another is named.
+    Raises: UserError of some kind for whatever the user must mend.
+    """
     config = absolute(config)
     benchmarks = config.benchmarks or BenchmarksConfig()
     store = open_store(config.run.root, config.run.endpoint_url)
     plan, report = read_run(config, store)
-    held = {info.key for info in store.list(run_root.BENCHMARKS)}
-    columns = []
+    wanted: Role | None = only or ("ours" if url else None)
+    held, chosen = {info.key for info in store.list(run_root.BENCHMARKS)}, []
+    known = known_identities(store, benchmarks) if run_root.BENCHMARK_TABLE in held else {}
     for role, column in benchmarks.columns().items():
         if column.figures:
             read_figures(column.figures, benchmarks.tasks, f"benchmarks.{role}.figures")
             continue
-        uri = column.checkpoint or f"{config.run.root}/{run_root.CHECKPOINT}".rstrip("/")
-        opened = open_store(uri, config.run.endpoint_url)
-        identity = identify(opened)
-        missing = [t for t in benchmarks.tasks if run_root.benchmark_result(result_digest(identity, t, benchmarks)) not in held]
-        place, revision = served_place(opened)
-        columns.append(Measured(role=role, column=column, identity=identity, place=place, revision=revision, missing=tuple(missing)))
-    return Evaluation(config=config, benchmarks=benchmarks, plan=plan, store=store, report=report, columns=tuple(columns))
+        opened = open_store(column.checkpoint or f"{config.run.root}/{run_root.CHECKPOINT}".rstrip("/"), config.run.endpoint_url)
+        try:
+            known[role] = identify(opened)
+        except P48Error:
+            if wanted in (None, role):
+                raise
+            continue  # it need not be in reach to be shown: where it was measured before, the table has its identity
+        if wanted in (None, role):
+            missing = [t for t in benchmarks.tasks if run_root.benchmark_result(result_digest(known[role], t, benchmarks)) not in held]
+            place, revision = served_place(opened)
+            chosen.append(Measured(role=role, column=column, identity=known[role], place=place, revision=revision, missing=tuple(missing)))
+    if not chosen:
+        raise ConfigError(f"--checkpoint {wanted}: expected a checkpoint under benchmarks.{wanted} of the configuration, found none")
+    check_places(chosen, benchmarks, url)
+    return Evaluation(config=config, benchmarks=benchmarks, plan=plan, store=store, report=report, chosen=tuple(chosen), identities=known)
+
+
+def known_identities(store: Store, benchmarks: BenchmarksConfig) -> dict[Role, str]:
+    """Of the columns that the run root's table has and the configuration still means."""
+    table, now = BenchmarkTable.load(store, run_root.BENCHMARK_TABLE), benchmarks.columns()
+    return {c.role: c.identity for c in table.columns if c.identity and c.role in now and now[c.role].checkpoint == c.checkpoint}
 
 
 def read_run(config: RunConfig, store: Store) -> tuple[RunPlan, Report]:
@@ -135,15 +155,8 @@ def served_place(store: Store) -> tuple[str, str | None]:
     return store.uri, None
 
 
-def choose(evaluation: Evaluation, only: Role | None, url: str | None) -> list[Measured]:
-    """The columns to measure now. One server serves one checkpoint: ours, unless another is named.
-
-    Raises: ConfigError for a column without a checkpoint.
-    """
-    wanted: Role | None = only or ("ours" if url else None)
-    chosen = [c for c in evaluation.columns if wanted in (None, c.role)]
-    if not chosen:
-        raise ConfigError(f"--checkpoint {wanted}: expected a checkpoint under benchmarks.{wanted} of the configuration, found none")
+def check_places(chosen: Sequence[Measured], benchmarks: BenchmarksConfig, url: str | None) -> None:
+    """Raises: ConfigError for a checkpoint in a bucket that is to be served from here, or whose tokenizer the harness can not find."""
     for column in chosen:
         if "://" in column.place and column.missing:
             if url is None:
@@ -151,23 +164,22 @@ def choose(evaluation: Evaluation, only: Role | None, url: str | None) -> list[M
                     f"benchmarks.{column.role}.checkpoint: {column.place}: expected a folder or hf://owner/name@revision that a server can read; copy it to a "
                     "folder and name that, or serve it yourself and pass --server URL"
                 )
-            if evaluation.benchmarks.tokenizer is None:
+            if benchmarks.tokenizer is None:
                 raise ConfigError(
                     f"benchmarks.tokenizer: expected a folder or owner/name for the harness, since {column.place} is a bucket; found null"
                 )
-    return chosen
 
 
-def run_evaluation(evaluation: Evaluation, columns: Sequence[Measured], url: str | None, start_server: StartServer) -> BenchmarkTable:
+def run_evaluation(evaluation: Evaluation, url: str | None, start_server: StartServer) -> BenchmarkTable:
     """Measure what is missing, and write table, card, page and report. What fails is set aside until all else is done.
 
     Args:   url: of a server that runs already. start_server: for every column with something missing, where there is no such server.
     Raises: UserError at once; StageFailedError at the end, with all that failed. What was measured stays, and the same call goes on from there.
     """
     failed: dict[str, P48Error] = {}
-    if any(c.missing for c in columns):
+    if any(c.missing for c in evaluation.chosen):
         check_harness(evaluation.benchmarks)
-    for column in columns:
+    for column in evaluation.chosen:
         num_tasks = len(evaluation.benchmarks.tasks)
         log.info("evaluate  %s: %d of %d tasks done already", column.title, num_tasks - len(column.missing), num_tasks)
         if not column.missing:
@@ -245,7 +257,13 @@ def find_model(served: Sequence[ServedModel], config: BenchmarksConfig, column: 
 
 
 def publish_table(evaluation: Evaluation, table: BenchmarkTable) -> None:
-    """Into the run root, and into what people read."""
+    """Into the run root, and into what people read; but for figures of another checkpoint than the run root's, which are kept and not shown there."""
+    if not is_about(table, evaluation.store):
+        log.warning(
+            "evaluate  benchmarks.ours.checkpoint is not what lies in %s/checkpoint: its report and card stay as they are",
+            evaluation.store.uri,
+        )
+        return
     evaluation.store.put(run_root.BENCHMARK_TABLE, table.to_json())
     context = open_context(evaluation.plan, evaluation.store)
     write_report(context, evaluation.report.model_copy(update={"benchmarks": table}), read_units(context))

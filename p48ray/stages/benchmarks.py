@@ -20,6 +20,7 @@ from p48ray.errors import ConfigError, ObjectMissingError, StageFailedError
 from p48ray.records import Record, canonical_json
 from p48ray.stages.reduce import MANIFEST_FILE
 from p48ray.store.base import Store
+from p48ray.store.view import SubStore
 
 HARNESS_VERSION = "0.4.13"  # of lm-evaluation-harness; pyproject.toml and the constraints pin the same. Tasks change between versions.
 
@@ -46,11 +47,15 @@ class BenchmarkResult(Record):
 
 
 class BenchmarkColumn(Record):
-    """One checkpoint of the table. `source`: where figures were published, of those that were not measured here. `stderr`: in per cent, as values."""
+    """One checkpoint of the table.
+
+    `source`: where figures were published, of those that were not measured here. `checkpoint`: as the configuration names it. `stderr`: in per cent, as values.
+    """
 
     role: Role
     title: str
     source: str | None = None
+    checkpoint: str | None = None
     identity: str | None = None
     harness: str | None = None
     servers: tuple[str, ...] = ()
@@ -136,18 +141,17 @@ def table_notes(table: BenchmarkTable) -> list[str]:
 
 
 def identify(store: Store) -> str:
-    """SHA-256 that stands for all bytes of a checkpoint: of p48ray.json, which has the digests of all others; else of config and index.
+    """SHA-256 that stands for all bytes of a checkpoint: of config.json, and of p48ray.json, which has the digests of all else, or of the index.
 
+    config.json counts, because both storages of one checkpoint have the same p48ray.json, and servers quantize their activations in other groups.
     Raises: ConfigError where there is no checkpoint.
     """
     try:
-        return hashlib.sha256(store.get(MANIFEST_FILE)).hexdigest()
-    except ObjectMissingError:
-        pass
-    try:
-        return hashlib.sha256(store.get(CONFIG_FILE) + store.get(INDEX_FILE)).hexdigest()
+        config = store.get(CONFIG_FILE)
+        digests = store.get(MANIFEST_FILE if store.head(MANIFEST_FILE) else INDEX_FILE)
     except ObjectMissingError as error:
-        raise ConfigError(f"{store.uri}: expected a checkpoint: {MANIFEST_FILE}, or {CONFIG_FILE} and {INDEX_FILE}; {error}") from None
+        raise ConfigError(f"{store.uri}: expected a checkpoint: {CONFIG_FILE}, and {MANIFEST_FILE} or {INDEX_FILE}; {error}") from None
+    return hashlib.sha256(config + digests).hexdigest()
 
 
 def result_digest(identity: str, task: BenchmarkTask, config: BenchmarksConfig) -> str:
@@ -252,6 +256,7 @@ def build_table(config: BenchmarksConfig, store: Store, identities: Mapping[Role
             BenchmarkColumn(
                 role=role,
                 title=title,
+                checkpoint=column.checkpoint,
                 identity=identity,
                 harness=HARNESS_VERSION if results else None,
                 servers=tuple(sorted({r.server for r in results})),
@@ -267,8 +272,13 @@ def read_table(store: Store) -> BenchmarkTable | None:
     if store.head(run_root.BENCHMARK_TABLE) is None:
         return None
     table = BenchmarkTable.load(store, run_root.BENCHMARK_TABLE)
+    return table if is_about(table, store) else None
+
+
+def is_about(table: BenchmarkTable, store: Store) -> bool:
+    """Whether the table's own column is the run root's checkpoint as it is now, and not a copy in another storage or one that was made anew."""
     ours = table.column("ours")
-    manifest = run_root.checkpoint_file(MANIFEST_FILE)
-    if ours is None or store.head(manifest) is None or ours.identity != hashlib.sha256(store.get(manifest)).hexdigest():
-        return None
-    return table
+    try:
+        return ours is not None and ours.identity == identify(SubStore(store, run_root.CHECKPOINT))
+    except ConfigError:
+        return False

@@ -186,6 +186,27 @@ def test_server_of_something_else_is_refused(workshop: Workshop, server: ServerP
     assert workshop.asked == [] and not (workshop.root / BENCHMARK_TABLE).exists()
 
 
+def test_column_that_is_out_of_reach_keeps_its_figures(workshop: Workshop, server: ServerProcess, tmp_path: Path) -> None:
+    """Measured on one machine, shown by another; a column that was never measured and is not there is refused only when it is asked for."""
+    other = tmp_path / "other"
+    other.mkdir()
+    for name in ("config.json", "model.safetensors.index.json"):
+        (other / name).write_text("{}")
+    workshop.configure(baseline={"checkpoint": str(other), "served_name": f"{workshop.root}/checkpoint"})
+    assert workshop.evaluate("--server", server.url, "--checkpoint", "baseline").code == 0
+    other.rename(tmp_path / "elsewhere")
+    workshop.configure(base={"checkpoint": str(tmp_path / "never")})
+    assert workshop.evaluate("--server", server.url).code == 0
+    assert workshop.column("baseline")["values"] == workshop.column("ours")["values"] == {"first": 25.0, "second": 50.0, "third": 75.0}
+    assert workshop.column("base")["values"] == {}
+    workshop.configure(baseline={"checkpoint": str(tmp_path / "another")})
+    assert workshop.evaluate("--server", server.url).code == 0
+    assert workshop.column("baseline")["values"] == {}
+    outcome = workshop.evaluate("--server", server.url, "--checkpoint", "base")
+    assert outcome.code == 2
+    assert f"{tmp_path}/never: expected a checkpoint" in outcome.err
+
+
 def test_servers_own_name_for_the_checkpoint_is_taken(workshop: Workshop, server: ServerProcess, tmp_path: Path) -> None:
     """As of a server that has a copy of the checkpoint elsewhere; here it is the other way round."""
     moved = tmp_path / "moved"
@@ -195,6 +216,23 @@ def test_servers_own_name_for_the_checkpoint_is_taken(workshop: Workshop, server
     outcome = workshop.evaluate("--server", server.url)
     assert outcome.code == 0, outcome
     assert f"model={workshop.root}/checkpoint" in workshop.calls[0] and f"tokenizer={moved}" in workshop.calls[0]
+
+
+def test_figures_of_another_checkpoint_than_the_runs_are_in_neither_card_nor_report(
+    workshop: Workshop, server: ServerProcess, tmp_path: Path
+) -> None:
+    """As of its sparse storage: the same p48ray.json, another config.json."""
+    other = tmp_path / "sparse"
+    other.mkdir()
+    (other / "p48ray.json").write_bytes((workshop.root / "checkpoint" / "p48ray.json").read_bytes())
+    (other / "config.json").write_text("{}")
+    before = (workshop.root / "checkpoint" / "README.md").read_bytes()
+    workshop.configure(ours={"checkpoint": str(other), "served_name": f"{workshop.root}/checkpoint"})
+    outcome = workshop.evaluate("--server", server.url)
+    assert outcome.code == 0, outcome
+    assert "its report and card stay as they are" in outcome.out and "50.00" in outcome.out
+    assert (workshop.root / "checkpoint" / "README.md").read_bytes() == before
+    assert json.loads((workshop.root / "report" / "report.json").read_text())["benchmarks"] is None
 
 
 def test_requests_longer_than_the_server_takes_are_refused(workshop: Workshop, server: ServerProcess) -> None:

@@ -25,6 +25,7 @@ from p48ray.stages.benchmarks import (
     table_rows,
 )
 from p48ray.store import MemoryStore
+from p48ray.store.view import SubStore
 from tests.stages.recorded_harness import GROUP, SINGLE
 
 ENDINGS = BenchmarkTask(task="endings", title="Endings", shots=1, metric="acc_norm")
@@ -168,15 +169,19 @@ def test_result_belongs_to_checkpoint_task_and_settings() -> None:
     assert len({known, *others}) == 8
 
 
-def test_identity_is_of_p48ray_json_or_else_of_config_and_index() -> None:
+def test_identity_is_of_the_config_and_of_p48ray_json_or_the_index() -> None:
     store = MemoryStore("identity")
     with pytest.raises(ConfigError, match="expected a checkpoint"):
         identify(store)
     store.put("config.json", b"{}")
+    with pytest.raises(ConfigError, match="expected a checkpoint"):
+        identify(store)
     store.put("model.safetensors.index.json", b"[]")
     assert identify(store) == hashlib.sha256(b"{}[]").hexdigest()
     store.put("p48ray.json", b"digests")
-    assert identify(store) == hashlib.sha256(b"digests").hexdigest()
+    assert identify(store) == hashlib.sha256(b"{}digests").hexdigest()
+    store.put("config.json", b"{sparse}")
+    assert identify(store) == hashlib.sha256(b"{sparse}digests").hexdigest()
 
 
 # Published figures.
@@ -265,8 +270,9 @@ def test_trial_says_that_it_is_one() -> None:
 def test_table_of_a_checkpoint_that_is_no_more_is_not_shown() -> None:
     store = MemoryStore("stale")
     assert read_table(store) is None
+    store.put("checkpoint/config.json", b"{}")
     store.put("checkpoint/p48ray.json", b"first")
-    table = build_table(CONFIG, store, {"ours": hashlib.sha256(b"first").hexdigest()})
+    table = build_table(CONFIG, store, {"ours": identify(SubStore(store, "checkpoint/"))})
     store.put(run_root.BENCHMARK_TABLE, table.to_json())
     assert read_table(store) == table
     store.put("checkpoint/p48ray.json", b"second")
