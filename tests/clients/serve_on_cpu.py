@@ -20,7 +20,7 @@ os.environ |= {
 from vllm.config import ModelConfig
 from vllm.entrypoints.cli.main import main
 
-from tests.clients.torch_nvfp4 import in_the_emulations_slot
+from tests.clients.torch_nvfp4 import TorchNvfp4Experts, in_the_emulations_slot
 
 stock = importlib.metadata.version
 
@@ -36,6 +36,7 @@ replaced.enter_context(
     mock.patch.object(ModelConfig, "_supports_multimodal_inputs", lambda self: False)
 )  # the small model has no image processor
 replaced.enter_context(in_the_emulations_slot())
+TorchNvfp4Experts.quantizes_activations = True  # W4A4, as it is served
 
 if __name__ == "__main__":
     main()

@@ -64,7 +64,7 @@ metric_list: [{{metric: exact_match, ignore_case: true}}]
 filter_list: [{{name: first-word, filter: [{{function: regex, regex_pattern: '(\\S+)'}}, {{function: take_first}}]}}]
 metadata: {{version: 1.0}}
 """
-pytestmark = pytest.mark.timeout(900)
+pytestmark = pytest.mark.timeout(1800)
 
 
 def write_tasks(folder: Path) -> None:
@@ -110,7 +110,7 @@ class Job:
 
     def run(self, *more: str) -> tuple[int, str]:
         before = self.log.stat().st_size if self.log.exists() else 0
-        code = self.start(*more).wait(timeout=400)
+        code = self.start(*more).wait(timeout=800)
         return code, self.log.read_bytes()[before:].decode()
 
     def results(self) -> dict[str, Any]:
@@ -171,7 +171,7 @@ def test_killed_in_between_it_goes_on_where_it_was(job: Job) -> None:
     """Only the driver is killed, after the first figure: the server ends by itself, that figure is kept, and the second call asks for the other three."""
     process = job.start()
     try:
-        wait_for(lambda: job.results() or process.poll() is not None, 400)
+        wait_for(lambda: job.results() or process.poll() is not None, 600)
         assert process.poll() is None, job.log.read_text()[-4000:]
         assert servers(job)
     finally:
