@@ -4,18 +4,24 @@ A process a task, because the harness may need another Python than ours, and wha
 """
 
 import json
+import logging
 import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from p48ray.config_benchmarks import BenchmarksConfig, BenchmarkTask
 from p48ray.errors import ConfigError, StageFailedError
+from p48ray.runner.server_process import end_with_parent, tail
 from p48ray.stages.benchmarks import HARNESS_VERSION
 
+log = logging.getLogger("p48ray.progress")
+
+SAID_EVERY_S = 60.0
 SHOWN_LINES = 20
 VERSION_TIMEOUT_S = 120
 REQUEST_ATTEMPTS = 5
@@ -60,20 +66,39 @@ class Harness:
         ]
 
     def run(self, task: BenchmarkTask) -> dict[str, Any]:
-        """The harness's results of a task. Raises: StageFailedError with its last lines."""
+        """The harness's results of a task; now and then a line of how far it is. Raises: StageFailedError with its last lines."""
         with tempfile.TemporaryDirectory(prefix="p48ray-harness-") as folder:
-            done = subprocess.run(
-                self.command(task, folder), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False,
-                env=os.environ | {"TOKENIZERS_PARALLELISM": "false"},
-            )  # fmt: skip
-            found = sorted(Path(folder).rglob("results_*.json"))
-            if done.returncode or len(found) != 1:
-                last = "\n".join(done.stdout.decode("utf-8", "replace").replace("\r", "\n").strip().splitlines()[-SHOWN_LINES:])
-                raise StageFailedError(
-                    f"{task.task}: lm-evaluation-harness ended with code {done.returncode} and {len(found)} results:\n{last}"
-                )
+            output, printed = f"{folder}/output", f"{folder}/log"
+            code = follow(self.command(task, output), printed, task.label)
+            found = sorted(Path(output).rglob("results_*.json"))
+            if code or len(found) != 1:
+                last = "\n".join(tail(printed).splitlines()[-SHOWN_LINES:])
+                raise StageFailedError(f"{task.task}: lm-evaluation-harness ended with code {code} and {len(found)} results:\n{last}")
             results: dict[str, Any] = json.loads(found[0].read_bytes())
             return results
+
+
+def follow(command: Sequence[str], printed: str, label: str) -> int:
+    """Run a command to its end, its output in the file `printed`; returns its exit code. It does not outlive this process."""
+    with (
+        open(printed, "wb") as out,
+        subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            env=os.environ | {"TOKENIZERS_PARALLELISM": "false"},
+            preexec_fn=end_with_parent,
+        ) as process,
+    ):
+        try:
+            while True:
+                try:
+                    return process.wait(SAID_EVERY_S)
+                except subprocess.TimeoutExpired:
+                    log.info("evaluate  %s: %s", label, (tail(printed).splitlines() or [""])[-1][:160])
+        finally:
+            process.kill()
 
 
 def check_harness(config: BenchmarksConfig) -> None:

@@ -67,9 +67,7 @@ class ServerProcess:
         return ServerState(is_healthy, code, self.last_lines())
 
     def last_lines(self) -> str:
-        with open(self.log.name, "rb") as log:
-            log.seek(max(0, os.path.getsize(self.log.name) - LOG_TAIL_BYTES))
-            return log.read().decode("utf-8", "replace").strip()
+        return tail(self.log.name)
 
     def end(self) -> None:
         """Ask the whole group to end; what has not done so in time is killed."""
@@ -82,6 +80,13 @@ class ServerProcess:
                 return
 
 
+def tail(path: str) -> str:
+    """The end of a log; a progress bar's states are lines of their own."""
+    with open(path, "rb") as log:
+        log.seek(max(0, os.path.getsize(path) - LOG_TAIL_BYTES))
+        return log.read().decode("utf-8", "replace").replace("\r", "\n").strip()
+
+
 def signal_group(pid: int, number: int) -> bool:
     """Whether there was still anyone in the group."""
     try:
@@ -92,7 +97,7 @@ def signal_group(pid: int, number: int) -> bool:
 
 
 def end_with_parent() -> None:
-    """In the child, before it becomes the server: SIGTERM when the thread that started it is gone."""
+    """In a child, before it becomes what it is to be: SIGTERM when the thread that started it is gone."""
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 

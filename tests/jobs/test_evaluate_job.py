@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 from jobs import evaluate
 from p48ray.config import assign, read_yaml
 from p48ray.run_root import BENCHMARK_TABLE
+from p48ray.runner import harness
 from p48ray.runner.server_process import ServerProcess
 from tests.conftest import REPO
 from tests.jobs.command import CONFIG, SMALL, Outcome, own_logging
@@ -160,6 +161,16 @@ def test_what_failed_is_named_and_alone_is_asked_again(workshop: Workshop, serve
     assert workshop.evaluate("--server", server.url).code == 0
     assert workshop.asked == ["first", "second", "third", "second"]
     assert workshop.column("ours")["values"] == {"first": 25.0, "second": 50.0, "third": 75.0}
+
+
+def test_long_task_says_how_far_it_is(workshop: Workshop, server: ServerProcess, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(harness, "SAID_EVERY_S", 0.2)
+    player = workshop.folder / "python"
+    bar = 'import time; print("  1/9\\r  4/9", end="", flush=True); time.sleep(1); task'
+    player.write_text(player.read_text().replace("\ntask = options", f"\n{bar} = options"))
+    outcome = workshop.evaluate("--server", server.url)
+    assert outcome.code == 0, outcome
+    assert "evaluate  first:   4/9" in outcome.out or "evaluate  first: 4/9" in outcome.out
 
 
 def test_another_setting_or_checkpoint_is_asked_anew(workshop: Workshop, server: ServerProcess) -> None:
