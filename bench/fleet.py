@@ -318,7 +318,7 @@ def sized(prepared: Prepared, fleet: Fleet, name: str, keep: str) -> Prepared:
     """The plan for this fleet (worker counts are free to change) on a store of its own."""
     config = prepared.plan.config
     streams = min(config.run.capture_workers or fleet.gpus, fleet.gpus)
-    run = config.run.model_copy(update={"num_workers": fleet.gpus, "capture_workers": streams, "keep": keep})
+    run = config.run.model_copy(update={"num_workers": fleet.gpus, "capture_workers": streams, "keep": keep, "prefetch_units": 0})
     plan: RunPlan = prepared.plan.model_copy(update={"config": config.model_copy(update={"run": run})})
     return dataclasses.replace(prepared, plan=plan, store=CountingStore(name))
 
@@ -459,7 +459,7 @@ def assumptions(args: argparse.Namespace, c: Costs) -> list[str]:
         "Reads 'own': every unit reads its layer's activations and gradients once; source layers once per worker and direction.",
         f"Streaming: {c.up_s:.2f} s up and {c.back_s:.2f} s back for a part at a layer (assumed rate); read, compute and write one after the other; at most "
         "run.capture_workers GPUs, and only the nodes that they need.",
-        "Not counted: reduce, verify, evaluate, the head node, storage, requests, limits of the store.",
+        "Not counted: units read ahead, reduce, verify, evaluate, the head node, storage, requests, limits of the store.",
         "Driver: processor time of the real Job, RayRunner, Dispatcher, run_all, needs and collect, pickling included, the simulation's own taken off; "
         "listings come from memory, Ray's own share is measured apart (--ray).",
     ]

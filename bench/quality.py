@@ -34,9 +34,9 @@ from p48ray.report.report import Report
 from p48ray.runner.console import configure_logging
 from p48ray.runner.pipeline import run_job
 from p48ray.stages import arrow
-from p48ray.stages.compress import solver_arguments
+from p48ray.stages.compress import fetch_unit, solver_arguments
 from p48ray.stages.context import StageContext
-from p48ray.stages.curvature import RoutedTokens, down_curvature, gate_up_curvature, output_side
+from p48ray.stages.curvature import down_curvature, gate_up_curvature, output_side
 from p48ray.stages.evaluate import EvaluationResult, combine, evaluate_part, evaluation_digest
 from p48ray.stages.prepare import prepare
 from p48ray.stages.tasks import open_context
@@ -138,8 +138,8 @@ def sparsity_alone(config: RunConfig) -> EvaluationResult:
 
 def sparse_unit(context: StageContext, unit: WorkUnit) -> list[ExpertWeights]:
     """As stages.compress, gate and up first, then down on what they leave."""
-    originals = [context.source_expert(unit.layer, expert, torch.float32) for expert in unit.experts]
-    tokens = RoutedTokens(context, unit, context.layer_scales(unit.layer))
+    fetched = fetch_unit(context, unit)
+    originals, tokens = [context.placed(linears, torch.float32) for linears in fetched.experts.values()], fetched.tokens
     side = output_side(tokens, originals)
     gate_up_NZH = torch.stack([torch.cat([w.gate_FH, w.up_FH]) for w in originals])
     gate_up_NZH = sparse_values(*solver_arguments(context, gate_up_NZH, gate_up_curvature(tokens, side)[0]))

@@ -28,12 +28,14 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from p48ray.model.experts import ExpertWeights, intermediate
 from p48ray.numerics import nvfp4
 from p48ray.numerics.activation import input_global_scale, quantize_activations
 from p48ray.numerics.block_descent import block_descent
 from p48ray.numerics.curvature import SecondMoment, damp
 from p48ray.numerics.factor import inverse_factor
 from p48ray.numerics.output_gradients import expert_gradients
+from p48ray.numerics.products import tensor_float_32
 from p48ray.numerics.solvers import SolverSettings, damped_output_hessian, solve
 from p48ray.numerics.sparsegpt import one_shot
 from p48ray.numerics.two_sided import two_sided_descent
@@ -167,10 +169,11 @@ def time_linear(name: str, linear: Linear, device: str, repeats: int, against_cp
 
 def time_forwards(x: Tensor, gate_up: Tensor, down: Tensor, device: str, repeats: int) -> dict[str, float]:
     """What surrounds the solver for one expert: the intermediate, and the gradients at all outputs."""
-    gate, up = gate_up.chunk(2)
-    _, forward = timed(lambda: F.silu(x @ gate.T) * (x @ up.T), device, repeats)
+    weights = ExpertWeights(*gate_up.chunk(2), down)
     delta, router = x.flip(0), torch.ones(len(x), device=x.device)
-    _, backward = timed(lambda: expert_gradients(x, delta, router, gate, up, down), device, repeats)
+    with tensor_float_32():
+        _, forward = timed(lambda: intermediate(x, weights), device, repeats)
+        _, backward = timed(lambda: expert_gradients(x, delta, router, *weights), device, repeats)
     return {"intermediate": forward, "gradients": backward}
 
 

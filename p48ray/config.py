@@ -157,6 +157,7 @@ class RunSettings(Section):
     gpus_per_worker: float = Field(0.0, ge=0)
     gpu_hour_price: float | None = Field(None, gt=0, description="Currency units per GPU-hour, for the estimate.")
     max_attempts: int = Field(3, gt=0)
+    prefetch_units: int = Field(1, ge=0, description="Units that a worker reads, or writes, beside the one that it computes.")
     layers: Annotated[tuple[int, ...], BeforeValidator(as_tuple)] | None = None
     keep: Literal["all", "units", "checkpoint"] = "all"
     boundary_every: int = Field(

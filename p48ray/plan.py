@@ -22,7 +22,7 @@ from p48ray.records import Record, canonical_json
 from p48ray.store.base import Store
 
 FORMAT_VERSION = 2  # layout of the run root and of unit shards
-NUMERICS_VERSION = 2  # bumped by whoever changes a number that reaches an output byte
+NUMERICS_VERSION = 3  # bumped by whoever changes a number that reaches an output byte
 
 Effect = Literal["digest", "free"]
 
@@ -79,6 +79,7 @@ SETTINGS: dict[str, Effect] = {
     "run.gpus_per_worker": "free",  # across device models: within tolerance; manifests record the device
     "run.gpu_hour_price": "free",
     "run.max_attempts": "free",
+    "run.prefetch_units": "free",
     "run.layers": "digest",
     "run.keep": "free",
     "run.boundary_every": "free",  # what is run again comes out bit for bit

@@ -90,6 +90,7 @@ def test_every_digest_setting_is_tried() -> None:
     [
         "run.num_workers=7",
         "run.max_attempts=1",
+        "run.prefetch_units=0",
         "evaluation=null",
         "evaluation.seed=4",
         "run.gpu_hour_price=2.5",

@@ -141,7 +141,7 @@ class Replayed:
             return
         if self.graph is None:
             self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
+            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):  # another thread may fetch the next unit meanwhile
                 self.action()
         self.graph.replay()
 

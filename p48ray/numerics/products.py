@@ -6,6 +6,8 @@ between terms. Where a result is a sum of many such terms that nothing cancels b
 is far below
 what a solver does to the weights; docs/PERFORMANCE.md has the measured output errors with and without.
 
+In an expert's own forward and its gradients one operand is a weight of 4 bits times a bf16 scale, which TF32 holds exactly; only the tokens are rounded.
+
 Elsewhere products stay in float32: the runner switches TF32 off, and this switches it on for a block of code.
 """
 

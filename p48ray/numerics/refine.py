@@ -2,30 +2,39 @@
 
 Block descent works on one linear at a time. Here the error of the whole expert is lowered, measured as the loss feels it:
 
-    minimise  sum_t w_t e_t G e_t^T / sum_t w_t,        e = E_Q(x^) - E(x),   E(x) = down(silu(gate x) * up x)
+    minimise  L = sum_t w_t e_t M e_t^T / sum_t w_t y_t M y_t^T,        e = E_Q(x^) - y,   y = E(x),   E(x) = down(silu(gate x) * up x)
 
-with G of down's output (without it, refinement undid part of what two-sided descent had gained on the small model, DESIGN 7.5). Rounding of weights and of the
-intermediate passes gradients straight through. Some tokens of each expert are held out; their loss is taken before the first step and now and then after; the
-best state counts, the start among them, so that no expert ends worse on them than it began.
+with the metric M, G of down's output (without it, refinement undid part of what two-sided descent had gained on the small model, DESIGN 7.5). Rounding of
+weights and of the intermediate passes gradients straight through:
+
+    d = dL/de = 2 w e M / (sum_t ...)      dDown = d^T h^      dh = d Down      da = dh b silu'(a)      db = dh silu(a)      dGate = da^T x^      dUp = db^T x^
+
+Some tokens of each expert are held out; their loss is taken before the first step and now and then after; the best state counts, the start among them, so that
+no expert ends worse on them than it began.
+
+Operands of the quantized expert are code values times E4M3 scales, six bits, global scales apart: exact in bf16, so that on a GPU, where all operands are
+bf16 and sums float32, its own outputs have no error but that of the sums. What is rounded there are y's inputs and intermediate, M, and the gradients.
 
 Sources: straight-through estimator, Bengio et al. 2013; Adam, Kingma and Ba 2015.
-Legend: N experts, T tokens of a batch, H hidden size, F intermediate size, Z = 2 F (gate's rows, then up's), O out, I in, G scale groups.
+Legend: N experts, T tokens of a batch, H hidden size, F intermediate size, Z = 2 F (gate's rows, then up's), O out, I in, G scale groups, P pairs (I/2),
+K kept weights of a linear.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float32
 from torch import Tensor
 
-from p48ray.numerics import e2m1
+from p48ray.numerics import e2m1, nvfp4
 from p48ray.numerics.activation import quantize_activations
 from p48ray.numerics.e2m1 import round_to_e2m1
 from p48ray.numerics.nvfp4 import SCALE_GROUP, effective_scale
-from p48ray.numerics.products import tensor_float_32
+from p48ray.numerics.token_rows import TokenRows, joined
 
 BATCH_TOKENS = 256
 LEARNING_RATE_REL = 0.005  # of the root mean square of a linear's kept values; the lab's 2e-4 on weights of about 0.04
@@ -45,18 +54,22 @@ class QuantizedLinear:
     global_scale_N: Tensor
     keep_NOP: Tensor
 
-    def unit(self) -> Tensor:
-        """Value of one E2M1 unit at every weight, (N, O, I)."""
-        return effective_scale(self.scale_NOG, self.global_scale_N).repeat_interleave(SCALE_GROUP, dim=2)
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExpertTokens:
-    """What one expert is refined on: inputs (T, H), the same quantized, token weights (T,)."""
+    """What one expert is refined on: inputs (T, H) as stored, token weights (T,)."""
 
-    x_TH: Tensor
-    quantized_TH: Tensor
+    rows: TokenRows
     weight_T: Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InputScales:
+    """Input global scales of gate and up, and of down; None for inputs that are not quantized. group: values that share an activation scale."""
+
+    gate_up: float | None
+    down: float | None
+    group: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,6 +82,20 @@ class Refined:
     loss_after: tuple[float, ...]
 
 
+class Batch(NamedTuple):
+    """The same number of tokens of every expert: inputs (N, T, H) float32, weights (N, T)."""
+
+    x_NTH: Tensor
+    weight_NT: Tensor
+
+
+class Gradients(NamedTuple):
+    """With respect to the values of gate and up (N, Z, H) and of down (N, H, F), each to be divided by its input scale (or 1); of the operands' type."""
+
+    gate_up_NZH: Tensor
+    down_NHF: Tensor
+
+
 def refine(
     tokens: Sequence[ExpertTokens],
     gate_up_original: Float32[Tensor, "n z h"],
@@ -76,22 +103,125 @@ def refine(
     gate_up: QuantizedLinear,
     down: QuantizedLinear,
     output_hessian: Float32[Tensor, "n h h"],
-    down_scale: float,
-    group: int,
+    scales: InputScales,
     steps: int,
 ) -> Refined:
     """Refine a batch of experts.
 
-    Args:    tokens: one entry per expert; one with fewer than MIN_TOKENS keeps its start. output_hessian: G of down, damped. down_scale: the layer's input
-             global scale of down. group: values that share an activation scale. steps: of Adam, 256 tokens of each expert each, cosine rate.
-    Cost:    about 12 H F + 3 H^2 multiply-adds a token and step: original and quantized forward, gradients, the metric.
+    Args:    tokens: one entry per expert; one with fewer than MIN_TOKENS keeps its start. output_hessian: G of down, damped, symmetric. steps: of Adam, 256
+             tokens of each expert each, cosine rate.
+    Cost:    10 H F + 2 H^2 multiply-adds a token and step (original and quantized forward, gradients, the metric), and one pass over all weights a step.
     """
-    problem = _Refinement(tokens, gate_up_original, down_original, gate_up, down, output_hessian, down_scale, group)
+    problem = _Refinement(tokens, gate_up_original, down_original, gate_up, down, output_hessian, scales)
     return problem.run(steps)
 
 
+class ExpertLoss:
+    """L and its gradient for a batch of experts, from operands as they are multiplied: bf16 on a GPU, float32 (or what they are) elsewhere.
+
+    Args: originals: gate and up (N, Z, H), down (N, H, F). metric: M, (N, H, H), symmetric. divisors: global scales of both quantized linears, (N,) each.
+    """
+
+    def __init__(self, originals: Sequence[Tensor], metric: Tensor, divisors: Sequence[Tensor], scales: InputScales) -> None:
+        self.dtype = torch.bfloat16 if metric.is_cuda else metric.dtype
+        self.gate_up_NZH, self.down_NHF = (self.operand(w) for w in originals)
+        self.metric_NHH, self.scales = self.operand(metric), scales
+        unit = (scales.gate_up or 1.0, scales.down or 1.0)
+        self.value_N11 = [1.0 / (d * u)[:, None, None] for d, u in zip(divisors, unit, strict=True)]  # of 1 in a product of operands
+        self.down_value_N11 = 1.0 / divisors[1][:, None, None]
+
+    def operand(self, values: Tensor) -> Tensor:
+        return values.to(self.dtype)
+
+    def quantized(self, x_NTI: Tensor, scale: float | None) -> Tensor:
+        """Inputs as the kernel will see them, times their global scale."""
+        if scale is None:
+            return self.operand(x_NTI)
+        return self.operand(quantize_activations(x_NTI.flatten(0, 1), scale, self.scales.group).mul_(scale).view_as(x_NTI))
+
+    def wanted(self, x_NTH: Tensor) -> Tensor:
+        """y."""
+        a_NTF, b_NTF = product(self.operand(x_NTH), self.gate_up_NZH.mT).chunk(2, -1)
+        return product(self.operand(F.silu(a_NTF) * b_NTF), self.down_NHF.mT)
+
+    def loss(self, batch: Batch, grids: Sequence[Tensor]) -> Tensor:
+        """L per expert, (N,). grids: both quantized linears as operands (see `on_grid`)."""
+        wanted_NTH = self.wanted(batch.x_NTH)
+        a_NTF, b_NTF = (product(self.quantized(batch.x_NTH, self.scales.gate_up), grids[0].mT) * self.value_N11[0]).chunk(2, -1)
+        h_NTF = self.quantized(F.silu(a_NTF) * b_NTF, self.scales.down)
+        error_NTH = product(h_NTF, grids[1].mT) * self.value_N11[1] - wanted_NTH
+        error_N, scale_N = (
+            ((product(self.operand(v), self.metric_NHH) * v).sum(-1) * batch.weight_NT).sum(1) for v in (error_NTH, wanted_NTH)
+        )
+        return error_N / scale_N.clamp_min(torch.finfo(torch.float32).tiny)
+
+    def gradients(self, batch: Batch, grids: Sequence[Tensor]) -> Gradients:
+        """Of the sum of L over experts, with respect to the values."""
+        num_tokens = batch.x_NTH.shape[1]
+        wanted_NTH = self.wanted(batch.x_NTH)
+        x_NTH = self.quantized(batch.x_NTH, self.scales.gate_up)
+        a_NTF, b_NTF = (product(x_NTH, grids[0].mT) * self.value_N11[0]).chunk(2, -1)
+        s_NTF = torch.sigmoid(a_NTF)
+        silu_NTF = a_NTF * s_NTF
+        h_NTF = self.quantized(silu_NTF * b_NTF, self.scales.down)
+        error_NTH = product(h_NTF, grids[1].mT) * self.value_N11[1] - wanted_NTH
+        felt_NTH = product(self.operand(torch.cat([error_NTH, wanted_NTH], 1)), self.metric_NHH)
+        scale_N = ((felt_NTH[:, num_tokens:] * wanted_NTH).sum(-1) * batch.weight_NT).sum(1).clamp_min(torch.finfo(torch.float32).tiny)
+        d_NTH = self.operand(felt_NTH[:, :num_tokens] * (2 * batch.weight_NT / scale_N[:, None])[..., None])
+        dh_NTF = product(d_NTH, grids[1]) * self.down_value_N11
+        da_NTF = dh_NTF * b_NTF * (s_NTF * (1 + a_NTF * (1 - s_NTF)))
+        dab_NTZ = self.operand(torch.cat([da_NTF, dh_NTF * silu_NTF], -1))
+        return Gradients(torch.bmm(dab_NTZ.mT, x_NTH), torch.bmm(d_NTH.mT, h_NTF))
+
+
+def product(left: Tensor, right: Tensor) -> Tensor:
+    """A batch of matrix products, summed in float32 (or in float64 where the operands are that)."""
+    return torch.bmm(left, right, out_dtype=torch.float32) if left.dtype == torch.bfloat16 else torch.bmm(left, right)
+
+
+class _Linear:
+    """Kept values of a linear as latents with Adam's moments, (N, K) in the order of the matrix, and the whole matrix on the grid as an operand."""
+
+    def __init__(self, start: QuantizedLinear, dtype: torch.dtype) -> None:
+        self.start = start
+        self.unit_NOG = effective_scale(start.scale_NOG, start.global_scale_N).contiguous()  # value of one E2M1 unit
+        self.scale_NOG = start.scale_NOG.float()
+        values_NOI = nvfp4.dequantize(start.codes_NOI, start.scale_NOG, start.global_scale_N)
+        self.latent_NK = self.kept(values_NOI)
+        self.first_NK, self.second_NK = torch.zeros_like(self.latent_NK), torch.zeros_like(self.latent_NK)
+        self.rate_N = LEARNING_RATE_REL * self.latent_NK.square().mean(1).sqrt()
+        self.grid_NOI = on_grid(values_NOI, self.unit_NOG, self.scale_NOG).to(dtype)
+
+    def step_(self, gradient_NOI: Tensor, gradient_scale: float, rate: float, step: int) -> None:
+        """One step of Adam with a rate per expert; gradient_scale: what the gradient is to be multiplied with."""
+        if self.latent_NK.is_cuda:
+            from p48ray.kernels import refinement as kernel
+
+            kernel.adam_step_(
+                (self.latent_NK, self.first_NK, self.second_NK), gradient_NOI, self.grid_NOI, (self.unit_NOG, self.scale_NOG),
+                self.start.keep_NOP, self.rate_N * rate, BETAS, step, gradient_scale,
+            )  # fmt: skip
+            return
+        gradient_NK = self.kept(gradient_NOI).mul_(gradient_scale)
+        adam_(self.latent_NK, gradient_NK, self.first_NK, self.second_NK, (self.rate_N * rate)[:, None], step)
+        self.grid_NOI = on_grid(self.whole(self.latent_NK), self.unit_NOG, self.scale_NOG)
+
+    def kept(self, values_NOI: Tensor) -> Tensor:
+        """(N, K): every expert keeps as many."""
+        return values_NOI.masked_select(self.start.keep_NOP.repeat_interleave(2, 2)).view(len(values_NOI), -1)
+
+    def whole(self, values_NK: Tensor) -> Tensor:
+        """(N, O, I), zeros where nothing is kept."""
+        keep_NOI = self.start.keep_NOP.repeat_interleave(2, 2)
+        return torch.zeros(keep_NOI.shape, device=keep_NOI.device).masked_scatter_(keep_NOI, values_NK)
+
+    def finished(self, latent_NK: Tensor) -> QuantizedLinear:
+        level_NOGV = self.whole(latent_NK).unflatten(2, (-1, SCALE_GROUP)) / self.unit_NOG[..., None]
+        return replace(self.start, codes_NOI=e2m1.encode(level_NOGV.flatten(2)))
+
+
 class _Refinement:
-    """Latent values, their optimizer and the best state so far."""
+    """Both linears of a batch of experts, their tokens, and the best state so far."""
 
     def __init__(
         self,
@@ -101,132 +231,86 @@ class _Refinement:
         gate_up: QuantizedLinear,
         down: QuantizedLinear,
         output_hessian: Tensor,
-        down_scale: float,
-        group: int,
+        scales: InputScales,
     ) -> None:
-        self.originals, self.starts = (gate_up_original, down_original), (gate_up, down)
-        self.output_hessian_NHH, self.down_scale, self.group = output_hessian, down_scale, group
-        self.units = [linear.unit() for linear in self.starts]
-        self.masks = [linear.keep_NOP.repeat_interleave(2, dim=2).float() for linear in self.starts]
-        self.latents = [(e2m1.decode(q.codes_NOI) * u).requires_grad_(True) for q, u in zip(self.starts, self.units, strict=True)]
-        self.grid: list[Tensor] = []  # on a GPU: the latents' values on the grid, kept in step by the kernel
-        if gate_up_original.is_cuda:
-            with torch.no_grad():
-                self.grid = [v.contiguous() for v in self.quantized()]
-            self.grid_units = [effective_scale(q.scale_NOG, q.global_scale_N).contiguous() for q in self.starts]
-        self.generator = torch.Generator().manual_seed(0)
-        self.is_frozen = [len(t.x_TH) < MIN_TOKENS for t in tokens]
-        self.train = [split(t, is_train=True) for t in tokens]
-        self.held_out = batch([split(t, is_train=False) for t in tokens], [None] * len(tokens))
+        divisors = (gate_up.global_scale_N, down.global_scale_N)
+        self.loss = ExpertLoss((gate_up_original, down_original), output_hessian, divisors, scales)
+        self.linears = [_Linear(start, self.loss.dtype) for start in (gate_up, down)]
+        self.gradient_scales = (1.0 / (scales.gate_up or 1.0), 1.0 / (scales.down or 1.0))
+        self.is_frozen = [len(t.rows) < MIN_TOKENS for t in tokens]
+        self.tokens = _TokenTable(tokens)
 
     @torch.no_grad()
-    def rates(self) -> list[Tensor]:
-        """Learning rate of every expert's linear, (N, 1, 1)."""
-        squares = [(v.square() * m).sum((1, 2), keepdim=True) for v, m in zip(self.latents, self.masks, strict=True)]
-        return [LEARNING_RATE_REL * (s / m.sum((1, 2), keepdim=True).clamp_min(1)).sqrt() for s, m in zip(squares, self.masks, strict=True)]
-
-    def quantized(self) -> list[Tensor]:
-        """Values on the grid; the gradient passes the rounding unchanged."""
-        if self.grid:
-            return [v.detach() for v in self.grid]
-        values = []
-        for latent, unit, mask in zip(self.latents, self.units, self.masks, strict=True):
-            rounded = round_to_e2m1(latent.detach() / unit) * unit
-            values.append((latent + (rounded - latent.detach())) * mask)
-        return values
-
-    def loss(self, tokens: ExpertTokens, values: list[Tensor]) -> Tensor:
-        """Weighted mean error of every expert in the metric G over the same of the original output, (N,)."""
-        with torch.no_grad():
-            gate, up = (tokens.x_TH @ self.originals[0].mT).chunk(2, -1)
-            wanted_NTH = (F.silu(gate) * up) @ self.originals[1].mT
-        gate_up_NZH, down_NHF = values
-        gate, up = (tokens.quantized_TH @ gate_up_NZH.mT).chunk(2, -1)
-        h_NTF = F.silu(gate) * up
-        on_grid_NTF = quantize_activations(h_NTF.detach().flatten(0, 1), self.down_scale, self.group).view_as(h_NTF)
-        error_NTH = (h_NTF + (on_grid_NTF - h_NTF.detach())) @ down_NHF.mT - wanted_NTH
-        weight_NT1 = tokens.weight_T[..., None]
-        scale_N = ((wanted_NTH @ self.output_hessian_NHH) * wanted_NTH * weight_NT1).sum((1, 2)).clamp_min(torch.finfo(torch.float32).tiny)
-        return ((error_NTH @ self.output_hessian_NHH) * error_NTH * weight_NT1).sum((1, 2)) / scale_N
-
-    @torch.enable_grad()
     def run(self, steps: int) -> Refined:
-        with torch.no_grad():
-            before_N = best_N = self.loss(self.held_out, self.quantized())
-        best = [latent.detach().clone() for latent in self.latents]
-        rates = self.rates()
-        moments = [(torch.zeros_like(v), torch.zeros_like(v)) for v in self.latents]
+        held_out = self.tokens.held_out()
+        before_N = best_N = self.loss.loss(held_out, self.grids())
+        best = [linear.latent_NK.clone() for linear in self.linears]
         frozen_N = torch.tensor(self.is_frozen, device=best_N.device)
         interval = max(1, steps // CHECKS)
+        drawn_STN = self.tokens.draw(steps)
         for step in range(1, steps + 1):
             rate = 0.1 + 0.45 * (1 + math.cos(math.pi * (step - 1) / steps))
-            rows = [torch.randint(0, len(t.x_TH), (BATCH_TOKENS,), generator=self.generator) for t in self.train]
-            self.step_(batch(self.train, rows), moments, [scale * rate for scale in rates], step)
-            with torch.no_grad():
-                if step % interval == 0 or step == steps:
-                    now_N = self.loss(self.held_out, self.quantized())
-                    better_N = (now_N < best_N) & ~frozen_N
-                    best_N = torch.where(better_N, now_N, best_N)
-                    best = [torch.where(better_N[:, None, None], v, b) for v, b in zip(self.latents, best, strict=True)]
-        return self.finish(best, before_N, best_N)
+            gradients = self.loss.gradients(self.tokens.batch(drawn_STN[step - 1]), self.grids())
+            for linear, gradient, scale in zip(self.linears, gradients, self.gradient_scales, strict=True):
+                linear.step_(gradient, scale, rate, step)
+            if step % interval == 0 or step == steps:
+                now_N = self.loss.loss(held_out, self.grids())
+                better_N = (now_N < best_N) & ~frozen_N
+                best_N = torch.where(better_N, now_N, best_N)
+                for kept_NK, linear in zip(best, self.linears, strict=True):
+                    kept_NK.copy_(torch.where(better_N[:, None], linear.latent_NK, kept_NK))
+        linears = [linear.finished(latent) for linear, latent in zip(self.linears, best, strict=True)]
+        return Refined(gate_up=linears[0], down=linears[1], loss_before=tuple(before_N.tolist()), loss_after=tuple(best_N.tolist()))
 
-    def step_(self, tokens: ExpertTokens, moments: list[tuple[Tensor, Tensor]], rates: list[Tensor], step: int) -> None:
-        """One step of Adam on the latents."""
-        if tokens.x_TH.is_cuda:
-            self.step_by_kernel_(tokens, moments, rates, step)
-            return
-        gradients = torch.autograd.grad(self.loss(tokens, self.quantized()).sum(), self.latents)
-        with torch.no_grad():
-            for latent, gradient, (first, second), rate in zip(self.latents, gradients, moments, rates, strict=True):
-                adam_(latent, gradient, first, second, rate, step)
-
-    def step_by_kernel_(self, tokens: ExpertTokens, moments: list[tuple[Tensor, Tensor]], rates: list[Tensor], step: int) -> None:
-        """The same on a GPU: the gradient at the values, in TF32, then one pass over all weights."""
-        from p48ray.kernels import refinement as kernel
-
-        values = [v.requires_grad_(True) for v in self.grid]
-        with tensor_float_32():
-            gradients = torch.autograd.grad(self.loss(tokens, values).sum(), values)
-        with torch.no_grad():
-            for k, (gradient, (first, second), rate) in enumerate(zip(gradients, moments, rates, strict=True)):
-                unit_NOG, keep_NOP = self.grid_units[k], self.starts[k].keep_NOP
-                kernel.adam_step_(
-                    self.latents[k], gradient.contiguous(), first, second, values[k], unit_NOG, keep_NOP, rate.flatten(), BETAS, step
-                )
-
-    @torch.no_grad()
-    def finish(self, best: list[Tensor], before_N: Tensor, after_N: Tensor) -> Refined:
-        linears = [
-            replace(start, codes_NOI=e2m1.encode(value / unit * mask))
-            for start, value, unit, mask in zip(self.starts, best, self.units, self.masks, strict=True)
-        ]
-        return Refined(gate_up=linears[0], down=linears[1], loss_before=tuple(before_N.tolist()), loss_after=tuple(after_N.tolist()))
+    def grids(self) -> list[Tensor]:
+        return [linear.grid_NOI for linear in self.linears]
 
 
-def split(tokens: ExpertTokens, is_train: bool) -> ExpertTokens:
-    """Every eighth token is held out, at most MAX_HELD_OUT_TOKENS of them; an expert without tokens gets one of zeros and weight zero."""
-    count = len(tokens.x_TH)
-    if count < HELD_OUT_SHARE:
-        zeros_1H = torch.zeros_like(tokens.x_TH[:1]) if count else torch.zeros(1, tokens.x_TH.shape[1], device=tokens.x_TH.device)
-        return ExpertTokens(x_TH=zeros_1H, quantized_TH=zeros_1H, weight_T=torch.zeros(1, device=zeros_1H.device))
-    index_T = torch.arange(count, device=tokens.x_TH.device)
-    is_held_T = index_T % HELD_OUT_SHARE == 0
-    chosen_T = index_T[~is_held_T] if is_train else index_T[is_held_T][:MAX_HELD_OUT_TOKENS]
-    return ExpertTokens(x_TH=tokens.x_TH[chosen_T], quantized_TH=tokens.quantized_TH[chosen_T], weight_T=tokens.weight_T[chosen_T])
+class _TokenTable:
+    """All experts' tokens one below the other, as stored, and a last row of zeros and weight 0 for an expert that has too few.
+
+    Every eighth token of an expert is held out, at most MAX_HELD_OUT_TOKENS of them; it learns from the others.
+    """
+
+    def __init__(self, tokens: Sequence[ExpertTokens]) -> None:
+        none = tokens[0].rows.pick(slice(0))
+        zero = TokenRows(
+            none.values_TH.new_zeros(1, none.values_TH.shape[1]),
+            None if none.scale_TG is None else none.scale_TG.new_ones(1, none.scale_TG.shape[1]),
+        )
+        self.rows = joined([*(t.rows for t in tokens), zero])
+        self.device = self.rows.values_TH.device
+        self.weight_T = torch.cat([*(t.weight_T for t in tokens), torch.zeros(1, device=self.device)])
+        self.train, self.held = [], []
+        first, last = 0, len(self.rows) - 1
+        for t in tokens:
+            index = torch.arange(first, first + len(t.rows))
+            first += len(t.rows)
+            is_held = (index - index[:1]) % HELD_OUT_SHARE == 0
+            enough = len(index) >= HELD_OUT_SHARE
+            self.train.append(index[~is_held] if enough else torch.tensor([last]))
+            self.held.append(index[is_held][:MAX_HELD_OUT_TOKENS] if enough else torch.tensor([last]))
+
+    def draw(self, steps: int) -> Tensor:
+        """Rows of every step and expert to learn from, (S, N, BATCH_TOKENS); the same every time."""
+        generator = torch.Generator().manual_seed(0)
+        drawn = [[t[torch.randint(0, len(t), (BATCH_TOKENS,), generator=generator)] for t in self.train] for _ in range(steps)]
+        return torch.stack([torch.stack(rows) for rows in drawn]).to(self.device) if steps else torch.empty(0)
+
+    def held_out(self) -> Batch:
+        """Short experts are padded with the row of zeros."""
+        longest = max(map(len, self.held))
+        return self.batch(torch.stack([F.pad(t, (0, longest - len(t)), value=len(self.rows) - 1) for t in self.held]).to(self.device))
+
+    def batch(self, index_NT: Tensor) -> Batch:
+        x_TH = self.rows.pick(index_NT.flatten()).decoded(self.device)
+        return Batch(x_TH.view(*index_NT.shape, -1), self.weight_T[index_NT])
 
 
-def batch(tokens: Sequence[ExpertTokens], rows: Sequence[Tensor | None]) -> ExpertTokens:
-    """Rows of every expert stacked to (N, T, ...); None takes all, short experts padded by weight zero."""
-    longest = max(len(t.x_TH) if r is None else len(r) for t, r in zip(tokens, rows, strict=True))
-
-    def stacked(name: str) -> Tensor:
-        columns = []
-        for t, r in zip(tokens, rows, strict=True):
-            column = getattr(t, name) if r is None else getattr(t, name)[r.to(t.x_TH.device)]
-            columns.append(F.pad(column, (0, 0) * (column.dim() - 1) + (0, longest - len(column))))
-        return torch.stack(columns)
-
-    return ExpertTokens(x_TH=stacked("x_TH"), quantized_TH=stacked("quantized_TH"), weight_T=stacked("weight_T"))
+def on_grid(values_NOI: Tensor, unit_NOG: Tensor, scale_NOG: Tensor) -> Tensor:
+    """Values on the grid, times the global scale: E2M1 value times E4M3 scale, (N, O, I). unit_NOG: value of one E2M1 unit."""
+    level_NOGV = round_to_e2m1(values_NOI.unflatten(2, (-1, SCALE_GROUP)) / unit_NOG[..., None])
+    return (level_NOGV * scale_NOG[..., None]).flatten(2)
 
 
 def adam_(value: Tensor, gradient: Tensor, first: Tensor, second: Tensor, rate: Tensor, step: int) -> None:

@@ -8,7 +8,7 @@ the next one, and so on: with more nodes than layers every unit would be read by
 """
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 
 from p48ray.stages.tasks import Task
 
@@ -42,13 +42,25 @@ class Dispatcher:
         """The next task for a worker on `node`; None when nothing waits."""
         if self.waiting[None]:
             return self.waiting[None].pop()
+        layer = self.layer_for(node)
+        return None if layer is None else self.take_of(layer, node)
+
+    def take_ahead(self, node: str, apart: Container[str]) -> Task | None:
+        """What `take` would give a worker on `node`, for one that has a task already. None for what has no layer, and for ids in `apart`."""
+        layer = None if self.waiting[None] else self.layer_for(node)
+        return None if layer is None or self.waiting[layer][-1].id in apart else self.take_of(layer, node)
+
+    def take_of(self, layer: int, node: str) -> Task:
+        self.nodes[layer].add(node)
+        return self.waiting[layer].pop()
+
+    def layer_for(self, node: str) -> int | None:
+        """The layer of a node's next task; None when none has any."""
         open_layers = [layer for layer, queue in self.waiting.items() if layer is not None and queue]
         if not open_layers:
             return None
         mine = [layer for layer in open_layers if node in self.nodes[layer]]
-        layer = max(mine or open_layers, key=lambda n: (self.weight(n), -n))
-        self.nodes[layer].add(node)
-        return self.waiting[layer].pop()
+        return max(mine or open_layers, key=lambda n: (self.weight(n), -n))
 
     def weight(self, layer: int) -> tuple[bool, float]:
         """An unowned layer before every shared one; then waiting load for each node on the layer, one more that would join it included."""

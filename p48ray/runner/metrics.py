@@ -3,6 +3,7 @@
 Metrics are for watching. What counts is in the bucket, and `p48ray status` reads it there.
 """
 
+import threading
 from collections.abc import Callable, Iterable
 
 import torch
@@ -17,7 +18,7 @@ class WorkerMetrics:
 
     def __init__(self, traffic: Callable[[], Iterable[Traffic]]) -> None:
         """Args: traffic: of the stores that this process has opened so far."""
-        self.traffic = traffic
+        self.traffic, self.lock = traffic, threading.Lock()
         self.seen = [0, 0]
         stage = ("stage",)
         self.done = Counter("p48ray_tasks_done", "Tasks that ended well.", stage)
@@ -30,7 +31,11 @@ class WorkerMetrics:
         self.memory = Gauge("p48ray_gpu_peak_bytes", "Largest GPU memory allocated so far.")
 
     def count(self, result: TaskResult) -> None:
-        """Add one finished task."""
+        """Add one finished task; from any thread."""
+        with self.lock:
+            self.add_up(result)
+
+    def add_up(self, result: TaskResult) -> None:
         tags = {"stage": result.task.stage}
         if result.is_done:
             self.done.inc(1, tags)

@@ -6,6 +6,8 @@ What becomes of a task that fails:
     a foreign exception     tried again as often, in a fresh process: the old one (its GPU context, its memory) may be unsound
     its worker died         the same
     its node died           (or is out of reach) tried again; preemption is nobody's fault and counts apart, up to MAX_PREEMPTIONS
+A worker that computes a unit gets the next one (run.prefetch_units) while many wait, to read for it meanwhile. When it dies with several in hand, nobody
+knows whose fault it was, and the attempt counts for none; whatever failed or was lost once has a worker for itself from then on.
 Every failed attempt leaves its traceback under failures/, and the rest of the stage goes on.
 """
 
@@ -13,7 +15,7 @@ import logging
 import re
 import socket
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
@@ -71,7 +73,7 @@ class WorkerProcess:
         return result
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Worker:
     """An actor that is up, and the node it is on."""
 
@@ -95,6 +97,7 @@ class RayRunner:
         self.store: Store = open_run_root(plan, store_uri)
         self.failures: Counter[str] = Counter()  # attempts that failed, by task
         self.preemptions: Counter[str] = Counter()
+        self.apart: set[str] = set()  # tasks that failed or were lost: they share no worker any more
         self.failed_starts = 0
         self.has_joined = False
 
@@ -104,11 +107,11 @@ class RayRunner:
         self.check_shared()
         actor = ray.remote(WorkerProcess)
         options = {"num_cpus": self.settings.threads_per_worker, "num_gpus": self.settings.gpus_per_worker, "max_restarts": 0}
-        self.factory = actor.options(**options)
+        self.factory = actor.options(**options, max_concurrency=1 + self.settings.prefetch_units)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        workers = [*self.idle, *(worker for worker, _ in self.running.values())]
+        workers = [*self.idle, *self.in_hand()]
         # Workers that are busy, or gone, leave their node's cache to the next run's sweep.
         if self.idle:
             ray.wait([worker.actor.close.remote() for worker in self.idle], num_returns=len(self.idle), timeout=CLOSE_TIMEOUT_S)
@@ -142,6 +145,7 @@ class RayRunner:
         waiting = Dispatcher(tasks)
         self.failures.clear()
         self.preemptions.clear()
+        self.apart.clear()
         quiet_s = 0.0
         try:
             while True:
@@ -160,18 +164,43 @@ class RayRunner:
                     else:
                         yield from self.settle_task(ref, waiting)
         finally:
-            for worker, _ in self.running.values():  # only left when the caller stopped listening: nobody would read these results
+            for worker in self.in_hand():  # only left when the caller stopped listening: nobody would read these results
                 ray.kill(worker.actor)
             self.running.clear()
 
     def dispatch(self, waiting: Dispatcher) -> None:
         """Give tasks to idle workers; start workers while there are fewer than wanted and tasks that none of those on their way up will take."""
         while self.idle and (task := waiting.take(self.idle[-1].node)):
-            worker = self.idle.pop()
-            self.running[worker.actor.execute.remote(task)] = (worker, task)
-        while len(waiting) > len(self.starting) and len(self.starting) + len(self.running) < self.settings.num_workers:
+            self.hand(self.idle.pop(), task)
+        in_hand = self.in_hand()
+        while len(waiting) > len(self.starting) and len(self.starting) + len(in_hand) < self.settings.num_workers:
             actor = self.factory.remote(self.plan.to_json(), self.store_uri)
             self.starting[actor.ready.remote()] = actor
+        self.hand_ahead(waiting, in_hand)
+
+    def hand_ahead(self, waiting: Dispatcher, in_hand: Mapping[Worker, Sequence[Task]]) -> None:
+        """One more unit for workers that compute one. Only while more wait than there are workers: at the end none is to have two while another is idle."""
+        for worker, tasks in in_hand.items():
+            if any(task.layer is None or task.id in self.apart for task in tasks):
+                continue
+            for _ in range(1 + self.settings.prefetch_units - len(tasks)):
+                if len(waiting) > len(in_hand) + len(self.starting) and (task := waiting.take_ahead(worker.node, self.apart)):
+                    self.hand(worker, task)
+
+    def hand(self, worker: Worker, task: Task) -> None:
+        self.running[worker.actor.execute.remote(task)] = (worker, task)
+
+    def in_hand(self) -> dict[Worker, list[Task]]:
+        """The tasks of every worker that has any, as they were handed out."""
+        found: dict[Worker, list[Task]] = {}
+        for worker, task in self.running.values():
+            found.setdefault(worker, []).append(task)
+        return found
+
+    def take_back(self, worker: Worker) -> list[Task]:
+        """What a worker still has in hand; nobody waits for its results any more."""
+        refs = [ref for ref, (holder, _) in self.running.items() if holder is worker]
+        return [self.running.pop(ref)[1] for ref in refs]
 
     def settle_start(self, ref: Any) -> None:
         """A worker that is up, or that died on its way."""
@@ -203,7 +232,8 @@ class RayRunner:
             return
         if result.is_foreign:
             ray.kill(worker.actor)
-        else:
+            self.put_apart(self.take_back(worker), waiting)
+        elif worker not in self.in_hand():
             self.idle.append(worker)
         if result.is_transient or result.is_foreign:
             yield from self.try_again(task, result, waiting)
@@ -211,20 +241,41 @@ class RayRunner:
             yield result
 
     def settle_loss(self, worker: Worker, task: Task, error: RayError, waiting: Dispatcher) -> Iterator[TaskResult]:
-        """A task whose worker died under it, alone or with its node."""
+        """Tasks whose worker died under them, alone or with its node."""
+        tasks = [task, *self.take_back(worker)]
         loss = WorkerLostError(first_line(error))
         # A worker that died on a living node is reported as dead; one that can not be reached is on a node that Ray has not given up yet.
         is_out_of_reach = isinstance(error, ActorUnavailableError)
         if is_out_of_reach or worker.node not in {n["NodeID"] for n in ray.nodes() if n["Alive"]}:
             waiting.forget(worker.node)
             self.drop_idle(worker.node)
-            self.preemptions[task.id] += 1
-            if self.preemptions[task.id] <= MAX_PREEMPTIONS:
-                log.warning("%s %s: its node is gone, it goes to another: %s", task.stage, task.id, loss)
-                waiting.put_back(task)
-                return
+            for lost in tasks:
+                yield from self.settle_preemption(lost, loss, waiting)
+        elif len(tasks) > 1:
+            self.put_apart(tasks, waiting)
+        else:
+            yield from self.settle_death(task, loss, waiting)
+
+    def settle_preemption(self, task: Task, loss: WorkerLostError, waiting: Dispatcher) -> Iterator[TaskResult]:
+        """A task whose node is gone; that counts against it only when it has happened too often."""
+        self.preemptions[task.id] += 1
+        if self.preemptions[task.id] > MAX_PREEMPTIONS:
+            yield from self.settle_death(task, loss, waiting)
+            return
+        log.warning("%s %s: its node is gone, it goes to another: %s", task.stage, task.id, loss)
+        waiting.put_back(task)
+
+    def settle_death(self, task: Task, loss: WorkerLostError, waiting: Dispatcher) -> Iterator[TaskResult]:
+        """A task whose worker died of it, for all that is known."""
         record_failure(self.store, task, loss)
         yield from self.try_again(task, TaskResult(task=task, error_type=WorkerLostError.__name__, error=str(loss)), waiting)
+
+    def put_apart(self, tasks: Sequence[Task], waiting: Dispatcher) -> None:
+        """Back to the queue, without a failed attempt: tasks that shared a worker which is gone."""
+        for task in tasks:
+            log.warning("%s %s: its worker is gone, with several units in hand; it goes to one of its own", task.stage, task.id)
+            self.apart.add(task.id)
+            waiting.put_back(task)
 
     def drop_idle(self, node: str) -> None:
         """Give up the idle workers of a node that is lost, so that no task is handed to them."""
@@ -235,6 +286,7 @@ class RayRunner:
     def try_again(self, task: Task, result: TaskResult, waiting: Dispatcher) -> Iterator[TaskResult]:
         """Back to the queue, or given up after run.max_attempts."""
         self.failures[task.id] += 1
+        self.apart.add(task.id)
         attempt = self.failures[task.id]
         if attempt < self.settings.max_attempts:
             log.warning(

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from p48ray import __version__, run_root
+from p48ray.checkpoint.decode import fetch_experts
 from p48ray.checkpoint.header import dtype_name
 from p48ray.checkpoint.layout import PROJECTIONS
 from p48ray.checkpoint.tensors import serialize
@@ -34,6 +35,7 @@ from p48ray.stages.context import StageContext
 from p48ray.stages.curvature import ASYMMETRIC_SOLVERS, Curvature, RoutedTokens, down_curvature, gate_up_curvature, output_side
 from p48ray.stages.ladder import Ladder
 from p48ray.stages.refinement import refine_experts
+from p48ray.stages.turn import idle_seconds
 
 log = logging.getLogger(__name__)
 
@@ -43,8 +45,9 @@ LIBRARIES = ("torch", "transformers", "compressed-tensors")
 
 @dataclass(slots=True)
 class Clock:
-    """Seconds by phase."""
+    """Seconds by phase. A phase lasts until the device has done what was asked of it, or the next one would pay for it."""
 
+    device: torch.device
     seconds: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
@@ -52,22 +55,62 @@ class Clock:
         start = time.perf_counter()
         try:
             yield
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
         finally:
             self.seconds[name] = round(self.seconds.get(name, 0.0) + time.perf_counter() - start, 4)
+
+
+@dataclass(frozen=True, slots=True)
+class Fetched:
+    """What a unit is computed from: its experts and its tokens, both as stored. Tokens may lie on the device already."""
+
+    scales: LayerScales
+    experts: dict[str, Tensor]
+    tokens: RoutedTokens
+
+
+@dataclass(frozen=True, slots=True)
+class Solved:
+    """What a unit came to: its shard's tensors on the CPU, and what its manifest says of them."""
+
+    tensors: dict[str, Tensor]
+    linears: tuple[LinearRecord, ...]
+    ladder: tuple[LadderStep, ...]
+    clipped: tuple[float, float]
 
 
 @torch.no_grad()
 def compress_unit(context: StageContext, unit: WorkUnit) -> UnitManifest:
     """Compress the experts of one unit and store them.
 
+    Only the computation waits for its turn: other threads of the process may read what their units need, or write what theirs came to, meanwhile. So the
+    seconds of "fetch" are those that the device had nothing to compute, and those of "write" may lie beside another unit's computation.
     Returns: the manifest that counts: ours, or that of an attempt that was faster.
     Raises:  SourceError, CalibrationError or NumericsError with the unit's input at fault; ShardCorruptError when what was stored differs.
     """
-    clock, ladder = Clock(), Ladder(context)
+    clock, begun_at = Clock(context.device), time.perf_counter()
+    fetched = fetch_unit(context, unit)
+    fetched_at = time.perf_counter()
+    with context.turn.taken() as free_since:
+        clock.seconds["fetch"] = round(idle_seconds(begun_at, fetched_at, free_since), 4)
+        solved = solve_unit(context, unit, fetched, clock)
+    del fetched  # the next unit has room for its tokens while this one is written
+    return store_unit(context, unit, solved, clock)
+
+
+def fetch_unit(context: StageContext, unit: WorkUnit) -> Fetched:
+    """Read what a unit needs. Computes nothing on the device, where another unit may be at work."""
     scales = context.layer_scales(unit.layer)
+    experts = fetch_experts(context.source, context.layout, unit.layer, unit.experts)
+    return Fetched(scales, experts, RoutedTokens(context, unit, scales))
+
+
+def solve_unit(context: StageContext, unit: WorkUnit, fetched: Fetched, clock: Clock) -> Solved:
+    """All that is computed of a unit; nothing of it is left on the device."""
+    ladder, tokens = Ladder(context), fetched.tokens
     with clock.phase("fetch"):
-        originals = [context.source_expert(unit.layer, expert, torch.float32) for expert in unit.experts]
-        tokens = RoutedTokens(context, unit, scales)
+        originals = [context.decoded(unit.layer, expert, fetched.experts, torch.float32) for expert in unit.experts]
     gate_up_NOI = torch.stack([torch.cat([w.gate_FH, w.up_FH]) for w in originals])
     with clock.phase("curvature"):
         side = output_side(tokens, originals)
@@ -91,10 +134,10 @@ def compress_unit(context: StageContext, unit: WorkUnit) -> UnitManifest:
         with clock.phase("ladder"):
             ladder.refined("gate_up", gate_up_NOI, gate_up, inputs)
             ladder.refined("down", down_NOI, down, intermediates)
-    records = describe_linears(context, unit, (gate_up_NOI, gate_up, inputs), (down_NOI, down, intermediates))
-    with clock.phase("write"):
-        shard = pack_unit(context, unit, scales, gate_up, down)
-        return store_unit(context, unit, shard, records, ladder.steps(), (clipped_input, clipped_intermediate), clock)
+    with clock.phase("describe"):
+        records = describe_linears(context, unit, (gate_up_NOI, gate_up, inputs), (down_NOI, down, intermediates))
+        tensors = pack_unit(context, unit, fetched.scales, gate_up, down)
+    return Solved(tensors, records, ladder.steps(), (clipped_input, clipped_intermediate))
 
 
 def solve_batch(context: StageContext, weight_NOI: Tensor, curvature: list[Curvature]) -> Solution:
@@ -130,10 +173,10 @@ def solver_arguments(
     return weight_NOI, hessian_NII, tokens_per_input, solver, target_NOI, output_hessian_NOO
 
 
-Solved = tuple[Tensor, Solution, list[Curvature]]
+SolvedLinears = tuple[Tensor, Solution, list[Curvature]]
 
 
-def describe_linears(context: StageContext, unit: WorkUnit, gate_up: Solved, down: Solved) -> tuple[LinearRecord, ...]:
+def describe_linears(context: StageContext, unit: WorkUnit, gate_up: SolvedLinears, down: SolvedLinears) -> tuple[LinearRecord, ...]:
     """One record per linear: tokens, outcome, damping and both errors."""
     size = context.layout.moe_intermediate_size
     rows = {"gate_proj": (gate_up, slice(0, size)), "up_proj": (gate_up, slice(size, 2 * size)), "down_proj": (down, slice(None))}
@@ -171,8 +214,8 @@ def output_error(w_NOI: Tensor, q_NOI: Tensor, curvature: list[Curvature]) -> Te
     return error_N.clamp_min(0) / kept_N.clamp_min(torch.finfo(torch.float32).tiny)
 
 
-def pack_unit(context: StageContext, unit: WorkUnit, scales: LayerScales, gate_up: Solution, down: Solution) -> bytes:
-    """The unit's shard: tensors in the order of layout.unit_rows."""
+def pack_unit(context: StageContext, unit: WorkUnit, scales: LayerScales, gate_up: Solution, down: Solution) -> dict[str, Tensor]:
+    """The unit's shard: tensors on the CPU, in the order of layout.unit_rows."""
     size = context.layout.moe_intermediate_size
     parts = {"gate_proj": (gate_up, slice(0, size), scales.gate_up), "up_proj": (gate_up, slice(size, 2 * size), scales.gate_up)}
     parts["down_proj"] = (down, slice(None), scales.down)
@@ -189,20 +232,12 @@ def pack_unit(context: StageContext, unit: WorkUnit, scales: LayerScales, gate_u
     for name, dtype, shape in rows_of_unit:
         found = (dtype_name(tensors[name].dtype), tuple(tensors[name].shape))
         assert found == (dtype, shape), f"{name}: expected {(dtype, shape)}, found {found}"
-    return serialize({name: tensors[name].cpu().contiguous() for name, _, _ in rows_of_unit})
+    return {name: tensors[name].cpu().contiguous() for name, _, _ in rows_of_unit}
 
 
-def store_unit(
-    context: StageContext,
-    unit: WorkUnit,
-    shard: bytes,
-    records: tuple[LinearRecord, ...],
-    ladder: tuple[LadderStep, ...],
-    clipped: tuple[float, float],
-    clock: Clock,
-) -> UnitManifest:
+def store_unit(context: StageContext, unit: WorkUnit, solved: Solved, clock: Clock) -> UnitManifest:
     """Shard first, checked; manifest last, first writer wins."""
-    attempt = uuid.uuid4().hex[:12]
+    attempt, shard = uuid.uuid4().hex[:12], serialize(solved.tensors)
     key = run_root.unit_shard(unit.id, attempt)
     context.store.put(key, shard)
     stored = context.store.head(key)
@@ -217,10 +252,10 @@ def store_unit(
         size_bytes=len(shard),
         sha256=hashlib.sha256(shard).hexdigest(),
         data_offset=len(shard) - unit_bytes(context.layout, unit),
-        linears=records,
-        ladder=ladder,
-        clipped_input_share=clipped[0],
-        clipped_intermediate_share=clipped[1],
+        linears=solved.linears,
+        ladder=solved.ladder,
+        clipped_input_share=solved.clipped[0],
+        clipped_intermediate_share=solved.clipped[1],
         seconds=clock.seconds,
         finished_at=round(time.time(), 3),
         device=torch.cuda.get_device_name(context.device) if context.device.type == "cuda" else context.device.type,
@@ -243,7 +278,7 @@ def unit_line(manifest: UnitManifest) -> str:
             "seconds": manifest.seconds,
             "tokens": sum(r.tokens for r in linears) // len(PROJECTIONS),
             "outcomes": {o: sum(r.outcome == o for r in linears) for o in sorted({r.outcome for r in linears})},
-            "worst_relative_output_error": round(max(r.relative_output_error for r in linears), 5),
+            "worst_relative_output_error": round(max((r.relative_output_error for r in linears), default=0.0), 5),
             "peak_gpu_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0,
         }
     )

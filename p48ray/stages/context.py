@@ -2,15 +2,15 @@
 
 import hashlib
 import mmap
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from p48ray import run_root
-from p48ray.checkpoint.decode import read_expert
+from p48ray.checkpoint.decode import decode_expert
 from p48ray.checkpoint.index import CheckpointIndex
 from p48ray.checkpoint.layout import PROJECTIONS, ModelLayout
 from p48ray.errors import CorruptObjectError, ObjectMissingError, ShardCorruptError
@@ -19,6 +19,7 @@ from p48ray.model.decoder import Decoder
 from p48ray.model.experts import ExpertWeights
 from p48ray.plan import RunPlan
 from p48ray.stages import arrow
+from p48ray.stages.turn import Turn
 from p48ray.store.base import ByteRange, Store
 from p48ray.store.local import LocalStore
 from p48ray.store.node_cache import NodeCache, fetch
@@ -26,7 +27,10 @@ from p48ray.store.node_cache import NodeCache, fetch
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageContext:
-    """Read-only handles, opened once per process and passed to each stage function. `cache`: what this node's workers read in common, if it comes from afar."""
+    """Read-only handles, opened once per process and passed to each stage function.
+
+    `cache`: what this node's workers read in common, if it comes from afar. `turn`: whose it is to compute, where units share a process.
+    """
 
     plan: RunPlan
     store: Store
@@ -34,6 +38,7 @@ class StageContext:
     layout: ModelLayout
     device: torch.device
     cache: NodeCache | None = None
+    turn: Turn = field(default_factory=Turn)
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -48,10 +53,14 @@ class StageContext:
     def decoder(self) -> Decoder:
         return Decoder(self.source, self.layout, self.device, self.compute_dtype, self.cache)
 
-    def source_expert(self, layer: int, expert: int, dtype: torch.dtype) -> ExpertWeights:
-        """One expert of the source, decoded."""
-        linears = read_expert(self.source, self.layout, layer, expert)
-        return ExpertWeights(*(linears[p].to(self.device, dtype) for p in PROJECTIONS))
+    def decoded(self, layer: int, expert: int, stored: Mapping[str, Tensor], dtype: torch.dtype) -> ExpertWeights:
+        """An expert of the source out of fetched tensors, decoded on the context's device; what is stored is what travels there.
+
+        Raises: SourceError, naming file and tensor, for weights that are not finite.
+        """
+        there = {name: stored[name].to(self.device) for name in self.layout.expert_tensor_names(layer, expert)}
+        linears = decode_expert(self.source, self.layout, layer, expert, there)
+        return ExpertWeights(*(linears[p].to(dtype) for p in PROJECTIONS))
 
     def layer_scales(self, layer: int) -> LayerScales:
         scales = LayerScales.load(self.store, run_root.layer_scales(layer))

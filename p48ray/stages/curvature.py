@@ -5,8 +5,9 @@ An expert with few tokens borrows from its layer: its moments are shrunk towards
 Legend: N experts of the unit, T tokens, K experts a token, H hidden size, F intermediate size, I either of the two.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -19,9 +20,11 @@ from p48ray.model.experts import ExpertWeights, intermediate
 from p48ray.numerics.activation import count_clipped, quantize_activations
 from p48ray.numerics.curvature import SecondMoment, shrinkage_from_tokens
 from p48ray.numerics.output_gradients import expert_gradients, norm_weights
+from p48ray.numerics.products import tensor_float_32
+from p48ray.numerics.token_rows import TokenRows
 from p48ray.plan import WorkUnit
 from p48ray.stages.context import StageContext
-from p48ray.stages.token_rows import Spill, TokenRows, of_columns, reserve
+from p48ray.stages.token_rows import DeviceRoom, Spill, of_columns, reserve
 
 LAYER_SAMPLE_TOKENS = 8192  # tokens of the whole layer that stand in for what an expert saw too little of
 # Tokens per input at which the layer's statistics weigh as much as the expert's own. From the lab's few-token figures (DESIGN 7): at 6 tokens per input
@@ -35,8 +38,10 @@ GRADIENT_NORM_CLIP = 20.0  # times the mean; DESIGN 7
 ASYMMETRIC_SOLVERS = ("block_descent",)  # the one-shot solvers stay what their papers describe
 # One-shot solvers know no shrinkage, except for experts with fewer tokens than inputs, whose Hessian alone has no full rank.
 MIN_TOKENS_PER_INPUT = 1.0
-# Routed tokens of a unit kept in memory (Kimi-K2.5, 2.1 M tokens in all: 10 GB in bf16, 5.6 GB in int8); beyond it they go to a file of the node.
+# Routed tokens kept in a worker's memory, those of units read ahead included (a unit of Kimi-K2.5, 2.1 M tokens in all: 10 GB in bf16, 5.6 GB in int8);
+# a unit that passes its share has them in a file of the node.
 GATHERED_BYTES = 16 * 10**9
+DEVICE_SHARE = 0.3  # of a GPU's memory for routed tokens, those of units read ahead included
 
 
 @dataclass(slots=True)
@@ -63,6 +68,12 @@ class StoredSlice(NamedTuple):
     router_T: Tensor
     delta: TokenRows | None
 
+    def mapped(self, function: Callable[[Tensor], Tensor]) -> "StoredSlice":
+        """The same slice with a function's results in place of its tensors."""
+        return StoredSlice(
+            self.position, self.x.mapped(function), function(self.router_T), None if self.delta is None else self.delta.mapped(function)
+        )
+
 
 class RoutedSlice(NamedTuple):
     """The same, decoded."""
@@ -71,6 +82,14 @@ class RoutedSlice(NamedTuple):
     x_TH: Tensor
     router_T: Tensor
     delta_TH: Tensor | None
+
+
+class LayerRows(NamedTuple):
+    """Some tokens of one part, as stored, whatever experts they went to."""
+
+    x: TokenRows
+    router_TK: Tensor
+    delta: TokenRows | None
 
 
 class LayerSample(NamedTuple):
@@ -84,8 +103,9 @@ class LayerSample(NamedTuple):
 class RoutedTokens:
     """The tokens of a unit's experts, in the plan's order, and a sample of the whole layer's.
 
-    One pass over the layer's parts takes both. The tokens stay in memory, as stored, and where they pass GATHERED_BYTES in a mapped file of this node.
-    `gathered` is None where its disk has no room: then every pass reads the layer's parts again.
+    One pass over the layer's parts takes both. The tokens are kept as stored: on a GPU where they fit the unit's share of DEVICE_SHARE, else in memory, and
+    where they pass the unit's share of GATHERED_BYTES in a mapped file of this node. `gathered` is None where its disk has no room: then every pass reads the
+    layer's parts again.
     """
 
     def __init__(self, context: StageContext, unit: WorkUnit, scales: LayerScales) -> None:
@@ -94,21 +114,39 @@ class RoutedTokens:
         num_tokens = sum(scales.tokens_per_expert[e] for e in unit.experts)
         expected = num_tokens * routed_token_bytes(context.layout.hidden_size, context.plan.config)
         num_tensors = 5 * unit.num_experts * len(context.plan.parts)
-        folder = None if context.cache is None else context.cache.folder
-        spill = reserve(expected, num_tensors, folder) if expected > GATHERED_BYTES else None
-        self.gathered: list[StoredSlice] | None = [] if spill is not None or expected <= GATHERED_BYTES else None
+        room, is_missing = self.room(expected, num_tensors)
+        self.gathered: list[StoredSlice] | None = None if is_missing else []
+        self.sampled: list[LayerRows] = []
         share = -(-LAYER_SAMPLE_TOKENS // len(context.plan.parts))
-        samples: dict[str, list[Tensor]] = {"hidden": [], "router_weights": [], "delta": []}
         for part in context.activation_parts(unit.layer):
-            some = slice(None, None, max(1, len(part["hidden"]) // share))
-            samples["router_weights"].append(part["router_weights"][some][:share].to(context.device))
-            for name in ("hidden", "delta")[: 1 + self.settings.output_curvature]:
-                samples[name].append(of_columns(part, name).pick(some).pick(slice(share)).decoded(context.device))
+            num_tokens = len(part["hidden"])
+            some = torch.arange(0, num_tokens, max(1, num_tokens // share))[:share]
+            delta = of_columns(part, "delta").pick(some) if self.settings.output_curvature else None
+            self.sampled.append(LayerRows(of_columns(part, "hidden").pick(some), part["router_weights"][some], delta))
             if self.gathered is not None:
-                self.gathered += (spilled(s, spill) for s in self.routed(part))
-        columns = {name: torch.cat(taken) for name, taken in samples.items() if taken}
-        router_T = columns["router_weights"].square().mean(1).sqrt()
-        self.sample = LayerSample(columns["hidden"], router_T, columns.get("delta"))
+                self.gathered += (s if room is None else s.mapped(room.keep) for s in self.routed(part))
+        if isinstance(room, DeviceRoom):
+            room.settle()
+
+    def room(self, num_bytes: int, num_tensors: int) -> tuple[Spill | DeviceRoom | None, bool]:
+        """Where to keep so many bytes (None: as they come), and whether there is no place for them at all."""
+        units = 1 + self.context.plan.config.run.prefetch_units
+        device = self.context.device
+        if device.type == "cuda" and num_bytes <= DEVICE_SHARE * torch.cuda.get_device_properties(device).total_memory / units:
+            return DeviceRoom(num_bytes, num_tensors, device), False
+        if num_bytes <= GATHERED_BYTES // units:
+            return None, False
+        spill = reserve(num_bytes, num_tensors, None if self.context.cache is None else self.context.cache.folder)
+        return spill, spill is None
+
+    @cached_property
+    def sample(self) -> LayerSample:
+        """The layer's sample on the context's device."""
+        device = self.context.device
+        x_TH = torch.cat([rows.x.decoded(device) for rows in self.sampled])
+        router_TK = torch.cat([rows.router_TK.to(device) for rows in self.sampled])
+        deltas = [rows.delta.decoded(device) for rows in self.sampled if rows.delta is not None]
+        return LayerSample(x_TH, router_TK.square().mean(1).sqrt(), torch.cat(deltas) if deltas else None)
 
     def routed(self, part: dict[str, Tensor]) -> Iterator[StoredSlice]:
         """Slices of a part, one for every expert that has tokens in it."""
@@ -119,11 +157,18 @@ class RoutedTokens:
             if len(rows):
                 yield StoredSlice(n, hidden.pick(rows), part["router_weights"][rows, slots], None if delta is None else delta.pick(rows))
 
+    def stored(self) -> Iterator[StoredSlice]:
+        """As `routed`, over all parts; the same order every time."""
+        if self.gathered is not None:
+            yield from self.gathered
+            return
+        for part in self.context.activation_parts(self.unit.layer):
+            yield from self.routed(part)
+
     def __iter__(self) -> Iterator[RoutedSlice]:
-        """As `routed`, over all parts, in float32 on the context's device; the same order every time."""
-        parts = self.context.activation_parts(self.unit.layer)
+        """The same, in float32 on the context's device."""
         device = self.context.device
-        for s in self.gathered if self.gathered is not None else (s for part in parts for s in self.routed(part)):
+        for s in self.stored():
             yield RoutedSlice(s.position, s.x.decoded(device), s.router_T.to(device), None if s.delta is None else s.delta.decoded(device))
 
     def exact_scale(self, global_scale: float) -> float:
@@ -140,17 +185,6 @@ class RoutedTokens:
 def routed_token_bytes(hidden_size: int, config: RunConfig) -> int:
     """What RoutedTokens holds of one token of an expert: x, delta where gradients are used, router weight."""
     return (1 + config.compression.output_curvature) * stored_bytes(hidden_size, config.calibration.stored_bits) + 4
-
-
-def spilled(s: StoredSlice, spill: Spill | None) -> StoredSlice:
-    """The same slice with its tensors in the file, if there is one."""
-    if spill is None:
-        return s
-
-    def keep(rows: TokenRows) -> TokenRows:
-        return TokenRows(spill.keep(rows.values_TH), None if rows.scale_TG is None else spill.keep(rows.scale_TG))
-
-    return StoredSlice(s.position, keep(s.x), spill.keep(s.router_T), None if s.delta is None else keep(s.delta))
 
 
 @dataclass(slots=True)
@@ -174,7 +208,8 @@ def output_side(tokens: RoutedTokens, originals: list[ExpertWeights]) -> OutputS
     norms: list[tuple[int, Tensor, Tensor]] = []
     for s in tokens:
         assert s.delta_TH is not None
-        inner_TZ, outer_TH = expert_gradients(s.x_TH, s.delta_TH, s.router_T, *originals[s.position])
+        with tensor_float_32():
+            inner_TZ, outer_TH = expert_gradients(s.x_TH, s.delta_TH, s.router_T, *originals[s.position])
         for moment, gradient in zip(own[s.position], (inner_TZ, outer_TH), strict=True):
             moment.add_(gradient, None)
         norms.append((s.position, inner_TZ.norm(dim=1), outer_TH.norm(dim=1)))
@@ -194,7 +229,8 @@ def shrunk_output_hessians(
     for (inner, outer), weights in zip(own, originals, strict=True):
         per_input = inner.num_tokens / x_TH.shape[1]
         pool_inner = SecondMoment.zeros(inner.sum_II.shape[0], x_TH.device)
-        pool_inner.add_(expert_gradients(x_TH, delta_TH, router_T, *weights)[0], None)
+        with tensor_float_32():
+            pool_inner.add_(expert_gradients(x_TH, delta_TH, router_T, *weights)[0], None)
         gate_up.append(blend(inner, pool_inner, shrinkage_from_tokens(per_input, GATE_UP_OUTPUT_HALF_TOKENS)))
         down.append(blend(outer, pool_down, shrinkage_from_tokens(per_input, DOWN_OUTPUT_HALF_TOKENS)))
     return gate_up, down
@@ -244,8 +280,9 @@ def down_curvature(
     down_scale = tokens.exact_scale(tokens.scales.down)
 
     def add(moments: list[SecondMoment], n: int, x_TH: Tensor, weights_T: Tensor | None) -> Tensor:
-        h_TF = intermediate(x_TH, originals[n])
-        raw_TF = intermediate(tokens.quantized(x_TH, tokens.scales.gate_up), compressed[n])
+        with tensor_float_32():
+            h_TF = intermediate(x_TH, originals[n])
+            raw_TF = intermediate(tokens.quantized(x_TH, tokens.scales.gate_up), compressed[n])
         hq_TF = tokens.quantized(raw_TF, tokens.scales.down)
         moments[0].add_(hq_TF, weights_T, x_scale=down_scale)
         moments[1].add_(hq_TF, weights_T, h_TF, x_scale=down_scale)
@@ -279,8 +316,10 @@ def blend(own: SecondMoment, pool: SecondMoment, share: float, by: tuple[SecondM
     """(1 - share) own + share * pool, the pool rescaled to own's mean diagonal (taken from the pair `by` where the moment is not symmetric)."""
     if own.num_tokens == 0:
         return pool.mean()
+    own_II = own.mean()
     if share == 0:
-        return own.mean()
-    own_by, pool_by = by or (own, pool)
-    ratio = own_by.mean().diagonal().mean() / pool_by.mean().diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
-    return (1 - share) * own.mean() + share * ratio * pool.mean()
+        return own_II
+    pool_II = pool.mean()
+    own_by, pool_by = (own_II, pool_II) if by is None else (by[0].mean(), by[1].mean())
+    ratio = own_by.diagonal().mean() / pool_by.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
+    return (1 - share) * own_II + share * ratio * pool_II

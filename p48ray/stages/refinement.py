@@ -4,8 +4,9 @@ import torch
 from torch import Tensor
 
 from p48ray.model.experts import ExpertWeights
-from p48ray.numerics.refine import ExpertTokens, Refined, refine
+from p48ray.numerics.refine import ExpertTokens, InputScales, Refined, refine
 from p48ray.numerics.solvers import Solution, damped_output_hessian
+from p48ray.numerics.token_rows import TokenRows, joined
 from p48ray.stages.curvature import Curvature, OutputSide, RoutedTokens
 
 MAX_TOKENS = 65_536  # per expert; a step sees 256 of them
@@ -23,32 +24,39 @@ def refine_experts(
         output_damp = None if settings.output_damp == "auto" else settings.output_damp
         output_hessian_NHH = torch.stack([c.output_hessian_OO for c in curvature if c.output_hessian_OO is not None])
         metric_NHH = damped_output_hessian(output_hessian_NHH, [c.tokens / size for c in curvature], size, output_damp)
+    is_quantized = settings.activation_quantization
+    scales = InputScales(
+        gate_up=tokens.scales.gate_up if is_quantized else None,
+        down=tokens.scales.down if is_quantized else None,
+        group=settings.activation_group,
+    )
     return refine(
         gather(tokens, side, num_experts, hidden),
-        torch.stack([torch.cat([w.gate_FH, w.up_FH]) for w in originals]),
+        torch.stack([w.gate_up_ZH for w in originals]),
         down_NOI,
         gate_up.as_quantized(),
         down.as_quantized(),
         metric_NHH,
-        tokens.scales.down,
-        settings.activation_group,
+        scales,
         settings.refine_steps,
     )
 
 
 def gather(tokens: RoutedTokens, side: OutputSide, num_experts: int, hidden: int) -> list[ExpertTokens]:
-    """The first MAX_TOKENS tokens of every expert, in the plan's order."""
-    slices: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(num_experts)]
+    """The first MAX_TOKENS tokens of every expert as they are stored, in the plan's order."""
+    device = tokens.context.device
+    none = TokenRows(torch.zeros(0, hidden, device=device))
+    slices: list[list[tuple[TokenRows, Tensor]]] = [[] for _ in range(num_experts)]
     room = [MAX_TOKENS] * num_experts
-    for s, weight_T in zip(tokens, side.down_weights, strict=True):
+    for s, weight_T in zip(tokens.stored(), side.down_weights, strict=True):
+        none = s.x.pick(slice(0)).to(device)
         if room[s.position]:
-            x_TH = s.x_TH[: room[s.position]]
-            slices[s.position].append((x_TH, weight_T[: len(x_TH)]))
-            room[s.position] -= len(x_TH)
-    result = []
-    for mine in slices:
-        x_TH = torch.cat([x for x, _ in mine]) if mine else torch.zeros(0, hidden, device=tokens.context.device)
-        weight_T = torch.cat([w for _, w in mine]) if mine else x_TH.new_zeros(0)
-        quantized_TH = tokens.quantized(x_TH, tokens.scales.gate_up) if mine else x_TH
-        result.append(ExpertTokens(x_TH=x_TH, quantized_TH=quantized_TH, weight_T=weight_T))
-    return result
+            x = s.x.pick(slice(room[s.position])).to(device)
+            slices[s.position].append((x, weight_T[: len(x)].to(device)))
+            room[s.position] -= len(x)
+    return [
+        ExpertTokens(
+            rows=joined([x for x, _ in mine] or [none]), weight_T=torch.cat([w for _, w in mine]) if mine else torch.zeros(0, device=device)
+        )
+        for mine in slices
+    ]

@@ -1,12 +1,13 @@
 """The unit of dispatch: a stage's name and one item of its work. Runners hand tasks to processes; a `Workplace` is what each process does them with."""
 
 import logging
+import threading
 import time
 import traceback
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -128,26 +129,32 @@ class Workplace:
     def __init__(self, plan: RunPlan, store_uri: str, node: str | None = None) -> None:
         """Args: node: see open_context. Raises: SourceError when the source is not the one that was planned."""
         self.plan, self.store, self.node = plan, open_run_root(plan, store_uri), node
+        self.opened: StageContext | None = None
+        self.opening = threading.Lock()  # two tasks may be the first
         if look(plan, self.store).is_complete:
             self.context  # noqa: B018 (opened now)
 
-    @cached_property
+    @property
     def context(self) -> StageContext:
-        return open_context(self.plan, self.store, self.node)
+        with self.opening:
+            if self.opened is None:
+                self.opened = open_context(self.plan, self.store, self.node)
+            return self.opened
 
     def close(self) -> None:
         """Let go of the node's cache."""
-        if "context" in self.__dict__ and self.context.cache is not None:
-            self.context.cache.close()
+        if self.opened is not None and self.opened.cache is not None:
+            self.opened.cache.close()
 
     @property
     def traffic(self) -> list[Traffic]:
         """Counters of what this process has opened so far."""
-        source = [self.context.source.store.traffic] if "context" in self.__dict__ and not self.plan.source.mirror else []
+        source = [self.opened.source.store.traffic] if self.opened is not None and not self.plan.source.mirror else []
         return [self.store.traffic, *source]
 
     def execute(self, task: Task) -> TaskResult:
-        """Run one task; see `attempt`."""
+        """Run one task; see `attempt`. From any thread: units of several can be under way at once, and take turns at computing (StageContext.turn)."""
+        torch.set_num_threads(self.plan.config.run.threads_per_worker)  # which OpenMP keeps for every thread apart
         if task.stage == MIRROR_STAGE:
             return attempt(self.store, task, lambda: mirror_file(self.store, task.item))
         return attempt(self.store, task, lambda: STAGES[task.stage](self.context, task.item))

@@ -1,41 +1,19 @@
-"""Rows of values, one a token, in the form in which parts store them: bf16, or int8 codes with their scales (calibration.stored_bits, numerics.block_int8).
-
-Rows are picked as they are stored, and decoded when they are used, so that what is held never grows beyond what was written.
-"""
+"""Rows of values, one a token, as columns of a part (calibration.stored_bits): bf16, or int8 codes with their scales; and room for them in a file of a node."""
 
 import logging
 import mmap
 import os
 import tempfile
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from p48ray.numerics import block_int8
+from p48ray.numerics.token_rows import TokenRows
 
 log = logging.getLogger(__name__)
 
 SCALE_SUFFIX = "_scale"
-
-
-@dataclass(frozen=True, slots=True)
-class TokenRows:
-    """(T, H) values: bf16 themselves, or int8 codes with scales (T, H/16)."""
-
-    values_TH: Tensor
-    scale_TG: Tensor | None = None
-
-    def __len__(self) -> int:
-        return len(self.values_TH)
-
-    def pick(self, rows: Tensor | slice) -> "TokenRows":
-        return TokenRows(self.values_TH[rows], None if self.scale_TG is None else self.scale_TG[rows])
-
-    def decoded(self, device: torch.device) -> Tensor:
-        """(T, H) float32 on the device; the stored form is what travels there."""
-        values_TH = self.values_TH.to(device)
-        return values_TH.float() if self.scale_TG is None else block_int8.decode(values_TH, self.scale_TG.to(device))
 
 
 def to_columns(name: str, values_TH: Tensor, bits: int) -> dict[str, Tensor]:
@@ -72,6 +50,28 @@ class Spill:
         self.end = start + tensor.nbytes
         copy = torch.frombuffer(self.data, dtype=tensor.dtype, count=tensor.numel(), offset=start).view(tensor.shape)
         return copy.copy_(tensor)
+
+
+class DeviceRoom:
+    """Room for tensors on a GPU, filled beside what is computed there, by a stream of its own."""
+
+    ALIGNMENT = 256
+
+    def __init__(self, num_bytes: int, num_tensors: int, device: torch.device) -> None:
+        self.data = torch.empty(num_bytes + num_tensors * self.ALIGNMENT, dtype=torch.uint8, device=device)
+        self.stream, self.end = torch.cuda.Stream(device), 0
+        self.stream.wait_stream(torch.cuda.default_stream(device))  # which may still use what lay there before
+
+    def keep(self, tensor: Tensor) -> Tensor:
+        """A copy of a tensor in the room; complete once the room is settled."""
+        start = -(-self.end // self.ALIGNMENT) * self.ALIGNMENT
+        self.end = start + tensor.nbytes
+        with torch.cuda.stream(self.stream):
+            return self.data[start : self.end].view(tensor.dtype).view(tensor.shape).copy_(tensor)
+
+    def settle(self) -> None:
+        """Wait until all copies are complete."""
+        self.stream.synchronize()
 
 
 def reserve(num_bytes: int, num_tensors: int, folder: str | os.PathLike[str] | None) -> Spill | None:

@@ -17,7 +17,7 @@ from tests.chaos.harness import NUM_PARTS, NUM_UNITS, Scene
 from tests.conftest import TINY
 
 UNIT_LINE = re.compile(r'\{"unit": "([^"]+)", "attempt": "([0-9a-f]+)"')
-LOST_UNIT = re.compile(r"compress (L\d+-E\d+-\d+): (?:attempt \d+ failed, it will be tried again|its node is gone)")
+LOST_UNIT = re.compile(r"compress (L\d+-E\d+-\d+): (?:attempt \d+ failed, it will be tried again|its (?:node|worker) is gone)")
 
 
 def checkpoint_bytes(store: Store) -> dict[str, str]:

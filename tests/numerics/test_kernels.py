@@ -142,19 +142,26 @@ def test_roundings_are_those_of_the_definition_at_and_beside_every_tie() -> None
     assert torch.equal(scales, round_to_e4m3(x.abs()))
 
 
-def test_adam_s_step_and_the_values_that_come_of_it_are_refine_s() -> None:
+@pytest.mark.parametrize("is_sparse", [True, False])
+def test_adam_s_step_and_the_values_that_come_of_it_are_refine_s(is_sparse: bool) -> None:
     generator = torch.Generator().manual_seed(0)
-    latent, gradient, first, second = (torch.randn(2, 8, 64, generator=generator) for _ in range(4))
-    second, unit, keep = second.abs(), torch.rand(2, 8, 4, generator=generator) + 0.1, torch.rand(2, 8, 32, generator=generator) > 0.5
-    rate, wide = torch.tensor([0.01, 0.1]), unit.repeat_interleave(16, 2)
-    mask = keep.repeat_interleave(2, 2).float()
+    keep = keep_top_pairs(torch.rand(2, 12, 32, generator=generator)) if is_sparse else torch.ones(2, 12, 32, dtype=torch.bool)
+    mask = keep.repeat_interleave(2, 2)
+    latent, first, second = (torch.randn(2, int(mask[0].sum()), generator=generator) for _ in range(3))
+    gradient, second = torch.randn(2, 12, 64, generator=generator), second.abs()
+    unit, scale, rate = (
+        torch.rand(2, 12, 4, generator=generator) + 0.1,
+        torch.rand(2, 12, 4, generator=generator),
+        torch.tensor([0.01, 0.1]),
+    )
     wanted = [t.clone() for t in (latent, first, second)]
-    refine.adam_(wanted[0], gradient * mask, wanted[1], wanted[2], rate[:, None, None], 3)
-    values = torch.empty_like(latent)
-    refinement.adam_step_(latent, gradient, first, second, values, unit, keep, rate, refine.BETAS, 3)
+    refine.adam_(wanted[0], 0.5 * gradient[mask].view(2, -1), wanted[1], wanted[2], rate[:, None], 3)
+    grid = torch.zeros(2, 12, 64)
+    refinement.adam_step_((latent, first, second), gradient, grid, (unit, scale), keep, rate, refine.BETAS, 3, 0.5)
     for found, expected in zip((latent, first, second), wanted, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
-    torch.testing.assert_close(values, round_to_e2m1(latent / wide) * wide * mask, rtol=0, atol=0)
+    whole = torch.zeros(2, 12, 64).masked_scatter_(mask, latent)
+    torch.testing.assert_close(grid, refine.on_grid(whole, unit, scale), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("num_inputs", [24, 64, 104])

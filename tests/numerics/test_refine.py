@@ -7,8 +7,9 @@ from torch import Tensor
 
 from p48ray.numerics import e2m1, nvfp4
 from p48ray.numerics.activation import input_global_scale, quantize_activations
-from p48ray.numerics.refine import MIN_TOKENS, ExpertTokens, QuantizedLinear, Refined, refine
+from p48ray.numerics.refine import MIN_TOKENS, Batch, ExpertLoss, ExpertTokens, InputScales, QuantizedLinear, Refined, on_grid, refine
 from p48ray.numerics.solvers import SolverSettings, solve
+from p48ray.numerics.token_rows import TokenRows
 
 HIDDEN, SIZE, EXPERTS = 64, 32, 2
 SETTINGS = SolverSettings(solver="sparsegpt_gptq", sparsity="paired-4:8", scale_span=32, damp=0.1, sweeps=0)
@@ -28,8 +29,8 @@ class Case:
         self.gate_up, self.down = normal(EXPERTS, 2 * SIZE, HIDDEN) / 8, normal(EXPERTS, HIDDEN, SIZE) / 6
         factor_NHH = normal(EXPERTS, HIDDEN, HIDDEN) / HIDDEN**0.5
         self.metric = factor_NHH @ factor_NHH.mT + 0.05 * torch.eye(HIDDEN)
-        scale = input_global_scale(max(float(x.abs().max()) for x in self.x))
-        self.quantized = [quantize_activations(x, scale) for x in self.x]
+        self.scale = input_global_scale(max(float(x.abs().max()) for x in self.x))
+        self.quantized = [quantize_activations(x, self.scale) for x in self.x]
         h = [self.intermediate(x, w) for x, w in zip(self.x, self.gate_up, strict=True)]
         self.down_scale = input_global_scale(1.25 * max(float(v.abs().max()) for v in h))
         many = [float(num_tokens)] * EXPERTS
@@ -43,11 +44,14 @@ class Case:
         return F.silu(gate) * up
 
     def tokens(self) -> list[ExpertTokens]:
-        return [ExpertTokens(x_TH=x, quantized_TH=q, weight_T=torch.ones(len(x))) for x, q in zip(self.x, self.quantized, strict=True)]
+        return [ExpertTokens(rows=TokenRows(x), weight_T=torch.ones(len(x))) for x in self.x]
 
     def refined(self, steps: int) -> Refined:
         linears = [s.as_quantized() for s in self.starts]
-        return refine(self.tokens(), self.gate_up, self.down, *linears, self.metric, self.down_scale, 16, steps)
+        return refine(self.tokens(), self.gate_up, self.down, *linears, self.metric, self.scales(), steps)
+
+    def scales(self) -> InputScales:
+        return InputScales(gate_up=self.scale, down=self.down_scale, group=16)
 
     def loss(self, expert: int, rows: slice, gate_up: QuantizedLinear, down: QuantizedLinear) -> float:
         """The relative error in the metric, written out for one expert in float64."""
@@ -67,6 +71,47 @@ def test_held_out_loss_is_the_written_out_one_and_falls_by_a_tenth() -> None:
         assert refined.loss_before[n] == pytest.approx(case.loss(n, slice(None, None, 8), *starts), rel=1e-4)
         assert refined.loss_after[n] == pytest.approx(case.loss(n, slice(None, None, 8), refined.gate_up, refined.down), rel=1e-4)
         assert refined.loss_after[n] < 0.9 * refined.loss_before[n]
+
+
+@pytest.mark.parametrize("is_quantized", [True, False])
+def test_gradients_are_autograd_s_of_the_loss_with_roundings_passed_through(is_quantized: bool) -> None:
+    case = Case(64)
+    scales = case.scales() if is_quantized else InputScales(gate_up=None, down=None, group=16)
+    batch = Batch(torch.stack(case.x).double(), torch.rand(EXPERTS, 64, generator=torch.Generator().manual_seed(1)).double())
+    linears = [s.as_quantized() for s in case.starts]
+    values = [nvfp4.dequantize(q.codes_NOI, q.scale_NOG, q.global_scale_N).double().requires_grad_() for q in linears]
+    x_NTH = torch.stack(case.quantized).double() if is_quantized else batch.x_NTH
+    gate_NTF, up_NTF = (x_NTH @ values[0].mT).chunk(2, -1)
+    h_NTF = F.silu(gate_NTF) * up_NTF
+    if is_quantized:
+        h_NTF = h_NTF + (quantize_activations(h_NTF.detach().flatten(0, 1), case.down_scale).view_as(h_NTF) - h_NTF.detach())
+    gate_NTF, up_NTF = (batch.x_NTH @ case.gate_up.double().mT).chunk(2, -1)
+    wanted_NTH = (F.silu(gate_NTF) * up_NTF) @ case.down.double().mT
+    error_NTH = h_NTF @ values[1].mT - wanted_NTH
+    metric = case.metric.double()
+    loss_N, scale_N = (((v @ metric) * v * batch.weight_NT[..., None]).sum((1, 2)) for v in (error_NTH, wanted_NTH))
+    expected = torch.autograd.grad((loss_N / scale_N).sum(), values)
+
+    divisors = [q.global_scale_N.double() for q in linears]
+    problem = ExpertLoss((case.gate_up.double(), case.down.double()), metric, divisors, scales)
+    grids = [(v.detach() * d[:, None, None]) for v, d in zip(values, divisors, strict=True)]
+    torch.testing.assert_close(problem.loss(batch, grids), (loss_N / scale_N).detach(), rtol=1e-5, atol=0)
+    for found, wanted, unit in zip(problem.gradients(batch, grids), expected, (scales.gate_up, scales.down), strict=True):
+        assert (found / (unit or 1.0) - wanted).norm() < 1e-5 * wanted.norm()
+
+
+def test_operands_on_the_grid_are_exact_in_bf16() -> None:
+    case = Case(256)
+    for start in case.starts:
+        q = start.as_quantized()
+        unit = nvfp4.effective_scale(q.scale_NOG, q.global_scale_N)
+        grid = on_grid(start.values_NOI, unit, q.scale_NOG.float())
+        assert torch.equal(grid.bfloat16().float(), grid)
+        torch.testing.assert_close(grid / q.global_scale_N[:, None, None], start.values_NOI, rtol=1e-6, atol=0)
+    inputs = ExpertLoss((case.gate_up, case.down), case.metric, [torch.ones(EXPERTS)] * 2, case.scales()).quantized(
+        case.x[0][None], case.scale
+    )
+    assert (inputs.bfloat16().float() - inputs).abs().max() < 1e-6 * inputs.abs().max()
 
 
 def test_masks_and_scales_stay_and_codes_are_legal() -> None:

@@ -176,3 +176,21 @@ def test_tasks_that_come_later_are_handed_out_like_those_that_were_there() -> No
     assert [waiting.take(node).id for node in "aba"] == ["L1-1", "L2-1", "L1-0"]  # type: ignore[union-attr]
     waiting.add([task(1, "late", 100.0)])
     assert drain(waiting, "b") == ["L2-0", "L2-2", "late"]
+
+
+def test_task_that_is_taken_ahead_is_the_one_that_take_would_give() -> None:
+    tasks = layer_of_tasks(1, 3, 1) + layer_of_tasks(2, 9, 8)
+    ahead, waiting = Dispatcher(tasks), Dispatcher(tasks)
+    for node in "abab":
+        assert ahead.take_ahead(node, ()) == waiting.take(node)
+        assert ahead.nodes == waiting.nodes
+    assert ahead.take_ahead("a", ()) is None
+
+
+def test_nothing_is_taken_ahead_of_a_stream_or_of_a_task_that_is_to_be_alone() -> None:
+    waiting = Dispatcher([*layer_of_tasks(1, 3, 1), task(None, "stream")])
+    assert waiting.take_ahead("a", ()) is None
+    assert waiting.take("a") == task(None, "stream")
+    assert waiting.take_ahead("a", {"L1-0"}) is None
+    assert (len(waiting), waiting.nodes[1]) == (2, set())
+    assert [got.id for got in (waiting.take("a"), waiting.take_ahead("a", {"L1-0"})) if got] == ["L1-0", "L1-1"]

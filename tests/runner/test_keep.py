@@ -16,13 +16,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load
 
 from p48ray import run_root
 from p48ray.config import load_config
 from p48ray.errors import ConfigError, CorruptObjectError, P48Error, ShardCorruptError, StageFailedError
 from p48ray.estimate import estimate, layers_run_again
 from p48ray.manifest import ActivationPart, GradientPart, UnitManifest
-from p48ray.output_layout import unit_bytes
+from p48ray.output_layout import unit_bytes, unit_rows
 from p48ray.plan import RunPlan, WorkUnit
 from p48ray.report.report import Report
 from p48ray.report.status import read_status
@@ -31,7 +32,7 @@ from p48ray.runner.base import More, RedoError, nothing_more, run_all
 from p48ray.runner.local_runner import LocalRunner
 from p48ray.runner.pipeline import run_job
 from p48ray.stages import arrow, capture, gradients, reduce, tasks
-from p48ray.stages.compress import Clock, store_unit
+from p48ray.stages.compress import Clock, Solved, store_unit
 from p48ray.stages.context import StageContext
 from p48ray.stages.needs import Needs
 from p48ray.stages.prepare import Prepared, prepare
@@ -86,7 +87,9 @@ def replay(known_run: Path, patch: pytest.MonkeyPatch) -> list[str]:
         check_inputs(context, known, unit.layer)
         manifest = UnitManifest.load(known, run_root.unit_manifest(unit.id))
         shard = known.get(run_root.unit_shard(unit.id, manifest.attempt))
-        return store_unit(context, unit, shard, manifest.linears, manifest.ladder, (0.0, 0.0), Clock({"solve": 1.0}))
+        held = load(shard)
+        solved = Solved({name: held[name] for name, _, _ in unit_rows(context.layout, unit)}, manifest.linears, manifest.ladder, (0.0, 0.0))
+        return store_unit(context, unit, solved, Clock(context.device, {"solve": 1.0}))
 
     patch.setitem(tasks.STAGES, "compress", compress)
     return done
@@ -623,7 +626,8 @@ def test_driver_that_lags_behind_leaves_manifests_of_parts_that_are_there(
 def solve_nothing(context: StageContext, unit: WorkUnit) -> UnitManifest:
     """A shard of the right size after its inputs were read."""
     list(context.activation_parts(unit.layer))
-    return store_unit(context, unit, bytes(unit_bytes(context.layout, unit)), (), (), (0.0, 0.0), Clock({}))
+    tensors = {"all": torch.zeros(unit_bytes(context.layout, unit), dtype=torch.uint8)}
+    return store_unit(context, unit, Solved(tensors, (), (), (0.0, 0.0)), Clock(context.device))
 
 
 def peak_bytes(prepared: Prepared) -> int:

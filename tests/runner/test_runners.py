@@ -4,10 +4,10 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import psutil
 import pytest
@@ -19,9 +19,10 @@ from p48ray.manifest import Failure
 from p48ray.plan import WorkUnit
 from p48ray.runner import ray_runner
 from p48ray.runner.base import More, nothing_more, run_all
+from p48ray.runner.dispatch import Dispatcher
 from p48ray.runner.local_runner import LocalRunner
 from p48ray.runner.pipeline import run_job
-from p48ray.runner.ray_runner import RayRunner, WorkerProcess
+from p48ray.runner.ray_runner import RayRunner, Worker, WorkerProcess
 from p48ray.stages import tasks
 from p48ray.stages.context import StageContext
 from p48ray.stages.prepare import prepare
@@ -97,11 +98,53 @@ class KillingRunner(RayRunner):
 def test_killed_worker_leaves_the_same_bytes(ray_session: None, local_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("jobs.compress.RayRunner", KillingRunner)
     monkeypatch.setattr(KillingRunner, "killed", 0)
-    outcome = invoke(*arguments(tmp_path / "run"), on_ray=True)
+    outcome = invoke(*arguments(tmp_path / "run", {"run.prefetch_units": "0"}), on_ray=True)
     assert outcome.code == 0, outcome
     assert KillingRunner.killed == 1
     assert outcome.out.count("attempt 1 failed, it will be tried again: WorkerLostError") == 1
     assert len(list((tmp_path / "run" / "failures" / "compress").rglob("*.json"))) == 1
+    assert_same_bytes(local_run, tmp_path / "run")
+
+
+class TwoAtOnceKillingRunner(RayRunner):
+    """Kills its one worker, once, when that has two units in hand. Notes what it hands out."""
+
+    killed: ClassVar[list[Task]]
+    handed: ClassVar[list[tuple[Task, list[Task]]]]
+
+    def hand(self, worker: Worker, task: Task) -> None:
+        self.handed.append((task, self.in_hand().get(worker, [])))
+        super().hand(worker, task)
+
+    def hand_ahead(self, waiting: Dispatcher, in_hand: Mapping[Worker, Sequence[Task]]) -> None:
+        super().hand_ahead(waiting, in_hand)
+        ((_, tasks),) = self.in_hand().items() or ((None, []),)
+        if len(tasks) == 2 and not self.killed:
+            wait_until(lambda: bool(busy_workers()))
+            for victim in busy_workers():
+                victim.kill()
+            self.killed.extend(tasks)
+
+
+@pytest.mark.ray
+def test_worker_killed_with_two_units_in_hand_gives_both_back_and_neither_shares_a_worker_again(
+    ray_session: None, local_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("jobs.compress.RayRunner", TwoAtOnceKillingRunner)
+    for name in ("killed", "handed"):
+        monkeypatch.setattr(TwoAtOnceKillingRunner, name, [], raising=False)
+    outcome = invoke(*arguments(tmp_path / "run", {"run.num_workers": "1", "run.max_attempts": "1"}), on_ray=True)
+    assert outcome.code == 0, outcome
+    lost = TwoAtOnceKillingRunner.killed
+    assert [f"{t.stage} {t.id}: its worker is gone, with several units in hand" in outcome.out for t in lost] == [True, True]
+    handed = TwoAtOnceKillingRunner.handed
+    assert all([t.stage for t in (task, *beside)] == ["compress"] * 2 for task, beside in handed if beside)
+    shared = [(task, *beside) for task, beside in handed if beside]
+    assert shared[0] == tuple(reversed(lost))
+    assert len(shared) > 1
+    assert not {t.id for t in lost} & {t.id for pair in shared[1:] for t in pair}
+    assert [sum(task == t for task, _ in handed) for t in lost] == [2, 2]
+    assert not (tmp_path / "run" / "failures").exists()
     assert_same_bytes(local_run, tmp_path / "run")
 
 

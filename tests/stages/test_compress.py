@@ -433,11 +433,12 @@ def test_refinement_gathers_no_more_tokens_than_it_uses(opened: Opener, monkeypa
     tokens = curvature.RoutedTokens(context, PAIR, context.layer_scales(1))
     side = curvature.output_side(tokens, [])
     whole = refinement.gather(tokens, side, 2, 256)
-    assert min(len(t.x_TH) for t in whole) > 40
+    assert min(len(t.rows) for t in whole) > 40
     monkeypatch.setattr(refinement, "MAX_TOKENS", 40)
     for few, all_of_it in zip(refinement.gather(tokens, side, 2, 256), whole, strict=True):
-        assert torch.equal(few.x_TH, all_of_it.x_TH[:40]) and torch.equal(few.weight_T, all_of_it.weight_T[:40])
-        assert few.x_TH.untyped_storage().nbytes() == few.x_TH.nbytes
+        held = few.rows.values_TH
+        assert torch.equal(held, all_of_it.rows.values_TH[:40]) and torch.equal(few.weight_T, all_of_it.weight_T[:40])
+        assert held.untyped_storage().nbytes() == held.nbytes
 
 
 def test_tokens_weigh_by_the_norm_of_their_gradient_clipped_at_20_times_its_mean(
