@@ -99,7 +99,7 @@ class RayServer(AbstractContextManager[str]):
 
 
 class NodeServer(ServerProcess):
-    """The actor: on a cluster it listens on its node's address, so that the driver reaches it."""
+    """The actor: on a cluster it listens on its node's address, so that the driver reaches it; whoever reaches the node does too."""
 
     def __init__(self, command: Sequence[str], host: str | None) -> None:
         super().__init__(command, host or ray.util.get_node_ip_address())
