@@ -9,6 +9,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import ray
 
 from p48ray.config_benchmarks import ServerSettings
 from p48ray.errors import ConfigError, StageFailedError
@@ -103,6 +104,13 @@ def test_actor_gives_the_url_of_a_healthy_server_and_ends_it(ray_session: None, 
     assert is_gone(pid)
     with pytest.raises(ConfigError):
         served_models(url)
+
+
+@pytest.mark.ray
+def test_actor_of_a_cluster_listens_on_its_nodes_address(ray_session: None) -> None:
+    with RayServer(COMMAND, NO_GPUS, "host:6379") as url:
+        assert url.startswith(f"http://{ray.util.get_node_ip_address()}:")
+        assert [m.id for m in served_models(url)] == ["a/model"]
 
 
 @pytest.mark.ray
