@@ -10,8 +10,10 @@ from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
 
+from p48ray.config_benchmarks import BenchmarksConfig
+from p48ray.config_section import Section, as_tuple
 from p48ray.errors import ConfigError
 
 SIZE_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -32,12 +34,6 @@ SizeBytes = Annotated[int, BeforeValidator(parse_size), Field(gt=0)]
 Automatic = Literal["auto"]
 
 
-class Section(BaseModel):
-    """Base of all sections: immutable, closed to unknown keys, strict about types (yaml gives the right ones)."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-
 class SourceConfig(Section):
     """Where the checkpoint to compress comes from."""
 
@@ -52,11 +48,6 @@ class DocumentSource(Section):
     path: str = Field(min_length=1, description="File or folder, local or s3://, or hf://datasets/owner/name[@revision][/path].")
     weight: float = Field(1.0, gt=0, description="Share of the sequences, relative to the other weights.")
     endpoint_url: str | None = Field(None, description="Of an S3-compatible store that holds it; null: as the environment says.")
-
-
-def as_tuple(value: object) -> object:
-    """YAML's lists become the tuples of frozen models."""
-    return tuple(value) if isinstance(value, list) else value
 
 
 def as_mix(value: object) -> object:
@@ -190,6 +181,7 @@ class RunConfig(Section):
     compression: CompressionConfig = CompressionConfig()
     output: OutputConfig = OutputConfig()
     evaluation: EvaluationConfig | None = None
+    benchmarks: BenchmarksConfig | None = Field(None, description="For jobs/evaluate.py.")
     run: RunSettings
 
     @model_validator(mode="after")

@@ -15,7 +15,8 @@ from p48ray import run_root
 from p48ray.checkpoint.families import ModelLayout, check_divisibility
 from p48ray.checkpoint.fp8 import Fp8Weight, plain_tensors
 from p48ray.checkpoint.index import CheckpointIndex
-from p48ray.config import RunConfig, lookup
+from p48ray.config import RunConfig, dotted_keys, lookup
+from p48ray.config_benchmarks import BenchmarksConfig
 from p48ray.errors import ConfigError, PlanMismatchError
 from p48ray.records import Record, canonical_json
 from p48ray.store.base import Store
@@ -65,6 +66,9 @@ SETTINGS: dict[str, Effect] = {
     "evaluation.activations": "free",
     "evaluation.activation_group": "free",
     "evaluation.baseline": "free",
+    **dict.fromkeys(
+        dotted_keys(BenchmarksConfig, "benchmarks."), "free"
+    ),  # measured afterwards; each result is kept under what it was measured with
     "run.root": "free",
     "run.endpoint_url": "free",
     "run.root_is_shared": "free",

@@ -14,6 +14,7 @@ failures/<stage>/<task>/<attempt>.json               traceback and input of ever
 checkpoint/                                          the Hugging Face folder
 verification/model-00001-of-00003.json               verdict per output shard
 evaluation/<digest>/part-0003.json (+ tokens.arrow)  sums over held-out sequences
+benchmarks/<digest>/result.json                      a task's figure for one checkpoint, beside the harness's own harness.json;  table.json: what is shown
 report/report.json, report/report.html
 publish/<digest>/model-00001-of-00003.json           a shard that the Hub has; digest of endpoint, repository and branch
 """
@@ -33,6 +34,8 @@ FAILURES = "failures/"
 CHECKPOINT = "checkpoint/"
 VERIFICATION = "verification/"
 EVALUATION = "evaluation/"
+BENCHMARKS = "benchmarks/"
+BENCHMARK_TABLE = "benchmarks/table.json"
 REPORT = "report/report.json"
 REPORT_PAGE = "report/report.html"
 BASELINE = "baseline/"  # run root of the one-shot reference (evaluation.baseline)
@@ -118,6 +121,14 @@ def evaluation_tokens(digest: str) -> str:
 
 def evaluation_part(digest: str, part: int) -> str:
     return f"{EVALUATION}{digest}/part-{part:04d}.json"
+
+
+def benchmark_result(digest: str) -> str:
+    return f"{BENCHMARKS}{digest}/result.json"
+
+
+def harness_output(digest: str) -> str:
+    return f"{BENCHMARKS}{digest}/harness.json"
 
 
 def published_shard(digest: str, shard: str) -> str:

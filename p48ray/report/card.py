@@ -20,17 +20,23 @@ from p48ray.numerics.solvers import PAIRED_48
 from p48ray.output_layout import unit_bytes
 from p48ray.plan import NUMERICS_VERSION, RunPlan
 from p48ray.report.storage_card import convert_card
+from p48ray.stages.benchmarks import BenchmarkTable, table_notes, table_rows
 from p48ray.stages.context import StageContext
 from p48ray.stages.evaluate import EvaluationResult
 
 VLLM_VERSION = "0.32"  # which reads no VLLM_USE_FLASHINFER_MOE_FP4 any more; the flags of a family's models are in its file
+SERVING_GPUS = 4
 MOE_BACKEND = "flashinfer_trtllm"  # of its NVFP4 backends the one that it tries first
 NOTICES = ("LICENSE", "LICENCE", "NOTICE", "THIRD_PARTY", "USE_POLICY")
 CARRIED_FIELDS = ("license", "license_name", "license_link", "pipeline_tag")
 
 
 def model_card(
-    context: StageContext, units: Sequence[UnitManifest], quality: EvaluationResult | None, baseline: EvaluationResult | None
+    context: StageContext,
+    units: Sequence[UnitManifest],
+    quality: EvaluationResult | None,
+    baseline: EvaluationResult | None,
+    benchmarks: BenchmarkTable | None = None,
 ) -> str:
     """README.md of the checkpoint. With sparse storage it is the dense one's with the note that a conversion puts in."""
     plan = context.plan
@@ -46,7 +52,8 @@ def model_card(
         "## In transformers",
         TRANSFORMERS,
         "## Evaluation",
-        evaluation(plan, quality, baseline),
+        evaluation(plan, quality, baseline, benchmarks),
+        *benchmark_parts(benchmarks),
         "## Reproduction",
         reproduction(context, units),
         "## Integrity",
@@ -187,15 +194,23 @@ KEY_ROWS = [
 ]
 
 
+def serving_flags(family: str, num_gpus: int, is_nvfp4: bool = True) -> list[str]:
+    """vLLM's flags for a checkpoint of a family, each with its value. The source, which is not NVFP4, is served without a backend for that."""
+    backend = [f"--moe-backend {MOE_BACKEND}"] if is_nvfp4 else []
+    return [f"--tensor-parallel-size {num_gpus}", *FAMILIES[family].serving_flags, *backend]
+
+
 def serving(context: StageContext) -> str:
-    flags = ["--tensor-parallel-size 4", *FAMILIES[context.plan.source.family].serving_flags]
-    command = " \\\n  ".join([f"vllm serve <this repository> {flags[0]}", *flags[1:]])
+    newer, older = (
+        " \\\n  ".join([f"vllm serve <this repository> {flags[0]}", *flags[1:]])
+        for flags in (serving_flags(context.plan.source.family, SERVING_GPUS, is_nvfp4) for is_nvfp4 in (True, False))
+    )
     return (
         "NVFP4 weights and activations want NVIDIA Blackwell GPUs; a model of Kimi-K2.5's size, 595 GB, takes four B200. "
         f"For vLLM {VLLM_VERSION}:\n\n"
-        f"```\n{command} \\\n  --moe-backend {MOE_BACKEND}\n```\n\n"
+        f"```\n{newer}\n```\n\n"
         "Older versions that read it want a variable of the environment in place of `--moe-backend`:\n\n"
-        f"```\nVLLM_USE_FLASHINFER_MOE_FP4=1 {command}\n```\n\n"
+        f"```\nVLLM_USE_FLASHINFER_MOE_FP4=1 {older}\n```\n\n"
         "These commands were not run on such hardware by the job that made this checkpoint."
     )
 
@@ -209,10 +224,13 @@ model = load_model("<this repository>")
 ```"""
 
 
-def evaluation(plan: RunPlan, quality: EvaluationResult | None, baseline: EvaluationResult | None) -> str:
+def evaluation(
+    plan: RunPlan, quality: EvaluationResult | None, baseline: EvaluationResult | None, benchmarks: BenchmarkTable | None
+) -> str:
     settings = plan.config.evaluation
     if quality is None or settings is None:
-        return "Not evaluated by the job that made it."
+        own = "on held-out text " if is_measured(benchmarks) else ""
+        return f"Not evaluated {own}by the job that made it."
     rows = [("source", f"{quality.source_perplexity:.4f}", f"{quality.source_accuracy:.4f}", "0")]
     results = (("one-shot reference (SparseGPT masks + GPTQ)", baseline), ("this checkpoint", quality))
     for name, r in results:
@@ -230,8 +248,35 @@ def evaluation(plan: RunPlan, quality: EvaluationResult | None, baseline: Evalua
     how = "NVFP4 activations emulated" if settings.activations == "nvfp4" else "original activations"
     return table(("", "perplexity", "token accuracy", "KL to source, nats a token"), rows) + (
         f"\n\n{quality.num_tokens:,} held-out tokens in sequences of {settings.sequence_length:,}, {how}, by p48ray's own "
-        "evaluation; no other benchmark was run."
+        f"evaluation{'' if is_measured(benchmarks) else '; no other benchmark was run'}."
     )
+
+
+def is_measured(benchmarks: BenchmarkTable | None) -> bool:
+    """Whether there is any figure of this checkpoint; what others published of the base alone is no news here."""
+    ours = benchmarks.column("ours") if benchmarks else None
+    return ours is not None and bool(ours.values)
+
+
+def benchmark_parts(benchmarks: BenchmarkTable | None) -> list[str]:
+    """The table of benchmarks and what it was measured with; nothing where none was run."""
+    if benchmarks is None or not is_measured(benchmarks):
+        return []
+    titles = [c.title for c in benchmarks.columns]
+    head = ("per cent", "", *titles, "Δ to base", "recovery")
+    rows = []
+    for row in table_rows(benchmarks):
+        values = [getattr(row, c.role) for c in benchmarks.columns]
+        cells = ["" if v is None else f"{v:.2f}" for v in values]
+        rows.append(
+            (
+                row.label,
+                row.setting,
+                *cells,
+                *("" if v is None else form.format(v) for v, form in ((row.delta, "{:+.2f}"), (row.recovery, "{:.1f}%"))),
+            )
+        )
+    return ["### Benchmarks", table(head, rows), " ".join(table_notes(benchmarks))]
 
 
 def reproduction(context: StageContext, units: Sequence[UnitManifest]) -> str:

@@ -15,6 +15,7 @@ from p48ray import __version__
 from p48ray.manifest import UnitManifest
 from p48ray.numerics.solvers import PAIRED_48
 from p48ray.report import charts
+from p48ray.report.benchmark_section import benchmark_section
 from p48ray.report.charts import esc
 from p48ray.report.expert_sections import (
     error_section,
@@ -47,6 +48,7 @@ def report_html(context: StageContext, report: Report, units: Sequence[UnitManif
     facts = gather(context, report, units, baseline_store)
     sections = [
         quality_section(facts),
+        benchmark_section(facts.report.benchmarks),
         ladder_section(facts),
         timeline_section(facts),
         error_section(facts),

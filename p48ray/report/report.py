@@ -13,6 +13,7 @@ from p48ray.manifest import LinearRecord, UnitManifest
 from p48ray.output_layout import OutputShard, unit_bytes
 from p48ray.records import Record
 from p48ray.report.work import Extrapolation, extrapolate, pilot_words, read_work
+from p48ray.stages.benchmarks import BenchmarkTable
 from p48ray.stages.context import StageContext
 from p48ray.stages.evaluate import EvaluationResult
 
@@ -63,6 +64,7 @@ class Report(Record):
     expert_bytes: int
     quality: EvaluationResult | None
     baseline: EvaluationResult | None = None
+    benchmarks: BenchmarkTable | None = None
     pilot: Extrapolation | None = None
     stage_seconds: dict[str, float]
     unit_seconds: dict[str, float]

@@ -19,8 +19,10 @@ from p48ray.runner.base import RedoError, Runner, run_all
 from p48ray.runner.in_turn import InTurn
 from p48ray.runner.overlap import Overlap
 from p48ray.runner.progress import Progress
+from p48ray.stages.benchmarks import read_table
 from p48ray.stages.capture import finish_layer
 from p48ray.stages.collect import ABANDONED_S, collect_losers, collect_units, delete_all
+from p48ray.stages.context import StageContext
 from p48ray.stages.evaluate import EvaluationResult, combine, evaluation_digest
 from p48ray.stages.inputs import write_inputs
 from p48ray.stages.mirror import MirrorItem, look
@@ -58,13 +60,22 @@ def run_job(prepared: Prepared, make_runner: RunnerFactory) -> Report:
         baseline = run_job(prepare(baseline_config(plan.config)), make_runner).quality
     seconds["total"] = round(time.monotonic() - start, 1)
     units = read_units(prepared)
-    if not plan.is_pilot:
-        store.put(run_root.checkpoint_file("README.md"), model_card(prepared.context, units, result, baseline).encode())
-    report = build_report(prepared.context, units, prepared.shards, result, seconds).model_copy(update={"baseline": baseline})
-    page = report_html(prepared.context, report, units, SubStore(store, run_root.BASELINE) if baseline else None)
-    store.put(run_root.REPORT_PAGE, page.encode())
-    store.put(run_root.REPORT, report.to_json())  # last: a run root with it is complete
+    report = build_report(prepared.context, units, prepared.shards, result, seconds)
+    benchmarks = None if plan.is_pilot else read_table(store)
+    report = report.model_copy(update={"baseline": baseline, "benchmarks": benchmarks})
+    write_report(prepared.context, report, units)
     return report
+
+
+def write_report(context: StageContext, report: Report, units: Sequence[UnitManifest]) -> None:
+    """The card, the page and the report itself, which comes last: a run root with it is complete."""
+    store = context.store
+    if not context.plan.is_pilot:
+        card = model_card(context, units, report.quality, report.baseline, report.benchmarks)
+        store.put(run_root.checkpoint_file("README.md"), card.encode())
+    page = report_html(context, report, units, SubStore(store, run_root.BASELINE) if report.baseline else None)
+    store.put(run_root.REPORT_PAGE, page.encode())
+    store.put(run_root.REPORT, report.to_json())
 
 
 def run_stages(job: "Job") -> EvaluationResult | None:
@@ -218,8 +229,8 @@ class Job:
         return combine(EvaluationPart.load_all(self.store, every))
 
 
-def read_units(prepared: Prepared) -> list[UnitManifest]:
-    return UnitManifest.load_all(prepared.store, [run_root.unit_manifest(u.id) for u in prepared.plan.units])
+def read_units(run: Prepared | StageContext) -> list[UnitManifest]:
+    return UnitManifest.load_all(run.store, [run_root.unit_manifest(u.id) for u in run.plan.units])
 
 
 def check_fallbacks(plan: RunPlan, store: Store) -> None:

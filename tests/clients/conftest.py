@@ -12,7 +12,7 @@ import pytest
 from tests.conftest import REPO
 
 HAS_VLLM = find_spec("vllm") is not None
-collect_ignore = [] if HAS_VLLM else ["test_vllm.py", "test_vllm_families.py"]
+collect_ignore = [] if HAS_VLLM else ["test_evaluate_job.py", "test_vllm.py", "test_vllm_families.py"]
 
 # vLLM reads these when it is imported. One process, so that tests can look into it; no compiler; no MLA, whose CPU code takes no float32.
 if HAS_VLLM:
@@ -40,7 +40,10 @@ def made_families(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], P
     return cache(lambda family: make(tmp_path_factory.mktemp(family), family))
 
 
+def main_python() -> str:
+    return os.environ.get("P48RAY_PYTHON", str(REPO / ".venv" / "bin" / "python"))
+
+
 def make(folder: Path, *family: str) -> Path:
-    python = os.environ.get("P48RAY_PYTHON", str(REPO / ".venv" / "bin" / "python"))
-    subprocess.run([python, "-m", "tests.clients.twin", str(folder), *family], cwd=REPO, check=True)
+    subprocess.run([main_python(), "-m", "tests.clients.twin", str(folder), *family], cwd=REPO, check=True)
     return folder
