@@ -12,6 +12,7 @@ not of 48. Units run one by one first, then as a worker runs them: the next is f
 
 import argparse
 import json
+import logging
 import platform
 import sys
 import tempfile
@@ -147,6 +148,8 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("p48ray.stages.compress").setLevel(logging.INFO)  # a line for every unit, with a GPU's peak memory by phase
     with tempfile.TemporaryDirectory(prefix="p48ray-bench-") as folder:
         facts = run(args, Path(folder))
     print(json.dumps(facts, indent=1))

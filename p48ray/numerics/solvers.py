@@ -189,9 +189,10 @@ def _problem(
     """Factor and damped G; a Hessian without a factor is replaced by the identity, so that the batch stays whole."""
     damp_rel = [damp_from_tokens(t) if settings.damp is None else settings.damp for t in tokens_per_input]
     factor = inverse_factor(hessian_NII, damp_rel)
-    failed_N = torch.tensor(factor.failed, device=target_NOI.device)
-    num_inputs = target_NOI.shape[2]
-    usable_NII = torch.where(failed_N[:, None, None], torch.eye(num_inputs, device=target_NOI.device), hessian_NII)
+    num_inputs, usable_NII = target_NOI.shape[2], hessian_NII
+    if any(factor.failed):
+        failed_N = torch.tensor(factor.failed, device=target_NOI.device)
+        usable_NII = torch.where(failed_N[:, None, None], torch.eye(num_inputs, device=target_NOI.device), hessian_NII)
     damped_NOO = None
     if output_hessian_NOO is not None:
         damped_NOO = damped_output_hessian(output_hessian_NOO, tokens_per_input, num_inputs, settings.output_damp)
@@ -301,7 +302,7 @@ def damped_output_hessian(
     rels = automatic if output_damp is None else [output_damp] * len(automatic)
     damped_NOO = damp(output_hessian, torch.tensor(rels, device=output_hessian.device))
     is_usable_N = torch.isfinite(output_hessian).all(-1).all(-1) & (mean_diagonal(output_hessian) > 0)
-    return torch.where(is_usable_N[:, None, None], damped_NOO, torch.eye(num_outputs, device=output_hessian.device))
+    return torch.where(is_usable_N[:, None, None], damped_NOO, torch.eye(num_outputs, device=output_hessian.device), out=damped_NOO)
 
 
 def _global_scale(values_NOI: Tensor) -> Tensor:

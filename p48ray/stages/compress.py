@@ -11,7 +11,7 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -26,6 +26,7 @@ from p48ray.checkpoint.layout import PROJECTIONS
 from p48ray.checkpoint.tensors import serialize
 from p48ray.errors import ShardCorruptError
 from p48ray.manifest import LadderStep, LayerScales, LinearRecord, UnitManifest
+from p48ray.model.experts import ExpertWeights
 from p48ray.numerics.asymmetric import compensated_target
 from p48ray.numerics.metrics import relative_output_error, relative_weight_error
 from p48ray.numerics.solvers import Solution, SolverSettings, solve
@@ -45,18 +46,22 @@ LIBRARIES = ("torch", "transformers", "compressed-tensors")
 
 @dataclass(slots=True)
 class Clock:
-    """Seconds by phase. A phase lasts until the device has done what was asked of it, or the next one would pay for it."""
+    """Seconds and a GPU's peak memory by phase. A phase lasts until the device has done what was asked of it, or the next one would pay for it."""
 
     device: torch.device
     seconds: dict[str, float] = field(default_factory=dict)
+    peak_gpu_bytes: dict[str, int] = field(default_factory=dict)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
+        is_gpu, start = self.device.type == "cuda", time.perf_counter()
+        if is_gpu:
+            torch.cuda.reset_peak_memory_stats(self.device)
         try:
             yield
-            if self.device.type == "cuda":
+            if is_gpu:
                 torch.cuda.synchronize(self.device)
+                self.peak_gpu_bytes[name] = max(self.peak_gpu_bytes.get(name, 0), torch.cuda.max_memory_allocated(self.device))
         finally:
             self.seconds[name] = round(self.seconds.get(name, 0.0) + time.perf_counter() - start, 4)
 
@@ -110,8 +115,9 @@ def solve_unit(context: StageContext, unit: WorkUnit, fetched: Fetched, clock: C
     """All that is computed of a unit; nothing of it is left on the device."""
     ladder, tokens = Ladder(context), fetched.tokens
     with clock.phase("fetch"):
-        originals = [context.decoded(unit.layer, expert, fetched.experts, torch.float32) for expert in unit.experts]
-    gate_up_NOI = torch.stack([torch.cat([w.gate_FH, w.up_FH]) for w in originals])
+        gate_up_NOI, down_NOI = decode_originals(context, unit, fetched.experts)
+    size = context.layout.moe_intermediate_size
+    originals = [ExpertWeights(w_ZH[:size], w_ZH[size:], down_HF) for w_ZH, down_HF in zip(gate_up_NOI, down_NOI, strict=True)]
     with clock.phase("curvature"):
         side = output_side(tokens, originals)
         inputs, clipped_input = gate_up_curvature(tokens, side)
@@ -121,14 +127,13 @@ def solve_unit(context: StageContext, unit: WorkUnit, fetched: Fetched, clock: C
         gate_up = ladder.solved("gate_up", gate_up_NOI, gate_up, inputs)
     with clock.phase("curvature"):
         intermediates, clipped_intermediate = down_curvature(tokens, side, originals, gate_up.values_NOI)
-    down_NOI = torch.stack([w.down_HF for w in originals])
     with clock.phase("solve"):
         down = solve_batch(context, down_NOI, intermediates)
     with clock.phase("ladder"):
         down = ladder.solved("down", down_NOI, down, intermediates)
     if context.plan.config.compression.refine_steps:
         with clock.phase("refine"):
-            refined = refine_experts(tokens, side, originals, gate_up, down, intermediates)
+            refined = refine_experts(tokens, side, (gate_up_NOI, down_NOI), gate_up, down, intermediates)
             gate_up, down = gate_up.with_codes(refined.gate_up), down.with_codes(refined.down)
             intermediates, clipped_intermediate = down_curvature(tokens, side, originals, gate_up.values_NOI)
         with clock.phase("ladder"):
@@ -138,6 +143,18 @@ def solve_unit(context: StageContext, unit: WorkUnit, fetched: Fetched, clock: C
         records = describe_linears(context, unit, (gate_up_NOI, gate_up, inputs), (down_NOI, down, intermediates))
         tensors = pack_unit(context, unit, fetched.scales, gate_up, down)
     return Solved(tensors, records, ladder.steps(), (clipped_input, clipped_intermediate))
+
+
+def decode_originals(context: StageContext, unit: WorkUnit, stored: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Gate above up (N, 2 F, H), and down (N, H, F), of all experts of the unit, float32 on the device."""
+    layout, n = context.layout, unit.num_experts
+    gate_up_NOI = torch.empty(n, 2 * layout.moe_intermediate_size, layout.hidden_size, device=context.device)
+    down_NOI = torch.empty(n, layout.hidden_size, layout.moe_intermediate_size, device=context.device)
+    for gate_up_OI, down_OI, expert in zip(gate_up_NOI, down_NOI, unit.experts, strict=True):
+        gate_FH, up_FH, down_HF = context.decoded(unit.layer, expert, stored)
+        torch.cat([gate_FH.float(), up_FH.float()], out=gate_up_OI)
+        down_OI.copy_(down_HF)
+    return gate_up_NOI, down_NOI
 
 
 def solve_batch(context: StageContext, weight_NOI: Tensor, curvature: list[Curvature]) -> Solution:
@@ -264,11 +281,11 @@ def store_unit(context: StageContext, unit: WorkUnit, solved: Solved, clock: Clo
     if not context.store.put_if_absent(run_root.unit_manifest(unit.id), manifest.to_json()):
         context.store.delete(key)  # an attempt that was faster counts; ours is referenced by nothing
         return UnitManifest.load(context.store, run_root.unit_manifest(unit.id))
-    log.info(unit_line(manifest))
+    log.info(unit_line(manifest, clock.peak_gpu_bytes))
     return manifest
 
 
-def unit_line(manifest: UnitManifest) -> str:
+def unit_line(manifest: UnitManifest, peak_gpu_bytes: Mapping[str, int]) -> str:
     """One JSON line per finished unit."""
     linears = manifest.linears
     return json.dumps(
@@ -279,6 +296,6 @@ def unit_line(manifest: UnitManifest) -> str:
             "tokens": sum(r.tokens for r in linears) // len(PROJECTIONS),
             "outcomes": {o: sum(r.outcome == o for r in linears) for o in sorted({r.outcome for r in linears})},
             "worst_relative_output_error": round(max((r.relative_output_error for r in linears), default=0.0), 5),
-            "peak_gpu_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0,
+            "peak_gpu_bytes": dict(peak_gpu_bytes),
         }
     )

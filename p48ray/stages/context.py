@@ -53,14 +53,14 @@ class StageContext:
     def decoder(self) -> Decoder:
         return Decoder(self.source, self.layout, self.device, self.compute_dtype, self.cache)
 
-    def decoded(self, layer: int, expert: int, stored: Mapping[str, Tensor], dtype: torch.dtype) -> ExpertWeights:
-        """An expert of the source out of fetched tensors, decoded on the context's device; what is stored is what travels there.
+    def decoded(self, layer: int, expert: int, stored: Mapping[str, Tensor]) -> ExpertWeights:
+        """An expert of the source out of fetched tensors, decoded on the context's device in the source's float dtype; what is stored is what travels there.
 
         Raises: SourceError, naming file and tensor, for weights that are not finite.
         """
         there = {name: stored[name].to(self.device) for name in self.layout.expert_tensor_names(layer, expert)}
         linears = decode_expert(self.source, self.layout, layer, expert, there)
-        return ExpertWeights(*(linears[p].to(dtype) for p in PROJECTIONS))
+        return ExpertWeights(*(linears[p] for p in PROJECTIONS))
 
     def layer_scales(self, layer: int) -> LayerScales:
         scales = LayerScales.load(self.store, run_root.layer_scales(layer))

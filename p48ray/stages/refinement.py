@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor
 
-from p48ray.model.experts import ExpertWeights
 from p48ray.numerics.refine import ExpertTokens, InputScales, Refined, refine
 from p48ray.numerics.solvers import Solution, damped_output_hessian
 from p48ray.numerics.token_rows import TokenRows, joined
@@ -13,11 +12,11 @@ MAX_TOKENS = 65_536  # per expert; a step sees 256 of them
 
 
 def refine_experts(
-    tokens: RoutedTokens, side: OutputSide, originals: list[ExpertWeights], gate_up: Solution, down: Solution, curvature: list[Curvature]
+    tokens: RoutedTokens, side: OutputSide, originals: tuple[Tensor, Tensor], gate_up: Solution, down: Solution, curvature: list[Curvature]
 ) -> Refined:
-    """Refine all experts of a unit together, in down's G (the identity where gradients are not used)."""
+    """Refine all experts of a unit together, in down's G (the identity where gradients are not used). originals: gate above up, and down, of all experts."""
     settings = tokens.settings
-    down_NOI = torch.stack([w.down_HF for w in originals])
+    gate_up_NOI, down_NOI = originals
     num_experts, hidden, size = down_NOI.shape
     metric_NHH = torch.eye(hidden, device=down_NOI.device).expand(num_experts, hidden, hidden)
     if settings.output_curvature:
@@ -32,7 +31,7 @@ def refine_experts(
     )
     return refine(
         gather(tokens, side, num_experts, hidden),
-        torch.stack([w.gate_up_ZH for w in originals]),
+        gate_up_NOI,
         down_NOI,
         gate_up.as_quantized(),
         down.as_quantized(),
