@@ -59,6 +59,7 @@ class SparseSegment(Segment):
 
     def found(self) -> str:
         held, start = memoryview(self.data), self.rows[0].start
+        self.data = bytearray()  # segments of a shard outlive their check, and together they would be the shard
         stored = {e.name: from_bytes(held[e.start - start :][: e.num_bytes], e.dtype, e.shape) for e in self.rows}
         try:
             return dense_sha256(decoded_unit(stored))
