@@ -122,7 +122,7 @@ class OutputConfig(Section):
     """The form of the finished checkpoint."""
 
     max_shard_size: SizeBytes = 5 * 10**9
-    storage: Literal["dense", "sparse"] = "dense"
+    storage: Literal["dense", "sparse"] = Field("dense", description="For stock loaders, or for the kernels of paired-4:8.")
     base_model: str | None = Field(
         None, description="owner/name of the source on the Hub, for the card; default: what an hf:// source says."
     )
@@ -184,10 +184,18 @@ class RunConfig(Section):
     benchmarks: BenchmarksConfig | None = Field(None, description="For jobs/evaluate.py.")
     run: RunSettings
 
+    @model_validator(mode="after")
+    def compression_fits_storage(self) -> "RunConfig":
+        """Sparse storage holds 2 of 4 pairs and one scale per 32 inputs, and nothing else (checkpoint.sparse_storage)."""
+        if self.output.storage == "sparse":
+            for key, expected in (("sparsity", "paired-4:8"), ("scale_span", 32)):
+                if (found := getattr(self.compression, key)) != expected:
+                    raise ValueError(f"output.storage: 'sparse' needs compression.{key} {expected!r}, found {found!r}")
+        return self
+
 
 # What the configuration can already say but the code can not yet do: dotted key -> (is it asked for, what to use instead).
 UNBUILT: dict[str, tuple[Any, str]] = {
-    "output.storage": (lambda c: c.output.storage != "dense", "dense, and `p48ray convert CHECKPOINT OUT --storage sparse` afterwards"),
     "run.root": (lambda c: not is_stored(c.run.root), "a local folder or s3://bucket/prefix"),
 }
 
@@ -300,8 +308,10 @@ def explain(error: ValidationError) -> list[str]:
         elif item["type"] == "missing":
             lines.append(f"{dotted}: required key is missing")
         elif item["type"] == "value_error":
-            lines.append(
-                f"{dotted}: {item['ctx']['error']}" + ("" if isinstance(item["input"], dict) else f", found {shorten(item['input'])}")
+            lines.append(  # a rule over several sections names its keys itself
+                (f"{dotted}: " if dotted else "")
+                + str(item["ctx"]["error"])
+                + ("" if isinstance(item["input"], dict) else f", found {shorten(item['input'])}")
             )
         else:
             lines.append(f"{dotted or 'configuration'}: {item['msg']}, found {shorten(item['input'])}")

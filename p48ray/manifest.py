@@ -133,7 +133,9 @@ class CheckpointManifest(Record):
     experts_per_unit: int
     max_shard_size: int
     relative_weight_errors: dict[str, float] = Field(description="|W - Q|^2 / |W|^2 of every compressed linear, by module name.")
-    unit_sha256: dict[str, str] = Field(description="SHA-256 of every unit's shard, by unit id; its tensors lie here byte for byte.")
+    unit_sha256: dict[str, str] = Field(
+        description="SHA-256 of every unit's shard, by unit id; its tensors lie here byte for byte, or in sparse storage decode to it."
+    )
     untouched_sha256: dict[str, str] = Field(description="SHA-256 of every other tensor's bytes, by name.")
     header_sha256: dict[str, str] = Field(description="SHA-256 of every safetensors file's header, length included, by file.")
     file_sha256: dict[str, str] = Field(
@@ -163,6 +165,14 @@ class ShardVerdict(Record):
     untouched_sha256: dict[str, str] = Field(description="By tensor, as read here.")
 
 
+class CompressedSums(Record):
+    """Sums over some held-out sequences through the compressed model; natural logarithms."""
+
+    loss: float
+    correct: int
+    kl: float
+
+
 class EvaluationPart(Record):
     """Sums over some held-out sequences; natural logarithms."""
 
@@ -175,6 +185,9 @@ class EvaluationPart(Record):
     compressed_loss: float
     compressed_correct: int
     kl: float
+    in_groups_of_32: CompressedSums | None = Field(
+        None, description="With activation scales of 32 inputs, as kernels of paired-4:8 see them."
+    )
 
 
 class PublishedShard(Record):

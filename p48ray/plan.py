@@ -294,8 +294,9 @@ def settle_plan(plan: RunPlan, store: Store) -> bool:
         return True
     differing = [name for name in ours if ours[name] != theirs.get(name)]
     name = differing[0] if differing else "plan digest"
+    instead = "; `p48ray convert` makes the other storage of a finished checkpoint" if differing == ["output.storage"] else ""
     raise PlanMismatchError(
         f"{store.uri}/{run_root.PLAN}: this run root belongs to another plan: {name}: expected {ours.get(name, plan.digest)!r} (this run), "
         f"found {theirs.get(name, held.digest)!r}{f' and {len(differing) - 1} more differences' if len(differing) > 1 else ''}; "
-        "take the old setting back, or another --run-root"
+        f"take the old setting back, or another --run-root{instead}"
     )

@@ -186,7 +186,7 @@ def test_convert_there_and_back_exits_0_and_tells_the_sizes(finished: SmallRun, 
     again = call("convert", finished.checkpoint, tmp_path / "sparse", "--storage", "sparse")
     assert again.exit_code == 0 and again.stdout.startswith("found ")
     assert call("verify", tmp_path / "sparse").exit_code == 0
-    refused(call("verify", tmp_path / "sparse", "--source", finished.source), 2, "p48ray convert --storage dense")
+    assert call("verify", tmp_path / "sparse", "--source", finished.source).exit_code == 0
     dense, sparse = (call("inspect", tmp_path / storage, "--linear", LINEAR) for storage in ("dense", "sparse"))
     assert sparse.exit_code == 0 and sparse.stdout == dense.stdout
 

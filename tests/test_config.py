@@ -97,7 +97,6 @@ def test_malformed_override_is_refused(override: str) -> None:
 @pytest.mark.parametrize(
     ("override", "key"),
     [
-        ("output.storage=sparse", "output.storage"),
         ("run.root=hf://owner/name", "run.root"),
     ],
 )
@@ -105,6 +104,28 @@ def test_feature_that_is_not_built_is_named_by_its_key(override: str, key: str) 
     (sentence,) = unbuilt_settings(load_config(TINY_CONFIG, (override,)))
     assert sentence.startswith(f"{key}: ")
     assert "is not built yet; expected" in sentence
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (("compression.scale_span=16",), r"tiny\.yaml: output\.storage: 'sparse' needs compression\.scale_span 32, found 16$"),
+        (
+            (
+                "compression.solver=round_to_nearest",
+                "compression.sparsity=none",
+                "compression.output_curvature=false",
+                "compression.refine_steps=0",
+            ),
+            r"tiny\.yaml: output\.storage: 'sparse' needs compression\.sparsity 'paired-4:8', found 'none'$",
+        ),
+    ],
+)
+def test_sparse_storage_of_what_it_can_not_hold_is_refused(overrides: tuple[str, ...], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        load_config(TINY_CONFIG, ("output.storage=sparse", *overrides))
+    assert load_config(TINY_CONFIG, ("output.storage=sparse",)).output.storage == "sparse"
+    assert load_config(TINY_CONFIG, overrides).output.storage == "dense"
 
 
 def test_every_key_says_whether_it_may_change_on_resume() -> None:

@@ -2,9 +2,9 @@
 
 import pytest
 
-from p48ray.checkpoint.header import DTYPE_BYTES
+from p48ray.checkpoint.header import DTYPE_BYTES, encode_header, parse_header
 from p48ray.config import load_config
-from p48ray.output_layout import plan_output, shard_rows, unit_bytes, unit_rows, untouched_tensors
+from p48ray.output_layout import plan_output, shard_rows, unit_bytes, unit_entries, unit_rows, untouched_tensors
 from p48ray.plan import WorkUnit
 from p48ray.stages.prepare import Prepared, prepare
 from tests.conftest import REPO
@@ -61,3 +61,28 @@ def test_unit_bytes_are_those_of_its_rows(prepared: Prepared) -> None:
         rows = unit_rows(prepared.layout, unit)
         assert sum(map(row_bytes, rows)) == unit_bytes(prepared.layout, unit)
         assert unit_bytes(prepared.layout, unit) % 8 == 0
+
+
+def test_sparse_storage_changes_sizes_and_not_which_shard_holds_what(prepared: Prepared) -> None:
+    for limit in (10**5, 2 * 10**6):
+        dense, sparse = (plan_output(prepared.plan.units, limit, prepared.source, prepared.layout, s) for s in ("dense", "sparse"))
+        assert [(s.name, s.segments) for s in sparse] == [(s.name, s.segments) for s in dense]
+        for shard in sparse:
+            rows, offset = shard_rows(shard, prepared.layout), 0
+            for row in rows:
+                assert offset % DTYPE_BYTES[row[1]] == 0, row
+                offset += row_bytes(row)
+            assert offset == shard.num_bytes
+    for unit in prepared.plan.units:
+        rows = unit_rows(prepared.layout, unit, "sparse")
+        assert sum(map(row_bytes, rows)) == unit_bytes(prepared.layout, unit, "sparse")
+        assert unit_bytes(prepared.layout, unit, "sparse") % 8 == 0
+
+
+def test_entries_of_a_units_own_shard_are_where_its_header_says(prepared: Prepared) -> None:
+    unit = prepared.plan.units[1]
+    rows = unit_rows(prepared.layout, unit)
+    header = encode_header(rows)
+    data = header + bytes(unit_bytes(prepared.layout, unit))
+    expected = parse_header("unit.safetensors", header[8:], len(data))
+    assert {e.name: e for e in unit_entries(prepared.layout, unit, "unit.safetensors", len(header))} == expected

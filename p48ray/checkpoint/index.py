@@ -15,6 +15,7 @@ from p48ray.errors import SourceError
 from p48ray.store import Store
 
 CONFIG_FILE = "config.json"
+CONFIG_KEY = "quantization_config"
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 MAX_LISTED = 5

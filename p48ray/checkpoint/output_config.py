@@ -10,11 +10,11 @@ from typing import Any
 
 from compressed_tensors.quantization import QuantizationConfig, QuantizationStatus, preset_name_to_scheme
 
+from p48ray.checkpoint.index import CONFIG_KEY
 from p48ray.checkpoint.layout import ModelLayout
 
 EXPERTS_TARGET = r"re:.*mlp\.experts\.\d+\.(gate|up|down)_proj$"
 NVFP4_FORMAT = "nvfp4-pack-quantized"
-CONFIG_KEY = "quantization_config"
 
 
 def output_config(source_config: Mapping[str, Any], layout: ModelLayout) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from p48ray.checkpoint.output_config import CONFIG_KEY
+from p48ray.checkpoint.index import CONFIG_KEY
 from p48ray.errors import NumericsError, SourceError
 from p48ray.numerics import paired48
 

@@ -13,11 +13,13 @@ from huggingface_hub import ModelCard, ModelCardData
 from p48ray import __version__
 from p48ray.checkpoint.families import FAMILIES
 from p48ray.checkpoint.index import CheckpointIndex
+from p48ray.checkpoint.sparse_storage import Storage
 from p48ray.errors import ObjectMissingError
 from p48ray.manifest import UnitManifest
 from p48ray.numerics.solvers import PAIRED_48
 from p48ray.output_layout import unit_bytes
 from p48ray.plan import NUMERICS_VERSION, RunPlan
+from p48ray.report.storage_card import convert_card
 from p48ray.stages.benchmarks import BenchmarkTable, table_notes, table_rows
 from p48ray.stages.context import StageContext
 from p48ray.stages.evaluate import EvaluationResult
@@ -36,7 +38,7 @@ def model_card(
     baseline: EvaluationResult | None,
     benchmarks: BenchmarkTable | None = None,
 ) -> str:
-    """README.md of the checkpoint."""
+    """README.md of the checkpoint. With sparse storage it is the dense one's with the note that a conversion puts in."""
     plan = context.plan
     sections = [
         f"# {plan.config.name}",
@@ -60,7 +62,14 @@ def model_card(
         "## Licence",
         licence(context),
     ]
-    return f"---\n{front_matter(context).to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n"
+    card = f"---\n{front_matter(context).to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n"
+    if plan.config.output.storage == "sparse":
+        card = convert_card(card, "sparse", (expert_bytes(context, "dense"), expert_bytes(context, "sparse")))
+    return card
+
+
+def expert_bytes(context: StageContext, storage: Storage) -> int:
+    return sum(unit_bytes(context.layout, unit, storage) for unit in context.plan.units)
 
 
 def front_matter(context: StageContext) -> ModelCardData:
@@ -150,7 +159,7 @@ def size_rows(context: StageContext) -> list[tuple[str, str]]:
     """Bytes of tensors before and after, all of them and the experts' alone."""
     layout, tensors = context.layout, context.source.tensors.values()
     before = sum(e.num_bytes for e in tensors if layout.is_expert_tensor(e.name))
-    after = sum(unit_bytes(layout, u) for u in context.plan.units)
+    after = expert_bytes(context, "dense")
     weights = 3 * layout.hidden_size * layout.moe_intermediate_size * sum(u.num_experts for u in context.plan.units)
     return [
         (
@@ -227,6 +236,15 @@ def evaluation(
     for name, r in results:
         if r is not None:
             rows.append((name, f"{r.compressed_perplexity:.4f}", f"{r.compressed_accuracy:.4f}", f"{r.kl:.4f}"))
+    if (other := quality.in_groups_of_32) is not None:
+        rows.append(
+            (
+                "this checkpoint on sparse kernels: activations in groups of 32",
+                f"{other.perplexity:.4f}",
+                f"{other.accuracy:.4f}",
+                f"{other.kl:.4f}",
+            )
+        )
     how = "NVFP4 activations emulated" if settings.activations == "nvfp4" else "original activations"
     return table(("", "perplexity", "token accuracy", "KL to source, nats a token"), rows) + (
         f"\n\n{quality.num_tokens:,} held-out tokens in sequences of {settings.sequence_length:,}, {how}, by p48ray's own "

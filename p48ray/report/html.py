@@ -164,11 +164,17 @@ def quality_section(facts: Facts) -> str:
         numbers = [f"{result.kl:.4f}", f"{result.compressed_perplexity:.4f}", f"{more:+.2%}", f"{result.compressed_accuracy:.4f}"]
         strong = [f"<strong>{v}</strong>" if result is r.quality else v for v in (esc(name), *numbers)]
         body.append([*strong, charts.bar(result.kl / worst, css)])
+    if (other := r.quality.in_groups_of_32) is not None:
+        more = other.perplexity / r.quality.source_perplexity - 1
+        numbers = [f"{other.kl:.4f}", f"{other.perplexity:.4f}", f"{more:+.2%}", f"{other.accuracy:.4f}"]
+        body.append(["the same on sparse kernels", *numbers, charts.bar(min(1.0, other.kl / worst), "s2")])
     how = "NVFP4 activations emulated, as served" if settings.activations == "nvfp4" else "original activations"
     intro = (
         f"{r.quality.num_tokens:,} held-out tokens in sequences of {settings.sequence_length:,} through the source and through the written checkpoint, "
         f"side by side ({how}). KL: how far the checkpoint's distribution of the next token is from the source's, nats a token."
     )
+    if r.quality.in_groups_of_32 is not None:
+        intro += " On sparse kernels 32 inputs share an activation scale, 16 on those of stock servers."
     return section(
         "quality", "Quality", intro, charts.table(("", "KL to source", "perplexity", "over source", "token accuracy", "KL"), body, (0, 5))
     )
@@ -284,6 +290,7 @@ def made_section(facts: Facts) -> str:
     entries = [
         ("source", r.source),
         ("checkpoint", "none: a pilot" if r.pilot else r.checkpoint),
+        *([("storage", "sparse, for the kernels of paired-4:8")] if r.storage == "sparse" else []),
         ("calibration", f"{config.calibration.num_sequences:,} × {config.calibration.sequence_length:,} = {r.calibration_tokens:,} tokens"),
         ("scales", f"one for {r.scale_span} inputs of a weight, activations in groups of {r.activation_group}"),
         ("devices", ", ".join(f"{name} ({count:,} units)" for name, count in sorted(r.devices.items()))),

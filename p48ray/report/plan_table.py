@@ -35,6 +35,7 @@ def plan_rows(prepared: Prepared, e: Estimate) -> list[tuple[str, str]]:
         if plan.source.mirror
         else []
     )
+    storage = "" if plan.config.output.storage == "dense" else f", {plan.config.output.storage} storage"
     rows = [
         ("source", f"{prepared.source.store.uri} ({layout.family}, {size(e.source_bytes)}, {len(prepared.source.files)} shards)"),
         *((place, f"commit {commit}, as found when the run was first planned") for place, commit in plan.revisions.items()),
@@ -56,7 +57,7 @@ def plan_rows(prepared: Prepared, e: Estimate) -> list[tuple[str, str]]:
         ("stored at the peak", f"{size(e.peak_stored_bytes)} (run.keep: {r.keep})"),
         ("output", "none: a pilot of some layers (run.layers)")
         if plan.is_pilot
-        else ("output", f"{len(prepared.shards)} shards, {size(e.checkpoint_bytes)}, of it untouched {size(e.untouched_bytes)}"),
+        else ("output", f"{len(prepared.shards)} shards, {size(e.checkpoint_bytes)}, of it untouched {size(e.untouched_bytes)}{storage}"),
     ]
     if count := plan.source.num_fp8_outside_experts:
         rows.append(("FP8 outside the experts", f"{count:,} weights become BF16 in the output, among the untouched"))

@@ -8,6 +8,7 @@ from rich.table import Table
 
 from p48ray import run_root
 from p48ray.checkpoint.layout import PROJECTIONS
+from p48ray.checkpoint.sparse_storage import Storage
 from p48ray.manifest import LinearRecord, UnitManifest
 from p48ray.output_layout import OutputShard, unit_bytes
 from p48ray.records import Record
@@ -57,6 +58,7 @@ class Report(Record):
     ladder: tuple[LadderMean, ...] = ()
     clipped_input_share: float
     clipped_intermediate_share: float
+    storage: Storage = "dense"
     checkpoint_bytes: int
     source_bytes: int
     expert_bytes: int
@@ -103,9 +105,10 @@ def build_report(
         ladder=mean_ladder(units),
         clipped_input_share=sum(u.clipped_input_share for u in units) / len(units),
         clipped_intermediate_share=sum(u.clipped_intermediate_share for u in units) / len(units),
+        storage=plan.config.output.storage,
         checkpoint_bytes=sum(s.num_bytes for s in shards),
         source_bytes=sum(e.num_bytes for e in context.source.tensors.values()),
-        expert_bytes=sum(unit_bytes(context.layout, u) for u in plan.units),
+        expert_bytes=sum(unit_bytes(context.layout, u, plan.config.output.storage) for u in plan.units),
         quality=quality,
         pilot=extrapolate(plan, read_work(plan, context.store, {info.key for info in context.store.list()})) if plan.is_pilot else None,
         stage_seconds=stage_seconds,
@@ -156,6 +159,8 @@ def print_report(report: Report, console: Console) -> None:
         table.add_row(
             f"{report.solver}, {report.sparsity}", f"{q.compressed_perplexity:.4f}", f"{q.compressed_accuracy:.4f}", f"{q.kl:.4f}"
         )
+        if (other := q.in_groups_of_32) is not None:
+            table.add_row("the same, activations in groups of 32", f"{other.perplexity:.4f}", f"{other.accuracy:.4f}", f"{other.kl:.4f}")
         console.print(table)
     if report.quality is not None and report.baseline is not None and report.baseline.kl > 0:
         console.print(f"KL ratio to the one-shot baseline: {report.quality.kl / report.baseline.kl:.3f}")
@@ -171,7 +176,8 @@ def print_report(report: Report, console: Console) -> None:
     console.print(
         f"activations clipped: {report.clipped_input_share:.2e} of inputs, {report.clipped_intermediate_share:.2e} of intermediates"
     )
-    console.print(f"size: {report.checkpoint_bytes:,} bytes (source {report.source_bytes:,}), experts {report.expert_bytes:,}")
+    storage = f" in {report.storage} storage" if report.storage != "dense" else ""
+    console.print(f"size: {report.checkpoint_bytes:,} bytes (source {report.source_bytes:,}), experts {report.expert_bytes:,}{storage}")
     spent = ", ".join(f"{name} {value:.0f} s" for name, value in report.stage_seconds.items())
     console.print(f"time: {spent}")
     if report.pilot is None:

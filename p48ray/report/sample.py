@@ -17,7 +17,8 @@ from p48ray import run_root
 from p48ray.checkpoint.header import TensorEntry
 from p48ray.checkpoint.index import INDEX_FILE, SINGLE_FILE, CheckpointIndex, open_checkpoint
 from p48ray.checkpoint.layout import PROJECTIONS
-from p48ray.checkpoint.tensors import read_tensor
+from p48ray.checkpoint.sparse_storage import GROUP_SIZE, PACKED, SCALE, dense_tensors, storage_of, stored_suffixes
+from p48ray.checkpoint.tensors import read_tensors
 from p48ray.numerics import paired48
 from p48ray.numerics.solvers import PAIRED_48
 from p48ray.report.inspect import pattern_names, scale_histogram
@@ -80,13 +81,12 @@ def sample_linear(
     context: StageContext, ours: CheckpointIndex, theirs: CheckpointIndex | None, layer: int, expert: int, projection: str
 ) -> LinearSample:
     name = context.layout.expert_linear_name(layer, expert, projection)
-    packed_OB = middle_rows(ours, f"{name}.weight_packed")
-    scale_OG = middle_rows(ours, f"{name}.weight_scale", len(packed_OB))
+    packed_OB, scale_OG = middle_rows(ours, name, PACKED), middle_rows(ours, name, SCALE)
     is_sparse = context.plan.config.compression.sparsity == PAIRED_48
     patterns = dict(zip(pattern_names(), paired48.pattern_histogram(packed_OB).tolist(), strict=True)) if is_sparse else {}
     overlap = None
-    if is_sparse and theirs is not None and f"{name}.weight_packed" in theirs.tensors:
-        overlap = mask_overlap(packed_OB, middle_rows(theirs, f"{name}.weight_packed"))
+    if is_sparse and theirs is not None and f"{name}.{SCALE}" in theirs.tensors:
+        overlap = mask_overlap(packed_OB, middle_rows(theirs, name, PACKED))
     return LinearSample(
         layer=layer,
         expert=expert,
@@ -98,13 +98,23 @@ def sample_linear(
     )
 
 
-def middle_rows(index: CheckpointIndex, name: str, rows: int | None = None) -> Tensor:
-    """Consecutive rows from the middle of a matrix, read by byte range: `rows` of them, or as many as SAMPLED_BYTES hold."""
-    entry: TensorEntry = index.tensors[name]
+def middle_rows(index: CheckpointIndex, linear: str, suffix: str) -> Tensor:
+    """Consecutive rows from the middle of a linear's codes or scales, in dense storage, read by byte range from either: as many as SAMPLED_BYTES of dense
+    codes are."""
+    storage = storage_of(index.config)
+    scales = index.tensors[f"{linear}.{SCALE}"]
+    codes_in_row = scales.shape[1] * GROUP_SIZE[storage] // 2  # bytes
+    count = min(scales.shape[0], max(1, SAMPLED_BYTES // codes_in_row))
+    names = [f"{linear}.{stored}" for stored in stored_suffixes(suffix, storage)]
+    stored = read_tensors(index.store, [rows_of(index.tensors[name], count) for name in names])
+    return (dense_tensors(stored) if storage == "sparse" else stored)[f"{linear}.{suffix}"]
+
+
+def rows_of(entry: TensorEntry, count: int) -> TensorEntry:
+    """`count` rows from the middle of a matrix, as an entry of their own."""
     row_bytes = entry.num_bytes // entry.shape[0]
-    count = rows or min(entry.shape[0], max(1, SAMPLED_BYTES // row_bytes))
     start = entry.start + (entry.shape[0] - count) // 2 * row_bytes
-    return read_tensor(index.store, replace(entry, start=start, num_bytes=count * row_bytes, shape=(count, *entry.shape[1:])))
+    return replace(entry, start=start, num_bytes=count * row_bytes, shape=(count, *entry.shape[1:]))
 
 
 def mask_overlap(packed_OB: Tensor, other_OB: Tensor) -> float:

@@ -94,7 +94,7 @@ class StageContext:
         except ObjectMissingError as error:
             raise CorruptObjectError(f"{error}, but its manifest is there", *made_anew(key)) from error
         self.check_part(key, manifest, data)
-        return arrow.decode(data, where)
+        return arrow.decode(data, where, is_checked=True)
 
     def fetch_part(self, key: str, manifest: ActivationPart | GradientPart | UnitManifest, descriptor: int) -> None:
         """Copy a part into a file of the node, and check it there."""

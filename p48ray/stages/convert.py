@@ -17,23 +17,14 @@ from typing import Any, Literal
 
 from p48ray.checkpoint.header import TensorEntry, encode_header, torch_dtype
 from p48ray.checkpoint.index import CONFIG_FILE, INDEX_FILE
-from p48ray.checkpoint.sparse_storage import (
-    Row,
-    Storage,
-    convert_config,
-    convert_index,
-    convert_rows,
-    dense_tensors,
-    sparse_tensors,
-    storage_of,
-)
-from p48ray.checkpoint.tensors import read_tensors, serialize, tensor_bytes
+from p48ray.checkpoint.sparse_storage import Row, Storage, convert_config, convert_index, convert_rows, storage_of
+from p48ray.checkpoint.storage_stream import StoredUnit, recoded_unit
 from p48ray.errors import ConfigError, P48Error, ShardCorruptError, SourceError
 from p48ray.manifest import CheckpointManifest
 from p48ray.output_layout import unit_tensor_names
 from p48ray.records import Record
 from p48ray.stages.collect import ABANDONED_S
-from p48ray.stages.reduce import MANIFEST_FILE
+from p48ray.stages.reduce import MANIFEST_FILE, config_json
 from p48ray.stages.verify import check_index_files
 from p48ray.stages.verify_checkpoint import check_files, check_form, read_headers, read_manifest, units_of
 from p48ray.store.base import ByteRange, Piece, Store
@@ -51,15 +42,6 @@ class ConversionNote(Record):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class UnitPart:
-    """A unit's tensors in one file, which lie there one after another. sha256: of its dense form, as a shard of its own."""
-
-    id: str
-    sha256: str
-    entries: tuple[TensorEntry, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class ShardConversion:
     """One file to convert: a message for whoever does it. parts: in file order; a bare entry is copied."""
 
@@ -70,7 +52,7 @@ class ShardConversion:
     target: Store
     to: Storage
     header: bytes
-    parts: tuple[UnitPart | TensorEntry, ...]
+    parts: tuple[StoredUnit | TensorEntry, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -187,7 +169,7 @@ def shard_conversions(
             raise SourceError(
                 f"{checkpoint.uri}/{file}: header: expected it as p48ray writes it, found another form, which could not be restored"
             )
-        parts: list[UnitPart | TensorEntry] = []
+        parts: list[StoredUnit | TensorEntry] = []
         for unit, group in groupby(in_order, key=lambda e: unit_of.get(e.name)):
             found = tuple(group)
             if unit is None:
@@ -197,7 +179,8 @@ def shard_conversions(
                 raise SourceError(
                     f"{checkpoint.uri}/{file}: unit {unit}: expected its tensors one after another in a unit's order, found another"
                 )
-            parts.append(UnitPart(id=unit, sha256=manifest.unit_sha256.get(unit, "none"), entries=found))
+            sha256 = manifest.unit_sha256.get(unit, "none")
+            parts.append(StoredUnit(id=unit, sha256=sha256, named_in=MANIFEST_FILE, store=checkpoint, entries=found))
         new_rows = convert_rows(rows, linears, to)
         header = encode_header(new_rows)
         yield ShardConversion(
@@ -232,17 +215,8 @@ def converted_pieces(shard: ShardConversion) -> Iterator[Piece]:
     for part in shard.parts:
         if isinstance(part, TensorEntry):
             yield ByteRange(shard.checkpoint, part.file, part.start, part.num_bytes)
-            continue
-        tensors = read_tensors(shard.checkpoint, part.entries)
-        converted = sparse_tensors(tensors) if shard.to == "sparse" else dense_tensors(tensors)
-        dense = tensors if shard.to == "sparse" else converted
-        if (found := hashlib.sha256(serialize(dense)).hexdigest()) != part.sha256:
-            raise ShardCorruptError(
-                f"{shard.checkpoint.uri}/{shard.file}: unit {part.id}: expected the bytes with SHA-256 {part.sha256} that {MANIFEST_FILE} names, "
-                f"found {found}"
-            )
-        for tensor in converted.values():
-            yield tensor_bytes(tensor)
+        else:
+            yield from recoded_unit(part, shard.to)
 
 
 def convert_shard_or_error(shard: ShardConversion) -> int | P48Error:
@@ -278,11 +252,6 @@ def sizes_of(rows: list[Row], linears: Collection[str]) -> tuple[int, int]:
 
 def size_of(row: Row) -> int:
     return prod(row[2]) * torch_dtype(row[1]).itemsize
-
-
-def config_json(config: Mapping[str, Any]) -> bytes:
-    """As finish_checkpoint writes it."""
-    return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def index_json(index: Mapping[str, Any]) -> bytes:

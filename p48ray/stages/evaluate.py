@@ -14,10 +14,11 @@ from torch import Tensor
 
 from p48ray.checkpoint.index import CheckpointIndex
 from p48ray.checkpoint.layout import PROJECTIONS
+from p48ray.checkpoint.sparse_storage import Storage, dense_tensors, storage_of, stored_suffixes
 from p48ray.checkpoint.tensors import read_tensors
 from p48ray.config import EvaluationConfig, RunConfig
 from p48ray.errors import ConfigError
-from p48ray.manifest import EvaluationPart
+from p48ray.manifest import CompressedSums, EvaluationPart
 from p48ray.model.decoder import Decoder, run_layer
 from p48ray.model.documents import digest_documents
 from p48ray.model.expert_loader import layer_experts
@@ -32,8 +33,19 @@ WEIGHT_SUFFIXES = ("weight_packed", "weight_scale", "weight_global_scale")
 CompressedExperts = Callable[[int, int], ExpertWeights]
 
 
+class CompressedQuality(Record):
+    """A compressed model on held-out tokens. KL in nats a token."""
+
+    perplexity: float
+    accuracy: float
+    kl: float
+
+
 class EvaluationResult(Record):
-    """Source and compressed model on the same held-out tokens. Losses and KL in nats a token."""
+    """Source and compressed model on the same held-out tokens. KL in nats a token.
+
+    in_groups_of_32: the same checkpoint as kernels of paired-4:8 run it (see `sees_both_groups`).
+    """
 
     num_tokens: int
     source_perplexity: float
@@ -41,6 +53,7 @@ class EvaluationResult(Record):
     compressed_perplexity: float
     compressed_accuracy: float
     kl: float
+    in_groups_of_32: CompressedQuality | None = None
 
 
 def evaluation_digest(plan: RunPlan, settings: EvaluationConfig) -> str:
@@ -49,19 +62,22 @@ def evaluation_digest(plan: RunPlan, settings: EvaluationConfig) -> str:
         "plan": plan.digest,
         "documents": digest_documents(settings.documents, "evaluation.documents"),
     }
+    if sees_both_groups(plan.config):
+        facts["groups"] = [16, 32]
     return hashlib.sha256(canonical_json(facts)).hexdigest()[:16]
 
 
 def compressed_expert(index: CheckpointIndex, context: StageContext, layer: int, expert: int) -> ExpertWeights:
-    """One expert of the written checkpoint, decoded, float32."""
-    wanted = compressed_names(context, layer, expert)
-    return decode_compressed(context, layer, expert, read_tensors(index.store, [index.tensors[name] for name in wanted]))
+    """One expert of the written checkpoint, in either storage, decoded, float32."""
+    storage = storage_of(index.config)
+    stored = read_tensors(index.store, [index.tensors[name] for name in compressed_names(context, layer, expert, storage)])
+    return decode_compressed(context, layer, expert, dense_tensors(stored) if storage == "sparse" else stored)
 
 
-def compressed_names(context: StageContext, layer: int, expert: int) -> list[str]:
-    """Tensors that hold the weights of one compressed expert."""
+def compressed_names(context: StageContext, layer: int, expert: int, storage: Storage = "dense") -> list[str]:
+    """Tensors that hold the weights of one compressed expert; those of a unit's shard are dense."""
     names = (context.layout.expert_linear_name(layer, expert, p) for p in PROJECTIONS)
-    return [f"{name}.{suffix}" for name in names for suffix in WEIGHT_SUFFIXES]
+    return [f"{name}.{stored}" for name in names for suffix in WEIGHT_SUFFIXES for stored in stored_suffixes(suffix, storage)]
 
 
 def decode_compressed(context: StageContext, layer: int, expert: int, tensors: Mapping[str, Tensor]) -> ExpertWeights:
@@ -91,27 +107,27 @@ def evaluate_part(context: StageContext, compressed: CompressedExperts, token_id
     decoder = context.decoder()
     inputs_BS, labels_BS = token_ids_BS[:, :-1], token_ids_BS[:, 1:].to(context.device).long()
     positions = decoder.positions(inputs_BS.shape[1])
-    source_BSH = compressed_BSH = decoder.embed(inputs_BS)
+    streams = [decoder.embed(inputs_BS)] * (1 + len(views(context.plan.config)))
     micro_batch = context.plan.config.calibration.sequences_per_micro_batch
     for number in range(context.plan.source.num_layers):
         layer = experts = None  # the layer below goes before this one is read
         experts = mixtures(context, decoder, compressed, number) if number in context.plan.source.moe_layers else None
         layer = decoder.layer(number, experts[0] if experts else None)
-        source_BSH = run_layer(layer, source_BSH, positions, micro_batch)
-        if experts:
-            layer.mlp.experts = experts[1]
-        compressed_BSH = run_layer(layer, compressed_BSH, positions, micro_batch)
+        for k, x_BSH in enumerate(streams):
+            if experts:
+                layer.mlp.experts = experts[k]
+            streams[k] = run_layer(layer, x_BSH, positions, micro_batch)
     layer = experts = None
-    sums = torch.zeros(5, dtype=torch.float64)
+    sums = torch.zeros(2 + 3 * (len(streams) - 1), dtype=torch.float64)
     head = decoder.head()
     rows = zip(
-        *(x.flatten(0, 1).split(ROWS_PER_HEAD_CALL) for x in (source_BSH, compressed_BSH)),
+        *(x.flatten(0, 1).split(ROWS_PER_HEAD_CALL) for x in streams),
         labels_BS.flatten().split(ROWS_PER_HEAD_CALL),
         strict=True,
     )
-    for source_TH, compressed_TH, labels_T in rows:
-        sums += compare_logits(head(source_TH), head(compressed_TH), labels_T).cpu()
-    source_loss, source_correct, loss, correct, kl = sums.tolist()
+    for *found, labels_T in rows:
+        sums += compare_logits(*(head(x_TH) for x_TH in found), labels_T=labels_T).cpu()
+    source_loss, source_correct, loss, correct, kl, *other = sums.tolist()
     return EvaluationPart(
         plan_digest=context.plan.digest,
         part=part.part,
@@ -121,42 +137,57 @@ def evaluate_part(context: StageContext, compressed: CompressedExperts, token_id
         compressed_loss=loss,
         compressed_correct=int(correct),
         kl=kl,
+        in_groups_of_32=CompressedSums(loss=other[0], correct=int(other[1]), kl=other[2]) if other else None,
     )
 
 
-def mixtures(context: StageContext, decoder: Decoder, compressed: CompressedExperts, number: int) -> tuple[RoutedExperts, RoutedExperts]:
-    """The source's experts as they are, and the compressed ones under W4A4."""
+def mixtures(context: StageContext, decoder: Decoder, compressed: CompressedExperts, number: int) -> list[RoutedExperts]:
+    """The source's experts as they are, then the compressed ones, once for every view of the activations."""
     count, scales = context.layout.num_experts, context.layer_scales(number)
-    seen = activation_scales(context.plan.config, scales.gate_up, scales.down)
 
     def smaller(expert: int) -> ExpertWeights:
         return ExpertWeights(*(w.to(decoder.dtype) for w in compressed(number, expert)))
 
-    return RoutedExperts(count, layer_experts(decoder, number)), RoutedExperts(count, smaller, seen)
+    seen = [None if group is None else ActivationScales(scales.gate_up, scales.down, group) for group in views(context.plan.config)]
+    return [RoutedExperts(count, layer_experts(decoder, number)), *(RoutedExperts(count, smaller, view) for view in seen)]
 
 
-def activation_scales(config: RunConfig, gate_up: float, down: float) -> ActivationScales | None:
-    """How the compressed experts' inputs are quantized under evaluation; None for original activations."""
+def views(config: RunConfig) -> list[int | None]:
+    """How the compressed experts' inputs are quantized under evaluation, the served way first: values that share a scale; None for original activations."""
     settings = config.evaluation
     if settings is not None and settings.activations == "original":
-        return None
-    group = settings.activation_group if settings is not None and settings.activation_group else config.compression.activation_group
-    return ActivationScales(gate_up, down, group)
+        return [None]
+    return [*dict.fromkeys([served_group(config), *([32] if sees_both_groups(config) else [])])]
 
 
-def compare_logits(source_TV: Tensor, compressed_TV: Tensor, labels_T: Tensor) -> Tensor:
-    """(source loss, source correct, loss, correct, KL) summed over tokens, float64."""
-    p_TV, q_TV = F.log_softmax(source_TV.float(), -1), F.log_softmax(compressed_TV.float(), -1)
-    kl = F.kl_div(q_TV, p_TV, reduction="sum", log_target=True)
-    facts = []
-    for logs_TV in (p_TV, q_TV):
-        facts += [F.nll_loss(logs_TV, labels_T, reduction="sum"), (logs_TV.argmax(-1) == labels_T).sum()]
-    return torch.stack([f.double() for f in (*facts, kl)])
+def served_group(config: RunConfig) -> int:
+    settings = config.evaluation
+    return settings.activation_group if settings is not None and settings.activation_group else config.compression.activation_group
+
+
+def sees_both_groups(config: RunConfig) -> bool:
+    """Whether activations in groups of 32 are looked at beside the served groups of 16: kernels that run paired-4:8 as sparse apply one scale to 32 inputs of
+    both operands, so that this is what the same checkpoint is on them."""
+    compression, settings = config.compression, config.evaluation
+    is_for_them = compression.sparsity == "paired-4:8" and compression.scale_span == 32
+    return is_for_them and settings is not None and settings.activations == "nvfp4" and served_group(config) == 16
+
+
+def compare_logits(source_TV: Tensor, *compressed_TV: Tensor, labels_T: Tensor) -> Tensor:
+    """Summed over tokens, float64: the source's loss and correct tokens, then loss, correct tokens and KL from the source for each of the others."""
+    p_TV = F.log_softmax(source_TV.float(), -1)
+    sums = [F.nll_loss(p_TV, labels_T, reduction="sum"), (p_TV.argmax(-1) == labels_T).sum()]
+    for logits_TV in compressed_TV:
+        q_TV = F.log_softmax(logits_TV.float(), -1)
+        sums += [F.nll_loss(q_TV, labels_T, reduction="sum"), (q_TV.argmax(-1) == labels_T).sum()]
+        sums.append(F.kl_div(q_TV, p_TV, reduction="sum", log_target=True))
+    return torch.stack([value.double() for value in sums])
 
 
 def combine(parts: list[EvaluationPart]) -> EvaluationResult:
     """Parts in order -> perplexities, accuracies and mean KL."""
     tokens = sum(p.num_tokens for p in parts)
+    others = [p.in_groups_of_32 for p in parts if p.in_groups_of_32 is not None]
     return EvaluationResult(
         num_tokens=tokens,
         source_perplexity=math.exp(sum(p.source_loss for p in parts) / tokens),
@@ -164,4 +195,11 @@ def combine(parts: list[EvaluationPart]) -> EvaluationResult:
         compressed_perplexity=math.exp(sum(p.compressed_loss for p in parts) / tokens),
         compressed_accuracy=sum(p.compressed_correct for p in parts) / tokens,
         kl=sum(p.kl for p in parts) / tokens,
+        in_groups_of_32=CompressedQuality(
+            perplexity=math.exp(sum(o.loss for o in others) / tokens),
+            accuracy=sum(o.correct for o in others) / tokens,
+            kl=sum(o.kl for o in others) / tokens,
+        )
+        if len(others) == len(parts)
+        else None,
     )

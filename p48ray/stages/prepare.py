@@ -60,7 +60,8 @@ def prepare(config: RunConfig, is_dry: bool = False) -> Prepared:
     plan = make_plan(config, source, layout, documents, digest_tokenizer(source), mirror, commits)
     if config.evaluation is not None:
         check_length(plan, config.evaluation, layout.text_config.get("max_position_embeddings"))
-    shards = () if plan.is_pilot else plan_output(plan.units, config.output.max_shard_size, source, layout)
+    output = config.output
+    shards = () if plan.is_pilot else plan_output(plan.units, output.max_shard_size, source, layout, output.storage)
     return Prepared(plan=plan, store=store, source=source, layout=layout, shards=shards)
 
 

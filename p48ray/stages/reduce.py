@@ -1,24 +1,28 @@
 """Reduce: stitch unit shards and untouched source tensors into a Hugging Face folder. The index comes last, once every shard is verified.
 
-A shard is a header plus byte ranges, composed by the store in one atomic object, so a shard that exists is whole and is not made again.
+A shard is a header plus byte ranges, composed by the store in one atomic object, so a shard that exists is whole and is not made again. With sparse
+storage a unit's range is read, held against its digest and recoded on the way, one unit at a time; unit shards themselves stay dense.
 """
 
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from p48ray import run_root
 from p48ray.checkpoint.decode import read_plain
 from p48ray.checkpoint.fp8 import Fp8Weight
 from p48ray.checkpoint.header import encode_header
-from p48ray.checkpoint.index import INDEX_FILE
+from p48ray.checkpoint.index import CONFIG_FILE, INDEX_FILE
 from p48ray.checkpoint.layout import ModelLayout
 from p48ray.checkpoint.output_config import output_config
+from p48ray.checkpoint.sparse_storage import Storage, convert_config
+from p48ray.checkpoint.storage_stream import StoredUnit, recoded_unit
 from p48ray.checkpoint.tensors import tensor_bytes
-from p48ray.errors import CorruptObjectError, ObjectMissingError, ShardCorruptError
+from p48ray.errors import CorruptObjectError, ObjectMissingError, ShardCorruptError, SourceError
 from p48ray.manifest import CheckpointManifest, ShardVerdict, UnitManifest
-from p48ray.output_layout import OutputShard, shard_rows
+from p48ray.output_layout import OutputShard, shard_rows, unit_entries
 from p48ray.plan import WorkUnit
 from p48ray.stages.context import StageContext
 from p48ray.store.base import ByteRange, ObjectInfo, Piece, Store
@@ -57,12 +61,12 @@ def is_whole(context: StageContext, shard: StitchedShard) -> bool:
 
 def compose_shard(context: StageContext, shard: OutputShard, done: StitchedShard) -> None:
     key = run_root.checkpoint_file(shard.name)
-    units: dict[str, ByteRange] = {}
+    units: dict[str, StoredUnit] = {}
     corrupt: list[CorruptObjectError] = []
     for segment in shard.segments:
         if isinstance(segment, WorkUnit):
             try:
-                units[segment.id] = unit_range(context, segment)
+                units[segment.id] = find_unit(context, segment)
             except CorruptObjectError as error:
                 corrupt.append(error)  # all of them are named, so that one round makes them all anew
     if corrupt:
@@ -74,13 +78,14 @@ def compose_shard(context: StageContext, shard: OutputShard, done: StitchedShard
         raise ShardCorruptError(f"{context.store.uri}/{key}: expected {done.size_bytes} bytes, composed {written}")
 
 
-def shard_pieces(context: StageContext, shard: OutputShard, units: Mapping[str, ByteRange]) -> Iterator[Piece]:
-    """Header, units and source tensors in file order. FP8 weights are decoded as they are asked for: one at a time is held in memory."""
+def shard_pieces(context: StageContext, shard: OutputShard, units: Mapping[str, StoredUnit]) -> Iterator[Piece]:
+    """Header, units and source tensors in file order. What is not copied as it is (units in sparse storage, FP8 weights) is made as it is asked for: one
+    at a time is held in memory."""
     yield encode_header(shard_rows(shard, context.layout))
     source = context.source.store
     for segment in shard.segments:
         if isinstance(segment, WorkUnit):
-            yield units[segment.id]
+            yield from unit_pieces(units[segment.id], shard.storage)
         elif isinstance(segment, Fp8Weight):
             yield tensor_bytes(read_plain(source, [segment])[segment.name])
         else:
@@ -92,8 +97,23 @@ def file_bytes(shard: OutputShard, layout: ModelLayout) -> int:
     return len(encode_header(shard_rows(shard, layout))) + shard.num_bytes
 
 
-def unit_range(context: StageContext, unit: WorkUnit) -> ByteRange:
-    """The tensors of a unit's shard, header apart, after a check of its manifest, size and digest."""
+def unit_pieces(unit: StoredUnit, storage: Storage) -> Iterator[Piece]:
+    """A unit as it lies in an output shard.
+
+    Raises: CorruptObjectError, with sparse storage, for a unit that is not the one that its manifest names, so that it is made anew.
+    """
+    if storage == "dense":
+        yield ByteRange(unit.store, unit.file, unit.entries[0].start, sum(e.num_bytes for e in unit.entries))
+        return
+    try:
+        yield from recoded_unit(unit, storage)
+    except (ShardCorruptError, SourceError) as error:
+        where = f"{unit.store.uri}/{unit.file}"
+        raise CorruptObjectError(f"{where}: not the unit that {unit.named_in} names: {error}", unit.named_in, unit.file) from error
+
+
+def find_unit(context: StageContext, unit: WorkUnit) -> StoredUnit:
+    """A unit's tensors in the shard of the attempt that counts, after a check of its manifest, size and digest."""
     manifest_key = run_root.unit_manifest(unit.id)
     manifest = UnitManifest.load(context.store, manifest_key)
     context.check_owner(manifest.plan_digest, manifest_key)
@@ -103,7 +123,8 @@ def unit_range(context: StageContext, unit: WorkUnit) -> ByteRange:
     if held is not None and held.size_bytes == manifest.size_bytes:
         digest = stored_sha256(context.store, held)
         if digest in (None, manifest.sha256):
-            return ByteRange(context.store, key, manifest.data_offset, manifest.size_bytes - manifest.data_offset)
+            entries = unit_entries(context.layout, unit, key, manifest.data_offset)
+            return StoredUnit(id=unit.id, sha256=manifest.sha256, named_in=manifest_key, store=context.store, entries=entries)
         found += f" with SHA-256 {digest[:12]}"
     raise CorruptObjectError(
         f"{context.store.uri}/{key}: expected {manifest.size_bytes} bytes with SHA-256 {manifest.sha256[:12]} as {manifest_key} says, found {found}",
@@ -128,14 +149,21 @@ def finish_checkpoint(context: StageContext, shards: tuple[OutputShard, ...], ve
     Args: verdicts: of all shards; whoever read them through has hashed what lies in them.
     """
     files = {name: context.source.store.get(name) for name in context.source.sidecars}
-    config = json.dumps(output_config(context.source.config, context.layout), indent=2, ensure_ascii=False)
-    files["config.json"] = (config + "\n").encode()
+    config = output_config(context.source.config, context.layout)
+    if context.plan.config.output.storage == "sparse":
+        config = convert_config(config, "sparse")
+    files[CONFIG_FILE] = config_json(config)
     index = index_json(context, shards)
     for name, data in files.items():
         context.store.put(run_root.checkpoint_file(name), data)
     digests = {name: hashlib.sha256(data).hexdigest() for name, data in {**files, INDEX_FILE: index}.items()}
     context.store.put(run_root.checkpoint_file(MANIFEST_FILE), checkpoint_manifest(context, verdicts, digests).to_json())
     context.store.put(run_root.checkpoint_file(INDEX_FILE), index)
+
+
+def config_json(config: Mapping[str, Any]) -> bytes:
+    """config.json as a checkpoint has it."""
+    return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def index_json(context: StageContext, shards: tuple[OutputShard, ...]) -> bytes:

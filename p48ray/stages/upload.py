@@ -8,7 +8,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,6 +17,9 @@ from typing import IO
 from p48ray import run_root
 from p48ray.checkpoint.header import TensorEntry, encode_header, parse_header, read_header_bytes
 from p48ray.checkpoint.layout import EXPERT_NAME, PROJECTIONS
+from p48ray.checkpoint.sparse_storage import KEPT
+from p48ray.checkpoint.storage_stream import decoded_unit, dense_sha256
+from p48ray.checkpoint.tensors import from_bytes
 from p48ray.errors import ConfigError, P48Error, SourceError, StageFailedError
 from p48ray.manifest import CheckpointManifest, PublishedShard
 from p48ray.plan import WorkUnit
@@ -33,9 +36,34 @@ class Segment:
     def __init__(self, what: str, end: int, expected: str | None, start: bytes = b"") -> None:
         self.what, self.end, self.expected, self.digest = what, end, expected, hashlib.sha256(start)
 
+    def update(self, data: memoryview) -> None:
+        self.digest.update(data)
+
+    def found(self) -> str:
+        return self.digest.hexdigest()
+
     def check(self, shard: str) -> None:
-        if (found := self.digest.hexdigest()) != self.expected:
+        if (found := self.found()) != self.expected:
             raise changed(shard, f"{self.what}: expected SHA-256 {self.expected}, found {found}")
+
+
+class SparseSegment(Segment):
+    """A unit in sparse storage, whose digest is that of its dense form: it is held in memory until it is whole."""
+
+    def __init__(self, what: str, end: int, expected: str | None, rows: Sequence[TensorEntry]) -> None:
+        super().__init__(what, end, expected)
+        self.rows, self.data = rows, bytearray()
+
+    def update(self, data: memoryview) -> None:
+        self.data += data
+
+    def found(self) -> str:
+        held, start = memoryview(self.data), self.rows[0].start
+        stored = {e.name: from_bytes(held[e.start - start :][: e.num_bytes], e.dtype, e.shape) for e in self.rows}
+        try:
+            return dense_sha256(decoded_unit(stored))
+        except SourceError as error:
+            return f"none: {error}"
 
 
 def changed(shard: str, what: str) -> ConfigError:
@@ -59,8 +87,12 @@ def segments_of(shard: str, header_bytes: int, entries: Mapping[str, TensorEntry
     for (layer, position), rows in units.items():
         num_experts = len({e.name.rpartition(".")[0] for e in rows}) // len(PROJECTIONS)
         unit = WorkUnit(layer=layer, first_expert=position * manifest.experts_per_unit, num_experts=num_experts).id
+        end = rows[-1].start + rows[-1].num_bytes
+        if any(e.name.endswith(f".{KEPT}") for e in rows):
+            found.append(SparseSegment(f"unit {unit}", end, manifest.unit_sha256.get(unit), rows))
+            continue
         own_header = encode_header([(e.name, e.dtype, e.shape) for e in rows])  # of the unit's shard, whose digest is the promise
-        found.append(Segment(f"unit {unit}", rows[-1].start + rows[-1].num_bytes, manifest.unit_sha256.get(unit), own_header))
+        found.append(Segment(f"unit {unit}", end, manifest.unit_sha256.get(unit), own_header))
     return [header, *sorted(found, key=lambda s: s.end)]
 
 
@@ -85,7 +117,7 @@ def stage_shard(checkpoint: Store, shard: str, size_bytes: int, manifest: Checkp
         file.write(data)
         while position < start + len(data):
             end = min(segment.end, start + len(data))
-            segment.digest.update(data[position - start : end - start])
+            segment.update(data[position - start : end - start])
             position = end
             if position == segment.end:
                 segment.check(shard)

@@ -20,7 +20,8 @@ from p48ray.checkpoint.fp8 import Fp8Weight
 from p48ray.checkpoint.header import TensorEntry, parse_header, read_header_bytes
 from p48ray.checkpoint.index import CONFIG_FILE, INDEX_FILE, CheckpointIndex
 from p48ray.checkpoint.layout import PROJECTIONS, ModelLayout
-from p48ray.checkpoint.tensors import read_tensors, serialize, tensor_bytes
+from p48ray.checkpoint.storage_stream import decoded_unit, dense_sha256
+from p48ray.checkpoint.tensors import read_tensors, tensor_bytes
 from p48ray.errors import ObjectMissingError, ShardCorruptError, SourceError
 from p48ray.numerics import e2m1, nvfp4, paired48
 from p48ray.numerics.metrics import relative_weight_error
@@ -69,7 +70,12 @@ def verify_shard(checkpoint: Store, source: CheckpointIndex, layout: ModelLayout
     digests: dict[str, str] = {}
     for segment in shard.segments:
         if isinstance(segment, WorkUnit):
-            tensors = read_tensors(checkpoint, [entries[name] for name, _, _ in unit_rows(layout, segment)])
+            stored = read_tensors(checkpoint, [entries[name] for name, _, _ in unit_rows(layout, segment, shard.storage)])
+            try:
+                tensors = decoded_unit(stored) if shard.storage == "sparse" else stored
+            except SourceError as error:
+                problems.append(f"{shard.name}: unit {segment.id}: {error}")
+                continue
             problems += check_unit(shard.name, segment.id, tensors, promise)
             for expert in segment.experts:
                 originals = read_expert(source, layout, segment.layer, expert)
@@ -95,9 +101,9 @@ def header_digest(raw: bytes) -> str:
 def check_unit(file: str, unit_id: str, tensors: Mapping[str, Tensor], promise: Promise) -> list[str]:
     """The bytes are those that the unit stored. The weight error alone can not tell: one wrong code in a million moves it by less than rounding.
 
-    Args: tensors: in the order of unit_rows, so that they serialize to the unit's own shard.
+    Args: tensors: dense, in the order of unit_rows, so that they serialize to the unit's own shard.
     """
-    found, claim = hashlib.sha256(serialize(tensors)).hexdigest(), promise.unit_sha256.get(unit_id)
+    found, claim = dense_sha256(tensors), promise.unit_sha256.get(unit_id)
     return (
         []
         if found == claim

@@ -14,8 +14,9 @@ from p48ray.checkpoint.families import describe_model
 from p48ray.checkpoint.header import TensorEntry, parse_header, read_header_bytes
 from p48ray.checkpoint.index import CONFIG_FILE, HEADER_THREADS, CheckpointIndex, open_checkpoint
 from p48ray.checkpoint.layout import EXPERT_NAME, PROJECTIONS, ModelLayout
-from p48ray.checkpoint.sparse_storage import KEPT, PACKED, Storage, dense_tensors, linear_form, sparse_tensors, storage_of
-from p48ray.checkpoint.tensors import read_tensors, serialize
+from p48ray.checkpoint.sparse_storage import KEPT, PACKED, Storage, linear_form, storage_of
+from p48ray.checkpoint.storage_stream import decoded_unit
+from p48ray.checkpoint.tensors import read_tensors
 from p48ray.errors import ConfigError, P48Error, ShardCorruptError, SourceError
 from p48ray.manifest import CheckpointManifest
 from p48ray.output_layout import OutputShard, plan_output, unit_tensor_names
@@ -105,14 +106,11 @@ def survey_checkpoint(checkpoint: Store, source: Store | None) -> Survey:
     """
     manifest = read_manifest(checkpoint)
     storage = announced_storage(checkpoint)
-    if storage == "sparse" and source is not None:
-        raise ConfigError(
-            f"{checkpoint.uri}: has sparse storage, which is not compared with a source; verify it without --source, or what "
-            "`p48ray convert --storage dense` makes of it with one"
-        )
     sizes = {info.key: info.size_bytes for info in checkpoint.list() if info.key.endswith(".safetensors")}
     problems, checks = (
-        survey_alone(checkpoint, manifest, sizes, storage) if source is None else survey_beside(checkpoint, source, manifest, sizes)
+        survey_alone(checkpoint, manifest, sizes, storage)
+        if source is None
+        else survey_beside(checkpoint, source, manifest, sizes, storage)
     )
     return Survey(
         checkpoint=checkpoint.uri,
@@ -147,17 +145,12 @@ def check_shard(check: ShardCheck) -> tuple[str, ...]:
         return tuple(verify_shard(check.checkpoint, check.source, check.layout, check.shard, check.promise).problems)
     problems = []
     for unit, linears in check.units:
-        tensors = read_tensors(check.checkpoint, [check.entries[name] for name in unit_tensor_names(linears, check.storage)])
-        if check.storage == "sparse":
-            stored = tensors
-            try:
-                tensors = dense_tensors(stored)
-                is_canonical = serialize(sparse_tensors(tensors)) == serialize(stored)
-            except SourceError as error:
-                problems.append(f"{check.file}: {error}")
-                continue
-            if not is_canonical:
-                problems.append(f"{check.file}: unit {unit.id}: a mask marks other zero bytes as kept than the lowest")
+        stored = read_tensors(check.checkpoint, [check.entries[name] for name in unit_tensor_names(linears, check.storage)])
+        try:
+            tensors = decoded_unit(stored) if check.storage == "sparse" else stored
+        except SourceError as error:
+            problems.append(f"{check.file}: unit {unit.id}: {error}")
+            continue
         problems += check_unit(check.file, unit.id, tensors, check.promise)
         for at in range(0, len(linears), len(PROJECTIONS)):
             projections = dict(zip(PROJECTIONS, linears[at : at + len(PROJECTIONS)], strict=True))
@@ -194,15 +187,15 @@ def promise_of(manifest: CheckpointManifest, linears: Mapping[str, float], units
 
 
 def survey_beside(
-    checkpoint: Store, source: Store, manifest: CheckpointManifest, sizes: Mapping[str, int]
+    checkpoint: Store, source: Store, manifest: CheckpointManifest, sizes: Mapping[str, int], storage: Storage
 ) -> tuple[list[str], list[SourcedCheck]]:
-    """Every planned byte: the plan follows from the source's headers and two settings in the manifest."""
+    """Every planned byte: the plan follows from the source's headers, two settings in the manifest and the storage."""
     index = open_checkpoint(source)
     if index.fingerprint != manifest.source_fingerprint:
         expected, found = manifest.source_fingerprint[:12], index.fingerprint[:12]
         return [f"{source.uri}: not the source of this checkpoint: expected fingerprint {expected}, found {found}"], []
     layout = describe_model(index)
-    shards = plan_output(plan_units(layout, manifest.experts_per_unit), manifest.max_shard_size, index, layout)
+    shards = plan_output(plan_units(layout, manifest.experts_per_unit), manifest.max_shard_size, index, layout, storage)
     checks = [sourced_check(checkpoint, index, layout, shard, manifest, sizes.get(shard.name, 0)) for shard in shards]
     return check_index(checkpoint, shards, layout), checks
 

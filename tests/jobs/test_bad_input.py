@@ -39,6 +39,7 @@ def assert_refused(outcome: Outcome, words: list[str], root: Path) -> None:
     [
         ("compression.dampp", "0.1", ["compression.dampp: unknown key", "did you mean compression.damp?"]),
         ("compression.sweeps", "many", ["compression.sweeps", "valid integer", "'many'"]),
+        ("output.storage", "thin", ["output.storage", "'dense' or 'sparse'", "'thin'"]),
         ("compression.solver", "gptq", ["solver 'gptq' needs sparsity 'none', found 'paired-4:8'"]),
     ],
 )
@@ -52,7 +53,6 @@ UNBUILT_VALUES = {
     "compression.output_curvature": ("true", "True"),
     "compression.output_damp": ("0.1", "0.1"),
     "compression.refine_steps": ("10", "10"),
-    "output.storage": ("sparse", "'sparse'"),
     "run.root": ("hf://owner/name", "'hf://owner/name'"),
 }
 

@@ -19,13 +19,31 @@ def finished_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.fixture
-def root(finished_once: Path, tmp_path: Path) -> Path:
+@pytest.fixture(scope="session")
+def finished_sparse(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with output.storage: sparse."""
+    root = tmp_path_factory.mktemp("to-publish-sparse") / "run"
+    outcome = invoke(*arguments(root, ROUNDED | {"output.storage": "sparse"}))
+    assert outcome.code == 0, outcome
+    return root
+
+
+def copied(finished: Path, root: Path) -> Path:
     """A copy of what publishing looks at."""
     for name in ("checkpoint", "verification"):
-        shutil.copytree(finished_once / name, tmp_path / "run" / name)
-    shutil.copy(finished_once / "plan.json", tmp_path / "run")
-    return tmp_path / "run"
+        shutil.copytree(finished / name, root / name)
+    shutil.copy(finished / "plan.json", root)
+    return root
+
+
+@pytest.fixture
+def root(finished_once: Path, tmp_path: Path) -> Path:
+    return copied(finished_once, tmp_path / "run")
+
+
+@pytest.fixture
+def sparse_root(finished_sparse: Path, tmp_path: Path) -> Path:
+    return copied(finished_sparse, tmp_path / "run")
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from p48ray.config import load_config
 from p48ray.manifest import UnitManifest
 from p48ray.report.card import model_card
 from p48ray.stages.context import StageContext
-from p48ray.stages.evaluate import EvaluationResult
+from p48ray.stages.evaluate import CompressedQuality, EvaluationResult
 from p48ray.stages.prepare import prepare
 from p48ray.store import MemoryStore
 from tests.conftest import TINY
@@ -78,6 +78,10 @@ def test_only_what_was_measured_is_in_the_table(finished: SmallRun, units: list[
     context = context_with(finished)
     alone, both = (model_card(context, units, QUALITY, baseline) for baseline in (None, QUALITY.model_copy(update={"kl": 0.125})))
     assert "| this checkpoint | 8.1250 | 0.5000 | 0.0625 |" in alone
+    assert "sparse kernels: activations" not in alone
+    other = CompressedQuality(perplexity=8.25, accuracy=0.4375, kl=0.0703)
+    seen = model_card(context, units, QUALITY.model_copy(update={"in_groups_of_32": other}), None)
+    assert "| this checkpoint on sparse kernels: activations in groups of 32 | 8.2500 | 0.4375 | 0.0703 |" in seen
     assert "one-shot reference" not in alone
     assert "| one-shot reference (SparseGPT masks + GPTQ) | 8.1250 | 0.5000 | 0.1250 |" in both
     unmeasured = model_card(context, units, None, None)

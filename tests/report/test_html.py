@@ -19,6 +19,7 @@ import torch
 from p48ray import run_root
 from p48ray.manifest import LadderStep, LinearRecord, UnitManifest
 from p48ray.plan import plan_units
+from p48ray.report import sample
 from p48ray.report.charts import Scale, time_ticks
 from p48ray.report.fold import Span, busy, merged, shared_seconds
 from p48ray.report.html import idle_words, report_html
@@ -26,9 +27,11 @@ from p48ray.report.inspect import inspect_linear
 from p48ray.report.report import build_report
 from p48ray.report.sample import mask_overlap, sample_checkpoint
 from p48ray.report.work import Extrapolation
+from p48ray.runner.converter import convert_folder
 from p48ray.stages.context import StageContext
 from p48ray.stages.evaluate import EvaluationResult
 from p48ray.store import LocalStore, MemoryStore
+from p48ray.store.view import SubStore
 from tests.stages.small_run import SmallRun
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
@@ -144,6 +147,9 @@ def test_quality_is_the_reports(finished: SmallRun, units: list[UnitManifest], p
     for words in ("777 held-out tokens", "one-shot baseline 0.6250 5.5000 +175.00% 0.8000", "0.5000 3.0000 +50.00% 0.8000"):
         assert words in re.sub(r"\s+", " ", both.words["quality"])
     assert "0.80 × the one-shot's 0.6250" in both.words["top"]
+    assert "sparse kernels" not in both.words["quality"]
+    assert q.in_groups_of_32 is not None
+    assert f"the same on sparse kernels {q.in_groups_of_32.kl:.4f} {q.in_groups_of_32.perplexity:.4f}" in page.words["quality"]
 
 
 def test_run_without_evaluation_shows_no_quality(finished: SmallRun, units: list[UnitManifest]) -> None:
@@ -319,6 +325,16 @@ def test_patterns_and_scales_are_those_of_the_sampled_linears(finished: SmallRun
         assert (s.patterns, s.scales, s.overlap) == (found.patterns, found.scales, None)
 
 
+def test_rows_of_sparse_storage_are_sampled_as_those_of_dense(finished: SmallRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = MemoryStore("sampled-sparse")
+    convert_folder(LocalStore(finished.checkpoint), SubStore(store, run_root.CHECKPOINT), "sparse", None)
+    monkeypatch.setattr(sample, "SAMPLED_BYTES", 1000)  # 7 rows of 128 bytes, or 15 of 64
+    dense = sample_checkpoint(finished.context, finished.prepared.store)
+    assert {s.rows for s in dense} == {7, 15} and {s.overlap for s in dense} == {1.0}
+    context = replace(finished.context, store=store)
+    assert sample_checkpoint(context, store) == sample_checkpoint(context, finished.prepared.store) == dense
+
+
 def test_overlap_is_shown_only_beside_another_checkpoint(finished: SmallRun, units: list[UnitManifest], page: Page) -> None:
     assert "overlap" not in page.words["masks"]
     beside = Page(report_html(finished.context, finished.report, units, LocalStore(finished.root)))
@@ -341,7 +357,7 @@ def test_timeline_shows_every_layer_and_no_more_time_than_there_was(finished: Sm
             assert f"layer {layer}, {stage}: " in text
     assert "gradients" not in Page(text).words["timeline"]
     hours = sum(sum(u.seconds.values()) for u in units)
-    assert f"compress 8 {round(hours)} s" in re.sub(r"\s+", " ", Page(text).words["cost"])
+    assert f"compress 8 {round(round(hours, 1))} s" in re.sub(r"\s+", " ", Page(text).words["cost"])
 
 
 def test_time_that_streams_and_units_share_counts_each_moment_once() -> None:

@@ -13,6 +13,8 @@ from p48ray.runner.converter import convert_folder
 from p48ray.runner.ray_tasks import RayTasks
 from p48ray.stages.convert import NOTE_FILE, ShardConversion, convert_shard_or_error
 from p48ray.store import LocalStore
+from tests.jobs.command import arguments, invoke
+from tests.runner.conftest import ALL_STAGES
 from tests.stages.damage import INDEX, Folder
 
 pytestmark = pytest.mark.ray
@@ -57,6 +59,14 @@ def test_workers_write_what_one_process_writes_though_one_is_killed(
     assert Folder.read(tmp_path / "many").changed_from(one) == []
     convert_folder(LocalStore(tmp_path / "many"), LocalStore(tmp_path / "back"), "dense", tasks)
     assert Folder.read(tmp_path / "back").changed_from(Folder.read(local_run / "checkpoint")) == []
+
+
+def test_ray_workers_stitch_with_sparse_storage_what_a_conversion_writes(ray_session: None, local_run: Path, tmp_path: Path) -> None:
+    """Manifest and card apart: their plans' digests differ."""
+    outcome = invoke(*arguments(tmp_path / "run", ALL_STAGES | {"output.storage": "sparse"}), on_ray=True)
+    assert outcome.code == 0, outcome
+    convert_folder(LocalStore(local_run / "checkpoint"), LocalStore(tmp_path / "converted"), "sparse", None)
+    assert Folder.read(tmp_path / "run" / "checkpoint").changed_from(Folder.read(tmp_path / "converted")) == ["README.md", "p48ray.json"]
 
 
 def test_store_that_stays_away_ends_it_without_an_index_and_the_same_call_goes_on(

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from p48ray.manifest import CheckpointManifest
 from p48ray.runner.converter import convert_folder
 from p48ray.stages.convert import NOTE_FILE, begin_conversion, convert_shard, convert_shard_or_error, survey_conversion
 from p48ray.stages.verify_checkpoint import verify_checkpoint
-from p48ray.store import MemoryStore
+from p48ray.store import LocalStore, MemoryStore
 from tests.reference.sparse_storage import dense_checkpoint, read_file
 from tests.stages.damage import INDEX, Folder
 from tests.stages.small_run import SmallRun
@@ -152,9 +153,26 @@ def test_verification_names_what_is_missing_from_a_sparse_checkpoint(sparse: Fol
     assert f"{LINEAR}.weight_sparse_mask: missing" in problems
 
 
-def test_sparse_checkpoint_is_not_compared_with_a_source(sparse: Folder, finished: SmallRun) -> None:
-    with pytest.raises(ConfigError, match="sparse storage, which is not compared with a source"):
-        verify_checkpoint(sparse.store(), Folder({}).store())
+def test_sparse_checkpoint_passes_verification_beside_its_source(sparse: Folder, finished: SmallRun) -> None:
+    verdict = verify_checkpoint(sparse.store(), LocalStore(finished.source))
+    assert (verdict.problems, verdict.compared_with_source, verdict.num_linears) == ((), True, 192)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "words"),
+    [
+        (f"{LINEAR}.weight_sparse_packed", "unit L001-E000-007: expected the bytes with SHA-256"),
+        (f"{LINEAR}.weight_sparse_mask", "unit L001-E000-007: .*exactly 2 of 4 bits"),
+        (f"{LINEAR}.weight_scale", "relative weight error .*, but the manifest claims"),
+        (UNTOUCHED, f"{UNTOUCHED}: bytes differ from the source's"),
+    ],
+)
+def test_verification_of_a_sparse_checkpoint_beside_its_source_finds_a_changed_bit(
+    sparse: Folder, finished: SmallRun, tensor: str, words: str
+) -> None:
+    bits = 0x40 if tensor.endswith("weight_scale") else 0x01
+    problems = verify_checkpoint(sparse.flipped(tensor, 0, bits).store(), LocalStore(finished.source)).problems
+    assert any(re.search(words, p) for p in problems), problems
 
 
 # refusals

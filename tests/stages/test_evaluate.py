@@ -13,13 +13,22 @@ from torch import Tensor
 
 from p48ray import run_root
 from p48ray.checkpoint.index import open_checkpoint
-from p48ray.manifest import EvaluationPart, LayerScales
+from p48ray.manifest import CompressedSums, EvaluationPart, LayerScales
+from p48ray.model.decoder import Decoder
 from p48ray.model.experts import RoutedExperts
 from p48ray.plan import SequencePart
 from p48ray.report.report import Report
 from p48ray.stages import arrow, evaluate, tasks
 from p48ray.stages.context import StageContext
-from p48ray.stages.evaluate import CompressedExperts, EvaluationResult, combine, compressed_expert, evaluate_part, evaluation_digest
+from p48ray.stages.evaluate import (
+    CompressedExperts,
+    CompressedQuality,
+    EvaluationResult,
+    combine,
+    compressed_expert,
+    evaluate_part,
+    evaluation_digest,
+)
 from p48ray.stages.prepare import prepare
 from p48ray.store import LocalStore
 from tests.conftest import TINY
@@ -114,17 +123,16 @@ def test_source_against_itself_has_no_divergence_and_the_same_losses(
 ) -> None:
     real = evaluate.mixtures
 
-    def source_twice(
-        context: StageContext, compressed: CompressedExperts, number: int, dtype: torch.dtype
-    ) -> tuple[RoutedExperts, RoutedExperts]:
-        source, _ = real(context, compressed, number, dtype)
-        return source, source
+    def source_thrice(context: StageContext, decoder: Decoder, compressed: CompressedExperts, number: int) -> list[RoutedExperts]:
+        source, *others = real(context, decoder, compressed, number)
+        return [source] * (1 + len(others))
 
-    monkeypatch.setattr(evaluate, "mixtures", source_twice)
+    monkeypatch.setattr(evaluate, "mixtures", source_thrice)
     found = evaluate_part(finished.context, checkpoint, held_out, everything(held_out))
     assert found.kl == 0
     assert found.compressed_loss == found.source_loss > 0
     assert found.compressed_correct == found.source_correct > 0
+    assert found.in_groups_of_32 == CompressedSums(loss=found.source_loss, correct=found.source_correct, kl=0)
 
 
 @pytest.mark.parametrize("group", [16, 32])
@@ -153,6 +161,34 @@ def test_compressed_stream_is_the_whole_model_with_stored_experts_and_quantized_
     assert found.kl == pytest.approx(kl, rel=1e-3)
     assert abs(found.compressed_correct - correct) <= 1
     assert found.kl / 128 > 0.05, "an experiment in which nothing was lost would prove nothing"
+    if group == 32:
+        assert found.in_groups_of_32 is None, "it is what is served"
+        return
+    assert found.in_groups_of_32 is not None
+    logits_TV = compressed_logits(finished, ids_BS[:, :-1], 32)
+    loss, _ = facts(logits_TV, labels_T)
+    kl = (p_TV.exp() * (p_TV - logits_TV.double().log_softmax(1))).sum().item()
+    assert found.in_groups_of_32.loss == pytest.approx(loss, rel=1e-4)
+    assert found.in_groups_of_32.kl == pytest.approx(kl, rel=1e-3)
+    assert found.in_groups_of_32.kl != pytest.approx(found.kl, rel=1e-3), "the view should see something else"
+
+
+@pytest.mark.parametrize(
+    ("section", "changes"),
+    [
+        ("compression", {"sparsity": "none", "solver": "gptq"}),
+        ("compression", {"scale_span": 16}),
+        ("evaluation", {"activations": "original"}),
+        ("evaluation", {"activation_group": 32}),
+    ],
+    ids=str,
+)
+def test_groups_of_32_are_looked_at_where_sparse_kernels_could_run(finished: SmallRun, section: str, changes: dict[str, object]) -> None:
+    plan = finished.prepared.plan
+    assert evaluate.views(plan.config) == [16, 32]
+    other = plan.config.model_copy(update={section: getattr(plan.config, section).model_copy(update=changes)})
+    assert len(evaluate.views(other)) == 1
+    assert finished.report.quality is not None and finished.report.quality.in_groups_of_32 is not None
 
 
 def test_evaluation_quantizes_with_the_scales_that_the_checkpoint_tells_servers(finished: SmallRun) -> None:
@@ -200,9 +236,11 @@ def test_result_folds_parts_by_their_tokens() -> None:
             compressed_loss=2 * loss,
             compressed_correct=correct - 1,
             kl=loss / 10,
+            in_groups_of_32=CompressedSums(loss=3 * loss, correct=correct - 2, kl=loss / 5),
         )
 
-    found = combine([part(0, 30, 60.0, 12), part(1, 10, 40.0, 3)])
+    parts = [part(0, 30, 60.0, 12), part(1, 10, 40.0, 3)]
+    found = combine(parts)
     assert found == EvaluationResult(
         num_tokens=40,
         source_perplexity=math.exp(2.5),
@@ -210,7 +248,9 @@ def test_result_folds_parts_by_their_tokens() -> None:
         compressed_perplexity=math.exp(5.0),
         compressed_accuracy=13 / 40,
         kl=0.25,
+        in_groups_of_32=CompressedQuality(perplexity=math.exp(7.5), accuracy=11 / 40, kl=0.5),
     )
+    assert combine([parts[0].model_copy(update={"in_groups_of_32": None}), parts[1]]).in_groups_of_32 is None
 
 
 # Resuming, and other settings

@@ -4,12 +4,15 @@ import hashlib
 import json
 import uuid
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save
 
 from p48ray import run_root
 from p48ray.checkpoint.index import open_checkpoint
+from p48ray.output_layout import plan_output, unit_bytes
+from p48ray.plan import WorkUnit
 from p48ray.stages.context import StageContext
 from p48ray.stages.inputs import open_run_root
 from p48ray.stages.prepare import prepare
@@ -64,22 +67,54 @@ def test_a_checkpoint_of_950_mb_is_stitched_with_less_than_a_hundredth_of_it_pas
     run_locally(prepare(config))
     prepared = prepare(config)
     store = open_run_root(prepared.plan, root)
+    context = replace(prepared.context, store=store, source=open_checkpoint(open_store(source, endpoint)))
+    streaming = replace(context, store=open_store(root, endpoint, server_copy=False))
+    sparse = plan_output(prepared.plan.units, prepared.plan.config.output.max_shard_size, prepared.source, prepared.layout, "sparse")
+    found = {}
+    for storage, shards in (("dense", prepared.shards), ("sparse", sparse)):
+        clear(store)
+        before = traffic(context)
+        size_bytes = sum(stitch_shard(context, shard).size_bytes for shard in shards)
+        read, written = (after - earlier for after, earlier in zip(traffic(context), before, strict=True))
+        assert size_bytes > 0.9e9
+        assert read <= SMALL_SHARE * size_bytes  # units in sparse storage too: a small model's
+        assert written <= SMALL_SHARE * size_bytes
+        found[storage] = digests(store)
+        clear(store)
+        for shard in shards:
+            stitch_shard(streaming, shard)
+        assert digests(store) == found[storage]
+    assert found["dense"] != found["sparse"]
+
+
+@pytest.mark.parametrize("server_copy", [True, False])
+def test_a_run_with_sparse_storage_leaves_the_bytes_of_a_local_one(seaweedfs: Server, tmp_path: Path, server_copy: bool) -> None:
+    """Of experts their dense bytes pass through the process and no others; stitched again without the server's copies they are the same."""
+    root, endpoint = f"s3://{BUCKET}/{uuid.uuid4().hex}/run", seaweedfs.endpoint_url
+    overrides = ("compression.solver=round_to_nearest", "evaluation=null", "output.storage=sparse")
+    run_locally(prepare(configure(TINY, tmp_path / "run", *overrides)))
+    local = {f"checkpoint/{path.name}": path.read_bytes() for path in (tmp_path / "run" / "checkpoint").iterdir()}
+    prepared = prepare(configure(TINY, root, *overrides, f"run.endpoint_url={endpoint}"))
+    run_locally(prepared)
+    store = open_run_root(prepared.plan, root)
+    assert {info.key: store.get(info.key) for info in store.list("checkpoint/")} == local
+    for shard in prepared.shards[1:]:
+        store.delete(run_root.checkpoint_file(shard.name))
+    again = open_store(root, endpoint) if server_copy else open_store(root, endpoint, server_copy=False)
+    context = replace(prepared.context, store=again)
+    for shard in prepared.shards:
+        stitch_shard(context, shard)
+    experts = sum(
+        unit_bytes(prepared.layout, s, "sparse") for shard in prepared.shards[1:] for s in shard.segments if isinstance(s, WorkUnit)
+    )
+    stitched = sum(len(local[run_root.checkpoint_file(shard.name)]) for shard in prepared.shards[1:])
+    assert experts < again.traffic.bytes_written <= stitched
+    assert {info.key: store.get(info.key) for info in store.list("checkpoint/")} == local
+
+
+def clear(store: Store) -> None:
     for info in list(store.list("checkpoint/")):
         store.delete(info.key)
-    context = replace(prepared.context, store=store, source=open_checkpoint(open_store(source, endpoint)))
-    before = traffic(context)
-    size_bytes = sum(stitch_shard(context, shard).size_bytes for shard in prepared.shards)
-    read, written = (after - earlier for after, earlier in zip(traffic(context), before, strict=True))
-    assert size_bytes > 0.9e9
-    assert read <= SMALL_SHARE * size_bytes
-    assert written <= SMALL_SHARE * size_bytes
-    copied = digests(store)
-    for shard in prepared.shards:
-        store.delete(run_root.checkpoint_file(shard.name))
-    streaming = replace(context, store=open_store(root, endpoint, server_copy=False))
-    for shard in prepared.shards:
-        stitch_shard(streaming, shard)
-    assert digests(store) == copied
 
 
 def traffic(context: StageContext) -> tuple[int, int]:
