@@ -22,7 +22,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 from transformers.integrations.compressed_tensors import CompressedTensorsDequantize, get_experts_scheme
 from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
 
+from p48ray.errors import SourceError
+
 NVFP4_FORMAT = "nvfp4-pack-quantized"
+SPARSE_KEY = "paired48_sparse"
 HUB_OPTIONS = ("revision", "token", "trust_remote_code")
 SAME_ARCHITECTURE = {"kimi_k2": DeepseekV3Config}
 """Model types that transformers knows under another name only; their releases bring code for old releases of transformers."""
@@ -101,9 +104,15 @@ def load_model(checkpoint: str, **options: Any) -> PreTrainedModel:
 
     Args:    checkpoint: folder or Hub id. options: for `from_pretrained`.
     Returns: the model in evaluation mode.
+    Raises:  SourceError for a checkpoint in sparse storage, whose experts transformers would leave as it initializes them.
     """
     install()
     config = read_config(checkpoint, **{k: v for k, v in options.items() if k in HUB_OPTIONS})
+    if SPARSE_KEY in config.quantization_config:
+        raise SourceError(
+            f"{checkpoint}/config.json: quantization_config.{SPARSE_KEY}: expected dense storage, found sparse; "
+            "`p48ray convert CHECKPOINT OUT --storage dense` makes the one of the other"
+        )
     config.quantization_config = {**config.quantization_config, "dequantize": True}
     loader = AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
     model: PreTrainedModel = loader.from_pretrained(checkpoint, config=config, **options)

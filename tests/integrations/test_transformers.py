@@ -1,6 +1,7 @@
 """A finished checkpoint in transformers: what the stock loader makes of it, and what ours does."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -11,8 +12,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
 
+from p48ray.errors import SourceError
 from p48ray.integrations import transformers as integration
 from p48ray.numerics import e2m1, nvfp4
+from p48ray.runner.converter import convert_folder
+from p48ray.store import LocalStore
 from tests.reference import whole_model
 from tests.stages.small_run import SmallRun
 
@@ -46,6 +50,14 @@ def experts_of(model: PreTrainedModel, layer: int) -> dict[str, Tensor]:
     module = model.model.language_model.layers[layer].mlp.experts
     gate, up = module.gate_up_proj.chunk(2, 1)
     return {"gate_proj": gate, "up_proj": up, "down_proj": module.down_proj}
+
+
+def test_sparse_storage_is_refused_by_its_key(finished: SmallRun, tmp_path: Path) -> None:
+    convert_folder(LocalStore(finished.checkpoint), LocalStore(tmp_path / "sparse"), "sparse", None)
+    with pytest.raises(
+        SourceError, match=r"sparse/config\.json: quantization_config\.paired48_sparse: expected dense storage, found sparse"
+    ):
+        integration.load_model(str(tmp_path / "sparse"), dtype=torch.float32)
 
 
 def test_every_expert_linear_is_what_compressed_tensors_decodes(finished: SmallRun, loaded: PreTrainedModel) -> None:
