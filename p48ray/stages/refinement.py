@@ -21,8 +21,12 @@ def refine_experts(
     metric_NHH = torch.eye(hidden, device=down_NOI.device).expand(num_experts, hidden, hidden)
     if settings.output_curvature:
         output_damp = None if settings.output_damp == "auto" else settings.output_damp
-        output_hessian_NHH = torch.stack([c.output_hessian_OO for c in curvature if c.output_hessian_OO is not None])
-        metric_NHH = damped_output_hessian(output_hessian_NHH, [c.tokens / size for c in curvature], size, output_damp)
+        metric_NHH = damped_output_hessian(
+            torch.stack([c.output_hessian_OO for c in curvature if c.output_hessian_OO is not None]),
+            [c.tokens / size for c in curvature],
+            size,
+            output_damp,
+        )
     is_quantized = settings.activation_quantization
     scales = InputScales(
         gate_up=tokens.scales.gate_up if is_quantized else None,
