@@ -11,7 +11,9 @@ Products round their operands to TF32 (numerics.products): a slope's error then 
 Legend: N experts, O out, I in, K pair_groups (I/8), B columns of a column_block, R rows of a row group.
 """
 
-from collections.abc import Callable, Sequence
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -128,7 +130,11 @@ def sweep_(rows: Rows, curved: Curved) -> None:
 
 
 class Replayed:
-    """A function of buffers that stay where they are: run the first time, recorded as a graph the second, from then on replayed by one launch."""
+    """A function of buffers that stay where they are: run the first time, recorded as a graph the second, from then on replayed by one launch.
+
+    The function must not refer to what holds this object: a graph that waits for the garbage collector may be destroyed while another is recorded, which
+    spoils the recording. For the same reason nothing is collected meanwhile.
+    """
 
     def __init__(self, action: Callable[[], None]) -> None:
         self.action, self.calls = action, 0
@@ -141,9 +147,24 @@ class Replayed:
             return
         if self.graph is None:
             self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):  # another thread may fetch the next unit meanwhile
+            with (
+                nothing_collected(),
+                torch.cuda.graph(self.graph, capture_error_mode="thread_local"),
+            ):  # another thread may fetch the next unit
                 self.action()
         self.graph.replay()
+
+
+@contextmanager
+def nothing_collected() -> Iterator[None]:
+    """Without automatic garbage collection inside."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 class RowGroup:
@@ -151,9 +172,9 @@ class RowGroup:
 
     def __init__(self, diff_NIO: Tensor, num_rows: int, curved: Curved) -> None:
         n, i, o = diff_NIO.shape
-        self.coupling_NOR = torch.empty(n, o, num_rows, device=diff_NIO.device)
-        self.bound_N1R = torch.empty(n, 1, num_rows, device=diff_NIO.device)
-        self.rows = Rows(
+        coupling_NOR = torch.empty(n, o, num_rows, device=diff_NIO.device)
+        bound_N1R = torch.empty(n, 1, num_rows, device=diff_NIO.device)
+        rows = Rows(
             diff_NIR=torch.empty(n, i, num_rows, device=diff_NIO.device),
             values_NIR=torch.empty(n, i, num_rows, device=diff_NIO.device),
             pattern_NKR=torch.empty(n, i // INPUTS_IN_GROUP, num_rows, dtype=torch.uint8, device=diff_NIO.device),
@@ -161,11 +182,11 @@ class RowGroup:
 
         def sweep() -> None:
             with tensor_float_32():
-                torch.bmm(diff_NIO, self.coupling_NOR, out=self.rows.diff_NIR)
-            self.rows.diff_NIR.div_(self.bound_N1R)
-            sweep_(self.rows, curved)
+                torch.bmm(diff_NIO, coupling_NOR, out=rows.diff_NIR)
+            rows.diff_NIR.div_(bound_N1R)
+            sweep_(rows, curved)
 
-        self.sweep = Replayed(sweep)
+        self.coupling_NOR, self.bound_N1R, self.rows, self.sweep = coupling_NOR, bound_N1R, rows, Replayed(sweep)
 
 
 class TwoSided:

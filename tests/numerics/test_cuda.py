@@ -1,5 +1,7 @@
 """What a GPU must share with a CPU: formats bit for bit, solvers in quality."""
 
+import gc
+
 import pytest
 import torch
 from torch import Tensor
@@ -141,6 +143,21 @@ def test_descents_on_a_gpu_are_as_good_as_the_definitions(shape: tuple[int, int,
         assert (kept.unflatten(2, (-1, 4)).sum(-1) == 2).all()
         assert not values[~pairs_to_inputs(kept)].any()
     assert all(torch.equal(a, b.cpu()) for a, b in zip(before, [*inputs, output_hessian], strict=True))
+
+
+def test_recorded_graphs_go_with_the_descent_that_made_them() -> None:
+    """One that is left to the garbage collector may be destroyed while another is recorded, and spoils it."""
+    target, hessian = correlated(6, 1, 48, 64)
+    keep = keep_top_pairs(target.square().unflatten(2, (-1, 2)).sum(-1))
+    inputs = on_gpu(target, target * pairs_to_inputs(keep), keep, damp(hessian, 0.02))
+    gc.collect()
+    gc.disable()
+    try:
+        block_descent(*inputs, 3)
+        two_sided_descent(*inputs, torch.eye(48, device="cuda")[None], 3)
+        assert not [held for held in gc.get_objects() if isinstance(held, torch.cuda.CUDAGraph)]
+    finally:
+        gc.enable()
 
 
 def test_descent_on_a_gpu_stops_once_a_sweep_gains_too_little() -> None:
