@@ -26,7 +26,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench.capture import peak_bytes, write_layer
+from bench.capture import write_layer
 from bench.solver import make_tokens
 from p48ray import run_root
 from p48ray.checkpoint.families import describe_model
@@ -96,9 +96,7 @@ def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     is_cuda = context.device.type == "cuda"
     if is_cuda:
         compress_unit(context, context.plan.units[0])  # compiles the kernels
-        torch.cuda.reset_peak_memory_stats()
     alone, alone_s = compress_all(context, 1)
-    peak = peak_bytes(context.device)
     together, together_s = compress_all(context, 1 + context.plan.config.run.prefetch_units)
     if args.profile:
         profile(context, args.profile)
@@ -114,8 +112,6 @@ def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "settings": args.set,
         "ms_an_expert": phases(alone, args.experts) | {"all": round(1000 * alone_s / experts, 1)},
         "ms_an_expert_ahead": phases(together, args.experts) | {"all": round(1000 * together_s / experts, 1)},
-        "peak_bytes": peak,
-        "peak_bytes_ahead": peak_bytes(context.device),
         "same_bytes": [m.sha256 for m in alone] == [m.sha256 for m in together],
         "mean_output_error": sum(errors) / len(errors),
     }

@@ -21,10 +21,10 @@ TWO_SIDED_WEIGHT_S = 2.3e-10  # one weight of a two-sided sweep
 CODE_STEP_S = (
     1.6e-3  # a pair_group of code descent, which is torch code: five descent steps of that kind, by count of kernels: not measured
 )
-MATMUL_FLOPS = 5.1e13  # float32 products of that card (DESIGN 8): expert forwards and gradients
+MATMUL_FLOPS = 1.2e14  # expert forwards and gradients in TF32, with all that lies between products in a unit: decoding, quantizing, casts, blends
 MOMENT_FLOPS = 6.5e14  # second moments, counted as whole squares
 FACTOR_FLOPS = 2.8e13  # factors, counted as one cube
-REFINE_FLOPS = 4.1e13  # refinement: 2.2 ms an expert and step
+REFINE_FLOPS = 1.25e14  # refinement: 0.72 ms an expert and step
 STREAM_FLOPS = 2.4e14  # the streaming stages: an assumption, 30 % of the card's bf16 matmul rate
 ROUTING_BYTES = 2 + 4  # expert id and router weight of one routed token
 
