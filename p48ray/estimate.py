@@ -21,7 +21,9 @@ TWO_SIDED_WEIGHT_S = 2.3e-10  # one weight of a two-sided sweep
 CODE_STEP_S = (
     1.6e-3  # a pair_group of code descent, which is torch code: five descent steps of that kind, by count of kernels: not measured
 )
-MATMUL_FLOPS = 1.2e14  # expert forwards and gradients in TF32, with all that lies between products in a unit: decoding, quantizing, casts, blends
+MATMUL_FLOPS = (
+    1.2e14  # expert forwards and gradients in TF32, with all that lies between products in a unit: decoding, quantizing, casts, blends
+)
 MOMENT_FLOPS = 6.5e14  # second moments, counted as whole squares
 FACTOR_FLOPS = 2.8e13  # factors, counted as one cube
 REFINE_FLOPS = 1.25e14  # refinement: 0.72 ms an expert and step

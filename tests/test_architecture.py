@@ -75,6 +75,7 @@ def test_numerics_need_only_torch() -> None:
         "collections",
         "contextlib",
         "functools",
+        "gc",
         "typing",
         "itertools",
     )

@@ -16,7 +16,7 @@ from typing import Any
 
 from p48ray.config_benchmarks import BenchmarksConfig, BenchmarkTask
 from p48ray.errors import ConfigError, StageFailedError
-from p48ray.runner.server_process import end_with_parent, tail
+from p48ray.runner.server_process import tail
 from p48ray.stages.benchmarks import HARNESS_VERSION
 
 log = logging.getLogger("p48ray.progress")
@@ -83,12 +83,12 @@ def follow(command: Sequence[str], printed: str, label: str) -> int:
     with (
         open(printed, "wb") as out,
         subprocess.Popen(
-            command,
+            [sys.executable, "-m", "p48ray.runner.process_group", *command],
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=subprocess.STDOUT,
             env=os.environ | {"TOKENIZERS_PARALLELISM": "false"},
-            preexec_fn=end_with_parent,
+            start_new_session=True,
         ) as process,
     ):
         try:
@@ -98,7 +98,7 @@ def follow(command: Sequence[str], printed: str, label: str) -> int:
                 except subprocess.TimeoutExpired:
                     log.info("evaluate  %s: %s", label, (tail(printed).splitlines() or [""])[-1][:160])
         finally:
-            process.kill()
+            process.terminate()  # it takes the harness along
 
 
 def check_harness(config: BenchmarksConfig) -> None:

@@ -1,15 +1,16 @@
 """An OpenAI-compatible server as a process of this machine, and the few questions that are put to any such server.
 
-The server gets a process group of its own, which is ended as a whole: a server of a large model is many processes, and one that stays keeps its GPUs.
-Where this process dies without ending it, the kernel tells the server to (Linux).
+The server gets a process group of its own, which is ended as a whole, also where this process dies without doing so (process_group): a server of a large
+model is many processes, and one that stays keeps its GPUs.
 """
 
-import ctypes
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 import urllib.error
@@ -23,7 +24,6 @@ from p48ray.errors import ConfigError
 LOG_TAIL_BYTES = 4000
 ASK_TIMEOUT_S = 10.0
 END_TIMEOUT_S = 30.0
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,17 +46,15 @@ class ServerProcess:
         self.url = f"http://{host}:{free_port(host)}"
         self.log = tempfile.NamedTemporaryFile(prefix="p48ray-server-", suffix=".log")  # noqa: SIM115 (lives as long as the server)
         full = [*command, "--host", host, "--port", self.url.rpartition(":")[2]]
-        try:
-            self.process = subprocess.Popen(
-                full,
-                stdin=subprocess.DEVNULL,
-                stdout=self.log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-                preexec_fn=end_with_parent,
-            )
-        except OSError as error:
-            raise ConfigError(f"benchmarks.server.command: {command[0]!r} can not be started: {error.strerror}") from error
+        if shutil.which(command[0]) is None:
+            raise ConfigError(f"benchmarks.server.command: {command[0]!r} can not be started: no such program on {socket.gethostname()}")
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "p48ray.runner.process_group", *full],
+            stdin=subprocess.DEVNULL,
+            stdout=self.log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
 
     def where(self) -> str:
         return self.url
@@ -94,11 +92,6 @@ def signal_group(pid: int, number: int) -> bool:
     except ProcessLookupError:
         return False
     return True
-
-
-def end_with_parent() -> None:
-    """In a child, before it becomes what it is to be: SIGTERM when the thread that started it is gone."""
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def free_port(host: str) -> int:

@@ -1,6 +1,6 @@
 """A server process with an OpenAI-compatible server's list of models, and no model: `python -m tests.runner.small_server [MODEL] [--flag ...]`.
 
---fail: says something and ends with code 3. --never-healthy. --stubborn: outlives SIGTERM. It has a child process, whose pid goes to the file of --child.
+--fail: says something and ends with code 3. --never-healthy. --stubborn: it and its child outlive SIGTERM. Its child process's pid goes to the file of --child.
 """
 
 import argparse
@@ -25,7 +25,8 @@ def main() -> None:
     if asked.stubborn:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if asked.child:
-        child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+        ignoring = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); " if asked.stubborn else ""
+        child = subprocess.Popen([sys.executable, "-c", f"{ignoring}import time; time.sleep(600)"])
         asked.child.write_text(str(child.pid))
     sys.stdout.write("looking for a GPU\n")
     sys.stdout.flush()

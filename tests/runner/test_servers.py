@@ -74,19 +74,30 @@ def test_server_that_ignores_the_request_is_killed(child: Path, monkeypatch: pyt
     wait_for(lambda: is_gone(int(child.read_text())))
 
 
-def test_server_ends_when_whoever_started_it_is_killed(child: Path) -> None:
-    code = f"import time; from p48ray.runner.server_process import ServerProcess as S; s = S({COMMAND!r}); print(s.process.pid, flush=True); time.sleep(600)"
+@pytest.mark.parametrize("flags", [[], ["--stubborn"]], ids=["willing", "stubborn"])
+def test_server_ends_with_its_children_when_whoever_started_it_is_killed(child: Path, flags: list[str]) -> None:
+    """Its front alone would leave the processes that hold the GPUs."""
+    command = [*COMMAND, "--child", str(child), *flags]
+    code = f"import time; from p48ray.runner.server_process import ServerProcess as S; s = S({command!r}); print(s.process.pid, flush=True); time.sleep(600)"
     starter = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=REPO)
     assert starter.stdout is not None
     pid = int(starter.stdout.readline())
-    assert not is_gone(pid)
+    wait_for(lambda: child.is_file() and child.read_text() != "")
+    assert not is_gone(pid) and not is_gone(int(child.read_text()))
     starter.kill()
     starter.wait()
-    wait_for(lambda: is_gone(pid))
+    wait_for(lambda: is_gone(pid) and is_gone(int(child.read_text())))
+
+
+def test_children_of_a_server_that_ended_by_itself_are_ended(child: Path) -> None:
+    server = ServerProcess([*COMMAND, "--fail", "--child", str(child)])
+    wait_for(lambda: server.state().code is not None)
+    assert server.state().code == 3 and server.last_lines().endswith("there is no GPU")
+    assert is_gone(int(child.read_text()))
 
 
 def test_command_that_is_not_there_is_a_mistake_of_the_configuration() -> None:
-    with pytest.raises(ConfigError, match=r"benchmarks.server.command: 'no-such-server' can not be started: No such file"):
+    with pytest.raises(ConfigError, match=r"benchmarks.server.command: 'no-such-server' can not be started: no such program on "):
         ServerProcess(["no-such-server", "serve"])
 
 
