@@ -5,6 +5,7 @@ python -m tests.jobs.recording_compress FILE --config FILE ...       one JSON li
 
 import json
 import sys
+from collections.abc import Container
 
 import typer
 
@@ -15,13 +16,18 @@ from p48ray.stages.tasks import Task
 
 
 def recording(path: str) -> type[Dispatcher]:
+    def record(node: str, task: Task | None) -> Task | None:
+        if task is not None:
+            with open(path, "a") as file:
+                file.write(json.dumps({"node": node, "stage": task.stage, "id": task.id, "layer": task.layer}) + "\n")
+        return task
+
     class RecordingDispatcher(Dispatcher):
         def take(self, node: str) -> Task | None:
-            task = super().take(node)
-            if task is not None:
-                with open(path, "a") as file:
-                    file.write(json.dumps({"node": node, "stage": task.stage, "id": task.id, "layer": task.layer}) + "\n")
-            return task
+            return record(node, super().take(node))
+
+        def take_ahead(self, node: str, apart: Container[str]) -> Task | None:
+            return record(node, super().take_ahead(node, apart))
 
     return RecordingDispatcher
 

@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load
 
 from p48ray import run_root
+from p48ray.checkpoint.storage_stream import StoredUnit
 from p48ray.config import load_config
 from p48ray.errors import ConfigError, CorruptObjectError, P48Error, ShardCorruptError, StageFailedError
 from p48ray.estimate import estimate, layers_run_again
@@ -38,7 +39,6 @@ from p48ray.stages.needs import Needs
 from p48ray.stages.prepare import Prepared, prepare
 from p48ray.stages.tasks import Task, TaskResult
 from p48ray.store import LocalStore, MemoryStore
-from p48ray.store.base import ByteRange
 from tests.conftest import REPO, timeless
 from tests.jobs.command import CONFIG, SMALL, attempts, snapshot
 from tests.runner.conftest import ALL_STAGES
@@ -590,17 +590,17 @@ def test_driver_overtaken_while_it_stitches_leaves_finished_units_done(
     finished: Path, local_run: Path, replayed: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its ranges vanish between the look whether the shard is there and the copy."""
-    real, reports = reduce.unit_range, []
+    real, reports = reduce.find_unit, []
 
-    def unit_range(context: StageContext, unit: WorkUnit) -> ByteRange:
+    def find_unit(context: StageContext, unit: WorkUnit) -> StoredUnit:
         if not reports:
-            monkeypatch.setattr(reduce, "unit_range", real)
+            monkeypatch.setattr(reduce, "find_unit", real)
             reports.append(run(finished, "checkpoint"))
         return real(context, unit)
 
     for folder in ("checkpoint", "verification"):
         shutil.rmtree(finished / folder)
-    monkeypatch.setattr(reduce, "unit_range", unit_range)
+    monkeypatch.setattr(reduce, "find_unit", find_unit)
     run(finished, "checkpoint")
     assert (len(reports), replayed) == (1, [])
     assert snapshot(finished / "checkpoint") == snapshot(local_run / "checkpoint")
