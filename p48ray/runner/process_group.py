@@ -1,7 +1,10 @@
 """Runs a command, and ends every process of its group when the command ends or whoever started this is gone: `python -m p48ray.runner.process_group COMMAND...`
 
-A server of a large model is many processes, and its front may end without ending those that hold the GPUs. What is started here is told of its parent's death
-by the kernel (Linux) and has nothing else to do, so that only a SIGKILL of this process itself leaves anything behind. Expects to lead a session of its own.
+    starter (a Ray worker)  >  launcher  >  guardian  >  command  >  its own processes            all but the starter in one session, led by the launcher
+
+A server of a large model is many processes, and its front may end without ending those that hold the GPUs. The kernel tells a process of its parent's death
+(Linux). Two of them, because Ray kills what a lost worker has started, and only that, without warning: then the launcher is gone, and the guardian, which is
+told, ends the rest.
 """
 
 import ctypes
@@ -19,14 +22,14 @@ PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def others_in_group() -> list[int]:
-    """Processes of this one's group that are not zombies, without this one. Source: proc(5), /proc/PID/stat."""
-    mine, found = os.getpgrp(), []
+    """Processes of this one's group that are not zombies, without this one and its launcher. Source: proc(5), /proc/PID/stat."""
+    mine, not_counted, found = os.getpgrp(), (os.getpid(), os.getppid()), []
     for entry in Path("/proc").glob("[0-9]*"):
         try:
             state, _, group = (entry / "stat").read_text().rpartition(")")[2].split()[:3]
         except OSError:
             continue  # it has just ended
-        if int(group) == mine and state not in "ZX" and int(entry.name) != os.getpid():
+        if int(group) == mine and state not in "ZX" and int(entry.name) not in not_counted:
             found.append(int(entry.name))
     return found
 
@@ -44,21 +47,40 @@ def end_others() -> None:
             time.sleep(0.1)
 
 
-def main(command: list[str]) -> NoReturn:
+def told_of_death(parent: int, number: int) -> None:
+    """Have the kernel send a signal when the parent ends. Ends here if it has ended already."""
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, number)
+    if os.getppid() != parent:
+        sys.exit(1)
+
+
+def guard(command: list[str], launcher: int) -> NoReturn:
+    """The guardian: run the command, and leave nobody behind."""
+
     def asked_to_end(number: int, _: FrameType | None) -> NoReturn:
         for again in (signal.SIGTERM, signal.SIGINT):
             signal.signal(again, signal.SIG_IGN)
         end_others()
         sys.exit(128 + number)
 
-    parent = os.getppid()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, asked_to_end)
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() != parent:  # it ended before it could be asked to tell
-        sys.exit(1)
+    told_of_death(launcher, signal.SIGTERM)
     code = subprocess.Popen(command).wait()
     end_others()
+    sys.exit(code if code >= 0 else 128 - code)
+
+
+def main(command: list[str]) -> NoReturn:
+    """The launcher: passes on what it is asked, and how the command ended."""
+    starter, launcher = os.getppid(), os.getpid()
+    guardian = os.fork()
+    if guardian == 0:
+        guard(command, launcher)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, _: os.kill(guardian, number))
+    told_of_death(starter, signal.SIGKILL)
+    code = os.waitstatus_to_exitcode(os.waitpid(guardian, 0)[1])
     sys.exit(code if code >= 0 else 128 - code)
 
 

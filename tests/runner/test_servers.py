@@ -89,6 +89,15 @@ def test_server_ends_with_its_children_when_whoever_started_it_is_killed(child: 
     wait_for(lambda: is_gone(pid) and is_gone(int(child.read_text())))
 
 
+def test_server_ends_with_its_children_when_what_was_started_first_is_killed(child: Path) -> None:
+    """As Ray does with the processes of a worker that is lost."""
+    server = ServerProcess([*COMMAND, "--stubborn", "--child", str(child)])
+    wait_for(lambda: server.state().is_healthy)
+    front = psutil.Process(int(child.read_text())).ppid()
+    server.process.kill()
+    wait_for(lambda: is_gone(front) and is_gone(int(child.read_text())))
+
+
 def test_children_of_a_server_that_ended_by_itself_are_ended(child: Path) -> None:
     server = ServerProcess([*COMMAND, "--fail", "--child", str(child)])
     wait_for(lambda: server.state().code is not None)
