@@ -224,6 +224,15 @@ def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     return facts
 
 
+def tell(run: Callable[[argparse.Namespace, Path], dict[str, Any]], args: argparse.Namespace) -> None:
+    """What a run found in a folder that goes afterwards: printed, and written where --json says."""
+    with tempfile.TemporaryDirectory(prefix="p48ray-bench-") as folder:
+        facts = run(args, Path(folder))
+    print(json.dumps(facts, indent=1))
+    if args.json:
+        args.json.write_text(json.dumps(facts, indent=1))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -235,11 +244,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="p48ray-bench-") as folder:
-        facts = run(args, Path(folder))
-    print(json.dumps(facts, indent=1))
-    if args.json:
-        args.json.write_text(json.dumps(facts, indent=1))
+    tell(run, args)
 
 
 if __name__ == "__main__":

@@ -7,15 +7,13 @@
 
 The checkpoint is that of bench/capture.py (one layer, random INT4 experts), tokens are those of bench/solver.py: correlated, with outlier channels. Every
 token goes to all experts of one unit, so that a unit sees as many slices of as many tokens as in a run, but reads parts that hold tokens of --units units and
-not of 48. Units run one by one first, then as a worker runs them: the next is fetched while one is computed (run.prefetch_units).
+not of 48. The range of intermediates, which capture would have seen, is assumed (AMAX_INTERMEDIATE) and cuts some off: errors here compare runs of this
+script and tell nothing of quality. Units run one by one first, then as a worker runs them: the next is fetched while one is computed (run.prefetch_units).
 """
 
 import argparse
-import json
-import logging
 import platform
 import sys
-import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -26,7 +24,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench.capture import write_layer
+from bench.capture import tell, write_layer
 from bench.solver import make_tokens
 from p48ray import run_root
 from p48ray.checkpoint.families import describe_model
@@ -112,6 +110,8 @@ def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "settings": args.set,
         "ms_an_expert": phases(alone, args.experts) | {"all": round(1000 * alone_s / experts, 1)},
         "ms_an_expert_ahead": phases(together, args.experts) | {"all": round(1000 * together_s / experts, 1)},
+        "peak_gpu_bytes": alone[-1].peak_gpu_bytes,
+        "peak_gpu_bytes_ahead": {phase: max(m.peak_gpu_bytes[phase] for m in together) for phase in together[0].peak_gpu_bytes},
         "same_bytes": [m.sha256 for m in alone] == [m.sha256 for m in together],
         "mean_output_error": sum(errors) / len(errors),
     }
@@ -144,13 +144,7 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("p48ray.stages.compress").setLevel(logging.INFO)  # a line for every unit, with a GPU's peak memory by phase
-    with tempfile.TemporaryDirectory(prefix="p48ray-bench-") as folder:
-        facts = run(args, Path(folder))
-    print(json.dumps(facts, indent=1))
-    if args.json:
-        args.json.write_text(json.dumps(facts, indent=1))
+    tell(run, args)
 
 
 if __name__ == "__main__":

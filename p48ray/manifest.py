@@ -116,6 +116,7 @@ class UnitManifest(Record):
     clipped_input_share: float
     clipped_intermediate_share: float
     seconds: dict[str, float]
+    peak_gpu_bytes: dict[str, int] = Field(default_factory=dict, description="Largest allocated GPU memory by phase; empty on a CPU.")
     finished_at: float = Field(description="Unix time, seconds.")
     device: str
     versions: dict[str, str]

@@ -14,15 +14,15 @@ INTRO = (
 )
 
 
-def cells(table: BenchmarkTable) -> tuple[list[str], list[list[str]]]:
-    """Head and body, plain text."""
+def cells(table: BenchmarkTable, with_errors: bool = True) -> tuple[list[str], list[list[str]]]:
+    """Head and body, plain text. with_errors: standard errors behind figures that have one."""
     head = ["", "", *(c.title for c in table.columns), "Δ to base", "recovery"]
     body = []
     for row in table_rows(table):
         found: list[str] = [row.label, row.setting]
         for column in table.columns:
             value = getattr(row, column.role)
-            error = column.stderr.get(row.task or "")
+            error = column.stderr.get(row.task or "") if with_errors else None
             found.append("" if value is None else f"{value:.2f}" + ("" if error is None else f" ± {error:.2f}"))
         found.append("" if row.delta is None else f"{row.delta:+.2f}")
         found.append("" if row.recovery is None else f"{row.recovery:.1f}%")

@@ -19,8 +19,9 @@ from p48ray.manifest import UnitManifest
 from p48ray.numerics.solvers import PAIRED_48
 from p48ray.output_layout import unit_bytes
 from p48ray.plan import NUMERICS_VERSION, RunPlan
+from p48ray.report.benchmark_section import cells
 from p48ray.report.storage_card import convert_card
-from p48ray.stages.benchmarks import BenchmarkTable, table_notes, table_rows
+from p48ray.stages.benchmarks import BenchmarkTable, table_notes
 from p48ray.stages.context import StageContext
 from p48ray.stages.evaluate import EvaluationResult
 
@@ -262,21 +263,8 @@ def benchmark_parts(benchmarks: BenchmarkTable | None) -> list[str]:
     """The table of benchmarks and what it was measured with; nothing where none was run."""
     if benchmarks is None or not is_measured(benchmarks):
         return []
-    titles = [c.title for c in benchmarks.columns]
-    head = ("per cent", "", *titles, "Δ to base", "recovery")
-    rows = []
-    for row in table_rows(benchmarks):
-        values = [getattr(row, c.role) for c in benchmarks.columns]
-        cells = ["" if v is None else f"{v:.2f}" for v in values]
-        rows.append(
-            (
-                row.label,
-                row.setting,
-                *cells,
-                *("" if v is None else form.format(v) for v, form in ((row.delta, "{:+.2f}"), (row.recovery, "{:.1f}%"))),
-            )
-        )
-    return ["### Benchmarks", table(head, rows), " ".join(table_notes(benchmarks))]
+    (_, *head), rows = cells(benchmarks, with_errors=False)
+    return ["### Benchmarks", table(("per cent", *head), rows), " ".join(table_notes(benchmarks))]
 
 
 def reproduction(context: StageContext, units: Sequence[UnitManifest]) -> str:

@@ -20,6 +20,7 @@ class WorkerMetrics:
         """Args: traffic: of the stores that this process has opened so far."""
         self.traffic, self.lock = traffic, threading.Lock()
         self.seen = [0, 0]
+        self.peak_gpu_bytes = 0.0
         stage = ("stage",)
         self.done = Counter("p48ray_tasks_done", "Tasks that ended well.", stage)
         self.failed = Counter("p48ray_tasks_failed", "Attempts that failed.", ("stage", "error"))
@@ -52,7 +53,9 @@ class WorkerMetrics:
         add(self.written, now[1] - self.seen[1], {})
         self.seen = now
         if torch.cuda.is_available():
-            self.memory.set(torch.cuda.max_memory_allocated())
+            # A unit starts the device's own count anew with every phase, and says itself what was most.
+            self.peak_gpu_bytes = max(self.peak_gpu_bytes, torch.cuda.max_memory_allocated(), result.facts.get("peak_gpu_bytes", 0.0))
+            self.memory.set(self.peak_gpu_bytes)
 
 
 def add(counter: Counter, value: float, tags: dict[str, str]) -> None:

@@ -274,6 +274,7 @@ def store_unit(context: StageContext, unit: WorkUnit, solved: Solved, clock: Clo
         clipped_input_share=solved.clipped[0],
         clipped_intermediate_share=solved.clipped[1],
         seconds=clock.seconds,
+        peak_gpu_bytes=clock.peak_gpu_bytes,
         finished_at=round(time.time(), 3),
         device=torch.cuda.get_device_name(context.device) if context.device.type == "cuda" else context.device.type,
         versions={"p48ray": __version__} | {name: metadata.version(name) for name in LIBRARIES},
@@ -281,11 +282,11 @@ def store_unit(context: StageContext, unit: WorkUnit, solved: Solved, clock: Clo
     if not context.store.put_if_absent(run_root.unit_manifest(unit.id), manifest.to_json()):
         context.store.delete(key)  # an attempt that was faster counts; ours is referenced by nothing
         return UnitManifest.load(context.store, run_root.unit_manifest(unit.id))
-    log.info(unit_line(manifest, clock.peak_gpu_bytes))
+    log.info(unit_line(manifest))
     return manifest
 
 
-def unit_line(manifest: UnitManifest, peak_gpu_bytes: Mapping[str, int]) -> str:
+def unit_line(manifest: UnitManifest) -> str:
     """One JSON line per finished unit."""
     linears = manifest.linears
     return json.dumps(
@@ -296,6 +297,6 @@ def unit_line(manifest: UnitManifest, peak_gpu_bytes: Mapping[str, int]) -> str:
             "tokens": sum(r.tokens for r in linears) // len(PROJECTIONS),
             "outcomes": {o: sum(r.outcome == o for r in linears) for o in sorted({r.outcome for r in linears})},
             "worst_relative_output_error": round(max((r.relative_output_error for r in linears), default=0.0), 5),
-            "peak_gpu_bytes": dict(peak_gpu_bytes),
+            "peak_gpu_bytes": manifest.peak_gpu_bytes,
         }
     )

@@ -173,11 +173,12 @@ def attempt(store: Store, task: Task, work: Callable[[], object]) -> TaskResult:
 
 
 def facts_of(made: object) -> dict[str, float]:
-    """Tokens and seconds by phase of a unit; nothing for other tasks."""
+    """Tokens, peak GPU memory, and seconds by phase of a unit; nothing for other tasks."""
     if not isinstance(made, UnitManifest):
         return {}
     tokens = sum(record.tokens for record in made.linears) / len(PROJECTIONS)
-    return {"tokens": tokens} | {f"{phase}_s": seconds for phase, seconds in made.seconds.items()}
+    peak = max(made.peak_gpu_bytes.values(), default=0)
+    return {"tokens": tokens, "peak_gpu_bytes": peak} | {f"{phase}_s": seconds for phase, seconds in made.seconds.items()}
 
 
 def record_failure(store: Store, task: Task, error: Exception) -> None:

@@ -121,6 +121,19 @@ def test_gpu_memory_is_told_where_there_is_one(has_gpu: bool, context: StageCont
     assert {name: value for (name, _), value in told.items() if "gpu" in name} == ({"p48ray_gpu_peak_bytes": 5e9} if has_gpu else {})
 
 
+def test_gpu_memory_of_a_unit_is_its_highest_phase_and_the_gauge_never_falls(
+    context: StageContext, told: Series, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The device's own count starts anew with every phase, so that after a unit it is that of the last one."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 1e9)
+    worker = WorkerMetrics(lambda: [context.store.traffic, context.source.store.traffic])
+    for peaks in ({"solve": 7_000_000_000, "describe": 1_000_000_000}, {"solve": 2_000_000_000}):
+        made = unit_manifest((), {"solve": 1.0}).model_copy(update={"peak_gpu_bytes": peaks})
+        worker.count(result("compress", 5.0, facts=facts_of(made)))
+        assert told[tagged("p48ray_gpu_peak_bytes")] == 7e9
+
+
 def linear(name: str, tokens: int) -> LinearRecord:
     return LinearRecord(
         name=name,
