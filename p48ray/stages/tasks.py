@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from p48ray import errors, run_root
+from p48ray import errors, run_root, trace
 from p48ray.checkpoint.families import describe_model
 from p48ray.checkpoint.index import CONFIG_FILE, open_checkpoint
 from p48ray.checkpoint.layout import PROJECTIONS
@@ -155,9 +155,10 @@ class Workplace:
     def execute(self, task: Task) -> TaskResult:
         """Run one task; see `attempt`. From any thread: units of several can be under way at once, and take turns at computing (StageContext.turn)."""
         torch.set_num_threads(self.plan.config.run.threads_per_worker)  # which OpenMP keeps for every thread apart
-        if task.stage == MIRROR_STAGE:
-            return attempt(self.store, task, lambda: mirror_file(self.store, task.item))
-        return attempt(self.store, task, lambda: STAGES[task.stage](self.context, task.item))
+        with trace.task(task.stage, task.id):
+            if task.stage == MIRROR_STAGE:
+                return attempt(self.store, task, lambda: mirror_file(self.store, task.item))
+            return attempt(self.store, task, lambda: STAGES[task.stage](self.context, task.item))
 
 
 def attempt(store: Store, task: Task, work: Callable[[], object]) -> TaskResult:

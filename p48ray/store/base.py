@@ -6,11 +6,13 @@ concatenation, and S3 has each of them natively (`compose` as a multipart upload
 Readers never see a part of an object: it is absent, or whole.
 """
 
+import hashlib
 import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol, TypeAlias, runtime_checkable
 
+from p48ray import trace
 from p48ray.errors import P48Error, ShardCorruptError
 
 TEMP_PREFIX = ".p48tmp-"
@@ -61,6 +63,29 @@ class ByteRange:
 
 Piece: TypeAlias = bytes | ByteRange
 
+CHUNK_BYTES = 8 * 2**20
+"""Bytes that are hashed and written at a time: they are still in the processor's cache when they are written."""
+
+
+class Buffers(Protocol):
+    """The bytes of one object, in order, without ever lying in memory as a whole.
+
+    Every pass yields them anew (a write that failed may be tried again), and a buffer is valid until the next one is asked for.
+    """
+
+    size_bytes: int
+
+    def __iter__(self) -> Iterator[memoryview]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What `write_once` wrote, or would have written: size and hexadecimal SHA-256 of the caller's bytes. `is_ours`: whether they are what is there."""
+
+    size_bytes: int
+    sha256: str
+    is_ours: bool
+
 
 @runtime_checkable
 class Store(Protocol):
@@ -93,6 +118,12 @@ class Store(Protocol):
 
     def put_if_absent(self, key: str, data: bytes) -> bool:
         """Creates the object if there is none, atomically. True if this call wrote it; of several writers exactly one gets True."""
+
+    def write_once(self, key: str, buffers: Buffers) -> Written:
+        """As `put_if_absent`, in one pass over the bytes: they are hashed while they are written, and never joined.
+
+        Raises: what `buffers` raises; the object is then not there.
+        """
 
     def compose(self, key: str, pieces: Iterable[Piece]) -> int:
         """Creates or replaces the object with all pieces in order; atomic, in bounded memory. Returns its size in bytes.
@@ -147,3 +178,27 @@ def check_range(key: str, start: int, num_bytes: int, size_bytes: int) -> None:
         raise ShardCorruptError(
             f"{key}: asked for {num_bytes} bytes from byte {start} on (up to {start + num_bytes}), found {size_bytes} bytes in the object"
         )
+
+
+class Hashing:
+    """Buffers cut into chunks of at most CHUNK_BYTES, each added to a SHA-256 as it is handed out."""
+
+    def __init__(self, buffers: Buffers) -> None:
+        self.buffers, self.digest, self.size_bytes = buffers, hashlib.sha256(), 0
+
+    def __iter__(self) -> Iterator[memoryview]:
+        """Raises: ShardCorruptError if the buffers hold more or less than they announced."""
+        for buffer in self.buffers:
+            whole = buffer.cast("B") if buffer.nbytes else memoryview(b"")
+            for start in range(0, len(whole), CHUNK_BYTES):
+                chunk = whole[start : start + CHUNK_BYTES]
+                with trace.span("hash", len(chunk)):
+                    self.digest.update(chunk)
+                self.size_bytes += len(chunk)
+                yield chunk
+        if self.size_bytes != self.buffers.size_bytes:
+            raise ShardCorruptError(f"expected {self.buffers.size_bytes} bytes to write, found {self.size_bytes}")
+
+    def written(self, is_ours: bool) -> Written:
+        """Once all was handed out."""
+        return Written(self.size_bytes, self.digest.hexdigest(), is_ours)

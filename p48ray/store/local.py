@@ -13,8 +13,9 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from p48ray import trace
 from p48ray.errors import ObjectMissingError, P48Error, ShardCorruptError, TransientStoreError
-from p48ray.store.base import TEMP_PREFIX, ByteRange, ObjectInfo, Piece, Traffic, check_key, check_prefix, check_range
+from p48ray.store.base import TEMP_PREFIX, Buffers, ByteRange, Hashing, ObjectInfo, Piece, Traffic, Written, check_key, check_prefix, check_range
 
 COPY_BYTES = 16 * 2**20
 """Bytes held in memory while a piece is copied through this process."""
@@ -88,6 +89,15 @@ class LocalStore:
             return False
         return self._write(path, (data,), _link)[1]
 
+    def write_once(self, key: str, buffers: Buffers) -> Written:
+        """See Store.write_once. Where there is an object already the bytes are hashed and nothing is written."""
+        path, hashing = self.path(key), Hashing(buffers)
+        if os.path.lexists(path):
+            for _ in hashing:
+                pass
+            return hashing.written(is_ours=False)
+        return hashing.written(is_ours=self._write(path, hashing, _link)[1])
+
     def compose(self, key: str, pieces: Iterable[Piece]) -> int:
         """See Store.compose. Pieces of other LocalStores are copied by the kernel, which shares blocks where the file system can."""
         return self._write(self.path(key), pieces, _replace)[0]
@@ -105,7 +115,7 @@ class LocalStore:
             found = [path for path in self._temp_files(os.path.dirname(start)) if path.startswith(start)]
             return sum(_remove_if_older(path, older_than_s) for path in found)
 
-    def _write(self, path: str, pieces: Iterable[Piece], publish: Callable[[str, str], bool]) -> tuple[int, bool]:
+    def _write(self, path: str, pieces: Iterable[Piece | memoryview], publish: Callable[[str, str], bool]) -> tuple[int, bool]:
         """Writes the pieces to a temporary file and gives it its name. Returns: (size in bytes, whether `publish` took effect)."""
         folder = os.path.dirname(path)
         temp = os.path.join(folder, f"{TEMP_PREFIX}{os.getpid()}-{uuid.uuid4().hex}")
@@ -114,7 +124,8 @@ class LocalStore:
             try:
                 with open(temp, "xb", buffering=0) as file:
                     size_bytes = sum(self._write_piece(file.fileno(), piece) for piece in pieces)
-                    os.fsync(file.fileno())
+                    with trace.span("write", what=path):
+                        os.fsync(file.fileno())
                     found_bytes = os.fstat(file.fileno()).st_size
                 if found_bytes != size_bytes:
                     raise ShardCorruptError(f"{path}: wrote {size_bytes} bytes, the file system holds {found_bytes}; nothing was replaced")
@@ -125,11 +136,11 @@ class LocalStore:
             _sync_folder(folder)
         return size_bytes, is_published
 
-    def _write_piece(self, target: int, piece: Piece) -> int:
+    def _write_piece(self, target: int, piece: Piece | memoryview) -> int:
         """Appends one piece to an open file. Returns its size. Raises: ShardCorruptError or ObjectMissingError if it is not all there."""
         if isinstance(piece, ByteRange) and isinstance(piece.store, LocalStore):
             return _copy_from_file(target, piece, piece.store)
-        num_bytes = _write_all(target, piece) if isinstance(piece, bytes) else _write_streamed(target, piece)
+        num_bytes = _write_streamed(target, piece) if isinstance(piece, ByteRange) else _write_all(target, piece)
         self.traffic.add(bytes_written=num_bytes, requests=1)
         return num_bytes
 
@@ -260,11 +271,12 @@ def _read_exactly(source: int, key: str, start: int, num_bytes: int) -> bytes:
     return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
-def _write_all(target: int, data: bytes) -> int:
+def _write_all(target: int, data: bytes | memoryview) -> int:
     """Appends all bytes; the system may take fewer than it was given."""
     rest = memoryview(data)
-    while rest:
-        rest = rest[os.write(target, rest) :]
+    with trace.span("write", len(data)):
+        while rest:
+            rest = rest[os.write(target, rest) :]
     return len(data)
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from p48ray.errors import ObjectMissingError
-from p48ray.store.base import ObjectInfo, Piece, Traffic, check_key, check_prefix, check_range
+from p48ray.store.base import Buffers, Hashing, ObjectInfo, Piece, Traffic, Written, check_key, check_prefix, check_range
 
 
 @dataclass(slots=True)
@@ -83,6 +83,12 @@ class MemoryStore:
             self._objects.by_key[key] = bytes(data)
         self.traffic.add(bytes_written=len(data), requests=1)
         return True
+
+    def write_once(self, key: str, buffers: Buffers) -> Written:
+        """See Store.write_once."""
+        hashing = Hashing(buffers)
+        data = b"".join(bytes(chunk) for chunk in hashing)
+        return hashing.written(is_ours=self.put_if_absent(key, data))
 
     def compose(self, key: str, pieces: Iterable[Piece]) -> int:
         """See Store.compose."""

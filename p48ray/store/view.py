@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
-from p48ray.store.base import ByteRange, ObjectInfo, Piece, Store, Traffic, check_key, check_prefix
+from p48ray.store.base import Buffers, ByteRange, ObjectInfo, Piece, Store, Traffic, Written, check_key, check_prefix
 from p48ray.store.local import LocalStore
 
 
@@ -43,6 +43,9 @@ class SubStore:
 
     def put_if_absent(self, key: str, data: bytes) -> bool:
         return self.store.put_if_absent(self.full(key), data)
+
+    def write_once(self, key: str, buffers: Buffers) -> Written:
+        return self.store.write_once(self.full(key), buffers)
 
     def compose(self, key: str, pieces: Iterable[Piece]) -> int:
         return self.store.compose(self.full(key), (self.resolved(piece) for piece in pieces))
