@@ -57,6 +57,7 @@ from p48ray.manifest import ActivationPart, GradientPart, LinearRecord, UnitMani
 from p48ray.output_layout import unit_bytes
 from p48ray.plan import RunPlan, WorkUnit
 from p48ray.report.report import build_report
+from p48ray.run_root import BlobKind
 from p48ray.runner import ray_runner
 from p48ray.runner.pipeline import Job, read_units
 from p48ray.runner.progress import INTERVAL_S
@@ -240,13 +241,17 @@ class Stubs:
             return bool(parts) / sharers
         return 1.0
 
+    def leave_boundary(self, kind: BlobKind, number: int, part: int) -> None:
+        self.put(run_root.blob(kind, number, part), self.costs.part_bytes)
+        self.store.put(run_root.blob_manifest(kind, number, part), b"{}")
+
     def leave(self, needs: Needs, number: int, parts: list[int], goes_up: bool) -> None:
         """The objects of one layer."""
         for p in parts:
             if goes_up and number + 1 in self.plan.boundaries:
-                self.put(run_root.residual_part(number + 1, p), self.costs.part_bytes)
+                self.leave_boundary("residuals", number + 1, p)
             if not goes_up and number > needs.way_back(p)[0]:
-                self.put(run_root.residual_gradient_part(number, p), self.costs.part_bytes)
+                self.leave_boundary("residual-gradients", number, p)
             if goes_up and number in self.plan.layers:
                 self.put(run_root.activation_part(number, p), self.costs.part_bytes)
                 self.store.put(run_root.activation_manifest(number, p), self.activation_record(number, p).to_json())
@@ -263,7 +268,7 @@ class Stubs:
     def facts(self, layer: int, part: int) -> dict[str, Any]:
         c = self.plan.config.calibration
         sizes = {"num_tokens": c.sequences_per_part * c.sequence_length, "size_bytes": self.costs.part_bytes, "sha256": "0" * 64}
-        return {"plan_digest": self.plan.digest, "layer": layer, "part": part, "seconds": 1.0, "finished_at": 0.0} | sizes
+        return {"plan_digest": self.plan.digest, "layer": layer, "part": part, "seconds": 1.0, "write_seconds": 0.0, "finished_at": 0.0} | sizes
 
 
 class CountingStore(MemoryStore):

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -32,7 +33,8 @@ from p48ray.checkpoint.index import open_checkpoint
 from p48ray.config import load_config
 from p48ray.manifest import UnitManifest
 from p48ray.model.experts import RoutedInputs
-from p48ray.plan import make_plan
+from p48ray.plan import SequencePart, make_plan
+from p48ray.stages.blobs import BlobWriter
 from p48ray.stages.capture import finish_layer, write_activations
 from p48ray.stages.compress import compress_unit
 from p48ray.stages.context import StageContext
@@ -68,15 +70,22 @@ def prepare_units(args: argparse.Namespace, folder: Path) -> StageContext:
     generator = torch.Generator(device=args.device).manual_seed(2)
     first_T1 = (torch.arange(length, device=args.device) % args.units * args.experts)[:, None]
     ids_TK = first_T1 + torch.arange(args.experts, device=args.device)
-    for part in plan.parts:
-        x_TH = make_tokens(length, layout.hidden_size, args.device, seed=2 * part.part)
-        delta_TH = 1e-4 * make_tokens(length, layout.hidden_size, args.device, seed=2 * part.part + 1)
-        router_TK = torch.rand(length, args.experts, generator=generator, device=args.device).softmax(1)
-        seen = RoutedInputs(x_TH.cpu(), ids_TK.cpu(), router_TK.cpu(), torch.tensor(AMAX_INTERMEDIATE))
-        write_activations(context, 0, part, seen, time.monotonic())
-        write_gradients(context, 0, part, delta_TH.cpu(), time.monotonic())
+    with BlobWriter(context) as writer:
+        for part in plan.parts:
+            write_part(context, writer, part, ids_TK, generator)
     finish_layer(context, 0)
     return context
+
+
+def write_part(context: StageContext, writer: BlobWriter, part: SequencePart, ids_TK: Tensor, generator: torch.Generator) -> None:
+    """What capture and gradients would have left of one part; everything from the device, as they do."""
+    length, device = len(ids_TK), ids_TK.device
+    x_TH = make_tokens(length, context.layout.hidden_size, str(device), seed=2 * part.part)
+    delta_TH = 1e-4 * make_tokens(length, context.layout.hidden_size, str(device), seed=2 * part.part + 1)
+    router_TK = torch.rand(ids_TK.shape, generator=generator, device=device).softmax(1)
+    seen = RoutedInputs(x_TH, ids_TK, router_TK, torch.tensor(AMAX_INTERMEDIATE, device=device))
+    write_activations(context, writer, 0, part, seen, time.monotonic())
+    write_gradients(context, writer, 0, part, delta_TH, time.monotonic())
 
 
 def compress_all(context: StageContext, at_once: int) -> tuple[list[UnitManifest], float]:

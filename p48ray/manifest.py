@@ -6,6 +6,7 @@ from typing import Literal
 from pydantic import Field
 
 from p48ray.records import Record, canonical_json
+from p48ray.run_root import BlobKind
 
 Outcome = Literal["solved", "one_shot", "round_to_nearest"]
 
@@ -31,36 +32,51 @@ class MirrorManifest(Record):
     finished_at: float = Field(description="Unix time, seconds.")
 
 
-class ActivationPart(Record):
-    """One part of one layer's captured expert inputs."""
+class TokensManifest(Record):
+    """Packed token ids: of the calibration sequences, or of an evaluation's."""
+
+    schema_version: Literal[1] = 1
+    owner: str = Field(description="The plan's digest, or the evaluation's.")
+    size_bytes: int
+    sha256: str
+
+
+class PartManifest(Record):
+    """One blob of a stream: one part at one layer. `kind` says of what."""
 
     schema_version: Literal[1] = 1
     plan_digest: str
+    kind: BlobKind
     layer: int
     part: int
     num_tokens: int
     size_bytes: int
     sha256: str
+    seconds: float = Field(description="That the stream took for the part at this layer, a share of what its parts did together included.")
+    write_seconds: float = Field(description="That a thread beside it took to hash and write the blob.")
+    finished_at: float = Field(description="Unix time, seconds, when the blob was durable.")
+
+
+class BoundaryPart(PartManifest):
+    """A layer boundary: the residual stream that enters a layer, or the gradient with respect to it."""
+
+    kind: Literal["residuals", "compressed-residuals", "residual-gradients"]
+
+
+class ActivationPart(PartManifest):
+    """One part of one layer's captured expert inputs."""
+
+    kind: Literal["activations"] = "activations"
     amax_input: float = Field(ge=0, description="Largest |x| over the MoE inputs, as stored (bf16).")
     amax_intermediate: float = Field(ge=0, description="Largest |h| over all routed experts' intermediates, original weights.")
     tokens_per_expert: tuple[int, ...]
-    seconds: float = Field(description="That the part took at this layer, reading and writing apart from what its worker shares.")
-    finished_at: float = Field(description="Unix time, seconds.")
 
 
-class GradientPart(Record):
+class GradientPart(PartManifest):
     """One part of the gradients at one layer's routed output."""
 
-    schema_version: Literal[1] = 1
-    plan_digest: str
-    layer: int
-    part: int
-    num_tokens: int
-    size_bytes: int
-    sha256: str
+    kind: Literal["gradients"] = "gradients"
     mean_square: float = Field(ge=0, description="Mean over tokens of |delta|^2.")
-    seconds: float
-    finished_at: float
 
 
 class LayerScales(Record):

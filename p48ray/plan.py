@@ -21,7 +21,7 @@ from p48ray.errors import ConfigError, PlanMismatchError
 from p48ray.records import Record, canonical_json
 from p48ray.store.base import Store
 
-FORMAT_VERSION = 2  # layout of the run root and of unit shards
+FORMAT_VERSION = 3  # layout of the run root and of unit shards
 NUMERICS_VERSION = 3  # bumped by whoever changes a number that reaches an output byte
 
 Effect = Literal["digest", "free"]

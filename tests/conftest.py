@@ -12,7 +12,7 @@ REPO = Path(__file__).resolve().parents[1]
 TINY = REPO / "examples" / "tiny-kimi-k2.5"
 
 
-TIMES = re.compile(rb' "(seconds|finished_at)": [0-9.e+-]+,?\n')
+TIMES = re.compile(rb' "(seconds|write_seconds|finished_at)": [0-9.e+-]+,?\n')
 
 
 def timeless(data: bytes) -> bytes:

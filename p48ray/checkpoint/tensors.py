@@ -68,7 +68,23 @@ def tensor_bytes(tensor: Tensor) -> bytes:
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
+class TensorFile:
+    """A safetensors file with the tensors in the mapping's order, as `store.base.Buffers`: they are written from where they lie.
+
+    Args:   tensors: on the CPU, contiguous. Raises: P48Error for a dtype that files here do not hold.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self.tensors = tensors
+        self.header = encode_header([(name, dtype_name(t.dtype), tuple(t.shape)) for name, t in tensors.items()])
+        self.size_bytes = len(self.header) + sum(t.nbytes for t in tensors.values())
+
+    def __iter__(self) -> Iterator[memoryview]:
+        yield memoryview(self.header)
+        for tensor in self.tensors.values():
+            yield tensor.reshape(-1).view(torch.uint8).numpy().data
+
+
 def serialize(tensors: Mapping[str, Tensor]) -> bytes:
-    """A whole safetensors file with the tensors in the mapping's order. Raises: P48Error for a dtype that files here do not hold."""
-    header = encode_header([(name, dtype_name(tensor.dtype), tuple(tensor.shape)) for name, tensor in tensors.items()])
-    return b"".join([header, *(tensor_bytes(tensor) for tensor in tensors.values())])
+    """A whole safetensors file, joined. Raises: as TensorFile."""
+    return b"".join(bytes(buffer) for buffer in TensorFile({name: t.detach().cpu().contiguous() for name, t in tensors.items()}))

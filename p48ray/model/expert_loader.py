@@ -1,35 +1,35 @@
 """The experts of a layer, decoded whenever one is asked for; on a GPU, while one is multiplied, the next ones are on their way.
 
-What is stored (half a byte a weight for INT4) stays where the file is mapped: its pages are pinned for as long as the layer is at hand, a stream of its own
-copies the next experts from them, and an expert is decoded on the device when it is asked for. Device memory: AHEAD + 1 packed experts, and what the
-caller holds decoded.
+What is stored (half a byte a weight for INT4) stays where the file is mapped: its pages are pinned for as long as the layer is
+open (model.pinned_pages), a stream of its own copies the next experts from them, and an expert is decoded on the device when it is
+asked for. Device memory: AHEAD + 1 packed experts, and what the caller holds decoded.
 """
 
-import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Self
 
 import torch
 from torch import Tensor
 
 from p48ray.checkpoint.decode import check_expert, decode_checked, decode_expert
 from p48ray.checkpoint.layout import PROJECTIONS
-from p48ray.checkpoint.tensors import MAX_GAP_BYTES
 from p48ray.model.decoder import Decoder
 from p48ray.model.experts import ExpertWeights
-
-log = logging.getLogger(__name__)
+from p48ray.model.pinned_pages import PinnedPages
 
 AHEAD = 8
 """Experts on their way."""
 
 ALIGNMENT = 256
-PAGE_BYTES = 4096
-READ_ONLY = 8  # cudaHostRegisterReadOnly: the mapping is
 
 
-def layer_experts(decoder: Decoder, layer: int) -> Callable[[int], ExpertWeights]:
-    """Experts of one layer by their number, in the decoder's dtype, on its device. Kept as stored until then, mapped where they can be.
+@contextmanager
+def layer_experts(decoder: Decoder, layer: int) -> Iterator[Callable[[int], ExpertWeights]]:
+    """Experts of one layer by their number, in the decoder's dtype, on its device, for as long as the context lasts.
 
+    They are kept as stored until one is asked for, mapped where they can be.
     Raises (when called, not on a GPU: see check_layer): SourceError naming file and tensor that can not be decoded.
     """
     stored, index, layout = decoder.reader.tensors(layer), decoder.index, decoder.layout
@@ -39,7 +39,8 @@ def layer_experts(decoder: Decoder, layer: int) -> Callable[[int], ExpertWeights
         return ExpertWeights(*(linears[p].to(decoder.dtype) for p in PROJECTIONS))
 
     if decoder.device.type != "cuda":
-        return weights
+        yield weights
+        return
 
     def stored_expert(expert: int) -> dict[str, Tensor]:
         return {name: stored[name] for name in layout.expert_tensor_names(layer, expert)}
@@ -54,7 +55,8 @@ def layer_experts(decoder: Decoder, layer: int) -> Callable[[int], ExpertWeights
         gate_FH, up_FH = gate_up_ZH.split(size)
         return ExpertWeights(gate_FH, up_FH, down_HF)
 
-    return ExpertLoader(layout.num_experts, stored_expert, decode, decoder.device)
+    with ExpertLoader(layout.num_experts, stored_expert, decode, decoder.device) as loader:
+        yield loader
 
 
 def check_layer(decoder: Decoder, layer: int) -> None:
@@ -75,7 +77,7 @@ class Slot:
 
 
 class ExpertLoader:
-    """Calls `decode` with an expert's stored tensors on the device.
+    """Calls `decode` with an expert's stored tensors on the device. As a context: at its end the stored pages are given back.
 
     Args: stored: expert -> its tensors as stored, on the CPU. decode: those tensors on the device -> the expert.
           num_experts: asked for in ascending order mostly, some perhaps not at all.
@@ -92,7 +94,18 @@ class ExpertLoader:
         self.coming: dict[int, tuple[Slot, dict[str, Tensor]]] = {}
         self.free: list[Slot] = []
         self.stream = torch.cuda.Stream(device)
-        self.pages = PinnedPages(t for expert in range(num_experts) for t in stored(expert).values())
+        self.pages = PinnedPages((t for expert in range(num_experts) for t in stored(expert).values()), device)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give the pages back, once nothing is on its way from them."""
+        self.stream.synchronize()
+        self.pages.close()
 
     def __call__(self, expert: int) -> ExpertWeights:
         for passed in [e for e in self.coming if e < expert or e > expert + AHEAD]:
@@ -119,46 +132,9 @@ class ExpertLoader:
         with torch.cuda.stream(self.stream):
             self.stream.wait_event(slot.used)  # by the decoding of what was there before
             for name, tensor in stored.items():
-                views[name].copy_(tensor, non_blocking=True)
+                self.pages.copy_(views[name], tensor)
             slot.arrived.record(self.stream)
         return slot, views
-
-    def __del__(self) -> None:
-        """Nothing may be on its way from pages that are let go."""
-        self.stream.synchronize()
-
-
-class PinnedPages:
-    """Pages of host memory, mapped files among them, that the device copies from by itself; theirs for as long as this object lives.
-
-    A page that can not be pinned is copied all the same, only slower, and the caller waits for it.
-    Source: CUDA runtime API, cudaHostRegister with cudaHostRegisterReadOnly.
-    """
-
-    def __init__(self, tensors: Iterable[Tensor]) -> None:
-        runtime = torch.cuda.cudart()
-        self.unpin, self.starts = runtime.cudaHostUnregister, []
-        for start, end in page_ranges((t.data_ptr(), t.nbytes) for t in tensors):
-            if int(runtime.cudaHostRegister(start, end - start, READ_ONLY)) == 0:
-                self.starts.append(start)
-            else:
-                log.warning("%d bytes of a layer can not be pinned: copies to the device are slower", end - start)
-
-    def __del__(self) -> None:
-        for start in self.starts:
-            self.unpin(start)
-
-
-def page_ranges(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-    """(address, bytes) of tensors -> (start, end) of whole pages, those less than MAX_GAP_BYTES apart joined."""
-    ranges: list[tuple[int, int]] = []
-    for start, num_bytes in sorted(spans):
-        first, end = start // PAGE_BYTES * PAGE_BYTES, -(-(start + num_bytes) // PAGE_BYTES) * PAGE_BYTES
-        if ranges and first <= ranges[-1][1] + MAX_GAP_BYTES:
-            ranges[-1] = (ranges[-1][0], max(end, ranges[-1][1]))
-        else:
-            ranges.append((first, end))
-    return ranges
 
 
 def lay_out(tensors: Mapping[str, Tensor]) -> tuple[dict[str, int], int]:

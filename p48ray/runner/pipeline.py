@@ -87,6 +87,7 @@ def run_stages(job: "Job") -> EvaluationResult | None:
         except RedoError as error:
             if not left:
                 raise StageFailedError(f"objects were found corrupt {rounds} times in a row: {error}") from error
+            write_inputs(job.prepared)  # the packed texts may be among what was deleted
     raise AssertionError
 
 
@@ -97,6 +98,7 @@ class Job:
     """
 
     def __init__(self, prepared: Prepared, runner: Runner, seconds: dict[str, float], clock: Callable[[], float] = time.monotonic) -> None:
+        self.prepared = prepared
         self.plan, self.store, self.shards = prepared.plan, prepared.store, prepared.shards
         self.context, self.runner, self.seconds, self.clock = prepared.context, runner, seconds, clock
 

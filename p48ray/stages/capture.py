@@ -4,8 +4,6 @@ A capture task owns some parts of the calibration sequences and carries their re
 part, so a task that died is repeated from the last boundary of each of its parts, by whoever takes it, to the same bytes.
 """
 
-import hashlib
-import logging
 import time
 from collections.abc import Sequence
 
@@ -14,19 +12,18 @@ from torch import Tensor
 
 from p48ray import run_root
 from p48ray.errors import CalibrationError
-from p48ray.manifest import ActivationPart, LayerScales
+from p48ray.manifest import ActivationPart, BoundaryPart, LayerScales
 from p48ray.model.decoder import Decoder, attend, mix
 from p48ray.model.expert_loader import check_layer
 from p48ray.model.experts import RoutedInputs
 from p48ray.numerics.activation import input_global_scale
-from p48ray.plan import SequencePart
-from p48ray.stages import arrow
+from p48ray.plan import RunPlan, SequencePart
+from p48ray.run_root import BlobKind
+from p48ray.stages.blobs import BlobWriter, Facts
 from p48ray.stages.context import StageContext
 from p48ray.stages.needs import Needs, read_needs
-from p48ray.stages.streaming import streaming_experts, waves
+from p48ray.stages.streaming import opened_layer, waves
 from p48ray.stages.token_rows import to_columns
-
-log = logging.getLogger(__name__)
 
 # Compressed gate and up change the intermediate's range, so down's input scale leaves room above what the original weights gave (DESIGN 2).
 INTERMEDIATE_MARGIN = 1.25
@@ -34,54 +31,57 @@ INTERMEDIATE_MARGIN = 1.25
 
 @torch.no_grad()
 def capture_parts(context: StageContext, parts: Sequence[int]) -> list[ActivationPart]:
-    """Run the given parts up the layers, writing activations and boundaries that are missing. Returns the manifests it wrote."""
+    """Run the given parts up the layers, writing activations and boundaries that are missing. Returns the manifests of activations."""
     plan = context.plan
     decoder = context.decoder()
     needs = read_needs(plan, context.store)
-    stream = ResidualStream(context, decoder, needs)
     ways = {p: needs.way_up(p) for p in parts}
     positions = decoder.positions(plan.config.calibration.sequence_length)
-    written: list[ActivationPart] = []
-    for number in range(plan.num_streamed_layers):
-        waiting = [plan.parts[p] for p in parts if number in ways[p]]
-        if not waiting:
-            continue
-        seen: list[RoutedInputs] = []
-        layer = None  # the layer below goes before this one is read
-        layer = decoder.layer(number, streaming_experts(context, decoder, number, seen.append))
-        if any(number + 1 in ways[part.part] for part in waiting):
-            decoder.prefetch(number + 1)
-        for wave in waves(plan, waiting):
-            start = time.monotonic()
-            seen.clear()
-            micro_batch = plan.config.calibration.sequences_per_micro_batch
-            leaving = mix(layer, [attend(layer, stream.take(number, part), positions, micro_batch) for part in wave])
-            share = (time.monotonic() - start) / len(wave)
-            for part in wave:
-                start = time.monotonic() - share
-                x_BSH = leaving.pop(0)
-                if not bool(torch.isfinite(x_BSH).all()):
-                    if number in plan.source.moe_layers:
-                        check_layer(decoder, number)
-                    raise CalibrationError(
-                        f"layer {number}, part {part.part}: the model's own activations are not finite; is the source corrupt?"
-                    )
-                stream.put(number + 1, part, x_BSH)
-                felt = seen.pop(0) if seen else None
-                if number in needs.activation_layers(part.part):
-                    assert felt is not None
-                    written.append(write_activations(context, number, part, felt, start))
-                stream.let_go(number, part)
-    return written
+    micro_batch = plan.config.calibration.sequences_per_micro_batch
+    with BlobWriter(context) as writer:
+        stream = ResidualStream(context, decoder, needs, writer)
+        for number in range(plan.num_streamed_layers):
+            waiting = [plan.parts[p] for p in parts if number in ways[p]]
+            if not waiting:
+                continue
+            seen: list[RoutedInputs] = []
+            with opened_layer(context, decoder, number, seen.append) as layer:
+                if any(number + 1 in ways[part.part] for part in waiting):
+                    decoder.prefetch(number + 1)
+                for wave in waves(plan, waiting):
+                    start = time.monotonic()
+                    seen.clear()
+                    leaving = mix(layer, [attend(layer, stream.take(number, part), positions, micro_batch) for part in wave])
+                    share = (time.monotonic() - start) / len(wave)
+                    for part in wave:
+                        start = time.monotonic() - share
+                        x_BSH = leaving.pop(0)
+                        check_finite(decoder, plan, number, part, x_BSH)
+                        stream.put(number + 1, part, x_BSH, start)
+                        observed = seen.pop(0) if seen else None
+                        if number in needs.activation_layers(part.part):
+                            assert observed is not None
+                            write_activations(context, writer, number, part, observed, start)
+                        stream.let_go(number, part)
+            del layer  # it goes before the one above is read
+        return [manifest for manifest in writer.drain() if isinstance(manifest, ActivationPart)]
+
+
+def check_finite(decoder: Decoder, plan: RunPlan, number: int, part: SequencePart, x_BSH: Tensor) -> None:
+    """Raises: SourceError naming the tensor at fault, where one is; else CalibrationError."""
+    if not bool(torch.isfinite(x_BSH).all()):
+        if number in plan.source.moe_layers:
+            check_layer(decoder, number)
+        raise CalibrationError(f"layer {number}, part {part.part}: the model's own activations are not finite; is the source corrupt?")
 
 
 class ResidualStream:
     """The residual stream of some parts: in memory between layers, in the run root at every boundary."""
 
-    key = staticmethod(run_root.residual_part)
+    kind: BlobKind = "residuals"
 
-    def __init__(self, context: StageContext, decoder: Decoder, needs: Needs) -> None:
-        self.context, self.decoder, self.needs = context, decoder, needs
+    def __init__(self, context: StageContext, decoder: Decoder, needs: Needs, writer: BlobWriter) -> None:
+        self.context, self.decoder, self.needs, self.writer = context, decoder, needs, writer
         self.held: dict[int, tuple[int, Tensor]] = {}  # part -> (layer it enters, values)
 
     def take(self, number: int, part: SequencePart) -> Tensor:
@@ -91,56 +91,92 @@ class ResidualStream:
             return x_BSH
         if number == 0:
             return self.decoder.embed(self.token_ids(part))
-        x_TH = self.context.boundary(self.key(number, part.part), "residual")
+        x_TH = self.context.boundary(self.kind, number, part.part)
         return x_TH.reshape(part.num_sequences, -1, x_TH.shape[-1])
 
-    def put(self, number: int, part: SequencePart, x_BSH: Tensor) -> None:
-        """Keep what enters layer `number`; in the run root too where a later stage or a resume may start from it."""
+    def put(self, number: int, part: SequencePart, x_BSH: Tensor, start: float) -> None:
+        """Keep what enters layer `number`; in the run root too where a later stage or a resume may start from it.
+
+        Args: start: when the layer below began with this part, by the monotonic clock.
+        """
         self.held[part.part] = (number, x_BSH)
-        if number in self.context.plan.boundaries:
-            arrow.store_once(self.context.store, self.key(number, part.part), arrow.encode({"residual": x_BSH.flatten(0, 1)}))
+        if self.is_stored(number):
+            write_boundary(self.writer, self.kind, number, part, x_BSH, start)
+
+    def is_stored(self, number: int) -> bool:
+        return number in self.context.plan.boundaries
 
     def let_go(self, number: int, part: SequencePart) -> None:
-        """Delete a boundary that neither a resume nor the way back will read: the next one is stored, and so is all that this layer leaves."""
+        """Delete a boundary that neither a resume nor the way back will read, once the next one is stored, and all that this layer leaves."""
         is_read_again = number in {self.context.plan.base_of(b) for b in self.needs.way_back(part.part)[1:]}
-        if self.context.plan.config.run.keep != "all" and number + 1 in self.context.plan.boundaries and not is_read_again:
-            self.context.store.delete(self.key(number, part.part))
+        if self.context.plan.config.run.keep != "all" and self.is_stored(number + 1) and not is_read_again:
+            self.delete(number, part)
+
+    def delete(self, number: int, part: SequencePart) -> None:
+        keys = [run_root.blob_manifest(self.kind, number, part.part), run_root.blob(self.kind, number, part.part)]
+        self.writer.delete_after(part.part, keys)
 
     def token_ids(self, part: SequencePart) -> Tensor:
-        ids_NS = arrow.decode(self.context.store.get(run_root.TOKENS), run_root.TOKENS)["token_ids"]
+        ids_NS = self.context.tokens(run_root.TOKENS, self.context.plan.digest)
         return ids_NS[part.first_sequence : part.first_sequence + part.num_sequences]
 
 
-def write_activations(context: StageContext, layer: int, part: SequencePart, seen: RoutedInputs, start: float) -> ActivationPart:
-    """Store one part of what the experts of a layer saw; the manifest last. `start`: when this layer began, by the monotonic clock.
+def write_boundary(writer: BlobWriter, kind: BlobKind, number: int, part: SequencePart, values_BSH: Tensor, start: float) -> None:
+    """Have what enters a layer, or the gradient with respect to it, stored: one row a token."""
+    values_TH = values_BSH.flatten(0, 1)
 
-    A manifest that speaks of a part that is gone goes first. The largest value is that of bf16, in whatever form the part is stored.
+    def describe(facts: Facts) -> BoundaryPart:
+        return BoundaryPart(
+            plan_digest=writer.context.plan.digest,
+            kind=kind,
+            layer=number,
+            part=part.part,
+            num_tokens=len(values_TH),
+            size_bytes=facts.written.size_bytes,
+            sha256=facts.written.sha256,
+            seconds=seconds,
+            write_seconds=facts.write_seconds,
+            finished_at=round(time.time(), 3),
+        )
+
+    seconds = round(time.monotonic() - start, 3)
+    writer.submit(kind, number, part.part, {"values": values_TH}, describe)
+
+
+def write_activations(
+    context: StageContext, writer: BlobWriter, layer: int, part: SequencePart, observed: RoutedInputs, start: float
+) -> None:
+    """Have one part of what the experts of a layer saw stored. `start`: when this layer began with it, by the monotonic clock.
+
+    The largest value is that of bf16, in whatever form the part is stored.
     """
-    hidden_TH = seen.hidden_TH.to(torch.bfloat16)
-    data = arrow.encode(
-        to_columns("hidden", seen.hidden_TH, context.plan.config.calibration.stored_bits)
-        | {"expert_ids": seen.expert_ids_TK.to(torch.int16), "router_weights": seen.router_weights_TK.float()}
-    )
-    manifest_key = run_root.activation_manifest(layer, part.part)
-    if context.store.head(run_root.activation_part(layer, part.part)) is None:
-        context.store.delete(manifest_key)
-    data = arrow.store_once(context.store, run_root.activation_part(layer, part.part), data)
-    counts = torch.bincount(seen.expert_ids_TK.flatten().cpu(), minlength=context.layout.num_experts)
-    manifest = ActivationPart(
-        plan_digest=context.plan.digest,
-        layer=layer,
-        part=part.part,
-        num_tokens=len(hidden_TH),
-        size_bytes=len(data),
-        sha256=hashlib.sha256(data).hexdigest(),
-        amax_input=hidden_TH.abs().amax().float().item(),
-        amax_intermediate=seen.amax_intermediate.item(),
-        tokens_per_expert=tuple(counts.tolist()),
-        seconds=round(time.monotonic() - start, 3),
-        finished_at=round(time.time(), 3),
-    )
-    context.store.put_if_absent(manifest_key, manifest.to_json())
-    return manifest
+    hidden_TH = observed.hidden_TH.to(torch.bfloat16)
+    columns = to_columns("hidden", observed.hidden_TH, context.plan.config.calibration.stored_bits)
+    columns |= {"expert_ids": observed.expert_ids_TK.to(torch.int16), "router_weights": observed.router_weights_TK.float()}
+    values = {
+        "amax_input": hidden_TH.abs().amax().float(),
+        "amax_intermediate": observed.amax_intermediate,
+        "tokens_per_expert": torch.bincount(observed.expert_ids_TK.flatten(), minlength=context.layout.num_experts),
+    }
+
+    def describe(facts: Facts) -> ActivationPart:
+        return ActivationPart(
+            plan_digest=context.plan.digest,
+            layer=layer,
+            part=part.part,
+            num_tokens=len(hidden_TH),
+            size_bytes=facts.written.size_bytes,
+            sha256=facts.written.sha256,
+            amax_input=facts.values["amax_input"].item(),
+            amax_intermediate=facts.values["amax_intermediate"].item(),
+            tokens_per_expert=tuple(facts.values["tokens_per_expert"].tolist()),
+            seconds=seconds,
+            write_seconds=facts.write_seconds,
+            finished_at=round(time.time(), 3),
+        )
+
+    seconds = round(time.monotonic() - start, 3)
+    writer.submit("activations", layer, part.part, columns, describe, values)
 
 
 def finish_layer(context: StageContext, layer: int) -> None:

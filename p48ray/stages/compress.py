@@ -6,7 +6,6 @@ matrix. down_proj comes second: its inputs are recomputed from the compressed ga
 Legend: N experts of the unit, T tokens of one expert in one part, H hidden size, F intermediate size.
 """
 
-import hashlib
 import json
 import logging
 import time
@@ -23,7 +22,7 @@ from p48ray import __version__, run_root
 from p48ray.checkpoint.decode import fetch_experts
 from p48ray.checkpoint.header import dtype_name
 from p48ray.checkpoint.layout import PROJECTIONS
-from p48ray.checkpoint.tensors import serialize
+from p48ray.checkpoint.tensors import TensorFile
 from p48ray.errors import ShardCorruptError
 from p48ray.manifest import LadderStep, LayerScales, LinearRecord, UnitManifest
 from p48ray.model.experts import ExpertWeights
@@ -254,21 +253,21 @@ def pack_unit(context: StageContext, unit: WorkUnit, scales: LayerScales, gate_u
 
 def store_unit(context: StageContext, unit: WorkUnit, solved: Solved, clock: Clock) -> UnitManifest:
     """Shard first, checked; manifest last, first writer wins."""
-    attempt, shard = uuid.uuid4().hex[:12], serialize(solved.tensors)
+    attempt = uuid.uuid4().hex[:12]
     key = run_root.unit_shard(unit.id, attempt)
-    context.store.put(key, shard)
+    shard = context.store.write_once(key, TensorFile(solved.tensors))
     stored = context.store.head(key)
-    if stored is None or stored.size_bytes != len(shard):
+    if stored is None or stored.size_bytes != shard.size_bytes:
         raise ShardCorruptError(
-            f"{context.store.uri}/{key}: expected {len(shard)} bytes, found {stored.size_bytes if stored else 'nothing'}"
+            f"{context.store.uri}/{key}: expected {shard.size_bytes} bytes, found {stored.size_bytes if stored else 'nothing'}"
         )
     manifest = UnitManifest(
         plan_digest=context.plan.digest,
         unit=unit.id,
         attempt=attempt,
-        size_bytes=len(shard),
-        sha256=hashlib.sha256(shard).hexdigest(),
-        data_offset=len(shard) - unit_bytes(context.layout, unit),
+        size_bytes=shard.size_bytes,
+        sha256=shard.sha256,
+        data_offset=shard.size_bytes - unit_bytes(context.layout, unit),
         linears=solved.linears,
         ladder=solved.ladder,
         clipped_input_share=solved.clipped[0],

@@ -5,9 +5,9 @@ An expert with few tokens borrows from its layer: its moments are shrunk towards
 Legend: N experts of the unit, T tokens, K experts a token, H hidden size, F intermediate size, I either of the two.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import NamedTuple
 
 import torch
@@ -24,7 +24,7 @@ from p48ray.numerics.products import tensor_float_32
 from p48ray.numerics.token_rows import TokenRows
 from p48ray.plan import WorkUnit
 from p48ray.stages.context import StageContext
-from p48ray.stages.token_rows import DeviceRoom, Spill, of_columns, reserve
+from p48ray.stages.token_rows import DeviceRoom, HostRoom, Room, of_columns, reserve
 
 LAYER_SAMPLE_TOKENS = 8192  # tokens of the whole layer that stand in for what an expert saw too little of
 # Tokens per input at which the layer's statistics weigh as much as the expert's own. From the lab's few-token figures (DESIGN 7): at 6 tokens per input
@@ -68,12 +68,6 @@ class StoredSlice(NamedTuple):
     router_T: Tensor
     delta: TokenRows | None
 
-    def mapped(self, function: Callable[[Tensor], Tensor]) -> "StoredSlice":
-        """The same slice with a function's results in place of its tensors."""
-        return StoredSlice(
-            self.position, self.x.mapped(function), function(self.router_T), None if self.delta is None else self.delta.mapped(function)
-        )
-
 
 class RoutedSlice(NamedTuple):
     """The same, decoded."""
@@ -114,8 +108,9 @@ class RoutedTokens:
         num_tokens = sum(scales.tokens_per_expert[e] for e in unit.experts)
         expected = num_tokens * routed_token_bytes(context.layout.hidden_size, context.plan.config)
         num_tensors = 5 * unit.num_experts * len(context.plan.parts)
-        room, is_missing = self.room(expected, num_tensors)
-        self.gathered: list[StoredSlice] | None = None if is_missing else []
+        found = self.room(expected, num_tensors)
+        room = found or HostRoom()
+        self.gathered: list[StoredSlice] | None = None if found is None else []
         self.sampled: list[LayerRows] = []
         share = -(-LAYER_SAMPLE_TOKENS // len(context.plan.parts))
         for part in context.activation_parts(unit.layer):
@@ -124,20 +119,18 @@ class RoutedTokens:
             delta = of_columns(part, "delta").pick(some) if self.settings.output_curvature else None
             self.sampled.append(LayerRows(of_columns(part, "hidden").pick(some), part["router_weights"][some], delta))
             if self.gathered is not None:
-                self.gathered += (s if room is None else s.mapped(room.keep) for s in self.routed(part))
-        if isinstance(room, DeviceRoom):
-            room.settle()
+                self.gathered += self.routed(part, room)
+        room.settle()
 
-    def room(self, num_bytes: int, num_tensors: int) -> tuple[Spill | DeviceRoom | None, bool]:
-        """Where to keep so many bytes (None: as they come), and whether there is no place for them at all."""
+    def room(self, num_bytes: int, num_tensors: int) -> Room | None:
+        """Where to keep so many bytes; None where there is no place for them."""
         units = 1 + self.context.plan.config.run.prefetch_units
         device = self.context.device
         if device.type == "cuda" and num_bytes <= DEVICE_SHARE * torch.cuda.get_device_properties(device).total_memory / units:
-            return DeviceRoom(num_bytes, num_tensors, device), False
+            return DeviceRoom(num_bytes, num_tensors, device)
         if num_bytes <= GATHERED_BYTES // units:
-            return None, False
-        spill = reserve(num_bytes, num_tensors, None if self.context.cache is None else self.context.cache.folder)
-        return spill, spill is None
+            return HostRoom()
+        return reserve(num_bytes, num_tensors, None if self.context.cache is None else self.context.cache.folder)
 
     @cached_property
     def sample(self) -> LayerSample:
@@ -148,14 +141,19 @@ class RoutedTokens:
         deltas = [rows.delta.decoded(device) for rows in self.sampled if rows.delta is not None]
         return LayerSample(x_TH, router_TK.square().mean(1).sqrt(), torch.cat(deltas) if deltas else None)
 
-    def routed(self, part: dict[str, Tensor]) -> Iterator[StoredSlice]:
-        """Slices of a part, one for every expert that has tokens in it."""
-        ids_TK, hidden = part["expert_ids"], of_columns(part, "hidden")
+    def routed(self, part: dict[str, Tensor], room: Room) -> Iterator[StoredSlice]:
+        """Slices of a part, one for every expert that has tokens in it. Only their rows of hidden and delta are read."""
+        hidden = of_columns(part, "hidden")
         delta = of_columns(part, "delta") if self.settings.output_curvature else None
+        ids_TK, router_E = part["expert_ids"], part["router_weights"].reshape(-1)
+        first, last = self.unit.experts[0], self.unit.experts[-1]
+        places_E = torch.nonzero(((ids_TK >= first) & (ids_TK <= last)).reshape(-1)).reshape(-1)  # of the unit's experts, row by row
+        experts_E = ids_TK.reshape(-1)[places_E]
         for n, expert in enumerate(self.unit.experts):
-            rows, slots = torch.where(ids_TK == expert)
-            if len(rows):
-                yield StoredSlice(n, hidden.pick(rows), part["router_weights"][rows, slots], None if delta is None else delta.pick(rows))
+            own_R = places_E[experts_E == expert]
+            if len(own_R):
+                taken = partial(take, room, own_R // ids_TK.shape[1])
+                yield StoredSlice(n, hidden.mapped(taken), room.take(router_E, own_R), None if delta is None else delta.mapped(taken))
 
     def stored(self) -> Iterator[StoredSlice]:
         """As `routed`, over all parts; the same order every time."""
@@ -163,7 +161,7 @@ class RoutedTokens:
             yield from self.gathered
             return
         for part in self.context.activation_parts(self.unit.layer):
-            yield from self.routed(part)
+            yield from self.routed(part, HostRoom())
 
     def __iter__(self) -> Iterator[RoutedSlice]:
         """The same, in float32 on the context's device."""
@@ -180,6 +178,10 @@ class RoutedTokens:
         if not self.settings.activation_quantization:
             return values
         return quantize_activations(values, global_scale, self.settings.activation_group)
+
+
+def take(room: Room, rows_R: Tensor, source: Tensor) -> Tensor:
+    return room.take(source, rows_R)
 
 
 def routed_token_bytes(hidden_size: int, config: RunConfig) -> int:

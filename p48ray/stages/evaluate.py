@@ -6,7 +6,8 @@ else is the same bytes in both. So the difference is what a server of the checkp
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -110,14 +111,14 @@ def evaluate_part(context: StageContext, compressed: CompressedExperts, token_id
     streams = [decoder.embed(inputs_BS)] * (1 + len(views(context.plan.config)))
     micro_batch = context.plan.config.calibration.sequences_per_micro_batch
     for number in range(context.plan.source.num_layers):
-        layer = experts = None  # the layer below goes before this one is read
-        experts = mixtures(context, decoder, compressed, number) if number in context.plan.source.moe_layers else None
-        layer = decoder.layer(number, experts[0] if experts else None)
-        for k, x_BSH in enumerate(streams):
-            if experts:
-                layer.mlp.experts = experts[k]
-            streams[k] = run_layer(layer, x_BSH, positions, micro_batch)
-    layer = experts = None
+        is_mixture = number in context.plan.source.moe_layers
+        with mixtures(context, decoder, compressed, number) if is_mixture else nullcontext() as experts:
+            layer = decoder.layer(number, experts[0] if experts else None)
+            for k, x_BSH in enumerate(streams):
+                if experts:
+                    layer.mlp.experts = experts[k]
+                streams[k] = run_layer(layer, x_BSH, positions, micro_batch)
+        layer = experts = None  # the layer goes before the one above is read
     sums = torch.zeros(2 + 3 * (len(streams) - 1), dtype=torch.float64)
     head = decoder.head()
     rows = zip(
@@ -141,7 +142,8 @@ def evaluate_part(context: StageContext, compressed: CompressedExperts, token_id
     )
 
 
-def mixtures(context: StageContext, decoder: Decoder, compressed: CompressedExperts, number: int) -> list[RoutedExperts]:
+@contextmanager
+def mixtures(context: StageContext, decoder: Decoder, compressed: CompressedExperts, number: int) -> Iterator[list[RoutedExperts]]:
     """The source's experts as they are, then the compressed ones, once for every view of the activations."""
     count, scales = context.layout.num_experts, context.layer_scales(number)
 
@@ -149,7 +151,8 @@ def mixtures(context: StageContext, decoder: Decoder, compressed: CompressedExpe
         return ExpertWeights(*(w.to(decoder.dtype) for w in compressed(number, expert)))
 
     seen = [None if group is None else ActivationScales(scales.gate_up, scales.down, group) for group in views(context.plan.config)]
-    return [RoutedExperts(count, layer_experts(decoder, number)), *(RoutedExperts(count, smaller, view) for view in seen)]
+    with layer_experts(decoder, number) as originals:
+        yield [RoutedExperts(count, originals), *(RoutedExperts(count, smaller, view) for view in seen)]
 
 
 def views(config: RunConfig) -> list[int | None]:

@@ -9,10 +9,10 @@ A mixture's routed output is added to the residual stream, so the gradient there
 Legend: B sequences, S positions, T = B S tokens, H hidden size, V vocabulary.
 """
 
-import hashlib
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,11 +24,13 @@ from p48ray.errors import CalibrationError
 from p48ray.manifest import GradientPart
 from p48ray.model.decoder import Decoder, attend, routed_experts
 from p48ray.plan import SequencePart
-from p48ray.stages import arrow
+from p48ray.run_root import BlobKind
+from p48ray.stages.blobs import BlobWriter, Facts
+from p48ray.stages.capture import write_boundary
 from p48ray.stages.context import StageContext
 from p48ray.stages.needs import read_needs
 from p48ray.stages.recompute import remake_boundaries
-from p48ray.stages.streaming import streaming_experts, waves
+from p48ray.stages.streaming import opened_layer, waves
 from p48ray.stages.token_rows import to_columns
 
 ROWS_PER_HEAD_CALL = 2048  # tokens whose logits exist at once
@@ -36,30 +38,31 @@ LABEL_SEED_STRIDE = 2**20  # parts of one calibration seed never share a stream 
 
 
 def gradient_parts(context: StageContext, parts: Sequence[int]) -> list[GradientPart]:
-    """Take the given parts from the head down to the lowest open mixture, writing what is missing. Returns the manifests it wrote."""
+    """Take the given parts from the head down to the lowest open mixture, writing what is missing. Returns the manifests of gradients."""
     plan = context.plan
     decoder = context.decoder()
     needs = read_needs(plan, context.store)
     ways = {p: needs.way_back(p) for p in parts}
-    descent = Descent(context, decoder, GradientStream(context), ways, {p: needs.gradient_layers(p) for p in parts})
-    written: list[GradientPart] = []
-    for number in range(plan.source.num_layers, -1, -1):
-        waiting = [plan.parts[p] for p in parts if number in ways[p]]
-        if not waiting:
-            continue
-        module = None  # lets go of the layer above before the next is read
-        stepping = [part.part for part in waiting if number > ways[part.part][0]]
-        if stepping:
-            start = time.monotonic()
-            needs = remake_boundaries(context, decoder, needs, stepping, number)
-            for p in stepping:
-                descent.spent[p] += (time.monotonic() - start) / len(stepping)  # type: ignore[assignment]
-            module = layer_or_head(context, decoder, number)
-            if any(number - 1 > ways[part.part][0] for part in waiting):
-                decoder.prefetch(number - 1)
-        for wave in waves(plan, waiting):
-            written += descent.step(number, module, wave)
-    return written
+    with BlobWriter(context) as writer:
+        stream = GradientStream(context, writer)
+        descent = Descent(context, decoder, stream, ways, {p: needs.gradient_layers(p) for p in parts})
+        for number in range(plan.source.num_layers, -1, -1):
+            waiting = [plan.parts[p] for p in parts if number in ways[p]]
+            if not waiting:
+                continue
+            stepping = [part.part for part in waiting if number > ways[part.part][0]]
+            if stepping:
+                start = time.monotonic()
+                needs = remake_boundaries(context, decoder, needs, stepping, number)
+                for p in stepping:
+                    descent.spent[p] += (time.monotonic() - start) / len(stepping)  # type: ignore[assignment]
+            with layer_or_head(context, decoder, number) if stepping else nullcontext() as module:
+                if any(number - 1 > ways[part.part][0] for part in waiting):
+                    decoder.prefetch(number - 1)
+                for wave in waves(plan, waiting):
+                    descent.step(number, module, wave)
+            del module  # the layer above goes before the next is read
+        return [manifest for manifest in writer.drain() if isinstance(manifest, GradientPart)]
 
 
 @dataclass(slots=True)
@@ -74,9 +77,8 @@ class Descent:
     # Seconds since a part's last manifest: the head and layers that want no gradient count for the next that does.
     spent: Counter[int] = field(default_factory=Counter)
 
-    def step(self, number: int, module: nn.Module | None, wave: list[SequencePart]) -> list[GradientPart]:
+    def step(self, number: int, module: nn.Module | None, wave: list[SequencePart]) -> None:
         """Write the gradients wanted at a layer's output, and take parts that go further down through it."""
-        written = []
         is_head = number == self.context.plan.source.num_layers
         above: dict[int, Tensor] = {}
         for part in wave:
@@ -85,7 +87,8 @@ class Descent:
                 above[part.part] = self.stream.take(number + 1, part)
             if number in self.wanted[part.part]:
                 delta_TH = above[part.part].flatten(0, 1)
-                written.append(write_gradients(self.context, number, part, delta_TH, start - self.spent.pop(part.part, 0.0)))
+                begun = start - self.spent.pop(part.part, 0.0)
+                write_gradients(self.context, self.stream.writer, number, part, delta_TH, begun)
                 start = time.monotonic()
             self.spent[part.part] += time.monotonic() - start  # type: ignore[assignment]
         stepping = [part for part in wave if number > self.ways[part.part][0]]
@@ -95,19 +98,20 @@ class Descent:
             entering = [self.stream.boundary(number, part) for part in stepping]
             below = step_down(self.context, self.decoder, module, entering, [above.get(part.part) for part in stepping], stepping)
             for part, gradient_BSH in zip(stepping, below, strict=True):
-                self.stream.put(number, part, gradient_BSH)
+                self.stream.put(number, part, gradient_BSH, start)
         for part in wave:
             self.stream.let_go(number, part)
             self.spent[part.part] += (time.monotonic() - start) / len(wave)  # type: ignore[assignment]
-        return written
 
 
-def layer_or_head(context: StageContext, decoder: Decoder, number: int) -> nn.Module:
+@contextmanager
+def layer_or_head(context: StageContext, decoder: Decoder, number: int) -> Iterator[nn.Module]:
     """The only weights held at a time: a layer's, or the head's, which stands above the last layer."""
     if number == context.plan.source.num_layers:
-        return decoder.head()
-    layer: nn.Module = decoder.layer(number, streaming_experts(context, decoder, number))
-    return layer
+        yield decoder.head()
+        return
+    with opened_layer(context, decoder, number) as layer:
+        yield layer
 
 
 def step_down(
@@ -203,16 +207,16 @@ def sample(probabilities_TV: Tensor, generator: torch.Generator) -> Tensor:
 class GradientStream:
     """Gradients of some parts at layer boundaries: in memory between layers, in the run root at every boundary."""
 
-    def __init__(self, context: StageContext) -> None:
-        self.context = context
+    def __init__(self, context: StageContext, writer: BlobWriter) -> None:
+        self.context, self.writer = context, writer
         self.held: dict[int, tuple[int, Tensor]] = {}
 
     def boundary(self, number: int, part: SequencePart) -> Tensor:
         """What entered layer `number` on the way up, (B, S, H)."""
-        return self.read(run_root.residual_part(number, part.part), "residual", part)
+        return self.read("residuals", number, part)
 
-    def read(self, key: str, column: str, part: SequencePart) -> Tensor:
-        values_TH = self.context.boundary(key, column)
+    def read(self, kind: BlobKind, number: int, part: SequencePart) -> Tensor:
+        values_TH = self.context.boundary(kind, number, part.part)
         return values_TH.reshape(part.num_sequences, -1, values_TH.shape[-1])
 
     def take(self, number: int, part: SequencePart) -> Tensor:
@@ -220,43 +224,43 @@ class GradientStream:
         layer, gradient_BSH = self.held.pop(part.part, (None, None))
         if layer == number and gradient_BSH is not None:
             return gradient_BSH
-        return self.read(run_root.residual_gradient_part(number, part.part), "gradient", part)
+        return self.read("residual-gradients", number, part)
 
-    def put(self, number: int, part: SequencePart, gradient_BSH: Tensor) -> None:
+    def put(self, number: int, part: SequencePart, gradient_BSH: Tensor, start: float) -> None:
+        """Keep the gradient with respect to what enters layer `number`. start: when the layer began with it, by the monotonic clock."""
         self.held[part.part] = (number, gradient_BSH)
-        data = arrow.encode({"gradient": gradient_BSH.flatten(0, 1)})
-        arrow.store_once(self.context.store, run_root.residual_gradient_part(number, part.part), data)
+        write_boundary(self.writer, "residual-gradients", number, part, gradient_BSH, start)
 
     def let_go(self, number: int, part: SequencePart) -> None:
-        """Delete both boundaries that this layer was the last to read: what it leaves is stored."""
+        """Delete both boundaries that this layer was the last to read, once what it leaves is stored."""
         if self.context.plan.config.run.keep != "all":
-            self.context.store.delete(run_root.residual_part(number, part.part))
-            self.context.store.delete(run_root.residual_gradient_part(number + 1, part.part))
+            places: list[tuple[BlobKind, int]] = [("residuals", number), ("residual-gradients", number + 1)]
+            keys = [key(kind, n, part.part) for kind, n in places for key in (run_root.blob_manifest, run_root.blob)]
+            self.writer.delete_after(part.part, keys)
 
 
-def write_gradients(context: StageContext, layer: int, part: SequencePart, delta_TH: Tensor, start: float) -> GradientPart:
-    """Store one part of a layer's gradients; the manifest last, an orphaned one first out of the way (see capture.write_activations).
+def write_gradients(context: StageContext, writer: BlobWriter, layer: int, part: SequencePart, delta_TH: Tensor, start: float) -> None:
+    """Have one part of a layer's gradients stored.
 
     Raises: CalibrationError when a gradient is not finite.
     """
     mean_square = float(delta_TH.float().square().sum(1).mean())
     if not mean_square < float("inf"):
         raise CalibrationError(f"layer {layer}, part {part.part}: the gradients are not finite; is the source corrupt?")
-    manifest_key = run_root.gradient_manifest(layer, part.part)
-    if context.store.head(run_root.gradient_part(layer, part.part)) is None:
-        context.store.delete(manifest_key)
-    data = arrow.encode(to_columns("delta", delta_TH, context.plan.config.calibration.stored_bits))
-    data = arrow.store_once(context.store, run_root.gradient_part(layer, part.part), data)
-    manifest = GradientPart(
-        plan_digest=context.plan.digest,
-        layer=layer,
-        part=part.part,
-        num_tokens=len(delta_TH),
-        size_bytes=len(data),
-        sha256=hashlib.sha256(data).hexdigest(),
-        mean_square=mean_square,
-        seconds=round(time.monotonic() - start, 3),
-        finished_at=round(time.time(), 3),
-    )
-    context.store.put_if_absent(manifest_key, manifest.to_json())
-    return manifest
+
+    def describe(facts: Facts) -> GradientPart:
+        return GradientPart(
+            plan_digest=context.plan.digest,
+            layer=layer,
+            part=part.part,
+            num_tokens=len(delta_TH),
+            size_bytes=facts.written.size_bytes,
+            sha256=facts.written.sha256,
+            mean_square=mean_square,
+            seconds=seconds,
+            write_seconds=facts.write_seconds,
+            finished_at=round(time.time(), 3),
+        )
+
+    seconds = round(time.monotonic() - start, 3)
+    writer.submit("gradients", layer, part.part, to_columns("delta", delta_TH, context.plan.config.calibration.stored_bits), describe)

@@ -1,10 +1,11 @@
 """The first things in a run root: what its store can do, the plan, and the texts as token ids."""
 
+import hashlib
 from dataclasses import asdict
 
 from p48ray import run_root
 from p48ray.config import CalibrationConfig, EvaluationConfig
-from p48ray.manifest import StoreFacts
+from p48ray.manifest import StoreFacts, TokensManifest
 from p48ray.model.texts import load_sequences, load_tokenizer
 from p48ray.plan import RunPlan, settle_plan
 from p48ray.stages import arrow
@@ -38,18 +39,23 @@ def write_inputs(prepared: Prepared) -> None:
     plan, store = prepared.plan, prepared.store
     probe_once(store)
     is_ours = settle_plan(plan, store)
-    tokens: dict[str, bytes] = {}
+    packed: list[tuple[str, TokensManifest, bytes]] = []
     c, e = plan.config.calibration, plan.config.evaluation
-    wanted: list[tuple[str, CalibrationConfig | EvaluationConfig, int, str]] = [(run_root.TOKENS, c, c.sequence_length, "calibration")]
+    wanted: list[tuple[str, CalibrationConfig | EvaluationConfig, int, str, str]] = [
+        (run_root.TOKENS, c, c.sequence_length, "calibration", plan.digest)
+    ]
     if e is not None:
-        wanted.append((run_root.evaluation_tokens(evaluation_digest(plan, e)), e, e.sequence_length + 1, "evaluation"))
-    missing = [w for w in wanted if store.head(w[0]) is None]
+        digest = evaluation_digest(plan, e)
+        wanted.append((run_root.evaluation_tokens(digest), e, e.sequence_length + 1, "evaluation", digest))
+    missing = [w for w in wanted if store.head(w[0]) is None or store.head(run_root.manifest_of(w[0])) is None]
     tokenizer = load_tokenizer(prepared.source, plan.config.source.trust_remote_code) if missing else None
     vocab_size = prepared.layout.text_config["vocab_size"]
-    for key, section, length, name in missing:
+    for key, section, length, name, owner in missing:
         ids_NS = load_sequences(section.documents, tokenizer, section.num_sequences, length, section.seed, vocab_size, name)
-        tokens[key] = arrow.encode({"token_ids": ids_NS})
+        data = arrow.encode({"token_ids": ids_NS}, {"kind": "tokens", "owner": owner}).to_bytes()
+        packed.append((key, TokensManifest(owner=owner, size_bytes=len(data), sha256=hashlib.sha256(data).hexdigest()), data))
     if not is_ours and not store.put_if_absent(run_root.PLAN, plan.to_json()):
         settle_plan(plan, store)  # another driver was faster: fine if its plan is ours
-    for key, data in tokens.items():
+    for key, manifest, data in packed:
         store.put(key, data)
+        store.put(run_root.manifest_of(key), manifest.to_json())

@@ -15,6 +15,7 @@ from functools import cached_property
 
 from p48ray import run_root
 from p48ray.plan import RunPlan, WorkUnit
+from p48ray.run_root import BlobKind
 from p48ray.store.base import Store
 
 STREAM_PREFIXES = (
@@ -60,13 +61,20 @@ class Needs:
         return all(self.is_seen(layer, p.part) and (not goes_back or self.is_felt(layer, p.part)) for p in self.plan.parts)
 
     def is_seen(self, layer: int, part: int) -> bool:
-        return self.has(run_root.activation_part(layer, part), run_root.activation_manifest(layer, part))
+        return self.is_left("activations", layer, part)
 
     def is_felt(self, layer: int, part: int) -> bool:
-        return self.has(run_root.gradient_part(layer, part), run_root.gradient_manifest(layer, part))
+        return self.is_left("gradients", layer, part)
 
-    def has(self, *keys: str) -> bool:
-        return all(key in self.keys for key in keys)
+    def is_left(self, kind: BlobKind, layer: int, part: int) -> bool:
+        """Whether a blob is there, and the manifest without which it does not count."""
+        key = run_root.blob(kind, layer, part)
+        return key in self.keys and run_root.manifest_of(key) in self.keys
+
+    def with_residuals(self, made: Iterable[tuple[int, int]]) -> "Needs":
+        """The same with boundaries (boundary, part) that are there now."""
+        keys = {key for place in made for key in (run_root.blob("residuals", *place), run_root.blob_manifest("residuals", *place))}
+        return Needs(self.plan, self.keys | keys)
 
     def way_back(self, part: int) -> range:
         """Layers (num_layers stands for the head) that the way back still visits with this part, lowest first; empty when it is done.
@@ -77,22 +85,22 @@ class Needs:
         if not wanted:
             return range(0)
         top = self.plan.source.num_layers
-        stored = (b for b in range(wanted[-1] + 1, top + 1) if run_root.residual_gradient_part(b, part) in self.keys)
+        stored = (b for b in range(wanted[-1] + 1, top + 1) if self.is_left("residual-gradients", b, part))
         return range(wanted[0], next(stored, top + 1))
 
     def start_of(self, boundary: int, part: int) -> int:
         """The boundary from which the way back gets at this one: the highest stored at or below it, down to its base, which is answered in any case."""
         base = self.plan.base_of(boundary)
-        return next((b for b in range(boundary, base, -1) if run_root.residual_part(b, part) in self.keys), base)
+        return next((b for b in range(boundary, base, -1) if self.is_left("residuals", b, part)), base)
 
     def way_up(self, part: int) -> range:
         """Layers that capture still runs with this part; empty when it is done."""
         starts = {self.start_of(b, part) for b in self.way_back(part)[1:]}
-        layers = {*self.activation_layers(part), *(b - 1 for b in starts if b and run_root.residual_part(b, part) not in self.keys)}
+        layers = {*self.activation_layers(part), *(b - 1 for b in starts if b and not self.is_left("residuals", b, part))}
         if not layers:
             return range(0)
         first = min(layers)
-        entry = next((b for b in range(first, 0, -1) if run_root.residual_part(b, part) in self.keys), 0)
+        entry = next((b for b in range(first, 0, -1) if self.is_left("residuals", b, part)), 0)
         return range(entry, max(layers) + 1)
 
     @property
@@ -104,7 +112,7 @@ class Needs:
         """Layers that this part still passes for the activations of `layer`, itself the last; empty when they are there. Those below are compressed."""
         if self.is_seen(layer, part):
             return range(0)
-        entry = next((b for b in range(layer, 0, -1) if run_root.compressed_residual_part(b, part) in self.keys), 0)
+        entry = next((b for b in range(layer, 0, -1) if self.is_left("compressed-residuals", b, part)), 0)
         return range(entry, layer + 1)
 
 

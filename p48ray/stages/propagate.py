@@ -10,24 +10,27 @@ Mixtures that the plan does not compress (run.layers) stay the source's.
 
 import struct
 import time
-from functools import partial
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 
 from p48ray import run_root
 from p48ray.checkpoint.header import parse_header
 from p48ray.checkpoint.tensors import from_bytes
-from p48ray.errors import CalibrationError, CorruptObjectError, ObjectMissingError
+from p48ray.errors import CalibrationError, CorruptObjectError
 from p48ray.manifest import ActivationPart, UnitManifest
 from p48ray.model.decoder import Decoder, attend, mix
 from p48ray.model.experts import ActivationScales, ExpertWeights, RoutedExperts, RoutedInputs
 from p48ray.plan import SequencePart, WorkUnit
-from p48ray.stages import arrow
+from p48ray.run_root import BlobKind
+from p48ray.stages.blobs import BlobWriter
 from p48ray.stages.capture import ResidualStream, write_activations
 from p48ray.stages.context import StageContext
 from p48ray.stages.evaluate import compressed_names, decode_compressed
 from p48ray.stages.needs import read_needs
-from p48ray.stages.streaming import streaming_experts, waves
+from p48ray.stages.streaming import opened_layer, waves
 
 HEADER_LENGTH_BYTES = 8  # of a safetensors file, before its header
 
@@ -43,51 +46,57 @@ def propagate_parts(context: StageContext, item: tuple[int, list[int]]) -> list[
     plan, decoder = context.plan, context.decoder()
     needs = read_needs(plan, context.store)
     ways = {p: needs.way_to(layer, p) for p in parts}
-    stream = CompressedStream(context, decoder, needs)
     positions = decoder.positions(plan.config.calibration.sequence_length)
     micro_batch = plan.config.calibration.sequences_per_micro_batch
-    written: list[ActivationPart] = []
-    for number in range(layer + 1):
-        waiting = [plan.parts[p] for p in parts if number in ways[p]]
-        if not waiting:
-            continue
-        seen: list[RoutedInputs] = []
-        module = None  # the layer below goes before this one is read
-        is_compressed = number < layer and number in plan.layers
-        experts = (
-            compressed_experts(context, decoder, number) if is_compressed else streaming_experts(context, decoder, number, seen.append)
-        )
-        module = decoder.layer(number, experts)
-        for wave in waves(plan, waiting):
-            start = time.monotonic()
-            seen.clear()
-            leaving = mix(module, [attend(module, stream.take(number, part), positions, micro_batch) for part in wave])
-            share = (time.monotonic() - start) / len(wave)
-            for part, x_BSH in zip(wave, leaving, strict=True):
-                start = time.monotonic() - share
-                if not bool(torch.isfinite(x_BSH).all()):
-                    raise CalibrationError(f"layer {number}, part {part.part}: activations behind compressed layers are not finite")
-                if number < layer:
-                    stream.put(number + 1, part, x_BSH)
-                    stream.let_go(number, part)
-                else:
-                    written.append(write_activations(context, number, part, seen.pop(0), start))
-    return written
+    with BlobWriter(context) as writer:
+        stream = CompressedStream(context, decoder, needs, writer)
+        for number in range(layer + 1):
+            waiting = [plan.parts[p] for p in parts if number in ways[p]]
+            if not waiting:
+                continue
+            seen: list[RoutedInputs] = []
+            is_compressed = number < layer and number in plan.layers
+            with (
+                opened_compressed(context, decoder, number)
+                if is_compressed
+                else opened_layer(context, decoder, number, seen.append) as module
+            ):
+                for wave in waves(plan, waiting):
+                    start = time.monotonic()
+                    seen.clear()
+                    leaving = mix(module, [attend(module, stream.take(number, part), positions, micro_batch) for part in wave])
+                    share = (time.monotonic() - start) / len(wave)
+                    for part, x_BSH in zip(wave, leaving, strict=True):
+                        start = time.monotonic() - share
+                        if not bool(torch.isfinite(x_BSH).all()):
+                            raise CalibrationError(f"layer {number}, part {part.part}: activations behind compressed layers are not finite")
+                        if number < layer:
+                            stream.put(number + 1, part, x_BSH, start)
+                            stream.let_go(number, part)
+                        else:
+                            write_activations(context, writer, number, part, seen.pop(0), start)
+            del module  # it goes before the one above is read
+        return [manifest for manifest in writer.drain() if isinstance(manifest, ActivationPart)]
 
 
 class CompressedStream(ResidualStream):
     """The residual stream behind compressed layers; stored at every boundary that it reaches."""
 
-    key = staticmethod(run_root.compressed_residual_part)
+    kind: BlobKind = "compressed-residuals"
 
-    def put(self, number: int, part: SequencePart, x_BSH: torch.Tensor) -> None:
-        self.held[part.part] = (number, x_BSH)
-        arrow.store_once(self.context.store, self.key(number, part.part), arrow.encode({"residual": x_BSH.flatten(0, 1)}))
+    def is_stored(self, number: int) -> bool:
+        return True
 
     def let_go(self, number: int, part: SequencePart) -> None:
         """Delete a boundary once the next one is stored."""
         if self.context.plan.config.run.keep != "all":
-            self.context.store.delete(self.key(number, part.part))
+            self.delete(number, part)
+
+
+@contextmanager
+def opened_compressed(context: StageContext, decoder: Decoder, layer: int) -> Iterator[Any]:
+    """A finished layer as a server will run it."""
+    yield decoder.layer(layer, compressed_experts(context, decoder, layer))
 
 
 def compressed_experts(context: StageContext, decoder: Decoder, layer: int) -> RoutedExperts:
@@ -124,14 +133,7 @@ def unit_shard(context: StageContext, unit: WorkUnit) -> tuple[str, memoryview]:
     manifest = UnitManifest.load(context.store, manifest_key)
     context.check_owner(manifest.plan_digest, manifest_key)
     key = run_root.unit_shard(unit.id, manifest.attempt)
-    data: bytes | memoryview | None = None
     try:
-        if context.cache is not None and not context.store_is_near:
-            name = f"{context.store.uri}/{key} {manifest.sha256}"
-            data = context.cache.open(name, manifest.size_bytes, partial(context.fetch_part, key, manifest))
-        if data is None:
-            data = context.store.get(key)
-            context.check_part(key, manifest, data)
-    except (CorruptObjectError, ObjectMissingError) as error:
+        return key, memoryview(context.checked(key, manifest.size_bytes, manifest.sha256, (manifest_key, key)))
+    except CorruptObjectError as error:
         raise CorruptObjectError(f"{error} ({manifest_key} names it)", manifest_key, key) from error
-    return key, memoryview(data)

@@ -3,16 +3,17 @@
 The same parts go through the same layers by the same calls as in capture, so what comes out is what was there, bit for bit.
 """
 
+import time
 from collections.abc import Sequence
 
 import torch
 
-from p48ray import run_root
 from p48ray.model.decoder import Decoder, attend, mix
+from p48ray.stages.blobs import BlobWriter
 from p48ray.stages.capture import ResidualStream
 from p48ray.stages.context import StageContext
 from p48ray.stages.needs import Needs
-from p48ray.stages.streaming import streaming_experts, waves
+from p48ray.stages.streaming import opened_layer, waves
 
 
 @torch.no_grad()
@@ -22,20 +23,20 @@ def remake_boundaries(context: StageContext, decoder: Decoder, needs: Needs, par
     Returns: needs with what is there now. Raises: CorruptObjectError naming the boundary that a part would have started from.
     """
     plan = context.plan
-    lacking = [p for p in parts if run_root.residual_part(boundary, p) not in needs.keys]
+    lacking = [p for p in parts if not needs.is_left("residuals", boundary, p)]
     ways = {p: range(needs.start_of(boundary, p), boundary) for p in lacking}
-    stream = ResidualStream(context, decoder, needs)
     positions = decoder.positions(plan.config.calibration.sequence_length)
-    for number in range(min((way.start for way in ways.values()), default=boundary), boundary):
-        waiting = [plan.parts[p] for p in lacking if number in ways[p]]
-        layer = None  # the layer below goes before this one is read
-        layer = decoder.layer(number, streaming_experts(context, decoder, number))
-        decoder.prefetch(number + 1)
-        for wave in waves(plan, waiting):
-            entering = [
-                attend(layer, stream.take(number, part), positions, plan.config.calibration.sequences_per_micro_batch) for part in wave
-            ]
-            for part, x_BSH in zip(wave, mix(layer, entering), strict=True):
-                stream.put(number + 1, part, x_BSH)
-    made = {run_root.residual_part(b + 1, p) for p, way in ways.items() for b in way}
-    return Needs(plan, needs.keys | made)
+    micro_batch = plan.config.calibration.sequences_per_micro_batch
+    with BlobWriter(context) as writer:
+        stream = ResidualStream(context, decoder, needs, writer)
+        for number in range(min((way.start for way in ways.values()), default=boundary), boundary):
+            waiting = [plan.parts[p] for p in lacking if number in ways[p]]
+            with opened_layer(context, decoder, number) as layer:
+                decoder.prefetch(number + 1)
+                for wave in waves(plan, waiting):
+                    start = time.monotonic()
+                    entering = [attend(layer, stream.take(number, part), positions, micro_batch) for part in wave]
+                    for part, x_BSH in zip(wave, mix(layer, entering), strict=True):
+                        stream.put(number + 1, part, x_BSH, start)
+            del layer  # it goes before the one above is read
+    return needs.with_residuals((b + 1, p) for p, way in ways.items() for b in way)

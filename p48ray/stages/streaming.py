@@ -5,6 +5,8 @@ number: every product is taken part by part.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 from p48ray.model.decoder import Decoder
 from p48ray.model.expert_loader import layer_experts
@@ -29,10 +31,13 @@ def waves(plan: RunPlan, parts: Sequence[SequencePart]) -> Iterator[list[Sequenc
         yield wave
 
 
-def streaming_experts(
+@contextmanager
+def opened_layer(
     context: StageContext, decoder: Decoder, number: int, observe: Callable[[RoutedInputs], None] | None = None
-) -> RoutedExperts | None:
-    """The routed experts of a layer, packed as the source stores them until they are used; None for a dense layer."""
+) -> Iterator[Any]:
+    """Layer `number` for as long as the context lasts; its routed experts stay packed as the source stores them until they are used."""
     if number not in context.plan.source.moe_layers:
-        return None
-    return RoutedExperts(context.layout.num_experts, layer_experts(decoder, number), observe=observe)
+        yield decoder.layer(number, None)
+        return
+    with layer_experts(decoder, number) as experts:
+        yield decoder.layer(number, RoutedExperts(context.layout.num_experts, experts, observe=observe))

@@ -20,7 +20,6 @@ from p48ray.errors import CorruptObjectError, P48Error, TransientStoreError
 from p48ray.manifest import Failure, ShardVerdict, UnitManifest
 from p48ray.output_layout import OutputShard, shard_rows
 from p48ray.plan import RunPlan, SequencePart, WorkUnit
-from p48ray.stages import arrow
 from p48ray.stages.capture import capture_parts
 from p48ray.stages.compress import compress_unit
 from p48ray.stages.context import StageContext
@@ -32,6 +31,7 @@ from p48ray.stages.propagate import propagate_parts
 from p48ray.stages.reduce import stitch_shard
 from p48ray.stages.verify import Promise, verify_shard
 from p48ray.store.base import Store, Traffic
+from p48ray.store.checked_files import CheckedFiles
 from p48ray.store.node_cache import NodeCache, node_folder, sweep_unused
 from p48ray.store.view import SubStore, local_path
 
@@ -107,17 +107,21 @@ def open_context(plan: RunPlan, store: Store, node: str | None = None) -> StageC
         layout=describe_model(source),
         device=torch.device("cuda" if on_gpu else "cpu"),
     )
-    return replace(context, cache=open_cache(context, node))
+    if node is None:
+        return context
+    cache = open_cache(context, node)
+    return replace(context, cache=cache, files=CheckedFiles(cache.folder))
 
 
-def open_cache(context: StageContext, node: str | None) -> NodeCache | None:
-    """This node's cache, where something is read from afar. What killed workers of other runs left behind goes first."""
+def open_cache(context: StageContext, node: str) -> NodeCache:
+    """This node's folder: a cache of what is read from afar, which holds nothing where nothing is, and notes of what was checked.
+
+    What killed workers of other runs left behind goes first.
+    """
     run = context.plan.config.run
     is_near = context.store_is_near and local_path(context.source.store, CONFIG_FILE) is not None
-    if node is None or is_near or run.node_cache_size == 0:
-        return None
     sweep_unused(run.node_cache)
-    return NodeCache(node_folder(run.node_cache, node), run.node_cache_size)
+    return NodeCache(node_folder(run.node_cache, node), 0 if is_near else run.node_cache_size)
 
 
 class Workplace:
@@ -233,8 +237,7 @@ def verify_and_record(context: StageContext, shard: OutputShard) -> None:
 def evaluate_and_record(context: StageContext, item: tuple[str, SequencePart]) -> None:
     """Evaluate one part of the held-out sequences; the sums are the done-marker."""
     digest, part = item
-    key = run_root.evaluation_tokens(digest)
-    ids_NS = arrow.decode(context.store.get(key), key)["token_ids"]
+    ids_NS = context.tokens(run_root.evaluation_tokens(digest), digest)
     checkpoint = open_checkpoint(SubStore(context.store, run_root.CHECKPOINT))
     ids_BS = ids_NS[part.first_sequence : part.first_sequence + part.num_sequences]
     sums = evaluate_part(context, partial(compressed_expert, checkpoint, context), ids_BS, part)

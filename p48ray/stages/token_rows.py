@@ -1,15 +1,20 @@
-"""Rows of values, one a token, as columns of a part (calibration.stored_bits): bf16, or int8 codes with their scales; and room for them in a file of a node."""
+"""Rows of values, one a token, as columns of a part (calibration.stored_bits): bf16, or int8 codes with their scales.
+
+And rooms for rows that a unit takes out of parts: in memory, in a file of the node, on a GPU. Parts are mapped, so only those rows are read.
+"""
 
 import logging
 import mmap
 import os
 import tempfile
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from p48ray.numerics import block_int8
 from p48ray.numerics.token_rows import TokenRows
+from p48ray.stages.staging import Staging
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +37,26 @@ def of_columns(part: dict[str, Tensor], name: str) -> TokenRows:
     return TokenRows(part[name], part.get(name + SCALE_SUFFIX))
 
 
+class Room(Protocol):
+    """Where rows go that are taken out of a part."""
+
+    def take(self, source: Tensor, rows_R: Tensor) -> Tensor:
+        """A copy of some rows of a tensor on the CPU; complete once the room is settled."""
+
+    def settle(self) -> None:
+        """Wait until all copies are complete."""
+
+
+class HostRoom:
+    """Memory of this process, as rows come."""
+
+    def take(self, source: Tensor, rows_R: Tensor) -> Tensor:
+        return source.index_select(0, rows_R)
+
+    def settle(self) -> None:
+        pass
+
+
 class Spill:
     """Room for tensors in an unnamed file of this node, mapped: they are written once, and the kernel keeps of them in memory what there is room for."""
 
@@ -44,34 +69,41 @@ class Spill:
             self.data = mmap.mmap(file.fileno(), num_bytes)
         self.end = 0
 
-    def keep(self, tensor: Tensor) -> Tensor:
-        """A copy of a tensor in the file."""
+    def take(self, source: Tensor, rows_R: Tensor) -> Tensor:
+        shape = (len(rows_R), *source.shape[1:])
+        if not len(rows_R):
+            return source.new_empty(shape)
         start = -(-self.end // self.ALIGNMENT) * self.ALIGNMENT
-        self.end = start + tensor.nbytes
-        copy = torch.frombuffer(self.data, dtype=tensor.dtype, count=tensor.numel(), offset=start).view(tensor.shape)
-        return copy.copy_(tensor)
+        count = len(rows_R) * (source.numel() // len(source))
+        self.end = start + count * source.itemsize
+        copy = torch.frombuffer(self.data, dtype=source.dtype, count=count, offset=start).view(shape)
+        return torch.index_select(source, 0, rows_R, out=copy)
+
+    def settle(self) -> None:
+        pass
 
 
 class DeviceRoom:
-    """Room for tensors on a GPU, filled beside what is computed there, by a stream of its own."""
+    """Room for tensors on a GPU, filled beside what is computed there, through pinned memory and by a stream of its own."""
 
     ALIGNMENT = 256
 
     def __init__(self, num_bytes: int, num_tensors: int, device: torch.device) -> None:
         self.data = torch.empty(num_bytes + num_tensors * self.ALIGNMENT, dtype=torch.uint8, device=device)
-        self.stream, self.end = torch.cuda.Stream(device), 0
-        self.stream.wait_stream(torch.cuda.default_stream(device))  # which may still use what lay there before
+        self.staging, self.end = Staging(device), 0
+        self.staging.stream.wait_stream(torch.cuda.default_stream(device))  # which may still use what lay there before
 
-    def keep(self, tensor: Tensor) -> Tensor:
-        """A copy of a tensor in the room; complete once the room is settled."""
+    def take(self, source: Tensor, rows_R: Tensor) -> Tensor:
+        shape = (len(rows_R), *source.shape[1:])
+        num_bytes = len(rows_R) * (source.nbytes // max(1, len(source)))
         start = -(-self.end // self.ALIGNMENT) * self.ALIGNMENT
-        self.end = start + tensor.nbytes
-        with torch.cuda.stream(self.stream):
-            return self.data[start : self.end].view(tensor.dtype).view(tensor.shape).copy_(tensor)
+        self.end = start + num_bytes
+        out = self.data[start : self.end].view(source.dtype).view(shape)
+        self.staging.gather(source, rows_R, out)
+        return out
 
     def settle(self) -> None:
-        """Wait until all copies are complete."""
-        self.stream.synchronize()
+        self.staging.settle()
 
 
 def reserve(num_bytes: int, num_tensors: int, folder: str | os.PathLike[str] | None) -> Spill | None:

@@ -8,17 +8,17 @@ import torch
 from torch import Tensor
 
 from p48ray import run_root
-from p48ray.manifest import ActivationPart, GradientPart
 from p48ray.model.decoder import run_layer
 from p48ray.model.experts import RoutedInputs
 from p48ray.plan import SequencePart
 from p48ray.stages import arrow, capture, gradients
+from p48ray.stages.blobs import BlobWriter
 from p48ray.stages.capture import capture_parts
 from p48ray.stages.context import StageContext
 from p48ray.stages.gradients import gradient_parts, sample
 from p48ray.stages.inputs import write_inputs
 from p48ray.stages.prepare import prepare
-from p48ray.stages.streaming import streaming_experts
+from p48ray.stages.streaming import opened_layer
 from tests.reference import tiny_families, whole_gradients, whole_model
 from tests.stages.small_run import configure
 
@@ -57,9 +57,9 @@ def captured(context: StageContext) -> dict[int, RoutedInputs]:
     raw: dict[tuple[int, int], RoutedInputs] = {}
     write = capture.write_activations
 
-    def spy(context: StageContext, layer: int, part: SequencePart, seen: RoutedInputs, start: float) -> ActivationPart:
+    def spy(context: StageContext, writer: BlobWriter, layer: int, part: SequencePart, seen: RoutedInputs, start: float) -> None:
         raw[layer, part.part] = RoutedInputs(*(t.clone() for t in seen))
-        return write(context, layer, part, seen, start)
+        write(context, writer, layer, part, seen, start)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(capture, "write_activations", spy)
@@ -74,9 +74,9 @@ def deltas(context: StageContext) -> dict[int, Tensor]:
     raw: dict[tuple[int, int], Tensor] = {}
     write = gradients.write_gradients
 
-    def spy(context: StageContext, layer: int, part: SequencePart, delta_TH: Tensor, start: float) -> GradientPart:
+    def spy(context: StageContext, writer: BlobWriter, layer: int, part: SequencePart, delta_TH: Tensor, start: float) -> None:
         raw[layer, part.part] = delta_TH.clone()
-        return write(context, layer, part, delta_TH, start)
+        write(context, writer, layer, part, delta_TH, start)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gradients, "write_gradients", spy)
@@ -97,8 +97,8 @@ def streamed_logits(context: StageContext, ids_BS: Tensor) -> Tensor:
     decoder = context.decoder()
     x_BSH, positions = decoder.embed(ids_BS), decoder.positions(ids_BS.shape[1])
     for number in range(context.layout.num_layers):
-        experts = streaming_experts(context, decoder, number)
-        x_BSH = run_layer(decoder.layer(number, experts), x_BSH, positions, micro_batch=2)
+        with opened_layer(context, decoder, number) as layer:
+            x_BSH = run_layer(layer, x_BSH, positions, micro_batch=2)
     logits: Tensor = decoder.head()(x_BSH)
     return logits
 

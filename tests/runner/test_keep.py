@@ -3,6 +3,7 @@
 Units are not solved anew here: one is done once all its layer's inputs were read and found to be those of the session's run, whose shards then stand in.
 """
 
+import hashlib
 import os
 import shutil
 import threading
@@ -23,7 +24,7 @@ from p48ray.checkpoint.storage_stream import StoredUnit
 from p48ray.config import load_config
 from p48ray.errors import ConfigError, CorruptObjectError, P48Error, ShardCorruptError, StageFailedError
 from p48ray.estimate import estimate, layers_run_again
-from p48ray.manifest import ActivationPart, GradientPart, UnitManifest
+from p48ray.manifest import ActivationPart, GradientPart, TokensManifest, UnitManifest
 from p48ray.output_layout import unit_bytes, unit_rows
 from p48ray.plan import RunPlan, WorkUnit
 from p48ray.report.report import Report
@@ -203,13 +204,21 @@ def expected_files(prepared: Prepared, keep: str, root: Path) -> set[str]:
     """As the docstring of stages.collect says, by the names of run_root; the checkpoint's own files apart."""
     plan = prepared.plan
     parts = [(n, p.part) for n in plan.layers for p in plan.parts]
-    names = {run_root.PLAN, run_root.TOKENS, run_root.REPORT, run_root.REPORT_PAGE, *(run_root.layer_scales(n) for n in plan.layers)}
+    names = {
+        run_root.PLAN,
+        run_root.TOKENS,
+        run_root.manifest_of(run_root.TOKENS),
+        run_root.REPORT,
+        run_root.REPORT_PAGE,
+        *(run_root.layer_scales(n) for n in plan.layers),
+    }
     names |= {run_root.activation_manifest(*p) for p in parts} | {run_root.gradient_manifest(*p) for p in parts}
     names |= {run_root.unit_manifest(u.id) for u in plan.units} | {run_root.shard_verdict(s.name) for s in prepared.shards}
     if keep == "all":
         names |= {run_root.activation_part(*p) for p in parts} | {run_root.gradient_part(*p) for p in parts}
-        names |= {run_root.residual_part(b, p.part) for b in (1, 2, 3, 4, 5) for p in plan.parts}
-        names |= {run_root.residual_gradient_part(b, p.part) for b in (2, 3, 4, 5) for p in plan.parts}
+        boundaries = {run_root.residual_part(b, p.part) for b in (1, 2, 3, 4, 5) for p in plan.parts}
+        boundaries |= {run_root.residual_gradient_part(b, p.part) for b in (2, 3, 4, 5) for p in plan.parts}
+        names |= boundaries | {run_root.manifest_of(key) for key in boundaries}
     if keep != "checkpoint":
         manifests = [UnitManifest.load(LocalStore(root), run_root.unit_manifest(u.id)) for u in plan.units]
         names |= {run_root.unit_shard(m.unit, m.attempt) for m in manifests}
@@ -254,7 +263,8 @@ def test_nothing_is_deleted_that_a_resume_would_have_to_make_again(kept: KeptRun
     """No deletion adds a layer to what is still to be run, and unit shards stay until the whole checkpoint has its verdicts."""
     assert len(kept.deletions) == {"units": 34, "checkpoint": 50}[kept.prepared.plan.config.run.keep]
     for key, held in kept.deletions:
-        assert key.endswith((".arrow", ".safetensors")), "a record of what was done"
+        is_boundary = key.startswith((run_root.RESIDUALS, run_root.RESIDUAL_GRADIENTS))
+        assert is_boundary or key.endswith((".arrow", ".safetensors")), "a record of what was done"
         assert remaining_work(kept.prepared.plan, held) == remaining_work(kept.prepared.plan, held - {key}), key
         if key.startswith(run_root.UNITS):
             assert {run_root.shard_verdict(s.name) for s in kept.prepared.shards} <= held
@@ -678,7 +688,10 @@ def test_pilot_stores_no_more_than_estimated_and_not_much_less(
     prepared = prepared_run(tmp_path / "run", run__keep=keep, **PILOT, **way, **tokens)
     calibration = prepared.plan.config.calibration
     ids_NS = torch.randint(2048, (calibration.num_sequences, calibration.sequence_length), dtype=torch.int32)
-    prepared.store.put(run_root.TOKENS, arrow.encode({"token_ids": ids_NS}))
+    data = arrow.encode({"token_ids": ids_NS}, {"kind": "tokens", "owner": prepared.plan.digest}).to_bytes()
+    prepared.store.put(run_root.TOKENS, data)
+    tokens = TokensManifest(owner=prepared.plan.digest, size_bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+    prepared.store.put(run_root.manifest_of(run_root.TOKENS), tokens.to_json())
     share = peak_bytes(prepared) / estimated_peak(prepared)
     assert share <= FRAMING
     assert share >= (0.9 if tokens is not PARTS or keep == "all" else 0.7)

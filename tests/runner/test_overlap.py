@@ -17,6 +17,7 @@ from p48ray.runner.local_runner import LocalRunner
 from p48ray.runner.overlap import LOOK_S, Overlap
 from p48ray.runner.ray_runner import WorkerProcess
 from p48ray.stages import capture, gradients
+from p48ray.stages.blobs import BlobWriter
 from p48ray.stages.context import StageContext
 from p48ray.stages.needs import read_needs
 from p48ray.stages.prepare import Prepared, prepare
@@ -53,15 +54,15 @@ class WaitingWorker(WorkerProcess):
         goes_back = self.workplace.plan.config.compression.output_curvature
         write_gradients, write_activations = gradients.write_gradients, capture.write_activations
 
-        def back(context: StageContext, layer: int, *rest: object) -> GradientPart:
+        def back(context: StageContext, writer: BlobWriter, layer: int, *rest: object) -> None:
             if layer == BOTTOM:
                 self.before_last(context.store, TOP)
-            return write_gradients(context, layer, *rest)  # type: ignore[arg-type]
+            write_gradients(context, writer, layer, *rest)  # type: ignore[arg-type]
 
-        def up(context: StageContext, layer: int, *rest: object) -> ActivationPart:
+        def up(context: StageContext, writer: BlobWriter, layer: int, *rest: object) -> None:
             if layer == TOP and not goes_back:
                 self.before_last(context.store, BOTTOM)
-            return write_activations(context, layer, *rest)  # type: ignore[arg-type]
+            write_activations(context, writer, layer, *rest)  # type: ignore[arg-type]
 
         with mock.patch.object(gradients, "write_gradients", back), mock.patch.object(capture, "write_activations", up):
             return super().execute(task)
@@ -166,7 +167,7 @@ def leave(prepared: Prepared, layer: int, *parts: SequencePart, way: str = "both
     """A layer's records and stubs of its data, as a stream leaves them."""
     store, size = prepared.store, prepared.layout.num_experts
     shared = {"plan_digest": prepared.plan.digest, "layer": layer, "num_tokens": 1, "size_bytes": 1, "sha256": "0" * 64}
-    shared |= {"seconds": 1.0, "finished_at": 1.0}
+    shared |= {"seconds": 1.0, "write_seconds": 1.0, "finished_at": 1.0}
     for p in parts or prepared.plan.parts:
         if way != "back":
             seen = ActivationPart(part=p.part, amax_input=1.0, amax_intermediate=1.0, tokens_per_expert=(layer,) * size, **shared)

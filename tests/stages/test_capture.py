@@ -7,11 +7,12 @@ import torch
 
 from p48ray import run_root
 from p48ray.config import load_config
-from p48ray.manifest import ActivationPart, LayerScales
+from p48ray.manifest import LayerScales
 from p48ray.model import decoder as decoder_module
 from p48ray.model.experts import RoutedInputs
-from p48ray.plan import RunPlan
+from p48ray.plan import RunPlan, SequencePart
 from p48ray.stages import arrow, capture
+from p48ray.stages.blobs import BlobWriter
 from p48ray.stages.capture import capture_parts, finish_layer
 from p48ray.stages.context import StageContext
 from p48ray.stages.inputs import write_inputs
@@ -47,9 +48,9 @@ def test_captured_inputs_and_router_weights_equal_the_whole_models(context: Stag
     raw: dict[tuple[int, int], RoutedInputs] = {}
     write = capture.write_activations
 
-    def spy(context: StageContext, layer: int, part: object, seen: RoutedInputs, start: float) -> ActivationPart:
-        raw[layer, part.part] = RoutedInputs(*(t.clone() for t in seen))  # type: ignore[attr-defined]
-        return write(context, layer, part, seen, start)  # type: ignore[arg-type]
+    def spy(context: StageContext, writer: BlobWriter, layer: int, part: SequencePart, seen: RoutedInputs, start: float) -> None:
+        raw[layer, part.part] = RoutedInputs(*(t.clone() for t in seen))
+        write(context, writer, layer, part, seen, start)
 
     monkeypatch.setattr(capture, "write_activations", spy)
     capture_parts(context, [p.part for p in context.plan.parts])

@@ -23,6 +23,7 @@ from p48ray.model.experts import RoutedInputs
 from p48ray.numerics import block_int8
 from p48ray.plan import WorkUnit
 from p48ray.stages import arrow, curvature, refinement, token_rows
+from p48ray.stages.blobs import BlobWriter
 from p48ray.stages.capture import combine, write_activations
 from p48ray.stages.compress import compress_unit
 from p48ray.stages.context import StageContext
@@ -97,14 +98,15 @@ def opened(finished: SmallRun, layer_inputs: RoutedInputs, random_delta: Tensor)
         context = prepare(config).context
         tokens = [p.num_sequences * config.calibration.sequence_length for p in context.plan.parts]
         rows = zip(*(seen_part.split(tokens) for seen_part in seen[:3]), strict=True)
-        parts = [
-            write_activations(context, 1, part, RoutedInputs(*three, seen.amax_intermediate), 0.0)
-            for part, three in zip(context.plan.parts, rows, strict=True)
-        ]
+        with BlobWriter(context) as writer:
+            for part, three in zip(context.plan.parts, rows, strict=True):
+                write_activations(context, writer, 1, part, RoutedInputs(*three, seen.amax_intermediate), 0.0)
+            parts = writer.drain()
         context.store.put(run_root.layer_scales(1), combine(context, 1, parts).to_json())
         if config.compression.output_curvature:
-            for part, rows_TH in zip(context.plan.parts, delta_TH.split(tokens), strict=True):
-                write_gradients(context, 1, part, rows_TH, 0.0)
+            with BlobWriter(context) as writer:
+                for part, rows_TH in zip(context.plan.parts, delta_TH.split(tokens), strict=True):
+                    write_gradients(context, writer, 1, part, rows_TH, 0.0)
         return context
 
     return make
@@ -388,14 +390,14 @@ def test_tokens_of_a_unit_take_the_bytes_that_are_expected_and_parts_are_read_on
     monkeypatch.setattr(curvature, "GATHERED_BYTES", 0)
     context = opened(GRADIENTS, f"calibration.stored_bits={bits}", "compression.refine_steps=3")
     spills, reads = [], []
-    reserve, read = curvature.reserve, StageContext.checked_part
+    reserve, read = curvature.reserve, StageContext.checked
 
     def reserved(num_bytes: int, num_tensors: int, folder: Path | None) -> token_rows.Spill | None:
         spills.append((num_bytes, num_tensors, reserve(num_bytes, num_tensors, folder)))
         return spills[-1][2]
 
     monkeypatch.setattr(curvature, "reserve", reserved)
-    monkeypatch.setattr(StageContext, "checked_part", lambda self, key, manifest: reads.append(key) or read(self, key, manifest))
+    monkeypatch.setattr(StageContext, "checked", lambda self, key, *rest: reads.append(key) or read(self, key, *rest))
     compress(context)
     assert len(reads) == len(set(reads)) == 2 * len(context.plan.parts)
     ((expected, num_tensors, spill),) = spills

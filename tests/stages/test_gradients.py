@@ -3,7 +3,8 @@
 import hashlib
 import shutil
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,8 @@ from p48ray.model.decoder import Decoder, run_layer
 from p48ray.model.experts import ExpertWeights
 from p48ray.plan import SequencePart
 from p48ray.stages import arrow, gradients, streaming
-from p48ray.stages.capture import capture_parts
+from p48ray.stages.blobs import BlobWriter
+from p48ray.stages.capture import capture_parts, write_boundary
 from p48ray.stages.context import StageContext
 from p48ray.stages.gradients import GradientStream, gradient_parts, head_gradient, sample, step_back
 from tests.conftest import REPO, TINY
@@ -72,9 +74,9 @@ def test_delta_is_autograds_through_the_whole_model(context: StageContext, monke
     raw: dict[tuple[int, int], Tensor] = {}
     write = gradients.write_gradients
 
-    def spy(context: StageContext, layer: int, part: SequencePart, delta_TH: Tensor, start: float) -> GradientPart:
+    def spy(context: StageContext, writer: BlobWriter, layer: int, part: SequencePart, delta_TH: Tensor, start: float) -> None:
         raw[layer, part.part] = delta_TH.clone()
-        return write(context, layer, part, delta_TH, start)
+        write(context, writer, layer, part, delta_TH, start)
 
     monkeypatch.setattr(gradients, "write_gradients", spy)
     manifests = gradient_parts(context, [0, 1, 2])
@@ -91,7 +93,7 @@ def test_delta_is_autograds_through_the_whole_model(context: StageContext, monke
             assert torch.equal(stored_TH.view(torch.int16), delta_TH.to(torch.bfloat16).view(torch.int16))
     for number in range(2, HEAD + 1):
         stored = [arrow.decode(context.store.get(run_root.residual_gradient_part(number, p.part)), "r") for p in context.plan.parts]
-        assert relative_gap(torch.cat([s["gradient"] for s in stored]), entering[number]) <= 1e-4
+        assert relative_gap(torch.cat([s["values"] for s in stored]), entering[number]) <= 1e-4
     for manifest in manifests:
         delta_TH = raw[manifest.layer, manifest.part]
         data = context.store.get(run_root.gradient_part(manifest.layer, manifest.part))
@@ -127,10 +129,10 @@ def die_at_write(monkeypatch: pytest.MonkeyPatch, layer: int, part: int) -> None
     """Between two parts of a layer: its stream has gone down, its delta is not written."""
     write = gradients.write_gradients
 
-    def dying(context: StageContext, number: int, owner: SequencePart, delta_TH: Tensor, start: float) -> GradientPart:
+    def dying(context: StageContext, writer: BlobWriter, number: int, owner: SequencePart, delta_TH: Tensor, start: float) -> None:
         if (number, owner.part) == (layer, part):
             raise Death
-        return write(context, number, owner, delta_TH, start)
+        write(context, writer, number, owner, delta_TH, start)
 
     monkeypatch.setattr(gradients, "write_gradients", dying)
 
@@ -247,9 +249,9 @@ def test_no_two_layers_weights_are_ever_held_together(context: StageContext, mon
         check(HEAD)
         return track(HEAD, head(self))
 
-    def watched_experts(decoder: Decoder, number: int) -> Callable[[int], ExpertWeights]:
+    @contextmanager
+    def watched_experts(decoder: Decoder, number: int) -> Iterator[Callable[[int], ExpertWeights]]:
         check(number)
-        get = experts_of(decoder, number)
 
         def watched_expert(wanted: int) -> ExpertWeights:
             check(number)
@@ -261,7 +263,8 @@ def test_no_two_layers_weights_are_ever_held_together(context: StageContext, mon
             asked.append(number)
             return weights
 
-        return watched_expert
+        with experts_of(decoder, number) as get:
+            yield watched_expert
 
     monkeypatch.setattr(Decoder, "layer", watched_layer)
     monkeypatch.setattr(Decoder, "head", watched_head)
@@ -275,10 +278,12 @@ def test_no_two_layers_weights_are_ever_held_together(context: StageContext, mon
 
 @pytest.mark.parametrize(("number", "found"), [(HEAD, 4), (3, 2)])
 def test_gradients_that_are_not_finite_are_refused_by_layer_and_part(context: StageContext, number: int, found: int) -> None:
-    key = run_root.residual_part(number, 1)
-    residual_TH = arrow.decode(context.store.get(key), key)["residual"]
+    residual_TH = context.boundary("residuals", number, 1).clone()
     residual_TH[5, 7] = torch.nan
-    context.store.put(key, arrow.encode({"residual": residual_TH}))
+    for key in (run_root.blob_manifest("residuals", number, 1), run_root.residual_part(number, 1)):
+        context.store.delete(key)
+    with BlobWriter(context) as writer:
+        write_boundary(writer, "residuals", number, context.plan.parts[1], residual_TH[None], 0.0)
     with pytest.raises(CalibrationError, match=f"layer {found}, part 1: the gradients are not finite"):
         gradient_parts(context, [0, 1])
     assert context.store.head(run_root.gradient_manifest(found, 1)) is None
@@ -288,8 +293,8 @@ def test_gradients_that_are_not_finite_are_refused_by_layer_and_part(context: St
 def test_infinite_gradients_are_refused(context: StageContext) -> None:
     delta_TH = torch.zeros(128, 256)
     delta_TH[0, 0] = torch.inf
-    with pytest.raises(CalibrationError, match="layer 2, part 0"):
-        gradients.write_gradients(context, 2, context.plan.parts[0], delta_TH, 0.0)
+    with pytest.raises(CalibrationError, match="layer 2, part 0"), BlobWriter(context) as writer:
+        gradients.write_gradients(context, writer, 2, context.plan.parts[0], delta_TH, 0.0)
     assert not files(Path(context.store.uri.removeprefix("file://")), "gradients")
 
 

@@ -13,7 +13,8 @@ from p48ray.errors import CorruptObjectError
 from p48ray.manifest import ActivationPart, LayerScales, UnitManifest
 from p48ray.model.experts import RoutedInputs
 from p48ray.plan import SequencePart
-from p48ray.stages import arrow, propagate
+from p48ray.stages import propagate
+from p48ray.stages.blobs import BlobWriter
 from p48ray.stages.capture import capture_parts, finish_layer
 from p48ray.stages.compress import compress_unit
 from p48ray.stages.context import StageContext
@@ -87,9 +88,9 @@ def spied(patch: pytest.MonkeyPatch) -> dict[int, RoutedInputs]:
     raw: dict[int, RoutedInputs] = {}
     write = propagate.write_activations
 
-    def spy(context: StageContext, layer: int, part: SequencePart, seen: RoutedInputs, start: float) -> ActivationPart:
+    def spy(context: StageContext, writer: BlobWriter, layer: int, part: SequencePart, seen: RoutedInputs, start: float) -> None:
         raw[part.part] = RoutedInputs(*(t.clone() for t in seen))
-        return write(context, layer, part, seen, start)
+        write(context, writer, layer, part, seen, start)
 
     patch.setattr(propagate, "write_activations", spy)
     return raw
@@ -120,8 +121,8 @@ def test_first_turn_sees_what_the_source_sees(tmp_path: Path) -> None:
     dense, turn = open_run(tmp_path / "dense", *SETTINGS, "calibration.propagate=dense"), open_run(tmp_path / "turn", *SETTINGS)
     capture_parts(dense, [0, 1, 2])
     manifests = propagate_parts(turn, (1, [0, 1, 2]))
-    key = run_root.activation_part(1, 2)
-    assert turn.store.get(key) == dense.store.get(key)
+    ours, its = (context.blob(ActivationPart, "activations", 1, 2) for context in (turn, dense))
+    assert list(ours) == list(its) and all(torch.equal(ours[name], its[name]) for name in its)
     theirs = [ActivationPart.load(dense.store, run_root.activation_manifest(1, p)) for p in (0, 1, 2)]
     assert [(m.amax_input, m.amax_intermediate) for m in manifests] == [(m.amax_input, m.amax_intermediate) for m in theirs]
 
@@ -136,15 +137,22 @@ def test_parts_give_the_same_bytes_together_and_alone(context: StageContext, two
         assert context.store.get(key) == alone.store.get(key), key
 
 
+def held(context: StageContext) -> set[str]:
+    """Boundaries behind compressed layers; each has its manifest."""
+    keys = {info.key for info in context.store.list(run_root.COMPRESSED_RESIDUALS)}
+    blobs = {key for key in keys if key.endswith(".arrow")}
+    assert keys - blobs == {run_root.manifest_of(key) for key in blobs}
+    return blobs
+
+
 def test_each_turn_starts_from_the_last_boundary_and_leaves_the_next(context: StageContext, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[str] = []
     boundary = StageContext.boundary
-    monkeypatch.setattr(StageContext, "boundary", lambda self, key, column: read.append(key) or boundary(self, key, column))
+    monkeypatch.setattr(StageContext, "boundary", lambda self, *place: read.append(run_root.blob(*place)) or boundary(self, *place))
     propagate_parts(context, (3, [0, 1]))
     assert read == [run_root.compressed_residual_part(2, p) for p in (0, 1)]
     assert propagate_parts(context, (3, [0, 1])) == []
-    held = {info.key for info in context.store.list(run_root.COMPRESSED_RESIDUALS)}
-    assert held == {run_root.compressed_residual_part(b, p) for b in (1, 2) for p in (0, 1, 2)} | {
+    assert held(context) == {run_root.compressed_residual_part(b, p) for b in (1, 2) for p in (0, 1, 2)} | {
         run_root.compressed_residual_part(3, p) for p in (0, 1)
     }
 
@@ -153,8 +161,7 @@ def test_boundary_goes_once_the_next_is_stored_where_not_all_is_kept(two_layers:
     shutil.copytree(two_layers, tmp_path / "run")
     context = open_run(tmp_path / "run", *SETTINGS, "run.keep=units")
     propagate_parts(context, (3, [0, 1, 2]))
-    held = {info.key for info in context.store.list(run_root.COMPRESSED_RESIDUALS)}
-    assert held == {run_root.compressed_residual_part(b, p) for b in (1, 3) for p in (0, 1, 2)}
+    assert held(context) == {run_root.compressed_residual_part(b, p) for b in (1, 3) for p in (0, 1, 2)}
 
 
 def damage_shard(context: StageContext, how: Callable[[Path], None]) -> tuple[str, str]:
@@ -181,10 +188,11 @@ def test_boundary_that_is_not_what_was_written_is_named_to_be_made_anew(context:
     flip_a_bit(Path(context.store.uri) / key)
     with pytest.raises(CorruptObjectError) as caught:
         propagate_parts(context, (3, [0, 1, 2]))
-    assert caught.value.keys == (key,)
-    context.store.delete(key)
+    assert caught.value.keys == (run_root.manifest_of(key), key)
+    for name in caught.value.keys:
+        context.store.delete(name)
     propagate_parts(context, (3, [1]))
-    assert arrow.decode(context.store.get(key), key)["residual"].shape[0] == 2 * 64, "made anew from the one below"
+    assert context.boundary("compressed-residuals", 2, 1).shape[0] == 2 * 64, "made again from the one below"
 
 
 def test_mixture_that_the_plan_does_not_compress_stays_the_sources(tmp_path: Path) -> None:

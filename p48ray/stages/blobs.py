@@ -1,0 +1,190 @@
+"""Blobs: what streams leave in the run root, an Arrow file of one part at one layer, and a manifest with its digest beside it.
+
+A blob is done when its manifest is there, which comes last. Its way to the store is one pass: columns leave the GPU in pieces, and a
+piece is hashed and written while the next one is copied (stages.staging). Threads beside the computation do that, so a stream goes on
+while what it left is still on its way, up to BEHIND_BYTES; nothing is deleted before what replaces it is durable.
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from types import TracebackType
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from p48ray import run_root, trace
+from p48ray.manifest import PartManifest
+from p48ray.run_root import BlobKind
+from p48ray.stages import arrow
+from p48ray.stages.context import StageContext
+from p48ray.stages.staging import Staging
+from p48ray.store.base import Written
+
+log = logging.getLogger(__name__)
+
+WRITERS = 4
+"""Threads that write. One hashes and writes about 0.8 GB/s."""
+BEHIND_BYTES = 6 * 10**9
+"""Of columns that wait to be written, or are being written: on the device where they were made. A single larger blob goes alone."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Facts:
+    """What a writer knows of a blob once it is stored: goes into its manifest beside what the stream said."""
+
+    written: Written
+    values: Mapping[str, Tensor]
+    write_seconds: float
+
+
+Describe = Callable[[Facts], PartManifest]
+
+
+class BlobWriter:
+    """Writes blobs beside the computation. As a context: at its end everything that was submitted is durable, or an error is raised.
+
+    Raises (from submit, drain and at the context's end): the first error that a writer met. Whatever was not begun by then is given up.
+    """
+
+    def __init__(self, context: StageContext) -> None:
+        self.context = context
+        self.pool = ThreadPoolExecutor(WRITERS, thread_name_prefix="blob-writer")
+        self.own = threading.local()  # a writer's Staging
+        self.room = threading.Condition()
+        self.behind_bytes = 0
+        self.submitted: list[tuple[int, Future[PartManifest]]] = []  # with the part
+        self.leaving: list[tuple[list[Future[PartManifest]], list[str]]] = []  # keys to delete, once these are durable
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        try:
+            if error is None:
+                self.drain()
+        finally:
+            self.pool.shutdown(wait=True, cancel_futures=True)
+
+    def submit(
+        self,
+        kind: BlobKind,
+        layer: int,
+        part: int,
+        columns: Mapping[str, Tensor],
+        describe: Describe,
+        values: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Have a blob written; returns once there is room for it behind those on their way.
+
+        Args: columns: must not change any more. describe: makes its manifest. values: small tensors that `describe` wants on the CPU.
+        """
+        self.raise_first_error()
+        columns = {name: tensor.contiguous() for name, tensor in columns.items()}
+        ready, there = None, dict(values or {})
+        if self.context.device.type == "cuda":
+            there = {name: value.to("cpu", non_blocking=True) for name, value in there.items()}
+            ready = torch.cuda.Event()
+            ready.record(torch.cuda.current_stream(self.context.device))
+        num_bytes = sum(tensor.nbytes for tensor in columns.values())
+        with trace.span("wait"), self.room:
+            self.room.wait_for(lambda: self.behind_bytes + num_bytes <= BEHIND_BYTES or not self.behind_bytes)
+            self.behind_bytes += num_bytes
+        work = partial(self.write, kind, layer, part, columns, describe, there, ready, num_bytes)
+        self.submitted.append((part, self.pool.submit(work)))
+        self.delete_replaced()
+
+    def delete_after(self, part: int, keys: list[str]) -> None:
+        """Delete objects once everything that was submitted for the part so far is durable."""
+        self.leaving.append(([future for p, future in self.submitted if p == part], keys))
+        self.delete_replaced()
+
+    def drain(self) -> list[PartManifest]:
+        """Wait for everything; delete what it replaces. Returns: the manifests since the last call, as they were submitted."""
+        with trace.span("wait"):
+            found = [future.result() for _, future in self.submitted]
+        self.delete_replaced()
+        assert not self.leaving
+        self.submitted.clear()
+        return found
+
+    def raise_first_error(self) -> None:
+        for _, future in self.submitted:
+            if future.done():
+                future.result()
+
+    def delete_replaced(self) -> None:
+        waiting = []
+        for futures, keys in self.leaving:
+            if all(f.done() and not f.cancelled() and f.exception() is None for f in futures):
+                for key in keys:
+                    self.context.store.delete(key)
+            else:
+                waiting.append((futures, keys))
+        self.leaving = waiting
+
+    def write(
+        self,
+        kind: BlobKind,
+        layer: int,
+        part: int,
+        columns: Mapping[str, Tensor],
+        describe: Describe,
+        values: Mapping[str, Tensor],
+        ready: torch.cuda.Event | None,
+        num_bytes: int,
+    ) -> PartManifest:
+        """Body of a writer: the blob, then its manifest. One that is there already is kept if it is what this one would be."""
+        try:
+            if ready is not None:
+                with trace.span("wait"):
+                    ready.synchronize()
+            start = time.monotonic()
+            facts = blob_facts(kind, layer, part, self.context.plan.digest)
+            with trace.span("encode"):
+                file = arrow.encode(columns, facts, arrow.host_chunks if ready is None else partial(self.leave, ready))
+            written = store_once(self.context, run_root.blob(kind, layer, part), file)
+            manifest = describe(Facts(written=written, values=values, write_seconds=round(time.monotonic() - start, 3)))
+            key = run_root.blob_manifest(kind, layer, part)
+            if self.context.store.put_if_absent(key, manifest.to_json()):
+                return manifest
+            return type(manifest).load(self.context.store, key)
+        finally:
+            with self.room:
+                self.behind_bytes -= num_bytes
+                self.room.notify_all()
+
+    def leave(self, ready: torch.cuda.Event, tensor: Tensor) -> Iterator[memoryview]:
+        if not hasattr(self.own, "staging"):
+            self.own.staging = Staging(self.context.device)
+        staging: Staging = self.own.staging
+        return staging.leave(tensor, ready)
+
+
+def blob_facts(kind: BlobKind, layer: int, part: int, plan_digest: str) -> dict[str, str]:
+    """What a blob says that it is."""
+    return {"kind": kind, "layer": str(layer), "part": str(part), "plan": plan_digest}
+
+
+def store_once(context: StageContext, key: str, file: arrow.ArrowFile) -> Written:
+    """Store a blob that is never replaced once its manifest is there.
+
+    Before that, a manifest without a blob is an orphan and goes, and a blob without a manifest (its writer died, or is about to name
+    it) counts if it is byte for byte what this one is; else it is replaced.
+    """
+    store, manifest_key = context.store, run_root.manifest_of(key)
+    if store.head(key) is None:
+        store.delete(manifest_key)
+    written = store.write_once(key, file)
+    if not written.is_ours and store.head(manifest_key) is None and context.digest_of(key) != written.sha256:
+        log.warning("%s/%s: there is another file, and no manifest that knows it; it is replaced", store.uri, key)
+        store.delete(key)
+        written = store.write_once(key, file)
+    if written.is_ours:
+        context.trust(key, written)
+    return written
