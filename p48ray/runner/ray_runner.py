@@ -6,7 +6,7 @@ What becomes of a task that fails:
     a foreign exception     tried again as often, in a fresh process: the old one (its GPU context, its memory) may be unsound
     its worker died         the same
     its node died           (or is out of reach) tried again; preemption is nobody's fault and counts apart, up to MAX_PREEMPTIONS
-A worker that computes a unit gets the next one (run.prefetch_units) while many wait, to read for it meanwhile. When it dies with several in hand, nobody
+A worker that computes a unit gets the next one (run.prefetch_units) while there is one for every worker, to read for it meanwhile. When it dies with several in hand, nobody
 knows whose fault it was, and the attempt counts for none; whatever failed or was lost once has a worker for itself from then on.
 Every failed attempt leaves its traceback under failures/, and the rest of the stage goes on.
 """
@@ -179,13 +179,19 @@ class RayRunner:
         self.hand_ahead(waiting, in_hand)
 
     def hand_ahead(self, waiting: Dispatcher, in_hand: Mapping[Worker, Sequence[Task]]) -> None:
-        """One more unit for workers that compute one. Only while more wait than there are workers: at the end none is to have two while another is idle."""
-        for worker, tasks in in_hand.items():
-            if any(task.layer is None or task.id in self.apart for task in tasks):
-                continue
-            for _ in range(1 + self.settings.prefetch_units - len(tasks)):
-                if len(waiting) > len(in_hand) + len(self.starting) and (task := waiting.take_ahead(worker.node, self.apart)):
+        """One more unit for workers that compute one, while there is one for every worker, those on their way up included.
+
+        So the last units are read ahead like all others, and a worker is idle beside one that has two only if that one is a whole unit behind.
+        """
+        workers = len(in_hand) + len(self.starting)
+        ahead = sum(len(tasks) - 1 for tasks in in_hand.values())
+        for held in range(1, 1 + self.settings.prefetch_units):
+            for worker, tasks in in_hand.items():
+                if len(tasks) > held or any(task.layer is None or task.id in self.apart for task in tasks):
+                    continue
+                if len(waiting) + ahead >= held * workers and (task := waiting.take_ahead(worker.node, self.apart)):
                     self.hand(worker, task)
+                    ahead += 1
 
     def hand(self, worker: Worker, task: Task) -> None:
         self.running[worker.actor.execute.remote(task)] = (worker, task)

@@ -92,15 +92,18 @@ def result(task: Task, error_type: str | None = None) -> TaskResult:
     ("num_units", "ahead", "expected"),
     [
         (2, 1, [["L1-00"], ["L1-01"]]),
-        (4, 1, [["L1-00"], ["L1-01"]]),
-        (5, 1, [["L1-00"], ["L1-01", "L1-02"]]),
+        (3, 1, [["L1-00"], ["L1-01"]]),
+        (4, 1, [["L1-00", "L1-03"], ["L1-01", "L1-02"]]),
+        (5, 1, [["L1-00", "L1-03"], ["L1-01", "L1-02"]]),
+        (5, 2, [["L1-00", "L1-03"], ["L1-01", "L1-02"]]),
+        (6, 2, [["L1-00", "L1-03", "L1-05"], ["L1-01", "L1-02", "L1-04"]]),
         (6, 1, [["L1-00", "L1-03"], ["L1-01", "L1-02"]]),
         (9, 1, [["L1-00", "L1-03"], ["L1-01", "L1-02"]]),
         (9, 0, [["L1-00"], ["L1-01"]]),
         (9, 2, [["L1-00", "L1-04", "L1-05"], ["L1-01", "L1-02", "L1-03"]]),
     ],
 )
-def test_second_units_are_handed_out_while_more_wait_than_there_are_workers(num_units: int, ahead: int, expected: list[list[str]]) -> None:
+def test_second_units_are_handed_out_while_there_is_one_for_every_worker(num_units: int, ahead: int, expected: list[list[str]]) -> None:
     runner, waiting = runner_of(2, ahead), Dispatcher(units(num_units))
     runner.dispatch(waiting)
     assert sorted(i for ids in shares(runner) for i in ids) == sorted(i for ids in expected for i in ids)
