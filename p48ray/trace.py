@@ -44,7 +44,14 @@ def span(kind: Kind, num_bytes: int = 0, what: str = "") -> Iterator[None]:
         yield
     finally:
         seconds = round(time.perf_counter() - begun, 6)
-        line = {"kind": kind, "stage": _stage, "start": round(start, 4), "seconds": seconds, "bytes": num_bytes, "thread": threading.get_ident()}
+        line = {
+            "kind": kind,
+            "stage": _stage,
+            "start": round(start, 4),
+            "seconds": seconds,
+            "bytes": num_bytes,
+            "thread": threading.get_ident(),
+        }
         with _lock, (Path(folder) / f"{os.getpid()}.jsonl").open("a") as file:
             file.write(json.dumps(line | {"what": what}) + "\n")
 

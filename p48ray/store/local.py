@@ -15,7 +15,19 @@ from pathlib import Path
 
 from p48ray import trace
 from p48ray.errors import ObjectMissingError, P48Error, ShardCorruptError, TransientStoreError
-from p48ray.store.base import TEMP_PREFIX, Buffers, ByteRange, Hashing, ObjectInfo, Piece, Traffic, Written, check_key, check_prefix, check_range
+from p48ray.store.base import (
+    TEMP_PREFIX,
+    Buffers,
+    ByteRange,
+    Hashing,
+    ObjectInfo,
+    Piece,
+    Traffic,
+    Written,
+    check_key,
+    check_prefix,
+    check_range,
+)
 
 COPY_BYTES = 16 * 2**20
 """Bytes held in memory while a piece is copied through this process."""
