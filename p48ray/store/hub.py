@@ -11,11 +11,11 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 from urllib.parse import quote, unquote
 
 from p48ray.errors import ConfigError, ObjectMissingError, P48Error, TransientStoreError
-from p48ray.store.base import ObjectInfo, Piece, Traffic, check_key, check_prefix, check_range
+from p48ray.store.base import Buffers, ObjectInfo, Piece, Traffic, Written, check_key, check_prefix, check_range
 from p48ray.store.hub_api import MAX_ATTEMPTS, ask, failures, pause, response, translated
 
 STREAM_BYTES = 2**20
@@ -214,12 +214,14 @@ class HubStore:
     def put_if_absent(self, key: str, data: bytes) -> bool:
         """Never: see `_refuse`."""
         self._refuse()
-        return False
+
+    def write_once(self, key: str, buffers: Buffers) -> Written:
+        """Never: see `_refuse`."""
+        self._refuse()
 
     def compose(self, key: str, pieces: Iterable[Piece]) -> int:
         """Never: see `_refuse`."""
         self._refuse()
-        return 0
 
     def delete(self, key: str) -> None:
         """Never: see `_refuse`."""
@@ -229,7 +231,7 @@ class HubStore:
         """Nothing is ever written here."""
         return 0
 
-    def _refuse(self) -> None:
+    def _refuse(self) -> NoReturn:
         """Raises: ConfigError: jobs/publish.py is what writes to the Hub, in commits."""
         raise ConfigError(f"{self.uri}: a repository on the Hub can only be read from; use a local folder or s3://bucket/prefix")
 

@@ -13,16 +13,15 @@ from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from functools import partial
+from io import BytesIO
 from typing import Any
 
 from botocore.exceptions import IncompleteReadError
 
 from p48ray.errors import ConfigError, P48Error, ShardCorruptError, TransientStoreError
-from p48ray.store.base import ByteRange, ObjectInfo, Piece, Traffic, check_key, check_prefix, check_range
+from p48ray.store.base import Buffers, ByteRange, Hashing, ObjectInfo, Piece, Traffic, Written, check_key, check_prefix, check_range
 from p48ray.store.s3_api import Api, ExpectedError, body_of, with_member
 from p48ray.store.s3_multipart import (
-    MAX_PARTS,
-    UPLOAD_PART_BYTES,
     WRITER,
     Composer,
     CopySource,
@@ -30,12 +29,15 @@ from p48ray.store.s3_multipart import (
     checksum_fields,
     is_written_by,
     merged,
+    part_size,
     sha256_base64,
 )
 from p48ray.store.view import SubStore
 
 PUT_MAX_BYTES = 512 * 2**20
 """Larger objects are uploaded in parts: a part that fails is retried alone, and parts travel in parallel."""
+ONCE_PUT_MAX_BYTES = 64 * 2**20
+"""The same for `write_once`, whose caller does not hold the bytes: one request wants all of them in memory."""
 LIST_PAGE = 1000
 READ_ATTEMPTS = 3
 """How often a whole object is read before stored bytes that differ from the stored checksum are believed to be so in the store."""
@@ -149,6 +151,28 @@ class S3Store:
             return False
         return self._write(full, data, is_conditional=True)
 
+    def write_once(self, key: str, buffers: Buffers) -> Written:
+        """See Store.write_once. Where there is an object already the bytes are hashed and nothing is uploaded.
+
+        Up to ONCE_PUT_MAX_BYTES the object is one request, and `head` tells its SHA-256. A larger one travels in parts while it is hashed:
+        S3 then keeps SHA-256 of the parts only, so `head` says None and the digest returned here is the one to be recorded.
+        Cost:   memory for the whole object, or for five parts of 16 MiB (more beyond 160 GB, where parts grow).
+        Raises: TransientStoreError as `put_if_absent` does.
+        """
+        full, hashing = self._full(key), Hashing(buffers)
+        if self._head(full) is not None:
+            for _ in hashing:
+                pass
+            return hashing.written(is_ours=False)
+        if buffers.size_bytes <= ONCE_PUT_MAX_BYTES:
+            held = BytesIO()
+            for chunk in hashing:
+                held.write(chunk)
+            return hashing.written(is_ours=self._write(full, held.getvalue(), is_conditional=True))
+        with Upload(self._api, full, uuid.uuid4().hex) as upload:
+            upload.add_chunks(hashing, part_size(buffers.size_bytes))
+            return hashing.written(is_ours=upload.complete(is_conditional=True))
+
     def compose(self, key: str, pieces: Iterable[Piece]) -> int:
         """See Store.compose. Ranges of stores at the same endpoint are copied by the server (the module s3_multipart says which).
 
@@ -231,7 +255,7 @@ class S3Store:
         """Returns: False if the write is conditional and another writer's object is there."""
         writer = uuid.uuid4().hex
         if len(data) > PUT_MAX_BYTES:
-            view, part_bytes = memoryview(data), max(UPLOAD_PART_BYTES, -(-len(data) // MAX_PARTS))
+            view, part_bytes = memoryview(data), part_size(len(data))
             with Upload(self._api, full, writer) as upload:
                 for start in range(0, len(data), part_bytes):
                     upload.add_bytes(view[start : start + part_bytes])

@@ -16,6 +16,7 @@ from typing import Any
 
 import boto3
 import botocore.session
+import urllib3
 from botocore import exceptions as boto
 from botocore.config import Config
 from botocore.parsers import ResponseParserError
@@ -44,6 +45,7 @@ RETRIABLE_ERRORS = (
     boto.HTTPClientError,  # resets, timeouts and bodies cut while they are read
     boto.IncompleteReadError,
     boto.CredentialRetrievalError,
+    urllib3.exceptions.HTTPError,  # the body of a refusal cut while botocore reads it, which it does not translate
     ResponseParserError,  # an answer cut short is no longer XML
     ConnectionError,
     TimeoutError,

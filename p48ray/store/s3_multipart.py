@@ -16,6 +16,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from io import BytesIO
 from itertools import pairwise
 from typing import Any
 
@@ -54,6 +55,11 @@ class CopySource:
 def sha256_base64(data: bytes) -> str:
     """As S3 wants a checksum in a header."""
     return base64.b64encode(hashlib.sha256(data).digest()).decode()
+
+
+def part_size(size_bytes: int) -> int:
+    """Bytes of each part but the last of an object whose size is known, so that MAX_PARTS hold it; equal, as some servers want them."""
+    return max(UPLOAD_PART_BYTES, -(-size_bytes // MAX_PARTS))
 
 
 def checksum_fields(data: bytes) -> dict[str, Any]:
@@ -104,12 +110,29 @@ class Upload:
 
         def upload(number: int) -> dict[str, Any]:
             body = bytes(data)
+            checksum = checksum_fields(body)
             reply = self._api.call(
-                "upload_part", self._key, UploadId=self._id, PartNumber=number, Body=body, read=with_member("ETag"), **checksum_fields(body)
+                "upload_part", self._key, UploadId=self._id, PartNumber=number, Body=body, read=with_member("ETag"), **checksum
             )
-            return {"PartNumber": number, "ETag": reply["ETag"], "ChecksumSHA256": sha256_base64(body)}
+            return {"PartNumber": number, "ETag": reply["ETag"], "ChecksumSHA256": checksum["ChecksumSHA256"]}
 
         self._submit(upload)
+
+    def add_chunks(self, chunks: Iterable[memoryview], part_bytes: int) -> None:
+        """Uploads bytes that come in chunks, each valid until the next, as parts of `part_bytes` each but the last.
+
+        Cost: memory for PARALLEL_PARTS parts and the one being filled. Raises: what `chunks` raises.
+        """
+        part = BytesIO()
+        for chunk in chunks:
+            rest = chunk
+            while rest:
+                rest = rest[part.write(rest[: part_bytes - part.tell()]) :]
+                if part.tell() == part_bytes:
+                    self.add_bytes(part.getvalue())  # the buffer itself, not a copy of it
+                    part = BytesIO()
+        if part.tell():
+            self.add_bytes(part.getvalue())
 
     def add_copy(self, source: CopySource, start: int, num_bytes: int) -> None:
         """Has the server copy a part from another object; as `add_bytes`. A source that changed since it was looked at is refused."""
@@ -131,6 +154,8 @@ class Upload:
         """Makes the object. Args: is_conditional: only if there is none yet. Returns: False if there was one, from another writer.
 
         A reply that is lost makes the server answer a retry with "no such upload" or "there is one already": the writer's id tells.
+        AWS lets one of several conditional completions pass. SeaweedFS (4.48) and moto look first and write then, so that of two at the
+        same moment both may pass and the later one's object stays: a look afterwards tells most, not all, earlier ones that they lost.
         """
         parts = [part.result() for part in self._parts]
         condition: dict[str, Any] = {"IfNoneMatch": "*"} if is_conditional else {}
@@ -147,7 +172,7 @@ class Upload:
                 where = f"s3://{self._api.bucket}/{self._key}"
                 raise TransientStoreError(f"{where}: its upload went before it was completed ({error}); was it swept?") from error
         self._is_complete = True
-        return True
+        return not is_conditional or is_written_by(self._api, self._key, self._writer) is not False
 
     def _submit(self, make: Callable[[int], dict[str, Any]]) -> None:
         number = len(self._parts) + 1

@@ -16,6 +16,7 @@ from tests.conftest import REPO, TINY
 from tests.hub.conftest import MODEL, tiny_files
 from tests.hub.server import Fault, ReadHub
 from tests.publish.hub_server import TOKEN
+from tests.store.test_store_contract import Pieces
 
 SHARD = "model-00001-of-000003.safetensors"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -124,6 +125,7 @@ def test_nothing_is_written(hub: ReadHub) -> None:
     for write in (
         lambda: store.put("a", b""),
         lambda: store.put_if_absent("a", b""),
+        lambda: store.write_once("a", Pieces([b""])),
         lambda: store.compose("a", []),
         lambda: store.delete("a"),
     ):

@@ -128,7 +128,7 @@ class Watched:
         before: Callable[[str], None] = lambda key: None,
     ) -> None:
         self.root, self.after, self.before, self.is_dark, self.lock = str(root), after, before, False, threading.RLock()
-        for name in ("put", "put_if_absent", "compose", "delete"):
+        for name in ("put", "put_if_absent", "write_once", "compose", "delete"):
             self.wrap(name, getattr(LocalStore, name), patch)
 
     def wrap(self, name: str, real: Callable[..., Any], patch: pytest.MonkeyPatch) -> None:

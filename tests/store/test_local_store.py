@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import pytest
 from p48ray.errors import P48Error, ShardCorruptError, TransientStoreError
 from p48ray.store import ByteRange, LocalStore, MemoryStore, local
 from p48ray.store.view import SubStore
+from tests.store.test_store_contract import DATA, MIB, Pieces
 
 WRITER = """
 import sys
@@ -77,7 +79,8 @@ def test_failed_write_names_the_path_and_leaves_nothing(
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(local.os, "fsync", refuse)
-    for write in (lambda: store.put("folder/a", b"after"), lambda: store.put_if_absent("folder/b", b"after")):
+    once = partial(store.write_once, "folder/b", Pieces([b"after"]))
+    for write in (lambda: store.put("folder/a", b"after"), lambda: store.put_if_absent("folder/b", b"after"), once):
         with pytest.raises(P48Error, match=rf"folder/[ab].*{errno.errorcode[number]}") as caught:
             write()
         assert type(caught.value) is kind
@@ -87,10 +90,33 @@ def test_failed_write_names_the_path_and_leaves_nothing(
     assert temp_files(tmp_path) == []
 
 
+def test_full_disk_in_the_middle_of_write_once_leaves_nothing_and_names_the_path(tmp_path: Path) -> None:
+    """A real file system of 12 MiB, which is full in the second chunk."""
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=12m", "p48ray-tests", str(tmp_path)], capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"needs the right to mount a file system: {mounted.stderr.strip()}")
+    try:
+        store = LocalStore(tmp_path / "root")
+        with pytest.raises(P48Error, match=rf"{tmp_path}/root/folder/a: No space left on device \(ENOSPC\)") as caught:
+            store.write_once("folder/a", Pieces([DATA[: 15 * MIB]]))
+        assert type(caught.value) is P48Error
+        assert (temp_files(tmp_path), list(store.list())) == ([], [])
+        assert store.write_once("folder/a", Pieces([DATA[: 9 * MIB]])).is_ours
+        assert store.get("folder/a") == DATA[: 9 * MIB]
+    finally:
+        subprocess.run(["umount", "--lazy", str(tmp_path)], check=True)
+
+
 def test_object_that_would_need_another_object_as_folder_is_refused(tmp_path: Path) -> None:
     store = LocalStore(tmp_path)
     store.put("a", b"1")
-    for write in (lambda: store.put("a/b", b"2"), lambda: store.put_if_absent("a/b", b"2"), lambda: store.put_if_absent("a/b/c", b"2")):
+    once = partial(store.write_once, "a/b", Pieces([b"2"]))
+    for write in (
+        lambda: store.put("a/b", b"2"),
+        lambda: store.put_if_absent("a/b", b"2"),
+        lambda: store.put_if_absent("a/b/c", b"2"),
+        once,
+    ):
         with pytest.raises(P48Error, match="a/b"):
             write()
     store.put("c/d", b"3")

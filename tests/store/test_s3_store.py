@@ -8,6 +8,7 @@ import threading
 import time
 import tracemalloc
 import uuid
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from p48ray.store import ByteRange, MemoryStore, S3Store, open_store, s3, s3_api
 from p48ray.store.view import SubStore
 from tests.store.fault_proxy import COPY_MARK, Fault, Rule, fault_proxy
 from tests.store.servers import BUCKET, READER_ACCESS_KEY, READER_SECRET_KEY, SeaweedFS, Server, free_ports, plain_client
+from tests.store.test_store_contract import Pieces, claim
 
 MIB = 2**20
 DATA = random.Random(0).randbytes(24 * MIB)
@@ -90,6 +92,7 @@ def every_operation(store: S3Store) -> list[tuple[str, object]]:
         ("get", lambda: store.get("a")), ("get_range", lambda: store.get_range("a", 0, 1)), ("list", lambda: store.list()),
         ("put", lambda: store.put("b", b"1")), ("put_if_absent", lambda: store.put_if_absent("c", b"1")),
         ("compose", lambda: store.compose("d", [b"1"])), ("compose_parts", lambda: store.compose("e", [bytes(20 * MIB)])),
+        ("write_once", lambda: store.write_once("g", Pieces([b"1"]))),
         ("delete", lambda: store.delete("a")), ("sweep", lambda: store.sweep(0)), ("copy", lambda: store.compose("f", [piece])),
     ]  # fmt: skip
 
@@ -117,7 +120,8 @@ def test_reader_may_read_and_is_told_that_it_may_not_write(seaweedfs: Server, mo
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", READER_SECRET_KEY)
     reader = S3Store(writer.uri, writer.endpoint_url)
     assert (reader.get("a"), [info.key for info in reader.list()]) == (b"1", ["a"])
-    for operation in (lambda: reader.put("b", b""), lambda: reader.put_if_absent("b", b""), lambda: reader.delete("a")):
+    once = partial(reader.write_once, "b", Pieces([b"1"]))
+    for operation in (lambda: reader.put("b", b""), lambda: reader.put_if_absent("b", b""), lambda: reader.delete("a"), once):
         with pytest.raises(ConfigError, match=r"AccessDenied.*write"):
             operation()
 
@@ -246,6 +250,80 @@ def test_lost_reply_of_put_if_absent_is_true_for_its_author_only(
         assert author.put_if_absent("m", data) is False  # identical bytes, another writer
     assert direct.get("m") == data
     assert unfinished(direct) == []
+
+
+@pytest.mark.parametrize("fault", [Fault.LOST_REPLY, Fault.GARBLED_REPLY])
+@pytest.mark.parametrize("is_large", [False, True])
+def test_lost_reply_of_write_once_is_ours_for_its_author_only(
+    seaweedfs: Server, monkeypatch: pytest.MonkeyPatch, fault: Fault, is_large: bool
+) -> None:
+    """Of PutObject, and of the completion of an upload."""
+    monkeypatch.setattr(s3, "ONCE_PUT_MAX_BYTES", 6 * MIB)
+    data, method = (DATA[: 17 * MIB], "POST") if is_large else (b"the same bytes", "PUT")
+    path = r"/m\?uploadId=" if is_large else "/m"
+    direct = new_store(seaweedfs)
+    with fault_proxy(seaweedfs.endpoint_url, Rule(fault, method, path)) as proxy:
+        author = S3Store(direct.uri, proxy.endpoint_url)
+        assert author.write_once("m", Pieces([data])) == claim(data)
+        assert [request.fault for request in proxy.seen(method, path)] == [fault, None]
+        monkeypatch.setattr(S3Store, "_head", lambda *_: None)  # another author, who looked before the first was done
+        proxy.rules[:] = [Rule(fault, method, path)]
+        assert author.write_once("m", Pieces([data])) == claim(data, is_ours=False)
+    assert direct.get("m") == data
+    assert unfinished(direct) == []
+
+
+def test_write_once_without_any_answer_to_its_completion_is_transient(seaweedfs: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(s3, "ONCE_PUT_MAX_BYTES", 6 * MIB)
+    monkeypatch.setattr(s3_api, "MAX_ATTEMPTS", 3)
+    direct = new_store(seaweedfs)
+    with (
+        fault_proxy(seaweedfs.endpoint_url, Rule(Fault.LOST_REPLY, "POST", "uploadId", times=99)) as proxy,
+        pytest.raises(TransientStoreError, match="complete_multipart_upload"),
+    ):
+        S3Store(direct.uri, proxy.endpoint_url).write_once("m", Pieces([DATA[: 17 * MIB]]))
+    assert direct.get("m") == DATA[: 17 * MIB]
+    assert unfinished(direct) == []
+
+
+@pytest.mark.parametrize("at", ["partNumber=2", "uploads"])
+def test_write_once_whose_part_is_refused_leaves_nothing(server: Server, monkeypatch: pytest.MonkeyPatch, at: str) -> None:
+    monkeypatch.setattr(s3, "ONCE_PUT_MAX_BYTES", 6 * MIB)
+    monkeypatch.setattr(s3_api, "MAX_ATTEMPTS", 2)
+    direct = new_store(server)
+    with fault_proxy(server.endpoint_url, Rule(Fault.BUSY, "PUT|POST", at, times=99)) as proxy:
+        with pytest.raises(TransientStoreError, match="SlowDown"):
+            S3Store(direct.uri, proxy.endpoint_url).write_once("m", Pieces([DATA, DATA]))
+        assert not proxy.seen("POST", r"/m\?uploadId")
+    assert list(direct.list()) == []
+    assert unfinished(direct) == []
+
+
+def test_parts_of_write_once_are_equal_and_grow_so_that_enough_fit(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(s3, "ONCE_PUT_MAX_BYTES", 6 * MIB)
+    monkeypatch.setattr(s3_multipart, "MAX_PARTS", 3)
+    assert s3_multipart.part_size(48 * MIB) == 16 * MIB
+    with fault_proxy(server.endpoint_url) as proxy:
+        store = S3Store(new_store(server).uri, proxy.endpoint_url)
+        assert store.write_once("a", Pieces([DATA, DATA, DATA[:MIB]])) == claim(DATA + DATA + DATA[:MIB])
+        sizes = sorted((request.num_body_bytes for request in proxy.seen("PUT", "partNumber")), reverse=True)
+    assert sizes == [-(-49 * MIB // 3)] * 2 + [49 * MIB - 2 * -(-49 * MIB // 3)]
+    assert S3Store(store.uri, server.endpoint_url).get("a") == DATA + DATA + DATA[:MIB]
+
+
+def test_memory_of_write_once_does_not_grow_with_the_object(seaweedfs: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(s3, "ONCE_PUT_MAX_BYTES", 6 * MIB)
+    monkeypatch.setattr(s3_multipart, "UPLOAD_PART_BYTES", 5 * MIB)
+    store, buffers = new_store(seaweedfs), Pieces([DATA[: 2 * MIB]] * 60)
+    store.put("warm", b"1")
+    tracemalloc.start()
+    try:
+        assert store.write_once("out", buffers).size_bytes == 120 * MIB
+        peak_bytes = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak_bytes < 45 * MIB
+    assert store.get_range("out", 118 * MIB, 2 * MIB) == DATA[: 2 * MIB]
 
 
 def test_large_put_if_absent_loses_to_a_writer_who_came_between(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,19 +2,29 @@
 
 import hashlib
 import pickle
+import random
 import threading
 import uuid
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from p48ray.errors import ObjectMissingError, P48Error, ShardCorruptError
-from p48ray.store import ByteRange, LocalStore, MemoryStore, ObjectInfo, S3Store, Store, open_store
+from p48ray.store import ByteRange, LocalStore, MemoryStore, ObjectInfo, S3Store, Store, open_store, s3, s3_multipart
+from p48ray.store.base import CHUNK_BYTES, Written
 from p48ray.store.view import SubStore
 from tests.store.servers import BUCKET
 
 BAD_KEYS = ["", "/a", "a//b", "a/", "..", "a/../b", "../a", ".", "./a", "a/.", "a\\b", "a\0b", "a/.p48tmp-1-2"]
 
+MIB = 2**20
+PART_BYTES = 5 * MIB
+ONE_REQUEST_BYTES = 6 * MIB
+"""What S3Store sends in parts and in one request in the tests of write_once here: S3's smallest part, and a little more than it."""
+DATA = random.Random(2).randbytes(21 * MIB)
 
 KINDS = ["local", "memory", "view", "seaweedfs", "moto"]
 
@@ -135,6 +145,7 @@ def test_bad_keys_are_refused_by_every_operation(store: Store, key: str) -> None
         lambda: store.head(key),
         lambda: store.put(key, b""),
         lambda: store.put_if_absent(key, b""),
+        lambda: store.write_once(key, Pieces([b""])),
         lambda: store.compose(key, []),
         lambda: store.delete(key),
     ]
@@ -178,6 +189,137 @@ def test_of_twenty_racing_writers_exactly_one_wins_and_its_bytes_stay(store: Sto
     assert len(winners) == 1
     assert store.get("units/u/manifest.json") == f"attempt {winners[0]}".encode() * 1000
     assert keys(store) == ["units/u/manifest.json"]
+
+
+class Pieces:
+    """Buffers of given pieces. Each is handed out in the same memory, as a caller that fills one buffer again and again would."""
+
+    def __init__(self, pieces: Iterable[Any], announced: int | None = None, then: Callable[[], None] = lambda: None) -> None:
+        self.pieces = [memoryview(piece) for piece in pieces]
+        self.size_bytes = sum(piece.nbytes for piece in self.pieces) if announced is None else announced
+        self.then, self.num_passes = then, 0
+
+    def __iter__(self) -> Iterator[memoryview]:
+        self.num_passes += 1
+        held = bytearray(max((piece.nbytes for piece in self.pieces), default=0))
+        for piece in self.pieces:
+            with memoryview(held)[: piece.nbytes] as view:
+                view[:] = piece.cast("B") if piece.nbytes else b""
+                yield view.cast(piece.format) if piece.nbytes else view
+            held[:] = bytes(len(held))
+        self.then()
+
+
+@pytest.fixture
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(s3, "ONCE_PUT_MAX_BYTES", ONE_REQUEST_BYTES)
+    monkeypatch.setattr(s3_multipart, "UPLOAD_PART_BYTES", PART_BYTES)
+
+
+def assert_nothing_is_left(store: Store) -> None:
+    """No object and nothing unfinished (but the other objects of a view's test stay)."""
+    assert keys(store) == []
+    assert store.sweep(-3600.0) == 0
+
+
+def claim(data: bytes, is_ours: bool = True) -> Written:
+    return Written(len(data), hashlib.sha256(data).hexdigest(), is_ours)
+
+
+THRESHOLDS = [0, 1, PART_BYTES, ONE_REQUEST_BYTES, CHUNK_BYTES, 2 * PART_BYTES, 2 * CHUNK_BYTES, 3 * PART_BYTES]
+
+
+@pytest.mark.usefixtures("small_parts")
+def test_write_once_of_any_size_gives_the_joined_bytes_and_their_digest(store: Store) -> None:
+    sizes = sorted({max(0, size + more) for size in THRESHOLDS for more in (-1, 0, 1)})
+    for size in sizes:
+        data, first = DATA[:size], size // 3
+        buffers = Pieces([data[:first], b"", data[first:]])
+        assert store.write_once(f"folder/{size}", buffers) == claim(data), size
+        assert store.get(f"folder/{size}") == data, size
+        assert buffers.num_passes == 1
+        held = store.head(f"folder/{size}")
+        assert held is not None
+        has_digest = isinstance(store, S3Store) and size <= ONE_REQUEST_BYTES
+        assert held.sha256 == (claim(data).sha256 if has_digest else None), size
+
+
+@pytest.mark.usefixtures("small_parts")
+def test_write_once_of_many_tiny_buffers_of_nothing_and_of_numbers(store: Store) -> None:
+    tiny = [DATA[start : start + 1000] for start in range(0, 7 * MIB, 1000)]
+    assert store.write_once("tiny", Pieces(tiny)) == claim(b"".join(tiny))
+    assert store.get("tiny") == b"".join(tiny)
+    assert store.write_once("nothing", Pieces([])) == claim(b"")
+    assert store.get("nothing") == b""
+    numbers = torch.arange(3 * MIB, dtype=torch.int16).numpy()
+    values = torch.linspace(0, 1, MIB).numpy()
+    expected = numbers.tobytes() + values.tobytes() + b"end"
+    assert store.write_once("numbers", Pieces([numbers.data, values.data, b"end"])) == claim(expected)
+    assert store.get("numbers") == expected
+
+
+@pytest.mark.usefixtures("small_parts")
+@pytest.mark.parametrize("size", [1000, 17 * MIB])
+def test_second_write_once_keeps_the_first_and_tells_the_callers_own_digest(store: Store, size: int) -> None:
+    first, second = DATA[:size], DATA[1 : size + 5]
+    assert store.write_once("a", Pieces([first])) == claim(first)
+    before = store.traffic.bytes_written
+    assert store.write_once("a", Pieces([second])) == claim(second, is_ours=False)
+    assert store.write_once("a", Pieces([first])) == claim(first, is_ours=False)
+    assert store.get("a") == first
+    assert store.traffic.bytes_written == before
+    assert store.put_if_absent("a", b"third") is False
+    store.delete("a")
+    assert store.write_once("a", Pieces([second])) == claim(second)
+
+
+@pytest.mark.usefixtures("small_parts")
+@pytest.mark.parametrize(
+    ("size", "announced"), [(10, 9), (10, 11), (0, 1), (17 * MIB, 17 * MIB - 1), (17 * MIB, 18 * MIB), (10, 17 * MIB), (17 * MIB, 10)]
+)
+def test_write_once_of_more_or_less_than_announced_leaves_nothing(store: Store, size: int, announced: int) -> None:
+    with pytest.raises(ShardCorruptError, match=f"expected {announced} bytes to write, found {size}"):
+        store.write_once("folder/a", Pieces([DATA[:size]], announced))
+    assert_nothing_is_left(store)
+
+
+@pytest.mark.usefixtures("small_parts")
+@pytest.mark.parametrize("size", [10, 17 * MIB])
+def test_write_once_of_buffers_that_raise_leaves_nothing_and_the_error_comes_through(store: Store, size: int) -> None:
+    def fail() -> None:
+        raise ZeroDivisionError("in the middle of the bytes")
+
+    with pytest.raises(ZeroDivisionError, match="in the middle"):
+        store.write_once("folder/a", Pieces([DATA[:size]], size + 1, then=fail))
+    assert_nothing_is_left(store)
+    assert store.write_once("folder/a", Pieces([DATA[:size]])) == claim(DATA[:size])
+
+
+@pytest.mark.usefixtures("small_parts")
+@pytest.mark.parametrize("size", [5000, 7 * MIB])
+def test_of_twenty_racing_write_once_one_wins_and_its_bytes_stay(store: Store, size: int) -> None:
+    """Exactly one, where completing an upload is atomic: the servers here look first and write then, so that two may believe they won (Upload.complete)."""
+    barrier = threading.Barrier(20)
+    found: dict[int, Written] = {}
+
+    def race(number: int) -> None:
+        barrier.wait()
+        found[number] = store.write_once("units/u/part.arrow", Pieces([bytes([number]), DATA[:size]]))
+
+    threads = [threading.Thread(target=race, args=(number,)) for number in range(20)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    winners = {number for number, written in found.items() if written.is_ours}
+    held = store.get("units/u/part.arrow")
+    assert len(found) == 20
+    assert len(winners) == 1 or (len(winners) < 5 and isinstance(store, S3Store) and size > ONE_REQUEST_BYTES)
+    assert held[0] in winners
+    assert held[1:] == DATA[:size]
+    assert all(written == claim(bytes([number]) + DATA[:size], number in winners) for number, written in found.items())
+    assert keys(store) == ["units/u/part.arrow"]
+    assert store.sweep(-3600.0) == 0
 
 
 def test_readers_see_one_version_or_the_other_while_an_object_is_replaced(store: Store) -> None:
