@@ -19,6 +19,7 @@ from p48ray.model.decoder import Decoder
 from p48ray.model.experts import ExpertWeights
 from p48ray.plan import RunPlan
 from p48ray.stages import arrow
+from p48ray.stages.compiling import Compiling
 from p48ray.stages.turn import Turn
 from p48ray.store.base import ByteRange, Store
 from p48ray.store.local import LocalStore
@@ -29,7 +30,8 @@ from p48ray.store.node_cache import NodeCache, fetch
 class StageContext:
     """Read-only handles, opened once per process and passed to each stage function.
 
-    `cache`: what this node's workers read in common, if it comes from afar. `turn`: whose it is to compute, where units share a process.
+    `cache`: what this node's workers read in common, if it comes from afar. `turn`: whose it is to compute, where units share a process. `compiling`: a GPU's
+    kernels, on their way.
     """
 
     plan: RunPlan
@@ -39,6 +41,7 @@ class StageContext:
     device: torch.device
     cache: NodeCache | None = None
     turn: Turn = field(default_factory=Turn)
+    compiling: Compiling | None = None
 
     @property
     def compute_dtype(self) -> torch.dtype:
