@@ -11,6 +11,7 @@ from p48ray.report import charts
 from p48ray.report.charts import Scale, esc
 from p48ray.report.fold import Facts, binned, quantiles
 from p48ray.report.inspect import pattern_names
+from p48ray.report.report import FEW_TOKENS_SHARE
 from p48ray.report.sample import LinearSample, total
 
 LISTED = 10
@@ -97,9 +98,9 @@ def routing_section(facts: Facts) -> str:
     axis = Scale(least * 0.9, 1.1 * max([*tokens, few]), "log")
     rows = charts.spread_rows(spread, axis, "tokens an expert, by layer", (axis.place(few) or 0.0, f"under-calibrated below {few:,}"))
     intro = (
-        f"Calibration tokens that reached each expert. Below {few:,} (6 for each input of gate and up) an expert counts as under-calibrated and is drawn in "
-        f"orange: <strong>{r.experts_with_few_tokens:,} of {len(tokens):,} experts have few, {r.experts_without_tokens:,} have none</strong>. What such an "
-        "expert lacks, it borrows from its layer (shrinkage, below)."
+        f"Calibration tokens that reached each expert. Below {few:,} ({FEW_TOKENS_SHARE:.0%} of what an expert has on average in this plan) it counts as "
+        f"under-calibrated and is drawn in orange: <strong>{r.experts_with_few_tokens:,} of {len(tokens):,} experts have few, "
+        f"{r.experts_without_tokens:,} have none</strong>. What such an expert lacks, it borrows from its layer (shrinkage, below)."
     )
     return section(
         "routing",

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from p48ray import run_root
 from p48ray.checkpoint.layout import EXPERT_NAME, PROJECTIONS
 from p48ray.manifest import ActivationPart, GradientPart, LinearRecord, UnitManifest
-from p48ray.report.report import FEW_TOKENS_PER_INPUT, Report
+from p48ray.report.report import Report, few_tokens
 from p48ray.report.sample import LinearSample, sample_checkpoint
 from p48ray.report.work import Work, measure, seconds_of
 from p48ray.stages.context import StageContext
@@ -51,8 +51,8 @@ class Facts:
 
     @property
     def few_tokens(self) -> int:
-        """Fewer than this and an expert counts as under-calibrated (report.FEW_TOKENS_PER_INPUT a hidden input)."""
-        return round(FEW_TOKENS_PER_INPUT * self.context.plan.source.hidden_size)
+        """Fewer than this and an expert counts as under-calibrated (report.few_tokens)."""
+        return few_tokens(self.context.plan)
 
     def errors(self, projection: str) -> list[list[float | None]]:
         return [[None if r is None else r.relative_output_error for r in row] for row in self.records[projection]]

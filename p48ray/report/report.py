@@ -1,5 +1,6 @@
 """The report: what was made and how good it is, from manifests and evaluation sums alone."""
 
+import math
 from collections import Counter
 from typing import Literal
 
@@ -11,13 +12,14 @@ from p48ray.checkpoint.layout import PROJECTIONS
 from p48ray.checkpoint.sparse_storage import Storage
 from p48ray.manifest import LinearRecord, UnitManifest
 from p48ray.output_layout import OutputShard, unit_bytes
+from p48ray.plan import RunPlan
 from p48ray.records import Record
 from p48ray.report.work import Extrapolation, extrapolate, pilot_words, read_work
 from p48ray.stages.benchmarks import BenchmarkTable
 from p48ray.stages.context import StageContext
 from p48ray.stages.evaluate import EvaluationResult
 
-FEW_TOKENS_PER_INPUT = 6.0  # the few-token regime of DESIGN 7
+FEW_TOKENS_SHARE = 0.25  # of the average expert's: below it, an expert has few
 
 
 class ProjectionErrors(Record):
@@ -38,7 +40,7 @@ class LadderMean(Record):
 
 
 class Report(Record):
-    """report/report.json."""
+    """report/report.json. few_tokens: an expert with fewer calibration tokens counts among experts_with_few_tokens, or among those without."""
 
     schema_version: Literal[1] = 1
     name: str
@@ -53,6 +55,7 @@ class Report(Record):
     outcomes: dict[str, int]
     experts_without_tokens: int
     experts_with_few_tokens: int
+    few_tokens: int = 0
     calibration_tokens: int
     relative_output_error: dict[str, ProjectionErrors]
     ladder: tuple[LadderMean, ...] = ()
@@ -83,7 +86,7 @@ def build_report(
     plan = context.plan
     records = [r for u in units for r in u.linears]
     gates = [r for r in records if r.name.endswith("gate_proj")]
-    few = FEW_TOKENS_PER_INPUT * plan.source.hidden_size
+    few = few_tokens(plan)
     phases: Counter[str] = Counter()
     for unit in units:
         phases.update(unit.seconds)
@@ -100,6 +103,7 @@ def build_report(
         outcomes=dict(Counter(str(r.outcome) for r in records)),
         experts_without_tokens=sum(r.tokens == 0 for r in gates),
         experts_with_few_tokens=sum(0 < r.tokens < few for r in gates),
+        few_tokens=few,
         calibration_tokens=plan.config.calibration.num_sequences * plan.config.calibration.sequence_length,
         relative_output_error={p: projection_errors(records, p) for p in PROJECTIONS},
         ladder=mean_ladder(units),
@@ -116,6 +120,12 @@ def build_report(
         devices=dict(Counter(u.device for u in units)),
         versions=units[0].versions,
     )
+
+
+def few_tokens(plan: RunPlan) -> int:
+    """An expert with fewer calibration tokens than this is under-calibrated: FEW_TOKENS_SHARE of what an expert has on average in this plan."""
+    c, source = plan.config.calibration, plan.source
+    return math.ceil(FEW_TOKENS_SHARE * c.num_sequences * c.sequence_length * source.top_k / source.num_experts)
 
 
 def mean_ladder(units: list[UnitManifest]) -> tuple[LadderMean, ...]:
@@ -172,7 +182,10 @@ def print_report(report: Report, console: Console) -> None:
     console.print(table)
     outcomes = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in sorted(report.outcomes.items()))
     console.print(f"{report.num_linears} linears: {outcomes}")
-    console.print(f"experts without calibration tokens: {report.experts_without_tokens}, with few: {report.experts_with_few_tokens}")
+    console.print(
+        f"experts without calibration tokens: {report.experts_without_tokens}, with few (under {report.few_tokens:,}, "
+        f"{FEW_TOKENS_SHARE:.0%} of the average): {report.experts_with_few_tokens}"
+    )
     console.print(
         f"activations clipped: {report.clipped_input_share:.2e} of inputs, {report.clipped_intermediate_share:.2e} of intermediates"
     )

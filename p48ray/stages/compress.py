@@ -95,6 +95,8 @@ def compress_unit(context: StageContext, unit: WorkUnit) -> UnitManifest:
     """
     clock, begun_at = Clock(context.device), time.perf_counter()
     fetched = fetch_unit(context, unit)
+    if context.compiling is not None:
+        context.compiling.wait()  # counted with "fetch"; a second process would only compile the same once more
     fetched_at = time.perf_counter()
     with context.turn.taken() as free_since:
         clock.seconds["fetch"] = round(idle_seconds(begun_at, fetched_at, free_since), 4)

@@ -21,6 +21,7 @@ from p48ray.model.experts import ExpertWeights
 from p48ray.plan import RunPlan
 from p48ray.run_root import BlobKind
 from p48ray.stages import arrow
+from p48ray.stages.compiling import Compiling
 from p48ray.stages.staging import to_device
 from p48ray.stages.turn import Turn
 from p48ray.store.base import CHUNK_BYTES, ByteRange, Store, Written
@@ -35,7 +36,7 @@ class StageContext:
     """Read-only handles, opened once per process and passed to each stage function.
 
     `cache`: what this node's workers read in common, if it comes from afar. `files`: which files of the node were hashed already.
-    `turn`: whose it is to compute, where units share a process.
+    `turn`: whose it is to compute, where units share a process. `compiling`: a GPU's kernels, on their way.
     """
 
     plan: RunPlan
@@ -46,6 +47,7 @@ class StageContext:
     cache: NodeCache | None = None
     files: CheckedFiles = field(default_factory=CheckedFiles)
     turn: Turn = field(default_factory=Turn)
+    compiling: Compiling | None = None
 
     @property
     def compute_dtype(self) -> torch.dtype:

@@ -21,6 +21,7 @@ from p48ray.manifest import Failure, ShardVerdict, UnitManifest
 from p48ray.output_layout import OutputShard, shard_rows
 from p48ray.plan import RunPlan, SequencePart, WorkUnit
 from p48ray.stages.capture import capture_parts
+from p48ray.stages.compiling import start_compiling
 from p48ray.stages.compress import compress_unit
 from p48ray.stages.context import StageContext
 from p48ray.stages.evaluate import compressed_expert, evaluate_part
@@ -142,11 +143,14 @@ class Workplace:
     def context(self) -> StageContext:
         with self.opening:
             if self.opened is None:
-                self.opened = open_context(self.plan, self.store, self.node)
+                opened = open_context(self.plan, self.store, self.node)
+                self.opened = replace(opened, compiling=start_compiling(self.plan, opened.layout, opened.device))
             return self.opened
 
     def close(self) -> None:
-        """Let go of the node's cache."""
+        """Let go of the node's cache, and end what compiles kernels."""
+        if self.opened is not None and self.opened.compiling is not None:
+            self.opened.compiling.close()
         if self.opened is not None and self.opened.cache is not None:
             self.opened.cache.close()
 

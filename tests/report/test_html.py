@@ -24,7 +24,7 @@ from p48ray.report.charts import Scale, time_ticks
 from p48ray.report.fold import Span, busy, merged, shared_seconds
 from p48ray.report.html import idle_words, report_html
 from p48ray.report.inspect import inspect_linear
-from p48ray.report.report import build_report
+from p48ray.report.report import build_report, few_tokens
 from p48ray.report.sample import mask_overlap, sample_checkpoint
 from p48ray.report.work import Extrapolation
 from p48ray.runner.converter import convert_folder
@@ -243,9 +243,9 @@ def test_every_expert_is_in_the_heat_map_at_its_place_and_in_its_colour(finished
         assert {0, 254} <= {v for row in expected for v in row}
 
 
-def test_numbers_that_the_script_reads_out_are_the_manifests(units: list[UnitManifest], page: Page) -> None:
+def test_numbers_that_the_script_reads_out_are_the_manifests(finished: SmallRun, units: list[UnitManifest], page: Page) -> None:
     data = page.data
-    assert (data["layers"], data["experts"], data["few"]) == ([1, 2, 3, 4], 16, 6 * 256)
+    assert (data["layers"], data["experts"], data["few"]) == ([1, 2, 3, 4], 16, few_tokens(finished.prepared.plan))
     for record in (r for u in units for r in u.linears):
         layer, expert = map(int, re.findall(r"\.(\d+)\.", record.name))
         projection = record.name.rpartition(".")[2]
@@ -257,8 +257,9 @@ def test_under_calibrated_experts_are_on_the_orange_side_and_empty_ones_apart(fi
     def at(layer: int, expert: int) -> Callable[[LinearRecord], bool]:
         return lambda r: f"layers.{layer}.mlp.experts.{expert}." in r.name
 
-    loaded = changed(units, lambda r: True, tokens=6 * 256)
-    for layer, expert, tokens in ((2, 5, 0), (3, 7, 6 * 256 - 1), (3, 8, 400), (4, 9, 4000)):
+    few = few_tokens(finished.prepared.plan)
+    loaded = changed(units, lambda r: True, tokens=few)
+    for layer, expert, tokens in ((2, 5, 0), (3, 7, few - 1), (3, 8, few // 4), (4, 9, 3 * few)):
         loaded = changed(loaded, at(layer, expert), tokens=tokens)
     report = build_report(finished.context, loaded, finished.prepared.shards, None, {})
     found = Page(report_html(finished.context, report, loaded))

@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 from collections import Counter
 
 import pytest
@@ -10,7 +11,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from p48ray.manifest import LinearRecord, UnitManifest
-from p48ray.report.report import Report, build_report, print_report
+from p48ray.report.report import Report, build_report, few_tokens, print_report
 from p48ray.report.work import Extrapolation
 from tests.stages.small_run import SmallRun
 
@@ -80,12 +81,25 @@ def test_clipping_is_the_mean_over_units(finished: SmallRun) -> None:
 
 
 def test_experts_are_counted_by_their_tokens(finished: SmallRun) -> None:
-    """None; few, under 6 per input of gate; all others."""
+    """None; few, under a quarter of the average; all others."""
+    few = few_tokens(finished.prepared.plan)
     units = units_of(finished)
-    changed = [with_records(units[0], tokens=0), with_records(units[1], tokens=1), with_records(units[2], tokens=6 * 256 - 1)]
-    changed += [with_records(unit, tokens=6 * 256) for unit in units[3:]]
+    changed = [with_records(units[0], tokens=0), with_records(units[1], tokens=1), with_records(units[2], tokens=few - 1)]
+    changed += [with_records(unit, tokens=few) for unit in units[3:]]
     found = rebuilt(finished, changed)
-    assert (found.experts_without_tokens, found.experts_with_few_tokens) == (8, 16)
+    assert (found.experts_without_tokens, found.experts_with_few_tokens, found.few_tokens) == (8, 16, few)
+
+
+def test_few_tokens_are_a_quarter_of_the_plan_s_average(finished: SmallRun) -> None:
+    """Of the shipped configuration for Kimi-K2.5: 512 x 4096 tokens, 8 of 384 experts each, are 43,690 on average."""
+    plan = finished.prepared.plan
+    tokens = plan.config.calibration.model_copy(update={"num_sequences": 512, "sequence_length": 4096})
+    source = plan.source.model_copy(update={"top_k": 8, "num_experts": 384})
+    kimi = plan.model_copy(update={"source": source, "config": plan.config.model_copy(update={"calibration": tokens})})
+    assert few_tokens(kimi) == 10_923
+    c = plan.config.calibration
+    average = c.num_sequences * c.sequence_length * plan.source.top_k / plan.source.num_experts
+    assert few_tokens(plan) == math.ceil(average / 4)
 
 
 def test_experts_that_fell_back_are_counted(finished: SmallRun) -> None:
