@@ -268,7 +268,14 @@ class Stubs:
     def facts(self, layer: int, part: int) -> dict[str, Any]:
         c = self.plan.config.calibration
         sizes = {"num_tokens": c.sequences_per_part * c.sequence_length, "size_bytes": self.costs.part_bytes, "sha256": "0" * 64}
-        return {"plan_digest": self.plan.digest, "layer": layer, "part": part, "seconds": 1.0, "write_seconds": 0.0, "finished_at": 0.0} | sizes
+        return {
+            "plan_digest": self.plan.digest,
+            "layer": layer,
+            "part": part,
+            "seconds": 1.0,
+            "write_seconds": 0.0,
+            "finished_at": 0.0,
+        } | sizes
 
 
 class CountingStore(MemoryStore):

@@ -6,8 +6,9 @@ What becomes of a task that fails:
     a foreign exception     tried again as often, in a fresh process: the old one (its GPU context, its memory) may be unsound
     its worker died         the same
     its node died           (or is out of reach) tried again; preemption is nobody's fault and counts apart, up to MAX_PREEMPTIONS
-A worker that computes a unit gets the next one (run.prefetch_units) while there is one for every worker, to read for it meanwhile. When it dies with several in hand, nobody
-knows whose fault it was, and the attempt counts for none; whatever failed or was lost once has a worker for itself from then on.
+A worker that computes a unit gets the next one (run.prefetch_units) while there is one for every worker, to read for it meanwhile.
+When it dies with several in hand, nobody knows whose fault it was, and the attempt counts for none; whatever failed or was lost
+once has a worker for itself from then on.
 Every failed attempt leaves its traceback under failures/, and the rest of the stage goes on.
 """
 
