@@ -26,10 +26,11 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from bench.wide_checkpoint import random_tensor, skeleton_sizes, write_shard
 from p48ray.checkpoint import skeleton
 from p48ray.checkpoint.families import describe_model
-from p48ray.checkpoint.header import encode_header
 from p48ray.checkpoint.index import open_checkpoint
+from p48ray.checkpoint.skeleton import Spec
 from p48ray.checkpoint.tensors import tensor_bytes
 from p48ray.model.decoder import Decoder, attend, mix
 from p48ray.model.expert_loader import layer_experts
@@ -55,41 +56,23 @@ class Measured:
 def write_layer(folder: Path, num_experts: int) -> None:
     """A checkpoint of one layer, a mixture, in Kimi-K2.5's shapes. The same random words serve every expert: what they say does not matter here."""
     generator = torch.Generator().manual_seed(0)
-    config = skeleton.kimi_k25_config()
-    text = {"num_hidden_layers": 1, "first_k_dense_replace": 0, "n_routed_experts": num_experts, "vocab_size": VOCAB}
-    text |= dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), 0)
-    config["text_config"] |= text
-    (folder / "config.json").write_text(json.dumps(config))
-    prefix = "language_model.model."
-    ends = [(f"{prefix}embed_tokens.weight", "BF16", (VOCAB, skeleton.HIDDEN)), (f"{prefix}norm.weight", "BF16", (skeleton.HIDDEN,))]
-    specs = [
-        *ends,
-        ("language_model.lm_head.weight", "BF16", (VOCAB, skeleton.HIDDEN)),
-        *(s for s in skeleton.layer_specs(1) if ".experts." not in s[0] or int(s[0].split(".experts.")[1].split(".")[0]) < num_experts),
-    ]
-    specs = [(n.replace("layers.1.", "layers.0."), d, (num_experts, *s[1:]) if ".mlp.gate." in n else s) for n, d, s in specs]
-    specs.sort(key=lambda spec: {"F32": 0, "I32": 1, "BF16": 2}[spec[1]])
     made: dict[tuple[str, str, tuple[int, ...]], bytes] = {}
-    with (folder / "model.safetensors").open("wb") as file:
-        file.write(encode_header(specs))
-        for name, dtype, shape in specs:
-            key = (".".join(name.split(".")[-2:]), dtype, shape)
-            if key not in made or ".experts." not in name:
-                made[key] = tensor_bytes(random_tensor(name, dtype, shape, generator))
-            file.write(made[key])
 
+    def make(spec: Spec) -> bytes:
+        name, dtype, shape = spec
+        key = (".".join(name.split(".")[-2:]), dtype, shape)
+        if key not in made or ".experts." not in name:
+            made[key] = tensor_bytes(random_tensor(spec, generator))
+        return made[key]
 
-def random_tensor(name: str, dtype: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    if name.endswith("weight_shape"):
-        out = (skeleton.HIDDEN, skeleton.MOE_INTERMEDIATE) if ".down_proj." in name else (skeleton.MOE_INTERMEDIATE, skeleton.HIDDEN)
-        return torch.tensor(out, dtype=torch.int32)
-    if dtype == "I32":
-        return torch.randint(-(2**31), 2**31, shape, generator=generator).to(torch.int32)
-    if dtype == "F32":
-        return torch.zeros(shape)
-    scale = 0.004 if name.endswith("_scale") else 0.02
-    values = torch.randn(shape, generator=generator) * scale
-    return (1 + values if "norm" in name else values).to(torch.bfloat16)
+    with skeleton_sizes(NUM_EXPERTS=num_experts, NUM_LAYERS=1, VOCAB=VOCAB):
+        config = skeleton.kimi_k25_config()
+        layer = [(name.replace("layers.1.", "layers.0."), dtype, shape) for name, dtype, shape in skeleton.layer_specs(1)]
+    config["text_config"] |= {"first_k_dense_replace": 0} | dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), 0)
+    (folder / "config.json").write_text(json.dumps(config))
+    ends = {"model.embed_tokens": (VOCAB, skeleton.HIDDEN), "model.norm": (skeleton.HIDDEN,), "lm_head": (VOCAB, skeleton.HIDDEN)}
+    specs = [*layer, *((f"language_model.{name}.weight", "BF16", shape) for name, shape in ends.items())]
+    write_shard(folder / "model.safetensors", specs, make)
 
 
 def flop_per_token(length: int, num_experts: int, direction: str) -> float:
