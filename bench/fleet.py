@@ -9,9 +9,9 @@ attempts and preemptions, needs, collect, `finish_layer`, all records (a UnitMan
 `RayRunner` sees it (`SimulatedRay`: a queue of events with a clock), and the stages' bodies, which only write the objects that mark work as done.
 
 What is assumed (printed with the results, with the numbers in force):
-    time of a unit      p48ray.estimate: measured launch costs (whatever the unit holds) plus products (in proportion to its tokens), one H100
+    time of a unit      p48ray.estimate_time: measured launch costs (whatever the unit holds) plus products (in proportion to its tokens), one H100
     tokens an expert    lognormal popularity, sigma 0.5 within a layer, not measured
-    streaming stages    p48ray.estimate's assumed rate; reading, computing and writing one after the other; workers of a node share its link evenly
+    streaming stages    p48ray.estimate_time's assumed rate; reading, computing and writing one after the other; workers of a node share its link evenly
     a node's link       one queue for reads, first come first served; writes at the same rate beside it; the store itself has no limit
     activations, gradients   reads "shared" (DESIGN 9): once per node and layer, kept while they are among the last `--layers-held`;
                              reads "own" (as the code stands): every unit reads them itself, once
@@ -52,7 +52,9 @@ from p48ray import run_root
 from p48ray.checkpoint.layout import PROJECTIONS
 from p48ray.checkpoint.skeleton import write_kimi_k25_skeleton
 from p48ray.config import load_config
-from p48ray.estimate import estimate, loop_seconds, product_seconds, stored_bytes
+from p48ray.estimate import estimate
+from p48ray.estimate_memory import stored_bytes
+from p48ray.estimate_time import loop_seconds, product_seconds
 from p48ray.manifest import ActivationPart, GradientPart, LinearRecord, UnitManifest
 from p48ray.output_layout import unit_bytes
 from p48ray.plan import RunPlan, WorkUnit
@@ -460,7 +462,7 @@ def measure_ray(prepared: Prepared) -> dict[str, float]:
 
 def assumptions(args: argparse.Namespace, c: Costs) -> list[str]:
     return [
-        f"A unit takes {c.loop_s:.0f} s of launches and {c.product_s:.0f} s of products at the mean {c.mean_load:,.0f} routed tokens (p48ray/estimate.py's "
+        f"A unit takes {c.loop_s:.0f} s of launches and {c.product_s:.0f} s of products at the mean {c.mean_load:,.0f} routed tokens (estimate_time.py's "
         f"figures of one H100). Tokens per expert: lognormal popularity, sigma {POPULARITY_SIGMA}, not measured.",
         f"A node's link {args.bandwidth:g} GB/s, SHA-256 {args.hash_rate:g} GB/s a process, {args.layers_held} layers held by a node. A layer's activations "
         f"and gradients are {c.layer_bytes / 1e9:.1f} GB, a unit's experts {c.source_unit_bytes / 1e6:.0f} MB, its shard {c.unit_bytes / 1e6:.0f} MB.",
@@ -544,7 +546,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--own-gpus", type=int, nargs="*", default=[1, 8, 64], help="also with reads 'own', without losses")
     parser.add_argument("--keep", choices=["all", "units"], default="units")
-    parser.add_argument("--unit-seconds", type=float, help="of a unit with the mean number of tokens, instead of p48ray.estimate's")
+    parser.add_argument("--unit-seconds", type=float, help="of a unit with the mean number of tokens, instead of p48ray.estimate_time's")
     parser.add_argument("--bandwidth", type=float, default=2.5, help="of a node to the store, GB/s")
     parser.add_argument("--hash-rate", type=float, default=1.5, help="SHA-256 of one process, GB/s")
     parser.add_argument("--layers-held", type=int, default=2)

@@ -1,39 +1,25 @@
-"""What a plan will cost before it is run: bytes read, written and stored, GPU time. Arithmetic on the plan, nothing measured on the spot."""
+"""What a plan will cost before it is run: bytes read, written and stored, time, memory. Arithmetic on the plan, nothing measured on the spot."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from p48ray.checkpoint.header import DTYPE_BYTES
 from p48ray.checkpoint.index import CheckpointIndex
 from p48ray.checkpoint.layout import ModelLayout
-from p48ray.numerics import block_int8, code_descent
-from p48ray.numerics.paired48 import INPUTS_IN_GROUP
-from p48ray.numerics.refine import BATCH_TOKENS
-from p48ray.numerics.two_sided import ROW_GROUPS
+from p48ray.estimate_memory import Memory, memory_of, routed_token_bytes, stored_bytes
+from p48ray.estimate_time import H200_NODE, Bytes, Rates, is_near, num_nodes, times, tokens_of_unit
 from p48ray.output_layout import OutputShard, layer_of, unit_bytes, untouched_tensors
 from p48ray.plan import RunPlan
 
-# Behind the GPU-hours: what this project's kernels took on one H100 80GB with Kimi-K2.5's shapes (docs/PERFORMANCE.md), from batches of 1 and 8 experts:
-# a part that a unit pays whatever it holds, because columns wait for each other, and a part for every weight.
-COLUMN_STEP_S = 1.2e-6  # one column of a one-shot pass
-PAIR_GROUP_STEP_S = 3.5e-6  # one pair_group of a descent sweep, of all rows or of a row group
-WEIGHT_S = 1.0e-10  # one weight of a one-shot pass or of a one-sided sweep, with its share of what lies between them
-TWO_SIDED_WEIGHT_S = 2.3e-10  # one weight of a two-sided sweep
-CODE_STEP_S = (
-    1.6e-3  # a pair_group of code descent, which is torch code: five descent steps of that kind, by count of kernels: not measured
-)
-MATMUL_FLOPS = (
-    1.2e14  # expert forwards and gradients in TF32, with all that lies between products in a unit: decoding, quantizing, casts, blends
-)
-MOMENT_FLOPS = 6.5e14  # second moments, counted as whole squares
-FACTOR_FLOPS = 2.8e13  # factors, counted as one cube
-REFINE_FLOPS = 1.25e14  # refinement: 0.72 ms an expert and step
-STREAM_FLOPS = 2.4e14  # the streaming stages: an assumption, 30 % of the card's bf16 matmul rate
 ROUTING_BYTES = 2 + 4  # expert id and router weight of one routed token
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Estimate:
-    """Bytes and hours of one plan."""
+    """Bytes, seconds and memory of one plan.
+
+    `_read_bytes`: of streams a node, of units all workers together. `_seconds`: see estimate_time.Times; `_gpu_hours` of computing alone, paid_gpu_hours
+    for as long as the job takes. memory: of one worker at its peaks.
+    """
 
     num_tokens: int
     source_bytes: int
@@ -47,15 +33,38 @@ class Estimate:
     untouched_bytes: int
     checkpoint_bytes: int
     peak_stored_bytes: int
+    start_seconds: float
+    mirror_seconds: float
+    stream_seconds: float
+    unit_seconds: float
+    reduce_seconds: float
+    verify_seconds: float
+    evaluate_seconds: float
+    job_seconds: float
     stream_gpu_hours: float
     solver_gpu_hours: float
+    paid_gpu_hours: float
+    memory: Memory
 
     @property
     def gpu_hours(self) -> float:
+        """In which something is computed."""
         return self.stream_gpu_hours + self.solver_gpu_hours
 
+    @property
+    def gpu_bytes(self) -> int:
+        """GPU memory of a worker; 0 without a GPU."""
+        return self.memory.gpu
 
-def estimate(plan: RunPlan, index: CheckpointIndex, layout: ModelLayout, shards: tuple[OutputShard, ...]) -> Estimate:
+    @property
+    def host_bytes(self) -> int:
+        """Other memory of a worker."""
+        return self.memory.host
+
+
+def estimate(
+    plan: RunPlan, index: CheckpointIndex, layout: ModelLayout, shards: tuple[OutputShard, ...], rates: Rates = H200_NODE
+) -> Estimate:
     """Estimate a plan; of a pilot, its own layers. Manifests and headers are not counted."""
     c, moe = plan.config.calibration, len(plan.layers)
     tokens = c.num_sequences * c.sequence_length
@@ -77,30 +86,51 @@ def estimate(plan: RunPlan, index: CheckpointIndex, layout: ModelLayout, shards:
     again = layers_run_again(plan)
     in_turn = plan.propagates * (plan.layers[-1] + 1) / layout.num_layers  # each layer as the source has it, then compressed
     mirror = sum(f.size_bytes for f in plan.source.mirror)
+    stream_read = round(source * (streamed * min(directions, 2) + again / layout.num_layers + in_turn) + units * plan.propagates)
+    activations, residuals, gradients = moe * seen, (num_boundaries(plan) + again) * boundary, moe * felt + boundaries_back * boundary
+    own_experts = experts_bytes * moe // len(layout.moe_layers)
+    unit_read = own_experts + token_bytes_read(plan, moe * (seen + felt), rates)
+    moved = Bytes(
+        mirror=mirror,
+        stream_read=stream_read,
+        boundaries_read=residuals * goes_back,
+        stream_written=activations + residuals + gradients,
+        unit_read=unit_read,
+        layer_tokens=seen + felt,
+        routed_token=routed_token_bytes(plan),
+        unit_experts=own_experts // len(plan.units),
+        checkpoint=checkpoint,
+        verified=checkpoint + source * bool(shards),
+        num_shards=len(shards),
+    )
+    passes = directions * streamed + again / layout.num_layers + 2 * in_turn
     return Estimate(
         num_tokens=tokens,
         source_bytes=source,
         mirror_bytes=mirror,
-        stream_read_bytes=round(source * (streamed * min(directions, 2) + again / layout.num_layers + in_turn) + units * plan.propagates),
-        activation_bytes=moe * seen,
-        residual_bytes=(num_boundaries(plan) + again) * boundary,
-        gradient_bytes=moe * felt + boundaries_back * boundary,
-        unit_read_bytes=experts_bytes * moe // len(layout.moe_layers) + len(plan.units) * (seen + felt),
+        stream_read_bytes=stream_read,
+        activation_bytes=activations,
+        residual_bytes=residuals,
+        gradient_bytes=gradients,
+        unit_read_bytes=unit_read,
         unit_bytes=units,
         untouched_bytes=untouched_bytes,
         checkpoint_bytes=checkpoint,
         peak_stored_bytes=mirror + peak_stored_bytes(plan, boundary, moe * seen, moe * felt, units, checkpoint),
-        stream_gpu_hours=(directions * streamed + again / layout.num_layers + 2 * in_turn)
-        * forward_flops(tokens, layout, dense)
-        / STREAM_FLOPS
-        / 3600,
-        solver_gpu_hours=(loop_seconds(plan, layout) + product_seconds(plan, layout)) / 3600,
+        memory=memory_of(plan, index, layout),
+        **asdict(times(plan, layout, moved, passes, dense, rates)),
     )
 
 
-def stored_bytes(width: int, bits: int) -> int:
-    """One token's activations, or its gradients, as parts store them (calibration.stored_bits)."""
-    return 2 * width if bits == 16 else round(width * block_int8.BYTES_PER_VALUE)
+def token_bytes_read(plan: RunPlan, stored: int, rates: Rates) -> int:
+    """What units read of the layers' tokens: from near each its own, from afar a node a layer once, for all its units (while its cache has room).
+
+    Args: stored: all activations and gradients.
+    """
+    run = plan.config.run
+    if is_near(run.root, run.root_is_shared):
+        return round(len(plan.units) * tokens_of_unit(plan) * routed_token_bytes(plan))
+    return round(stored * max(1.0, num_nodes(run.num_workers, plan.config, rates) / len(plan.layers)))
 
 
 def layers_run_again(plan: RunPlan) -> int:
@@ -181,40 +211,3 @@ def boundaries_held(plan: RunPlan, number: int) -> set[int]:
         return set()
     left = {plan.base_of(b) for b in range(lowest + 1, number + 1)} - {0}
     return left | set(range(plan.base_of(number) + 1, number + 1))
-
-
-def forward_flops(tokens: int, layout: ModelLayout, dense_elements: int) -> float:
-    """Two FLOP per weight that a token meets, layer weights outside the experts and top_k experts a layer."""
-    routed = len(layout.moe_layers) * layout.top_k * 3 * layout.hidden_size * layout.moe_intermediate_size
-    return 2.0 * tokens * (dense_elements + routed)
-
-
-def loop_seconds(plan: RunPlan, layout: ModelLayout) -> float:
-    """The column loops of all units: one-shot passes and descent sweeps of gate and up (hidden inputs) and of down (intermediate inputs)."""
-    c = plan.config.compression
-    inputs = layout.hidden_size + layout.moe_intermediate_size
-    row_groups = ROW_GROUPS if c.output_curvature else 1
-    code_groups = code_descent.ROW_GROUPS if c.output_curvature else 1
-    sweeps = c.sweeps * (c.solver == "block_descent")
-    code_sweeps = c.code_sweeps * (c.solver == "block_descent")
-    passes = {"block_descent": 2, "round_to_nearest": 0}.get(c.solver, 1)
-    steps = sweeps * row_groups * PAIR_GROUP_STEP_S + code_sweeps * code_groups * CODE_STEP_S
-    unit_seconds = inputs * (passes * COLUMN_STEP_S + steps / INPUTS_IN_GROUP)
-    weights = 3 * layout.hidden_size * layout.moe_intermediate_size
-    expert_seconds = weights * (passes * WEIGHT_S + sweeps * (TWO_SIDED_WEIGHT_S if c.output_curvature else WEIGHT_S))
-    return sum(unit_seconds + u.num_experts * expert_seconds for u in plan.units)
-
-
-def product_seconds(plan: RunPlan, layout: ModelLayout) -> float:
-    """The products of all experts outside the loops: moments and expert forwards, factors, the gradients' side, refinement."""
-    h, f = layout.hidden_size, layout.moe_intermediate_size
-    calibration, c = plan.config.calibration, plan.config.compression
-    routed = calibration.num_sequences * calibration.sequence_length * layout.top_k / layout.num_experts
-    moments, forwards = 2 * routed * (h * h + 3 * f * f), 2 * routed * 6 * h * f
-    if c.output_curvature:
-        moments += 2 * routed * (4 * f * f + h * h)
-        forwards += 2 * routed * 6 * h * f
-    factors = (h**3 + f**3) * (c.solver != "round_to_nearest")
-    refinement = 24 * c.refine_steps * BATCH_TOKENS * h * f
-    seconds = moments / MOMENT_FLOPS + forwards / MATMUL_FLOPS + factors / FACTOR_FLOPS + refinement / REFINE_FLOPS
-    return seconds * sum(u.num_experts for u in plan.units)

@@ -4,8 +4,14 @@ from rich.console import Console
 from rich.table import Table
 
 from p48ray.estimate import Estimate, estimate
+from p48ray.estimate_memory import Memory
+from p48ray.estimate_time import is_near
+from p48ray.report.work import duration
 from p48ray.run_root import SOURCE
+from p48ray.stages.fit import GB, shortages
 from p48ray.stages.prepare import Prepared
+
+CARDS = (80e9, 141e9)  # bytes of an H100, of an H200
 
 
 def print_plan(prepared: Prepared, console: Console) -> None:
@@ -35,6 +41,9 @@ def plan_rows(prepared: Prepared, e: Estimate) -> list[tuple[str, str]]:
         if plan.source.mirror
         else []
     )
+    reading = (
+        "each its own tokens" if is_near(r.root, r.root_is_shared) else "a node a layer once for all its units, while its cache has room"
+    )
     storage = "" if plan.config.output.storage == "dense" else f", {plan.config.output.storage} storage"
     rows = [
         ("source", f"{prepared.source.store.uri} ({layout.family}, {size(e.source_bytes)}, {len(prepared.source.files)} shards)"),
@@ -49,7 +58,7 @@ def plan_rows(prepared: Prepared, e: Estimate) -> list[tuple[str, str]]:
         ("calibration", f"{c.num_sequences:,} x {c.sequence_length:,} = {e.num_tokens:,} tokens in {len(plan.parts):,} parts"),
         ("workers", f"{r.num_workers:,} x {r.threads_per_worker} threads, {r.gpus_per_worker:g} GPUs each"),
         ("read by streaming stages", f"{size(e.stream_read_bytes)} a node"),
-        ("read by units", f"{size(e.unit_read_bytes)} at most (a node reads a layer once for all its units while its cache has room)"),
+        ("read by units", f"{size(e.unit_read_bytes)} ({reading})"),
         (
             "written",
             ", ".join(f"{name} {size(value)}" for name, value in written.items()),
@@ -62,10 +71,55 @@ def plan_rows(prepared: Prepared, e: Estimate) -> list[tuple[str, str]]:
     if count := plan.source.num_fp8_outside_experts:
         rows.append(("FP8 outside the experts", f"{count:,} weights become BF16 in the output, among the untouched"))
     if r.gpus_per_worker:
-        hours = f"{e.gpu_hours:.1f} GPU-hours on H100s (streaming {e.stream_gpu_hours:.1f}, solver {e.solver_gpu_hours:.1f}; input and output apart)"
-        price = f", {e.gpu_hours * r.gpu_hour_price:,.0f} at {r.gpu_hour_price:g} an hour" if r.gpu_hour_price else ""
-        rows.append(("estimated", hours + price))
+        rows += [
+            ("time, estimated", time_words(e)),
+            ("GPU-hours", hours_words(e, r.gpu_hour_price)),
+            ("memory a worker", memory_words(e.memory)),
+        ]
     return rows
+
+
+def time_words(e: Estimate) -> str:
+    """The whole and its stages."""
+    stages = {
+        "start": e.start_seconds,
+        "mirror": e.mirror_seconds,
+        "streams": e.stream_seconds,
+        "units": e.unit_seconds,
+        "reduce": e.reduce_seconds,
+        "verify": e.verify_seconds,
+        "evaluate": e.evaluate_seconds,
+    }
+    return f"{spell(e.job_seconds)}: " + ", ".join(f"{name} {spell(s)}" for name, s in stages.items() if s) + " (streams and units overlap)"
+
+
+def hours_words(e: Estimate, price: float | None) -> str:
+    computing = f"{two_digits(e.gpu_hours)} computing: streams {two_digits(e.stream_gpu_hours)}, units {two_digits(e.solver_gpu_hours)}"
+    cost = f", {e.paid_gpu_hours * price:,.2f} at {price:g} an hour" if price else ""
+    return f"{two_digits(e.paid_gpu_hours)} GPU-hours are paid ({computing}){cost}"
+
+
+def memory_words(memory: Memory) -> str:
+    """Needs, and what the smallest class of cards lacks of them."""
+    needs = (
+        f"needs about {memory.gpu / GB:.0f} GB of GPU memory (streaming {memory.gpu_stream / GB:.0f}, a unit {memory.gpu_unit / GB:.0f}) "
+        f"and {memory.host / GB:.0f} GB beside it"
+    )
+    lacking = [(card, short) for card in CARDS if (short := shortages(memory, card, None))]
+    if not lacking:
+        return needs
+    card, short = lacking[-1]
+    return f"{needs}; too much for cards of {card / GB:.0f} GB: " + "; ".join(line.partition(": ")[2] for line in short)
+
+
+def spell(seconds: float) -> str:
+    """0.03 s, 12 s, 3 min 05 s, 1 h 02 min."""
+    return f"{two_digits(seconds)} s" if seconds < 10 else duration(seconds)
+
+
+def two_digits(value: float) -> str:
+    """Two significant digits, without an exponent."""
+    return f"{float(f'{value:.2g}'):,.12f}".rstrip("0").rstrip(".")
 
 
 def size(num_bytes: int) -> str:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from p48ray.config import RunConfig
-from p48ray.estimate import stored_bytes
+from p48ray.estimate_memory import stored_bytes
 from p48ray.manifest import LayerScales
 from p48ray.model.experts import ExpertWeights, intermediate
 from p48ray.numerics.activation import count_clipped, quantize_activations

@@ -8,14 +8,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from p48ray.estimate_memory import WAVE_TOKENS
 from p48ray.model.decoder import Decoder
 from p48ray.model.expert_loader import layer_experts
 from p48ray.model.experts import RoutedExperts, RoutedInputs
 from p48ray.plan import RunPlan, SequencePart
 from p48ray.stages.context import StageContext
-
-WAVE_TOKENS = 2**18
-"""Tokens of one wave. About six copies of (tokens, hidden) are held for it: 23 GB at Kimi-K2.5's width in bf16."""
 
 
 def waves(plan: RunPlan, parts: Sequence[SequencePart]) -> Iterator[list[SequencePart]]:

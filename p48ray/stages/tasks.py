@@ -25,6 +25,7 @@ from p48ray.stages.compiling import start_compiling
 from p48ray.stages.compress import compress_unit
 from p48ray.stages.context import StageContext
 from p48ray.stages.evaluate import compressed_expert, evaluate_part
+from p48ray.stages.fit import warn_of_memory
 from p48ray.stages.gradients import gradient_parts
 from p48ray.stages.inputs import open_run_root
 from p48ray.stages.mirror import look, mirror_file, open_source
@@ -144,6 +145,7 @@ class Workplace:
         with self.opening:
             if self.opened is None:
                 opened = open_context(self.plan, self.store, self.node)
+                warn_of_memory(self.plan, opened.source, opened.layout, opened.device)
                 self.opened = replace(opened, compiling=start_compiling(self.plan, opened.layout, opened.device))
             return self.opened
 
