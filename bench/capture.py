@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -137,7 +138,9 @@ class LayerBench:
         index = open_checkpoint(LocalStore(folder))
         self.layout = describe_model(index)
         self.decoder = Decoder(index, self.layout, device, dtype)
-        self.experts = RoutedExperts(self.layout.num_experts, layer_experts(self.decoder, 0))
+        self.opened = ExitStack()
+        experts = self.opened.enter_context(layer_experts(self.decoder, 0))
+        self.experts = RoutedExperts(self.layout.num_experts, experts)
         self.layer = self.decoder.layer(0, self.experts)
         self.positions = self.decoder.positions(length)
         generator = torch.Generator(device=device).manual_seed(1)
