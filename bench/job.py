@@ -4,6 +4,7 @@
     python bench/job.py --width small --device cpu               the same stages on a CPU within a minute or two
     python bench/job.py --folder D --keep-source --tree OTHER    another checkout's job on the same checkpoint
     python bench/job.py --kill worker --kill-in compress         with a process killed, and the same command again
+    python bench/job.py --limit 500                              ended after so many seconds, with a report of what there is
 
 Settings are those of configs/kimi_k25_p48_nvfp4.yaml, with a random checkpoint (bench/wide_checkpoint.py), the small model's texts,
 and a short evaluation; --set replaces any. Stages' times come from spans (p48ray.trace), the rest from manifests and from samples
@@ -13,6 +14,7 @@ is 0.
 
 import argparse
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -48,8 +50,9 @@ SMALL = (
     "run.experts_per_unit=4",
 )
 UNDER_WAY = {"capture": "activations/*/part-*.json", "gradients": "gradients/*/part-*.json", "compress": "units/*/manifest.json"}
+TOP_K = 8
 PAUSE_S = 0.02
-ORPHANS_S = 30.0  # how long what a killed driver leaves behind may take to end by itself
+ORPHANS_S = 5.0  # how long workers may take to end by themselves when their driver is gone; Ray's agents would take half a minute
 LOG_LINES = 40
 
 
@@ -103,13 +106,14 @@ def start_job(args: argparse.Namespace, root: Path, trace: Path, settings: list[
         return subprocess.Popen(command, cwd=args.tree, env=environment, stdout=file, stderr=file, start_new_session=True)
 
 
-def strike(process: subprocess.Popen[bytes], root: Path, what: str, stage: str) -> dict[str, Any] | None:
+def strike(process: subprocess.Popen[bytes], root: Path, what: str, stage: str, deadline: float) -> dict[str, Any] | None:
     """SIGKILL to the driver or to one busy worker, as soon as a stage has finished a first piece of its work.
 
-    Returns: what was killed, or None if the job ended before. A killed driver's other processes are gone when it returns.
+    Args:    deadline: Unix time.
+    Returns: what was killed, or None if the job ended before, or the deadline came. A killed driver's other processes are gone then.
     """
     driver = psutil.Process(process.pid)
-    while process.poll() is None:
+    while process.poll() is None and time.time() < deadline:
         time.sleep(PAUSE_S)
         victims = [driver] if what == "driver" else workers(driver, is_busy=True)[:1]
         if not victims or not any(root.glob(UNDER_WAY[stage])):
@@ -122,6 +126,18 @@ def strike(process: subprocess.Popen[bytes], root: Path, what: str, stage: str) 
             end_orphans(family)
         return facts
     return None
+
+
+def wait_until(process: subprocess.Popen[bytes], deadline: float) -> int:
+    """The job's exit code. deadline: Unix time after which it is killed with all that it started, so that there still is a report."""
+    try:
+        return process.wait(None if deadline == math.inf else max(0.0, deadline - time.time()))
+    except subprocess.TimeoutExpired:
+        family = psutil.Process(process.pid).children(recursive=True)
+        process.kill()
+        code = process.wait()
+        end_orphans(family)
+        return code
 
 
 def end_orphans(family: list[psutil.Process]) -> None:
@@ -146,12 +162,15 @@ def run_job(args: argparse.Namespace, root: Path, trace: Path, settings: list[st
     """(exit codes, what was killed, when it ran): once, or with --kill twice, the second time to its end."""
     log = root.parent / "job.log"
     start, codes, killed = time.time(), [], None
+    deadline = start + args.limit if args.limit else math.inf
     for attempt in range(2 if args.kill else 1):
+        if time.time() > deadline:
+            break
         process = start_job(args, root, trace, settings, log)
         watch.follow(process.pid)
         if args.kill and attempt == 0:
-            killed = strike(process, root, args.kill, args.kill_in)
-        codes.append(process.wait())
+            killed = strike(process, root, args.kill, args.kill_in, deadline)
+        codes.append(wait_until(process, deadline))
     lasted = Interval(start, time.time())
     if codes[-1]:
         print(*log.read_text(errors="replace").splitlines()[-LOG_LINES:], sep="\n")
@@ -215,11 +234,14 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--keep-source", action="store_true", help="write the source only if it is not there, and leave it there")
     parser.add_argument("--kill", choices=("worker", "driver"))
     parser.add_argument("--kill-in", choices=tuple(UNDER_WAY), default="compress")
+    parser.add_argument("--limit", type=float, metavar="SECONDS", help="then the job is killed, and what there is is reported")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args(words)
     for name, value in zip(("experts", "mixture_layers", "sequences", "length"), SIZES[args.width], strict=True):
         if getattr(args, name) is None:
             setattr(args, name, value)
+    if args.experts < TOP_K:
+        parser.error(f"--experts: expected at least {TOP_K}, which a token is routed to, found {args.experts}")
     args.tree = args.tree.resolve()
     return args
 

@@ -1,6 +1,6 @@
 """A checkpoint in the release's layout with random weights, as many experts and layers of it as a benchmark needs, and texts.
 
-    python bench/wide_checkpoint.py FOLDER --experts 48 --mixture-layers 2               Kimi-K2.5's own width: 4.7 GB
+    python bench/wide_checkpoint.py FOLDER --experts 48 --mixture-layers 2               Kimi-K2.5's own width: 4.0 GB
     python bench/wide_checkpoint.py FOLDER --width small --experts 8 --mixture-layers 2  for a CPU: 5 MB
 
 Layer 0 is dense, mixtures follow, each layer a file; embedding, last norm and head are one more. A file's tensors lie in
@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 from unittest import mock
 
 import torch
@@ -54,8 +55,8 @@ WIDTHS: Mapping[str, Mapping[str, int]] = MappingProxyType(
 
 
 @contextmanager
-def skeleton_sizes(**sizes: int) -> Iterator[None]:
-    """Within it skeleton.layer_specs() and kimi_k25_config() speak of a model of other sizes (names of skeleton's constants)."""
+def skeleton_sizes(**sizes: Any) -> Iterator[None]:
+    """Within it skeleton.layer_specs() and kimi_k25_config() speak of a model of other sizes (names of its constants, integers)."""
     with mock.patch.multiple(skeleton, **sizes):
         yield
 

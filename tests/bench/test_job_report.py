@@ -2,14 +2,16 @@
 
 import json
 import os
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from bench.job import make_source, parse
 from bench.job_report import Interval, compare, describe_interval, describe_units, digest_units, figures_of, find_intervals, read_spans
-from bench.job_watch import Watch
+from bench.job_watch import Watch, open_gpus
 
 
 def span(kind: str, stage: str, start: float, seconds: float, num_bytes: int = 0) -> dict[str, object]:
@@ -118,6 +120,26 @@ def test_watch_remembers_what_is_gone(tmp_path: Path) -> None:
     assert watch.parts == {"activations/layer-001/part-0000.json": {"seconds": 1}}
     assert watch.peaks.run_root_bytes == 10 + 14 + 2 + 3
     assert not any(key.endswith(".tmp-1") for key in watch.objects)
+
+
+def test_watch_means_utilization_over_gpus_and_keeps_the_largest_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NVML in miniature: two devices, one of which is busy."""
+    figures = {0: (100, 5), 1: (50, 7)}
+    nvml = SimpleNamespace(
+        NVMLError=RuntimeError,
+        nvmlInit=lambda: None,
+        nvmlDeviceGetCount=lambda: 2,
+        nvmlDeviceGetHandleByIndex=lambda index: index,
+        nvmlDeviceGetUtilizationRates=lambda gpu: SimpleNamespace(gpu=figures[gpu][0]),
+        nvmlDeviceGetMemoryInfo=lambda gpu: SimpleNamespace(used=figures[gpu][1]),
+    )
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    module, gpus = open_gpus()
+    assert gpus == [0, 1]
+    watch = Watch(tmp_path)
+    watch.look_at_gpus(module, gpus)
+    assert [share for _, share in watch.busy] == [0.75]
+    assert watch.peaks.gpu_bytes == 7
 
 
 def test_source_of_other_sizes_is_not_used(tmp_path: Path) -> None:
