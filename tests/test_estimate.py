@@ -3,8 +3,10 @@
 import dataclasses
 import itertools
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from p48ray.checkpoint.layout import ModelLayout
 from p48ray.config import load_config
@@ -14,7 +16,7 @@ from p48ray.estimate_time import H200_NODE, Rate, is_near
 from p48ray.plan import RunPlan, SequencePart
 from p48ray.report.plan_table import hours_words, memory_words, plan_rows, spell, two_digits
 from p48ray.stages.capture import capture_parts
-from p48ray.stages.fit import shortages
+from p48ray.stages.fit import shortages, warn_of_memory
 from p48ray.stages.gradients import gradient_parts
 from p48ray.stages.inputs import write_inputs
 from p48ray.stages.prepare import Prepared, prepare
@@ -259,6 +261,16 @@ def test_what_does_not_fit_is_said_with_the_key_to_lower() -> None:
     assert "cards of 141 GB" in memory_words(dataclasses.replace(memory, gpu_unit=150 * GB)) and "too much" not in memory_words(
         dataclasses.replace(memory, gpu_stream=50 * GB)
     )
+
+
+def test_worker_warns_of_too_small_a_card_and_refuses_nothing(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    prepared = planned(NEAR, "run.gpus_per_worker=1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for total, expected in ((10**8, True), (10**12, False)):
+        caplog.clear()
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _, total=total: SimpleNamespace(total_memory=total))
+        warn_of_memory(prepared.plan, prepared.source, prepared.layout, torch.device("cuda"))
+        assert ("lower run.experts_per_unit" in caplog.text) == expected
 
 
 def test_worker_without_a_gpu_has_everything_in_its_memory() -> None:

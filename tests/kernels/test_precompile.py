@@ -194,3 +194,7 @@ def test_command_of_a_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert (launches.hidden, launches.intermediate) == (prepared.layout.hidden_size, prepared.layout.moe_intermediate_size)
     assert launches.descends and launches.two_sided and launches.refines and launches.picks_masks
     assert start_compiling(prepared.plan, prepared.layout, torch.device("cpu")) is None
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "nothing"))
+    assert start_compiling(prepared.plan, prepared.layout, torch.device("cuda")) is None, "no process, no harm"
