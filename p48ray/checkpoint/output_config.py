@@ -8,8 +8,6 @@ begins with `.*`. Nothing else matches it, so nothing needs to be ignored but ex
 from collections.abc import Mapping
 from typing import Any
 
-from compressed_tensors.quantization import QuantizationConfig, QuantizationStatus, preset_name_to_scheme
-
 from p48ray.checkpoint.index import CONFIG_KEY
 from p48ray.checkpoint.layout import ModelLayout
 
@@ -27,6 +25,9 @@ def output_config(source_config: Mapping[str, Any], layout: ModelLayout) -> dict
 
 def nvfp4_config(layout: ModelLayout) -> dict[str, Any]:
     """W4A4 NVFP4 for the routed experts, plain JSON. Experts of layers behind the model's last one (MTP) are ignored: they stay as is."""
+    # Two seconds of every command's start otherwise, and of every worker's.
+    from compressed_tensors.quantization import QuantizationConfig, QuantizationStatus, preset_name_to_scheme
+
     scheme = preset_name_to_scheme("NVFP4", [EXPERTS_TARGET])
     scheme.format = NVFP4_FORMAT
     config = QuantizationConfig(

@@ -4,6 +4,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack
 
 from p48ray import run_root
@@ -24,7 +25,7 @@ from p48ray.stages.capture import finish_layer
 from p48ray.stages.collect import ABANDONED_S, collect_losers, collect_units, delete_all
 from p48ray.stages.context import StageContext
 from p48ray.stages.evaluate import EvaluationResult, combine, evaluation_digest
-from p48ray.stages.inputs import write_inputs
+from p48ray.stages.inputs import settle, write_inputs
 from p48ray.stages.mirror import MirrorItem, look
 from p48ray.stages.needs import Needs, read_needs
 from p48ray.stages.prepare import Prepared, prepare
@@ -49,11 +50,14 @@ def run_job(prepared: Prepared, make_runner: RunnerFactory) -> Report:
     """
     start = time.monotonic()
     plan, store = prepared.plan, prepared.store
-    write_inputs(prepared)
+    settle(prepared)
     store.sweep(ABANDONED_S)
     seconds: dict[str, float] = {}
-    with make_runner(plan, store.uri) as runner:
-        result = run_stages(Job(prepared, runner, seconds))
+    with ThreadPoolExecutor(1) as beside:
+        inputs = beside.submit(write_inputs, prepared)  # while workers start
+        with make_runner(plan, store.uri) as runner:
+            inputs.result()
+            result = run_stages(Job(prepared, runner, seconds))
     baseline = None
     if plan.config.evaluation is not None and plan.config.evaluation.baseline and not plan.is_pilot:
         log.info("baseline  the published one-shot reference, under %s/baseline", store.uri)

@@ -109,6 +109,9 @@ class RayRunner:
         actor = ray.remote(WorkerProcess)
         options = {"num_cpus": self.settings.threads_per_worker, "num_gpus": self.settings.gpus_per_worker, "max_restarts": 0}
         self.factory = actor.options(**options, max_concurrency=1 + self.settings.prefetch_units)
+        if self.has_joined and self.address is None:  # on a cluster a worker may be a machine that is paid for
+            for _ in range(self.settings.num_workers):
+                self.start_worker()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -175,9 +178,12 @@ class RayRunner:
             self.hand(self.idle.pop(), task)
         in_hand = self.in_hand()
         while len(waiting) > len(self.starting) and len(self.starting) + len(in_hand) < self.settings.num_workers:
-            actor = self.factory.remote(self.plan.to_json(), self.store_uri)
-            self.starting[actor.ready.remote()] = actor
+            self.start_worker()
         self.hand_ahead(waiting, in_hand)
+
+    def start_worker(self) -> None:
+        actor = self.factory.remote(self.plan.to_json(), self.store_uri)
+        self.starting[actor.ready.remote()] = actor
 
     def hand_ahead(self, waiting: Dispatcher, in_hand: Mapping[Worker, Sequence[Task]]) -> None:
         """One more unit for workers that compute one, while there is one for every worker, those on their way up included.

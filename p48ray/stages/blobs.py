@@ -60,6 +60,7 @@ class BlobWriter:
         self.behind_bytes = 0
         self.submitted: list[tuple[int, Future[PartManifest]]] = []  # with the part
         self.leaving: list[tuple[list[Future[PartManifest]], list[str]]] = []  # keys to delete, once these are durable
+        self.deleting: list[Future[None]] = []
 
     def __enter__(self) -> Self:
         return self
@@ -110,7 +111,10 @@ class BlobWriter:
             found = [future.result() for _, future in self.submitted]
         self.delete_replaced()
         assert not self.leaving
+        for deletion in self.deleting:
+            deletion.result()
         self.submitted.clear()
+        self.deleting.clear()
         return found
 
     def raise_first_error(self) -> None:
@@ -119,14 +123,18 @@ class BlobWriter:
                 future.result()
 
     def delete_replaced(self) -> None:
+        """Hand to the writers what may be deleted by now: to take a large file out of the page cache takes half a second."""
         waiting = []
         for futures, keys in self.leaving:
             if all(f.done() and not f.cancelled() and f.exception() is None for f in futures):
-                for key in keys:
-                    self.context.store.delete(key)
+                self.deleting.append(self.pool.submit(self.delete, keys))
             else:
                 waiting.append((futures, keys))
         self.leaving = waiting
+
+    def delete(self, keys: list[str]) -> None:
+        for key in keys:
+            self.context.store.delete(key)
 
     def write(
         self,

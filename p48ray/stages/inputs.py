@@ -34,11 +34,19 @@ def probe_once(store: Store) -> None:
         store.put(run_root.STORE, StoreFacts(**asdict(probe(store))).to_json())
 
 
+def settle(prepared: Prepared) -> bool:
+    """Whether the run root already has this plan, once its store can hold a run.
+
+    Raises: ConfigError for a store that cannot, PlanMismatchError for a run root of another plan.
+    """
+    probe_once(prepared.store)
+    return settle_plan(prepared.plan, prepared.store)
+
+
 def write_inputs(prepared: Prepared) -> None:
     """plan.json first, then the packed texts; the texts are read before either is written, so that a bad one leaves nothing behind."""
     plan, store = prepared.plan, prepared.store
-    probe_once(store)
-    is_ours = settle_plan(plan, store)
+    is_ours = settle(prepared)
     packed: list[tuple[str, TokensManifest, bytes]] = []
     c, e = plan.config.calibration, plan.config.evaluation
     wanted: list[tuple[str, CalibrationConfig | EvaluationConfig, int, str, str]] = [
