@@ -61,3 +61,9 @@ def pack(codes: UInt8[Tensor, "*n i"]) -> UInt8[Tensor, "*n b"]:
 def unpack(packed: UInt8[Tensor, "*n b"]) -> UInt8[Tensor, "*n i"]:
     """Inverse of `pack`."""
     return torch.stack((packed & 0x0F, packed >> 4), dim=-1).flatten(-2)
+
+
+def decode_packed(packed: UInt8[Tensor, "*n b"]) -> Float32[Tensor, "*n i"]:
+    """`decode` of `unpack`, a byte at a time."""
+    every = torch.arange(256, dtype=torch.uint8, device=packed.device)
+    return decode(unpack(every[:, None]))[packed.int()].flatten(-2)
