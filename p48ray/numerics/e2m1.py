@@ -65,5 +65,6 @@ def unpack(packed: UInt8[Tensor, "*n b"]) -> UInt8[Tensor, "*n i"]:
 
 def decode_packed(packed: UInt8[Tensor, "*n b"]) -> Float32[Tensor, "*n i"]:
     """`decode` of `unpack`, a byte at a time."""
-    every = torch.arange(256, dtype=torch.uint8, device=packed.device)
-    return decode(unpack(every[:, None]))[packed.int()].flatten(-2)
+    values = E2M1_VALUES + tuple(-v for v in E2M1_VALUES)
+    both = torch.tensor([(low, high) for high in values for low in values], device=packed.device)
+    return both[packed.int()].flatten(-2)

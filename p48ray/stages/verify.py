@@ -78,7 +78,7 @@ def verify_shard(
     if problems:
         return Findings(problems=problems)
     digests: dict[str, str] = {}
-    with readers() as threads:
+    with readers(size_bytes) as threads:
 
         def look(segment: WorkUnit | PlainTensor) -> ReadUnit | ReadPlain:
             if isinstance(segment, WorkUnit):

@@ -141,7 +141,7 @@ def check_shard(check: ShardCheck) -> tuple[str, ...]:
     if isinstance(check, SourcedCheck):
         return tuple(verify_shard(check.checkpoint, check.source, check.layout, check.shard, check.promise).problems)
     problems = []
-    with readers() as threads:
+    with readers(check.size_bytes) as threads:
 
         def read(unit: tuple[WorkUnit, tuple[str, ...]]) -> ReadUnit:
             entries = [check.entries[name] for name in unit_tensor_names(unit[1], check.storage)]

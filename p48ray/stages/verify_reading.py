@@ -31,6 +31,8 @@ AHEAD = 2
 """Segments that are looked at beside the one in hand, each in a thread that reads, hashes and compares."""
 READ_THREADS = 4
 """For the next chunk of either side of each of them."""
+INLINE_BYTES = 16 * 2**20
+"""Shards up to this size are looked at in the thread that computes: handing them over would take longer than reading them."""
 
 Item = TypeVar("Item")
 Found = TypeVar("Found")
@@ -39,12 +41,17 @@ Found = TypeVar("Found")
 class Readers:
     """The threads of one shard's verification. Those of `reads` wait for nobody, so that those of `segments` may wait for them."""
 
-    def __init__(self) -> None:
+    def __init__(self, num_bytes: int) -> None:
+        """Args: num_bytes: of the shard."""
+        self.is_inline = num_bytes <= INLINE_BYTES
         self.segments = ThreadPoolExecutor(AHEAD, thread_name_prefix="verify")
         self.reads = ThreadPoolExecutor(READ_THREADS, thread_name_prefix="verify-read")
 
     def in_order(self, look: Callable[[Item], Found], items: Iterable[Item]) -> Iterator[tuple[Item, Found]]:
         """Each item with what `look` found in it, AHEAD of them in hand beside the one given out. Raises: what `look` raised, in its turn."""
+        if self.is_inline:
+            yield from ((item, look(item)) for item in items)
+            return
         pending: deque[tuple[Item, Future[Found]]] = deque()
         for item in items:
             pending.append((item, self.segments.submit(look, item)))
@@ -61,9 +68,12 @@ def _taken(pending: deque[tuple[Item, Future[Found]]]) -> tuple[Item, Found]:
 
 
 @contextmanager
-def readers() -> Iterator[Readers]:
-    """Threads for the body. Where it raises, what had not begun never does, and what had begun ends first: nothing reads on behind an error."""
-    threads = Readers()
+def readers(num_bytes: int) -> Iterator[Readers]:
+    """Threads for a shard of `num_bytes` bytes.
+
+    Where the body raises, what had not begun never does, and what had begun ends first: nothing reads on behind an error.
+    """
+    threads = Readers(num_bytes)
     try:
         yield threads
     finally:

@@ -28,6 +28,12 @@ from tests.stages.damage import Folder
 from tests.stages.small_run import SmallRun
 
 
+@pytest.fixture(autouse=True, params=["threads", "inline"])
+def small_shards(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The small run's shards are looked at in threads as large ones are, and inline."""
+    monkeypatch.setattr(verify_reading, "INLINE_BYTES", 0 if request.param == "threads" else 2**30)
+
+
 @pytest.fixture(scope="module")
 def clean(finished: SmallRun) -> Folder:
     return Folder.read(finished.checkpoint)
@@ -153,7 +159,7 @@ def test_chunks_of_both_sides_are_compared_and_hashed(monkeypatch: pytest.Monkey
     for size in (0, 1, 99, 100, 101, 200, 1050):
         store.put("a", data[:size])
         entry = TensorEntry("a", "U8", (size,), "a", 0, size)
-        with readers() as threads:
+        with readers(1000) as threads:
             digest = hashlib.sha256(data[:size]).hexdigest()
             assert tensor_digest(store, entry, threads.reads) == digest
             assert compare_bytes(store, entry, store, entry, threads.reads) == (True, digest)
