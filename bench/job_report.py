@@ -180,9 +180,15 @@ def actual_figures(facts: Mapping[str, Any], watch: Watch, units: Sequence[Mappi
     found["untouched_bytes"] = written["checkpoint"] - written["units"]
     found["source_bytes"] = sum(size for path, size in files_under(source) if path.endswith(DATA))
     found["peak_stored_bytes"] = watch.peaks.run_root_bytes
-    parts = watch.parts.values()
-    found["stream_seconds"] = sum(part["seconds"] for part in parts)
-    found["solver_seconds"] = sum(s for u in units for phase, s in u["seconds"].items() if phase not in ("fetch", "write"))
+    streams = [s for name, s in stages.items() if name in ("capture", "gradients", "propagate")]
+    if streams:
+        found["start_seconds"] = min(s["start_s"] for s in streams)
+        found["stream_seconds"] = max(s["start_s"] + s["seconds"] for s in streams) - found["start_seconds"]
+    if "compress" in stages:
+        found["unit_seconds"] = stages["compress"]["seconds"]
+    found["job_seconds"] = facts["job"]["seconds"]
+    computed = [s for u in units for phase, s in u["seconds"].items() if phase not in ("fetch", "write")]
+    found["solver_gpu_seconds"] = sum(computed)
     for name, chosen in {"stream": ("capture", "gradients"), "unit": ("compress",)}.items():
         read = [stages[s]["bytes"]["read"] for s in chosen if s in stages and "read" in stages[s]["bytes"]]
         if read:
@@ -204,7 +210,7 @@ def compare(planned: Mapping[str, float], actual: Mapping[str, float]) -> list[d
     for name, value in planned.items():
         last = name.split(".")[-1]
         if last.endswith("_hours"):
-            last, value = last.removesuffix("_hours").removesuffix("_gpu") + "_seconds", 3600 * value
+            last, value = last.removesuffix("_hours") + "_seconds", 3600 * value
         whole = "_".join([*name.split(".")[:-1], last])
         rows.append({"name": whole, "planned": value, "actual": actual.get(whole, actual.get(last))})
     return rows

@@ -47,7 +47,7 @@ class Rates:
     factor_flops: Rate  # factors, counted as one cube
     refine_flops: Rate  # refinement
     # Streams
-    stream_begin_s: Rate  # until a stream's first layer is through and the first write begins
+    stream_begin_s: Rate  # until a stream's first write begins, and what is deleted at its end
     stream_flops: Rate  # a worker's forwards and gradients through a layer
     decode_weights: Rate  # experts of a checkpoint decoded for the evaluation
     # Bytes: near is a folder of the node's own, far is a store that is read over the node's link
@@ -67,6 +67,7 @@ class Rates:
 
 HASHING_THREADS = 4  # of a streaming worker (stages.blobs.WRITERS)
 H200 = "one H200, bench/job.py, docs/PERFORMANCE.md"
+DISK = "a virtual disk beside one H200, fsync included, bench/job.py, docs/PERFORMANCE.md: yours may be faster"
 H100 = "one H100 80GB, 8 experts a unit, docs/PERFORMANCE.md"
 ASSUMED = "assumed, to be measured on a node of H200s"
 
@@ -80,19 +81,19 @@ H200_NODE = Rates(
     moment_flops=Rate(6.5e14, "FLOP/s", H100),
     factor_flops=Rate(2.8e13, "FLOP/s", H100),
     refine_flops=Rate(1.37e14, "FLOP/s", H200),
-    stream_begin_s=Rate(4.0, "s", H200),
+    stream_begin_s=Rate(6.0, "s", H200),
     stream_flops=Rate(2.4e14, "FLOP/s", ASSUMED),
-    decode_weights=Rate(5e10, "weights/s", ASSUMED),
+    decode_weights=Rate(5e9, "weights/s", H200),
     near_read=Rate(4e9, "bytes/s", ASSUMED),
-    near_write=Rate(1.2e9, "bytes/s", "a virtual disk of 64 GB beside one H200, fsync included, bench/job.py: yours may be faster"),
-    near_copy=Rate(0.6e9, "bytes/s", "the same"),
+    near_write=Rate(1.2e9, "bytes/s", DISK),
+    near_copy=Rate(0.9e9, "bytes/s", DISK),
     link=Rate(2.5e9, "bytes/s", ASSUMED),
     far_copy=Rate(2.5e9, "bytes/s", ASSUMED),
     hash_bytes=Rate(1.3e9, "bytes/s", H200),
     gather_bytes=Rate(7e9, "bytes/s", H200),
-    check_bytes=Rate(0.5e9, "bytes/s", ASSUMED),
-    ray_start_s=Rate(10.0, "s", ASSUMED),
-    worker_start_s=Rate(20.0, "s", ASSUMED),
+    check_bytes=Rate(1.35e9, "bytes/s", H200),
+    ray_start_s=Rate(7.0, "s", H200),
+    worker_start_s=Rate(13.0, "s", H200),
     gpus_a_node=Rate(8, "GPUs", "assumed"),
 )
 

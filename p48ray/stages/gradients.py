@@ -9,6 +9,7 @@ A mixture's routed output is added to the residual stream, so the gradient there
 Legend: B sequences, S positions, T = B S tokens, H hidden size, V vocabulary.
 """
 
+import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -172,7 +173,31 @@ def through_mixture(layer: Any, attended: list[Tensor], gradients: list[Tensor])
 def through_attention(layer: Any, entering_BSH: Tensor, gradient_BSH: Tensor, positions: tuple[Tensor, Tensor], micro_batch: int) -> Tensor:
     """The rest of the way, by micro-batches of sequences, which are independent."""
     pairs = zip(entering_BSH.split(micro_batch), gradient_BSH.split(micro_batch), strict=True)
-    return torch.cat([pull(x, (gradient,), lambda leaf: [attend(layer, leaf, positions, micro_batch)]) for x, gradient in pairs])
+    with same_bits_every_time(entering_BSH.device):
+        return torch.cat([pull(x, (gradient,), lambda leaf: [attend(layer, leaf, positions, micro_batch)]) for x, gradient in pairs])
+
+
+@contextmanager
+def same_bits_every_time(device: torch.device) -> Iterator[None]:
+    """On a GPU attention's backward pass adds up the queries' gradients in whatever order its blocks end, unless it is told not to.
+
+    The switch is the process's; a process that streams does nothing else. cuBLAS is the same every time as it is used here, on one
+    stream, but PyTorch wants to be told: the workspace named is its own default on these cards.
+    Source: PyTorch, torch.use_deterministic_algorithms; scaled_dot_product_attention's notes.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    settings: Any = torch.utils.deterministic
+    before = torch.are_deterministic_algorithms_enabled(), settings.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    settings.fill_uninitialized_memory = False  # which only helps to find reads of what nobody wrote
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        settings.fill_uninitialized_memory = before[1]
 
 
 @torch.enable_grad()

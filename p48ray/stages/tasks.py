@@ -6,6 +6,7 @@ import time
 import traceback
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -13,11 +14,12 @@ from typing import Any
 import torch
 
 from p48ray import errors, run_root, trace
-from p48ray.checkpoint.families import describe_model
+from p48ray.checkpoint.families import FAMILIES, describe_model
 from p48ray.checkpoint.index import CONFIG_FILE, open_checkpoint
 from p48ray.checkpoint.layout import PROJECTIONS
 from p48ray.errors import CorruptObjectError, P48Error, TransientStoreError
 from p48ray.manifest import Failure, ShardVerdict, UnitManifest
+from p48ray.model.decoder import architecture
 from p48ray.output_layout import OutputShard, shard_rows
 from p48ray.plan import RunPlan, SequencePart, WorkUnit
 from p48ray.stages.capture import capture_parts
@@ -126,6 +128,13 @@ def open_cache(context: StageContext, node: str) -> NodeCache:
     return NodeCache(node_folder(run.node_cache, node), 0 if is_near else run.node_cache_size)
 
 
+def warm_up(context: StageContext) -> None:
+    """What the first task on a GPU would wait for, while the driver packs texts: transformers' import and a CUDA context, seconds each."""
+    with suppress(Exception):  # whoever needs it meets the error again, and says where
+        torch.zeros(1, device=context.device)
+        architecture(FAMILIES[context.layout.family])
+
+
 class Workplace:
     """What one process works with: the run root at once, the source when the first task comes that reads it.
 
@@ -147,6 +156,8 @@ class Workplace:
                 opened = open_context(self.plan, self.store, self.node)
                 warn_of_memory(self.plan, opened.source, opened.layout, opened.device)
                 self.opened = replace(opened, compiling=start_compiling(self.plan, opened.layout, opened.device))
+                if opened.device.type == "cuda":
+                    threading.Thread(target=warm_up, args=(opened,), daemon=True).start()
             return self.opened
 
     def close(self) -> None:

@@ -97,9 +97,9 @@ class Outer:
 def test_plan_takes_every_field_of_bytes_seconds_and_hours() -> None:
     planned = dict(figures_of(Outer()))
     assert planned == {"unit_bytes": 7, "stream_gpu_hours": 0.5, "capture.wait_seconds": 3.0, "stages.reduce_seconds": 4.0}
-    rows = {row["name"]: row for row in compare(planned, {"unit_bytes": 8, "stream_seconds": 900.0, "reduce_seconds": 5.0})}
+    rows = {row["name"]: row for row in compare(planned, {"unit_bytes": 8, "stream_gpu_seconds": 900.0, "reduce_seconds": 5.0})}
     assert (rows["unit_bytes"]["planned"], rows["unit_bytes"]["actual"]) == (7, 8)
-    assert (rows["stream_seconds"]["planned"], rows["stream_seconds"]["actual"]) == (1800.0, 900.0)
+    assert (rows["stream_gpu_seconds"]["planned"], rows["stream_gpu_seconds"]["actual"]) == (1800.0, 900.0)
     assert rows["stages_reduce_seconds"]["actual"] == 5.0
     assert rows["capture_wait_seconds"]["actual"] is None
 

@@ -2,7 +2,8 @@
 
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -123,9 +124,10 @@ def test_source_against_itself_has_no_divergence_and_the_same_losses(
 ) -> None:
     real = evaluate.mixtures
 
-    def source_thrice(context: StageContext, decoder: Decoder, compressed: CompressedExperts, number: int) -> list[RoutedExperts]:
-        source, *others = real(context, decoder, compressed, number)
-        return [source] * (1 + len(others))
+    @contextmanager
+    def source_thrice(context: StageContext, decoder: Decoder, compressed: CompressedExperts, number: int) -> Iterator[list[RoutedExperts]]:
+        with real(context, decoder, compressed, number) as (source, *others):
+            yield [source] * (1 + len(others))
 
     monkeypatch.setattr(evaluate, "mixtures", source_thrice)
     found = evaluate_part(finished.context, checkpoint, held_out, everything(held_out))

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,6 +21,7 @@ from p48ray.stages import compress, curvature, tasks, turn
 from p48ray.stages.compress import Clock, Fetched, Solved
 from p48ray.stages.context import StageContext
 from p48ray.stages.tasks import Task, TaskResult, Workplace
+from p48ray.store.base import Buffers, Written
 from p48ray.store.local import LocalStore
 from tests.stages.small_run import SmallRun
 
@@ -33,19 +35,18 @@ def nothing(what: str) -> None:
 
 
 class WatchedStore(LocalStore):
-    """Calls `on_read` after each read and `on_write` before each write, in the thread that asks for it."""
+    """Calls `on_read` after each part was mapped and `on_write` before each write, in the thread that asks for it."""
 
     on_read: Hook = staticmethod(nothing)
     on_write: Hook = staticmethod(nothing)
 
-    def get(self, key: str) -> bytes:
-        data = super().get(key)
-        self.on_read(key)
-        return data
-
     def put(self, key: str, data: bytes) -> None:
         self.on_write(key)
         super().put(key, data)
+
+    def write_once(self, key: str, buffers: Buffers) -> Written:
+        self.on_write(key)
+        return super().write_once(key, buffers)
 
 
 @dataclass
@@ -93,6 +94,14 @@ def shop(finished: SmallRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     plan: RunPlan = finished.prepared.plan
     first, second = (next(u for u in plan.units if u.layer == layer) for layer in (1, 2))
     shop = Shop(Workplace(plan, str(root)), store, first, second)
+    checked = StageContext.checked
+
+    def watched_checked(self: StageContext, key: str, *rest: Any) -> bytes | memoryview:
+        data = checked(self, key, *rest)
+        store.on_read(key)
+        return data
+
+    monkeypatch.setattr(StageContext, "checked", watched_checked)
     solve = compress.solve_unit
 
     def watched(context: StageContext, unit: WorkUnit, fetched: Fetched, clock: Clock) -> Solved:
