@@ -3,7 +3,7 @@
     start | mirror | streams ......................... | units left | reduce | verify | evaluate          job_seconds
                         units of layers that are complete, by the workers that do not stream
 
-A worker streams at the slowest of computing, reading the source and writing; then what it hashes comes on top, because the thread that computes does that.
+A worker streams at the slowest of computing, reading, hashing and writing, which lie beside each other, once its first layer is through.
 A unit takes as long as its computation, or as fetching the next one where that is longer and units are read ahead. Transfers through a node's link are
 shared by the node's workers. Nothing is lost or repeated, and all units are alike.
 """
@@ -47,6 +47,7 @@ class Rates:
     factor_flops: Rate  # factors, counted as one cube
     refine_flops: Rate  # refinement
     # Streams
+    stream_begin_s: Rate  # until a stream's first layer is through and the first write begins
     stream_flops: Rate  # a worker's forwards and gradients through a layer
     decode_weights: Rate  # experts of a checkpoint decoded for the evaluation
     # Bytes: near is a folder of the node's own, far is a store that is read over the node's link
@@ -55,7 +56,7 @@ class Rates:
     near_copy: Rate  # a node, files into a file: reduce
     link: Rate  # a node, each way
     far_copy: Rate  # a node's calls for copies inside a bucket: reduce
-    hash_bytes: Rate  # a worker, SHA-256
+    hash_bytes: Rate  # a thread, SHA-256
     gather_bytes: Rate  # a worker, a unit's own rows picked from mapped parts and brought to the device
     check_bytes: Rate  # a worker, what verification reads, decodes and compares
     # Once
@@ -64,6 +65,8 @@ class Rates:
     gpus_a_node: Rate  # GPUs that share a link
 
 
+HASHING_THREADS = 4  # of a streaming worker (stages.blobs.WRITERS)
+H200 = "one H200, bench/job.py, docs/PERFORMANCE.md"
 H100 = "one H100 80GB, 8 experts a unit, docs/PERFORMANCE.md"
 ASSUMED = "assumed, to be measured on a node of H200s"
 
@@ -73,19 +76,20 @@ H200_NODE = Rates(
     weight_s=Rate(1.0e-10, "s", H100),
     two_sided_weight_s=Rate(2.3e-10, "s", H100),
     code_step_s=Rate(1.6e-3, "s", "five descent steps of that kind, by count of kernels: not measured"),
-    matmul_flops=Rate(1.2e14, "FLOP/s", H100),
+    matmul_flops=Rate(1.75e14, "FLOP/s", H200),
     moment_flops=Rate(6.5e14, "FLOP/s", H100),
     factor_flops=Rate(2.8e13, "FLOP/s", H100),
-    refine_flops=Rate(1.25e14, "FLOP/s", "one H100 80GB, 0.72 ms an expert and step, docs/PERFORMANCE.md"),
+    refine_flops=Rate(1.37e14, "FLOP/s", H200),
+    stream_begin_s=Rate(4.0, "s", H200),
     stream_flops=Rate(2.4e14, "FLOP/s", ASSUMED),
     decode_weights=Rate(5e10, "weights/s", ASSUMED),
     near_read=Rate(4e9, "bytes/s", ASSUMED),
-    near_write=Rate(3e9, "bytes/s", ASSUMED),
-    near_copy=Rate(3e9, "bytes/s", ASSUMED),
+    near_write=Rate(1.2e9, "bytes/s", "a virtual disk of 64 GB beside one H200, fsync included, bench/job.py: yours may be faster"),
+    near_copy=Rate(0.6e9, "bytes/s", "the same"),
     link=Rate(2.5e9, "bytes/s", ASSUMED),
     far_copy=Rate(2.5e9, "bytes/s", ASSUMED),
-    hash_bytes=Rate(1.5e9, "bytes/s", ASSUMED),
-    gather_bytes=Rate(2e9, "bytes/s", ASSUMED),
+    hash_bytes=Rate(1.3e9, "bytes/s", H200),
+    gather_bytes=Rate(7e9, "bytes/s", H200),
     check_bytes=Rate(0.5e9, "bytes/s", ASSUMED),
     ray_start_s=Rate(10.0, "s", ASSUMED),
     worker_start_s=Rate(20.0, "s", ASSUMED),
@@ -183,12 +187,17 @@ def stream_seconds(plan: RunPlan, moved: Bytes, flops: float, rates: Rates) -> f
     written = moved.stream_written / ((rates.near_write if near else rates.link) * nodes)
     read = moved.stream_read / (rates.near_read if source_near else rates.link)
     read += moved.boundaries_read / ((rates.near_read if near else rates.link) * nodes)
-    return max(flops * share / rates.stream_flops, written, read) + moved.stream_written * share / rates.hash_bytes
+    hashed = moved.stream_written * share / (rates.hash_bytes * HASHING_THREADS)
+    return rates.stream_begin_s + max(flops * share / rates.stream_flops, written, read, hashed)
 
 
 def fetch_seconds(plan: RunPlan, layout_tokens: float, moved: Bytes, rates: Rates) -> float:
-    """What one worker needs for one unit, without what waits for a shared link: hashing its share of parts, gathering rows, experts from near."""
-    hashed = moved.layer_tokens * len(plan.layers) / len(plan.units)
+    """What one worker needs for one unit, without what waits for a shared link.
+
+    Hashing its share of the parts, where they come from afar (near ones were hashed by who wrote them); gathering rows; experts from near.
+    """
+    is_hashed_by_writers = is_near(plan.config.run.root, plan.config.run.root_is_shared)
+    hashed = 0.0 if is_hashed_by_writers else moved.layer_tokens * len(plan.layers) / len(plan.units)
     return hashed / rates.hash_bytes + layout_tokens * moved.routed_token / rates.gather_bytes + moved.unit_experts / rates.near_read
 
 

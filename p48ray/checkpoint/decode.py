@@ -38,8 +38,27 @@ def read_experts(index: CheckpointIndex, layout: ModelLayout, layer: int, expert
 
 def fetch_experts(index: CheckpointIndex, layout: ModelLayout, layer: int, experts: Iterable[int]) -> dict[str, Tensor]:
     """The tensors of several experts as stored, by name: half a byte a weight for INT4."""
-    names = [name for expert in experts for name in layout.expert_tensor_names(layer, expert)]
-    return read_tensors(index.store, [_entry(index, name) for name in names])
+    return read_tensors(index.store, expert_entries(index, layout, layer, experts))
+
+
+def expert_entries(index: CheckpointIndex, layout: ModelLayout, layer: int, experts: Iterable[int]) -> list[TensorEntry]:
+    """Where several experts' tensors lie. Raises: SourceError if the layout was made for another index."""
+    return [_entry(index, name) for expert in experts for name in layout.expert_tensor_names(layer, expert)]
+
+
+def decode_expert_on(
+    device: torch.device, index: CheckpointIndex, layout: ModelLayout, layer: int, expert: int, tensors: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """decode_expert on another device, out of tensors on the CPU that travel as stored. INT4 is checked on the CPU, where its few scales lie, so that
+    nothing waits for the device; other forms are checked there."""
+    is_int4 = layout.int4_group_size is not None and layout.expert_storage != "fp8"
+    if is_int4:
+        check_expert(index, layout, layer, expert, tensors)
+    there = {name: tensors[name].to(device) for name in layout.expert_tensor_names(layer, expert)}
+    if not is_int4:
+        return decode_expert(index, layout, layer, expert, there)
+    linears = {projection: layout.expert_linear_name(layer, expert, projection) for projection in PROJECTIONS}
+    return {projection: decode_checked(_named(index, layout, there, name)[0], layout) for projection, name in linears.items()}
 
 
 def decode_expert(index: CheckpointIndex, layout: ModelLayout, layer: int, expert: int, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

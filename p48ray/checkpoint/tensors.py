@@ -9,6 +9,7 @@ from torch import Tensor
 from p48ray.checkpoint.header import TensorEntry, dtype_name, encode_header, torch_dtype
 from p48ray.errors import ShardCorruptError
 from p48ray.store import Store
+from p48ray.store.view import read_into
 
 MAX_GAP_BYTES = 1 * 2**20
 """Unwanted bytes between two tensors that are read along with them. A request to a bucket takes as long as about 1 MiB of its bytes."""
@@ -32,6 +33,24 @@ def read_tensors(store: Store, entries: Iterable[TensorEntry]) -> dict[str, Tens
         data = memoryview(store.get_range(run[0].file, start, end - start))
         for entry in run:
             found[entry.name] = from_bytes(data[entry.start - start :][: entry.num_bytes], entry.dtype, entry.shape)
+    return {entry.name: found[entry.name] for entry in wanted}
+
+
+def read_together(store: Store, entries: Iterable[TensorEntry]) -> dict[str, Tensor]:
+    """As read_tensors, for tensors that are used and let go together: neighbours share the memory they were read into, without a copy."""
+    wanted = list(entries)
+    found: dict[str, Tensor] = {}
+    for run in merge_ranges(wanted):
+        start = run[0].start
+        data = bytearray(max(entry.start + entry.num_bytes for entry in run) - start)
+        read_into(store, run[0].file, start, memoryview(data))
+        for entry in run:
+            at, dtype = entry.start - start, torch_dtype(entry.dtype)
+            if entry.num_bytes and at % dtype.itemsize == 0:
+                count = entry.num_bytes // dtype.itemsize
+                found[entry.name] = torch.frombuffer(data, dtype=dtype, offset=at, count=count).reshape(entry.shape)
+            else:
+                found[entry.name] = from_bytes(memoryview(data)[at : at + entry.num_bytes], entry.dtype, entry.shape)
     return {entry.name: found[entry.name] for entry in wanted}
 
 
@@ -63,6 +82,12 @@ def from_bytes(data: bytes | memoryview, dtype: str, shape: Sequence[int]) -> Te
     return torch.frombuffer(bytearray(data), dtype=torch.uint8).view(target).reshape(tuple(shape))
 
 
+def tensor_view(tensor: Tensor) -> memoryview:
+    """The same bytes as tensor_bytes gives, uncopied where the tensor lies in memory as a file holds it."""
+    view: memoryview = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+    return view
+
+
 def tensor_bytes(tensor: Tensor) -> bytes:
     """The bytes that a safetensors file holds for the tensor, which may be on any device and of any strides."""
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
@@ -71,20 +96,23 @@ def tensor_bytes(tensor: Tensor) -> bytes:
 class TensorFile:
     """A safetensors file with the tensors in the mapping's order, as `store.base.Buffers`: they are written from where they lie.
 
-    Args:   tensors: on the CPU, contiguous. Raises: P48Error for a dtype that files here do not hold.
+    Raises: P48Error for a dtype that files here do not hold.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        self.tensors = tensors
-        self.header = encode_header([(name, dtype_name(t.dtype), tuple(t.shape)) for name, t in tensors.items()])
+        self.tensors, self.header = tensors, header_of(tensors)
         self.size_bytes = len(self.header) + sum(t.nbytes for t in tensors.values())
 
     def __iter__(self) -> Iterator[memoryview]:
         yield memoryview(self.header)
-        for tensor in self.tensors.values():
-            yield tensor.reshape(-1).view(torch.uint8).numpy().data
+        yield from map(tensor_view, self.tensors.values())
 
 
 def serialize(tensors: Mapping[str, Tensor]) -> bytes:
     """A whole safetensors file, joined. Raises: as TensorFile."""
-    return b"".join(bytes(buffer) for buffer in TensorFile({name: t.detach().cpu().contiguous() for name, t in tensors.items()}))
+    return b"".join(TensorFile(tensors))
+
+
+def header_of(tensors: Mapping[str, Tensor]) -> bytes:
+    """The start of that file, up to the first tensor's bytes."""
+    return encode_header([(name, dtype_name(tensor.dtype), tuple(tensor.shape)) for name, tensor in tensors.items()])

@@ -61,3 +61,10 @@ def pack(codes: UInt8[Tensor, "*n i"]) -> UInt8[Tensor, "*n b"]:
 def unpack(packed: UInt8[Tensor, "*n b"]) -> UInt8[Tensor, "*n i"]:
     """Inverse of `pack`."""
     return torch.stack((packed & 0x0F, packed >> 4), dim=-1).flatten(-2)
+
+
+def decode_packed(packed: UInt8[Tensor, "*n b"]) -> Float32[Tensor, "*n i"]:
+    """`decode` of `unpack`, a byte at a time."""
+    values = E2M1_VALUES + tuple(-v for v in E2M1_VALUES)
+    both = torch.tensor([(low, high) for high in values for low in values], device=packed.device)
+    return both[packed.int()].flatten(-2)

@@ -97,3 +97,11 @@ def dequantize(
     """e2m1(code) * (scale / global), in float32."""
     unit_NOG1 = effective_scale(scale, global_scale)[..., None]
     return (e2m1.decode(codes).unflatten(2, (-1, SCALE_GROUP)) * unit_NOG1).flatten(2)
+
+
+def dequantize_packed(
+    packed: UInt8[Tensor, "n o b"], scale: Float8e4m3fn[Tensor, "n o b//8"], global_scale: Float32[Tensor, "n"]
+) -> Float32[Tensor, "n o i"]:
+    """`dequantize` of e2m1.unpack(packed), two codes at a time: the same values."""
+    unit_NOG1 = effective_scale(scale, global_scale)[..., None]
+    return (e2m1.decode_packed(packed).unflatten(2, (-1, SCALE_GROUP)) * unit_NOG1).flatten(2)

@@ -7,10 +7,11 @@ storage a unit's range is read, held against its digest and recoded on the way, 
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from p48ray import run_root
+from p48ray import run_root, trace
 from p48ray.checkpoint.decode import read_plain
 from p48ray.checkpoint.fp8 import Fp8Weight
 from p48ray.checkpoint.header import encode_header
@@ -26,9 +27,12 @@ from p48ray.output_layout import OutputShard, shard_rows, unit_entries
 from p48ray.plan import WorkUnit
 from p48ray.stages.context import StageContext
 from p48ray.store.base import ByteRange, ObjectInfo, Piece, Store
+from p48ray.store.view import read_into
 
 MANIFEST_FILE = "p48ray.json"
-HASHED_BYTES = 64 * 2**20  # read at once while a shard on a disk is hashed
+HASHED_BYTES = 8 * 2**20  # read at once while a shard on a disk is hashed: still in the processor's cache then
+HASH_THREADS = 4
+"""Units whose bytes are hashed at a time, or whose heads are asked of a bucket."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,14 +65,7 @@ def is_whole(context: StageContext, shard: StitchedShard) -> bool:
 
 def compose_shard(context: StageContext, shard: OutputShard, done: StitchedShard) -> None:
     key = run_root.checkpoint_file(shard.name)
-    units: dict[str, StoredUnit] = {}
-    corrupt: list[CorruptObjectError] = []
-    for segment in shard.segments:
-        if isinstance(segment, WorkUnit):
-            try:
-                units[segment.id] = find_unit(context, segment)
-            except CorruptObjectError as error:
-                corrupt.append(error)  # all of them are named, so that one round makes them all anew
+    units, corrupt = find_units(context, [segment for segment in shard.segments if isinstance(segment, WorkUnit)])
     if corrupt:
         more = f" (and {len(corrupt) - 1} more units)" if len(corrupt) > 1 else ""
         raise CorruptObjectError(f"{corrupt[0]}{more}", *(name for error in corrupt for name in error.keys))
@@ -112,6 +109,23 @@ def unit_pieces(unit: StoredUnit, storage: Storage) -> Iterator[Piece]:
         raise CorruptObjectError(f"{where}: not the unit that {unit.named_in} names: {error}", unit.named_in, unit.file) from error
 
 
+def find_units(context: StageContext, units: Sequence[WorkUnit]) -> tuple[dict[str, StoredUnit], list[CorruptObjectError]]:
+    """Units by id, and an error for each that is not what its manifest says: all of them are named, so that one round makes them all anew.
+
+    Raises: as find_unit does but for CorruptObjectError. Cost: HASH_THREADS units are read at a time, HASHED_BYTES of each in memory.
+    """
+
+    def look(unit: WorkUnit) -> StoredUnit | CorruptObjectError:
+        try:
+            return find_unit(context, unit)
+        except CorruptObjectError as error:
+            return error
+
+    with ThreadPoolExecutor(HASH_THREADS, thread_name_prefix="reduce") as pool:
+        looked = list(pool.map(look, units))
+    return {found.id: found for found in looked if isinstance(found, StoredUnit)}, [e for e in looked if isinstance(e, CorruptObjectError)]
+
+
 def find_unit(context: StageContext, unit: WorkUnit) -> StoredUnit:
     """A unit's tensors in the shard of the attempt that counts, after a check of its manifest, size and digest."""
     manifest_key = run_root.unit_manifest(unit.id)
@@ -137,9 +151,13 @@ def stored_sha256(store: Store, held: ObjectInfo) -> str | None:
     """The digest that the store keeps, so that a bucket's bytes need not be read; on a disk that of the bytes. None where only `verify` will tell."""
     if held.sha256 is not None or store.uri.startswith("s3://"):
         return held.sha256
-    digest = hashlib.sha256()
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(min(HASHED_BYTES, held.size_bytes)))
     for start in range(0, held.size_bytes, HASHED_BYTES):
-        digest.update(store.get_range(held.key, start, min(HASHED_BYTES, held.size_bytes - start)))
+        data = buffer[: held.size_bytes - start]
+        with trace.span("read", len(data)):
+            read_into(store, held.key, start, data)
+        with trace.span("hash", len(data)):
+            digest.update(data)
     return digest.hexdigest()
 
 

@@ -225,7 +225,7 @@ def verify_and_record(context: StageContext, shard: OutputShard) -> None:
     promise = Promise(
         is_sparse=compression.sparsity == "paired-4:8", scale_span=compression.scale_span, weight_errors=claims, unit_sha256=digests
     )
-    found = verify_shard(checkpoint, context.source, context.layout, shard, promise)
+    found = verify_shard(checkpoint, context.source, context.layout, shard, promise, context.device)
     held = checkpoint.head(shard.name)
     verdict = ShardVerdict(
         plan_digest=context.plan.digest,

@@ -9,28 +9,32 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from p48ray.checkpoint.decode import read_expert, read_plain
-from p48ray.checkpoint.fp8 import Fp8Weight
+from p48ray.checkpoint.decode import decode_expert_on, decode_plain
+from p48ray.checkpoint.fp8 import Fp8Weight, PlainTensor
 from p48ray.checkpoint.header import TensorEntry, parse_header, read_header_bytes
 from p48ray.checkpoint.index import CONFIG_FILE, INDEX_FILE, CheckpointIndex
 from p48ray.checkpoint.layout import PROJECTIONS, ModelLayout
-from p48ray.checkpoint.storage_stream import decoded_unit, dense_sha256
-from p48ray.checkpoint.tensors import read_tensors, tensor_bytes
+from p48ray.checkpoint.sparse_storage import Storage
+from p48ray.checkpoint.storage_stream import dense_sha256
+from p48ray.checkpoint.tensors import read_together, tensor_view
 from p48ray.errors import ObjectMissingError, ShardCorruptError, SourceError
-from p48ray.numerics import e2m1, nvfp4, paired48
+from p48ray.numerics import nvfp4, paired48
 from p48ray.numerics.metrics import relative_weight_error
 from p48ray.output_layout import SUFFIXES, OutputShard, shard_rows, unit_rows
 from p48ray.plan import WorkUnit
+from p48ray.stages.verify_reading import Readers, ReadUnit, compare_bytes, read_originals, read_unit, readers, tensor_digest
 from p48ray.store.base import Store
 
 CLAIM_TOLERANCE = 1e-3  # relative; the manifest's error was summed on the solver's device, this one here
-COMPARE_CHUNK_BYTES = 16 * 2**20
+CPU = torch.device("cpu")
 DAMAGE = (
     SourceError,
     ShardCorruptError,
@@ -57,8 +61,14 @@ class Findings:
     untouched_sha256: Mapping[str, str] = field(default_factory=dict)
 
 
-def verify_shard(checkpoint: Store, source: CheckpointIndex, layout: ModelLayout, shard: OutputShard, promise: Promise) -> Findings:
-    """Read one output shard through, beside its source. `checkpoint` is rooted at the checkpoint folder."""
+def verify_shard(
+    checkpoint: Store, source: CheckpointIndex, layout: ModelLayout, shard: OutputShard, promise: Promise, device: torch.device = CPU
+) -> Findings:
+    """Read one output shard through, beside its source. `checkpoint` is rooted at the checkpoint folder.
+
+    Args: device: where units and their originals are decoded and compared; what travels there is what is stored. Hashes are made on the CPU.
+    Cost: memory for three units and the packed originals of their experts. Threads that read and hash, beside the one that computes.
+    """
     try:
         raw, size_bytes = read_header_bytes(checkpoint, shard.name)
         entries = parse_header(shard.name, raw, size_bytes)
@@ -68,29 +78,53 @@ def verify_shard(checkpoint: Store, source: CheckpointIndex, layout: ModelLayout
     if problems:
         return Findings(problems=problems)
     digests: dict[str, str] = {}
-    for segment in shard.segments:
-        if isinstance(segment, WorkUnit):
-            stored = read_tensors(checkpoint, [entries[name] for name, _, _ in unit_rows(layout, segment, shard.storage)])
-            try:
-                tensors = decoded_unit(stored) if shard.storage == "sparse" else stored
-            except SourceError as error:
-                problems.append(f"{shard.name}: unit {segment.id}: {error}")
+    with readers(size_bytes) as threads:
+
+        def look(segment: WorkUnit | PlainTensor) -> ReadUnit | ReadPlain:
+            if isinstance(segment, WorkUnit):
+                stored = [entries[name] for name, _, _ in unit_rows(layout, segment, shard.storage)]
+                return read_unit(checkpoint, stored, shard.storage, partial(read_originals, source, layout, segment))
+            return read_plain_tensor(checkpoint, entries[segment.name], source.store, segment, threads)
+
+        for segment, found in threads.in_order(look, shard.segments):
+            if isinstance(segment, WorkUnit):
+                assert isinstance(found, ReadUnit)
+                experts = (
+                    (
+                        {p: layout.expert_linear_name(segment.layer, e, p) for p in PROJECTIONS},
+                        decode_expert_on(device, source, layout, segment.layer, e, found.originals),
+                    )
+                    for e in segment.experts
+                )
+                problems += check_unit(shard.name, segment.id, found, experts, promise, shard.storage, threads, device)
                 continue
-            problems += check_unit(shard.name, segment.id, tensors, promise)
-            for expert in segment.experts:
-                originals = read_expert(source, layout, segment.layer, expert)
-                names = {p: layout.expert_linear_name(segment.layer, expert, p) for p in PROJECTIONS}
-                problems += check_expert(names, tensors, originals, promise)
-        elif isinstance(segment, Fp8Weight):
-            digests[segment.name] = tensor_digest(checkpoint, entries[segment.name])
-            expected = tensor_bytes(read_plain(source.store, [segment])[segment.name])
-            if digests[segment.name] != hashlib.sha256(expected).hexdigest():
-                problems.append(f"{shard.name}: {segment.name}: values differ from the source's FP8 weight as BF16 ({segment.file})")
-        else:
-            is_same, digests[segment.name] = compare_bytes(checkpoint, entries[segment.name], source.store, segment)
-            if not is_same:
+            assert isinstance(found, ReadPlain)
+            digests[segment.name] = found.digest
+            if isinstance(segment, Fp8Weight):
+                there = {name: tensor.to(device) for name, tensor in found.stored.items()}
+                expected = tensor_view(decode_plain(there, [segment])[segment.name])
+                if found.digest != hashlib.sha256(expected).hexdigest():
+                    problems.append(f"{shard.name}: {segment.name}: values differ from the source's FP8 weight as BF16 ({segment.file})")
+            elif not found.is_same:
                 problems.append(f"{shard.name}: {segment.name}: bytes differ from the source's ({segment.file})")
     return Findings(problems=problems, header_sha256=header_digest(raw), untouched_sha256=digests)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReadPlain:
+    """A tensor outside the experts: its SHA-256, whether its bytes are the source's, or for FP8 what the source stores."""
+
+    digest: str
+    is_same: bool = False
+    stored: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+def read_plain_tensor(checkpoint: Store, entry: TensorEntry, source: Store, original: PlainTensor, threads: Readers) -> ReadPlain:
+    if isinstance(original, Fp8Weight):
+        digest = tensor_digest(checkpoint, entry, threads.reads)
+        return ReadPlain(digest=digest, stored=read_together(source, [original.weight, original.scale_inv]))
+    is_same, digest = compare_bytes(checkpoint, entry, source, original, threads.reads)
+    return ReadPlain(digest=digest, is_same=is_same)
 
 
 def header_digest(raw: bytes) -> str:
@@ -98,17 +132,31 @@ def header_digest(raw: bytes) -> str:
     return hashlib.sha256(len(raw).to_bytes(8, "little") + raw).hexdigest()
 
 
-def check_unit(file: str, unit_id: str, tensors: Mapping[str, Tensor], promise: Promise) -> list[str]:
-    """The bytes are those that the unit stored. The weight error alone can not tell: one wrong code in a million moves it by less than rounding.
+def check_unit(
+    file: str,
+    unit_id: str,
+    found: ReadUnit,
+    experts: Iterable[tuple[Mapping[str, str], Mapping[str, Tensor] | None]],
+    promise: Promise,
+    storage: Storage,
+    threads: Readers,
+    device: torch.device = CPU,
+) -> list[str]:
+    """Every check of one unit. First, the bytes are those that the unit stored: the weight error alone can not tell, because one wrong code in a million
+    moves it by less than rounding.
 
-    Args: tensors: dense, in the order of unit_rows, so that they serialize to the unit's own shard.
+    Args: found: as read, in the order of unit_rows, so that dense tensors serialize to the unit's own shard. experts: see check_experts.
     """
-    found, claim = dense_sha256(tensors), promise.unit_sha256.get(unit_id)
-    return (
-        []
-        if found == claim
-        else [f"{file}: unit {unit_id}: expected the bytes with SHA-256 {claim} that its manifest names, found {found}"]
-    )
+    try:
+        tensors = found.dense(storage, device)
+    except SourceError as error:
+        return [f"{file}: unit {unit_id}: {error}"]
+    digest: Future[str] | None = threads.segments.submit(dense_sha256, tensors) if found.digest is None else None
+    problems = check_experts(experts, tensors, promise)
+    sha256, claim = digest.result() if digest else found.digest, promise.unit_sha256.get(unit_id)
+    if sha256 == claim:
+        return problems
+    return [f"{file}: unit {unit_id}: expected the bytes with SHA-256 {claim} that its manifest names, found {sha256}", *problems]
 
 
 def compare_rows(shard: OutputShard, rows: list[tuple[str, str, tuple[int, ...]]], found: Mapping[str, TensorEntry]) -> Iterator[str]:
@@ -122,75 +170,93 @@ def compare_rows(shard: OutputShard, rows: list[tuple[str, str, tuple[int, ...]]
             yield f"{shard.name}: {name}: expected {planned[name]}, found {(found[name].dtype, tuple(found[name].shape))}"
 
 
-def check_expert(
-    names: Mapping[str, str], tensors: Mapping[str, Tensor], originals: Mapping[str, Tensor] | None, promise: Promise
+def check_experts(
+    experts: Iterable[tuple[Mapping[str, str], Mapping[str, Tensor] | None]], tensors: Mapping[str, Tensor], promise: Promise
 ) -> list[str]:
-    """Every check of one expert. names: projection -> module name. originals: the source's weights, where they are to be compared."""
+    """Every check of a unit's experts, computed where the tensors are and brought to the CPU in one transfer.
+
+    Args: experts: for each, projection -> module name, and projection -> the source's weight where that is to be compared; asked for one at a time.
+    """
+    named: list[tuple[Mapping[str, str], bool]] = []
+    measured: list[Tensor] = []
+    for names, originals in experts:
+        named.append((names, originals is not None))
+        for projection, name in names.items():
+            linear = {suffix: tensors[f"{name}.{suffix}"] for suffix in SUFFIXES}
+            measured.append(measure_linear(linear, originals[projection] if originals is not None else None, promise))
+    facts = iter([LinearFacts(*values) for values in torch.stack(measured).tolist()] if measured else [])
     problems: list[str] = []
-    linears = {p: {suffix: tensors[f"{name}.{suffix}"] for suffix in SUFFIXES} for p, name in names.items()}
-    for projection, linear in linears.items():
-        found = [f"{names[projection]}.{text}" for text in check_linear(linear, promise)]
-        if not found and originals is not None:
-            found = check_claim(names[projection], linear, originals[projection], promise)
-        problems += found
-    for suffix in ("weight_global_scale", "input_global_scale"):
-        gate, up = linears["gate_proj"][suffix], linears["up_proj"][suffix]
-        if not torch.equal(gate, up):
-            problems.append(f"{names['up_proj']}.{suffix}: expected gate's {gate.item()}, found {up.item()}")
+    for names, is_compared in named:
+        problems += expert_problems(names, {p: next(facts) for p in names}, is_compared, promise)
     return problems
 
 
-def check_claim(name: str, linear: Mapping[str, Tensor], original: Tensor, promise: Promise) -> list[str]:
+@dataclass(frozen=True, slots=True)
+class LinearFacts:
+    """What the checks of one linear go by, as numbers of a device in float64, which holds each of them exactly. Flags are 0 or 1."""
+
+    weight_global_scale: float
+    input_global_scale: float
+    are_scales_sound: float
+    are_spans_equal: float
+    has_minus_zero: float
+    num_illegal: float
+    weight_error: float
+
+
+def measure_linear(linear: Mapping[str, Tensor], original: Tensor | None, promise: Promise) -> Tensor:
+    """LinearFacts as a tensor (7,) on the linear's device: nothing here waits for that. original: the source's weight, or None (error 0)."""
+    scale_OG, packed_OB = linear["weight_scale"].float(), linear["weight_packed"]
+    yes, none = torch.ones((), device=packed_OB.device), torch.zeros((), device=packed_OB.device)
+    facts = [linear[suffix].reshape(()) for suffix in ("weight_global_scale", "input_global_scale")]
+    facts.append((torch.isfinite(scale_OG) & (scale_OG > 0)).all())
+    facts.append((scale_OG[:, 0::2] == scale_OG[:, 1::2]).all() if promise.scale_span == 32 else yes)
+    facts.append(((packed_OB & 0x0F) == 0x08).any() | ((packed_OB & 0xF0) == 0x80).any())
+    facts.append(paired48.find_illegal(packed_OB).count_nonzero() if promise.is_sparse else none)
+    if original is None:
+        facts.append(none)
+    else:
+        values = nvfp4.dequantize_packed(packed_OB[None], linear["weight_scale"][None], linear["weight_global_scale"])
+        facts.append(relative_weight_error(original.float()[None], values).reshape(()))
+    return torch.stack([fact.double() for fact in facts])
+
+
+def expert_problems(names: Mapping[str, str], facts: Mapping[str, LinearFacts], is_compared: bool, promise: Promise) -> Iterator[str]:
+    """What is wrong with one expert, in words. is_compared: with the source."""
+    for projection, name in names.items():
+        found = [f"{name}.{text}" for text in linear_problems(facts[projection])]
+        yield from found
+        if not found and is_compared:
+            yield from claim_problems(name, facts[projection].weight_error, promise)
+    for suffix in ("weight_global_scale", "input_global_scale"):
+        gate, up = (getattr(facts[projection], suffix) for projection in ("gate_proj", "up_proj"))
+        if gate != up:
+            yield f"{names['up_proj']}.{suffix}: expected gate's {gate}, found {up}"
+
+
+def claim_problems(name: str, error: float, promise: Promise) -> Iterator[str]:
     """The plain weight error is what the manifest says."""
-    values = nvfp4.dequantize(e2m1.unpack(linear["weight_packed"])[None], linear["weight_scale"][None], linear["weight_global_scale"])
-    error = relative_weight_error(original.float()[None], values).item()
     claim = promise.weight_errors.get(name)
     if claim is None:
-        return [f"{name}: relative weight error {error:.6g}, and no manifest that claims one"]
-    if not math.isclose(error, claim, rel_tol=CLAIM_TOLERANCE, abs_tol=1e-9):
-        return [f"{name}: relative weight error {error:.6g}, but the manifest claims {claim:.6g}"]
-    return []
+        yield f"{name}: relative weight error {error:.6g}, and no manifest that claims one"
+    elif not math.isclose(error, claim, rel_tol=CLAIM_TOLERANCE, abs_tol=1e-9):
+        yield f"{name}: relative weight error {error:.6g}, but the manifest claims {claim:.6g}"
 
 
-def check_linear(linear: Mapping[str, Tensor], promise: Promise) -> Iterator[str]:
+def linear_problems(facts: LinearFacts) -> Iterator[str]:
     """Problems of one linear's four tensors."""
     for suffix in ("weight_global_scale", "input_global_scale"):
-        value = linear[suffix].item()
+        value = getattr(facts, suffix)
         if not (math.isfinite(value) and value > 0):
             yield f"{suffix}: expected finite and above 0, found {value}"
-    scale_OG = linear["weight_scale"].float()
-    if not bool((torch.isfinite(scale_OG) & (scale_OG > 0)).all()):
+    if not facts.are_scales_sound:
         yield "weight_scale: expected finite and above 0 everywhere"
-    if promise.scale_span == 32 and not torch.equal(scale_OG[:, 0::2], scale_OG[:, 1::2]):
+    if not facts.are_spans_equal:
         yield "weight_scale: expected the two scales of every 32 inputs to be equal (scale_span 32)"
-    packed_OB = linear["weight_packed"]
-    if bool(((packed_OB & 0x0F) == 0x08).any() | ((packed_OB & 0xF0) == 0x80).any()):
+    if facts.has_minus_zero:
         yield "weight_packed: holds code 8 (minus zero)"
-    if promise.is_sparse and (illegal := int(paired48.find_illegal(packed_OB).sum())):
-        yield f"weight_packed: {illegal} groups of 8 inputs keep more than 2 of 4 pairs"
-
-
-def compare_bytes(left: Store, a: TensorEntry, right: Store, b: TensorEntry) -> tuple[bool, str]:
-    """Whether two tensors' bytes are the same, and the left one's SHA-256; read in chunks."""
-    digest, is_same = hashlib.sha256(), a.num_bytes == b.num_bytes
-    for at, data in chunks(left, a):
-        digest.update(data)
-        is_same = is_same and data == right.get_range(b.file, b.start + at, len(data))
-    return is_same, digest.hexdigest()
-
-
-def tensor_digest(store: Store, entry: TensorEntry) -> str:
-    """SHA-256 of a tensor's bytes."""
-    digest = hashlib.sha256()
-    for _, data in chunks(store, entry):
-        digest.update(data)
-    return digest.hexdigest()
-
-
-def chunks(store: Store, entry: TensorEntry) -> Iterator[tuple[int, bytes]]:
-    """A tensor's bytes in pieces, each with its offset."""
-    for at in range(0, entry.num_bytes, COMPARE_CHUNK_BYTES):
-        yield at, store.get_range(entry.file, entry.start + at, min(COMPARE_CHUNK_BYTES, entry.num_bytes - at))
+    if facts.num_illegal:
+        yield f"weight_packed: {int(facts.num_illegal)} groups of 8 inputs keep more than 2 of 4 pairs"
 
 
 def check_index(checkpoint: Store, shards: tuple[OutputShard, ...], layout: ModelLayout) -> list[str]:

@@ -15,9 +15,7 @@ from p48ray.checkpoint.header import TensorEntry, parse_header, read_header_byte
 from p48ray.checkpoint.index import CONFIG_FILE, HEADER_THREADS, CheckpointIndex, open_checkpoint
 from p48ray.checkpoint.layout import EXPERT_NAME, PROJECTIONS, ModelLayout
 from p48ray.checkpoint.sparse_storage import KEPT, PACKED, Storage, linear_form, storage_of
-from p48ray.checkpoint.storage_stream import decoded_unit
-from p48ray.checkpoint.tensors import read_tensors
-from p48ray.errors import ConfigError, P48Error, ShardCorruptError, SourceError
+from p48ray.errors import ConfigError, P48Error, ShardCorruptError
 from p48ray.manifest import CheckpointManifest
 from p48ray.output_layout import OutputShard, plan_output, unit_tensor_names
 from p48ray.plan import WorkUnit, plan_units, ranges
@@ -26,15 +24,14 @@ from p48ray.stages.reduce import MANIFEST_FILE
 from p48ray.stages.verify import (
     DAMAGE,
     Promise,
-    check_expert,
     check_index,
     check_index_files,
     check_unit,
     compare_index,
     header_digest,
-    tensor_digest,
     verify_shard,
 )
+from p48ray.stages.verify_reading import ReadUnit, read_unit, readers, tensor_digest
 from p48ray.store.base import Store
 
 
@@ -144,20 +141,24 @@ def check_shard(check: ShardCheck) -> tuple[str, ...]:
     if isinstance(check, SourcedCheck):
         return tuple(verify_shard(check.checkpoint, check.source, check.layout, check.shard, check.promise).problems)
     problems = []
-    for unit, linears in check.units:
-        stored = read_tensors(check.checkpoint, [check.entries[name] for name in unit_tensor_names(linears, check.storage)])
-        try:
-            tensors = decoded_unit(stored) if check.storage == "sparse" else stored
-        except SourceError as error:
-            problems.append(f"{check.file}: unit {unit.id}: {error}")
-            continue
-        problems += check_unit(check.file, unit.id, tensors, check.promise)
-        for at in range(0, len(linears), len(PROJECTIONS)):
-            projections = dict(zip(PROJECTIONS, linears[at : at + len(PROJECTIONS)], strict=True))
-            problems += check_expert(projections, tensors, None, check.promise)
-    for name, digest in sorted(check.untouched.items()):
-        if (found := tensor_digest(check.checkpoint, check.entries[name])) != digest:
-            problems.append(f"{check.file}: {name}: bytes differ from those that were verified: expected SHA-256 {digest}, found {found}")
+    with readers(check.size_bytes) as threads:
+
+        def read(unit: tuple[WorkUnit, tuple[str, ...]]) -> ReadUnit:
+            entries = [check.entries[name] for name in unit_tensor_names(unit[1], check.storage)]
+            return read_unit(check.checkpoint, entries, check.storage, dict)
+
+        def digest_of(name: str) -> str:
+            return tensor_digest(check.checkpoint, check.entries[name], threads.reads)
+
+        for (unit, linears), stored in threads.in_order(read, check.units):
+            firsts = range(0, len(linears), len(PROJECTIONS))
+            experts = [(dict(zip(PROJECTIONS, linears[at : at + len(PROJECTIONS)], strict=True)), None) for at in firsts]
+            problems += check_unit(check.file, unit.id, stored, experts, check.promise, check.storage, threads)
+        for name, found in threads.in_order(digest_of, sorted(check.untouched)):
+            if found != (digest := check.untouched[name]):
+                problems.append(
+                    f"{check.file}: {name}: bytes differ from those that were verified: expected SHA-256 {digest}, found {found}"
+                )
     return tuple(problems)
 
 

@@ -75,6 +75,19 @@ class LocalStore:
         self.traffic.add(bytes_read=num_bytes, requests=1)
         return data
 
+    def read_into(self, key: str, start: int, target: memoryview) -> None:
+        """As `get_range`, filling `target` (writable bytes) instead of new memory."""
+        path = self.path(key)
+        with _errors_name(path), self._missing_is_named(key), open(path, "rb", buffering=0) as file:
+            check_range(key, start, len(target), os.fstat(file.fileno()).st_size)
+            done = 0
+            while done < len(target):
+                step = os.preadv(file.fileno(), [target[done:]], start + done)
+                if not step:
+                    raise _cut(key, start, len(target), done)
+                done += step
+        self.traffic.add(bytes_read=len(target), requests=1)
+
     def head(self, key: str) -> ObjectInfo | None:
         """See Store.head."""
         path = self.path(key)
@@ -277,10 +290,14 @@ def _read_exactly(source: int, key: str, start: int, num_bytes: int) -> bytes:
     while missing:
         part = os.pread(source, missing, start + num_bytes - missing)
         if not part:
-            raise ShardCorruptError(f"{key}: asked for {num_bytes} bytes from byte {start} on, found {num_bytes - missing}: cut while read")
+            raise _cut(key, start, num_bytes, num_bytes - missing)
         parts.append(part)
         missing -= len(part)
     return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+def _cut(key: str, start: int, num_bytes: int, found: int) -> ShardCorruptError:
+    return ShardCorruptError(f"{key}: asked for {num_bytes} bytes from byte {start} on, found {found}: cut while read")
 
 
 def _write_all(target: int, data: bytes | memoryview) -> int:

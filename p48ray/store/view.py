@@ -65,6 +65,16 @@ class SubStore:
         return piece
 
 
+def read_into(store: Store, key: str, start: int, target: memoryview) -> None:
+    """Fills `target` with the object's bytes from `start` on; straight from the file where it lies in a folder. Raises: as Store.get_range."""
+    while isinstance(store, SubStore):
+        key, store = store.full(key), store.store
+    if isinstance(store, LocalStore):
+        store.read_into(key, start, target)
+    else:
+        target[:] = store.get_range(key, start, len(target))
+
+
 def local_path(store: Store, key: str) -> str | None:
     """The file behind an object, for readers that map files into memory; None where it lies in no folder of this machine."""
     while isinstance(store, SubStore):

@@ -1,6 +1,7 @@
 """Bytes to tensors and back, and which ranges are read for them."""
 
 import uuid
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,9 +11,9 @@ from torch import Tensor
 from p48ray.checkpoint import tensors as tensors_module
 from p48ray.checkpoint.header import TORCH_DTYPES, TensorEntry, dtype_name, read_header
 from p48ray.checkpoint.index import CheckpointIndex
-from p48ray.checkpoint.tensors import from_bytes, merge_ranges, read_tensor, read_tensors, serialize, tensor_bytes
+from p48ray.checkpoint.tensors import from_bytes, merge_ranges, read_tensor, read_tensors, read_together, serialize, tensor_bytes
 from p48ray.errors import P48Error, ShardCorruptError
-from p48ray.store import MemoryStore
+from p48ray.store import LocalStore, MemoryStore
 
 
 def same(left: Tensor, right: Tensor) -> bool:
@@ -114,3 +115,26 @@ def test_data_that_ends_early_is_reported_with_its_file() -> None:
     store.put("f", bytes(20))
     with pytest.raises(ShardCorruptError, match=r"f: asked for 15 bytes from byte 10 on.*found 20"):
         read_tensor(store, entry("a", 10, 15))
+
+
+@pytest.mark.parametrize("kind", ["local", "memory"])
+def test_tensors_that_share_a_read_are_the_same_wherever_they_begin(tmp_path: Path, kind: str) -> None:
+    """At odd offsets as well, where a view of the bytes would not be aligned."""
+    store = LocalStore(tmp_path) if kind == "local" else MemoryStore("read-together")
+    data = bytes(range(256)) * 20
+    store.put("a", data)
+    entries = [
+        TensorEntry("words", "I32", (2, 3), "a", 8, 24),
+        TensorEntry("odd", "BF16", (4,), "a", 33, 8),
+        TensorEntry("none", "F32", (0, 3), "a", 41, 0),
+        TensorEntry("bytes", "U8", (5,), "a", 41, 5),
+        TensorEntry("far", "F8_E4M3", (2, 2), "a", 5000, 4),
+    ]
+    expected, found = read_tensors(store, entries), read_together(store, entries)
+    assert list(found) == list(expected)
+    for name, tensor in expected.items():
+        assert (found[name].dtype, found[name].shape) == (tensor.dtype, tensor.shape), name
+        assert tensor_bytes(found[name]) == tensor_bytes(tensor), name
+        assert serialize({name: found[name]}) == serialize({name: tensor}), name
+    with pytest.raises(ShardCorruptError, match=r"a: asked for .* found 5120 bytes"):
+        read_together(store, [*entries, TensorEntry("beyond", "U8", (9,), "a", 5115, 9)])

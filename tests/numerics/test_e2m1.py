@@ -78,3 +78,10 @@ def test_inputs_are_unchanged() -> None:
     before = x.clone()
     e2m1.round_to_e2m1(x), e2m1.encode(x)
     assert torch.equal(x, before)
+
+
+def test_decoding_a_byte_at_a_time_gives_the_same_values_with_the_sign_of_zero() -> None:
+    every = torch.arange(256, dtype=torch.uint8).reshape(2, 4, 32)
+    expected = e2m1.decode(e2m1.unpack(every))
+    assert torch.equal(e2m1.decode_packed(every).view(torch.int32), expected.view(torch.int32))
+    assert e2m1.decode_packed(every[:, :, :0]).shape == (2, 4, 0)

@@ -175,3 +175,11 @@ def test_inputs_are_unchanged() -> None:
     scale = nvfp4.choose_scales(values, divisor, 16, search=True)
     nvfp4.quantize(values, scale, divisor)
     assert torch.equal(values, before)
+
+
+def test_dequantizing_packed_bytes_gives_the_same_bits() -> None:
+    packed = torch.randint(256, (2, 3, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(5))
+    scale = torch.linspace(0.01, 400, 24).reshape(2, 3, 4)[..., [0, 1, 2, 3]].to(torch.float8_e4m3fn)
+    global_scale = torch.tensor([3.7, 1234.5])
+    expected = nvfp4.dequantize(e2m1.unpack(packed), scale, global_scale)
+    assert torch.equal(nvfp4.dequantize_packed(packed, scale, global_scale).view(torch.int32), expected.view(torch.int32))

@@ -174,3 +174,12 @@ def test_ordered_metadata_of_every_byte_is_what_a_search_over_indices_finds() ->
     expected = [search(m & 15) | search(m >> 4) << 4 for m in masks]
     assert paired48.ordered_metadata(torch.tensor([masks], dtype=torch.uint8)).tolist() == [expected]
     assert sorted({m & 15 for m in expected}) == [0b0100, 0b1000, 0b1001, 0b1100, 0b1101, 0b1110]
+
+
+def test_illegal_groups_are_those_with_more_than_two_nonzero_bytes_whatever_the_bytes() -> None:
+    generator = torch.Generator().manual_seed(7)
+    values = torch.tensor([0, 0, 1, 8, 128, 255], dtype=torch.uint8)
+    packed = values[torch.randint(6, (2, 50, 64), generator=generator)]
+    for view in (packed, packed[:, ::2], packed[..., 4:36], packed[..., :0]):
+        expected = (view.unflatten(-1, (-1, 4)) != 0).sum(-1) > 2
+        assert torch.equal(paired48.find_illegal(view), expected)
