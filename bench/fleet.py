@@ -14,7 +14,7 @@ What is assumed (printed with the results, with the numbers in force):
     streaming stages    p48ray.estimate_time's assumed rate; reading, computing and writing one after the other; workers of a node share its link evenly
     a node's link       one queue for reads, first come first served; writes at the same rate beside it; the store itself has no limit
     activations, gradients   reads "shared" (DESIGN 9): once per node and layer, kept while they are among the last `--layers-held`;
-                             reads "own" (as the code stands): every unit reads them itself, once
+                             reads "own" (nodes without room for a cache): every unit reads them itself, once
     source layers       "shared": once per node and direction; "own": once per worker and direction
     SHA-256             of what is read, at `--hash-rate` in the process that reads it, after reading
     losses              a node is lost as a whole; times are exponential, independent, without warning; seen after `--detect-s`

@@ -14,7 +14,7 @@ units/L007-E048-055/<attempt>/shard.safetensors      one attempt's output;  unit
 failures/<stage>/<task>/<attempt>.json               traceback and input of every failed attempt
 checkpoint/                                          the Hugging Face folder
 verification/model-00001-of-00003.json               verdict per output shard
-evaluation/<digest>/part-0003.json (+ tokens.arrow)  sums over held-out sequences
+evaluation/<digest>/part-0003.json                   sums over held-out sequences;  tokens.arrow (+ .json): their packed token ids
 benchmarks/<digest>/result.json                      a task's figure for one checkpoint, beside the harness's own harness.json;  table.json: what is shown
 report/report.json, report/report.html
 publish/<digest>/model-00001-of-00003.json           a shard that the Hub has; digest of endpoint, repository and branch

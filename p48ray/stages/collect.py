@@ -4,8 +4,8 @@
     units        a layer's activations and gradients go once its units are done, boundaries of the streams as soon as the next one is stored
     checkpoint   unit shards go too, once the checkpoint is verified
 
-Manifests always stay: they are the record of what was done, and kilobytes. Nothing is deleted that an open unit could need; if a unit has to be done again
-after all, its layer is captured again (stages.needs).
+Manifests of activations, gradients and units always stay: they are the record of what was done, and kilobytes. Those of boundaries go with their
+blobs. Nothing is deleted that an open unit could need; if a unit has to be done again after all, its layer is captured again (stages.needs).
 """
 
 from collections.abc import Iterable

@@ -1,6 +1,6 @@
-"""The storage protocol: nine operations over whole, immutable-looking objects.
+"""The storage protocol: ten operations over whole, immutable-looking objects.
 
-Small on purpose. Everything the pipeline needs from storage is an atomic put, a conditional put, a ranged read, one listing and a
+Small on purpose. Everything the pipeline needs from storage is an atomic put, two conditional puts, a ranged read, one listing and a
 concatenation, and S3 has each of them natively (`compose` as a multipart upload whose parts are copied on the server, so the bytes of a
 595 GB checkpoint never cross the machine that stitches it). Keys and uris are text, not Path objects, because a bucket has no folders.
 Readers never see a part of an object: it is absent, or whole.
