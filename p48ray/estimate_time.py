@@ -47,7 +47,7 @@ class Rates:
     factor_flops: Rate  # factors, counted as one cube
     refine_flops: Rate  # refinement
     # Streams
-    stream_begin_s: Rate  # until a stream's first write begins, and what is deleted at its end
+    stream_begin_s: Rate  # until a stream's first write begins, imports and a GPU context included, and what is deleted at its end
     stream_flops: Rate  # a worker's forwards and gradients through a layer
     decode_weights: Rate  # experts of a checkpoint decoded for the evaluation
     # Bytes: near is a folder of the node's own, far is a store that is read over the node's link
@@ -81,9 +81,9 @@ H200_NODE = Rates(
     moment_flops=Rate(6.5e14, "FLOP/s", H100),
     factor_flops=Rate(2.8e13, "FLOP/s", H100),
     refine_flops=Rate(1.37e14, "FLOP/s", H200),
-    stream_begin_s=Rate(6.0, "s", H200),
+    stream_begin_s=Rate(15.0, "s", H200),
     stream_flops=Rate(2.4e14, "FLOP/s", ASSUMED),
-    decode_weights=Rate(5e9, "weights/s", H200),
+    decode_weights=Rate(3.7e9, "weights/s", H200),
     near_read=Rate(4e9, "bytes/s", ASSUMED),
     near_write=Rate(1.2e9, "bytes/s", DISK),
     near_copy=Rate(0.9e9, "bytes/s", DISK),

@@ -158,9 +158,10 @@ class StageContext:
 
     def trust(self, key: str, written: Written) -> None:
         """Note that this process wrote an object and hashed it meanwhile, so that its node need not hash it again."""
-        if self.store_is_near and (path := local_path(self.store, key)) is not None:
+        path = local_path(self.store, key) if self.store_is_near else None
+        if path is not None and written.inode is not None:
             with suppress(OSError):  # another driver may have deleted it already
-                self.files.trust(path, written.size_bytes, written.sha256)
+                self.files.trust(path, written.inode, written.size_bytes, written.sha256)
 
     def digest_of(self, key: str) -> str | None:
         """SHA-256 of an object as it is stored; None if there is none."""

@@ -80,11 +80,15 @@ class Buffers(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """What `write_once` wrote, or would have written: size and hexadecimal SHA-256 of the caller's bytes. `is_ours`: whether they are what is there."""
+    """What `write_once` wrote, or would have written: size and hexadecimal SHA-256 of the caller's bytes.
+
+    is_ours: whether they are what is there. inode: of the file that this call made, where the store is a file system.
+    """
 
     size_bytes: int
     sha256: str
     is_ours: bool
+    inode: int | None = None
 
 
 @runtime_checkable
@@ -199,6 +203,6 @@ class Hashing:
         if self.size_bytes != self.buffers.size_bytes:
             raise ShardCorruptError(f"expected {self.buffers.size_bytes} bytes to write, found {self.size_bytes}")
 
-    def written(self, is_ours: bool) -> Written:
+    def written(self, is_ours: bool, inode: int | None = None) -> Written:
         """Once all was handed out."""
-        return Written(self.size_bytes, self.digest.hexdigest(), is_ours)
+        return Written(self.size_bytes, self.digest.hexdigest(), is_ours, inode)

@@ -35,10 +35,10 @@ class CheckedFiles:
                 check()
                 self.note(name)
 
-    def trust(self, path: str, size_bytes: int, sha256: str) -> None:
-        """Note a file that this process has just written, hashing what it wrote. One of another size is another's by now."""
+    def trust(self, path: str, inode: int, size_bytes: int, sha256: str) -> None:
+        """Note a file that this process has just written, hashing what it wrote. One of another inode or size is another's by now."""
         facts = os.stat(path)
-        if facts.st_size == size_bytes:
+        if (facts.st_ino, facts.st_size) == (inode, size_bytes):
             self.note(note_name(facts, sha256))
 
     def is_noted(self, name: str) -> bool:

@@ -121,7 +121,8 @@ class LocalStore:
             for _ in hashing:
                 pass
             return hashing.written(is_ours=False)
-        return hashing.written(is_ours=self._write(path, hashing, _link)[1])
+        _, is_ours, inode = self._write(path, hashing, _link)
+        return hashing.written(is_ours, inode)
 
     def compose(self, key: str, pieces: Iterable[Piece]) -> int:
         """See Store.compose. Pieces of other LocalStores are copied by the kernel, which shares blocks where the file system can."""
@@ -140,8 +141,8 @@ class LocalStore:
             found = [path for path in self._temp_files(os.path.dirname(start)) if path.startswith(start)]
             return sum(_remove_if_older(path, older_than_s) for path in found)
 
-    def _write(self, path: str, pieces: Iterable[Piece | memoryview], publish: Callable[[str, str], bool]) -> tuple[int, bool]:
-        """Writes the pieces to a temporary file and gives it its name. Returns: (size in bytes, whether `publish` took effect)."""
+    def _write(self, path: str, pieces: Iterable[Piece | memoryview], publish: Callable[[str, str], bool]) -> tuple[int, bool, int]:
+        """Writes the pieces to a temporary file and gives it its name. Returns: (size in bytes, whether `publish` took effect, inode)."""
         folder = os.path.dirname(path)
         temp = os.path.join(folder, f"{TEMP_PREFIX}{os.getpid()}-{uuid.uuid4().hex}")
         with _errors_name(path):
@@ -151,15 +152,17 @@ class LocalStore:
                     size_bytes = sum(self._write_piece(file.fileno(), piece) for piece in pieces)
                     with trace.span("write", what=path):
                         os.fsync(file.fileno())
-                    found_bytes = os.fstat(file.fileno()).st_size
-                if found_bytes != size_bytes:
-                    raise ShardCorruptError(f"{path}: wrote {size_bytes} bytes, the file system holds {found_bytes}; nothing was replaced")
+                    found = os.fstat(file.fileno())
+                if found.st_size != size_bytes:
+                    raise ShardCorruptError(
+                        f"{path}: wrote {size_bytes} bytes, the file system holds {found.st_size}; nothing was replaced"
+                    )
                 is_published = publish(temp, path)
             finally:
                 with suppress(FileNotFoundError):
                     os.unlink(temp)
             _sync_folder(folder)
-        return size_bytes, is_published
+        return size_bytes, is_published, found.st_ino
 
     def _write_piece(self, target: int, piece: Piece | memoryview) -> int:
         """Appends one piece to an open file. Returns its size. Raises: ShardCorruptError or ObjectMissingError if it is not all there."""

@@ -57,20 +57,20 @@ def test_a_file_is_checked_once(file: Path, folder: Path | None) -> None:
 
 def test_what_this_process_wrote_is_not_checked(file: Path, folder: Path | None) -> None:
     files = CheckedFiles(folder)
-    files.trust(str(file), len(DATA), DIGEST)
+    files.trust(str(file), os.stat(file).st_ino, len(DATA), DIGEST)
     files.check_once(os.stat(file), DIGEST, refuse)
 
 
 def test_what_another_put_in_its_place_meanwhile_is_checked(file: Path, folder: Path | None) -> None:
     files = CheckedFiles(folder)
     file.write_bytes(DATA + b" of another")
-    files.trust(str(file), len(DATA), DIGEST)
+    files.trust(str(file), os.stat(file).st_ino, len(DATA), DIGEST)
     assert is_checked(files, file)
 
 
 def test_trust_in_a_file_that_is_gone_is_an_error_of_the_system(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
-        CheckedFiles().trust(str(tmp_path / "gone"), 1, DIGEST)
+        CheckedFiles().trust(str(tmp_path / "gone"), 1, 1, DIGEST)
 
 
 def rewrite(path: Path) -> None:
@@ -236,3 +236,15 @@ def test_a_checker_that_is_killed_lets_the_next_one_check(file: Path, tmp_path: 
     process.join(WAIT_S)
     assert found == [True] and not log.exists()
     assert not is_checked(CheckedFiles(folder), file)
+
+
+def test_a_file_that_another_put_in_its_place_is_not_trusted(file: Path, tmp_path: Path) -> None:
+    """Of the same size, between the writing of ours and the note of it."""
+    ours = os.stat(file).st_ino
+    other = tmp_path / "other"
+    other.write_bytes(DATA[::-1])
+    os.replace(other, file)
+    files, calls = CheckedFiles(), list[int]()
+    files.trust(str(file), ours, len(DATA), DIGEST)
+    files.check_once(os.stat(file), DIGEST, lambda: calls.append(1))
+    assert calls == [1]
