@@ -49,7 +49,8 @@ Describe = Callable[[Facts], PartManifest]
 class BlobWriter:
     """Writes blobs beside the computation. As a context: at its end everything that was submitted is durable, or an error is raised.
 
-    Raises (from submit, drain and at the context's end): the first error that a writer met. Whatever was not begun by then is given up.
+    Raises (from submit, drain and at the context's end): the first error that a writer met. What was not begun by then is given up; after
+            an error of the computation everything that was submitted is still written, for whoever resumes.
     """
 
     def __init__(self, context: StageContext) -> None:
@@ -70,7 +71,8 @@ class BlobWriter:
             if error is None:
                 self.drain()
         finally:
-            self.pool.shutdown(wait=True, cancel_futures=True)
+            has_failed = any(future.done() and not future.cancelled() and future.exception() for _, future in self.submitted)
+            self.pool.shutdown(wait=True, cancel_futures=has_failed)
 
     def submit(
         self,
