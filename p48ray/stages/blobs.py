@@ -49,7 +49,8 @@ Describe = Callable[[Facts], PartManifest]
 class BlobWriter:
     """Writes blobs beside the computation. As a context: at its end everything that was submitted is durable, or an error is raised.
 
-    Raises (from submit, drain and at the context's end): the first error that a writer met. Whatever was not begun by then is given up.
+    Raises (from submit, drain and at the context's end): the first error that a writer met. What was not begun by then is given up; after
+            an error of the computation everything that was submitted is still written, for whoever resumes.
     """
 
     def __init__(self, context: StageContext) -> None:
@@ -70,7 +71,8 @@ class BlobWriter:
             if error is None:
                 self.drain()
         finally:
-            self.pool.shutdown(wait=True, cancel_futures=True)
+            has_failed = any(future.done() and not future.cancelled() and future.exception() for _, future in self.submitted)
+            self.pool.shutdown(wait=True, cancel_futures=has_failed)
 
     def submit(
         self,
@@ -96,25 +98,37 @@ class BlobWriter:
         with trace.span("wait"), self.room:
             self.room.wait_for(lambda: self.behind_bytes + num_bytes <= BEHIND_BYTES or not self.behind_bytes)
             self.behind_bytes += num_bytes
-        work = partial(self.write, kind, layer, part, columns, describe, there, ready, num_bytes)
-        self.submitted.append((part, self.pool.submit(work)))
-        self.delete_replaced()
+        self.delete_replaced()  # before the next is written, so that the disk holds no more than what is behind beside what a resume needs
+        future = self.pool.submit(self.write, kind, layer, part, columns, describe, there, ready)
+        future.add_done_callback(lambda _: self.release(num_bytes))
+        self.submitted.append((part, future))
+
+    def release(self, num_bytes: int) -> None:
+        """Room for others, once a blob's future is done: whoever waited for it finds it so."""
+        with self.room:
+            self.behind_bytes -= num_bytes
+            self.room.notify_all()
 
     def delete_after(self, part: int, keys: list[str]) -> None:
         """Delete objects once everything that was submitted for the part so far is durable."""
         self.leaving.append(([future for p, future in self.submitted if p == part], keys))
         self.delete_replaced()
 
-    def drain(self) -> list[PartManifest]:
-        """Wait for everything; delete what it replaces. Returns: the manifests since the last call, as they were submitted."""
+    def settle(self) -> list[PartManifest]:
+        """Wait for everything, and for the end of what it replaces. Returns: the manifests since the last drain, as they were submitted."""
         with trace.span("wait"):
             found = [future.result() for _, future in self.submitted]
         self.delete_replaced()
         assert not self.leaving
         for deletion in self.deleting:
             deletion.result()
-        self.submitted.clear()
         self.deleting.clear()
+        return found
+
+    def drain(self) -> list[PartManifest]:
+        """The same, once and for all: what is returned is forgotten."""
+        found = self.settle()
+        self.submitted.clear()
         return found
 
     def raise_first_error(self) -> None:
@@ -145,27 +159,21 @@ class BlobWriter:
         describe: Describe,
         values: Mapping[str, Tensor],
         ready: torch.cuda.Event | None,
-        num_bytes: int,
     ) -> PartManifest:
         """Body of a writer: the blob, then its manifest. One that is there already is kept if it is what this one would be."""
-        try:
-            if ready is not None:
-                with trace.span("wait"):
-                    ready.synchronize()
-            start = time.monotonic()
-            facts = blob_facts(kind, layer, part, self.context.plan.digest)
-            with trace.span("encode"):
-                file = arrow.encode(columns, facts, arrow.host_chunks if ready is None else partial(self.leave, ready))
-            written = store_once(self.context, run_root.blob(kind, layer, part), file)
-            manifest = describe(Facts(written=written, values=values, write_seconds=round(time.monotonic() - start, 3)))
-            key = run_root.blob_manifest(kind, layer, part)
-            if self.context.store.put_if_absent(key, manifest.to_json()):
-                return manifest
-            return type(manifest).load(self.context.store, key)
-        finally:
-            with self.room:
-                self.behind_bytes -= num_bytes
-                self.room.notify_all()
+        if ready is not None:
+            with trace.span("wait"):
+                ready.synchronize()
+        start = time.monotonic()
+        facts = blob_facts(kind, layer, part, self.context.plan.digest)
+        with trace.span("encode"):
+            file = arrow.encode(columns, facts, arrow.host_chunks if ready is None else partial(self.leave, ready))
+        written = store_once(self.context, run_root.blob(kind, layer, part), file)
+        manifest = describe(Facts(written=written, values=values, write_seconds=round(time.monotonic() - start, 3)))
+        key = run_root.blob_manifest(kind, layer, part)
+        if self.context.store.put_if_absent(key, manifest.to_json()):
+            return manifest
+        return type(manifest).load(self.context.store, key)
 
     def leave(self, ready: torch.cuda.Event, tensor: Tensor) -> Iterator[memoryview]:
         if not hasattr(self.own, "staging"):

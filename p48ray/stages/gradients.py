@@ -54,6 +54,8 @@ def gradient_parts(context: StageContext, parts: Sequence[int]) -> list[Gradient
             stepping = [part.part for part in waiting if number > ways[part.part][0]]
             if stepping:
                 start = time.monotonic()
+                if not all(needs.is_left("residuals", number, p) for p in stepping):
+                    writer.settle()  # what is run again has a writer of its own: one of them at a time holds blobs, and what is replaced is gone
                 needs = remake_boundaries(context, decoder, needs, stepping, number)
                 for p in stepping:
                     descent.spent[p] += (time.monotonic() - start) / len(stepping)  # type: ignore[assignment]

@@ -10,12 +10,19 @@ from typer.testing import CliRunner
 
 from p48ray import run_root
 from p48ray.cli import app
-from p48ray.manifest import ActivationPart, Failure, GradientPart, UnitManifest
+from p48ray.manifest import ActivationPart, BoundaryPart, Failure, GradientPart, PartManifest, UnitManifest
+from p48ray.stages.blobs import WRITERS
 from p48ray.store.base import Store
 from p48ray.store.local import LocalStore
 from tests.chaos.harness import NUM_PARTS, NUM_UNITS, Scene
 from tests.conftest import TINY
 
+BLOBS: dict[str, type[PartManifest]] = {
+    "activations": ActivationPart,
+    "gradients": GradientPart,
+    "residuals": BoundaryPart,
+    "residual-gradients": BoundaryPart,
+}
 UNIT_LINE = re.compile(r'\{"unit": "([^"]+)", "attempt": "([0-9a-f]+)"')
 LOST_UNIT = re.compile(r"compress (L\d+-E\d+-\d+): (?:attempt \d+ failed, it will be tried again|its (?:node|worker) is gone)")
 
@@ -84,21 +91,34 @@ def assert_whole(scene: Scene, redone: Iterable[str] = (), is_contested: bool = 
     if not is_contested:
         assert_tries(scene, redone)
     swept = scene.store.sweep(0.0)
-    assert swept <= sum(hit.killed for hit in scene.hits), f"{swept} unfinished files"
+    assert swept <= sum(hit.killed * WRITERS for hit in scene.hits), f"{swept} unfinished files"
 
 
 def assert_parts_are_whole(scene: Scene, keys: frozenset[str]) -> None:
-    """Each part of activations and gradients is what its manifest says; or gone, where run.keep says so."""
-    for prefix, kind in ((run_root.ACTIVATIONS, ActivationPart), (run_root.GRADIENTS, GradientPart)):
-        manifests = {key.removesuffix(".json"): key for key in keys if key.startswith(prefix) and "/part-" in key and key.endswith(".json")}
-        data = {key.removesuffix(".arrow"): key for key in keys if key.startswith(prefix) and key.endswith(".arrow")}
-        assert len(manifests) == NUM_PARTS
-        assert set(data) == (set(manifests) if scene.keep == "all" else set())
-        for name, key in data.items():
-            digest = hashlib.sha256(scene.store.get(key)).hexdigest()
-            assert digest == kind.from_json(scene.store.get(manifests[name]), key).sha256, key
-    streams = {key for key in keys if key.startswith((run_root.RESIDUALS, run_root.RESIDUAL_GRADIENTS))}
-    assert bool(streams) == (scene.keep == "all"), streams
+    """Each blob is what its manifest says and none is without one. Where run.keep says so only the manifests of activations and gradients are left."""
+    for kind, record in BLOBS.items():
+        manifests, data = blob_names(keys, kind)
+        if record is BoundaryPart:
+            assert bool(data) == (scene.keep == "all"), kind
+            assert data == manifests, kind
+        else:
+            assert len(manifests) == NUM_PARTS
+            assert data == (manifests if scene.keep == "all" else set())
+        assert_blobs_are_whole(scene.store, data, record)
+
+
+def blob_names(keys: Iterable[str], kind: str) -> tuple[set[str], set[str]]:
+    """Parts that have a manifest, and parts that have a blob: their keys without the ending."""
+    parts = [key for key in keys if key.startswith(f"{kind}/") and "/part-" in key]
+    manifests = {key.removesuffix(".json") for key in parts if key.endswith(".json")}
+    return manifests, {key.removesuffix(".arrow") for key in parts if key.endswith(".arrow")}
+
+
+def assert_blobs_are_whole(store: Store, names: Iterable[str], record: type[PartManifest]) -> None:
+    """Size and digest are those of the manifest."""
+    for name in names:
+        data, manifest = store.get(f"{name}.arrow"), record.from_json(store.get(f"{name}.json"), name)
+        assert (len(data), hashlib.sha256(data).hexdigest()) == (manifest.size_bytes, manifest.sha256), name
 
 
 def assert_tries(scene: Scene, redone: Iterable[str]) -> None:

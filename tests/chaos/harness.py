@@ -14,13 +14,14 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import psutil
 from ray.cluster_utils import Cluster
 
 from p48ray import run_root
-from p48ray.store.base import Store
+from p48ray.store.base import TEMP_PREFIX, Store
 from p48ray.store.open import open_store
 from tests.conftest import REPO
 from tests.jobs.command import HELD_OUT, arguments, launch
@@ -48,6 +49,8 @@ SETTINGS = {
     "evaluation": HELD_OUT,
     "run.root_is_shared": "true",
 }
+# So that streams delete boundaries on the way up too.
+DELETING = {"run.keep": "units", "run.boundary_every": "2"}
 NUM_PARTS = 32  # 8 parts in each of 4 layers
 NUM_UNITS = 16
 NUM_SHARDS = 6
@@ -153,9 +156,19 @@ class Driver:
 
 def launch_deadly(unit: str) -> Callable[..., subprocess.Popen[str]]:
     """How to start a job one of whose units kills every worker that takes it."""
+    return launcher("tests.chaos.deadly_compress", unit)
+
+
+def launch_slow(pause_s: float, log: Path) -> Callable[..., subprocess.Popen[str]]:
+    """How to start a job whose blobs take that long to write; see tests.chaos.slow_compress for what is written to the log."""
+    return launcher("tests.chaos.slow_compress", str(pause_s), str(log))
+
+
+def launcher(module: str, *first: str) -> Callable[..., subprocess.Popen[str]]:
+    """How to start a module that stands for jobs/compress.py and takes some arguments of its own before the job's."""
 
     def start(*args: str, env: dict[str, str]) -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", "tests.chaos.deadly_compress", unit, *args]
+        command = [sys.executable, "-m", module, *first, *args]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         return subprocess.Popen(command, cwd=REPO, env=os.environ | env, text=True, start_new_session=True, **pipes)
 
@@ -279,6 +292,28 @@ def kill_a_worker(scene: Scene) -> int:
     """One of those that are in the middle of a task."""
     wait_until(lambda: bool(scene.site.busy_workers()) or not scene.driver.is_running, timeout_s=5, pause_s=0.001)
     return kill(pick(scene.rng, scene.site.busy_workers()))
+
+
+def kill_a_writer(*kinds: str) -> Callable[["Scene"], int]:
+    """A worker that is in the middle of writing blobs of these kinds."""
+
+    def strike(scene: Scene) -> int:
+        found: list[Path] = []
+
+        def is_writing() -> bool:
+            found[:] = [path for kind in kinds for path in Path(scene.root).glob(f"{kind}/*/{TEMP_PREFIX}*")]
+            return bool(found) or not scene.driver.is_running
+
+        wait_until(is_writing, timeout_s=5, pause_s=0.001)
+        for path in found[:1]:
+            with suppress(psutil.NoSuchProcess):
+                worker = psutil.Process(int(path.name.removeprefix(TEMP_PREFIX).split("-")[0]))
+                assert is_worker(worker), worker.cmdline()
+                killed = kill([worker])
+                return killed if path.exists() else 0
+        return 0
+
+    return strike
 
 
 def kill_all_workers(scene: Scene) -> int:

@@ -1,5 +1,6 @@
 """The disk is full: a real, small file system. The run ends and says so, leaves nothing half written, and goes on once there is room."""
 
+import json
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,13 +8,16 @@ from pathlib import Path
 import pytest
 
 from p48ray import run_root
+from p48ray.stages.blobs import WRITERS
 from p48ray.store.base import TEMP_PREFIX
-from tests.chaos.checks import assert_same_end
-from tests.chaos.harness import NUM_UNITS, PIECES, Hit, Scene
+from tests.chaos.checks import BLOBS, assert_blobs_are_whole, assert_same_end, blob_names
+from tests.chaos.harness import DELETING, NUM_UNITS, PIECES, Hit, Scene, launch_slow
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(300)]
 
 FULL_IN = {"capture": "8m", "gradients": "20m", "compress": "30m", "reduce": "36m"}  # the whole run needs about 42
+
+FULL_BEHIND = "6m"  # in capture, with boundaries deleted on the way
 
 
 @pytest.fixture
@@ -51,5 +55,34 @@ def test_full_disk_ends_the_run_and_room_lets_it_go_on(
     assert not list(small_disk.rglob(f"{TEMP_PREFIX}*"))
     scene.site.mend()
     resize(small_disk, "200m")
+    scene.submit()
+    assert_same_end(scene, undisturbed, tmp_path)
+
+
+def test_disk_full_while_many_blobs_are_on_their_way(scene: Scene, small_disk: Path, undisturbed: dict[str, str], tmp_path: Path) -> None:
+    resize(small_disk, FULL_BEHIND)
+    log, start = tmp_path / "log", scene.start
+    scene.root, scene.settings, scene.start = str(small_disk / "run"), DELETING, launch_slow(0.4, log)
+    driver = scene.submit()
+    assert scene.finish() == 1, (driver.out, driver.err)
+    said = [json.loads(line) for line in log.read_text().splitlines()]
+    failed, deleted = [s for s in said if "failed" in s], [s for s in said if "deleted" in s]
+    assert max(s["behind"] for s in failed) >= WRITERS, "too few blobs were on their way when the disk was full"
+    assert "No space left on device" in driver.err and "Traceback" not in driver.err
+    assert any(s["failed"].split(": ")[0] in driver.err and f"{scene.root}/" in s["failed"] for s in failed), driver.err
+    assert not list(small_disk.rglob(f"{TEMP_PREFIX}*"))
+    # What a reader would take is whole, and what a resume needs is there.
+    keys = scene.listing()
+    assert 0 < PIECES["capture"].count(keys) < PIECES["capture"].total
+    for kind, record in BLOBS.items():
+        manifests, data = blob_names(keys, kind)
+        assert manifests <= data, kind
+        assert_blobs_are_whole(scene.store, manifests, record)
+    assert deleted, "nothing was deleted before the disk was full"
+    assert all(s["is_replaced"] for s in deleted), deleted
+    scene.hits.append(Hit("full disk behind", "capture", {}, in_flight=0, killed=0))
+    scene.site.mend()
+    resize(small_disk, "200m")
+    scene.start = start
     scene.submit()
     assert_same_end(scene, undisturbed, tmp_path)

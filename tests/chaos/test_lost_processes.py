@@ -1,12 +1,25 @@
 """Workers, nodes, drivers and the store's server are killed in the middle of each stage: the run ends with the bytes of one that nothing happened to."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.chaos.checks import assert_same_end, failures
-from tests.chaos.harness import Scene, Site, freeze_a_node, kill_a_node, kill_a_worker, kill_all_workers, kill_the_driver, thaw
+from tests.chaos.harness import (
+    DELETING,
+    Scene,
+    Site,
+    freeze_a_node,
+    kill_a_node,
+    kill_a_worker,
+    kill_a_writer,
+    kill_all_workers,
+    kill_the_driver,
+    launch_slow,
+    thaw,
+)
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -21,6 +34,18 @@ def test_workers_and_a_node_killed(scene: Scene, undisturbed: dict[str, str], tm
     assert_same_end(scene, undisturbed, tmp_path)
     assert "compress" not in [failure.stage for failure in failures(scene.store)]  # preemption is nobody's fault
     assert "its node is gone, it goes to another" in scene.logs
+
+
+def test_workers_killed_while_they_write(scene: Scene, undisturbed: dict[str, str], tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    scene.settings, scene.start = DELETING, launch_slow(0.3, log)
+    scene.submit()
+    scene.hit("writer", "capture", scene.rng.uniform(0, 0.5), kill_a_writer("activations", "residuals"))
+    scene.hit("writer", "gradients", scene.rng.uniform(0, 0.5), kill_a_writer("gradients", "residual-gradients"))
+    assert_same_end(scene, undisturbed, tmp_path)
+    deleted = [json.loads(line) for line in log.read_text().splitlines()]
+    assert {line["deleted"].split("/")[0] for line in deleted} == {"residuals", "residual-gradients"}
+    assert all(line["is_replaced"] for line in deleted), deleted
 
 
 @pytest.mark.chaos_long

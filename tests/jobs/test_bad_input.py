@@ -3,9 +3,12 @@
 import json
 import shutil
 import struct
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -364,3 +367,27 @@ def test_shell_sees_exit_code_2_for_scales_that_workers_find_not_finite(tmp_path
     assert f"{name}: expected finite values, found 1 of" in outcome.err
     assert not (root / "checkpoint").exists()
     assert not list(root.rglob("units/*/manifest.json"))
+
+
+@pytest.mark.ray
+def test_text_found_bad_while_workers_start_leaves_no_run_root_and_no_ray_behind(tmp_path: Path) -> None:
+    """Texts are packed beside the start of Ray and its workers."""
+    path, root = tmp_path / "texts.jsonl", tmp_path / "run"
+    path.write_text('{"text": "fine"}\nplain words\n')
+    mark = {"P48RAY_TEST_MARK": str(tmp_path)}
+    outcome = run_process(*arguments(root, {"calibration.documents": str(path)}), env=mark)
+    assert_refused(outcome, ["calibration.documents", str(path), "line 2", "plain words"], root)
+    deadline = time.monotonic() + 20
+    while (left := marked(mark)) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert left == []
+
+
+def marked(mark: dict[str, str]) -> list[str]:
+    """Processes that are alive and inherited an environment variable."""
+    found: list[str] = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if process.status() != psutil.STATUS_ZOMBIE and mark.items() <= process.environ().items():
+                found.append(" ".join(process.cmdline())[:200])
+    return found

@@ -31,6 +31,7 @@ def part(layer: int, number: int, finished_at: float, seconds: float = 1.0) -> A
         amax_intermediate=1,
         tokens_per_expert=(1,),
         seconds=seconds,
+        write_seconds=0.5,
         finished_at=finished_at,
     )
 
@@ -45,6 +46,7 @@ def felt(layer: int, number: int, finished_at: float, seconds: float = 1.0) -> G
         sha256="0",
         mean_square=1,
         seconds=seconds,
+        write_seconds=0.5,
         finished_at=finished_at,
     )
 

@@ -309,3 +309,16 @@ def test_a_blob_that_is_complete_is_never_touched(context: StageContext) -> None
     leave(context)
     assert os.stat(path_of(context, key_of())) == facts
     assert torch.equal(context.boundary("residuals", 2, 1), theirs_TH)
+
+
+def test_an_error_of_the_computation_loses_nothing_that_was_submitted(slow: tuple[StageContext, SlowStore]) -> None:
+    """More than there are writers: whoever resumes starts from the last of them."""
+    context, store = slow
+    threading.Timer(0.3, store.go.set).start()
+    with pytest.raises(ZeroDivisionError), BlobWriter(context) as writer:
+        for part in range(3):
+            for kind in ("residuals", "compressed-residuals", "residual-gradients"):
+                write_boundary(writer, kind, 3, context.plan.parts[part], values_of(part), 0.0)  # type: ignore[arg-type]
+        raise ZeroDivisionError
+    manifests = {info.key for info in context.store.list() if "layer-003" in info.key and info.key.endswith(".json")}
+    assert len(manifests) == 3 * 3

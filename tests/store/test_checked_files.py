@@ -188,8 +188,9 @@ def test_a_note_that_was_lost_costs_one_more_reading(file: Path, tmp_path: Path)
     assert is_checked(CheckedFiles(folder), file) and not is_checked(CheckedFiles(folder), file)
 
 
-def look_from_a_process(folder: str, path: str, log: str, begun: Event, go: Event) -> None:
+def look_from_a_process(folder: str, path: str, log: str, here: Event, begun: Event, go: Event) -> None:
     """Check the file, slowly; a line in the log for every check, and one for every look that has come to its end."""
+    here.set()
 
     def check() -> None:
         begun.set()
@@ -204,13 +205,14 @@ def look_from_a_process(folder: str, path: str, log: str, begun: Event, go: Even
 
 def test_of_two_processes_at_once_one_checks_and_the_other_waits(file: Path, tmp_path: Path) -> None:
     folder, log = notes_folder(tmp_path), tmp_path / "log"
-    begun, again, go = SPAWN.Event(), SPAWN.Event(), SPAWN.Event()
-    first = SPAWN.Process(target=look_from_a_process, args=(str(folder), str(file), str(log), begun, go))
+    there, here, begun, again, go = (SPAWN.Event() for _ in range(5))
+    first = SPAWN.Process(target=look_from_a_process, args=(str(folder), str(file), str(log), there, begun, go))
     first.start()
     assert begun.wait(WAIT_S)
-    second = SPAWN.Process(target=look_from_a_process, args=(str(folder), str(file), str(log), again, go))
+    second = SPAWN.Process(target=look_from_a_process, args=(str(folder), str(file), str(log), here, again, go))
     second.start()
-    assert not again.wait(3.0), "the second checks too"
+    assert here.wait(WAIT_S)
+    assert not again.wait(0.5), "the second checks too"
     assert not log.exists(), "nobody has read what nobody has checked"
     go.set()
     for process in (first, second):
@@ -222,8 +224,8 @@ def test_of_two_processes_at_once_one_checks_and_the_other_waits(file: Path, tmp
 
 def test_a_checker_that_is_killed_lets_the_next_one_check(file: Path, tmp_path: Path) -> None:
     folder, log = notes_folder(tmp_path), tmp_path / "log"
-    begun, go = SPAWN.Event(), SPAWN.Event()
-    process = SPAWN.Process(target=look_from_a_process, args=(str(folder), str(file), str(log), begun, go))
+    here, begun, go = (SPAWN.Event() for _ in range(3))
+    process = SPAWN.Process(target=look_from_a_process, args=(str(folder), str(file), str(log), here, begun, go))
     process.start()
     assert begun.wait(WAIT_S) and process.pid
     found: list[bool] = []
