@@ -2,7 +2,7 @@
 
     streaming, GPU    residual of the worker's tokens, so many copies of a wave's and of a part's, packed experts on their way, a layer's other weights
     a unit, GPU       its tokens as stored (those read ahead too), so many copies of its weights and of its moments
-    host              CUDA and torch, a layer's packed experts (pinned pages), a part on its way out, a unit's experts and shard
+    host              CUDA and torch, a layer's packed experts and two boundaries of a part (pinned while they are copied), a unit's experts and shard
 
 On a CPU all of it is in the host's memory.
 """

@@ -225,12 +225,11 @@ def compile_one(kernel: Any, specialisation: str, with_launcher: bool) -> None:
         CudaLauncher(compiled.src, compiled.metadata)
 
 
-def compile_all(found: list[tuple[Any, str]], num_processes: int, with_launchers: bool) -> list[int]:
-    """Children take one after the other. Returns their process ids."""
+def compile_all(found: list[tuple[Any, str]], num_processes: int, with_launchers: bool, children: list[int]) -> None:
+    """Children take one after the other; `children` receives their process ids."""
     taken, given = os.pipe()
     os.write(given, bytes(range(len(found))))
     os.close(given)
-    children = []
     for _ in range(min(num_processes, len(found))):
         child = os.fork()
         if child == 0:
@@ -245,7 +244,6 @@ def compile_all(found: list[tuple[Any, str]], num_processes: int, with_launchers
                 os._exit(code)
         children.append(child)
     os.close(taken)
-    return children
 
 
 def failures(children: list[int]) -> int:
@@ -254,7 +252,7 @@ def failures(children: list[int]) -> int:
 
 
 def end_with_input(children: list[int]) -> None:
-    """From now on, this process and its children end when its standard input does."""
+    """From now on, this process and its children, those to come as well, end when its standard input does."""
 
     def watch() -> None:
         while os.read(0, 1):
@@ -296,15 +294,16 @@ def main(arguments: list[str]) -> int:
 
     start = time.monotonic()
     given, wanted = parsed(arguments)
+    children: list[int] = []
+    if given.ends_with_input:  # before the lock: who waits for it is to end too
+        end_with_input(children)
     with alone(Path(knobs.cache.dir)):
         found = specialisations(wanted, given.arch)
         if not given.kernels_only:
             from triton.backends.nvidia.driver import CudaUtils
 
             CudaUtils()
-        children = compile_all(found, given.processes, not given.kernels_only)
-        if given.ends_with_input:
-            end_with_input(children)
+        compile_all(found, given.processes, not given.kernels_only, children)
         failed = failures(children)
     log.info("%d specialisations of kernels after %.1f s, %d processes failed", len(found), time.monotonic() - start, failed)
     return int(failed > 0)

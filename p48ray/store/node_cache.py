@@ -4,6 +4,8 @@ Eight workers of a node walk through the same 9.5 GB of a layer, and compress un
 others wait for it and map the finished file, so its pages are in memory once. A process that is killed takes nothing along: its lock goes with it, and
 whoever comes next fetches anew. Nothing here is state: a node that is lost loses a copy.
 
+The folder also holds the notes of store.checked_files: which files of the node were hashed. So a node has one even where nothing is cached.
+
 Files go least recently used first when the next one would not fit. One that is still mapped keeps its bytes until the last reader lets go (POSIX unlink).
 """
 
