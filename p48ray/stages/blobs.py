@@ -8,9 +8,9 @@ while what it left is still on its way, up to BEHIND_BYTES; nothing is deleted b
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from types import TracebackType
 from typing import Self
@@ -35,15 +35,24 @@ BEHIND_BYTES = 6 * 10**9
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Facts:
-    """What a writer knows of a blob once it is stored: goes into its manifest beside what the stream said."""
+class Blob:
+    """One part at one layer, to be stored.
 
-    written: Written
-    values: Mapping[str, Tensor]
-    write_seconds: float
+    record, values: its manifest, and the fields that it has of its own, as small tensors that may still be on their way.
+    columns: one row a token; must not change any more. seconds: that the stream took for the part at this layer.
+    """
 
+    record: type[PartManifest]
+    kind: BlobKind
+    layer: int
+    part: int
+    columns: Mapping[str, Tensor]
+    seconds: float
+    values: Mapping[str, Tensor] = field(default_factory=dict)
 
-Describe = Callable[[Facts], PartManifest]
+    @property
+    def num_bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.columns.values())
 
 
 class BlobWriter:
@@ -74,34 +83,23 @@ class BlobWriter:
             has_failed = any(future.done() and not future.cancelled() and future.exception() for _, future in self.submitted)
             self.pool.shutdown(wait=True, cancel_futures=has_failed)
 
-    def submit(
-        self,
-        kind: BlobKind,
-        layer: int,
-        part: int,
-        columns: Mapping[str, Tensor],
-        describe: Describe,
-        values: Mapping[str, Tensor] | None = None,
-    ) -> None:
-        """Have a blob written; returns once there is room for it behind those on their way.
-
-        Args: columns: must not change any more. describe: makes its manifest. values: small tensors that `describe` wants on the CPU.
-        """
+    def submit(self, blob: Blob) -> None:
+        """Have a blob written; returns once there is room for it behind those on their way."""
         self.raise_first_error()
-        columns = {name: tensor.contiguous() for name, tensor in columns.items()}
-        ready, there = None, dict(values or {})
+        ready = None
+        blob = replace(blob, columns={name: tensor.contiguous() for name, tensor in blob.columns.items()})
         if self.context.device.type == "cuda":
-            there = {name: value.to("cpu", non_blocking=True) for name, value in there.items()}
+            blob = replace(blob, values={name: value.to("cpu", non_blocking=True) for name, value in blob.values.items()})
             ready = torch.cuda.Event()
             ready.record(torch.cuda.current_stream(self.context.device))
-        num_bytes = sum(tensor.nbytes for tensor in columns.values())
+        num_bytes = blob.num_bytes
         with trace.span("wait"), self.room:
             self.room.wait_for(lambda: self.behind_bytes + num_bytes <= BEHIND_BYTES or not self.behind_bytes)
             self.behind_bytes += num_bytes
         self.delete_replaced()  # before the next is written, so that the disk holds no more than what is behind beside what a resume needs
-        future = self.pool.submit(self.write, kind, layer, part, columns, describe, there, ready)
+        future = self.pool.submit(self.write, blob, ready)
         future.add_done_callback(lambda _: self.release(num_bytes))
-        self.submitted.append((part, future))
+        self.submitted.append((blob.part, future))
 
     def release(self, num_bytes: int) -> None:
         """Room for others, once a blob's future is done: whoever waited for it finds it so."""
@@ -150,30 +148,36 @@ class BlobWriter:
         for key in keys:
             self.context.store.delete(key)
 
-    def write(
-        self,
-        kind: BlobKind,
-        layer: int,
-        part: int,
-        columns: Mapping[str, Tensor],
-        describe: Describe,
-        values: Mapping[str, Tensor],
-        ready: torch.cuda.Event | None,
-    ) -> PartManifest:
-        """Body of a writer: the blob, then its manifest. One that is there already is kept if it is what this one would be."""
+    def write(self, blob: Blob, ready: torch.cuda.Event | None) -> PartManifest:
+        """Body of a writer: the blob, then its manifest. One that is there already is kept if it is what this one would be.
+
+        Args: ready: when the device has made the columns and values.
+        """
         if ready is not None:
             with trace.span("wait"):
                 ready.synchronize()
-        start = time.monotonic()
-        facts = blob_facts(kind, layer, part, self.context.plan.digest)
+        start, owner = time.monotonic(), self.context.plan.digest
         with trace.span("encode"):
-            file = arrow.encode(columns, facts, arrow.host_chunks if ready is None else partial(self.leave, ready))
-        written = store_once(self.context, run_root.blob(kind, layer, part), file)
-        manifest = describe(Facts(written=written, values=values, write_seconds=round(time.monotonic() - start, 3)))
-        key = run_root.blob_manifest(kind, layer, part)
+            chunks = arrow.host_chunks if ready is None else partial(self.leave, ready)
+            file = arrow.encode(blob.columns, blob_facts(blob.kind, blob.layer, blob.part, owner), chunks)
+        written = store_once(self.context, run_root.blob(blob.kind, blob.layer, blob.part), file)
+        manifest = blob.record(
+            plan_digest=owner,
+            kind=blob.kind,
+            layer=blob.layer,
+            part=blob.part,
+            num_tokens=len(next(iter(blob.columns.values()))),
+            size_bytes=written.size_bytes,
+            sha256=written.sha256,
+            seconds=blob.seconds,
+            write_seconds=round(time.monotonic() - start, 3),
+            finished_at=round(time.time(), 3),
+            **{name: value.tolist() for name, value in blob.values.items()},
+        )
+        key = run_root.blob_manifest(blob.kind, blob.layer, blob.part)
         if self.context.store.put_if_absent(key, manifest.to_json()):
             return manifest
-        return type(manifest).load(self.context.store, key)
+        return blob.record.load(self.context.store, key)
 
     def leave(self, ready: torch.cuda.Event, tensor: Tensor) -> Iterator[memoryview]:
         if not hasattr(self.own, "staging"):

@@ -19,7 +19,7 @@ from p48ray.model.experts import RoutedInputs
 from p48ray.numerics.activation import input_global_scale
 from p48ray.plan import RunPlan, SequencePart
 from p48ray.run_root import BlobKind
-from p48ray.stages.blobs import BlobWriter, Facts
+from p48ray.stages.blobs import Blob, BlobWriter
 from p48ray.stages.context import StageContext
 from p48ray.stages.needs import Needs, read_needs
 from p48ray.stages.streaming import opened_layer, waves
@@ -123,24 +123,9 @@ class ResidualStream:
 
 def write_boundary(writer: BlobWriter, kind: BlobKind, number: int, part: SequencePart, values_BSH: Tensor, start: float) -> None:
     """Have what enters a layer, or the gradient with respect to it, stored: one row a token."""
-    values_TH = values_BSH.flatten(0, 1)
-
-    def describe(facts: Facts) -> BoundaryPart:
-        return BoundaryPart(
-            plan_digest=writer.context.plan.digest,
-            kind=kind,
-            layer=number,
-            part=part.part,
-            num_tokens=len(values_TH),
-            size_bytes=facts.written.size_bytes,
-            sha256=facts.written.sha256,
-            seconds=seconds,
-            write_seconds=facts.write_seconds,
-            finished_at=round(time.time(), 3),
-        )
-
     seconds = round(time.monotonic() - start, 3)
-    writer.submit(kind, number, part.part, {"values": values_TH}, describe)
+    columns = {"values": values_BSH.flatten(0, 1)}
+    writer.submit(Blob(record=BoundaryPart, kind=kind, layer=number, part=part.part, columns=columns, seconds=seconds))
 
 
 def write_activations(
@@ -159,24 +144,18 @@ def write_activations(
         "tokens_per_expert": torch.bincount(observed.expert_ids_TK.flatten(), minlength=context.layout.num_experts),
     }
 
-    def describe(facts: Facts) -> ActivationPart:
-        return ActivationPart(
-            plan_digest=context.plan.digest,
+    seconds = round(time.monotonic() - start, 3)
+    writer.submit(
+        Blob(
+            record=ActivationPart,
+            kind="activations",
             layer=layer,
             part=part.part,
-            num_tokens=len(hidden_TH),
-            size_bytes=facts.written.size_bytes,
-            sha256=facts.written.sha256,
-            amax_input=facts.values["amax_input"].item(),
-            amax_intermediate=facts.values["amax_intermediate"].item(),
-            tokens_per_expert=tuple(facts.values["tokens_per_expert"].tolist()),
+            columns=columns,
             seconds=seconds,
-            write_seconds=facts.write_seconds,
-            finished_at=round(time.time(), 3),
+            values=values,
         )
-
-    seconds = round(time.monotonic() - start, 3)
-    writer.submit("activations", layer, part.part, columns, describe, values)
+    )
 
 
 def finish_layer(context: StageContext, layer: int) -> None:

@@ -26,7 +26,7 @@ from p48ray.manifest import GradientPart
 from p48ray.model.decoder import Decoder, attend, routed_experts
 from p48ray.plan import SequencePart
 from p48ray.run_root import BlobKind
-from p48ray.stages.blobs import BlobWriter, Facts
+from p48ray.stages.blobs import Blob, BlobWriter
 from p48ray.stages.capture import write_boundary
 from p48ray.stages.context import StageContext
 from p48ray.stages.needs import read_needs
@@ -271,23 +271,17 @@ def write_gradients(context: StageContext, writer: BlobWriter, layer: int, part:
 
     Raises: CalibrationError when a gradient is not finite.
     """
-    mean_square = float(delta_TH.float().square().sum(1).mean())
-    if not mean_square < float("inf"):
+    mean_square = delta_TH.float().square().sum(1).mean()
+    if not bool(mean_square < float("inf")):
         raise CalibrationError(f"layer {layer}, part {part.part}: the gradients are not finite; is the source corrupt?")
-
-    def describe(facts: Facts) -> GradientPart:
-        return GradientPart(
-            plan_digest=context.plan.digest,
+    writer.submit(
+        Blob(
+            record=GradientPart,
+            kind="gradients",
             layer=layer,
             part=part.part,
-            num_tokens=len(delta_TH),
-            size_bytes=facts.written.size_bytes,
-            sha256=facts.written.sha256,
-            mean_square=mean_square,
-            seconds=seconds,
-            write_seconds=facts.write_seconds,
-            finished_at=round(time.time(), 3),
+            columns=to_columns("delta", delta_TH, context.plan.config.calibration.stored_bits),
+            seconds=round(time.monotonic() - start, 3),
+            values={"mean_square": mean_square},
         )
-
-    seconds = round(time.monotonic() - start, 3)
-    writer.submit("gradients", layer, part.part, to_columns("delta", delta_TH, context.plan.config.calibration.stored_bits), describe)
+    )
