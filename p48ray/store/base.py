@@ -88,7 +88,7 @@ class Written:
     size_bytes: int
     sha256: str
     is_ours: bool
-    inode: int | None = None
+    inode: int | None = field(default=None, compare=False)
 
 
 @runtime_checkable

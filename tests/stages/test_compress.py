@@ -382,6 +382,29 @@ def test_unit_that_streams_tokens_and_gradients_makes_the_bytes_of_one_that_hold
             assert compress(opened(*settings)) == held
 
 
+@pytest.mark.parametrize("gathered_bytes", [10**9, 0], ids=["in memory", "in a file"])
+@pytest.mark.parametrize("bits", [16, 8])
+def test_a_unit_gathers_its_own_tokens_rows_in_the_parts_order(
+    opened: Opener, bits: int, gathered_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Expert by expert, rows ascending: sums are taken in this order, and with it their last bits."""
+    monkeypatch.setattr(curvature, "GATHERED_BYTES", gathered_bytes)
+    context = opened(GRADIENTS, f"calibration.stored_bits={bits}")
+    expected = []
+    for part in context.activation_parts(1):
+        for position, expert in enumerate(PAIR.experts):
+            rows_R, slots_R = torch.where(part["expert_ids"] == expert)
+            rows = [part[name][rows_R] for name in ("hidden", "hidden_scale", "delta", "delta_scale") if name in part]
+            expected.append((position, part["router_weights"][rows_R, slots_R], rows))
+    found = list(curvature.RoutedTokens(context, PAIR, context.layer_scales(1)).stored())
+    assert [s.position for s in found] == [position for position, _, _ in expected]
+    for s, (_, router_R, rows) in zip(found, expected, strict=True):
+        assert s.delta is not None
+        taken = [t for t in (s.x.values_TH, s.x.scale_TG, s.delta.values_TH, s.delta.scale_TG) if t is not None]
+        assert torch.equal(s.router_T, router_R)
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(taken, rows, strict=True))
+
+
 @pytest.mark.parametrize("bits", [16, 8])
 def test_tokens_of_a_unit_take_the_bytes_that_are_expected_and_parts_are_read_once(
     opened: Opener, monkeypatch: pytest.MonkeyPatch, bits: int
