@@ -6,7 +6,7 @@ from p48ray.checkpoint.header import DTYPE_BYTES
 from p48ray.checkpoint.index import CheckpointIndex
 from p48ray.checkpoint.layout import ModelLayout
 from p48ray.estimate_memory import Memory, memory_of, routed_token_bytes, stored_bytes
-from p48ray.estimate_time import H200_NODE, Bytes, Rates, is_near, num_nodes, times, tokens_of_unit
+from p48ray.estimate_time import H200_NODE, Bytes, Rates, Times, is_near, num_nodes, times, tokens_of_unit
 from p48ray.output_layout import OutputShard, layer_of, unit_bytes, untouched_tensors
 from p48ray.plan import RunPlan
 
@@ -14,7 +14,7 @@ ROUTING_BYTES = 2 + 4  # expert id and router weight of one routed token
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Estimate:
+class Estimate(Times):
     """Bytes, seconds and memory of one plan.
 
     `_read_bytes`: of streams a node, of units all workers together. `_seconds`: see estimate_time.Times; `_gpu_hours` of computing alone, paid_gpu_hours
@@ -33,17 +33,6 @@ class Estimate:
     untouched_bytes: int
     checkpoint_bytes: int
     peak_stored_bytes: int
-    start_seconds: float
-    mirror_seconds: float
-    stream_seconds: float
-    unit_seconds: float
-    reduce_seconds: float
-    verify_seconds: float
-    evaluate_seconds: float
-    job_seconds: float
-    stream_gpu_hours: float
-    solver_gpu_hours: float
-    paid_gpu_hours: float
     memory: Memory
 
     @property

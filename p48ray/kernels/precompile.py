@@ -238,7 +238,7 @@ def compile_all(found: list[tuple[Any, str]], num_processes: int, with_launchers
                 while number := os.read(taken, 1):
                     compile_one(*found[number[0]], with_launchers)
                 code = 0
-            except Exception:
+            except Exception:  # whatever it is: the worker's first unit compiles that kernel, and the exit code says so
                 log.exception("a kernel was not compiled ahead")
             finally:
                 os._exit(code)

@@ -188,7 +188,10 @@ class StageContext:
         Raises: CorruptObjectError when they are not what was written: the driver packs the texts again.
         """
         manifest_key = run_root.manifest_of(key)
-        manifest = TokensManifest.load(self.store, manifest_key)
+        try:
+            manifest = TokensManifest.load(self.store, manifest_key)
+        except (ObjectMissingError, ShardCorruptError) as error:
+            raise CorruptObjectError(f"{self.store.uri}/{key}: its manifest is gone or unreadable: {error}", manifest_key, key) from error
         if manifest.owner != owner:
             raise ShardCorruptError(f"{self.store.uri}/{manifest_key}: expected tokens of {owner[:12]}, found {manifest.owner[:12]}")
         data = self.checked(key, manifest.size_bytes, manifest.sha256, (manifest_key, key))

@@ -151,6 +151,15 @@ def test_tokens_of_another_owner_or_with_a_wrong_byte_are_refused(context: Stage
     assert caught.value.keys == (run_root.manifest_of(run_root.TOKENS), run_root.TOKENS)
 
 
+@pytest.mark.parametrize("data", [None, b"{}"], ids=["gone", "unreadable"])
+def test_tokens_whose_manifest_is_no_record_are_packed_again(data: bytes | None, context: StageContext) -> None:
+    path = path_of(context, run_root.manifest_of(run_root.TOKENS))
+    path.unlink() if data is None else path.write_bytes(data)
+    with pytest.raises(CorruptObjectError) as caught:
+        context.tokens(run_root.TOKENS, context.plan.digest)
+    assert caught.value.keys == (run_root.manifest_of(run_root.TOKENS), run_root.TOKENS)
+
+
 # Hashed once.
 
 
