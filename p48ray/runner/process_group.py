@@ -17,7 +17,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-GRACE_S = 20.0
+GRACE_S = float(os.environ.get("P48RAY_GRACE_S", "20"))  # between SIGTERM and SIGKILL; an engine lets go of its GPUs in some seconds
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
