@@ -1,11 +1,12 @@
 # Everything a person runs. Each target sets itself up and writes to .venv and runs/; Ray itself keeps /tmp/ray and a token under ~/.ray.
 PYTHON ?= python3
 VENV := .venv
-CLIENTS := .venv-clients
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
+# Every process of a test that starts one would compile p48ray anew.
+unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup chromium demo test chaos test-clients check format clean
+.PHONY: setup chromium demo test test-fast chaos test-clients check format clean
 
 setup: $(VENV)/.ready
 
@@ -27,22 +28,26 @@ chromium:
 demo: setup
 	$(BIN)/python jobs/compress.py --config configs/tiny.yaml
 
+# Two processes share the tests by groups, the longest first (tests/conftest.py).
+WORKERS ?= 2
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --no-loadscope-reorder
+
 test: setup
-	$(BIN)/python -m pytest -rs
+	$(PYTEST) -rs
+
+# What needs no Ray, no server, no browser and no ten seconds.
+test-fast: setup
+	$(PYTEST) -m "not (ray or server or browser or slow)"
 
 # Every fault scenario with CHAOS_SEEDS seeds each, about 20 minutes a seed on 2 cores; `make test` has the short form.
 CHAOS_SEEDS ?= 3
 chaos: setup
 	$(BIN)/python -m pytest tests/chaos --chaos-seeds $(CHAOS_SEEDS)
 
-# A checkpoint in vLLM on a CPU (tests/clients/README.md). Its needs differ from ours, hence an environment of its own; --no-deps, because all are pinned.
-$(CLIENTS)/.ready: constraints-clients.txt
-	test -x $(CLIENTS)/bin/python || $(PYTHON) -m venv $(CLIENTS)
-	$(CLIENTS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement constraints-clients.txt
-	touch $@
-
-test-clients: setup $(CLIENTS)/.ready
-	P48RAY_PYTHON=$(abspath $(BIN))/python $(CLIENTS)/bin/python -m pytest --override-ini "addopts=-q --strict-markers" tests/clients
+# A checkpoint in vLLM on a CPU (tests/clients/README.md). Its needs differ from ours, hence an environment of its own, shared by all checkouts.
+test-clients: setup
+	clients="$$($(PYTHON) tests/clients/environment.py)" && P48RAY_PYTHON=$(abspath $(BIN))/python \
+		"$$clients/bin/python" -m pytest --override-ini "addopts=-q --strict-markers" tests/clients
 
 check: setup
 	$(BIN)/ruff check .
@@ -55,4 +60,4 @@ format: setup
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(CLIENTS) runs build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) runs build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,15 +1,82 @@
-"""Fixtures shared by all tests: the small model, a configuration for it, and a run of it that many tests look at."""
+"""What all tests share: where things are, what a test's marks follow from, which process runs it, and a run that many tests look at."""
 
 import os
 import re
 from collections.abc import Iterator
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 
+if TYPE_CHECKING:
+    from tests.stages.small_run import SmallRun
+
 REPO = Path(__file__).resolve().parents[1]
 TINY = REPO / "examples" / "tiny-kimi-k2.5"
+
+NEEDS = {
+    "ray_session": "ray", "site": "ray", "head": "ray",
+    "seaweedfs": "server", "moto_server": "server", "moto": "server", "bucket": "server", "hub": "server",
+    "chromium": "browser",
+    "local_run": "slow", "finished_once": "slow",
+}  # fmt: skip
+"""Fixture, or a fixture's parameter -> the mark of every test that uses it."""
+
+LONGEST_FIRST = (
+    "tests/chaos",
+    "ray_session",
+    "tests/bench/test_job.py",
+    "tests/bench/test_layer_memory.py",
+    "tests/jobs/test_s3_job.py",
+    "tests/jobs/test_ray_job.py",
+    "tests/jobs/test_node_sharing.py",
+    "tests/jobs/test_s3_commands.py",
+    "tests/publish/test_publish_on_ray.py",
+    "finished: SmallRun",
+)
+"""Groups that two processes begin with (docs/CONTRIBUTING.md), so that none of them is alone at the end."""
+
+
+@cache
+def group_of(file: str) -> str:
+    """Tests of one group run in one process, one after the other: those that share a cluster or the finished run, else those of a file.
+
+    Args: file: path from the repository on.
+    """
+    if file.startswith("tests/chaos/"):
+        return "tests/chaos"
+    text = (REPO / file).read_text()
+    return next((shared for shared in ("ray_session", "finished: SmallRun") if shared in text), file)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks by fixtures, and groups in the order in which they are begun; tests of a group as they were."""
+    for item in items:
+        chosen = getattr(item, "callspec", None)  # a fixture's parameter may say which server it takes
+        used = {
+            *getattr(item, "fixturenames", ()),
+            *(value for value in (chosen.params.values() if chosen else ()) if isinstance(value, str)),
+        }
+        for mark in sorted({NEEDS[name] for name in used if name in NEEDS}):
+            item.add_marker(mark)
+    places = {group: place for place, group in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: places.get(group_of(item.nodeid.split("::")[0]), len(places)))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
+    """Hands out groups. pytest-xdist's own marks for them are without effect under pytest 9.2 (findings/)."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByGroup(LoadScopeScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            return group_of(nodeid.split("::")[0])
+
+    return ByGroup(config, log)
 
 
 TIMES = re.compile(rb' "(seconds|write_seconds|finished_at)": [0-9.e+-]+,?\n')
@@ -27,8 +94,28 @@ def one_thread() -> Iterator[None]:
     yield
 
 
+@pytest.fixture(autouse=True)
+def fast_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a real power cut does to a disk no test can see, and a run waits for the disk two hundred times. Other processes do wait."""
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
+
+
+@pytest.fixture(autouse=True)
+def only_what_is_marked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A test that starts Ray says so: `make test-fast` leaves such tests out."""
+    if request.node.get_closest_marker("ray") is None and find_spec("ray"):  # the serving clients' environment has none
+        monkeypatch.setattr("ray.init", lambda *_, **__: pytest.fail(f"{request.node.name} starts Ray without pytest.mark.ray"))
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> "SmallRun":
+    """The run that tests of many folders look at. Nobody changes it."""
+    from tests.stages.small_run import finished_run  # which imports this module
+
+    return finished_run(tmp_path_factory.getbasetemp() / "small-run")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def no_network() -> None:
-    """Nothing in the tests may ask a Hub."""
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    """Nothing in the tests may ask a Hub, or tell Ray's makers. Ray's workers are what is waited for, so they are as important as the rest."""
+    os.environ |= {"HF_HUB_OFFLINE": "1", "RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}

@@ -12,14 +12,9 @@ from typer.testing import CliRunner
 
 from p48ray.cli import app
 from tests.stages.damage import INDEX, Folder
-from tests.stages.small_run import SmallRun, finished_run
+from tests.stages.small_run import SmallRun
 
 LINEAR = "language_model.model.layers.1.mlp.experts.3.up_proj"
-
-
-@pytest.fixture(scope="session")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> SmallRun:
-    return finished_run(tmp_path_factory.getbasetemp() / "small-run")
 
 
 @pytest.fixture(autouse=True)

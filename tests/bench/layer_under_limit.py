@@ -67,7 +67,7 @@ def main() -> None:
         before = writable_bytes()
         if args.limit is not None:
             resource.setrlimit(resource.RLIMIT_DATA, (before + args.limit, before + args.limit))
-        bench = LayerBench(args.folder, torch.device("cpu"), torch.bfloat16, args.parts, args.sequences, args.length)
+        bench = LayerBench(args.folder, torch.device("cpu"), torch.float32, args.parts, args.sequences, args.length)
         decode, met = bench.experts.weights, set[int]()
         decode = cache(decode) if args.leaky else decode
 

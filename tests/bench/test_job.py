@@ -13,7 +13,7 @@ from bench.job_report import PLANNED, STAGES
 from p48ray.estimate import Estimate
 from tests.conftest import REPO
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 EXPERTS, MIXTURES, EXPERTS_PER_UNIT = 8, 2, 4
 SIZES = ["--width=small", "--device=cpu", f"--experts={EXPERTS}", f"--mixture-layers={MIXTURES}", "--sequences=8", "--length=64"]

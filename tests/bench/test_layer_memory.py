@@ -12,9 +12,9 @@ from bench.capture import write_layer
 from p48ray.checkpoint import skeleton
 from tests.conftest import REPO
 
-EXPERTS, SEQUENCES, LENGTH = 48, 2, 128
-EXPERT_BYTES = 3 * skeleton.HIDDEN * skeleton.MOE_INTERMEDIATE * 2  # decoded, bf16
-TOKEN_BYTES = 2 * SEQUENCES * LENGTH * skeleton.HIDDEN * 2  # what enters the layer, and the gradient at what leaves it
+EXPERTS, SEQUENCES, LENGTH = 14, 2, 32
+EXPERT_BYTES = 3 * skeleton.HIDDEN * skeleton.MOE_INTERMEDIATE * 4  # decoded, in float32, which a CPU multiplies fastest
+TOKEN_BYTES = 2 * SEQUENCES * LENGTH * skeleton.HIDDEN * 4  # what enters the layer, and the gradient at what leaves it
 LIMIT = EXPERT_BYTES + TOKEN_BYTES + 2 * 10**9  # the packed layer is mapped, so that RLIMIT_DATA does not count it
 
 NO_MEMORY = ("can't allocate memory", "could not create a primitive")

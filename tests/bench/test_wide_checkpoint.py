@@ -71,6 +71,7 @@ def test_embedding_has_outlier_channels_and_no_scale_is_negative(small: Path) ->
     assert all(bool((t > 0).all()) for name, t in tensors.items() if name.endswith("_scale"))
 
 
+@pytest.mark.slow
 def test_texts_suffice(small: Path, tmp_path: Path) -> None:
     """Once around for few tokens, several times for many, each time other texts."""
     tokenizer = load_tokenizer(open_checkpoint(LocalStore(small)), trust_remote_code=False)

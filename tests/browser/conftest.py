@@ -10,12 +10,7 @@ from p48ray.manifest import UnitManifest
 from p48ray.report.html import report_html
 from p48ray.store import LocalStore
 from tests.browser.chromium import Chromium, find_chromium
-from tests.stages.small_run import SmallRun, finished_run
-
-
-@pytest.fixture(scope="session")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> SmallRun:
-    return finished_run(tmp_path_factory.getbasetemp() / "small-run")
+from tests.stages.small_run import SmallRun
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ from p48ray.stages.blobs import WRITERS
 from p48ray.store.base import Store
 from p48ray.store.local import LocalStore
 from tests.chaos.harness import NUM_PARTS, NUM_UNITS, Scene
-from tests.conftest import TINY
+from tests.jobs.command import narrow_model
 
 BLOBS: dict[str, type[PartManifest]] = {
     "activations": ActivationPart,
@@ -42,7 +42,7 @@ def problems_of(store: Store, folder: Path) -> str:
             path = folder / info.key.removeprefix(run_root.CHECKPOINT)
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(store.get(info.key))
-    result = CliRunner().invoke(app, ["verify", str(where), "--source", str(TINY)])
+    result = CliRunner().invoke(app, ["verify", str(where), "--source", str(narrow_model())])
     return "" if result.exit_code == 0 else f"exit {result.exit_code}: {result.output}"
 
 

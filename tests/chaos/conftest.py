@@ -82,15 +82,27 @@ def site(aws_identity: None) -> Iterator[Site]:
 
 
 @pytest.fixture(scope="package")
-def undisturbed(site: Site, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """The checkpoint of a run that nothing happens to: file -> SHA-256."""
+def undisturbed_run(site: Site, tmp_path_factory: pytest.TempPathFactory) -> Scene:
+    """A run that nothing happens to."""
     scene = Scene(site, str(tmp_path_factory.mktemp("undisturbed") / "run"), random.Random(0))
     scene.submit()
     assert scene.finish() == 0, (scene.driver.out, scene.driver.err)
     assert_whole(scene)
     assert set(units_finished(scene.logs).values()) == {1}
     assert problems_of(scene.store, tmp_path_factory.mktemp("verified")) == ""
-    return checkpoint_bytes(scene.store)
+    return scene
+
+
+@pytest.fixture(scope="package")
+def undisturbed(undisturbed_run: Scene) -> dict[str, str]:
+    """Its checkpoint: file -> SHA-256."""
+    return checkpoint_bytes(undisturbed_run.store)
+
+
+@pytest.fixture(scope="package")
+def disk_bytes(undisturbed_run: Scene) -> int:
+    """What it takes of a disk, in whole blocks."""
+    return sum(path.stat().st_blocks * 512 for path in Path(undisturbed_run.root).rglob("*"))
 
 
 @pytest.fixture(scope="package")

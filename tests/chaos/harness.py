@@ -36,7 +36,7 @@ QUICK_HEALTH_CHECK = {
     "health_check_timeout_ms": 1500,
     "health_check_failure_threshold": 3,
 }
-WAIT_S = 120.0
+WAIT_S = 240.0
 
 # The small job with all its stages; calibration is cut into enough parts for a fault to find capture and gradients in the middle of their work.
 SETTINGS = {
@@ -373,3 +373,22 @@ def kill_the_driver(scene: Scene) -> int:
 def pick(rng: random.Random, choices: list[Any]) -> list[Any]:
     """One of them, none if there are none."""
     return [rng.choice(choices)] if choices else []
+
+
+def flip_a_bit(path: Path, rng: random.Random) -> None:
+    data = bytearray(path.read_bytes())
+    data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+    path.write_bytes(data)
+
+
+def corrupt_a_unit(damaged: list[str]) -> Callable[[Scene], int]:
+    """The shard of a unit that is done gets another bit. damaged: takes the unit's id."""
+
+    def strike(scene: Scene) -> int:
+        unit = scene.rng.choice(sorted(scene.manifests()))
+        (shard,) = Path(scene.root, "units", unit).glob("*/shard.safetensors")
+        flip_a_bit(shard, scene.rng)
+        damaged.append(unit)
+        return 1
+
+    return strike

@@ -21,7 +21,7 @@ from p48ray.stages import blobs
 from p48ray.stages.blobs import BlobWriter
 from p48ray.store.local import LocalStore
 
-BEHIND_BYTES = 2 * 10**6  # some eight boundaries: a stream waits for its writers now and then, as a real one does
+BEHIND_BYTES = 2**18  # some eight boundaries: a stream waits for its writers now and then, as a real one does
 COMPRESSED_LAYERS = range(1, 5)
 
 
@@ -78,12 +78,12 @@ def is_replaced(root: Path, key: str) -> bool:
     kind, folder, name = key.removesuffix(".json").split("/")
     number = int(folder.removeprefix("layer-"))
 
-    def layers(of: str) -> set[int]:
-        """Where this part has a whole blob of the kind."""
+    def layers(of: str, is_data_kept: bool = True) -> set[int]:
+        """Where this part has a whole blob of the kind: a manifest, which comes last, and its data where no unit's end lets them go."""
         found = root.glob(f"{of}/layer-*/{name}.json")
-        return {int(path.parent.name.removeprefix("layer-")) for path in found if path.with_suffix(".arrow").exists()}
+        return {int(path.parent.name.removeprefix("layer-")) for path in found if not is_data_kept or path.with_suffix(".arrow").exists()}
 
-    if set(COMPRESSED_LAYERS) <= layers("gradients"):
+    if set(COMPRESSED_LAYERS) <= layers("gradients", is_data_kept=False):  # data go with their layer's last unit (run.keep)
         return True
     down = layers("residual-gradients")
     if kind == "residual-gradients":

@@ -1,6 +1,5 @@
 """Data that turns bad while the job runs, and units that can not be done: mended, or set aside by name while the rest goes on."""
 
-import random
 import shutil
 from collections import Counter
 from dataclasses import dataclass
@@ -14,11 +13,10 @@ from p48ray.checkpoint.index import open_checkpoint
 from p48ray.plan import RunPlan
 from p48ray.store.local import LocalStore
 from tests.chaos.checks import assert_same_end, checkpoint_bytes, failures
-from tests.chaos.harness import NUM_UNITS, Hit, Scene, launch_deadly, pick
-from tests.conftest import TINY
-from tests.jobs.command import copy_model
+from tests.chaos.harness import NUM_UNITS, Hit, Scene, corrupt_a_unit, flip_a_bit, launch_deadly, pick
+from tests.jobs.command import copy_model, narrow_model
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 MAX_ATTEMPTS = 3  # run.max_attempts, where nothing else is set
 FINGERPRINTED_BYTES = 128 * 2**10  # header included
@@ -57,24 +55,11 @@ def all_units(scene: Scene) -> set[str]:
     return {unit.id for unit in RunPlan.from_json(scene.store.get(run_root.PLAN), run_root.PLAN).units}
 
 
-def flip_a_bit(path: Path, rng: random.Random) -> None:
-    data = bytearray(path.read_bytes())
-    data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
-    path.write_bytes(data)
-
-
+@pytest.mark.chaos_long
 def test_shard_corrupted_after_its_manifest_is_made_anew(scene: Scene, undisturbed: dict[str, str], tmp_path: Path) -> None:
     damaged: list[str] = []
-
-    def strike(scene: Scene) -> int:
-        unit = scene.rng.choice(sorted(scene.manifests()))
-        (shard,) = Path(scene.root, "units", unit).glob("*/shard.safetensors")
-        flip_a_bit(shard, scene.rng)
-        damaged.append(unit)
-        return 1
-
     driver = scene.submit()
-    scene.hit("bit flip", "compress", scene.rng.uniform(0, 0.8), strike)
+    scene.hit("bit flip", "compress", scene.rng.uniform(0, 0.8), corrupt_a_unit(damaged))
     before = scene.hits[0].done[damaged[0]]
     assert_same_end(scene, undisturbed, tmp_path, redone=damaged)
     assert scene.manifests()[damaged[0]] != before
@@ -110,7 +95,7 @@ def test_manifest_of_a_part_lost_after_its_units_were_done(folder: str, scene: S
 
 @pytest.mark.chaos_long
 def test_unit_whose_input_is_bad_is_set_aside(scene: Scene, undisturbed: dict[str, str], tmp_path: Path) -> None:
-    model = copy_model(tmp_path / "model")
+    model = copy_model(tmp_path / "model", narrow_model())
     fingerprint = open_checkpoint(LocalStore(model)).fingerprint
     scene.settings = {"source.checkpoint": str(model)}
     poisoned: list[str] = []
@@ -135,7 +120,7 @@ def test_unit_whose_input_is_bad_is_set_aside(scene: Scene, undisturbed: dict[st
     (record,) = failures(scene.store)
     assert (record.stage, record.task) == ("compress", unit)
     assert "compress_unit" in record.traceback and "SourceError" in record.error
-    shutil.copy(TINY / scale_of(model, unit).file, model)
+    shutil.copy(narrow_model() / scale_of(model, unit).file, model)
     scene.submit()
     assert_same_end(scene, undisturbed, tmp_path)
 

@@ -11,6 +11,7 @@ from tests.chaos.harness import (
     DELETING,
     Scene,
     Site,
+    corrupt_a_unit,
     freeze_a_node,
     kill_a_node,
     kill_a_worker,
@@ -21,17 +22,20 @@ from tests.chaos.harness import (
     thaw,
 )
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 STREAMING = ["capture", "gradients", "compress"]
 
 
-def test_workers_and_a_node_killed(scene: Scene, undisturbed: dict[str, str], tmp_path: Path) -> None:
+def test_workers_and_a_node_killed_and_a_shard_corrupted(scene: Scene, undisturbed: dict[str, str], tmp_path: Path) -> None:
+    damaged: list[str] = []
     scene.submit()
     scene.hit("worker", "capture", scene.rng.uniform(0, 0.5), kill_a_worker)
     scene.hit("worker", "gradients", scene.rng.uniform(0, 0.5), kill_a_worker)
     scene.hit("node", "compress", scene.rng.uniform(0, 0.5), kill_a_node)
-    assert_same_end(scene, undisturbed, tmp_path)
+    scene.hit("bit flip", "compress", scene.rng.uniform(0.6, 0.8), corrupt_a_unit(damaged))
+    assert_same_end(scene, undisturbed, tmp_path, redone=damaged)
+    assert "made anew" in scene.logs
     assert "compress" not in [failure.stage for failure in failures(scene.store)]  # preemption is nobody's fault
     assert "its node is gone, it goes to another" in scene.logs
 

@@ -11,7 +11,7 @@ from tests.chaos.checks import assert_same_end
 from tests.chaos.harness import Scene, kill_a_node, kill_a_worker, kill_the_driver
 from tests.store.servers import BUCKET, SeaweedFS
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 DOWN_S = (4.0, 8.0)  # longer than a store that gives up early would bear, shorter than its ten attempts take
 

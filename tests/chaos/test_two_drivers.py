@@ -7,7 +7,7 @@ import pytest
 from tests.chaos.checks import assert_same_end
 from tests.chaos.harness import Hit, Scene, wait_until
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(300), pytest.mark.chaos_long]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.chaos_long]
 
 
 @pytest.mark.parametrize("delay", ["none", "seconds"])

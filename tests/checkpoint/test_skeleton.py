@@ -11,6 +11,8 @@ from p48ray.checkpoint.skeleton import write_kimi_k25_skeleton
 from p48ray.store import LocalStore
 from tests.checkpoint.tiny_variants import TINY
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def skeleton(tmp_path_factory: pytest.TempPathFactory) -> CheckpointIndex:

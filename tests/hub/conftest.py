@@ -7,11 +7,13 @@ import pytest
 from huggingface_hub import constants
 
 from p48ray.store import hub_api
-from tests.conftest import TINY
 from tests.hub.server import ReadHub
+from tests.jobs.command import narrow_model
 from tests.jobs.conftest import aws_identity, moto_server, seaweedfs  # noqa: F401 (fixtures)
 
 MODEL = "models/owner/tiny"
+EDGE_BYTES = 300_000
+"""More than a plan reads of a shard: its header and both ends. Less than a shard of the narrow model."""
 
 
 @pytest.fixture
@@ -33,7 +35,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ReadHub]:
 
 
 def tiny_files() -> dict[str, bytes]:
-    """The sample model as a repository, with what repositories have besides."""
-    files = {p.name: p.read_bytes() for p in sorted(TINY.iterdir()) if p.suffix != ".jsonl"}
+    """The narrow model as a repository, with what repositories have besides."""
+    files = {p.name: p.read_bytes() for p in sorted(narrow_model().iterdir()) if p.suffix != ".jsonl"}
     more = {".gitattributes": b"*.safetensors filter=lfs\n", "original/model.safetensors": b"another form", "figures/logo.png": b"\x89PNG"}
     return files | more | {"pytorch_model.bin": b"another form too"}

@@ -12,11 +12,14 @@ from p48ray.errors import ConfigError, ObjectMissingError, P48Error, ShardCorrup
 from p48ray.store import HubStore, LocalStore, Store, hub_api, open_store
 from p48ray.store import hub as hub_store
 from p48ray.store.hub import HubPlace, parse_place
-from tests.conftest import REPO, TINY
-from tests.hub.conftest import MODEL, tiny_files
+from tests.conftest import REPO
+from tests.hub.conftest import EDGE_BYTES, MODEL, tiny_files
 from tests.hub.server import Fault, ReadHub
+from tests.jobs.command import narrow_model
 from tests.publish.hub_server import TOKEN
 from tests.store.test_store_contract import Pieces
+
+pytestmark = pytest.mark.server
 
 SHARD = "model-00001-of-000003.safetensors"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -67,7 +70,7 @@ def opened(hub: ReadHub, **settings: bool) -> HubStore:
 
 
 def test_reads_like_the_folder_it_is_a_copy_of(hub: ReadHub) -> None:
-    store, local = opened(hub), LocalStore(TINY)
+    store, local = opened(hub), LocalStore(narrow_model())
     files = tiny_files()
     assert [i.key for i in store.list()] == sorted(files)  # a listing in pages
     assert [i.key for i in store.list("model-")] == [n for n in sorted(files) if n.startswith("model-")]
@@ -94,10 +97,10 @@ def test_missing_files_and_ranges_beyond_the_end_are_named(hub: ReadHub) -> None
 def test_checkpoint_is_opened_by_headers_alone(hub: ReadHub) -> None:
     store = opened(hub)
     index = open_checkpoint(store)
-    local = open_checkpoint(LocalStore(TINY))
+    local = open_checkpoint(LocalStore(narrow_model()))
     assert (index.fingerprint, index.files, index.sidecars) == (local.fingerprint, local.files, local.sidecars)
     weights = sum(hub.sent[f] for f in index.files)
-    assert 0 < weights < sum(len(tiny_files()[f]) for f in index.files) / 4
+    assert 0 < weights < len(index.files) * EDGE_BYTES < sum(len(tiny_files()[f]) for f in index.files)
     assert not [asked for path, asked in hub.ranges if path in index.files and asked is None], "a weight file was asked for whole"
 
 

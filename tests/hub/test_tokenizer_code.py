@@ -20,6 +20,8 @@ from tests.jobs.command import ROUNDED, arguments, invoke
 from tests.model.tiktoken_source import MERGES, NUM_RANKS, model_files
 from tests.store.servers import BUCKET, Server
 
+pytestmark = pytest.mark.server
+
 TEXT = "the rain in Ünterland 'ther'"
 
 

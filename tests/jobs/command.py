@@ -1,14 +1,17 @@
 """The job's command as tests run it: inside this process with tasks in the same process, or as a process of its own on Ray."""
 
+import atexit
 import hashlib
 import logging
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import chdir, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from unittest import mock
 
@@ -18,11 +21,12 @@ from typer.testing import CliRunner
 from jobs import compress
 from p48ray.runner.local_runner import LocalRunner
 from tests.conftest import REPO, TINY, timeless
+from tests.reference.narrow import write_narrow
 
 CONFIG = REPO / "configs" / "tiny.yaml"
 
-# The sample model end to end in seconds: 256 calibration tokens in two parts, one sweep, no held-out text. All that the tests' numbers rest on is
-# said here, whatever configs/tiny.yaml is set to.
+# A narrow sample model end to end in seconds: 256 calibration tokens in two parts, one sweep, no held-out text. All that the tests' numbers rest on
+# is said here, whatever configs/tiny.yaml is set to.
 SMALL = {
     "calibration.num_sequences": "4",
     "calibration.sequence_length": "64",
@@ -31,7 +35,7 @@ SMALL = {
     "compression.code_sweeps": "0",
     "compression.refine_steps": "0",
     "compression.output_curvature": "false",
-    "output.max_shard_size": "2MB",
+    "output.max_shard_size": "400KB",
     "run.experts_per_unit": "4",
     "run.num_workers": "2",
     "evaluation": "null",
@@ -50,9 +54,22 @@ class Outcome:
 
 
 def arguments(root: Path | str, settings: dict[str, str] | None = None, config: Path = CONFIG) -> list[str]:
-    """The command's arguments for the small run. settings: on top of SMALL, dotted key -> YAML."""
-    chosen = SMALL | (settings or {})
+    """The command's arguments for the small run. settings: on top of `small()`, dotted key -> YAML."""
+    chosen = small() | (settings or {})
     return ["--config", str(config), "--run-root", str(root), *(a for key, value in chosen.items() for a in ("--set", f"{key}={value}"))]
+
+
+def small() -> dict[str, str]:
+    """The small run's settings, its source's folder among them."""
+    return SMALL | {"source.checkpoint": str(narrow_model())}
+
+
+@cache
+def narrow_model() -> Path:
+    """The narrow model's folder, made once a process. Not to be changed."""
+    folder = Path(tempfile.mkdtemp(prefix="p48ray-narrow-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return write_narrow(folder / "narrow")
 
 
 def invoke(*args: str, on_ray: bool = False) -> Outcome:
@@ -103,9 +120,9 @@ def snapshot(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): hashlib.sha256(timeless(path.read_bytes())).hexdigest() for path in files}
 
 
-def copy_model(folder: Path) -> Path:
-    """The sample model without its texts, to be damaged."""
-    shutil.copytree(TINY, folder, ignore=shutil.ignore_patterns("*.jsonl"))
+def copy_model(folder: Path, model: Path = TINY) -> Path:
+    """A model without its texts, to be damaged."""
+    shutil.copytree(model, folder, ignore=shutil.ignore_patterns("*.jsonl"))
     return folder
 
 

@@ -246,6 +246,7 @@ def poison_scales(folder: Path, name: str, value: float) -> str:
     return str(file)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_scale_that_is_not_finite_stops_the_stream_by_name(value: float, tmp_path: Path) -> None:
     folder, root = copy_model(tmp_path / "model"), tmp_path / "run"
@@ -345,11 +346,13 @@ def test_run_root_of_other_texts_is_refused_and_left_alone(finished_once: Path, 
 # The exit code that a shell sees.
 
 
+@pytest.mark.slow
 def test_shell_sees_exit_code_2_for_an_unknown_key(tmp_path: Path) -> None:
     outcome = run_process(*arguments(tmp_path / "run", {"compression.dampp": "0.1"}))
     assert_refused(outcome, [str(CONFIG), "compression.dampp: unknown key"], tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_shell_sees_exit_code_2_for_a_truncated_shard(tmp_path: Path) -> None:
     folder = copy_model(tmp_path / "model")
     truncate_shard(folder)

@@ -16,6 +16,8 @@ from p48ray.stages.tasks import STAGES
 from tests.conftest import REPO
 from tests.jobs.command import HELD_OUT, ROUNDED, arguments, attempts, invoke, run_process, snapshot
 
+pytestmark = pytest.mark.slow
+
 ONE_SHOT = {"compression.solver": "sparsegpt_gptq", "compression.router_weight_exponent": "0", "compression.damp": "0.1"}
 
 
@@ -43,7 +45,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path: Path) -> None:
         "16 of up to 4 experts",
         "192 (4 layers x 16 experts x 3, stored as int4)",
         "4 x 64 = 256 tokens in 2 parts",
-        "6 shards, 9.03 MB",
+        "6 shards, 1.87 MB",
     )
     for words in rows:
         assert words in outcome.out

@@ -24,8 +24,10 @@ from p48ray.run_root import BENCHMARK_TABLE
 from p48ray.runner import harness
 from p48ray.runner.server_process import ServerProcess
 from tests.conftest import REPO
-from tests.jobs.command import CONFIG, SMALL, Outcome, own_logging
+from tests.jobs.command import CONFIG, Outcome, own_logging, small
 from tests.stages.recorded_harness import SINGLE
+
+pytestmark = pytest.mark.slow
 
 PLAYER = """#!{python}
 import json, pathlib, sys
@@ -99,7 +101,7 @@ def workshop(finished_run: Path, tmp_path: Path) -> Workshop:
     player.write_text(PLAYER.format(python=sys.executable, folder=str(folder)))
     player.chmod(0o755)
     tree = read_yaml(CONFIG)
-    for key, value in SMALL.items():
+    for key, value in small().items():
         assign(tree, key, yaml.safe_load(value))
     tasks = [{"task": task, "shots": 1, "metric": "acc_norm"} for task in ("first", "second", "third")]
     tree["benchmarks"] = {"tasks": tasks, "harness_python": str(player), "max_length": 2048, "server": {"gpus": 0}}

@@ -1,4 +1,4 @@
-"""Three nodes with two workers each and a bucket: what is read of it, byte by byte, against who worked on what."""
+"""Two nodes with two workers each and a bucket: what is read of it, byte by byte, against who worked on what."""
 
 import json
 import os
@@ -12,21 +12,21 @@ import pytest
 from ray.cluster_utils import Cluster
 
 from p48ray.store import open_store
-from tests.conftest import REPO, TINY
-from tests.jobs.command import arguments
+from tests.conftest import REPO
+from tests.jobs.command import arguments, narrow_model
 from tests.store.fault_proxy import fault_proxy
 from tests.store.servers import BUCKET, Server, aws_environment
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
-NUM_NODES, WORKERS_PER_NODE = 3, 2
+NUM_NODES, WORKERS_PER_NODE = 2, 2
 SETTINGS = {
     "compression.output_curvature": "true",
     "calibration.num_sequences": "8",
     "calibration.sequences_per_part": "1",
     "run.experts_per_unit": "2",
     "run.num_workers": str(NUM_NODES * WORKERS_PER_NODE),
-    "run.capture_workers": "4",
+    "run.capture_workers": "3",
 }
 UNITS_PER_LAYER = 8
 
@@ -38,7 +38,7 @@ def test_a_node_reads_a_layer_once_however_many_units_of_it_it_solves(seaweedfs:
         for _ in range(NUM_NODES):
             cluster.add_node(num_cpus=WORKERS_PER_NODE, **room)
         source = open_store(f"s3://{BUCKET}/shared-source", seaweedfs.endpoint_url)
-        for path in TINY.iterdir():
+        for path in narrow_model().iterdir():
             if path.suffix != ".jsonl":
                 source.put(path.name, path.read_bytes())
         with fault_proxy(seaweedfs.endpoint_url) as proxy:

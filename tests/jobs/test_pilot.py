@@ -11,6 +11,8 @@ from p48ray.report.status import read_status
 from p48ray.store import LocalStore
 from tests.jobs.command import HELD_OUT, ROUNDED, Outcome, arguments, attempts, invoke
 
+pytestmark = pytest.mark.slow
+
 PILOT = ROUNDED | {"run.layers": "[3, 1]", "run.keep": "units", "evaluation": HELD_OUT}
 
 

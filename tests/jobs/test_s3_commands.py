@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 
 from p48ray.cli import app
 from p48ray.store import Store, open_store
-from tests.conftest import REPO, TINY
-from tests.jobs.command import ROUNDED, arguments, invoke, own_logging
+from tests.conftest import REPO
+from tests.jobs.command import ROUNDED, arguments, invoke, narrow_model, own_logging
 from tests.publish.command import launch_publish, published
 from tests.publish.hub_server import TOKEN, Hub
 from tests.store.servers import BUCKET, Server
@@ -32,7 +32,7 @@ def root(seaweedfs: Server, tmp_path_factory: pytest.TempPathFactory) -> str:
     for path in sorted(folder.rglob("*")):
         if path.is_file():
             store.put(path.relative_to(folder).as_posix(), path.read_bytes())
-    for path in TINY.iterdir():
+    for path in narrow_model().iterdir():
         if path.suffix != ".jsonl":
             source.put(path.name, path.read_bytes())
     return f"s3://{BUCKET}/commands/run"
@@ -72,7 +72,7 @@ def test_status_verify_and_inspect_reach_it_by_the_option(root: str, seaweedfs: 
 
 def test_source_may_lie_elsewhere_than_its_checkpoint(root: str, seaweedfs: Server, moto_server: Server) -> None:
     elsewhere = bucket(moto_server, "source-elsewhere")
-    for path in TINY.iterdir():
+    for path in narrow_model().iterdir():
         if path.suffix != ".jsonl":
             elsewhere.put(path.name, path.read_bytes())
     places = ("--endpoint-url", seaweedfs.endpoint_url, "--source", f"s3://{BUCKET}/source-elsewhere")
@@ -115,7 +115,7 @@ def test_verify_prints_the_same_json_with_one_process_and_with_two(root: str, se
 
 @pytest.mark.ray
 def test_publish_takes_it_to_the_hub_and_leaves_its_records_in_the_bucket(root: str, seaweedfs: Server, tmp_path: Path) -> None:
-    hub = Hub(tmp_path / "hub", part_bytes=1_500_000)
+    hub = Hub(tmp_path / "hub", part_bytes=300_000)
     store = bucket(seaweedfs, "commands/run")
     endpoint = ("--endpoint-url", seaweedfs.endpoint_url)
     env = {name: os.environ[name] for name in os.environ if name.startswith(("AWS_", "NO_PROXY"))} | {"HF_HOME": str(tmp_path / "hf")}

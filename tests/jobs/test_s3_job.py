@@ -8,13 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from p48ray.store import Store, open_store
+from p48ray.store import Store, open_store, s3_api
 from p48ray.store.s3_api import MAX_ATTEMPTS
-from tests.conftest import TINY
-from tests.jobs.command import Outcome, arguments, launch, run_process, snapshot
+from tests.jobs.command import Outcome, arguments, invoke, launch, narrow_model, run_process, snapshot
 from tests.store.servers import BUCKET, Server, aws_environment
-
-pytestmark = pytest.mark.ray
 
 
 def settings(server: Server, **more: str) -> dict[str, str]:
@@ -33,9 +30,9 @@ def run(server: Server, prefix: str, env: dict[str, str] | None = None, **more: 
 
 @pytest.fixture(scope="module")
 def local(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same run in a folder."""
+    """The same run in a folder, by one process."""
     root = tmp_path_factory.mktemp("local") / "run"
-    outcome = run_process(*arguments(root, {"compression.output_curvature": "true"}))
+    outcome = invoke(*arguments(root, {"compression.output_curvature": "true"}))
     assert outcome.code == 0, outcome
     return root
 
@@ -47,10 +44,11 @@ def assert_same_checkpoint(store: Store, local: Path) -> None:
         assert store.get(f"checkpoint/{name}") == (local / "checkpoint" / name).read_bytes(), name
 
 
+@pytest.mark.ray
 def test_run_in_a_bucket_killed_and_resumed_ends_in_the_bytes_of_a_local_one(seaweedfs: Server, local: Path) -> None:
     """Source in a bucket too; the driver, with all its workers, is killed among the units."""
     source = bucket(seaweedfs, "source")
-    for path in TINY.iterdir():
+    for path in narrow_model().iterdir():
         if path.suffix != ".jsonl":
             source.put(path.name, path.read_bytes())
     store = bucket(seaweedfs, "killed")
@@ -80,20 +78,23 @@ def test_server_that_copies_no_ranges_is_streamed_through_workers_to_the_same_by
     """moto as the second implementation; what the probe said is then overruled, as if it had found no range copy."""
     store = bucket(moto_server, "streamed")
     store.put("store.json", b'{"range_copy": false, "unequal_parts": false, "checksums": false}')
-    outcome = run(moto_server, "streamed")
+    outcome = invoke(*arguments(f"s3://{BUCKET}/streamed", settings(moto_server)))
     assert outcome.code == 0, outcome
     assert_same_checkpoint(store, local)
 
 
-def test_wrong_secret_is_a_users_mistake_that_names_the_bucket(seaweedfs: Server) -> None:
-    outcome = run(seaweedfs, "denied", {"AWS_SECRET_ACCESS_KEY": "guessed"})
+def test_wrong_secret_is_a_users_mistake_that_names_the_bucket(seaweedfs: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "guessed")
+    outcome = invoke(*arguments(f"s3://{BUCKET}/denied", settings(seaweedfs)))
     assert outcome.code == 2, outcome
     assert BUCKET in outcome.err
+    monkeypatch.undo()
     assert list(bucket(seaweedfs, "denied").list()) == []
 
 
 def test_server_that_is_not_there_fails_within_the_bounded_retries(seaweedfs: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     port = 9  # discard: nobody listens
-    outcome = run_process(*arguments(f"s3://{BUCKET}/gone", {"run.endpoint_url": f"http://127.0.0.1:{port}"}), env=aws_environment())
+    monkeypatch.setattr(s3_api, "BACKOFF_BASE_S", 0.001)
+    outcome = invoke(*arguments(f"s3://{BUCKET}/gone", {"run.endpoint_url": f"http://127.0.0.1:{port}"}))
     assert outcome.code == 1, outcome
     assert f"127.0.0.1:{port}" in outcome.err and f"{MAX_ATTEMPTS}" in outcome.err

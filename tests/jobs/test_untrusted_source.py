@@ -13,6 +13,8 @@ import torch
 from tests.conftest import TINY
 from tests.jobs.command import ROUNDED, arguments, copy_model, invoke
 
+pytestmark = pytest.mark.slow
+
 TOKENIZER_CODE = '''
 """A byte tokenizer, in the form in which Kimi ships its own: Python that transformers imports from the checkpoint's folder."""
 from pathlib import Path

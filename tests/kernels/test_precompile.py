@@ -15,6 +15,8 @@ import torch
 
 from p48ray.kernels.precompile import Launches, launch_all, parsed, row_counts
 
+pytestmark = pytest.mark.slow
+
 if TYPE_CHECKING:
     from p48ray.stages.compiling import Compiling
 

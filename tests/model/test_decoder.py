@@ -18,12 +18,11 @@ from p48ray.manifest import ActivationPart, BoundaryPart
 from p48ray.model.decoder import Decoder, run_layer
 from p48ray.model.experts import ExpertWeights, RoutedExperts, RoutedInputs
 from p48ray.stages.capture import capture_parts
-from p48ray.stages.inputs import write_inputs
 from p48ray.stages.prepare import prepare
 from p48ray.store import LocalStore
 from tests.checkpoint.tiny_variants import TINY, flat_names, load_tiny, plain_experts, write_folder
 from tests.reference import whole_model
-from tests.stages.small_run import configure
+from tests.stages.small_run import configure, write_inputs_once
 
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
@@ -51,7 +50,7 @@ def captured(source: Path) -> dict[str, list[bytes]]:
             source, f"memory://{uuid.uuid4().hex}", "calibration.num_sequences=1", "calibration.sequence_length=32", "evaluation=null"
         )
     )
-    write_inputs(prepared)
+    write_inputs_once(prepared)
     capture_parts(prepared.context, [0])
     context, found = prepared.context, dict[str, list[bytes]]()
     for info in prepared.store.list():
@@ -66,6 +65,7 @@ def captured(source: Path) -> dict[str, list[bytes]]:
     return found
 
 
+@pytest.mark.slow
 def test_all_variants_of_a_model_capture_the_same_bytes(variants: dict[str, Path]) -> None:
     expected = captured(variants["nested_int4"])
     assert len(expected) == 4 + 4, "a boundary before and the activations of each of layers 1 to 4"

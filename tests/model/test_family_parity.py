@@ -16,11 +16,12 @@ from p48ray.stages.blobs import BlobWriter
 from p48ray.stages.capture import capture_parts
 from p48ray.stages.context import StageContext
 from p48ray.stages.gradients import gradient_parts, sample
-from p48ray.stages.inputs import write_inputs
 from p48ray.stages.prepare import prepare
 from p48ray.stages.streaming import opened_layer
 from tests.reference import tiny_families, whole_gradients, whole_model
-from tests.stages.small_run import configure
+from tests.stages.small_run import configure, write_inputs_once
+
+pytestmark = pytest.mark.slow
 
 SETTINGS = (
     "calibration.num_sequences=5",
@@ -44,7 +45,7 @@ def source(family: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def open_run(source: Path, *overrides: str) -> StageContext:
     prepared = prepare(configure(source, f"memory://{uuid.uuid4().hex}", *SETTINGS, *overrides))
-    write_inputs(prepared)
+    write_inputs_once(prepared)
     return prepared.context
 
 

@@ -70,6 +70,7 @@ def start_values(start: Start) -> Tensor:
 each_form = pytest.mark.parametrize(("span", "with_g"), [(16, False), (16, True), (32, False), (32, True)])
 
 
+@pytest.mark.slow
 @each_form
 def test_no_sweep_raises_the_objective(span: int, with_g: bool) -> None:
     start = gptq_start(0, span, with_g=with_g)
@@ -100,6 +101,7 @@ def test_no_row_group_raises_the_objective_however_the_rows_are_coupled(strength
     assert (trace[-1] < 0.8 * trace[0]).all()
 
 
+@pytest.mark.slow
 @each_form
 def test_improves_what_gptq_leaves_by_half(span: int, with_g: bool) -> None:
     start = gptq_start(2, span, with_g=with_g, num_outputs=64, num_inputs=128)
@@ -107,6 +109,7 @@ def test_improves_what_gptq_leaves_by_half(span: int, with_g: bool) -> None:
     assert (after < 0.5 * before).all()
 
 
+@pytest.mark.slow
 @each_form
 @pytest.mark.parametrize("num_inputs", [64, 160])
 def test_results_are_on_the_grid(span: int, with_g: bool, num_inputs: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,6 +143,7 @@ def test_results_are_on_the_grid(span: int, with_g: bool, num_inputs: int, monke
     assert not torch.equal(keep, start.keep)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("span", [16, 32])
 @pytest.mark.parametrize("sweeps", [1, 2])
 def test_agrees_with_trying_every_scale_and_every_code(span: int, sweeps: int) -> None:
@@ -246,6 +250,7 @@ def test_a_target_of_zeros_with_zero_codes_changes_nothing() -> None:
     assert torch.equal(keep, start.keep)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("power", [-40, 40])
 def test_the_size_of_the_curvature_changes_nothing(power: int) -> None:
     start = gptq_start(10, 32, with_g=True)
@@ -262,6 +267,7 @@ def same(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a.view(torch.uint8), b.view(torch.uint8))
 
 
+@pytest.mark.slow
 @each_form
 def test_batched_equals_single_bitwise_and_a_second_run_too(span: int, with_g: bool) -> None:
     start = gptq_start(11, span, with_g=with_g, num_experts=3)

@@ -85,6 +85,7 @@ def test_no_row_group_raises_the_loss(coupling: str, row_groups: int, monkeypatc
     assert (trace[-1] < 0.6 * first).all()
 
 
+@pytest.mark.slow
 @each_coupling
 def test_a_start_that_is_already_good_does_not_get_worse(coupling: str) -> None:
     target, values, keep, hessian = start(1)
@@ -160,6 +161,7 @@ def test_the_best_of_all_masks_is_a_fixed_point(seed: int, coupling: str, row_gr
     torch.testing.assert_close(found[0].double(), values[best], rtol=1e-3, atol=1e-4 * target.abs().max().item())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_from_every_mask_of_a_tiny_linear_descent_ends_no_worse_and_from_some_at_the_best_of_all(seed: int) -> None:
     """Starts: the least-squares optimum under each mask. Local as the method is, none but the best can be where most end."""
@@ -244,6 +246,7 @@ def bytes_of(solution: Solution) -> list[Tensor]:
     return [solution.packed_NOB, solution.scale_NOG.view(torch.uint8), solution.keep_NOP, solution.global_scale_N1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("codes", [0, 2])
 @pytest.mark.parametrize("rel", [0.01, 30.0])
 @pytest.mark.parametrize("coupling", ["correlated", "few tokens", "lockstep"])
@@ -293,6 +296,7 @@ def test_solve_with_gradients_beats_solve_without_by_the_two_sided_objective() -
     assert (ours < 0.8 * theirs).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("bad", "codes"), [(0.0, 0), (torch.nan, 1), (torch.inf, 0)])
 def test_an_unusable_output_hessian_is_taken_as_the_identity(bad: float, codes: int) -> None:
     weight, hessian = correlated(12, 3, 16, 64)
@@ -329,6 +333,7 @@ def test_damping_of_the_output_side_follows_from_tokens_per_output() -> None:
     torch.testing.assert_close(damped_output_hessian(output_hessian, [1.0] * 4, 64, 0.7), 1.7 * output_hessian)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("codes", [0, 2])
 @pytest.mark.parametrize("per_input", [3, 6, 20, 200])
 def test_few_tokens_never_make_solve_worse_than_one_shot_on_other_tokens(per_input: int, codes: int) -> None:

@@ -49,6 +49,6 @@ def sparse_root(finished_sparse: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def hub(tmp_path: Path) -> Iterator[Hub]:
     """Shards of the small model go up in one part or in two: the limit lies between their sizes."""
-    server = Hub(tmp_path / "hub", part_bytes=1_500_000)
+    server = Hub(tmp_path / "hub", part_bytes=300_000)
     yield server
     server.close()

@@ -290,14 +290,17 @@ def test_a_folder_that_is_no_run_root_is_refused(tmp_path: Path, hub: Hub) -> No
 @pytest.mark.parametrize("where", ["length", "header", "unit", "untouched"])
 def test_a_shard_changed_after_verification_is_refused(root: Path, hub: Hub, where: str) -> None:
     """One bit, the size as it was."""
-    path = root / "checkpoint" / FIRST
+    index = json.loads((root / "checkpoint" / "model.safetensors.index.json").read_text())["weight_map"]
+    wanted = next(name for name in sorted(index) if name.endswith(".weight_packed" if where == "unit" else "embed_tokens.weight"))
+    path = root / "checkpoint" / index[wanted]
     data = bytearray(path.read_bytes())
     header_bytes = 8 + int.from_bytes(data[:8], "little")
-    at = {"length": 2, "header": header_bytes // 2, "unit": header_bytes + 70_000, "untouched": len(data) - 1}[where]
+    first, end = json.loads(data[8:header_bytes])[wanted]["data_offsets"]
+    at = {"length": 2, "header": header_bytes // 2, "unit": header_bytes + first, "untouched": header_bytes + end - 1}[where]
     data[at] ^= 1
     path.write_bytes(data)
     outcome = invoke_publish(root, hub)
-    assert outcome.code == 2 and f"{FIRST}: changed since it was verified" in outcome.err, outcome
+    assert outcome.code == 2 and f"{path.name}: changed since it was verified" in outcome.err, outcome
     if where in ("unit", "untouched"):
         assert "unit L001" in outcome.err if where == "unit" else ".weight: expected SHA-256" in outcome.err
     assert published(hub) == {} and hashlib.sha256(data).hexdigest() not in sent(hub)

@@ -12,6 +12,8 @@ from p48ray.store import LocalStore
 from tests.publish.command import checkpoint_files, invoke_publish, published
 from tests.publish.hub_server import Hub
 
+pytestmark = pytest.mark.server
+
 INDEX = "model.safetensors.index.json"
 LINEAR = "language_model.model.layers.1.mlp.experts.1.up_proj"
 

@@ -438,6 +438,7 @@ def kimi_sized(finished: SmallRun) -> tuple[StageContext, list[UnitManifest]]:
     return context, units
 
 
+@pytest.mark.slow
 def test_page_of_kimis_size_is_small_and_quick_and_leaves_no_expert_out(finished: SmallRun) -> None:
     context, units = kimi_sized(finished)
     start = time.perf_counter()

@@ -120,6 +120,7 @@ def test_run_without_evaluation_expects_none(finished: SmallRun, tmp_path: Path)
     assert counts(read_status(LocalStore(tmp_path)))["evaluate"] == (0, 0)
 
 
+@pytest.mark.slow
 def test_second_evaluation_under_other_settings_is_not_added_to_the_first(finished: SmallRun, root: Path) -> None:
     run_locally(prepare(configure(finished.source, root, "evaluation.seed=9")))
     assert len(list((root / "evaluation").iterdir())) == 2

@@ -12,11 +12,10 @@ from p48ray.manifest import ActivationPart, GradientPart, UnitManifest
 from p48ray.plan import RunPlan
 from p48ray.report.work import Work, duration, extrapolate, gpu_hours, measure, per_second, read_work
 from p48ray.stages import capture, gradients
-from p48ray.stages.inputs import write_inputs
 from p48ray.stages.prepare import prepare
 from p48ray.stages.tasks import STAGES
 from p48ray.store import MemoryStore
-from tests.stages.small_run import SmallRun, configure
+from tests.stages.small_run import SmallRun, configure, write_inputs_once
 
 
 def part(layer: int, number: int, finished_at: float, seconds: float = 1.0) -> ActivationPart:
@@ -161,13 +160,14 @@ def test_manifests_that_the_plan_does_not_name_are_nobodys_work(plan: RunPlan) -
 NAP_S = 0.05
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["capture", "gradients"])
 def test_seconds_of_a_part_hold_the_pass_through_its_layer(
     stage: str, finished: SmallRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They are what GPU-hours and cost rest on. Every pass through a layer is slowed down by a nap."""
     prepared = prepare(configure(finished.source, tmp_path, "compression.output_curvature=true", "calibration.num_sequences=2"))
-    write_inputs(prepared)
+    write_inputs_once(prepared)
     if stage == "gradients":
         STAGES["capture"](prepared.context, [0])
     slow(monkeypatch, capture if stage == "capture" else gradients, "attend" if stage == "capture" else "step_down")

@@ -13,12 +13,14 @@ from p48ray.stages import arrow, tasks
 from p48ray.stages.context import StageContext
 from p48ray.stages.prepare import Prepared, prepare
 from p48ray.stages.tasks import Task, TaskResult
-from tests.conftest import REPO
+from tests.conftest import REPO, TINY
 from tests.jobs import command
-from tests.jobs.command import CONFIG, ROUNDED, SMALL, invoke, snapshot
+from tests.jobs.command import CONFIG, ROUNDED, invoke, small, snapshot
 from tests.runner.conftest import ALL_STAGES
 from tests.runner.test_keep import one_blob_behind, peak_bytes
 from tests.runner.test_runners import KillingRunner, flip_a_bit, run_through_power_cuts
+
+pytestmark = pytest.mark.slow
 
 __all__ = ["one_blob_behind"]
 
@@ -88,7 +90,7 @@ def test_tasks_come_layer_by_layer_after_the_sources_own_ways(tmp_path: Path, mo
         return real(self, task)
 
     monkeypatch.setattr(tasks.Workplace, "execute", execute)
-    assert invoke(*arguments(tmp_path / "run", {"compression.sweeps": "0", "compression.refine_steps": "0"})).code == 0
+    assert invoke(*arguments(tmp_path / "run", {})).code == 0
     ways = [("capture", None)] * 2 + [("gradients", None)] * 2
     turns = [step for n in LAYERS for step in [("propagate", n)] * 2 + [("compress", n)] * 4]
     assert [step for step in ran if step[0] not in ("reduce", "verify")] == ways + turns
@@ -99,9 +101,8 @@ def test_run_cut_after_every_twelfth_write_ends_in_the_same_bytes(turn_run: Path
     assert_same_bytes(turn_run, tmp_path / "run")
 
 
-@pytest.mark.parametrize("keep", ["units", "checkpoint"])
-def test_what_is_kept_changes_no_byte_and_no_stream_is_left(keep: str, turn_run: Path, tmp_path: Path) -> None:
-    outcome = invoke(*arguments(tmp_path / "run", {"run.keep": keep}))
+def test_checkpoint_alone_is_kept_to_the_same_bytes_and_no_stream_is_left(turn_run: Path, tmp_path: Path) -> None:
+    outcome = invoke(*arguments(tmp_path / "run", {"run.keep": "checkpoint"}))
     assert outcome.code == 0, outcome
     assert snapshot(tmp_path / "run" / "checkpoint") == snapshot(turn_run / "checkpoint")
     assert [path.name for path in (tmp_path / "run").rglob("part-*.arrow")] == []
@@ -110,6 +111,8 @@ def test_what_is_kept_changes_no_byte_and_no_stream_is_left(keep: str, turn_run:
 def test_unit_lost_after_the_streams_were_deleted_is_done_again_from_the_shards_below(turn_run: Path, tmp_path: Path) -> None:
     root = tmp_path / "run"
     assert invoke(*arguments(root, {"run.keep": "units"})).code == 0
+    assert snapshot(root / "checkpoint") == snapshot(turn_run / "checkpoint")
+    assert [path.name for path in root.rglob("part-*.arrow")] == []
     (root / "units/L003-E004-007/manifest.json").unlink()
     (root / "checkpoint/model.safetensors.index.json").unlink()
     outcome = invoke(*arguments(root, {"run.keep": "units"}))
@@ -144,19 +147,25 @@ def test_shard_that_the_stream_finds_corrupt_is_made_anew_by_the_same_run(
 
 
 def prepared_run(root: Path, settings: dict[str, str]) -> Prepared:
-    chosen = SMALL | settings
+    chosen = small() | settings
     return prepare(load_config(CONFIG, tuple(f"{key}={value}" for key, value in chosen.items()), str(root)))
 
 
 @pytest.mark.usefixtures("one_blob_behind")
-@pytest.mark.parametrize("way", [IN_TURN, FORTH], ids=["and back", "forth"])
-@pytest.mark.parametrize("keep", ["all", "units"])
+@pytest.mark.parametrize(("keep", "way"), [("units", IN_TURN), ("all", FORTH)], ids=["units, and back", "all, forth"])
 def test_pilot_stores_no_more_than_estimated_and_not_much_less(
     keep: str, way: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(REPO)
     tokens = {"calibration.num_sequences": "4", "calibration.sequence_length": "256", "calibration.sequences_per_part": "4"}
-    quick = {"run.layers": "[1,2,3]", "run.keep": keep, "run.num_workers": "1", "compression.sweeps": "0", "compression.refine_steps": "0"}
+    quick = {
+        "source.checkpoint": str(TINY),
+        "run.layers": "[1,2,3]",
+        "run.keep": keep,
+        "run.num_workers": "1",
+        "compression.sweeps": "0",
+        "compression.refine_steps": "0",
+    }
     prepared = prepared_run(tmp_path / "run", way | tokens | quick)
     stored = peak_bytes(prepared)
     expected = estimate(prepared.plan, prepared.source, prepared.layout, prepared.shards).peak_stored_bytes

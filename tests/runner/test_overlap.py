@@ -25,7 +25,7 @@ from p48ray.stages.tasks import Task, TaskResult
 from p48ray.store import LocalStore, MemoryStore
 from p48ray.store.base import Store
 from tests.conftest import REPO
-from tests.jobs.command import CONFIG, SMALL, invoke, snapshot
+from tests.jobs.command import CONFIG, invoke, small, snapshot
 from tests.runner.conftest import ALL_STAGES
 from tests.runner.test_runners import arguments, assert_same_bytes
 
@@ -153,7 +153,7 @@ def prepared(monkeypatch: pytest.MonkeyPatch) -> Prepared:
 
 
 def make(keep: str, **settings: str) -> Prepared:
-    chosen = SMALL | ALL_STAGES | {"calibration.num_sequences": "8", "run.num_workers": "3", "run.keep": keep} | settings
+    chosen = small() | ALL_STAGES | {"calibration.num_sequences": "8", "run.num_workers": "3", "run.keep": keep} | settings
     uri = f"memory://overlap-{time.monotonic_ns()}"
     return prepare(load_config(CONFIG, tuple(f"{k}={v}" for k, v in chosen.items()), uri))
 

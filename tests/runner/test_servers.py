@@ -13,7 +13,7 @@ import ray
 
 from p48ray.config_benchmarks import ServerSettings
 from p48ray.errors import ConfigError, StageFailedError
-from p48ray.runner import server_process
+from p48ray.runner import ray_server, server_process
 from p48ray.runner.ray_server import RayServer
 from p48ray.runner.server_process import ServerProcess, served_models, server_version
 from tests.conftest import REPO
@@ -43,8 +43,10 @@ def child(tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def in_the_repository(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Servers are modules of the tests."""
+    """Servers are modules of the tests. They are looked at often, and the stubborn are not given long."""
     monkeypatch.setenv("PYTHONPATH", str(REPO))
+    monkeypatch.setenv("P48RAY_GRACE_S", "1")
+    monkeypatch.setattr(ray_server, "POLL_S", 0.1)
     yield
 
 

@@ -16,7 +16,7 @@ from p48ray.runner.ray_tasks import MAX_ATTEMPTS, RayTasks
 from p48ray.runner.verifier import verify_folder
 from p48ray.stages.verify_checkpoint import ShardCheck, check_shard_or_error
 from p48ray.store import LocalStore
-from tests.conftest import TINY
+from tests.jobs.command import narrow_model
 from tests.stages.damage import Folder
 
 pytestmark = pytest.mark.ray
@@ -44,7 +44,7 @@ FOLDERS: dict[str, tuple[Callable[[Folder], Folder], tuple[str, ...]]] = {
 }
 
 
-@pytest.mark.parametrize("source", [None, LocalStore(TINY)], ids=["alone", "with source"])
+@pytest.mark.parametrize("source", [None, LocalStore(narrow_model())], ids=["alone", "with source"])
 @pytest.mark.parametrize("kind", FOLDERS)
 def test_verdict_is_the_same_whoever_reads(kind: str, source: LocalStore | None, local_run: Path, tmp_path: Path, two: RayTasks) -> None:
     change, words = FOLDERS[kind]

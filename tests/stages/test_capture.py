@@ -19,13 +19,16 @@ from p48ray.stages.inputs import write_inputs
 from p48ray.stages.prepare import prepare
 from tests.conftest import REPO, TINY, timeless
 from tests.reference import whole_model
+from tests.stages.small_run import write_inputs_once
+
+pytestmark = pytest.mark.slow
 
 SETTINGS = ("calibration.num_sequences=5", "calibration.sequence_length=64", "calibration.sequences_per_part=2", "evaluation=null")
 
 
 def open_run(root: Path, *overrides: str) -> StageContext:
     prepared = prepare(load_config(REPO / "configs" / "tiny.yaml", (*SETTINGS, *overrides), str(root)))
-    write_inputs(prepared)
+    write_inputs_once(prepared)
     return prepared.context
 
 

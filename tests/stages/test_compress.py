@@ -242,6 +242,7 @@ def test_scales_are_shared_by_32_inputs_only_where_the_span_says_so(opened: Open
 # What the settings do
 
 
+@pytest.mark.slow
 def test_router_weight_exponent_changes_the_result(opened: Opener) -> None:
     results = {compress(opened(f"compression.router_weight_exponent={exponent}")) for exponent in (0.0, 1.0, 2.0)}
     assert len(results) == 3
@@ -320,6 +321,7 @@ def weights_of(shard: Shard, source_tensors: dict[str, Tensor], expert: int) -> 
     return originals, {p: decode_weights(shard.linear(1, expert, p)) for p in SHAPES}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_quantized", [True, False])
 @pytest.mark.parametrize("half_tokens", [0.0, curvature.DOWN_HALF_TOKENS])
 def test_relative_output_errors_are_those_of_every_token_run_through_the_expert(
@@ -362,6 +364,7 @@ def test_relative_output_errors_are_those_of_every_token_run_through_the_expert(
 GRADIENTS = "compression.output_curvature=true"
 
 
+@pytest.mark.slow
 def test_gradients_change_the_result_and_the_same_ones_give_the_same_bytes(opened: Opener, random_delta: Tensor) -> None:
     first = compress(opened(GRADIENTS))
     assert compress(opened(GRADIENTS)) == first
@@ -369,6 +372,7 @@ def test_gradients_change_the_result_and_the_same_ones_give_the_same_bytes(opene
     assert compress(opened(GRADIENTS, delta_TH=random_delta.flip(0))) != first
 
 
+@pytest.mark.slow
 def test_unit_that_streams_tokens_and_gradients_makes_the_bytes_of_one_that_holds_them(
     opened: Opener, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -430,6 +434,7 @@ def test_tokens_of_a_unit_take_the_bytes_that_are_expected_and_parts_are_read_on
     assert expected <= spill.end <= expected + num_tensors * 64 == len(spill.data)
 
 
+@pytest.mark.slow
 def test_eight_bits_store_what_the_coder_makes_of_the_original_values_and_leave_scales_alone(
     opened: Opener, layer_inputs: RoutedInputs, random_delta: Tensor
 ) -> None:
@@ -568,6 +573,7 @@ def test_one_shot_solver_borrows_only_for_experts_with_fewer_tokens_than_inputs(
         assert record_of(manifest, BUSY, projection).damp == pytest.approx(0.1)
 
 
+@pytest.mark.slow
 def test_expert_without_tokens_takes_its_curvature_from_all_tokens_of_the_layer(opened: Opener, uneven: RoutedInputs) -> None:
     """Another expert's routing does not matter to it, the layer's tokens do."""
     alone = WorkUnit(layer=1, first_expert=STARVED, num_experts=1)

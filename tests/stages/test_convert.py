@@ -120,6 +120,7 @@ def test_sparse_checkpoint_passes_verification(sparse: Folder) -> None:
     assert (verdict.problems, verdict.num_linears, verdict.num_shards) == ((), 192, 6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("suffix", "bits", "words"),
     [
@@ -158,6 +159,7 @@ def test_sparse_checkpoint_passes_verification_beside_its_source(sparse: Folder,
     assert (verdict.problems, verdict.compared_with_source, verdict.num_linears) == ((), True, 192)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("tensor", "words"),
     [

@@ -137,6 +137,7 @@ def test_source_against_itself_has_no_divergence_and_the_same_losses(
     assert found.in_groups_of_32 == CompressedSums(loss=found.source_loss, correct=found.source_correct, kl=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("group", [16, 32])
 def test_compressed_stream_is_the_whole_model_with_stored_experts_and_quantized_inputs(
     finished: SmallRun, checkpoint: CompressedExperts, held_out: Tensor, source_logits: Tensor, group: int

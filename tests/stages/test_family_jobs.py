@@ -29,6 +29,8 @@ from tests.stages.family_runs import SETTINGS, finished_family
 from tests.stages.small_run import SmallRun, configure, run_locally
 from tests.store.servers import BUCKET, Server
 
+pytestmark = pytest.mark.slow
+
 SUFFIXES = ("weight_packed", "weight_scale", "weight_global_scale", "input_global_scale")
 FP8_FAMILIES = ("kimi_k2", "deepseek_v3")
 

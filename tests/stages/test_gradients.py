@@ -69,6 +69,7 @@ def relative_gap(ours: Tensor, theirs: Tensor) -> float:
     return float((ours - theirs).abs().max() / theirs.abs().max())
 
 
+@pytest.mark.slow
 def test_delta_is_autograds_through_the_whole_model(context: StageContext, monkeypatch: pytest.MonkeyPatch) -> None:
     """Float32 before the cast to 1e-4 of the layer's largest value, the stored bits exactly the cast's."""
     raw: dict[tuple[int, int], Tensor] = {}

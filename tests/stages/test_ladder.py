@@ -78,6 +78,7 @@ def test_solver_lowers_the_error_in_the_metric_of_the_loss(opened: Opener) -> No
         assert max(dense.loss_error[side], descended.loss_error[side]) < one_shot.loss_error[side]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [TWO_SIDED, REFINED], ids=["solved", "refined"])
 def test_last_step_of_down_is_the_error_that_its_record_claims(opened: Opener, settings: tuple[str, ...]) -> None:  # noqa: F811
     manifest = compress_unit(opened(*settings), PAIR)
@@ -95,6 +96,7 @@ class Blind(Ladder):
         pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [("compression.sweeps=2",), REFINED], ids=["one-sided", "refined"])
 def test_measuring_changes_no_byte(opened: Opener, settings: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
     shards = []

@@ -21,6 +21,8 @@ from p48ray.store.node_cache import node_folder
 from tests.conftest import REPO
 from tests.stages.test_capture import SETTINGS
 
+pytestmark = pytest.mark.slow
+
 SPAWN = multiprocessing.get_context("spawn")
 WAIT_S = 120.0
 NODE = "node-of-a-test"

@@ -25,6 +25,8 @@ from tests.stages.slow_nvfp4 import decode_weights
 from tests.stages.test_capture import open_run, token_ids
 from tests.stages.test_evaluate import PROJECTIONS, w4a4_forward
 
+pytestmark = pytest.mark.slow
+
 SETTINGS = (
     "calibration.propagate=compressed",
     "compression.output_curvature=false",

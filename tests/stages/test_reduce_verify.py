@@ -1,5 +1,6 @@
 """The finished folder as the Hub's libraries see it, and every way of damaging it that verification must notice."""
 
+import hashlib
 import json
 import math
 import re
@@ -27,6 +28,7 @@ from p48ray.stages.tasks import verify_and_record
 from p48ray.stages.verify import check_index
 from p48ray.stages.verify_checkpoint import CheckpointVerdict, verify_checkpoint
 from p48ray.store import LocalStore, MemoryStore
+from p48ray.store.base import ObjectInfo
 from p48ray.store.view import SubStore
 from tests.checkpoint.tiny_variants import flat_names, load_tiny, plain_experts, write_folder
 from tests.conftest import REPO, TINY
@@ -203,22 +205,45 @@ def test_finished_shard_is_not_composed_again(finished: SmallRun, units_only: St
         stitch_shard(units_only, finished.prepared.shards[1])
 
 
-@pytest.mark.parametrize("damage", ["shorter", "longer", "absent"])
-def test_unit_of_another_size_than_its_manifest_says_is_refused_by_name(finished: SmallRun, units_only: StageContext, damage: str) -> None:
+@pytest.mark.parametrize("damage", ["shorter", "longer", "absent", "one bit"])
+def test_unit_of_other_bytes_than_its_manifest_says_is_refused_by_name(finished: SmallRun, units_only: StageContext, damage: str) -> None:
     unit = finished.prepared.plan.units[0]
     key = run_root.unit_shard(unit.id, UnitManifest.load(units_only.store, run_root.unit_manifest(unit.id)).attempt)
     data = units_only.store.get(key)
+    other = {"shorter": data[:-1], "longer": data + b"\0", "absent": None, "one bit": data[:-1] + bytes([data[-1] ^ 1])}[damage]
     units_only.store.delete(key)
-    if damage != "absent":
-        units_only.store.put(key, data[:-1] if damage == "shorter" else data + b"\0")
-    found = {"shorter": len(data) - 1, "longer": len(data) + 1, "absent": "nothing"}[damage]
+    found = "nothing"
+    if other is not None:
+        units_only.store.put(key, other)
+        digest = f" with SHA-256 {hashlib.sha256(other).hexdigest()[:12]}" if len(other) == len(data) else ""
+        found = f"{len(other)} bytes{digest}"
     manifest = run_root.unit_manifest(unit.id)
-    with pytest.raises(
-        CorruptObjectError, match=rf"{key}: expected {len(data)} bytes with SHA-256 .* as {manifest} says, found {found}"
-    ) as caught:
+    expected = f"{len(data)} bytes with SHA-256 {hashlib.sha256(data).hexdigest()[:12]}"
+    with pytest.raises(CorruptObjectError, match=rf"{key}: expected {expected} as {manifest} says, found {found}$") as caught:
         stitch_shard(units_only, finished.prepared.shards[0])
     assert caught.value.keys == (manifest, key)
     assert list(units_only.store.list("checkpoint/")) == []
+
+
+class KeptDigest(MemoryStore):
+    """A store that keeps a digest beside every object, as S3 does; it says the same of all."""
+
+    def head(self, key: str) -> ObjectInfo | None:
+        held = super().head(key)
+        return held and replace(held, sha256=DIGEST)
+
+
+DIGEST = "5" * 64
+
+
+def test_digest_that_the_store_keeps_is_taken_for_the_units(finished: SmallRun, units_only: StageContext) -> None:
+    keeping = replace(units_only, store=KeptDigest(units_only.store.name))
+    with pytest.raises(CorruptObjectError, match=f"found [0-9]+ bytes with SHA-256 {DIGEST[:12]}$"):
+        stitch_shard(keeping, finished.prepared.shards[0])
+    for unit in finished.prepared.plan.units:
+        key = run_root.unit_manifest(unit.id)
+        units_only.store.put(key, UnitManifest.load(units_only.store, key).model_copy(update={"sha256": DIGEST}).to_json())
+    assert stitch_shard(keeping, finished.prepared.shards[0]).size_bytes > 0
 
 
 def test_unit_of_another_plan_is_refused_by_name(finished: SmallRun, units_only: StageContext) -> None:
@@ -268,6 +293,7 @@ def test_verdicts_of_the_job_count_what_they_looked_at(finished: SmallRun, clean
     assert sum(v.num_linears for v in verdicts) == 192
 
 
+@pytest.mark.slow
 def test_dense_checkpoint_of_a_flat_bf16_source_is_whole_and_not_held_to_patterns(tmp_path: Path) -> None:
     """The other end of what is allowed: `model.` names, plain experts, no sparsity, a scale per 16, one shard."""
     config = json.loads((TINY / "config.json").read_text())["text_config"]
@@ -515,6 +541,7 @@ def is_named(problems: Iterable[str], names: Iterable[str | tuple[str, ...]]) ->
     return any(all(any(word in problem for word in words) for words in choices) for problem in problems)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", DAMAGES)
 def test_damage_is_reported_by_name(finished: SmallRun, clean: Folder, name: str) -> None:
     damage = DAMAGES[name]
@@ -525,6 +552,7 @@ def test_damage_is_reported_by_name(finished: SmallRun, clean: Folder, name: str
         assert is_named(problems, damage.names), problems
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", DAMAGES)
 def test_damage_is_reported_without_the_source(finished: SmallRun, clean: Folder, name: str) -> None:
     damage = DAMAGES[name]
@@ -558,6 +586,7 @@ def is_same_value(before: Folder, after: Folder, tensor: str) -> bool:
     return is_same_input and torch.equal(*(decode_weights(side) for side in sides))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("route", "num_flips"), [("job", NUM_FLIPS), ("with source", NUM_FLIPS // 4), ("alone", NUM_FLIPS)])
 def test_every_flipped_byte_of_an_expert_is_reported_or_changes_no_value(
     finished: SmallRun, clean: Folder, route: str, num_flips: int
@@ -576,10 +605,11 @@ def test_every_flipped_byte_of_an_expert_is_reported_or_changes_no_value(
     assert unnoticed == []
 
 
-NUM_MUTATIONS = 200
+NUM_MUTATIONS = 120
 UNPROMISED = ("README.md",)  # people edit the card
 
 
+@pytest.mark.slow
 def test_every_random_corruption_of_one_byte_is_caught_without_run_root_or_source(clean: Folder) -> None:
     """Headers, codes, scales, untouched tensors, index, config, tokenizer, the manifest itself: most fall on tensors, some on every file."""
     generator = torch.Generator().manual_seed(7)

@@ -24,6 +24,8 @@ from tests.reference.sparse_storage import dense_checkpoint, read_file
 from tests.stages.damage import INDEX, Folder
 from tests.stages.small_run import SmallRun, configure, run_locally
 
+pytestmark = pytest.mark.slow
+
 MANIFEST, CARD = "p48ray.json", "README.md"
 LINEAR = "language_model.model.layers.1.mlp.experts.3.up_proj"
 SPARSE = "output.storage=sparse"

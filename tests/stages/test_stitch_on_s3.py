@@ -50,7 +50,6 @@ def digests(store: Store) -> dict[str, str]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_a_checkpoint_of_950_mb_is_stitched_with_less_than_a_hundredth_of_it_passing_through(seaweedfs: Server) -> None:
     """Against the plain path: the same shards streamed through the process, as for a store that copies no ranges."""
     name = uuid.uuid4().hex

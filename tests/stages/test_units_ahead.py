@@ -25,6 +25,8 @@ from p48ray.store.base import Buffers, Written
 from p48ray.store.local import LocalStore
 from tests.stages.small_run import SmallRun
 
+pytestmark = pytest.mark.slow
+
 WAIT_S = 60.0
 
 Hook = Callable[[str], None]

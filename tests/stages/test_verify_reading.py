@@ -93,6 +93,7 @@ def in_slow_store(folder: Folder, seed: int) -> SlowStore:
     return store
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk_bytes", [1000, verify_reading.COMPARE_CHUNK_BYTES])
 def test_damage_in_every_segment_is_found_in_the_order_of_the_shard(
     finished: SmallRun, clean: Folder, monkeypatch: pytest.MonkeyPatch, chunk_bytes: int
@@ -115,6 +116,7 @@ def test_damage_is_found_in_the_same_order_without_the_source(finished: SmallRun
     assert len(found[0]) == len(expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_source", [False, True])
 @pytest.mark.parametrize("after", [0, 3, 9])
 def test_file_that_is_cut_while_it_is_read_is_an_error_that_names_it(

@@ -16,6 +16,8 @@ from tests.store.fault_proxy import PASSING_FAULTS, Fault, FaultProxy, Rule, fau
 from tests.store.servers import BUCKET, Server, plain_client
 from tests.store.test_store_contract import Pieces
 
+pytestmark = pytest.mark.server
+
 MIB = 2**20
 DATA = random.Random(1).randbytes(16 * MIB)
 SMALL = DATA[:5000]

@@ -170,6 +170,7 @@ def join_and_leave(folder: str, times: int) -> None:
         cache.close()
 
 
+@pytest.mark.slow
 def test_folder_that_comes_and_goes_is_always_whole_for_those_inside(tmp_path: Path) -> None:
     """Four processes join, read and leave, each leaving perhaps as the last."""
     processes = [SPAWN.Process(target=join_and_leave, args=(str(tmp_path / "c"), 60)) for _ in range(4)]

@@ -11,6 +11,8 @@ from p48ray.store.view import SubStore
 from tests.store.fault_proxy import COPY_MARK, Fault, Rule, fault_proxy
 from tests.store.servers import BUCKET, Server, plain_client
 
+pytestmark = pytest.mark.server
+
 EVERYTHING = Capabilities(range_copy=True, unequal_parts=True, checksums=True)
 
 

@@ -11,6 +11,8 @@ from p48ray.store import ByteRange, MemoryStore, s3_multipart
 from p48ray.store.base import Piece
 from p48ray.store.s3_multipart import Composer, CopySource, merged
 
+pytestmark = pytest.mark.server
+
 SHIPPED = {name: value for name, value in vars(s3_multipart).items() if name.isupper() and isinstance(value, int)}
 MIN, UPLOAD, COPY, MAX, STREAM = 50, 160, 300, 500, 170
 

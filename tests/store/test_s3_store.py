@@ -20,6 +20,8 @@ from tests.store.fault_proxy import COPY_MARK, Fault, Rule, fault_proxy
 from tests.store.servers import BUCKET, READER_ACCESS_KEY, READER_SECRET_KEY, SeaweedFS, Server, free_ports, plain_client
 from tests.store.test_store_contract import Pieces, claim
 
+pytestmark = pytest.mark.server
+
 MIB = 2**20
 DATA = random.Random(0).randbytes(24 * MIB)
 
