@@ -195,7 +195,7 @@ def read_until(process: subprocess.Popen[str], pattern: str, read: list[str]) ->
 def test_stopped_job_resubmitted_finishes_and_does_no_unit_twice(head: Head, checkout: Path, tmp_path: Path) -> None:
     """Each unit is slow enough to be stopped among them. Ray calls a stopped job a success of the submission: what counts is in the run root."""
     root = tmp_path / "run"
-    slow = {"source.checkpoint": str(TINY), "compression.sweeps": "60", "run.num_workers": "1"}
+    slow = {"source.checkpoint": str(TINY), "compression.sweeps": "20", "run.num_workers": "1"}
     command = arguments(root, slow, config=Path("configs/tiny.yaml"))
     log: list[str] = []
     process = submit(head, checkout, *command)
