@@ -78,24 +78,22 @@ def draw(seed: int, count: int) -> list[Mutant]:
     from cosmic_ray.plugins import get_operator
 
     mutants = []
-    for module, operator, arguments, occurrence in sorted(random.Random(seed).sample(all_mutants(), count)):
+    for module, operator, occurrence in sorted(random.Random(seed).sample(all_mutants(), count)):
         source = (REPO / module).read_text(encoding="utf-8")
-        changed = mutate_code(source, get_operator(operator)(**json.loads(arguments)), occurrence)
+        changed = mutate_code(source, get_operator(operator)(), occurrence)
         mutants.append(difference(module, operator.removeprefix("core/"), source.split("\n"), changed.split("\n")))
     return mutants
 
 
-def all_mutants() -> list[tuple[str, str, str, int]]:
-    """Module, operator, its arguments as JSON, occurrence: sorted, so that a seed says which."""
+def all_mutants() -> list[tuple[str, str, int]]:
+    """Module, operator, occurrence: sorted, so that a seed says which. None of the operators takes an argument here."""
     with tempfile.TemporaryDirectory() as folder:
         config, session = Path(folder) / "config.toml", Path(folder) / "session.sqlite"
         config.write_text(
             f'[cosmic-ray]\nmodule-path = "{PACKAGE}"\ntimeout = 1.0\nexcluded-modules = []\ntest-command = "false"\n[cosmic-ray.distributor]\nname = "local"\n'
         )
         subprocess.run([Path(sys.executable).parent / "cosmic-ray", "init", config, session], cwd=REPO, check=True)
-        rows = (
-            sqlite3.connect(session).execute("select module_path, operator_name, operator_args, occurrence from mutation_specs").fetchall()
-        )
+        rows = sqlite3.connect(session).execute("select module_path, operator_name, occurrence from mutation_specs").fetchall()
     return sorted(row for row in rows if not row[0].startswith(NOT_RUN_HERE))
 
 
