@@ -166,7 +166,8 @@ def killer(mutant: Mutant, base: Path, covered: dict[tuple[str, int], list[str]]
     """The test that fails first, or "" if none does."""
     tests = tests_of(mutant, base, covered)
     with tempfile.TemporaryDirectory(prefix="mutant-") as folder:
-        tree = copy_tree(base, Path(folder))
+        tree = Path(folder) / "tree"
+        shutil.copytree(base, tree)
         mutant.apply(tree)
         rounds = [["-x", "-m", marks, *tests]] + [["-x", "-n", "2", "--no-loadscope-reorder"]] * whole
         for args in rounds:
