@@ -35,7 +35,7 @@ PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --no-loadscope-reorder
 test: setup
 	$(PYTEST) -rs
 
-# What needs no Ray, no server, no browser and no ten seconds.
+# What needs no Ray, no server and no browser, and is not slow.
 test-fast: setup
 	$(PYTEST) -m "not (ray or server or browser or slow)"
 

@@ -605,7 +605,7 @@ def test_every_flipped_byte_of_an_expert_is_reported_or_changes_no_value(
     assert unnoticed == []
 
 
-NUM_MUTATIONS = 120
+NUM_MUTATIONS = 200
 UNPROMISED = ("README.md",)  # people edit the card
 
 
