@@ -116,11 +116,16 @@ class RayRunner:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         workers = [*self.idle, *self.in_hand()]
+        # Those on their way up go first: one that has just joined its node's cache would keep the last of the others from removing it.
+        for actor in self.starting.values():
+            ray.kill(actor)
+        if self.starting:
+            ray.wait([*self.starting], num_returns=len(self.starting), timeout=CLOSE_TIMEOUT_S)
         # Workers that are busy, or gone, leave their node's cache to the next run's sweep.
         if self.idle:
             ray.wait([worker.actor.close.remote() for worker in self.idle], num_returns=len(self.idle), timeout=CLOSE_TIMEOUT_S)
-        for actor in [*self.starting.values(), *(worker.actor for worker in workers)]:
-            ray.kill(actor)
+        for worker in workers:
+            ray.kill(worker.actor)
         if self.has_joined:  # a Ray that the caller started is the caller's to stop
             ray.shutdown()
 
