@@ -37,17 +37,21 @@ Automatic = Literal["auto"]
 class SourceConfig(Section):
     """Where the checkpoint to compress comes from."""
 
-    checkpoint: str = Field(min_length=1, description="Folder, s3://bucket/prefix, or hf://owner/name@revision.")
+    checkpoint: str = Field(
+        min_length=1, description="Folder, s3://bucket/prefix, or hf://owner/name@revision. The files count, not where they lie."
+    )
     trust_remote_code: bool = Field(False, description="Allow the tokenizer code shipped with the source to run.")
-    endpoint_url: str | None = Field(None, description="Of an S3-compatible store that holds the source; null: as the environment says.")
+    endpoint_url: str | None = Field(
+        None, description="URL of the S3-compatible store that holds the source; null: as the environment says."
+    )
 
 
 class DocumentSource(Section):
     """One source of texts in a mix: .jsonl or .parquet with a column text, messages or conversations."""
 
     path: str = Field(min_length=1, description="File or folder, local or s3://, or hf://datasets/owner/name[@revision][/path].")
-    weight: float = Field(1.0, gt=0, description="Share of the sequences, relative to the other weights.")
-    endpoint_url: str | None = Field(None, description="Of an S3-compatible store that holds it; null: as the environment says.")
+    weight: float = Field(1.0, gt=0, description="[relative] Share of the sequences, as a proportion of the sum of all weights.")
+    endpoint_url: str | None = Field(None, description="URL of the S3-compatible store that holds it; null: as the environment says.")
 
 
 def as_mix(value: object) -> object:
@@ -61,35 +65,70 @@ Documents = Annotated[tuple[DocumentSource, ...], BeforeValidator(as_mix), Field
 class CalibrationConfig(Section):
     """The texts whose activations define the curvature, and how they are cut into work."""
 
-    documents: Documents
-    num_sequences: int = Field(gt=0)
-    sequence_length: int = Field(gt=1)
-    seed: int = 0
+    documents: Documents = Field(
+        description="A path, or a list of sources (entries below). Their bytes and weights change the checkpoint; where they lie does not."
+    )
+    num_sequences: int = Field(gt=0, description="[sequences] How many are cut from the texts. Stored bytes and time grow with it.")
+    sequence_length: int = Field(gt=1, description="[tokens] Length of each sequence; at most the model's max_position_embeddings.")
+    seed: int = Field(0, description="Seed of the draw of sequences, and of the labels whose loss gives the gradients.")
     propagate: Literal["dense", "compressed"] = Field(
         "dense", description="Which layers feed the next: the source's, or those compressed before it, one layer after the other."
     )
-    sequences_per_part: int = Field(8, gt=0, description="Sequences of one activations part; fixes the order of every sum.")
-    sequences_per_micro_batch: int = Field(4, gt=0, description="Sequences of one attention call.")
-    compute_dtype: Literal["float32", "bfloat16"] = "float32"
-    stored_bits: Literal[16, 8] = Field(16, description="Of activations and gradients in the run root: bf16, or int8 with a scale per 16.")
+    sequences_per_part: int = Field(
+        8,
+        gt=0,
+        description="[sequences] Size of a part, which is stored and resumed as a whole. It fixes the order of every sum.",
+    )
+    sequences_per_micro_batch: int = Field(
+        4, gt=0, description="[sequences] Size of one call of attention. A larger one takes more memory."
+    )
+    compute_dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="Number format of the model's layers in capture and gradients. bfloat16 takes half the memory."
+    )
+    stored_bits: Literal[16, 8] = Field(
+        16, description="[bits] Form of stored activations and gradients: bf16, or int8 with a scale per 16 values (9/16 of the bytes)."
+    )
 
 
 class CompressionConfig(Section):
-    """The numerics. Everything here changes output bytes."""
+    """The numerics. Everything here but max_fallback_share changes output bytes."""
 
-    solver: Literal["block_descent", "sparsegpt_gptq", "gptq", "round_to_nearest"] = "block_descent"
-    sparsity: Literal["paired-4:8", "none"] = "paired-4:8"
-    scale_span: Literal[16, 32] = 32
-    activation_group: Literal[16, 32] = 16
-    output_curvature: bool = Field(True, description="Masks and values under the curvature of the model's own loss (DESIGN 7.3).")
-    damp: Automatic | Annotated[float, Field(gt=0)] = Field("auto", description="Fraction of the Hessian's mean diagonal; auto: see docs.")
-    output_damp: Automatic | Annotated[float, Field(gt=0)] = "auto"
-    router_weight_exponent: float = Field(2.0, ge=0)
-    sweeps: int = Field(12, ge=0, description="Of block descent.")
-    code_sweeps: int = Field(0, ge=0, description="Of code descent, after quantization.")
-    refine_steps: int = Field(300, ge=0, description="Gradient steps on the values of each expert, masks fixed; see numerics.refine.")
-    activation_quantization: bool = Field(True, description="Curvature of NVFP4-quantized activations (W4A4) instead of the original ones.")
-    max_fallback_share: float = Field(0.01, ge=0, le=1, description="Share of linears that may fall back to rounding before the job fails.")
+    solver: Literal["block_descent", "sparsegpt_gptq", "gptq", "round_to_nearest"] = Field(
+        "block_descent",
+        description="How masks and codes are found. sparsegpt_gptq is the published one-shot method; gptq chooses no masks.",
+    )
+    sparsity: Literal["paired-4:8", "none"] = Field(
+        "paired-4:8", description="Keep 2 of every 4 neighbouring pairs of inputs, or all of them."
+    )
+    scale_span: Literal[16, 32] = Field(32, description="[inputs] How many share one weight scale. The sparse kernels need 32.")
+    activation_group: Literal[16, 32] = Field(
+        16, description="[inputs] How many share one activation scale in the server: 32 on sparse kernels, else 16."
+    )
+    output_curvature: bool = Field(
+        True, description="Use the gradients of the model's own loss too (DESIGN 7.3). Costs a backward pass. Other solvers: false."
+    )
+    damp: Automatic | Annotated[float, Field(gt=0)] = Field(
+        "auto", description="[fraction of H's mean diagonal] Damping of H; auto: 0.01 to 0.1, by the expert's tokens (DESIGN 7.6)."
+    )
+    output_damp: Automatic | Annotated[float, Field(gt=0)] = Field(
+        "auto", description="[fraction of G's mean diagonal] Damping of G; auto: 0.05 to 0.3, by the expert's tokens (DESIGN 7.6)."
+    )
+    router_weight_exponent: float = Field(
+        2.0, ge=0, description="[exponent] Without output_curvature a token counts by its router weight to this power."
+    )
+    sweeps: int = Field(12, ge=0, description="[sweeps] Passes of block descent over a matrix. The solver's time grows with it.")
+    code_sweeps: int = Field(
+        0, ge=0, description="[sweeps] Passes of code descent over a matrix, after quantization. On a GPU it is slow: torch code."
+    )
+    refine_steps: int = Field(
+        300, ge=0, description="[steps] Gradient steps on the values of each expert, masks fixed (DESIGN 7.5). Other solvers: 0."
+    )
+    activation_quantization: bool = Field(
+        True, description="Take the curvature of NVFP4-quantized activations (W4A4), not of the original ones. false: refine_steps is 0."
+    )
+    max_fallback_share: float = Field(
+        0.01, ge=0, le=1, description="[share of linears] The job fails if more than this share fell back to rounding. A check only."
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -121,8 +160,10 @@ class CompressionConfig(Section):
 class OutputConfig(Section):
     """The form of the finished checkpoint."""
 
-    max_shard_size: SizeBytes = 5 * 10**9
-    storage: Literal["dense", "sparse"] = Field("dense", description="For stock loaders, or for the kernels of paired-4:8.")
+    max_shard_size: SizeBytes = Field(
+        5 * 10**9, description="[bytes, or a text such as 5GB] Largest file of weights; with sparse storage files are 0.6 of that."
+    )
+    storage: Literal["dense", "sparse"] = Field("dense", description="dense: for stock loaders; sparse: for the kernels of paired-4:8.")
     base_model: str | None = Field(
         None, description="owner/name of the source on the Hub, for the card; default: what an hf:// source says."
     )
@@ -132,13 +173,17 @@ class OutputConfig(Section):
 class EvaluationConfig(Section):
     """Held-out text on which the finished checkpoint is compared with its source."""
 
-    documents: Documents
-    num_sequences: int = Field(gt=0)
-    sequence_length: int = Field(gt=1)
-    seed: int = 0
-    sequences_per_part: int = Field(8, gt=0)
+    documents: Documents = Field(description="Held-out texts, as calibration.documents has them.")
+    num_sequences: int = Field(
+        gt=0, description="[sequences] How many are cut from the texts. The time of the stage evaluate grows with it."
+    )
+    sequence_length: int = Field(gt=1, description="[tokens] Length of each sequence.")
+    seed: int = Field(0, description="Seed of the draw of sequences.")
+    sequences_per_part: int = Field(8, gt=0, description="[sequences] Size of a part, the piece of work that a worker takes.")
     activations: Literal["nvfp4", "original"] = Field("nvfp4", description="What the compressed experts see: W4A4 as served, or W4A16.")
-    activation_group: Literal[16, 32] | None = Field(None, description="Default: compression.activation_group.")
+    activation_group: Literal[16, 32] | None = Field(
+        None, description="[inputs] How many share one activation scale; null: as compression.activation_group."
+    )
     baseline: bool = Field(
         False, description="Also run the published one-shot baseline under run.root/baseline and report it beside the result."
     )
@@ -147,35 +192,59 @@ class EvaluationConfig(Section):
 class RunSettings(Section):
     """Where and how the work runs. Only the keys that fix the order of sums can change an output byte (see plan.SETTINGS)."""
 
-    root: str = Field(min_length=1)
-    endpoint_url: str | None = Field(None, description="Of an S3-compatible store that holds the run root; null: as the environment says.")
+    root: str = Field(
+        min_length=1, description="Folder or s3://bucket/prefix that holds all of the run. On a cluster every node has to reach it."
+    )
+    endpoint_url: str | None = Field(
+        None, description="URL of the S3-compatible store that holds the run root; null: as the environment says."
+    )
     root_is_shared: bool = Field(False, description="Declares that a local run root is the same folder on every node.")
-    experts_per_unit: int = Field(8, gt=0)
-    num_workers: int = Field(1, gt=0)
-    capture_workers: int | None = Field(None, gt=0, description="Default: num_workers.")
-    threads_per_worker: int = Field(1, gt=0)
-    gpus_per_worker: float = Field(0.0, ge=0)
-    gpu_hour_price: float | None = Field(None, gt=0, description="Currency units per GPU-hour, for the estimate.")
-    max_attempts: int = Field(3, gt=0)
-    prefetch_units: int = Field(1, ge=0, description="Units that a worker reads, or writes, beside the one that it computes.")
-    layers: Annotated[tuple[int, ...], BeforeValidator(as_tuple)] | None = None
-    keep: Literal["all", "units", "checkpoint"] = "all"
+    experts_per_unit: int = Field(
+        8, gt=0, description="[experts] How many are compressed together. Fewer take less GPU memory and more time an expert."
+    )
+    num_workers: int = Field(1, gt=0, description="[workers] How many processes work at the same time, at most.")
+    capture_workers: int | None = Field(
+        None,
+        gt=0,
+        description="[workers] How many may stream the model; null: num_workers. The nodes that hold them read the whole source.",
+    )
+    threads_per_worker: int = Field(
+        1, gt=0, description="[threads] CPU threads of a worker, and CPUs asked of Ray. The rounding of matrix products depends on it."
+    )
+    gpus_per_worker: float = Field(
+        0.0, ge=0, description="[GPUs] GPUs asked of Ray for a worker; 0: it computes on CPUs. Device models differ in bytes (DESIGN 5.2)."
+    )
+    gpu_hour_price: float | None = Field(
+        None, gt=0, description="[money an hour] Price of a GPU-hour, for the cost in the plan, the report and `p48ray status`."
+    )
+    max_attempts: int = Field(
+        3, gt=0, description="[attempts] Tries at a task before it is set aside as failed. The loss of a node does not count."
+    )
+    prefetch_units: int = Field(
+        1, ge=0, description="[units] How many a worker reads for, or writes, beside the one that it computes. They share its memory."
+    )
+    layers: Annotated[tuple[int, ...], BeforeValidator(as_tuple)] | None = Field(
+        None, description="Compress only these layers, as a pilot without a checkpoint; null: all layers with experts."
+    )
+    keep: Literal["all", "units", "checkpoint"] = Field(
+        "all", description="What stays in the run root. units: no activations, gradients or boundaries; checkpoint: no unit shards either."
+    )
     boundary_every: int = Field(
-        1, gt=0, description="Unless all is kept, the way back finds every n-th layer boundary stored, and runs the layers between again."
+        1, gt=0, description="[layers] Unless all is kept, store every n-th layer boundary; the backward pass computes those between again."
     )
     node_cache: str | None = Field(
         None,
         description="Folder on a fast disk of every node, for what its workers read in common; null: the system's for temporary files.",
     )
     node_cache_size: Annotated[int, BeforeValidator(parse_size), Field(ge=0)] | None = Field(
-        None, description="Of all its files; 0: none are kept; null: half of what the disk has free."
+        None, description="[bytes, or a text such as 500GB] Limit of run.node_cache; 0: no cache; null: half of what the disk has free."
     )
 
 
 class RunConfig(Section):
     """The whole of one job's configuration."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Name of the run, and of the checkpoint in its card.")
     source: SourceConfig
     calibration: CalibrationConfig
     compression: CompressionConfig = CompressionConfig()

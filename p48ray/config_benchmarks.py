@@ -15,9 +15,9 @@ class BenchmarkTask(Section):
 
     task: str = Field(min_length=1, description="The harness's name.")
     title: str | None = Field(None, description="Name in the table; null: the harness's.")
-    shots: int = Field(ge=0)
-    metric: str = Field(min_length=1)
-    filter: str = Field("none", description="Of the answers, by its name in the task's file.")
+    shots: int = Field(ge=0, description="[examples] How many are shown in the prompt before the question.")
+    metric: str = Field(min_length=1, description="The harness's name of the figure that counts.")
+    filter: str = Field("none", description="The harness's filter of the answers, by its name in the task's file.")
 
     @property
     def label(self) -> str:
@@ -44,7 +44,9 @@ class ComparedCheckpoint(Section):
     served_name: str | None = Field(
         None, description="Id of the model at a server that is given with --server; null: the checkpoint's place."
     )
-    flags: Annotated[tuple[str, ...], BeforeValidator(as_tuple)] | None = Field(None, description="Of the server, in place of the card's.")
+    flags: Annotated[tuple[str, ...], BeforeValidator(as_tuple)] | None = Field(
+        None, description="Flags of the server, in place of those of the card."
+    )
 
     @model_validator(mode="after")
     def is_one_or_the_other(self) -> Self:
@@ -56,9 +58,11 @@ class ComparedCheckpoint(Section):
 class ServerSettings(Section):
     """The OpenAI-compatible server that is started where none is given. It is called with the checkpoint, the flags, --host and --port."""
 
-    command: Annotated[tuple[str, ...], BeforeValidator(as_tuple), Field(min_length=1)] = ("vllm", "serve")
-    gpus: int = Field(4, ge=0, description="That its actor asks of Ray, and its --tensor-parallel-size.")
-    start_timeout_s: float = Field(3600.0, gt=0)
+    command: Annotated[tuple[str, ...], BeforeValidator(as_tuple), Field(min_length=1)] = Field(
+        ("vllm", "serve"), description="The program and its first arguments."
+    )
+    gpus: int = Field(4, ge=0, description="[GPUs] GPUs asked of Ray, and the server's --tensor-parallel-size.")
+    start_timeout_s: float = Field(3600.0, gt=0, description="[seconds] Time limit of its start, counted from when it has a node.")
 
 
 class BenchmarksConfig(Section):
@@ -67,13 +71,15 @@ class BenchmarksConfig(Section):
     base: ComparedCheckpoint | None = None
     baseline: ComparedCheckpoint | None = None
     ours: ComparedCheckpoint = ComparedCheckpoint()
-    tasks: Annotated[tuple[BenchmarkTask, ...], BeforeValidator(as_tuple), Field(min_length=1)] = LEADERBOARD
+    tasks: Annotated[tuple[BenchmarkTask, ...], BeforeValidator(as_tuple), Field(min_length=1)] = Field(
+        LEADERBOARD, description="Rows of the table (entries below). Default: the tasks of the Open LLM Leaderboard's first version."
+    )
     include_path: str | None = Field(None, description="Folder with tasks of one's own, in the harness's form.")
-    limit: int | None = Field(None, gt=0, description="Documents a task, for a trial.")
-    max_length: int = Field(8192, gt=0, description="Tokens of a request; the harness cuts longer ones off on the left.")
-    batch_size: int = Field(1, gt=0, description="Prompts of a request.")
-    concurrency: int = Field(32, gt=0, description="Requests at once.")
-    timeout_s: int = Field(1200, gt=0, description="Of one request.")
+    limit: int | None = Field(None, gt=0, description="[documents] How many of each task, for a trial; null: all.")
+    max_length: int = Field(8192, gt=0, description="[tokens] Longest request; the harness cuts longer ones off on the left.")
+    batch_size: int = Field(1, gt=0, description="[prompts] How many in one request.")
+    concurrency: int = Field(32, gt=0, description="[requests] How many at the same time.")
+    timeout_s: int = Field(1200, gt=0, description="[seconds] Time limit of one request.")
     tokenizer: str | None = Field(None, description="Folder or owner/name on the Hub, for the harness; null: the checkpoint's.")
     harness_python: str | None = Field(None, description="Python that has lm-evaluation-harness; null: the job's own.")
     server: ServerSettings = ServerSettings()

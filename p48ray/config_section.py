@@ -1,4 +1,8 @@
-"""What every section of the configuration has in common."""
+"""What every section of the configuration has in common.
+
+Every key has a description, which docs/CONFIG.md shows (p48ray/config_page.py). That of a number begins
+with its unit in brackets: `Field(8, gt=0, description="[sequences] Of one part.")`.
+"""
 
 from pydantic import BaseModel, ConfigDict
 

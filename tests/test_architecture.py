@@ -16,7 +16,7 @@ ROWS = [
     ["p48ray.checkpoint", "p48ray.records", "p48ray.run_root"],
     ["p48ray.model"],
     ["p48ray.plan", "p48ray.manifest"],
-    ["p48ray.output_layout", "p48ray.estimate", "p48ray.estimate_memory", "p48ray.estimate_time"],
+    ["p48ray.output_layout", "p48ray.estimate", "p48ray.estimate_memory", "p48ray.estimate_time", "p48ray.config_page"],
     ["p48ray.stages"],
     ["p48ray.report"],
     ["p48ray.runner"],

@@ -85,7 +85,7 @@ def hint(error: Exception | None, trust_remote_code: bool) -> str:
     if not trust_remote_code:
         return "; if it ships its own tokenizer code that you trust, set source.trust_remote_code: true"
     if isinstance(error, ImportError) and "tiktoken" in str(error):
-        return "; its code needs tiktoken, which is not installed here: pip install 'p48ray[tiktoken]'"
+        return "; its code needs tiktoken, which is not installed here: pip install 'tiktoken>=0.14'"
     return ""
 
 

@@ -112,5 +112,6 @@ def check_harness(config: BenchmarksConfig) -> None:
     found = done.stdout.strip()
     if found != HARNESS_VERSION:
         raise ConfigError(
-            f"{key}: expected lm-evaluation-harness {HARNESS_VERSION}, found {found or 'none'}; pip install --constraint constraints.txt 'p48ray[eval]'"
+            f"{key}: expected lm-evaluation-harness {HARNESS_VERSION}, found {found or 'none'}; "
+            f"{python} -m pip install 'lm_eval[api]=={HARNESS_VERSION}'"
         )

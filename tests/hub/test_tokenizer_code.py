@@ -98,7 +98,7 @@ def test_missing_tiktoken_is_named_with_the_way_to_install_it(tmp_path: Path, mo
     for name in [m for m in sys.modules if "tokenization_ranks" in m or m.partition(".")[0] == "tiktoken"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setattr(sys, "meta_path", [Absent(), *sys.meta_path])
-    with pytest.raises(SourceError, match=r"needs tiktoken, which is not installed here: pip install 'p48ray\[tiktoken\]'"):
+    with pytest.raises(SourceError, match=r"needs tiktoken, which is not installed here: pip install 'tiktoken>=0\.14'"):
         load_tokenizer(open_checkpoint(store), trust_remote_code=True)
 
 

@@ -258,7 +258,8 @@ def test_harness_of_another_version_is_refused(workshop: Workshop) -> None:
     (workshop.folder / "version").write_text("0.4.9")
     outcome = workshop.evaluate("--server", "http://127.0.0.1:9")
     assert outcome.code == 2
-    assert "expected lm-evaluation-harness 0.4.13, found 0.4.9; pip install" in outcome.err
+    assert "expected lm-evaluation-harness 0.4.13, found 0.4.9; " in outcome.err
+    assert "-m pip install 'lm_eval[api]==0.4.13'" in outcome.err
 
 
 def test_server_that_is_not_there_is_refused(workshop: Workshop) -> None:
