@@ -1,6 +1,6 @@
 """Every solver on one model, with the same calibration and held-out text: perplexity, token accuracy, KL, errors, ratios to the one-shot baseline.
 
-    python bench/quality.py --out runs/quality                                 all calibration sequences of configs/tiny.yaml's text that the lab used
+    python bench/quality.py --out runs/quality                                 all calibration sequences of configs/tiny.yaml's text
     python bench/quality.py --out runs/quality --sequences 6 12 24 100 384     3, 6, 12, 50 and about 190 tokens per input of gate and up, on the small model
     python bench/quality.py --out runs/quality --solvers one_shot default --seeds 0 1 2
     python bench/quality.py --out runs/quality --local --set run.gpus_per_worker=1     in this process, on its GPU, without Ray

@@ -43,6 +43,7 @@ and `p48ray/config_benchmarks.py`. Change a description there and run it again; 
 
 One YAML file maps to this tree. A key that is not here is refused. Later sources win: the
 defaults, the file, `--set dotted.key=value`, `--run-root`. Examples: the files in `configs/`.
+`DESIGN 7.3` is that section of [DESIGN.md](DESIGN.md).
 
 Every key says whether it changes the checkpoint's bytes:
 

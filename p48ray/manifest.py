@@ -80,7 +80,7 @@ class GradientPart(PartManifest):
 
 
 class LayerScales(Record):
-    """The two input global scales of a complete layer (DESIGN: one scale for all experts of a layer, so that units stay independent)."""
+    """The two input global scales of a complete layer (DESIGN 2.2: one scale for all experts of a layer, so that units stay independent)."""
 
     schema_version: Literal[1] = 1
     plan_digest: str

@@ -6,7 +6,7 @@ A block at the lower or right edge may be cut. "inv" is historical: the stored n
 quantization_config (quant_method fp8, fmt e4m3, weight_block_size) as DeepSeek-V3's releases have it. Here is what headers say; the
 decoder is in decode.
 
-No client reads two quantization methods in one model, so in the output even linears that are not compressed are BF16 (DESIGN 2).
+No client reads two quantization methods in one model, so in the output even linears that are not compressed are BF16 (DESIGN 2.2).
 """
 
 from collections.abc import Mapping

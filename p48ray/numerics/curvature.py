@@ -7,7 +7,8 @@
 | H = 2 X X^T                | `SecondMoment.mean()`: a weighted mean; the factor 2 changes no solution |
 | lambda I, there 0.01 mean diag | `damp`, `damp_from_tokens` |
 
-Sources: [Frantar2022gptq] GPTQ, arXiv 2210.17323. Ledoit and Wolf 2004 for shrinking covariances; the constants are the lab's (DESIGN 7).
+Sources: [Frantar2022gptq] GPTQ, arXiv 2210.17323. Ledoit and Wolf 2004 for shrinking covariances; the
+constants were best with a prototype (DESIGN 7.6).
 Deliberate departures: token weights; damping and shrinkage follow from the number of tokens.
 
 Legend: T tokens, I in. `*n` any batch of experts.
@@ -184,7 +185,7 @@ def damp_from_tokens(tokens_per_input: float) -> float:
 
 
 def output_damp_from_tokens(tokens_per_output: float) -> float:
-    """Damping of G from this many tokens per output: 1.8 / r within [0.05, 0.3]; DESIGN 7.3: 0.05 with many tokens, 0.3 with few."""
+    """Damping of G from this many tokens per output: 1.8 / r within [0.05, 0.3] (DESIGN 7.6)."""
     return OUTPUT_DAMP_MAX if tokens_per_output <= 0 else min(OUTPUT_DAMP_MAX, max(OUTPUT_DAMP_MIN, OUTPUT_DAMP_TOKENS / tokens_per_output))
 
 

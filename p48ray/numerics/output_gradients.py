@@ -41,7 +41,7 @@ def expert_gradients(
 def norm_weights(gradient_norm: Float32[Tensor, "t"], clip: float) -> Float32[Tensor, "t"]:
     """Token weights from gradient norms: |g| over its mean, at most `clip`. All ones where every gradient is zero.
 
-    Source: DESIGN 7, "omega = |g| clipped at 20 times its mean": tokens on which the loss reacts strongly count more, and no single one dominates.
+    Source: DESIGN 7, w = |g| / mean |g|, at most 20: tokens on which the loss reacts strongly count more, and no single one dominates.
     """
     mean = gradient_norm.mean()
     safe = torch.where(mean > 0, mean, torch.ones_like(mean))

@@ -37,7 +37,7 @@ from p48ray.numerics.nvfp4 import SCALE_GROUP, effective_scale
 from p48ray.numerics.token_rows import TokenRows, joined
 
 BATCH_TOKENS = 256
-LEARNING_RATE_REL = 0.005  # of the root mean square of a linear's kept values; the lab's 2e-4 on weights of about 0.04
+LEARNING_RATE_REL = 0.005  # of the root mean square of a linear's kept values: 2e-4 on weights of about 0.04
 BETAS = (0.9, 0.95)
 HELD_OUT_SHARE = 8  # every eighth token is held out
 MAX_HELD_OUT_TOKENS = 1024

@@ -25,7 +25,7 @@ from p48ray.stages.needs import Needs, read_needs
 from p48ray.stages.streaming import opened_layer, waves
 from p48ray.stages.token_rows import to_columns
 
-# Compressed gate and up change the intermediate's range, so down's input scale leaves room above what the original weights gave (DESIGN 2).
+# Compressed gate and up change the intermediate's range, so down's input scale leaves room above what the original weights gave (DESIGN 2.2).
 INTERMEDIATE_MARGIN = 1.25
 
 

@@ -27,8 +27,9 @@ from p48ray.stages.context import StageContext
 from p48ray.stages.token_rows import DeviceRoom, HostRoom, Room, of_columns, reserve
 
 LAYER_SAMPLE_TOKENS = 8192  # tokens of the whole layer that stand in for what an expert saw too little of
-# Tokens per input at which the layer's statistics weigh as much as the expert's own. From the lab's few-token figures (DESIGN 7): at 6 tokens per input
-# of gate and up a quarter was best for their H, a half for down's; at 0 tokens only the layer is left.
+# Tokens per input at which the layer's statistics weigh as much as the expert's own (DESIGN 7.6). By a
+# prototype with 6 tokens per input of gate and up, a quarter was best for their H, a half for down's;
+# at 0 tokens only the layer is left.
 GATE_UP_HALF_TOKENS = 2.0
 DOWN_HALF_TOKENS = 12.0
 # The same for G, in tokens per input of gate and up: at 6 of them three quarters were best for down's.

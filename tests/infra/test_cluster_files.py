@@ -100,7 +100,7 @@ def test_every_worker_type_holds_as_many_workers_as_it_has_gpus(cluster: dict[st
 
 
 def test_workers_have_one_device_model() -> None:
-    """Bytes are the same on one device model only (DESIGN 5): a cluster must not mix cards."""
+    """Bytes are the same on one device model only (DESIGN 5.2): a cluster must not mix cards."""
     families = {
         name: {kind["node_config"].get("InstanceType", kind["node_config"].get("machineType")).split(sep)[0] for kind in kinds}
         for name, sep in (("aws.yaml", "."), ("gcp.yaml", "-"))

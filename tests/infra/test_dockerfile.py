@@ -65,7 +65,9 @@ def test_context_is_an_allow_list_that_has_what_the_build_and_the_job_need() -> 
     assert rules[0] == "*"
     allowed = {rule[1:] for rule in rules if rule.startswith("!")}
     project = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]
-    assert allowed == {"constraints.txt", "pyproject.toml", project["readme"], "p48ray", "jobs", "configs", "examples"}
+    texts = {project["readme"], *project["license-files"]}
+    code = {"p48ray", "jobs", "configs", "examples"}
+    assert allowed == {"constraints.txt", "pyproject.toml"} | texts | code
     assert all((REPO / name).exists() for name in allowed)
     denied = [rule for rule in rules[1:] if not rule.startswith("!")]
     assert any(fnmatch.fnmatch("p48ray/numerics/__pycache__", rule) for rule in denied)

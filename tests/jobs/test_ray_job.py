@@ -1,4 +1,4 @@
-"""`ray job submit` against a running Ray, with the commands of the README."""
+"""`ray job submit` against a running Ray, with the commands of docs/run-on-one-node.md."""
 
 import json
 import os
@@ -83,7 +83,7 @@ def end(process: subprocess.Popen[bytes], folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def head() -> Iterator[Head]:
-    """`ray start --head` as the README has it, with a token, ports and a folder of its own."""
+    """`ray start --head` as docs/run-on-one-node.md has it, with a token, ports and a folder of its own."""
     folder = Path(tempfile.mkdtemp(prefix="p48ray-"))  # pytest's own folders are too long for the names of sockets
     env = {k: v for k, v in os.environ.items() if not k.startswith("RAY_") and k != "PYTHONPATH"}
     env |= {

@@ -1,4 +1,4 @@
-"""An independent reader of sparse storage, one byte at a time, from the description of the format alone (DESIGN 2), sharing no code with p48ray."""
+"""An independent reader of sparse storage, one byte at a time, from the description of the format alone (DESIGN 2.4), sharing no code with p48ray."""
 
 import json
 import struct
