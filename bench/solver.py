@@ -36,7 +36,8 @@ from p48ray.numerics.curvature import SecondMoment, damp
 from p48ray.numerics.factor import inverse_factor
 from p48ray.numerics.output_gradients import expert_gradients
 from p48ray.numerics.products import tensor_float_32
-from p48ray.numerics.solvers import SolverSettings, damped_output_hessian, solve
+from p48ray.numerics.solution import SolverSettings
+from p48ray.numerics.solvers import damped_output_hessian, solve
 from p48ray.numerics.sparsegpt import one_shot
 from p48ray.numerics.two_sided import two_sided_descent
 

@@ -13,6 +13,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
 
 from p48ray.config_benchmarks import BenchmarksConfig
+from p48ray.config_compression import CompressionConfig
 from p48ray.config_section import Section, as_tuple
 from p48ray.errors import ConfigError
 
@@ -31,7 +32,6 @@ def parse_size(value: object) -> object:
 
 
 SizeBytes = Annotated[int, BeforeValidator(parse_size), Field(gt=0)]
-Automatic = Literal["auto"]
 
 
 class SourceConfig(Section):
@@ -88,73 +88,6 @@ class CalibrationConfig(Section):
     stored_bits: Literal[16, 8] = Field(
         16, description="[bits] Form of stored activations and gradients: bf16, or int8 with a scale per 16 values (9/16 of the bytes)."
     )
-
-
-class CompressionConfig(Section):
-    """The numerics. Everything here but max_fallback_share changes output bytes."""
-
-    solver: Literal["block_descent", "sparsegpt_gptq", "gptq", "round_to_nearest"] = Field(
-        "block_descent",
-        description="How masks and codes are found. sparsegpt_gptq is the published one-shot method; gptq chooses no masks.",
-    )
-    sparsity: Literal["paired-4:8", "none"] = Field(
-        "paired-4:8", description="Keep 2 of every 4 neighbouring pairs of inputs, or all of them."
-    )
-    scale_span: Literal[16, 32] = Field(32, description="[inputs] How many share one weight scale. The sparse kernels need 32.")
-    activation_group: Literal[16, 32] = Field(
-        16, description="[inputs] How many share one activation scale in the server: 32 on sparse kernels, else 16."
-    )
-    output_curvature: bool = Field(
-        True, description="Use the gradients of the model's own loss too (DESIGN 7.3). Costs a backward pass. Other solvers: false."
-    )
-    damp: Automatic | Annotated[float, Field(gt=0)] = Field(
-        "auto", description="[fraction of H's mean diagonal] Damping of H; auto: 0.01 to 0.1, by the expert's tokens (DESIGN 7.6)."
-    )
-    output_damp: Automatic | Annotated[float, Field(gt=0)] = Field(
-        "auto", description="[fraction of G's mean diagonal] Damping of G; auto: 0.05 to 0.3, by the expert's tokens (DESIGN 7.6)."
-    )
-    router_weight_exponent: float = Field(
-        2.0, ge=0, description="[exponent] Without output_curvature a token counts by its router weight to this power."
-    )
-    sweeps: int = Field(12, ge=0, description="[sweeps] Passes of block descent over a matrix. The solver's time grows with it.")
-    code_sweeps: int = Field(
-        0, ge=0, description="[sweeps] Passes of code descent over a matrix, after quantization. On a GPU it is slow: torch code."
-    )
-    refine_steps: int = Field(
-        300, ge=0, description="[steps] Gradient steps on the values of each expert, masks fixed (DESIGN 7.5). Other solvers: 0."
-    )
-    activation_quantization: bool = Field(
-        True, description="Take the curvature of NVFP4-quantized activations (W4A4), not of the original ones. false: refine_steps is 0."
-    )
-    max_fallback_share: float = Field(
-        0.01, ge=0, le=1, description="[share of linears] The job fails if more than this share fell back to rounding. A check only."
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def defaults_follow_the_solver(cls, values: object) -> object:
-        """The one-shot solvers know neither gradients nor refinement, and refinement needs quantized activations: there their defaults are off."""
-        if not isinstance(values, dict):
-            return values
-        off: dict[str, object] = {}
-        if values.get("solver", "block_descent") != "block_descent":
-            off = {"output_curvature": False, "refine_steps": 0}
-        elif values.get("activation_quantization") is False:
-            off = {"refine_steps": 0}
-        return off | values
-
-    @model_validator(mode="after")
-    def solver_fits_sparsity(self) -> "CompressionConfig":
-        allowed = {"gptq": {"none"}, "sparsegpt_gptq": {"paired-4:8"}, "block_descent": {"paired-4:8"}}.get(self.solver)
-        if self.refine_steps and not self.activation_quantization:
-            raise ValueError("refine_steps needs activation_quantization: true")
-        if self.refine_steps and self.solver != "block_descent":
-            raise ValueError(f"refine_steps needs solver 'block_descent', found {self.solver!r}")
-        if self.output_curvature and self.solver != "block_descent":
-            raise ValueError(f"output_curvature needs solver 'block_descent', found {self.solver!r}")
-        if allowed is not None and self.sparsity not in allowed:
-            raise ValueError(f"solver {self.solver!r} needs sparsity {' or '.join(sorted(allowed))!r}, found {self.sparsity!r}")
-        return self
 
 
 class OutputConfig(Section):

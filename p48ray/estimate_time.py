@@ -16,6 +16,7 @@ from p48ray.config import RunConfig
 from p48ray.numerics import code_descent
 from p48ray.numerics.paired48 import INPUTS_IN_GROUP
 from p48ray.numerics.refine import BATCH_TOKENS
+from p48ray.numerics.solvers import SOLVERS
 from p48ray.numerics.two_sided import ROW_GROUPS
 from p48ray.plan import RunPlan
 
@@ -271,9 +272,9 @@ def loop_seconds(plan: RunPlan, layout: ModelLayout, rates: Rates = H200_NODE) -
     inputs = layout.hidden_size + layout.moe_intermediate_size
     row_groups = ROW_GROUPS if c.output_curvature else 1
     code_groups = code_descent.ROW_GROUPS if c.output_curvature else 1
-    sweeps = c.sweeps * (c.solver == "block_descent")
-    code_sweeps = c.code_sweeps * (c.solver == "block_descent")
-    passes = {"block_descent": 2, "round_to_nearest": 0}.get(c.solver, 1)
+    solver = SOLVERS[c.solver]
+    sweeps, code_sweeps = c.sweeps * solver.descends, c.code_sweeps * solver.descends
+    passes = solver.column_passes
     steps = sweeps * row_groups * rates.pair_group_step_s + code_sweeps * code_groups * rates.code_step_s
     seconds_of_unit = inputs * (passes * rates.column_step_s + steps / INPUTS_IN_GROUP)
     weights = 3 * layout.hidden_size * layout.moe_intermediate_size
@@ -291,7 +292,7 @@ def product_seconds(plan: RunPlan, layout: ModelLayout, rates: Rates = H200_NODE
     if c.output_curvature:
         moments += 2 * routed * (4 * f * f + h * h)
         forwards += 2 * routed * 6 * h * f
-    factors = (h**3 + f**3) * (c.solver != "round_to_nearest")
+    factors = (h**3 + f**3) * SOLVERS[c.solver].needs_hessian
     refinement = 24 * c.refine_steps * BATCH_TOKENS * h * f
     seconds = moments / rates.moment_flops + forwards / rates.matmul_flops + factors / rates.factor_flops + refinement / rates.refine_flops
     return seconds * sum(u.num_experts for u in plan.units)

@@ -12,7 +12,7 @@ PACKAGE = REPO / "p48ray"
 # A module may import its own row and rows above it. The first match counts.
 ROWS = [
     ["p48ray.errors", "p48ray.trace", "p48ray.integrations", "p48ray.config_section", "p48ray.config_benchmarks"],
-    ["p48ray.config", "p48ray.numerics", "p48ray.kernels", "p48ray.store"],
+    ["p48ray.config", "p48ray.config_compression", "p48ray.numerics", "p48ray.kernels", "p48ray.store"],
     ["p48ray.checkpoint", "p48ray.records", "p48ray.run_root"],
     ["p48ray.model"],
     ["p48ray.plan", "p48ray.manifest"],

@@ -9,13 +9,14 @@
 The global scale belongs to the whole (O, I) matrix of an expert: gate and up come stacked, so that they share it. Its amax is that of what
 is quantized. A solver never falls back in silence: `Solution.outcome` and `.reason` say per expert what was done.
 
+SOLVERS has one record a solver. Configuration, curvature, estimate, error ladder and report read it there; a new solver is a function and a record here.
+
 Sources: arXiv 2210.17323 (GPTQ), 2301.00774 (SparseGPT), DESIGN 7.
 Legend: N experts, O out, I in, P pairs (I/2), G scale groups (I/16), B packed bytes (I/2).
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float32
@@ -27,103 +28,41 @@ from p48ray.numerics.block_descent import block_descent
 from p48ray.numerics.code_descent import code_descent
 from p48ray.numerics.curvature import damp, damp_from_tokens, mean_diagonal, output_damp_from_tokens
 from p48ray.numerics.factor import Factor, inverse_factor
-from p48ray.numerics.metrics import hessian_loss
 from p48ray.numerics.paired48 import INPUTS_IN_GROUP, keep_top_pairs, pairs_to_inputs
 from p48ray.numerics.refine import QuantizedLinear
+from p48ray.numerics.solution import NO_SPARSITY, PAIRED_48, Draft, Problem, Solution, SolverSettings
 from p48ray.numerics.sparsegpt import one_shot, one_shot_sparse
-from p48ray.numerics.two_sided import two_sided_descent, two_sided_loss
+from p48ray.numerics.two_sided import two_sided_descent
 
-PAIRED_48 = "paired-4:8"
-NO_SPARSITY = "none"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SolverSettings:
-    """solver: a key of SOLVERS. sparsity: "paired-4:8" or "none". scale_span: 16 or 32 inputs a scale. damp: fraction of the mean diagonal,
-    None to take it from the token count. output_damp: the same for G. sweeps: of block descent. code_sweeps: of code
-    descent afterwards."""
-
-    solver: str
-    sparsity: str
-    scale_span: int
-    damp: float | None
-    sweeps: int
-    output_damp: float | None = None
-    code_sweeps: int = 0
+ONE_SHOT_DAMP = 0.1
+"""The published one-shot reference's."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Solution:
-    """Quantized weights of a batch. Per expert: outcome "solved", "one_shot" (block descent was no better) or "round_to_nearest" (no usable
-    Hessian); the reason for the latter two, else ""; damp_rel, the damping its factor needed, 0 without a factor. start: what block descent
-    began from, None for other solvers."""
+class Solver:
+    """All that the program asks of a solver, apart from its numbers.
 
-    packed_NOB: Tensor
-    scale_NOG: Tensor
-    global_scale_N1: Tensor
-    values_NOI: Tensor
-    keep_NOP: Tensor
-    outcome: tuple[str, ...]
-    reason: tuple[str, ...]
-    damp_rel: tuple[float, ...]
-    start: QuantizedLinear | None = None
+    name: in the configuration. label: in the report. body: from a problem to codes. sparsities: that it can make. needs_hessian: it works on H and its
+    factor. descends: `sweeps` and `code_sweeps` are its own. uses_model_loss: takes G, a target that makes up for compressed inputs, and refinement, and
+    always borrows from its layer where tokens are few (a published one-shot solver stays what its paper describes). default_damp: where `damp` is auto;
+    None: from the token count. column_passes: column loops of a solve, for the estimate of time. last_step: its name in the error ladder, "" for `name`.
+    """
 
-    def as_quantized(self) -> QuantizedLinear:
-        """Codes instead of packed bytes, for refinement."""
-        return QuantizedLinear(
-            codes_NOI=e2m1.unpack(self.packed_NOB),
-            scale_NOG=self.scale_NOG,
-            global_scale_N=self.global_scale_N1[:, 0],
-            keep_NOP=self.keep_NOP,
-        )
+    name: str
+    label: str
+    body: Callable[[Problem], Draft]
+    sparsities: tuple[str, ...]
+    needs_hessian: bool = True
+    descends: bool = False
+    uses_model_loss: bool = False
+    default_damp: float | None = ONE_SHOT_DAMP
+    column_passes: int = 1
+    last_step: str = ""
 
-    def with_codes(self, linear: QuantizedLinear) -> "Solution":
-        """The same solution with other codes on the same scales."""
-        values_NOI = nvfp4.dequantize(linear.codes_NOI, linear.scale_NOG, linear.global_scale_N)
-        return replace(self, packed_NOB=e2m1.pack(linear.codes_NOI), values_NOI=values_NOI)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Problem:
-    """What a solver works on: a target and, unless it is round_to_nearest, a Hessian that can be used and its factor."""
-
-    target_NOI: Tensor
-    hessian_NII: Tensor
-    factor: Factor | None
-    settings: SolverSettings
-    output_hessian_NOO: Tensor | None = None
-
-    def loss(self, values_NOI: Tensor) -> Tensor:
-        """The objective per expert: tr((T - Q) H (T - Q)^T), with G in front where it is known. H undamped."""
-        delta_NOI = self.target_NOI - values_NOI
-        if self.output_hessian_NOO is None:
-            return hessian_loss(delta_NOI, self.hessian_NII)
-        return two_sided_loss(delta_NOI, self.hessian_NII, self.output_hessian_NOO)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Draft:
-    """A quantized batch before packing; all tensors start with N."""
-
-    codes_NOI: Tensor
-    scale_NOG: Tensor
-    global_scale_N: Tensor
-    keep_NOP: Tensor
-    is_start_N: Tensor  # block descent kept its one-shot start
-    start: QuantizedLinear | None = None  # that start; no part of the result
-
-    def values(self) -> Tensor:
-        return nvfp4.dequantize(self.codes_NOI, self.scale_NOG, self.global_scale_N)
-
-    def replaced(self, is_replaced_N: Tensor, other: "_Draft") -> "_Draft":
-        """This draft with some experts taken from another."""
-        taken: dict[str, Any] = {}
-        for field in fields(self):
-            if field.name == "start":
-                continue
-            mine, theirs = getattr(self, field.name), getattr(other, field.name)
-            taken[field.name] = torch.where(is_replaced_N.view(-1, *[1] * (mine.dim() - 1)), theirs, mine)
-        return replace(self, **taken)
+    @property
+    def step(self) -> str:
+        """The name of what it ends with in the error ladder."""
+        return self.last_step or self.name
 
 
 def solve(
@@ -145,18 +84,17 @@ def solve(
     """
     _check(weight, hessian, tokens_per_input, settings, target)
     aim_NOI = weight if target is None else target
-    if settings.solver == "round_to_nearest":
-        draft = _round_to_nearest(_Problem(target_NOI=aim_NOI, hessian_NII=hessian, factor=None, settings=settings))
+    solver = SOLVERS[settings.solver]
+    if not solver.needs_hessian:
+        draft = solver.body(Problem(target_NOI=aim_NOI, hessian_NII=hessian, factor=None, settings=settings))
         return _solution(draft, ("",) * len(weight), (0.0,) * len(weight))
     problem = _problem(aim_NOI, hessian, tokens_per_input, settings, output_hessian)
-    draft = SOLVERS[settings.solver](problem)
+    draft = solver.body(problem)
     factor = problem.factor
     assert factor is not None
     if any(factor.failed):
         failed_N = torch.tensor(factor.failed, device=weight.device)
-        draft = draft.replaced(
-            failed_N, _round_to_nearest(_Problem(target_NOI=weight, hessian_NII=hessian, factor=None, settings=settings))
-        )
+        draft = draft.replaced(failed_N, _round_to_nearest(Problem(target_NOI=weight, hessian_NII=hessian, factor=None, settings=settings)))
     return _solution(draft, _failure_reasons(hessian, factor), factor.damp_rel)
 
 
@@ -173,19 +111,20 @@ def sparse_values(
     Raises: as `solve`; NumericsError too for a solver without sparsity or a Hessian without a factor.
     """
     _check(weight, hessian, tokens_per_input, settings, target)
-    if settings.solver not in ("sparsegpt_gptq", "block_descent"):
-        raise NumericsError(f"sparse_values: expected sparsegpt_gptq or block_descent, found {settings.solver!r}")
+    solver = SOLVERS[settings.solver]
+    if PAIRED_48 not in solver.sparsities or not solver.needs_hessian:
+        raise NumericsError(f"sparse_values: expected a solver that chooses masks by a Hessian, found {settings.solver!r}")
     problem = _problem(weight if target is None else target, hessian, tokens_per_input, settings, output_hessian)
     assert problem.factor is not None
     if any(problem.factor.failed):
         raise NumericsError(f"sparse_values: {'; '.join(filter(None, _failure_reasons(hessian, problem.factor)))}")
     values_NOI, keep_NOP = one_shot_sparse(problem.target_NOI, problem.factor.upper_NII)
-    return values_NOI if settings.solver == "sparsegpt_gptq" else _descend(problem, values_NOI, keep_NOP)[0]
+    return _descend(problem, values_NOI, keep_NOP)[0] if solver.descends else values_NOI
 
 
 def _problem(
     target_NOI: Tensor, hessian_NII: Tensor, tokens_per_input: Sequence[float], settings: SolverSettings, output_hessian_NOO: Tensor | None
-) -> _Problem:
+) -> Problem:
     """Factor and damped G; a Hessian without a factor is replaced by the identity, so that the batch stays whole."""
     damp_rel = [damp_from_tokens(t) if settings.damp is None else settings.damp for t in tokens_per_input]
     factor = inverse_factor(hessian_NII, damp_rel)
@@ -196,10 +135,10 @@ def _problem(
     damped_NOO = None
     if output_hessian_NOO is not None:
         damped_NOO = damped_output_hessian(output_hessian_NOO, tokens_per_input, num_inputs, settings.output_damp)
-    return _Problem(target_NOI=target_NOI, hessian_NII=usable_NII, factor=factor, settings=settings, output_hessian_NOO=damped_NOO)
+    return Problem(target_NOI=target_NOI, hessian_NII=usable_NII, factor=factor, settings=settings, output_hessian_NOO=damped_NOO)
 
 
-def _round_to_nearest(problem: _Problem) -> _Draft:
+def _round_to_nearest(problem: Problem) -> Draft:
     target_NOI, settings = problem.target_NOI, problem.settings
     if settings.sparsity == PAIRED_48:
         keep_NOP = keep_top_pairs(target_NOI.square().unflatten(2, (-1, 2)).sum(-1))
@@ -209,16 +148,16 @@ def _round_to_nearest(problem: _Problem) -> _Draft:
     global_scale_N = _global_scale(target_NOI)
     scale_NOG = nvfp4.choose_scales(masked_NOI, global_scale_N, settings.scale_span, search=True)
     codes_NOI = nvfp4.quantize(masked_NOI, scale_NOG, global_scale_N)
-    return _Draft(
+    return Draft(
         codes_NOI=codes_NOI, scale_NOG=scale_NOG, global_scale_N=global_scale_N, keep_NOP=keep_NOP, is_start_N=_all_false(target_NOI)
     )
 
 
-def _one_shot(problem: _Problem) -> _Draft:
+def _one_shot(problem: Problem) -> Draft:
     return _column_loop(problem, problem.target_NOI, keep_NOP=None)
 
 
-def _block_descent(problem: _Problem) -> _Draft:
+def _block_descent(problem: Problem) -> Draft:
     start = _one_shot(problem)
     start_values_NOI = start.values()
     descended_NOI, keep_NOP = _descend(problem, start_values_NOI, start.keep_NOP)
@@ -227,7 +166,7 @@ def _block_descent(problem: _Problem) -> _Draft:
     )
     end = replace(_descend_codes(problem, _column_loop(problem, descended_NOI, keep_NOP)), start=kept)
     is_worse_N = ~(problem.loss(end.values()) <= problem.loss(start_values_NOI))  # a NaN is worse
-    marked = _Draft(
+    marked = Draft(
         codes_NOI=start.codes_NOI,
         scale_NOG=start.scale_NOG,
         global_scale_N=start.global_scale_N,
@@ -237,12 +176,12 @@ def _block_descent(problem: _Problem) -> _Draft:
     return end.replaced(is_worse_N, marked)
 
 
-def _damped(problem: _Problem) -> Tensor:
+def _damped(problem: Problem) -> Tensor:
     assert problem.factor is not None
     return damp(problem.hessian_NII, torch.tensor(problem.factor.damp_rel, device=problem.target_NOI.device))
 
 
-def _descend(problem: _Problem, values_NOI: Tensor, keep_NOP: Tensor) -> tuple[Tensor, Tensor]:
+def _descend(problem: Problem, values_NOI: Tensor, keep_NOP: Tensor) -> tuple[Tensor, Tensor]:
     """Values and kept pairs after settings.sweeps of block descent, on both sides where G is known."""
     target_NOI, damped_NII, sweeps = problem.target_NOI, _damped(problem), problem.settings.sweeps
     if problem.output_hessian_NOO is None:
@@ -250,7 +189,7 @@ def _descend(problem: _Problem, values_NOI: Tensor, keep_NOP: Tensor) -> tuple[T
     return two_sided_descent(target_NOI, values_NOI, keep_NOP, damped_NII, problem.output_hessian_NOO, sweeps)
 
 
-def _descend_codes(problem: _Problem, draft: _Draft) -> _Draft:
+def _descend_codes(problem: Problem, draft: Draft) -> Draft:
     """The draft after settings.code_sweeps of code descent."""
     if not problem.settings.code_sweeps:
         return draft
@@ -268,29 +207,43 @@ def _descend_codes(problem: _Problem, draft: _Draft) -> _Draft:
     return replace(draft, codes_NOI=codes_NOI, scale_NOG=scale_NOG, keep_NOP=keep_NOP)
 
 
-def _column_loop(problem: _Problem, values_NOI: Tensor, keep_NOP: Tensor | None) -> _Draft:
+def _column_loop(problem: Problem, values_NOI: Tensor, keep_NOP: Tensor | None) -> Draft:
     assert problem.factor is not None
     settings = problem.settings
     global_scale_N = _global_scale(values_NOI)
     is_sparse = settings.sparsity == PAIRED_48
     codes = one_shot(values_NOI, problem.factor.upper_NII, global_scale_N, span=settings.scale_span, keep=keep_NOP, sparsity=is_sparse)
-    return _Draft(
+    return Draft(
         codes_NOI=codes.codes, scale_NOG=codes.scale, global_scale_N=global_scale_N, keep_NOP=codes.keep, is_start_N=_all_false(values_NOI)
     )
 
 
-SOLVERS: dict[str, Callable[[_Problem], _Draft]] = {
-    "round_to_nearest": _round_to_nearest,
-    "gptq": _one_shot,
-    "sparsegpt_gptq": _one_shot,
-    "block_descent": _block_descent,
+SOLVERS = {
+    solver.name: solver
+    for solver in (
+        Solver(
+            name="block_descent",
+            label="block descent",
+            body=_block_descent,
+            sparsities=(PAIRED_48,),
+            descends=True,
+            uses_model_loss=True,
+            default_damp=None,
+            column_passes=2,
+        ),
+        Solver(name="sparsegpt_gptq", label="one-shot", body=_one_shot, sparsities=(PAIRED_48,), last_step="one_shot"),
+        Solver(name="gptq", label="GPTQ, dense", body=_one_shot, sparsities=(NO_SPARSITY,)),
+        Solver(
+            name="round_to_nearest",
+            label="rounded to nearest",
+            body=_round_to_nearest,
+            sparsities=(PAIRED_48, NO_SPARSITY),
+            needs_hessian=False,
+            column_passes=0,
+        ),
+    )
 }
-SPARSITIES = {
-    "round_to_nearest": (PAIRED_48, NO_SPARSITY),
-    "gptq": (NO_SPARSITY,),
-    "sparsegpt_gptq": (PAIRED_48,),
-    "block_descent": (PAIRED_48,),
-}
+"""By name, the default first."""
 
 
 def damped_output_hessian(
@@ -313,7 +266,7 @@ def _all_false(values_NOI: Tensor) -> Tensor:
     return torch.zeros(len(values_NOI), dtype=torch.bool, device=values_NOI.device)
 
 
-def _solution(draft: _Draft, failures: tuple[str, ...], damp_rel: tuple[float, ...]) -> Solution:
+def _solution(draft: Draft, failures: tuple[str, ...], damp_rel: tuple[float, ...]) -> Solution:
     kept_start = draft.is_start_N.tolist()
     outcome = tuple("round_to_nearest" if f else "one_shot" if s else "solved" for f, s in zip(failures, kept_start, strict=True))
     worse = "the quantized result of block descent had a higher loss than its one-shot start"
@@ -345,9 +298,10 @@ def _failure_reasons(hessian_NII: Tensor, factor: Factor) -> tuple[str, ...]:
 
 
 def _check(weight: Tensor, hessian: Tensor, tokens_per_input: Sequence[float], settings: SolverSettings, target: Tensor | None) -> None:
-    allowed = SPARSITIES.get(settings.solver)
-    if allowed is None or settings.sparsity not in allowed:
-        raise NumericsError(f"solver {settings.solver!r} with sparsity {settings.sparsity!r}: expected one of {SPARSITIES}")
+    solver = SOLVERS.get(settings.solver)
+    if solver is None or settings.sparsity not in solver.sparsities:
+        known = {s.name: s.sparsities for s in SOLVERS.values()}
+        raise NumericsError(f"solver {settings.solver!r} with sparsity {settings.sparsity!r}: expected one of {known}")
     if settings.scale_span not in nvfp4.SCALE_SPANS or weight.shape[2] % settings.scale_span or weight.shape[2] % INPUTS_IN_GROUP:
         raise NumericsError(f"solve: expected scale_span 16 or 32 dividing {weight.shape[2]} inputs, found {settings.scale_span}")
     n, _, i = weight.shape

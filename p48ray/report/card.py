@@ -16,7 +16,8 @@ from p48ray.checkpoint.index import CheckpointIndex
 from p48ray.checkpoint.sparse_storage import Storage
 from p48ray.errors import ObjectMissingError
 from p48ray.manifest import UnitManifest
-from p48ray.numerics.solvers import PAIRED_48
+from p48ray.numerics.solution import PAIRED_48
+from p48ray.numerics.solvers import SOLVERS
 from p48ray.output_layout import unit_bytes
 from p48ray.plan import NUMERICS_VERSION, RunPlan
 from p48ray.report.benchmark_section import cells
@@ -174,7 +175,7 @@ def compression_rows(context: StageContext) -> list[tuple[str, str]]:
     plan, c = context.plan, context.plan.config.compression
     texts = plan.config.calibration
     documents = ", ".join(f"{place_name(d.path)} ({d.weight:g})" for d in texts.documents)
-    method = f"`{c.solver}`" + (f", {c.sweeps} sweeps" if c.solver == "block_descent" else "")
+    method = f"`{c.solver}`" + (f", {c.sweeps} sweeps" if SOLVERS[c.solver].descends else "")
     method += ", under the curvature of the model's own loss on the output side" if c.output_curvature else ""
     method += f", then {c.refine_steps} steps of refinement with masks fixed" if c.refine_steps else ""
     return [

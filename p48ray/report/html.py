@@ -13,7 +13,7 @@ from importlib import resources
 
 from p48ray import __version__
 from p48ray.manifest import UnitManifest
-from p48ray.numerics.solvers import PAIRED_48
+from p48ray.numerics.solution import PAIRED_48
 from p48ray.report import charts
 from p48ray.report.benchmark_section import benchmark_section
 from p48ray.report.charts import esc

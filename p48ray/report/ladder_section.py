@@ -2,7 +2,8 @@
 
 from collections.abc import Mapping, Sequence
 
-from p48ray.numerics.solvers import PAIRED_48
+from p48ray.numerics.solution import PAIRED_48
+from p48ray.numerics.solvers import SOLVERS
 from p48ray.report import charts
 from p48ray.report.charts import esc
 from p48ray.report.expert_sections import figure, section
@@ -11,14 +12,8 @@ from p48ray.report.report import LadderMean
 from p48ray.stages.ladder import DENSE, ONE_SHOT, REFINED
 
 SIDES = (("gate and up", "gate_up"), ("down", "down"))
-STEP_WORDS = {
-    DENSE: "NVFP4, dense",
-    ONE_SHOT: "one-shot",
-    REFINED: "refined",
-    "block_descent": "block descent",
-    "gptq": "GPTQ, dense",
-    "round_to_nearest": "rounded to nearest",
-}
+STEP_WORDS = {DENSE: "NVFP4, dense", ONE_SHOT: "one-shot", REFINED: "refined"}
+"""Steps that every solver may have; a solver's last one is its record's."""
 PATH = {DENSE: "s5", ONE_SHOT: "s2"}
 """Colours: dense as a reference, the one-shot's own, the run's own."""
 
@@ -55,7 +50,10 @@ def ladder_section(facts: Facts) -> str:
 
 def words(facts: Facts, step: str) -> str:
     sides = ", two-sided" if facts.context.plan.config.compression.output_curvature else ""
-    return STEP_WORDS.get(step, step) + (sides if step == "block_descent" else "")
+    solver = next((s for s in SOLVERS.values() if s.step == step and step not in STEP_WORDS), None)
+    if solver is None:
+        return STEP_WORDS.get(step, step)
+    return solver.label + (sides if solver.descends else "")
 
 
 def ladder_figures(facts: Facts, ladder: Sequence[LadderMean], errors: Sequence[Mapping[str, float]]) -> str:

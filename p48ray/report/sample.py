@@ -20,7 +20,7 @@ from p48ray.checkpoint.layout import PROJECTIONS
 from p48ray.checkpoint.sparse_storage import GROUP_SIZE, PACKED, SCALE, dense_tensors, storage_of, stored_suffixes
 from p48ray.checkpoint.tensors import read_tensors
 from p48ray.numerics import paired48
-from p48ray.numerics.solvers import PAIRED_48
+from p48ray.numerics.solution import PAIRED_48
 from p48ray.report.inspect import pattern_names, scale_histogram
 from p48ray.stages.context import StageContext
 from p48ray.store.base import Store

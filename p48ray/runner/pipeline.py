@@ -12,6 +12,7 @@ from p48ray.checkpoint.index import INDEX_FILE
 from p48ray.config import baseline_config
 from p48ray.errors import StageFailedError, VerificationError
 from p48ray.manifest import EvaluationPart, ShardVerdict, UnitManifest
+from p48ray.numerics.solvers import SOLVERS
 from p48ray.plan import RunPlan, cut
 from p48ray.report.card import model_card
 from p48ray.report.html import report_html
@@ -246,7 +247,8 @@ def check_fallbacks(plan: RunPlan, store: Store) -> None:
     """
     manifests = UnitManifest.load_all(store, [run_root.unit_manifest(u.id) for u in plan.units])
     records = [r for manifest in manifests for r in manifest.linears]
-    rounded = [r for r in records if r.outcome == "round_to_nearest" and plan.config.compression.solver != "round_to_nearest"]
+    expected = not SOLVERS[plan.config.compression.solver].needs_hessian
+    rounded = [r for r in records if r.outcome == "round_to_nearest" and not expected]
     limit = plan.config.compression.max_fallback_share
     if len(rounded) > limit * len(records):
         reasons = json.dumps([f"{r.name}: {r.reason}" for r in rounded[:3]])

@@ -15,6 +15,7 @@ import torch
 
 import p48ray
 from p48ray.checkpoint.layout import ModelLayout
+from p48ray.numerics.solvers import SOLVERS
 from p48ray.plan import RunPlan
 
 log = logging.getLogger(__name__)
@@ -81,13 +82,14 @@ def command(plan: RunPlan, layout: ModelLayout, capability: tuple[int, int]) -> 
     from p48ray.kernels.precompile import Launches
 
     c = plan.config.compression
+    solver = SOLVERS[c.solver]
     launches = Launches(
         hidden=layout.hidden_size,
         intermediate=layout.moe_intermediate_size,
         span=c.scale_span,
-        solves=c.solver != "round_to_nearest",
+        solves=solver.needs_hessian,
         picks_masks=c.sparsity == "paired-4:8",
-        descends=c.solver == "block_descent",
+        descends=solver.descends,
         two_sided=c.output_curvature,
         refines=c.refine_steps > 0,
         is_sparse=c.sparsity == "paired-4:8",

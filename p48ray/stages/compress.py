@@ -29,18 +29,18 @@ from p48ray.manifest import LadderStep, LayerScales, LinearRecord, UnitManifest
 from p48ray.model.experts import ExpertWeights
 from p48ray.numerics.asymmetric import compensated_target
 from p48ray.numerics.metrics import relative_output_error, relative_weight_error
-from p48ray.numerics.solvers import Solution, SolverSettings, solve
+from p48ray.numerics.solution import Solution, SolverSettings
+from p48ray.numerics.solvers import SOLVERS, solve
 from p48ray.output_layout import unit_bytes, unit_rows
 from p48ray.plan import WorkUnit
 from p48ray.stages.context import StageContext
-from p48ray.stages.curvature import ASYMMETRIC_SOLVERS, Curvature, RoutedTokens, down_curvature, gate_up_curvature, output_side
+from p48ray.stages.curvature import Curvature, RoutedTokens, down_curvature, gate_up_curvature, output_side
 from p48ray.stages.ladder import Ladder
 from p48ray.stages.refinement import refine_experts
 from p48ray.stages.turn import idle_seconds
 
 log = logging.getLogger(__name__)
 
-ONE_SHOT_DAMP = 0.1  # the published one-shot reference's; block descent takes its own from the token count
 LIBRARIES = ("torch", "transformers", "compressed-tensors")
 
 
@@ -170,26 +170,24 @@ def solver_arguments(
     settings = context.plan.config.compression
     hessian_NII = torch.stack([c.hessian_II for c in curvature])
     target_NOI = None
-    if settings.solver in ASYMMETRIC_SOLVERS and curvature[0].cross_II is not None:
+    solver = SOLVERS[settings.solver]
+    if solver.uses_model_loss and curvature[0].cross_II is not None:
         cross_NII = torch.stack([c.cross_II for c in curvature if c.cross_II is not None])
         target_NOI = compensated_target(weight_NOI, hessian_NII, cross_NII)
-    damp = None if settings.damp == "auto" else settings.damp
-    if damp is None and settings.solver not in ASYMMETRIC_SOLVERS:
-        damp = ONE_SHOT_DAMP
     output_hessian_NOO = None
     if settings.output_curvature:
         output_hessian_NOO = torch.stack([c.output_hessian_OO for c in curvature if c.output_hessian_OO is not None])
-    solver = SolverSettings(
+    asked = SolverSettings(
         solver=settings.solver,
         sparsity=settings.sparsity,
         scale_span=settings.scale_span,
-        damp=damp,
+        damp=solver.default_damp if settings.damp == "auto" else settings.damp,
         output_damp=None if settings.output_damp == "auto" else settings.output_damp,
         sweeps=settings.sweeps,
         code_sweeps=settings.code_sweeps,
     )
     tokens_per_input = [c.tokens / weight_NOI.shape[2] for c in curvature]
-    return weight_NOI, hessian_NII, tokens_per_input, solver, target_NOI, output_hessian_NOO
+    return weight_NOI, hessian_NII, tokens_per_input, asked, target_NOI, output_hessian_NOO
 
 
 SolvedLinears = tuple[Tensor, Solution, list[Curvature]]

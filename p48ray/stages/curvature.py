@@ -21,6 +21,7 @@ from p48ray.numerics.activation import count_clipped, quantize_activations
 from p48ray.numerics.curvature import SecondMoment, shrinkage_from_tokens
 from p48ray.numerics.output_gradients import expert_gradients, norm_weights
 from p48ray.numerics.products import tensor_float_32
+from p48ray.numerics.solvers import SOLVERS
 from p48ray.numerics.token_rows import TokenRows
 from p48ray.plan import WorkUnit
 from p48ray.stages.context import StageContext
@@ -36,7 +37,6 @@ DOWN_HALF_TOKENS = 12.0
 GATE_UP_OUTPUT_HALF_TOKENS = 2.0
 DOWN_OUTPUT_HALF_TOKENS = 18.0
 GRADIENT_NORM_CLIP = 20.0  # times the mean; DESIGN 7
-ASYMMETRIC_SOLVERS = ("block_descent",)  # the one-shot solvers stay what their papers describe
 # One-shot solvers know no shrinkage, except for experts with fewer tokens than inputs, whose Hessian alone has no full rank.
 MIN_TOKENS_PER_INPUT = 1.0
 # Routed tokens kept in a worker's memory, those of units read ahead included (a unit of Kimi-K2.5, 2.1 M tokens in all: 10 GB in bf16, 5.6 GB in int8);
@@ -311,7 +311,7 @@ def down_curvature(
 def shrinkage(tokens: RoutedTokens, num_tokens: int, in_features: int, half_tokens: float) -> float:
     """Weight of the layer's statistics for an expert that saw `num_tokens` (see GATE_UP_HALF_TOKENS)."""
     per_input = num_tokens / in_features
-    if tokens.settings.solver not in ASYMMETRIC_SOLVERS and per_input >= MIN_TOKENS_PER_INPUT:
+    if not SOLVERS[tokens.settings.solver].uses_model_loss and per_input >= MIN_TOKENS_PER_INPUT:
         return 0.0
     return shrinkage_from_tokens(per_input, half_tokens)
 

@@ -24,15 +24,14 @@ from torch import Tensor
 from p48ray.manifest import LadderStep
 from p48ray.numerics import nvfp4
 from p48ray.numerics.refine import QuantizedLinear
-from p48ray.numerics.solvers import Solution, damped_output_hessian
+from p48ray.numerics.solution import Solution
+from p48ray.numerics.solvers import SOLVERS, damped_output_hessian
 from p48ray.stages.context import StageContext
 from p48ray.stages.curvature import Curvature
 
 LADDER_ROWS = 512  # of the stacked gate and up, or of down; the sum over rows is estimated from these
 DENSE, ONE_SHOT, REFINED = "dense", "one_shot", "refined"
 SIDES = ("gate_up", "down")
-STEP_OF_SOLVER = {"sparsegpt_gptq": ONE_SHOT}
-"""Where a solver's last step has another name than the solver."""
 
 
 class Ladder:
@@ -49,8 +48,7 @@ class Ladder:
         self.note(DENSE, side, weight_NOI, rounded(weight_NOI[n : n + 1], self.settings.scale_span), curvature)
         if solution.start is not None:
             self.note(ONE_SHOT, side, weight_NOI, decoded(solution.start, n), curvature)
-        last = STEP_OF_SOLVER.get(self.settings.solver, self.settings.solver)
-        self.note(last, side, weight_NOI, solution.values_NOI[n : n + 1], curvature)
+        self.note(SOLVERS[self.settings.solver].step, side, weight_NOI, solution.values_NOI[n : n + 1], curvature)
         return replace(solution, start=None)
 
     def refined(self, side: str, weight_NOI: Tensor, solution: Solution, curvature: Sequence[Curvature]) -> None:

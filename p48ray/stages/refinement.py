@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from p48ray.numerics.refine import ExpertTokens, InputScales, Refined, refine
-from p48ray.numerics.solvers import Solution, damped_output_hessian
+from p48ray.numerics.solution import Solution
+from p48ray.numerics.solvers import damped_output_hessian
 from p48ray.numerics.token_rows import TokenRows, joined
 from p48ray.stages.curvature import Curvature, OutputSide, RoutedTokens
 

@@ -14,7 +14,8 @@ from p48ray.numerics.curvature import SecondMoment, damp
 from p48ray.numerics.factor import inverse_factor
 from p48ray.numerics.metrics import hessian_loss
 from p48ray.numerics.paired48 import keep_top_pairs, pairs_to_inputs
-from p48ray.numerics.solvers import SolverSettings, solve
+from p48ray.numerics.solution import SolverSettings
+from p48ray.numerics.solvers import solve
 from p48ray.numerics.sparsegpt import one_shot, one_shot_sparse
 from p48ray.numerics.token_rows import TokenRows
 from p48ray.numerics.two_sided import two_sided_descent, two_sided_loss

@@ -1,0 +1,62 @@
+"""A solver is one record: one that is registered here goes through everything that the program does with a solver."""
+
+import hashlib
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from p48ray.errors import ConfigError
+from p48ray.estimate_time import loop_seconds, product_seconds
+from p48ray.numerics.solvers import SOLVERS
+from p48ray.report.status import read_status
+from p48ray.stages.prepare import prepare
+from tests.conftest import TINY
+from tests.stages.small_run import SmallRun, configure, run_locally
+
+NAME, LABEL = "throwaway", "a solver of a test"
+
+
+@pytest.fixture
+def registered(monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setitem(SOLVERS, NAME, replace(SOLVERS["block_descent"], name=NAME, label=LABEL))
+    return f"compression.solver={NAME}"
+
+
+def unit_digests(root: Path) -> dict[str, str]:
+    shards = root.glob("units/*/*/shard.safetensors")
+    return {s.parent.parent.name: hashlib.sha256(s.read_bytes()).hexdigest() for s in shards}
+
+
+def test_unknown_solver_is_refused_with_those_there_are(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"compression\.solver.*'block_descent' or .*found 'throwaway'"):
+        configure(TINY, tmp_path / "run", f"compression.solver={NAME}")
+
+
+def test_a_registered_solver_has_the_defaults_and_the_costs_of_its_record(registered: str, tmp_path: Path) -> None:
+    """Costs: of a plan with gradients and refinement, which the configuration refuses where the record does not allow them."""
+    own = ("compression.output_curvature=true", "compression.refine_steps=7", "compression.sweeps=3")
+    mine, known = (prepare(configure(TINY, tmp_path / "run", f"compression.solver={name}", *own)) for name in (NAME, "block_descent"))
+    for cost in (loop_seconds, product_seconds):
+        assert cost(mine.plan, mine.layout) == cost(known.plan, known.layout) > 0
+    plain = replace(SOLVERS[NAME], uses_model_loss=False, descends=False, column_passes=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(SOLVERS, NAME, plain)
+        with pytest.raises(ConfigError, match="needs solver 'block_descent', found 'throwaway'"):
+            configure(TINY, tmp_path / "run", registered, "compression.output_curvature=true")
+        cheap = prepare(configure(TINY, tmp_path / "run", registered))
+        assert loop_seconds(cheap.plan, cheap.layout) < loop_seconds(known.plan, known.layout)
+
+
+@pytest.mark.slow
+def test_a_registered_solver_runs_as_what_it_is(registered: str, finished: SmallRun, tmp_path: Path) -> None:
+    """The same numbers under another name: units are byte for byte those of the finished run."""
+    root = tmp_path / "run"
+    report = run_locally(prepare(configure(finished.source, root, registered)))
+    assert unit_digests(root) == unit_digests(finished.root)
+    assert [step.step for step in report.ladder][-1] == NAME
+    assert LABEL in (root / "report" / "report.html").read_text()
+    assert f"`{NAME}`, 1 sweeps" in (root / "checkpoint" / "README.md").read_text()
+    assert all(stage.done == stage.total for stage in read_status(finished.prepared.store).stages)
+    assert json.loads((root / "plan.json").read_text())["config"]["compression"]["solver"] == NAME
