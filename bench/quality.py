@@ -39,7 +39,7 @@ from p48ray.stages.context import StageContext
 from p48ray.stages.curvature import down_curvature, gate_up_curvature, output_side
 from p48ray.stages.evaluate import EvaluationResult, combine, evaluate_part, evaluation_digest
 from p48ray.stages.prepare import prepare
-from p48ray.stages.tasks import open_context
+from p48ray.stages.workplace import open_context
 
 PLAIN = {"output_curvature": "false", "refine_steps": "0", "sweeps": "6"}
 ONE_SHOT = PLAIN | {"solver": "sparsegpt_gptq", "router_weight_exponent": "0", "damp": "0.1"}

@@ -39,7 +39,7 @@ from p48ray.stages.capture import finish_layer, write_activations
 from p48ray.stages.compress import compress_unit
 from p48ray.stages.context import StageContext
 from p48ray.stages.gradients import write_gradients
-from p48ray.stages.tasks import open_context
+from p48ray.stages.workplace import open_context
 from p48ray.store.local import LocalStore
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "kimi_k25_p48_nvfp4.yaml"

@@ -39,7 +39,7 @@ HEAD = """\
 # The configuration
 
 Made by `python -m p48ray.config_page > docs/CONFIG.md` from the models in `p48ray/config.py`
-and its neighbours `p48ray/config_*.py`. Change a description there and run it again; a test compares.
+and `p48ray/config_*.py` beside it. Change a description there and run it again; a test compares.
 
 One YAML file maps to this tree. A key that is not here is refused. Later sources win: the
 defaults, the file, `--set dotted.key=value`, `--run-root`. Examples: the files in `configs/`.

@@ -8,6 +8,7 @@ Sparse storage (output.storage) changes names, shapes and sizes of the units' te
 dense sizes, so that a checkpoint that is stitched sparse and one that is converted are the same files.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
@@ -102,7 +103,7 @@ def plan_output(
             sizes.append(0)
         filled[-1].append(segment)
         sizes[-1] += size
-    names = [f"model-{i:05d}-of-{len(filled):05d}.safetensors" for i in range(1, len(filled) + 1)]
+    names = shard_names(len(filled))
     return tuple(
         OutputShard(name=name, segments=aligned(segments), num_bytes=stored_bytes(segments, layout, storage), storage=storage)
         for name, segments in zip(names, filled, strict=True)
@@ -138,3 +139,14 @@ def shard_rows(shard: OutputShard, layout: ModelLayout) -> list[HeaderRow]:
             unit_rows(layout, segment, shard.storage) if isinstance(segment, WorkUnit) else [(segment.name, segment.dtype, segment.shape)]
         )
     return rows
+
+
+def shard_names(count: int) -> list[str]:
+    """Files of a checkpoint of so many shards."""
+    return [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+
+
+def shard_count(name: str) -> int:
+    """Of how many shards a file says that it is one; 0 for any other file."""
+    found = re.fullmatch(r"model-\d{5}-of-(\d{5})\.safetensors", name)
+    return int(found[1]) if found else 0

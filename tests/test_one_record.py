@@ -1,17 +1,26 @@
-"""A solver is one record: one that is registered here goes through everything that the program does with a solver."""
+"""A solver is one record, a stage is one: what is registered here goes through everything that the program does with one."""
 
 import hashlib
 import json
+import logging
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from p48ray.errors import ConfigError
+from p48ray.estimate import estimate
 from p48ray.estimate_time import loop_seconds, product_seconds
 from p48ray.numerics.solvers import SOLVERS
+from p48ray.output_layout import OutputShard
+from p48ray.report.plan_table import time_words
 from p48ray.report.status import read_status
+from p48ray.stages.context import StageContext
 from p48ray.stages.prepare import prepare
+from p48ray.stages.table import STAGES, Stage, has_checkpoint
+from p48ray.stages.tasks import Task
+from p48ray.store.local import LocalStore
 from tests.conftest import TINY
 from tests.stages.small_run import SmallRun, configure, run_locally
 
@@ -60,3 +69,56 @@ def test_a_registered_solver_runs_as_what_it_is(registered: str, finished: Small
     assert f"`{NAME}`, 1 sweeps" in (root / "checkpoint" / "README.md").read_text()
     assert all(stage.done == stage.total for stage in read_status(finished.prepared.store).stages)
     assert json.loads((root / "plan.json").read_text())["config"]["compression"]["solver"] == NAME
+
+
+def sign(context: StageContext, shard: str) -> None:
+    """The body of the stage below: the size of a finished shard, beside it."""
+    held = context.store.head(f"checkpoint/{shard}")
+    context.store.put(f"signed/{shard}.txt", f"{held.size_bytes if held else 0}".encode())
+
+
+def shards_to_sign(context: StageContext, shards: tuple[OutputShard, ...]) -> list[Task]:
+    held = {info.key for info in context.store.list("signed/")}
+    return [Task(stage="sign", id=s.name, item=s.name) for s in shards if f"signed/{s.name}.txt" not in held]
+
+
+SIGN = Stage(
+    name="sign",
+    noun="signatures",
+    body=sign,
+    prefix="signed/",
+    markers=lambda plan, shards: [f"signed/{name}.txt" for name in shards],
+    is_used=has_checkpoint,
+    work=shards_to_sign,
+    cost=("signing", "verify_seconds"),
+)
+
+
+@pytest.mark.slow
+def test_a_registered_stage_is_run_resumed_counted_and_told(
+    finished: SmallRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(STAGES, SIGN.name, SIGN)
+    root = tmp_path / "run"
+    shutil.copytree(finished.root, root)
+    prepared = prepare(configure(finished.source, root))
+    names = [shard.name for shard in prepared.shards]
+    store = LocalStore(root)
+    before = {s.stage: (s.done, s.total) for s in read_status(store).stages}
+    assert before["sign"] == (0, len(names))
+    caplog.set_level(logging.INFO, "p48ray.progress")
+    report = run_locally(prepared)
+    for name in names:
+        assert store.get(f"signed/{name}.txt") == str((root / "checkpoint" / name).stat().st_size).encode()
+    assert {s.stage: (s.done, s.total) for s in read_status(store).stages}["sign"] == (len(names), len(names))
+    assert report.stage_seconds["sign"] >= 0
+    assert "sign" in (root / "report" / "report.html").read_text()
+    assert f"{len(names)} signatures" in caplog.text
+    estimated = replace(estimate(prepared.plan, prepared.source, prepared.layout, prepared.shards), verify_seconds=120.0)
+    assert "signing 2 min 00 s" in time_words(estimated)
+    (root / "signed" / f"{names[1]}.txt").unlink()
+    with monkeypatch.context() as patch:  # one is missing, and one is made
+        signed: list[str] = []
+        patch.setitem(STAGES, SIGN.name, replace(SIGN, body=lambda context, shard: (signed.append(shard), sign(context, shard))))
+        run_locally(prepare(configure(finished.source, root)))
+        assert signed == [names[1]]

@@ -1,17 +1,18 @@
 """What a page about a run needs, folded from its manifests once: records by layer and expert, who worked when, tokens of every expert."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from p48ray import run_root
 from p48ray.checkpoint.layout import EXPERT_NAME, PROJECTIONS
-from p48ray.manifest import ActivationPart, GradientPart, LinearRecord, UnitManifest
+from p48ray.manifest import LinearRecord, UnitManifest
 from p48ray.report.report import Report, few_tokens
 from p48ray.report.sample import LinearSample, sample_checkpoint
-from p48ray.report.work import Work, measure, seconds_of
+from p48ray.report.work import Manifests, Work, measure, seconds_of
 from p48ray.stages.context import StageContext
+from p48ray.stages.table import COMPRESS, stages_of
 from p48ray.store.base import Store
 
 MERGED_SHARE = 0.004  # pieces of work that are nearer than this share of the whole time are drawn as one
@@ -68,19 +69,20 @@ class Facts:
 def gather(context: StageContext, report: Report, units: Sequence[UnitManifest], baseline_store: Store | None) -> Facts:
     """Read what the units' manifests do not hold, from the run root and the finished checkpoint."""
     plan, store = context.plan, context.store
-    held = {info.key for prefix in (run_root.ACTIVATIONS, run_root.GRADIENTS) for info in store.list(prefix)}
-    parts = [(n, p.part) for n in plan.layers for p in plan.parts]
-
-    def present(name: Callable[[int, int], str]) -> list[str]:
-        return [key for key in (name(*p) for p in parts) if key in held]
-
-    seen = ActivationPart.load_all(store, present(run_root.activation_manifest))
-    felt = GradientPart.load_all(store, present(run_root.gradient_manifest))
-    work = [measure("capture", seen, len(parts)), *([measure("gradients", felt, len(parts))] if felt else [])]
     layer_of = {u.id: u.layer for u in plan.units}
-    spans = [Span("capture", m.layer, m.finished_at - m.seconds, m.finished_at) for m in seen]
-    spans += [Span("gradients", m.layer, m.finished_at - m.seconds, m.finished_at) for m in felt]
-    spans += [Span("compress", layer_of[u.unit], u.finished_at - seconds_of(u), u.finished_at) for u in units]
+    work, spans = [], []
+    for stage in stages_of(plan):
+        if stage.manifest is None:
+            continue
+        names = stage.markers(plan, ())
+        found: Manifests = units
+        if stage.name != COMPRESS.name:
+            held = {info.key for info in store.list(stage.prefix)}
+            found = stage.manifest.load_all(store, [key for key in names if key in held])
+        work.append(measure(stage.name, found, len(names)))
+        for m in found:
+            layer = layer_of[m.unit] if isinstance(m, UnitManifest) else m.layer
+            spans.append(Span(stage.name, layer, m.finished_at - seconds_of(m), m.finished_at))
     return Facts(
         context=context,
         report=report,
@@ -88,7 +90,7 @@ def gather(context: StageContext, report: Report, units: Sequence[UnitManifest],
         layers=plan.layers,
         records=arrange(plan.layers, context.layout.num_experts, units),
         spans=spans,
-        work=(*work, measure("compress", units, len(plan.units))),
+        work=tuple(work),
         samples=[] if plan.is_pilot else sample_checkpoint(context, baseline_store),
         failed_attempts=sum(1 for _ in store.list(run_root.FAILURES)),
     )

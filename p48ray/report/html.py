@@ -33,9 +33,9 @@ from p48ray.report.report import Report
 from p48ray.report.work import duration, gpu_hours, pilot_words
 from p48ray.stages.context import StageContext
 from p48ray.stages.evaluate import EvaluationResult
+from p48ray.stages.table import COMPRESS, stages_of
 from p48ray.store.base import Store
 
-STAGES = (("capture", "s3"), ("gradients", "s2"), ("compress", "s1"))
 BUSY_STEPS = 160
 PHASE_COLOURS = ("s3", "s2", "s1", "s4", "s5")
 
@@ -187,10 +187,11 @@ def timeline_section(facts: Facts) -> str:
     start, end = min(s.start for s in facts.spans), max(s.end for s in facts.spans)
     whole = max(end - start, 1e-3)
     marks = [(at / whole, label) for at, label in charts.time_ticks(whole)]
+    stages = [(s.name, s.colour) for s in stages_of(facts.context.plan) if s.manifest]
     rows = []
     for layer in facts.layers:
         segments = []
-        for stage, css in STAGES:
+        for stage, css in stages:
             mine = [s for s in facts.spans if s.layer == layer and s.stage == stage]
             for a, b, count in merged(mine, MERGED_SHARE * whole):
                 words = f"layer {layer}, {stage}: {count} pieces of work in {duration(b - a)}, from {duration(a - start)} on"
@@ -198,13 +199,13 @@ def timeline_section(facts: Facts) -> str:
         rows.append((layer, segments))
     at_work = [
         (css, busy([s for s in facts.spans if s.stage == stage], start, end if end > start else start + whole, BUSY_STEPS))
-        for stage, css in STAGES
+        for stage, css in stages
     ]
     most = max(sum(v) for v in zip(*(v for _, v in at_work), strict=True))
-    shared = shared_seconds(*([s for s in facts.spans if (s.stage == "compress") == is_unit] for is_unit in (False, True)))
+    shared = shared_seconds(*([s for s in facts.spans if (s.stage == COMPRESS.name) == is_unit] for is_unit in (False, True)))
     at_once = f", {esc(duration(shared))} of it with streams and units at once" if shared else ""
     begun, ended = (datetime.fromtimestamp(t, UTC).strftime("%Y-%m-%d %H:%M") for t in (start, end))
-    present = [(css, stage) for stage, css in STAGES if any(s.stage == stage for s in facts.spans)]
+    present = [(css, stage) for stage, css in stages if any(s.stage == stage for s in facts.spans)]
     intro = (
         f"{begun} to {ended} UTC, {esc(duration(whole))} from the first piece of work to the last{at_once}. Above: workers busy at once. Below: when "
         "each layer was captured, differentiated and compressed. A gap is waiting or an interruption; attempts that were lost leave no mark."

@@ -10,6 +10,7 @@ from p48ray.report.work import duration
 from p48ray.run_root import SOURCE
 from p48ray.stages.fit import GB, shortages
 from p48ray.stages.prepare import Prepared
+from p48ray.stages.table import STAGES
 
 CARDS = (80e9, 141e9)  # bytes of an H100, of an H200
 
@@ -81,15 +82,8 @@ def plan_rows(prepared: Prepared, e: Estimate) -> list[tuple[str, str]]:
 
 def time_words(e: Estimate) -> str:
     """The whole and its stages."""
-    stages = {
-        "start": e.start_seconds,
-        "mirror": e.mirror_seconds,
-        "streams": e.stream_seconds,
-        "units": e.unit_seconds,
-        "reduce": e.reduce_seconds,
-        "verify": e.verify_seconds,
-        "evaluate": e.evaluate_seconds,
-    }
+    costs = [stage.cost for stage in STAGES.values() if stage.cost]
+    stages = {"start": e.start_seconds} | {word: getattr(e, field) for word, field in costs}
     return f"{spell(e.job_seconds)}: " + ", ".join(f"{name} {spell(s)}" for name, s in stages.items() if s) + " (streams and units overlap)"
 
 

@@ -9,9 +9,11 @@ from rich.table import Table
 from p48ray import run_root
 from p48ray.errors import ConfigError
 from p48ray.manifest import Failure
-from p48ray.plan import RunPlan, cut
+from p48ray.output_layout import shard_count, shard_names
+from p48ray.plan import RunPlan
 from p48ray.records import Record
 from p48ray.report.work import Extrapolation, Work, duration, extrapolate, gpu_hours, pilot_words, read_work
+from p48ray.stages.table import count_markers
 from p48ray.store.base import Store
 
 
@@ -52,29 +54,11 @@ def read_status(store: Store) -> RunStatus:
     keys = set(sizes)
     parts = Counter(n for n in plan.layers for p in plan.parts if run_root.activation_manifest(n, p.part) in keys)
     units = Counter(u.layer for u in plan.units if run_root.unit_manifest(u.id) in keys)
-    shards = [k for k in keys if k.startswith(run_root.CHECKPOINT) and k.endswith(".safetensors")]
-    planned_shards = int(shards[0].rpartition("-of-")[2].removesuffix(".safetensors")) if shards else 0
-    verdicts = sum(k.startswith(run_root.VERIFICATION) for k in keys)
-    evaluation = plan.config.evaluation
-    held_out = len(cut(evaluation.num_sequences, evaluation.sequences_per_part)) if evaluation else 0
-    evaluated = Counter(k.rpartition("/")[0] for k in keys if k.startswith(run_root.EVALUATION) and "/part-" in k)
-    num_parts = len(plan.parts) * len(plan.layers)
-    felt = sum(run_root.gradient_manifest(n, p.part) in keys for n in plan.layers for p in plan.parts)
+    shards = shard_names(next((n for k in keys if (n := shard_count(k.removeprefix(run_root.CHECKPOINT)))), 0))
     work = read_work(plan, store, keys)
     price = plan.config.run.gpu_hour_price
-    copied = sum(run_root.mirror_manifest(f.path) in keys for f in plan.source.mirror)
-    stages = (
-        *((StageStatus(stage="mirror", done=copied, total=len(plan.source.mirror)),) if plan.source.mirror else ()),
-        StageStatus(stage="capture", done=parts.total(), total=num_parts),
-        *((StageStatus(stage="gradients", done=felt, total=num_parts),) if plan.config.compression.output_curvature else ()),
-        StageStatus(stage="compress", done=units.total(), total=len(plan.units)),
-    )
-    if not plan.is_pilot:  # which ends there
-        stages += (
-            StageStatus(stage="reduce", done=len(shards), total=planned_shards),
-            StageStatus(stage="verify", done=verdicts, total=planned_shards),
-            StageStatus(stage="evaluate", done=min(held_out, max(evaluated.values(), default=0)), total=held_out),
-        )
+    counts = count_markers(plan, keys, shards)
+    stages = tuple(StageStatus(stage=name, done=done, total=total) for name, (done, total) in counts.items())
     failures = sorted(k for k in keys if k.startswith(run_root.FAILURES))
     return RunStatus(
         name=plan.config.name,

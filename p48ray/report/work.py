@@ -5,10 +5,10 @@ Seconds are those of finished work; attempts that were lost, workers that waited
 
 from collections.abc import Sequence
 
-from p48ray import run_root
 from p48ray.manifest import ActivationPart, GradientPart, UnitManifest
 from p48ray.plan import RunPlan
 from p48ray.records import Record
+from p48ray.stages.table import COMPRESS, stages_of
 from p48ray.store.base import Store
 
 RECENT_S = 900.0  # the rate is that of the last quarter of an hour in which something was finished
@@ -41,14 +41,12 @@ Manifests = Sequence[ActivationPart] | Sequence[GradientPart] | Sequence[UnitMan
 
 def read_work(plan: RunPlan, store: Store, keys: set[str]) -> tuple[Work, ...]:
     """Work of the stages that take hours. `keys`: of the run root."""
-    parts = [(n, p.part) for n in plan.layers for p in plan.parts]
-    wanted: list[tuple[str, type[ActivationPart] | type[GradientPart] | type[UnitManifest], list[str]]] = [
-        ("capture", ActivationPart, [run_root.activation_manifest(*p) for p in parts])
-    ]
-    if plan.config.compression.output_curvature:
-        wanted.append(("gradients", GradientPart, [run_root.gradient_manifest(*p) for p in parts]))
-    wanted.append(("compress", UnitManifest, [run_root.unit_manifest(u.id) for u in plan.units]))
-    return tuple(measure(stage, kind.load_all(store, [k for k in names if k in keys]), len(names)) for stage, kind, names in wanted)
+    found = []
+    for stage in stages_of(plan):
+        if stage.manifest is not None:
+            names = stage.markers(plan, ())
+            found.append(measure(stage.name, stage.manifest.load_all(store, [k for k in names if k in keys]), len(names)))
+    return tuple(found)
 
 
 def measure(stage: str, manifests: Manifests, total: int) -> Work:
@@ -84,8 +82,8 @@ def extrapolate(plan: RunPlan, work: Sequence[Work]) -> Extrapolation:
     """From the pilot's layers to all of them; every layer is taken to cost the same."""
     run = plan.config.run
     factor = len(plan.source.moe_layers) / len(plan.layers)
-    streams = sum(w.worker_seconds for w in work if w.stage != "compress") * factor / 3600
-    solving = sum(w.worker_seconds for w in work if w.stage == "compress") * factor / 3600
+    streams = sum(w.worker_seconds for w in work if w.stage != COMPRESS.name) * factor / 3600
+    solving = sum(w.worker_seconds for w in work if w.stage == COMPRESS.name) * factor / 3600
     hours = (streams + solving) * run.gpus_per_worker
     return Extrapolation(
         layers=len(plan.layers),

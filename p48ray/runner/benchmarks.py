@@ -30,7 +30,7 @@ from p48ray.stages.benchmarks import (
     result_digest,
 )
 from p48ray.stages.prepare import absolute
-from p48ray.stages.tasks import open_context
+from p48ray.stages.workplace import open_context
 from p48ray.store.base import Store
 from p48ray.store.hub import parse_place
 from p48ray.store.local import LocalStore

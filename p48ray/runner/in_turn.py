@@ -9,6 +9,7 @@ from p48ray import run_root
 from p48ray.runner.overlap import Overlap, name_of
 from p48ray.stages.collect import collect_streams
 from p48ray.stages.needs import Needs, read_needs
+from p48ray.stages.table import COMPRESS, PROPAGATE
 from p48ray.stages.tasks import Task
 
 
@@ -35,19 +36,19 @@ class InTurn(Overlap):
 
     def name_tasks(self, needs: Needs, layer: int) -> list[Task]:
         missing = self.slices([p.part for p in self.plan.parts if needs.way_to(layer, p.part)])
-        tasks = [Task(stage="propagate", id=f"layer-{layer:03d}-{name_of(s)}", item=(layer, s)) for s in missing]
+        tasks = [Task(stage=PROPAGATE.name, id=f"layer-{layer:03d}-{name_of(s)}", item=(layer, s)) for s in missing]
         self.open_captures = len(tasks)
         tasks = tasks or self.units_of(layer, read_needs(self.plan, self.store, [run_root.UNITS]))
         self.ready += tasks
         return tasks
 
     def on_done(self, task: Task) -> None:
-        if task.stage == "propagate":
+        if task.stage == PROPAGATE.name:
             self.spans[task.stage] = (self.spans[task.stage][0], self.clock())
             self.open_captures -= 1
             if not self.open_captures:
                 self.begin_turn()
             return
         super().on_done(task)
-        if task.stage == "compress" and not self.left[task.item.layer]:
+        if task.stage == COMPRESS.name and not self.left[task.item.layer]:
             self.begin_turn()

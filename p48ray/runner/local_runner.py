@@ -4,7 +4,8 @@ from collections.abc import Iterator, Sequence
 
 from p48ray.plan import RunPlan
 from p48ray.runner.base import More, nothing_more
-from p48ray.stages.tasks import Task, TaskResult, Workplace
+from p48ray.stages.tasks import Task, TaskResult
+from p48ray.stages.workplace import Workplace
 
 
 class LocalRunner:

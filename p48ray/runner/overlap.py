@@ -16,6 +16,7 @@ from p48ray.stages.capture import finish_layer
 from p48ray.stages.collect import collect_layer, collect_streams
 from p48ray.stages.context import StageContext
 from p48ray.stages.needs import Needs, read_needs
+from p48ray.stages.table import CAPTURE, COMPRESS, GRADIENTS
 from p48ray.stages.tasks import Task
 
 log = logging.getLogger(__name__)
@@ -52,7 +53,7 @@ class Overlap:
         return sorted(needs.open_layers, reverse=self.plan.config.compression.output_curvature)
 
     def begin_slice(self, needs: Needs, parts: list[int]) -> None:
-        steps = [("capture", [p for p in parts if needs.way_up(p)]), ("gradients", [p for p in parts if needs.way_back(p)])]
+        steps = [(CAPTURE.name, [p for p in parts if needs.way_up(p)]), (GRADIENTS.name, [p for p in parts if needs.way_back(p)])]
         tasks = [Task(stage=stage, id=name_of(s), item=s) for stage, s in steps if s]
         self.ready.append(tasks[0])
         if len(tasks) > 1:
@@ -100,7 +101,7 @@ class Overlap:
         self.left[layer] = len(units)
         return [
             Task(
-                stage="compress",
+                stage=COMPRESS.name,
                 id=u.id,
                 item=u,
                 marker=run_root.unit_manifest(u.id),
@@ -113,14 +114,14 @@ class Overlap:
     def on_done(self, task: Task) -> None:
         """What follows a task: the way back after the way up, and the end of what nobody reads any more (stages.collect)."""
         self.spans[task.stage] = (self.spans[task.stage][0], self.clock())
-        if task.stage == "compress":
+        if task.stage == COMPRESS.name:
             layer = task.item.layer
             self.left[layer] -= 1
             if not self.left[layer] and not self.keeps_all:
                 collect_layer(self.plan, self.store, layer)
             return
         self.next_look = -float("inf")
-        following = self.ways_back.pop(task.id, None) if task.stage == "capture" else None
+        following = self.ways_back.pop(task.id, None) if task.stage == CAPTURE.name else None
         if following is not None:
             self.ready.append(following)
             return

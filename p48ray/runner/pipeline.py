@@ -6,14 +6,14 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack
+from itertools import groupby
 
 from p48ray import run_root
-from p48ray.checkpoint.index import INDEX_FILE
 from p48ray.config import baseline_config
-from p48ray.errors import StageFailedError, VerificationError
-from p48ray.manifest import EvaluationPart, ShardVerdict, UnitManifest
+from p48ray.errors import StageFailedError
+from p48ray.manifest import UnitManifest
 from p48ray.numerics.solvers import SOLVERS
-from p48ray.plan import RunPlan, cut
+from p48ray.plan import RunPlan
 from p48ray.report.card import model_card
 from p48ray.report.html import report_html
 from p48ray.report.report import Report, build_report
@@ -23,23 +23,17 @@ from p48ray.runner.overlap import Overlap
 from p48ray.runner.progress import Progress
 from p48ray.stages.benchmarks import read_table
 from p48ray.stages.capture import finish_layer
-from p48ray.stages.collect import ABANDONED_S, collect_losers, collect_units, delete_all
+from p48ray.stages.collect import ABANDONED_S, collect_losers
 from p48ray.stages.context import StageContext
-from p48ray.stages.evaluate import EvaluationResult, combine, evaluation_digest
+from p48ray.stages.evaluate import EvaluationResult
 from p48ray.stages.inputs import settle, write_inputs
-from p48ray.stages.mirror import MirrorItem, look
-from p48ray.stages.needs import Needs, read_needs
+from p48ray.stages.needs import read_needs
 from p48ray.stages.prepare import Prepared, prepare
-from p48ray.stages.reduce import file_bytes, finish_checkpoint
-from p48ray.stages.tasks import MIRROR_STAGE, Task
-from p48ray.stages.verify import check_index
+from p48ray.stages.table import EVALUATE, Stage, stages_of
 from p48ray.store.base import Store
-from p48ray.store.hub import HubStore
 from p48ray.store.view import SubStore
 
 log = logging.getLogger("p48ray.progress")
-
-LISTED_PROBLEMS = 20
 
 RunnerFactory = Callable[[RunPlan, str], AbstractContextManager[Runner]]
 
@@ -108,24 +102,31 @@ class Job:
         self.context, self.runner, self.seconds, self.clock = prepared.context, runner, seconds, clock
 
     def run(self) -> EvaluationResult | None:
-        self.mirror()
-        self.compress()
-        if self.plan.is_pilot:
-            return None
-        self.reduce()
-        self.verify()
-        return self.evaluate()
+        """Stages that stream go on beside each other, the others one after the other. Returns: what evaluation comes to, if the plan has any."""
+        results: dict[str, object] = {}
+        for streams, stages in groupby(stages_of(self.plan), lambda stage: stage.work is None):
+            if streams:
+                self.compress()
+                continue
+            for stage in stages:
+                results[stage.name] = self.run_stage(stage)
+        result = results.get(EVALUATE.name)
+        assert result is None or isinstance(result, EvaluationResult)
+        return result
 
-    def stage(self, name: str, noun: str, markers: Sequence[str], prefix: str, tasks: Sequence[Task]) -> None:
-        """Run a stage's tasks. Progress, and whether it is complete, is how many of its markers are there."""
+    def run_stage(self, stage: Stage) -> object:
+        """A stage's tasks. Progress, and whether it is complete, is how many of its markers are there."""
+        assert stage.work is not None
+        tasks = stage.work(self.context, self.shards)
         start = time.monotonic()
-        with self.progress(name, noun, markers, prefix) as progress:
+        with self.progress(stage, stage.markers(self.plan, [s.name for s in self.shards])) as progress:
             run_all(self.runner, tasks, self.store)
         self.end(progress, time.monotonic() - start)
+        return stage.conclude(self.context, self.shards) if stage.conclude else None
 
-    def progress(self, name: str, noun: str, markers: Sequence[str], prefix: str) -> Progress:
+    def progress(self, stage: Stage, markers: Sequence[str]) -> Progress:
         expected = set(markers)
-        return Progress(name, noun, len(expected), lambda: len(expected & self.keys(prefix)))
+        return Progress(stage.name, stage.noun, len(expected), lambda: len(expected & self.keys(stage.prefix)))
 
     def end(self, progress: Progress, seconds: float) -> None:
         """Raises: StageFailedError when a stage that came to its end is not complete."""
@@ -138,36 +139,15 @@ class Job:
     def keys(self, prefix: str) -> set[str]:
         return {info.key for info in self.store.list(prefix)}
 
-    def mirror(self) -> None:
-        """Copy a hf:// source into the run root; the largest files first, so that the last to end is a small one."""
-        if not self.plan.source.mirror:
-            return
-        source = HubStore(self.plan.config.source.checkpoint)
-        found = look(self.plan, self.store)
-        delete_all(self.store, found.void)
-        tasks = [
-            Task(
-                stage=MIRROR_STAGE,
-                id=f.path,
-                item=MirrorItem(source, f),
-                marker=run_root.mirror_manifest(f.path),
-                load=float(f.size_bytes),
-            )
-            for f in found.missing
-        ]
-        every = [run_root.mirror_manifest(f.path) for f in self.plan.source.mirror]
-        self.stage(MIRROR_STAGE, "files of the source", every, run_root.MIRROR, tasks)
-
     def compress(self) -> None:
         """Capture, gradients and compress, each layer's units as soon as its parts are there (runner.overlap), or layers in turn (runner.in_turn)."""
         needs = read_needs(self.plan, self.store)
         overlap = (InTurn if self.plan.propagates else Overlap)(self.context, needs, self.clock)
-        stage = "propagate" if self.plan.propagates else "capture"
-        shown = [self.stream_progress(stage, "activation parts", run_root.activation_manifest, run_root.ACTIVATIONS, needs)]
-        if self.plan.config.compression.output_curvature:
-            shown.append(self.stream_progress("gradients", "gradient parts", run_root.gradient_manifest, run_root.GRADIENTS, needs))
-        every = [run_root.unit_manifest(u.id) for u in self.plan.units]
-        shown.append(self.progress("compress", "units", every, run_root.UNITS))
+        done = {key for n in self.plan.layers if n not in needs.open_layers for key in layer_markers(self.plan, n)}
+        shown = []
+        for stage in (stage for stage in stages_of(self.plan) if stage.work is None):  # of layers that are done, what is gone is not missed
+            markers = [key for key in stage.markers(self.plan, ()) if key not in done or key in needs.keys]
+            shown.append(self.progress(stage, markers))
         with ExitStack() as stack:
             for progress in shown:
                 stack.enter_context(progress)
@@ -180,60 +160,10 @@ class Job:
         collect_losers(self.plan, self.store)
         check_fallbacks(self.plan, self.store)
 
-    def stream_progress(self, stage: str, noun: str, manifest: Callable[[int, int], str], prefix: str, needs: Needs) -> Progress:
-        """Of a stage whose tasks walk through the layers. Of layers that are done, what is gone is not missed."""
-        every = [(n, manifest(n, p.part)) for n in self.plan.layers for p in self.plan.parts]
-        return self.progress(stage, noun, [key for n, key in every if n in needs.open_layers or key in needs.keys], prefix)
 
-    def reduce(self) -> None:
-        held = {info.key: info.size_bytes for info in self.store.list(run_root.CHECKPOINT)}
-        missing = [s for s in self.shards if held.get(run_root.checkpoint_file(s.name)) != file_bytes(s, self.context.layout)]
-        if missing:  # no index over shards that are not all there, and no verdict on one that will be another
-            self.store.delete(run_root.checkpoint_file(INDEX_FILE))
-            delete_all(self.store, [run_root.shard_verdict(s.name) for s in missing])
-        tasks = [Task(stage="reduce", id=s.name, item=s) for s in missing]
-        self.stage("reduce", "shards", [run_root.checkpoint_file(s.name) for s in self.shards], run_root.CHECKPOINT, tasks)
-
-    def verify(self) -> None:
-        held = self.keys(run_root.VERIFICATION)
-        for key in sorted(held):  # a verdict that found problems is not the last word: its shard may have been mended since
-            if ShardVerdict.load(self.store, key).problems:
-                self.store.delete(key)
-                held.remove(key)
-        missing = [s for s in self.shards if run_root.shard_verdict(s.name) not in held]
-        tasks = [Task(stage="verify", id=s.name, item=s) for s in missing]
-        every = [run_root.shard_verdict(s.name) for s in self.shards]
-        self.stage("verify", "shards", every, run_root.VERIFICATION, tasks)
-        verdicts = ShardVerdict.load_all(self.store, every)
-        problems = [p if p.startswith(v.shard) else f"{v.shard}: {p}" for v in verdicts for p in v.problems]
-        if not problems:
-            finish_checkpoint(self.context, self.shards, verdicts)
-            problems += check_index(SubStore(self.store, run_root.CHECKPOINT), self.shards, self.context.layout)
-        if problems:
-            listed = "\n".join(f"  {p}" for p in problems[:LISTED_PROBLEMS])
-            rest = f"\n  and {len(problems) - LISTED_PROBLEMS} more" if len(problems) > LISTED_PROBLEMS else ""
-            where = f"{self.store.uri}/{run_root.CHECKPOINT}"
-            raise VerificationError(
-                f"{where}: {len(problems)} problems; delete the files named here and run the same command again to have them made anew\n{listed}{rest}"
-            )
-        if self.plan.config.run.keep == "checkpoint":
-            collect_units(self.store)
-
-    def evaluate(self) -> EvaluationResult | None:
-        settings = self.plan.config.evaluation
-        if settings is None:
-            return None
-        digest = evaluation_digest(self.plan, settings)
-        parts = cut(settings.num_sequences, settings.sequences_per_part)
-        every = [run_root.evaluation_part(digest, p.part) for p in parts]
-        held = self.keys(run_root.EVALUATION)
-        tasks = [
-            Task(stage="evaluate", id=f"part-{p.part:04d}", item=(digest, p))
-            for p, key in zip(parts, every, strict=True)
-            if key not in held
-        ]
-        self.stage("evaluate", "held-out parts", every, run_root.EVALUATION, tasks)
-        return combine(EvaluationPart.load_all(self.store, every))
+def layer_markers(plan: RunPlan, layer: int) -> list[str]:
+    """Of what streams leave of a layer."""
+    return [name(layer, p.part) for name in (run_root.activation_manifest, run_root.gradient_manifest) for p in plan.parts]
 
 
 def read_units(run: Prepared | StageContext) -> list[UnitManifest]:

@@ -31,7 +31,8 @@ from p48ray.runner.console import configure_logging
 from p48ray.runner.dispatch import Dispatcher
 from p48ray.runner.metrics import WorkerMetrics
 from p48ray.stages.inputs import open_run_root
-from p48ray.stages.tasks import Task, TaskResult, Workplace, record_failure
+from p48ray.stages.tasks import Task, TaskResult, record_failure
+from p48ray.stages.workplace import Workplace
 from p48ray.store.base import Store
 
 log = logging.getLogger(__name__)

@@ -8,12 +8,14 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from p48ray.checkpoint.index import CheckpointIndex
+from p48ray import run_root
+from p48ray.checkpoint.index import CheckpointIndex, open_checkpoint
 from p48ray.checkpoint.layout import PROJECTIONS
 from p48ray.checkpoint.sparse_storage import Storage, dense_tensors, storage_of, stored_suffixes
 from p48ray.checkpoint.tensors import read_tensors
@@ -25,9 +27,12 @@ from p48ray.model.documents import digest_documents
 from p48ray.model.expert_loader import layer_experts
 from p48ray.model.experts import ActivationScales, ExpertWeights, RoutedExperts
 from p48ray.numerics import e2m1, nvfp4
-from p48ray.plan import RunPlan, SequencePart
+from p48ray.output_layout import OutputShard
+from p48ray.plan import RunPlan, SequencePart, cut
 from p48ray.records import Record, canonical_json
 from p48ray.stages.context import StageContext
+from p48ray.stages.tasks import Task
+from p48ray.store.view import SubStore
 
 ROWS_PER_HEAD_CALL = 4096  # tokens whose logits exist at once
 WEIGHT_SUFFIXES = ("weight_packed", "weight_scale", "weight_global_scale")
@@ -206,3 +211,33 @@ def combine(parts: list[EvaluationPart]) -> EvaluationResult:
         if len(others) == len(parts)
         else None,
     )
+
+
+def parts_to_evaluate(context: StageContext, shards: tuple[OutputShard, ...]) -> list[Task]:
+    digest, parts = evaluation_parts(context.plan)
+    held = {info.key for info in context.store.list(run_root.EVALUATION)}
+    missing = [p for p in parts if run_root.evaluation_part(digest, p.part) not in held]
+    return [Task(stage="evaluate", id=f"part-{p.part:04d}", item=(digest, p)) for p in missing]
+
+
+def evaluation_parts(plan: RunPlan) -> tuple[str, tuple[SequencePart, ...]]:
+    """(digest of what the figures depend on, parts of the held-out sequences); no parts where nothing is evaluated."""
+    settings = plan.config.evaluation
+    if settings is None:
+        return "", ()
+    return evaluation_digest(plan, settings), tuple(cut(settings.num_sequences, settings.sequences_per_part))
+
+
+def evaluate_and_record(context: StageContext, item: tuple[str, SequencePart]) -> None:
+    """Evaluate one part of the held-out sequences; the sums are the done-marker."""
+    digest, part = item
+    ids_NS = context.tokens(run_root.evaluation_tokens(digest), digest)
+    checkpoint = open_checkpoint(SubStore(context.store, run_root.CHECKPOINT))
+    ids_BS = ids_NS[part.first_sequence : part.first_sequence + part.num_sequences]
+    sums = evaluate_part(context, partial(compressed_expert, checkpoint, context), ids_BS, part)
+    context.store.put(run_root.evaluation_part(digest, part.part), sums.to_json())
+
+
+def conclude_evaluation(context: StageContext, shards: tuple[OutputShard, ...]) -> EvaluationResult:
+    digest, parts = evaluation_parts(context.plan)
+    return combine(EvaluationPart.load_all(context.store, [run_root.evaluation_part(digest, p.part) for p in parts]))

@@ -16,8 +16,12 @@ from p48ray import run_root
 from p48ray.checkpoint.index import CONFIG_FILE, INDEX_FILE, CheckpointIndex, open_checkpoint
 from p48ray.errors import ObjectMissingError, ShardCorruptError, SourceError
 from p48ray.manifest import MirrorManifest
+from p48ray.output_layout import OutputShard
 from p48ray.plan import MirroredFile, RunPlan
 from p48ray.records import LOADS_AT_ONCE
+from p48ray.stages.collect import delete_all
+from p48ray.stages.context import StageContext
+from p48ray.stages.tasks import Task
 from p48ray.store.base import Store
 from p48ray.store.hub import FileDigest, HubFile, HubStore
 from p48ray.store.open import open_store
@@ -104,6 +108,23 @@ def look(plan: RunPlan, store: Store) -> MirrorState:
         good = {file.path for file, is_good in zip(held, pool.map(counts, held), strict=True) if is_good}
     missing = tuple(f for f in plan.source.mirror if f.path not in good)
     return MirrorState(missing, tuple(key for f in missing if (key := run_root.mirror_manifest(f.path)) in sizes))
+
+
+def files_to_copy(context: StageContext, shards: tuple[OutputShard, ...]) -> list[Task]:
+    """The largest first, so that the last to end is a small one. Manifests that count for nothing go."""
+    source = HubStore(context.plan.config.source.checkpoint)
+    found = look(context.plan, context.store)
+    delete_all(context.store, found.void)
+    return [
+        Task(
+            stage="mirror",
+            id=file.path,
+            item=MirrorItem(source, file),
+            marker=run_root.mirror_manifest(file.path),
+            load=float(file.size_bytes),
+        )
+        for file in found.missing
+    ]
 
 
 def mirrored(index: CheckpointIndex, store: Store) -> CheckpointIndex:

@@ -25,7 +25,9 @@ from p48ray.errors import CorruptObjectError, ObjectMissingError, ShardCorruptEr
 from p48ray.manifest import CheckpointManifest, ShardVerdict, UnitManifest
 from p48ray.output_layout import OutputShard, shard_rows, unit_entries
 from p48ray.plan import WorkUnit
+from p48ray.stages.collect import delete_all
 from p48ray.stages.context import StageContext
+from p48ray.stages.tasks import Task
 from p48ray.store.base import ByteRange, ObjectInfo, Piece, Store
 from p48ray.store.view import read_into
 
@@ -209,3 +211,13 @@ def checkpoint_manifest(context: StageContext, verdicts: Sequence[ShardVerdict],
         header_sha256={v.shard: v.header_sha256 for v in verdicts},
         file_sha256=files,
     ).sealed()
+
+
+def shards_to_stitch(context: StageContext, shards: tuple[OutputShard, ...]) -> list[Task]:
+    """Those that are not there in full. There is no index over such, and no verdict on one that will be another: both go."""
+    held = {info.key: info.size_bytes for info in context.store.list(run_root.CHECKPOINT)}
+    missing = [s for s in shards if held.get(run_root.checkpoint_file(s.name)) != file_bytes(s, context.layout)]
+    if missing:
+        context.store.delete(run_root.checkpoint_file(INDEX_FILE))
+        delete_all(context.store, [run_root.shard_verdict(s.name) for s in missing])
+    return [Task(stage="reduce", id=s.name, item=s) for s in missing]

@@ -24,6 +24,7 @@ from p48ray.errors import ConfigError, P48Error, SourceError, StageFailedError
 from p48ray.manifest import CheckpointManifest, PublishedShard
 from p48ray.plan import WorkUnit
 from p48ray.stages.hub import Hub
+from p48ray.stages.tasks import Task, record_failure
 from p48ray.store.base import Store
 from p48ray.store.view import SubStore
 
@@ -187,8 +188,6 @@ def upload_or_error(uploader: Uploader, shard: str, size_bytes: int) -> Publishe
     try:
         return uploader.upload(shard, size_bytes)
     except Exception as error:
-        from p48ray.stages.tasks import Task, record_failure  # here, because it brings every stage with it, and that takes seconds
-
         record_failure(uploader.store, Task(stage="publish", id=shard, item=shard), error)
         if not isinstance(error, P48Error):
             raise

@@ -5,6 +5,7 @@ import re
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import pytest
 from p48ray.checkpoint.skeleton import write_kimi_k25_skeleton
 from p48ray.output_layout import OutputShard
 from p48ray.stages.context import StageContext
-from p48ray.stages.tasks import STAGES
+from p48ray.stages.table import STAGES
 from tests.conftest import REPO
 from tests.jobs.command import HELD_OUT, ROUNDED, arguments, attempts, invoke, run_process, snapshot
 
@@ -145,7 +146,7 @@ def test_run_again_after_success_does_no_unit_twice(root: Path, monkeypatch: pyt
     assert len(units) == 16
     worked: list[object] = []
     for stage in ("capture", "compress", "verify"):
-        monkeypatch.setitem(STAGES, stage, lambda _, item: worked.append(item))
+        monkeypatch.setitem(STAGES, stage, replace(STAGES[stage], body=lambda _, item: worked.append(item)))
     outcome = invoke(*arguments(root))
     assert outcome.code == 0, outcome
     assert worked == []
@@ -183,14 +184,14 @@ def test_shard_that_is_made_again_is_verified_again_and_has_no_index_until_then(
     shard.write_bytes(shard.read_bytes()[:-100])
     verified: list[str] = []
     index = root / "checkpoint" / "model.safetensors.index.json"
-    verify = STAGES["verify"]
+    verify = STAGES["verify"].body
 
     def watch(context: StageContext, item: OutputShard) -> object:
         verified.append(item.name)
         assert not index.exists()
         return verify(context, item)
 
-    monkeypatch.setitem(STAGES, "verify", watch)
+    monkeypatch.setitem(STAGES, "verify", replace(STAGES["verify"], body=watch))
     outcome = invoke(*arguments(root))
     assert outcome.code == 0, outcome
     assert verified == [shard.name]

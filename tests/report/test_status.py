@@ -117,7 +117,13 @@ def test_failed_attempts_are_listed_with_their_errors(root: Path) -> None:
 def test_run_without_evaluation_expects_none(finished: SmallRun, tmp_path: Path) -> None:
     plan = prepare(configure(finished.source, tmp_path, "evaluation=null")).plan
     (tmp_path / "plan.json").write_bytes(plan.to_json())
-    assert counts(read_status(LocalStore(tmp_path)))["evaluate"] == (0, 0)
+    assert list(counts(read_status(LocalStore(tmp_path)))) == ["capture", "compress", "reduce", "verify"]
+
+
+def test_layers_in_turn_have_the_stage_that_the_log_names(finished: SmallRun, tmp_path: Path) -> None:
+    plan = prepare(configure(finished.source, tmp_path, "calibration.propagate=compressed")).plan
+    (tmp_path / "plan.json").write_bytes(plan.to_json())
+    assert next(iter(counts(read_status(LocalStore(tmp_path))))) == "propagate"
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ from p48ray.plan import RunPlan
 from p48ray.report.work import Work, duration, extrapolate, gpu_hours, measure, per_second, read_work
 from p48ray.stages import capture, gradients
 from p48ray.stages.prepare import prepare
-from p48ray.stages.tasks import STAGES
+from p48ray.stages.table import STAGES
 from p48ray.store import MemoryStore
 from tests.stages.small_run import SmallRun, configure, write_inputs_once
 
@@ -169,9 +169,9 @@ def test_seconds_of_a_part_hold_the_pass_through_its_layer(
     prepared = prepare(configure(finished.source, tmp_path, "compression.output_curvature=true", "calibration.num_sequences=2"))
     write_inputs_once(prepared)
     if stage == "gradients":
-        STAGES["capture"](prepared.context, [0])
+        STAGES["capture"].body(prepared.context, [0])
     slow(monkeypatch, capture if stage == "capture" else gradients, "attend" if stage == "capture" else "step_down")
-    STAGES[stage](prepared.context, [0])
+    STAGES[stage].body(prepared.context, [0])
     store, keys = prepared.store, {info.key for info in prepared.store.list()}
     (work,) = [w for w in read_work(prepared.plan, store, keys) if w.stage == stage]
     assert work.worker_seconds >= 3 * NAP_S, "of 5 passes, the first of which belongs to no mixture"

@@ -1,5 +1,6 @@
 """calibration.propagate: compressed: layers in turn, to the same bytes whoever does what and whatever is lost on the way."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,9 +10,10 @@ from p48ray import run_root
 from p48ray.config import load_config
 from p48ray.errors import CorruptObjectError
 from p48ray.estimate import estimate
-from p48ray.stages import arrow, tasks
+from p48ray.stages import arrow, workplace
 from p48ray.stages.context import StageContext
 from p48ray.stages.prepare import Prepared, prepare
+from p48ray.stages.table import STAGES
 from p48ray.stages.tasks import Task, TaskResult
 from tests.conftest import REPO, TINY
 from tests.jobs import command
@@ -83,13 +85,13 @@ def test_two_workers_one_of_them_killed_give_the_same_bytes(
 
 
 def test_tasks_come_layer_by_layer_after_the_sources_own_ways(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, ran = tasks.Workplace.execute, []
+    real, ran = workplace.Workplace.execute, []
 
-    def execute(self: tasks.Workplace, task: Task) -> TaskResult:
+    def execute(self: workplace.Workplace, task: Task) -> TaskResult:
         ran.append((task.stage, task.item[0] if task.stage == "propagate" else task.layer))
         return real(self, task)
 
-    monkeypatch.setattr(tasks.Workplace, "execute", execute)
+    monkeypatch.setattr(workplace.Workplace, "execute", execute)
     assert invoke(*arguments(tmp_path / "run", {})).code == 0
     ways = [("capture", None)] * 2 + [("gradients", None)] * 2
     turns = [step for n in LAYERS for step in [("propagate", n)] * 2 + [("compress", n)] * 4]
@@ -126,7 +128,7 @@ def test_unit_lost_after_the_streams_were_deleted_is_done_again_from_the_shards_
 def test_shard_that_the_stream_finds_corrupt_is_made_anew_by_the_same_run(
     keep: str, turn_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, found = tasks.STAGES["propagate"], []
+    real, found = STAGES["propagate"].body, []
 
     def stream(context: StageContext, item: tuple[int, list[int]]) -> object:
         if item[0] == 3 and not found:
@@ -138,7 +140,7 @@ def test_shard_that_the_stream_finds_corrupt_is_made_anew_by_the_same_run(
             found.append(error)
             raise
 
-    monkeypatch.setitem(tasks.STAGES, "propagate", stream)
+    monkeypatch.setitem(STAGES, "propagate", replace(STAGES["propagate"], body=stream))
     outcome = invoke(*arguments(tmp_path / "run", {"run.keep": keep}))
     assert outcome.code == 0, outcome
     assert len(found) == 2, "both slices met it"

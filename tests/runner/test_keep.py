@@ -10,7 +10,7 @@ import threading
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -33,11 +33,12 @@ from p48ray.runner import pipeline
 from p48ray.runner.base import More, RedoError, nothing_more, run_all
 from p48ray.runner.local_runner import LocalRunner
 from p48ray.runner.pipeline import run_job
-from p48ray.stages import arrow, blobs, capture, gradients, reduce, tasks
+from p48ray.stages import arrow, blobs, capture, gradients, reduce
 from p48ray.stages.compress import Clock, Solved, store_unit
 from p48ray.stages.context import StageContext
 from p48ray.stages.needs import Needs
 from p48ray.stages.prepare import Prepared, prepare
+from p48ray.stages.table import STAGES
 from p48ray.stages.tasks import Task, TaskResult
 from p48ray.store import LocalStore, MemoryStore
 from tests.conftest import REPO, TINY, timeless
@@ -88,7 +89,7 @@ def replay(known_run: Path, patch: pytest.MonkeyPatch) -> list[str]:
         solved = Solved({name: held[name] for name, _, _ in unit_rows(context.layout, unit)}, manifest.linears, manifest.ladder, (0.0, 0.0))
         return store_unit(context, unit, solved, Clock(context.device, {"solve": 1.0}))
 
-    patch.setitem(tasks.STAGES, "compress", compress)
+    patch.setitem(STAGES, "compress", replace(STAGES["compress"], body=compress))
     return done
 
 
@@ -637,7 +638,7 @@ def test_driver_that_lags_behind_leaves_manifests_of_parts_that_are_there(
     for module in (capture, gradients):
         monkeypatch.setattr(module, "read_needs", lambda plan, store: Needs(plan, frozenset()))
     Watched(finished, monkeypatch, before=deleted.append)
-    tasks.STAGES[stage](context, [0])
+    STAGES[stage].body(context, [0])
     assert deleted == []
 
 
@@ -694,7 +695,7 @@ def test_pilot_stores_no_more_than_estimated_and_not_much_less(
     keep: str, way: dict[str, str], tokens: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A pilot has no checkpoint, so that the streams are what counts. Parts that come one after the other hold less than all at once."""
-    monkeypatch.setitem(tasks.STAGES, "compress", solve_nothing)
+    monkeypatch.setitem(STAGES, "compress", replace(STAGES["compress"], body=solve_nothing))
     monkeypatch.setattr(pipeline, "build_report", lambda *_: Report.model_construct())
     monkeypatch.setattr(pipeline, "report_html", lambda *_: "")
     prepared = prepared_run(tmp_path / "run", run__keep=keep, **PILOT, **way, **tokens)

@@ -4,6 +4,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,9 +22,9 @@ from p48ray.runner.dispatch import Dispatcher
 from p48ray.runner.local_runner import LocalRunner
 from p48ray.runner.pipeline import run_job
 from p48ray.runner.ray_runner import RayRunner, Worker, WorkerProcess
-from p48ray.stages import tasks
 from p48ray.stages.context import StageContext
 from p48ray.stages.prepare import prepare
+from p48ray.stages.table import STAGES
 from p48ray.stages.tasks import Task, TaskResult
 from p48ray.store.local import LocalStore
 from tests.jobs import command
@@ -282,7 +283,7 @@ def test_object_that_is_corrupt_each_time_it_is_made_ends_the_run(local_run: Pat
         rounds.append(unit.id)
         raise CorruptObjectError("the disk lies", run_root.gradient_part(2, 0))
 
-    monkeypatch.setitem(tasks.STAGES, "compress", compress)
+    monkeypatch.setitem(STAGES, "compress", replace(STAGES["compress"], body=compress))
     outcome = invoke(*arguments(root, {"run.max_attempts": "2"}))
     assert (outcome.code, len(rounds)) == (1, 8)
     assert "objects were found corrupt 2 times in a row" in outcome.err
@@ -291,7 +292,7 @@ def test_object_that_is_corrupt_each_time_it_is_made_ends_the_run(local_run: Pat
 def flaky(monkeypatch: pytest.MonkeyPatch, times: int) -> list[str]:
     """compress fails `times` times on one unit with an error that a retry may cure. Returns the units as they are tried."""
     tried: list[str] = []
-    real = tasks.STAGES["compress"]
+    real = STAGES["compress"].body
 
     def compress(context: StageContext, unit: WorkUnit) -> object:
         tried.append(unit.id)
@@ -299,7 +300,7 @@ def flaky(monkeypatch: pytest.MonkeyPatch, times: int) -> list[str]:
             raise TransientStoreError(f"{unit.id}: the store did not answer")
         return real(context, unit)
 
-    monkeypatch.setitem(tasks.STAGES, "compress", compress)
+    monkeypatch.setitem(STAGES, "compress", replace(STAGES["compress"], body=compress))
     return tried
 
 
@@ -333,7 +334,7 @@ def test_other_errors_are_not_retried(one_unit_missing: Path, monkeypatch: pytes
         tried.append(unit.id)
         raise KeyError("a bug")
 
-    monkeypatch.setitem(tasks.STAGES, "compress", compress)
+    monkeypatch.setitem(STAGES, "compress", replace(STAGES["compress"], body=compress))
     outcome = invoke(*arguments(one_unit_missing))
     assert (outcome.code, tried) == (1, ["L001-E000-003"])
     assert "L001-E000-003: KeyError: 'a bug'" in outcome.err

@@ -4,6 +4,7 @@ import math
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from p48ray.model.decoder import Decoder
 from p48ray.model.experts import RoutedExperts
 from p48ray.plan import SequencePart
 from p48ray.report.report import Report
-from p48ray.stages import arrow, evaluate, tasks
+from p48ray.stages import arrow, evaluate
 from p48ray.stages.context import StageContext
 from p48ray.stages.evaluate import (
     CompressedExperts,
@@ -31,6 +32,7 @@ from p48ray.stages.evaluate import (
     evaluation_digest,
 )
 from p48ray.stages.prepare import prepare
+from p48ray.stages.table import STAGES
 from p48ray.store import LocalStore
 from tests.conftest import TINY
 from tests.reference import whole_model
@@ -278,9 +280,9 @@ def run_again(monkeypatch: pytest.MonkeyPatch, finished: SmallRun, root: Path, *
     def refuse(*_: object) -> None:
         raise AssertionError("this stage is done")
 
-    monkeypatch.setattr(tasks, "evaluate_part", spy)
+    monkeypatch.setattr(evaluate, "evaluate_part", spy)
     for stage in ("capture", "compress", "verify"):
-        monkeypatch.setitem(tasks.STAGES, stage, refuse)
+        monkeypatch.setitem(STAGES, stage, replace(STAGES[stage], body=refuse))
     return run_locally(prepare(configure(finished.source, root, *overrides))), evaluated
 
 

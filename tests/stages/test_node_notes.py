@@ -16,7 +16,8 @@ from p48ray.manifest import ActivationPart
 from p48ray.plan import RunPlan
 from p48ray.stages.inputs import write_inputs
 from p48ray.stages.prepare import prepare
-from p48ray.stages.tasks import Task, Workplace
+from p48ray.stages.tasks import Task
+from p48ray.stages.workplace import Workplace
 from p48ray.store.node_cache import node_folder
 from tests.conftest import REPO
 from tests.stages.test_capture import SETTINGS

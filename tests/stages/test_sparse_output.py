@@ -17,7 +17,7 @@ from p48ray.stages import reduce
 from p48ray.stages.context import StageContext
 from p48ray.stages.prepare import prepare
 from p48ray.stages.reduce import stitch_shard
-from p48ray.stages.tasks import verify_and_record
+from p48ray.stages.verdict import verify_and_record
 from p48ray.stages.verify_checkpoint import verify_checkpoint
 from p48ray.store import LocalStore, MemoryStore
 from tests.reference.sparse_storage import dense_checkpoint, read_file

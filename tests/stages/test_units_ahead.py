@@ -17,10 +17,11 @@ from p48ray import run_root
 from p48ray.errors import TransientStoreError
 from p48ray.manifest import Failure, UnitManifest
 from p48ray.plan import RunPlan, WorkUnit
-from p48ray.stages import compress, curvature, tasks, turn
+from p48ray.stages import compress, curvature, turn, workplace
 from p48ray.stages.compress import Clock, Fetched, Solved
 from p48ray.stages.context import StageContext
-from p48ray.stages.tasks import Task, TaskResult, Workplace
+from p48ray.stages.tasks import Task, TaskResult
+from p48ray.stages.workplace import Workplace
 from p48ray.store.base import Buffers, Written
 from p48ray.store.local import LocalStore
 from tests.stages.small_run import SmallRun
@@ -92,7 +93,7 @@ def shop(finished: SmallRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     shutil.copytree(finished.root, root)
     shutil.rmtree(root / "units")
     store = WatchedStore(root)
-    monkeypatch.setattr(tasks, "open_run_root", lambda plan, uri: store)
+    monkeypatch.setattr(workplace, "open_run_root", lambda plan, uri: store)
     plan: RunPlan = finished.prepared.plan
     first, second = (next(u for u in plan.units if u.layer == layer) for layer in (1, 2))
     shop = Shop(Workplace(plan, str(root)), store, first, second)
@@ -245,7 +246,7 @@ def test_units_of_a_worker_share_the_memory_for_tokens(
     plan = finished.prepared.plan
     run = plan.config.run.model_copy(update={"prefetch_units": ahead})
     plan = plan.model_copy(update={"config": plan.config.model_copy(update={"run": run})})
-    context, unit = tasks.open_context(plan, finished.prepared.store), plan.units[0]
+    context, unit = workplace.open_context(plan, finished.prepared.store), plan.units[0]
     scales = context.layer_scales(unit.layer)
     num_tokens = sum(scales.tokens_per_expert[e] for e in unit.experts)
     monkeypatch.setattr(curvature, "GATHERED_BYTES", num_tokens * curvature.routed_token_bytes(context.layout.hidden_size, plan.config))

@@ -1,0 +1,171 @@
+"""The stages: one record each, in the order in which a job has them.
+
+Runner, status, timeline, report and plan read them here. A stage that streams (capture, gradients, compress) has no `work`: its tasks follow from each other
+and are named by runner.overlap. Every other names what is missing of it, all at once. docs/EXTENDING.md says how to add one.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from p48ray import run_root
+from p48ray.manifest import ActivationPart, GradientPart, UnitManifest
+from p48ray.output_layout import OutputShard
+from p48ray.plan import RunPlan
+from p48ray.stages.capture import capture_parts
+from p48ray.stages.compress import compress_unit
+from p48ray.stages.context import StageContext
+from p48ray.stages.evaluate import conclude_evaluation, evaluate_and_record, evaluation_parts, parts_to_evaluate
+from p48ray.stages.gradients import gradient_parts
+from p48ray.stages.mirror import files_to_copy, mirror_file
+from p48ray.stages.propagate import propagate_parts
+from p48ray.stages.reduce import shards_to_stitch, stitch_shard
+from p48ray.stages.tasks import Task
+from p48ray.stages.verdict import conclude_verification, shards_to_verify, verify_and_record
+
+StageManifest = type[ActivationPart] | type[GradientPart] | type[UnitManifest]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stage:
+    """All that the program asks of a stage.
+
+    name: in logs, status and report, and of its tasks. noun: what its markers count.
+    body: does one task, (StageContext, item); (Store, item) where it does not open the source (opens_source).
+    is_used: by a plan. markers: keys that are there once a plan's work is done, given the names of the output shards (none while nobody knows them).
+    prefix: of all markers. work: (context, output shards) -> tasks for what is missing; None for a stage that streams.
+    conclude: (context, output shards) -> what the stage comes to, once all its markers are there.
+    manifest: of a marker that says who worked how long on which layer, for the timeline and the costs. colour: there.
+    cost: a word, and the field of Estimate that has its seconds.
+    """
+
+    name: str
+    noun: str
+    body: Callable[[Any, Any], object]
+    prefix: str
+    markers: Callable[[RunPlan, Sequence[str]], list[str]]
+    is_used: Callable[[RunPlan], bool]
+    opens_source: bool = True
+    work: Callable[[StageContext, tuple[OutputShard, ...]], Sequence[Task]] | None = None
+    conclude: Callable[[StageContext, tuple[OutputShard, ...]], object] | None = None
+    manifest: StageManifest | None = None
+    colour: str = ""
+    cost: tuple[str, str] | None = None
+
+
+def of_parts(name: Callable[[int, int], str]) -> Callable[[RunPlan, Sequence[str]], list[str]]:
+    """A marker a layer and part of the calibration sequences."""
+    return lambda plan, shards: [name(layer, part.part) for layer in plan.layers for part in plan.parts]
+
+
+def has_checkpoint(plan: RunPlan) -> bool:
+    return not plan.is_pilot
+
+
+def evaluation_markers(plan: RunPlan, shards: Sequence[str]) -> list[str]:
+    digest, parts = evaluation_parts(plan)
+    return [run_root.evaluation_part(digest, part.part) for part in parts]
+
+
+def is_evaluated(plan: RunPlan) -> bool:
+    return has_checkpoint(plan) and plan.config.evaluation is not None
+
+
+MIRROR = Stage(
+    name="mirror",
+    noun="files of the source",
+    body=mirror_file,
+    prefix=run_root.MIRROR,
+    markers=lambda plan, shards: [run_root.mirror_manifest(file.path) for file in plan.source.mirror],
+    is_used=lambda plan: bool(plan.source.mirror),
+    opens_source=False,
+    work=files_to_copy,
+    cost=("mirror", "mirror_seconds"),
+)
+CAPTURE = Stage(
+    name="capture",
+    noun="activation parts",
+    body=capture_parts,
+    prefix=run_root.ACTIVATIONS,
+    markers=of_parts(run_root.activation_manifest),
+    is_used=lambda plan: not plan.propagates,
+    manifest=ActivationPart,
+    colour="s3",
+)
+PROPAGATE = Stage(
+    name="propagate",
+    noun="activation parts",
+    body=propagate_parts,
+    prefix=run_root.ACTIVATIONS,
+    markers=of_parts(run_root.activation_manifest),
+    is_used=lambda plan: plan.propagates,
+    manifest=ActivationPart,
+    colour="s3",
+)
+GRADIENTS = Stage(
+    name="gradients",
+    noun="gradient parts",
+    body=gradient_parts,
+    prefix=run_root.GRADIENTS,
+    markers=of_parts(run_root.gradient_manifest),
+    is_used=lambda plan: plan.config.compression.output_curvature,
+    manifest=GradientPart,
+    colour="s2",
+    cost=("streams", "stream_seconds"),
+)
+COMPRESS = Stage(
+    name="compress",
+    noun="units",
+    body=compress_unit,
+    prefix=run_root.UNITS,
+    markers=lambda plan, shards: [run_root.unit_manifest(unit.id) for unit in plan.units],
+    is_used=lambda plan: True,
+    manifest=UnitManifest,
+    colour="s1",
+    cost=("units", "unit_seconds"),
+)
+REDUCE = Stage(
+    name="reduce",
+    noun="shards",
+    body=stitch_shard,
+    prefix=run_root.CHECKPOINT,
+    markers=lambda plan, shards: [run_root.checkpoint_file(name) for name in shards],
+    is_used=has_checkpoint,
+    work=shards_to_stitch,
+    cost=("reduce", "reduce_seconds"),
+)
+VERIFY = Stage(
+    name="verify",
+    noun="shards",
+    body=verify_and_record,
+    prefix=run_root.VERIFICATION,
+    markers=lambda plan, shards: [run_root.shard_verdict(name) for name in shards],
+    is_used=has_checkpoint,
+    work=shards_to_verify,
+    conclude=conclude_verification,
+    cost=("verify", "verify_seconds"),
+)
+EVALUATE = Stage(
+    name="evaluate",
+    noun="held-out parts",
+    body=evaluate_and_record,
+    prefix=run_root.EVALUATION,
+    markers=evaluation_markers,
+    is_used=is_evaluated,
+    work=parts_to_evaluate,
+    conclude=conclude_evaluation,
+    cost=("evaluate", "evaluate_seconds"),
+)
+STAGES = {stage.name: stage for stage in (MIRROR, CAPTURE, PROPAGATE, GRADIENTS, COMPRESS, REDUCE, VERIFY, EVALUATE)}
+
+
+def stages_of(plan: RunPlan) -> list[Stage]:
+    """Those of a plan, in order."""
+    return [stage for stage in STAGES.values() if stage.is_used(plan)]
+
+
+def count_markers(plan: RunPlan, keys: Iterable[str], shards: Sequence[str]) -> dict[str, tuple[int, int]]:
+    """Stage -> (markers that are there, markers of the plan)."""
+    held = set(keys)
+    wanted = {stage.name: set(stage.markers(plan, shards)) for stage in stages_of(plan)}
+    return {name: (len(markers & held), len(markers)) for name, markers in wanted.items()}
