@@ -5,6 +5,7 @@ The job runs in the main environment; the server and the harness in this one. Th
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -16,9 +17,7 @@ from typing import Any
 
 import psutil
 import pytest
-import torch
 import yaml
-from safetensors.torch import load_file, save_file
 
 from tests.clients.conftest import main_python
 from tests.conftest import REPO, TINY
@@ -35,7 +34,10 @@ FLAGS = [
     ),
     *("--max-model-len", "512", "--max-num-batched-tokens", "512", "--max-num-seqs", "4"),
 ]
-FIGURES = {"source": "a paper that does not exist", "figures": {"endings": 80.0}}
+FIGURES = {
+    "base": {"source": "a paper that does not exist", "figures": {"endings": 80.0}},
+    "baseline": {"source": "its reply", "figures": {"endings": 40.0, "words": 3.125}},
+}
 NUM_ENDINGS, NUM_WORDS, CHOICES, CONTEXT_WORDS, ENDING_WORDS = 24, 8, 4, 24, 8
 ENDINGS = """
 task: endings
@@ -86,15 +88,6 @@ def write_tasks(folder: Path) -> None:
         (folder / f"{name}.yaml").write_text(form.format(folder=folder))
 
 
-def without_experts(checkpoint: Path, to: Path) -> None:
-    """The same checkpoint with routed experts that say nothing, and no p48ray.json that claims to know its bytes."""
-    shutil.copytree(checkpoint, to)
-    (to / "p48ray.json").unlink()
-    for file in to.glob("*.safetensors"):
-        tensors = load_file(file)
-        save_file({name: torch.zeros_like(t) if name.endswith("weight_packed") else t for name, t in tensors.items()}, file)
-
-
 @dataclass(frozen=True)
 class Job:
     """A finished run, and the command that evaluates it."""
@@ -123,12 +116,12 @@ def job(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Job:
     root = folder / "run"
     shutil.copytree(made / "run", root)
     write_tasks(folder / "tasks")
-    without_experts(root / "checkpoint", folder / "baseline")
-    (folder / "figures.yaml").write_text(yaml.safe_dump(FIGURES))
+    for role, figures in FIGURES.items():
+        (folder / f"{role}.yaml").write_text(yaml.safe_dump(figures))
     config = json.loads((root / "plan.json").read_text())["config"]
     config["benchmarks"] = {
-        "base": {"title": "the source", "figures": str(folder / "figures.yaml")},
-        "baseline": {"checkpoint": str(folder / "baseline"), "flags": FLAGS},
+        "base": {"title": "the source", "figures": str(folder / "base.yaml")},
+        "baseline": {"figures": str(folder / "baseline.yaml")},
         "ours": {"flags": FLAGS},
         "tasks": [
             {"task": "endings", "title": "Endings", "shots": 1, "metric": "acc_norm"},
@@ -180,7 +173,7 @@ def wait_for(condition: Any, timeout_s: float) -> None:
 
 
 def test_killed_in_between_it_goes_on_where_it_was(job: Job) -> None:
-    """Only the driver is killed, after the first figure: the server ends by itself, that figure is kept, and the second call asks for the other three."""
+    """Only the driver is killed, after the first figure: the server ends by itself, that figure is kept, and the second call asks for the other."""
     process = job.start()
     try:
         wait_for(lambda: job.results() or process.poll() is not None, 600)
@@ -197,35 +190,31 @@ def test_killed_in_between_it_goes_on_where_it_was(job: Job) -> None:
     code, log = job.run()
     assert code == 0, log
     assert {path: path.read_bytes() for path in before} == before
-    assert (
-        log.count(" in ")
-        and sum(f"{name} " in line and " % in " in line for line in log.splitlines() for name in ("acc_norm", "exact_match")) == 3
-    )
-    assert len(job.results()) == 4
+    asked = [line for line in log.splitlines() if " % in " in line and re.search("(acc_norm|exact_match) ", line)]
+    assert len(asked) == 1, log
+    assert len(job.results()) == 2
     assert not servers(job)
 
 
 def test_table_has_the_harness_figures(job: Job) -> None:
-    """Of a checkpoint and of the same without its experts, which must be worse at telling endings apart; what has no figure is empty."""
+    """Beside figures that are quoted; what has none is empty. The checkpoint must tell endings apart better than chance does."""
     table = json.loads((job.root / "report" / "report.json").read_text())["benchmarks"]
     base, baseline, ours = table["columns"]
-    assert (base["values"], base["source"]) == ({"endings": 80.0}, FIGURES["source"])
-    assert ours["servers"] == baseline["servers"] == ["vllm 0.32.0"] and ours["harness"] == "0.4.13"
-    assert ours["identity"] != baseline["identity"]
+    for role, column in (("base", base), ("baseline", baseline)):
+        assert (column["values"], column["source"]) == (FIGURES[role]["figures"], FIGURES[role]["source"])
+    assert ours["servers"] == ["vllm 0.32.0"] and ours["harness"] == "0.4.13"
     raw = [json.loads(path.read_text()) for path in job.root.glob("benchmarks/*/harness.json")]
-    for column, place in ((ours, job.root / "checkpoint"), (baseline, job.root.parent / "baseline")):
-        mine = [r["results"] for r in raw if r["config"]["model_args"]["model"] == str(place)]
-        expected = {k: 100 * v[m] for r in mine for k, v in r.items() for m in v if m in ("acc_norm,none", "exact_match,first-word")}
-        assert column["values"] == pytest.approx(expected) and set(expected) == {"endings", "words"}
+    assert {r["config"]["model_args"]["model"] for r in raw} == {str(job.root / "checkpoint")}
+    figures = {task: values for r in raw for task, values in r["results"].items()}
+    expected = {t: 100 * v[m] for t, v in figures.items() for m in v if m in ("acc_norm,none", "exact_match,first-word")}
+    assert ours["values"] == pytest.approx(expected) and set(expected) == {"endings", "words"}
     assert {r["num_samples"] for r in job.results().values()} == {NUM_ENDINGS, NUM_WORDS}
-    assert ours["values"]["endings"] > baseline["values"]["endings"] and ours["values"]["endings"] > 100 / CHOICES
+    assert ours["values"]["endings"] > 2 * 100 / CHOICES
     card = (job.root / "checkpoint" / "README.md").read_text()
     recovery = 100 * ours["values"]["endings"] / 80
-    row = f"| Endings | 1-shot acc_norm | 80.00 | {baseline['values']['endings']:.2f} | {ours['values']['endings']:.2f} |"
+    row = f"| Endings | 1-shot acc_norm | 80.00 | 40.00 | {ours['values']['endings']:.2f} |"
     assert f"{row} {ours['values']['endings'] - 80:+.2f} | {recovery:.1f}% |" in card
-    assert (
-        f"| words | 1-shot exact_match (first-word) |  | {baseline['values']['words']:.2f} | {ours['values']['words']:.2f} |  |  |" in card
-    )
+    assert f"| words | 1-shot exact_match (first-word) |  | 3.12 | {ours['values']['words']:.2f} |  |  |" in card
     assert "a paper that does not exist" in card and "a paper that does not exist" in (job.root / "report" / "report.html").read_text()
 
 
@@ -234,11 +223,3 @@ def test_finished_evaluation_starts_nothing(job: Job) -> None:
     code, log = job.run("--server", "http://127.0.0.1:9")
     assert code == 0, log
     assert "2 of 2 tasks done already" in log and "server    " not in log
-
-
-def test_server_that_can_not_start_is_reported_with_its_last_lines(job: Job) -> None:
-    flags = json.dumps(["--max-model-len", "many"])
-    code, log = job.run("--checkpoint", "ours", "--set", f"benchmarks.ours.flags={flags}", "--set", "benchmarks.limit=2")
-    assert code == 1
-    assert "ended with code 2 before it answered; its last lines:" in log
-    assert "--max-model-len" in log.rpartition("its last lines:")[2]
