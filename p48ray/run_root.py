@@ -82,14 +82,6 @@ def manifest_of(blob_key: str) -> str:
     return f"{blob_key.removesuffix('.arrow')}.json"
 
 
-def residual_part(layer: int, part: int) -> str:
-    return blob("residuals", layer, part)
-
-
-def compressed_residual_part(layer: int, part: int) -> str:
-    return blob("compressed-residuals", layer, part)
-
-
 def activation_part(layer: int, part: int) -> str:
     return blob("activations", layer, part)
 
@@ -104,10 +96,6 @@ def gradient_part(layer: int, part: int) -> str:
 
 def gradient_manifest(layer: int, part: int) -> str:
     return blob_manifest("gradients", layer, part)
-
-
-def residual_gradient_part(layer: int, part: int) -> str:
-    return blob("residual-gradients", layer, part)
 
 
 def layer_scales(layer: int) -> str:

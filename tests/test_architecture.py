@@ -1,6 +1,8 @@
 """The house's rules: imports run one way, ray stays at the edge, names say something, modules stay readable."""
 
 import ast
+import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -124,3 +126,22 @@ def test_nothing_unpickles() -> None:
         assert not {"pickle", "dill", "cloudpickle", "joblib"} & imports(path), name
         calls = {ast.unparse(node.func) for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)}
         assert not {"torch.load", "eval", "exec"} & calls, name
+
+
+NAMED_ELSEWHERE = {"seekable", "get_current_device", "get_current_stream", "get_current_target"}
+"""What others call by its name: file-like objects, a driver of Triton."""
+
+
+def test_nothing_is_there_for_tests_alone() -> None:
+    """Every function and class is named a second time in the package, a job or a bench. What is decorated its decorator may call."""
+    folders = (PACKAGE, REPO / "jobs", REPO / "bench")
+    sources = {path: path.read_text() for folder in folders for path in folder.rglob("*.py")}
+    counts = Counter(word for text in sources.values() for word in re.findall(r"\w+", text))
+    unused = [
+        f"{path.relative_to(REPO)}: {node.name}"
+        for path in PACKAGE.rglob("*.py")
+        for node in ast.walk(ast.parse(sources[path]))
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.decorator_list and not node.name.startswith("__")
+        if counts[node.name] < 2 and node.name not in NAMED_ELSEWHERE
+    ]
+    assert unused == []

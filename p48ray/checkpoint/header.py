@@ -67,15 +67,6 @@ def dtype_name(dtype: torch.dtype) -> str:
     return _DTYPE_NAMES[dtype]
 
 
-def read_header(store: Store, file: str) -> dict[str, TensorEntry]:
-    """All tensors of one file, in the order of its header. Reads 8 bytes and the JSON, no data.
-
-    Raises: SourceError, naming file, tensor, expected and found, for anything that is not a sound safetensors file.
-    """
-    raw, size_bytes = read_header_bytes(store, file)
-    return parse_header(file, raw, size_bytes)
-
-
 def read_header_bytes(store: Store, file: str) -> tuple[bytes, int]:
     """The header's JSON as stored, and the size of the whole file. Raises: SourceError if they cannot belong to a safetensors file."""
     info = store.head(file)

@@ -61,10 +61,6 @@ class ModelLayout:
         linears = [self.expert_linear_name(layer, expert, projection) for projection in PROJECTIONS]
         return tuple(f"{linear}.{suffix}" for linear in linears for suffix in self.expert_suffixes)
 
-    def layer_tensor_prefix(self, layer: int) -> str:
-        """What the names of all tensors of one decoder layer start with."""
-        return f"{self.layer_prefix}{layer}."
-
     def linear_shape(self, projection: str) -> tuple[int, int]:
         """(out features, in features) of an expert's linear."""
         if projection == "down_proj":

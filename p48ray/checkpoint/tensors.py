@@ -18,11 +18,6 @@ MAX_READ_BYTES = 256 * 2**20
 """A merged read stops growing here: it is held in memory beside the tensors cut from it."""
 
 
-def read_tensor(store: Store, entry: TensorEntry) -> Tensor:
-    """One tensor, on the CPU, writable. Raises: what Store.get_range raises."""
-    return from_bytes(store.get_range(entry.file, entry.start, entry.num_bytes), entry.dtype, entry.shape)
-
-
 def read_tensors(store: Store, entries: Iterable[TensorEntry]) -> dict[str, Tensor]:
     """Tensors by name, in the order given. Neighbours in a file are read in one request."""
     wanted = list(entries)

@@ -164,19 +164,28 @@ def damp(hessian: Float32[Tensor, "*n i i"], rel: float | Float32[Tensor, "*n"])
     return damped
 
 
-def shrink_towards(hessian: Float32[Tensor, "*n i i"], pool: Float32[Tensor, "*#n i i"], fraction: float) -> Float32[Tensor, "*n i i"]:
-    """(1 - f) H + f * pool * mean_diag(H) / mean_diag(pool): towards the pool's shape at H's own size.
+def shrink_towards(
+    own: SecondMoment, pool: SecondMoment, fraction: float, by: tuple[SecondMoment, SecondMoment] | None = None
+) -> Float[Tensor, "i i"]:
+    """(1 - f) M + f * pool * mean_diag(M) / mean_diag(pool): towards the pool's shape at M's own size.
 
-    The pool itself, unscaled, where H is all zero (an expert without tokens) or f is 1; H itself where the pool is zero.
+    Args:    by: the two moments that say the sizes, where M is not symmetric; None for M and the pool.
+    Returns: the pool as it is for a moment that is all zero or has no tokens; M where the pool is zero; a new tensor.
+    Raises:  NumericsError if a moment is not finite.
     """
-    own, other = mean_diagonal(hessian), mean_diagonal(pool)
-    other = other.expand_as(own)
-    ratio = own / torch.where(other > 0, other, torch.ones_like(other))
-    blended = (1 - fraction) * hessian + (fraction * ratio)[..., None, None] * pool
-    is_pool = (own == 0) | (fraction == 1.0)
-    is_own = (other == 0) & ~is_pool
-    kept = torch.where(is_own[..., None, None], hessian, blended)
-    return torch.where(is_pool[..., None, None], pool, kept)
+    if own.num_tokens == 0:
+        return pool.mean()
+    own_II = own.mean()
+    if fraction == 0:
+        return own_II
+    pool_II = pool.mean()
+    sizes = (own_II, pool_II) if by is None else (by[0].mean(), by[1].mean())
+    own_size, pool_size = (m.diagonal().mean() for m in sizes)
+    if not bool(pool_size > 0):
+        return own_II
+    if not bool(own_size > 0):
+        return pool_II
+    return (1 - fraction) * own_II + fraction * (own_size / pool_size) * pool_II
 
 
 def damp_from_tokens(tokens_per_input: float) -> float:

@@ -30,11 +30,6 @@ def relative_output_error(
     return _ratio(hessian_loss(w - q, hessian), hessian_loss(w, hessian))
 
 
-def sqnr_db(w: Float32[Tensor, "n o i"], q: Float32[Tensor, "n o i"]) -> Float32[Tensor, "n"]:
-    """Signal to quantization noise ratio of the weights in decibels; infinite where q is w."""
-    return -10 * relative_weight_error(w, q).log10()
-
-
 def _ratio(error_N: Tensor, reference_N: Tensor) -> Tensor:
     """error / reference in float32; where the reference is 0: 0 for no error, else infinity."""
     exact_N = torch.where(error_N == 0, 0.0, torch.inf)

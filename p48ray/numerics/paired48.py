@@ -107,17 +107,6 @@ def unpack_sparse(kept: UInt8[Tensor, "*n s"], mask: UInt8[Tensor, "*n m"]) -> U
     return ((kept_K & 0xFF) << 8 * first_K | (kept_K >> 8 & 0xFF) << 8 * second_K).view(torch.uint8)
 
 
-def ordered_metadata(mask: UInt8[Tensor, "*n m"]) -> UInt8[Tensor, "*n m"]:
-    """The sparse storage's mask as the tensor cores' ordered metadata: 4 bits a pair_group, two 2-bit indices of the kept pairs, the lower in the low bits.
-
-    Two pair_groups a byte, low nibble = lower inputs, rows as they are: what a kernel's layout then does with the order of rows and words is its own.
-    Source:  PTX ISA, "Sparse matrix storage" of mma.sp with .kind::mxf4nvf4, 4:8 in pairs, ordered metadata: 0b0100 for pairs 0 and 1 up to 0b1110.
-    Raises:  NumericsError if a nibble does not have exactly 2 bits.
-    """
-    first_K, second_K = _kept_pairs(_nibbles(mask))
-    return _two_nibbles_a_byte(first_K | second_K << 2)
-
-
 def _stored_mask(nonzero: int) -> int:
     """The mask that stores a pair_group with these nonzero bytes: them, and the lowest others up to two. 0 where they are more than two."""
     bits = [i for i in range(PAIRS_IN_GROUP) if nonzero >> i & 1]

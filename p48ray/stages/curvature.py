@@ -18,7 +18,7 @@ from p48ray.estimate_memory import stored_bytes
 from p48ray.manifest import LayerScales
 from p48ray.model.experts import ExpertWeights, intermediate
 from p48ray.numerics.activation import count_clipped, quantize_activations
-from p48ray.numerics.curvature import SecondMoment, shrinkage_from_tokens
+from p48ray.numerics.curvature import SecondMoment, shrink_towards, shrinkage_from_tokens
 from p48ray.numerics.output_gradients import expert_gradients, norm_weights
 from p48ray.numerics.products import tensor_float_32
 from p48ray.numerics.solvers import SOLVERS
@@ -234,8 +234,8 @@ def shrunk_output_hessians(
         pool_inner = SecondMoment.zeros(inner.sum_II.shape[0], x_TH.device)
         with tensor_float_32():
             pool_inner.add_(expert_gradients(x_TH, delta_TH, router_T, *weights)[0], None)
-        gate_up.append(blend(inner, pool_inner, shrinkage_from_tokens(per_input, GATE_UP_OUTPUT_HALF_TOKENS)))
-        down.append(blend(outer, pool_down, shrinkage_from_tokens(per_input, DOWN_OUTPUT_HALF_TOKENS)))
+        gate_up.append(shrink_towards(inner, pool_inner, shrinkage_from_tokens(per_input, GATE_UP_OUTPUT_HALF_TOKENS)))
+        down.append(shrink_towards(outer, pool_down, shrinkage_from_tokens(per_input, DOWN_OUTPUT_HALF_TOKENS)))
     return gate_up, down
 
 
@@ -269,7 +269,7 @@ def gate_up_curvature(tokens: RoutedTokens, side: OutputSide) -> tuple[list[Curv
     for output_hessian in side.gate_up:
         moment = own.pop(0)  # gone once it is blended: 0.2 GB each for Kimi-K2.5
         share = shrinkage(tokens, moment.num_tokens, hidden, GATE_UP_HALF_TOKENS)
-        result.append(Curvature(blend(moment, pool, share), moment.num_tokens, share, output_hessian_OO=output_hessian))
+        result.append(Curvature(shrink_towards(moment, pool, share), moment.num_tokens, share, output_hessian_OO=output_hessian))
     return result, clipped.item() / max(1, seen)
 
 
@@ -303,7 +303,7 @@ def down_curvature(
         elsewhere = [SecondMoment.zeros(size, sample_TH.device) for _ in range(3)]
         if share:
             add(elsewhere, n, sample_TH, None)
-        blended = [blend(m, p, share, by=(moments[0], elsewhere[0])) for m, p in zip(moments, elsewhere, strict=True)]
+        blended = [shrink_towards(m, p, share, by=(moments[0], elsewhere[0])) for m, p in zip(moments, elsewhere, strict=True)]
         result.append(Curvature(blended[0], moments[0].num_tokens, share, blended[1], blended[2], side.down[n]))
     return result, clipped.item() / max(1, seen)
 
@@ -314,16 +314,3 @@ def shrinkage(tokens: RoutedTokens, num_tokens: int, in_features: int, half_toke
     if not SOLVERS[tokens.settings.solver].uses_model_loss and per_input >= MIN_TOKENS_PER_INPUT:
         return 0.0
     return shrinkage_from_tokens(per_input, half_tokens)
-
-
-def blend(own: SecondMoment, pool: SecondMoment, share: float, by: tuple[SecondMoment, SecondMoment] | None = None) -> Tensor:
-    """(1 - share) own + share * pool, the pool rescaled to own's mean diagonal (taken from the pair `by` where the moment is not symmetric)."""
-    if own.num_tokens == 0:
-        return pool.mean()
-    own_II = own.mean()
-    if share == 0:
-        return own_II
-    pool_II = pool.mean()
-    own_by, pool_by = (own_II, pool_II) if by is None else (by[0].mean(), by[1].mean())
-    ratio = own_by.diagonal().mean() / pool_by.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
-    return (1 - share) * own_II + share * ratio * pool_II

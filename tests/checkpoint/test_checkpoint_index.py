@@ -12,11 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from p48ray.checkpoint.header import read_header
 from p48ray.checkpoint.index import EDGE_BYTES, CheckpointIndex, open_checkpoint
 from p48ray.checkpoint.tensors import serialize
 from p48ray.errors import SourceError
 from p48ray.store import ByteRange, LocalStore, MemoryStore
+from tests.checkpoint.entries import read_entries
 from tests.checkpoint.tiny_variants import TINY
 
 INDEX = "model.safetensors.index.json"
@@ -149,7 +149,7 @@ def test_tensor_of_the_index_that_its_file_lacks_is_named(copy_of_tiny: Copy) ->
 
 def test_tensor_in_another_file_than_the_index_says_is_named(copy_of_tiny: Copy) -> None:
     store = copy_of_tiny()
-    name = next(iter(read_header(store, FIRST)))
+    name = next(iter(read_entries(store, FIRST)))
     edit_index(store, lambda weight_map: weight_map.update({name: SECOND}))
     with pytest.raises(SourceError, match=rf"not in the header.*{name} in {SECOND}$"):
         open_checkpoint(store)
@@ -157,7 +157,7 @@ def test_tensor_in_another_file_than_the_index_says_is_named(copy_of_tiny: Copy)
 
 def test_tensor_that_the_index_does_not_name_is_named(copy_of_tiny: Copy) -> None:
     store = copy_of_tiny()
-    name = next(iter(read_header(store, FIRST)))
+    name = next(iter(read_entries(store, FIRST)))
     edit_index(store, lambda weight_map: weight_map.pop(name))
     with pytest.raises(SourceError, match=rf"{INDEX}.*{name} in {FIRST} \(index: None\)$"):
         open_checkpoint(store)

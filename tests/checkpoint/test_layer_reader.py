@@ -37,7 +37,7 @@ def cache(tmp_path: Path) -> Iterator[NodeCache]:
 
 
 def check(reader: LayerReader, index: CheckpointIndex, layout: ModelLayout, number: int) -> None:
-    prefix = layout.layer_tensor_prefix(number)
+    prefix = f"{layout.layer_prefix}{number}."
     expected = read_tensors(index.store, [e for n, e in index.tensors.items() if n.startswith(prefix)])
     found = reader.tensors(number)
     assert set(found) == set(expected) and len(found) > 10

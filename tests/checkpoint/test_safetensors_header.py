@@ -16,11 +16,11 @@ from p48ray.checkpoint.header import (
     TensorEntry,
     dtype_name,
     encode_header,
-    read_header,
     torch_dtype,
 )
 from p48ray.errors import P48Error, SourceError
 from p48ray.store import MemoryStore
+from tests.checkpoint.entries import read_entries
 
 
 def store_with(data: bytes) -> MemoryStore:
@@ -41,7 +41,7 @@ def record(dtype: str, shape: Any, offsets: Any) -> dict[str, Any]:
 def test_header_of_the_reference_writer_is_read() -> None:
     tensors = {"a": torch.arange(6, dtype=torch.float32).reshape(2, 3), "b.c": torch.ones(5, dtype=torch.uint8), "s": torch.tensor(7)}
     data = save(tensors, metadata={"format": "pt"})
-    entries = read_header(store_with(data), "f.safetensors")
+    entries = read_entries(store_with(data), "f.safetensors")
     assert set(entries) == {"a", "b.c", "s"}
     for name, tensor in tensors.items():
         entry = entries[name]
@@ -54,7 +54,7 @@ def test_encoded_header_is_read_back_in_order_with_contiguous_offsets() -> None:
     specs = [("z", "F32", (2, 3)), ("a", "F8_E4M3", (5,)), ("empty", "BF16", (0, 4)), ("scalar", "I64", ()), ("ü", "U8", (1,))]
     header = encode_header(specs)
     assert len(header) % 8 == 0
-    entries = read_header(store_with(header + bytes(24 + 5 + 0 + 8 + 1)), "f.safetensors")
+    entries = read_entries(store_with(header + bytes(24 + 5 + 0 + 8 + 1)), "f.safetensors")
     assert list(entries) == [name for name, _, _ in specs]
     start = len(header)
     for name, dtype, shape in specs:
@@ -138,18 +138,18 @@ MALFORMED = {
 def test_malformed_file_is_refused_naming_file_and_fault(case: str) -> None:
     data, message = MALFORMED[case]
     with pytest.raises(SourceError, match=rf"^f\.safetensors: .*{message}"):
-        read_header(store_with(data), "f.safetensors")
+        read_entries(store_with(data), "f.safetensors")
 
 
 @pytest.mark.parametrize("name", ["", "a..b", "../a", "a/b", "/a", "a\\b", "a\0b", "a\nb", "a\x7fb", "\ud800"])
 def test_tensor_names_that_could_act_as_paths_are_refused(name: str) -> None:
     with pytest.raises(SourceError, match=r"^f\.safetensors: tensor .*expected a name without"):
-        read_header(store_with(raw_file({name: GOOD}, 8)), "f.safetensors")
+        read_entries(store_with(raw_file({name: GOOD}, 8)), "f.safetensors")
 
 
 def test_missing_file_is_named() -> None:
     with pytest.raises(SourceError, match=r"other\.safetensors: .*memory://.*found none"):
-        read_header(store_with(b""), "other.safetensors")
+        read_entries(store_with(b""), "other.safetensors")
 
 
 def test_header_is_read_by_two_ranges_and_no_data(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,6 +162,6 @@ def test_header_is_read_by_two_ranges_and_no_data(monkeypatch: pytest.MonkeyPatc
         return real(self, key, start, num_bytes)
 
     monkeypatch.setattr(MemoryStore, "get_range", note)
-    read_header(store, "f.safetensors")
+    read_entries(store, "f.safetensors")
     assert [start for start, _ in ranges] == [0, 8]
     assert sum(num_bytes for _, num_bytes in ranges) < 100

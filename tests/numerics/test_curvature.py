@@ -1,7 +1,10 @@
 """Second moments against a sum token by token; damping and shrinkage at their anchor points."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from torch import Tensor
 
 from p48ray.errors import NumericsError
 from p48ray.numerics import curvature
@@ -104,29 +107,38 @@ def test_shrinkage_is_one_without_tokens_and_a_half_at_half_tokens(num_tokens: f
     assert shrinkage_from_tokens(num_tokens, 2.0) == pytest.approx(expected)
 
 
+def moment(matrix: list[list[float]] | Tensor) -> SecondMoment:
+    """Of one token, whose mean is the matrix."""
+    return replace(SecondMoment.zeros(2, "cpu"), sum_II=torch.as_tensor(matrix), weight_total=torch.tensor(1.0), num_tokens=1)
+
+
 def test_shrinking_mixes_the_pool_at_the_experts_own_size() -> None:
-    hessian, pool = torch.diag(torch.tensor([2.0, 6.0])), torch.tensor([[50.0, 10.0], [10.0, 30.0]])
-    expected = 0.75 * hessian + 0.25 * pool * (4.0 / 40.0)
-    torch.testing.assert_close(shrink_towards(hessian, pool, 0.25), expected)
-    torch.testing.assert_close(shrink_towards(torch.stack([hessian, hessian]), pool, 0.25)[1], expected)
+    own, pool = torch.tensor([[2.0, 0.0], [0.0, 6.0]]), torch.tensor([[50.0, 10.0], [10.0, 30.0]])
+    expected = 0.75 * own + 0.25 * pool * (4.0 / 40.0)
+    torch.testing.assert_close(shrink_towards(moment(own), moment(pool), 0.25), expected)
+    torch.testing.assert_close(shrink_towards(moment(own), moment(pool), 1.0), pool * (4.0 / 40.0))
+    assert torch.equal(shrink_towards(moment(own), moment(pool), 0.0), own)
 
 
-def test_shrinking_by_nothing_keeps_the_hessian_and_wholly_gives_the_pool() -> None:
-    hessian, pool = torch.diag(torch.tensor([2.0, 6.0])), torch.diag(torch.tensor([50.0, 30.0]))
-    assert torch.equal(shrink_towards(hessian, pool, 0.0), hessian)
-    assert torch.equal(shrink_towards(hessian, pool, 1.0), pool)
+def test_sizes_are_those_of_other_moments_where_they_are_given() -> None:
+    """A cross moment's diagonal may be of any sign."""
+    cross, pool = torch.tensor([[-3.0, 1.0], [2.0, 3.0]]), torch.tensor([[1.0, 5.0], [-5.0, -1.0]])
+    by = (moment(torch.eye(2) * 6.0), moment(torch.eye(2) * 2.0))
+    torch.testing.assert_close(shrink_towards(moment(cross), moment(pool), 0.5, by), 0.5 * cross + 0.5 * 3.0 * pool)
 
 
-def test_an_expert_without_tokens_takes_the_pool_and_others_in_the_batch_do_not() -> None:
-    hessian = torch.stack([torch.zeros(2, 2), torch.eye(2)])
-    pool = torch.diag(torch.tensor([50.0, 30.0]))
-    shrunk = shrink_towards(hessian, pool, 0.5)
-    assert torch.equal(shrunk[0], pool)
-    torch.testing.assert_close(shrunk[1], 0.5 * torch.eye(2) + 0.5 * pool / 40)
+def test_an_expert_without_tokens_or_with_zeros_alone_takes_the_pool() -> None:
+    pool = torch.tensor([[50.0, 0.0], [0.0, 30.0]])
+    assert torch.equal(shrink_towards(SecondMoment.zeros(2, "cpu"), moment(pool), 1.0), pool)
+    assert torch.equal(shrink_towards(moment(torch.zeros(2, 2)), moment(pool), 0.5), pool)
 
 
-def test_an_empty_pool_leaves_the_hessian() -> None:
-    assert torch.equal(shrink_towards(torch.eye(2), torch.zeros(2, 2), 0.5), torch.eye(2))
+def test_a_pool_of_zeros_leaves_the_moment() -> None:
+    """It used to be halved by it, and to be no number where it was large."""
+    for size in (1.0, 1e30):
+        own = torch.eye(2) * size
+        assert torch.equal(shrink_towards(moment(own), moment(torch.zeros(2, 2)), 0.5), own)
+    assert torch.equal(shrink_towards(moment(torch.eye(2)), SecondMoment.zeros(2, "cpu"), 0.5), torch.eye(2))
 
 
 @pytest.mark.parametrize("has_y", [False, True])

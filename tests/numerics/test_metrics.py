@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from p48ray.numerics.metrics import hessian_loss, relative_output_error, relative_weight_error, sqnr_db
+from p48ray.numerics.metrics import hessian_loss, relative_output_error, relative_weight_error
 from tests.reference.problems import correlated, identity
 
 
@@ -41,9 +41,3 @@ def test_relative_output_error_with_white_inputs_is_the_weight_error() -> None:
     w, _ = correlated(2, 2, 8, 16)
     q = w + 0.001
     torch.testing.assert_close(relative_output_error(w, q, identity(2, 16)), relative_weight_error(w, q))
-
-
-def test_sqnr_of_a_hundredth_is_twenty_decibels() -> None:
-    w = torch.ones(1, 1, 4)
-    torch.testing.assert_close(sqnr_db(w, w * 0.9), torch.tensor([20.0]))
-    assert sqnr_db(w, w).item() == math.inf

@@ -150,8 +150,6 @@ def test_masks_without_exactly_two_bits_are_refused(nibble: int) -> None:
     mask = torch.tensor([[0x33, nibble << 4 | 0x05]], dtype=torch.uint8)
     with pytest.raises(NumericsError, match=rf"found {nibble:04b} at pair_group \(0, 3\)"):
         paired48.unpack_sparse(torch.zeros(1, 8, dtype=torch.uint8), mask)
-    with pytest.raises(NumericsError, match="exactly 2 of 4 bits"):
-        paired48.ordered_metadata(mask)
 
 
 def test_sparse_storage_of_cut_groups_and_of_shapes_that_do_not_fit_is_refused() -> None:
@@ -159,21 +157,6 @@ def test_sparse_storage_of_cut_groups_and_of_shapes_that_do_not_fit_is_refused()
         paired48.pack_sparse(torch.zeros(1, 12, dtype=torch.uint8))
     with pytest.raises(NumericsError, match="4 kept bytes for every byte"):
         paired48.unpack_sparse(torch.zeros(1, 6, dtype=torch.uint8), torch.full((1, 2), 0x33, dtype=torch.uint8))
-
-
-def test_ordered_metadata_of_every_byte_is_what_a_search_over_indices_finds() -> None:
-    """For a nibble of the mask, the one metadata (of all 16) whose two rising indices select exactly the kept pairs."""
-
-    def search(nibble: int) -> int:
-        found = [m for m in range(16) if (m & 3) < (m >> 2) and {m & 3, m >> 2} == {k for k in range(4) if nibble >> k & 1}]
-        assert len(found) == 1
-        return found[0]
-
-    legal = [n for n in range(16) if bin(n).count("1") == 2]
-    masks = [low | high << 4 for low, high in product(legal, repeat=2)]
-    expected = [search(m & 15) | search(m >> 4) << 4 for m in masks]
-    assert paired48.ordered_metadata(torch.tensor([masks], dtype=torch.uint8)).tolist() == [expected]
-    assert sorted({m & 15 for m in expected}) == [0b0100, 0b1000, 0b1001, 0b1100, 0b1101, 0b1110]
 
 
 def test_illegal_groups_are_those_with_more_than_two_nonzero_bytes_whatever_the_bytes() -> None:

@@ -207,8 +207,8 @@ def expected_files(prepared: Prepared, keep: str, root: Path) -> set[str]:
     names |= {run_root.unit_manifest(u.id) for u in plan.units} | {run_root.shard_verdict(s.name) for s in prepared.shards}
     if keep == "all":
         names |= {run_root.activation_part(*p) for p in parts} | {run_root.gradient_part(*p) for p in parts}
-        boundaries = {run_root.residual_part(b, p.part) for b in (1, 2, 3, 4, 5) for p in plan.parts}
-        boundaries |= {run_root.residual_gradient_part(b, p.part) for b in (2, 3, 4, 5) for p in plan.parts}
+        boundaries = {run_root.blob("residuals", b, p.part) for b in (1, 2, 3, 4, 5) for p in plan.parts}
+        boundaries |= {run_root.blob("residual-gradients", b, p.part) for b in (2, 3, 4, 5) for p in plan.parts}
         names |= boundaries | {run_root.manifest_of(key) for key in boundaries}
     if keep != "checkpoint":
         manifests = [UnitManifest.load(LocalStore(root), run_root.unit_manifest(u.id)) for u in plan.units]
@@ -406,8 +406,8 @@ def test_corrupt_boundary_that_others_are_run_again_from_is_made_anew(local_run:
     root, damaged = tmp_path / "run", []
 
     def after(what: str, key: str) -> None:
-        if what == "write" and key == run_root.residual_gradient_part(4, 0) and not damaged:
-            damaged.append(root / run_root.residual_part(2, 0))
+        if what == "write" and key == run_root.blob("residual-gradients", 4, 0) and not damaged:
+            damaged.append(root / run_root.blob("residuals", 2, 0))
             damaged[0].write_bytes(damaged[0].read_bytes()[:-8] + bytes(8))
 
     prepared = prepared_run(root, run__keep="units", run__boundary_every="2")
@@ -592,7 +592,7 @@ def overtake(patch: pytest.MonkeyPatch, root: Path, keep: str, when: Callable[[s
     ("stage", "key"),
     [
         ("capture", run_root.activation_part(2, 0)),
-        ("gradients", run_root.residual_gradient_part(4, 0)),
+        ("gradients", run_root.blob("residual-gradients", 4, 0)),
         ("compress", "units/L002"),
         ("reduce", "checkpoint/model-00002-of-00006.safetensors"),
     ],

@@ -272,7 +272,7 @@ def test_data_goes_with_its_layers_last_unit_and_boundaries_with_the_last_stream
     prepared = make("units", **{"run.num_workers": "1"})
     work, _ = started(prepared)
     (up,) = work.more(False)
-    boundaries = [run_root.residual_part(2, 0), run_root.residual_gradient_part(3, 0)]
+    boundaries = [run_root.blob("residuals", 2, 0), run_root.blob("residual-gradients", 3, 0)]
     for key in boundaries:
         prepared.store.put(key, b"-")
     for n in (2, 3, TOP):

@@ -44,7 +44,7 @@ def leave(context: StageContext, number: int = 2, part: int = 1, values_BSH: Ten
 
 
 def key_of(number: int = 2, part: int = 1) -> str:
-    return run_root.residual_part(number, part)
+    return run_root.blob("residuals", number, part)
 
 
 def path_of(context: StageContext, key: str) -> Path:
@@ -239,7 +239,7 @@ def test_a_replaced_boundary_goes_only_once_what_replaces_it_is_durable(slow: tu
         assert store.head(key_of()) is not None
         store.go.set()
     assert store.head(key_of()) is None and store.head(run_root.manifest_of(key_of())) is None
-    assert store.head(run_root.residual_part(3, 1)) is not None
+    assert store.head(run_root.blob("residuals", 3, 1)) is not None
 
 
 def test_nothing_is_deleted_after_a_write_that_failed_and_its_error_is_told(context: StageContext, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -280,7 +280,7 @@ def test_a_stream_waits_for_room_behind_it(slow: tuple[StageContext, SlowStore],
     store.go.set()
     assert passed.wait(WAIT_S)
     thread.join(WAIT_S)
-    assert store.head(run_root.residual_part(4, 1)) is not None
+    assert store.head(run_root.blob("residuals", 4, 1)) is not None
 
 
 def test_a_blob_larger_than_the_bound_goes_alone(context: StageContext, monkeypatch: pytest.MonkeyPatch) -> None:

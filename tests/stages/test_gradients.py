@@ -93,7 +93,7 @@ def test_delta_is_autograds_through_the_whole_model(context: StageContext, monke
             stored_TH = arrow.decode(context.store.get(run_root.gradient_part(layer, part.part)), "part")["delta"]
             assert torch.equal(stored_TH.view(torch.int16), delta_TH.to(torch.bfloat16).view(torch.int16))
     for number in range(2, HEAD + 1):
-        stored = [arrow.decode(context.store.get(run_root.residual_gradient_part(number, p.part)), "r") for p in context.plan.parts]
+        stored = [arrow.decode(context.store.get(run_root.blob("residual-gradients", number, p.part)), "r") for p in context.plan.parts]
         assert relative_gap(torch.cat([s["values"] for s in stored]), entering[number]) <= 1e-4
     for manifest in manifests:
         delta_TH = raw[manifest.layer, manifest.part]
@@ -281,7 +281,7 @@ def test_no_two_layers_weights_are_ever_held_together(context: StageContext, mon
 def test_gradients_that_are_not_finite_are_refused_by_layer_and_part(context: StageContext, number: int, found: int) -> None:
     residual_TH = context.boundary("residuals", number, 1).clone()
     residual_TH[5, 7] = torch.nan
-    for key in (run_root.blob_manifest("residuals", number, 1), run_root.residual_part(number, 1)):
+    for key in (run_root.blob_manifest("residuals", number, 1), run_root.blob("residuals", number, 1)):
         context.store.delete(key)
     with BlobWriter(context) as writer:
         write_boundary(writer, "residuals", number, context.plan.parts[1], residual_TH[None], 0.0)

@@ -135,7 +135,7 @@ def test_parts_give_the_same_bytes_together_and_alone(context: StageContext, two
     propagate_parts(context, (3, [0, 1, 2]))
     for part in (2, 0, 1):
         propagate_parts(alone, (3, [part]))
-    for key in [run_root.activation_part(3, p) for p in (0, 1, 2)] + [run_root.compressed_residual_part(3, p) for p in (0, 1, 2)]:
+    for key in [run_root.activation_part(3, p) for p in (0, 1, 2)] + [run_root.blob("compressed-residuals", 3, p) for p in (0, 1, 2)]:
         assert context.store.get(key) == alone.store.get(key), key
 
 
@@ -152,10 +152,10 @@ def test_each_turn_starts_from_the_last_boundary_and_leaves_the_next(context: St
     boundary = StageContext.boundary
     monkeypatch.setattr(StageContext, "boundary", lambda self, *place: read.append(run_root.blob(*place)) or boundary(self, *place))
     propagate_parts(context, (3, [0, 1]))
-    assert read == [run_root.compressed_residual_part(2, p) for p in (0, 1)]
+    assert read == [run_root.blob("compressed-residuals", 2, p) for p in (0, 1)]
     assert propagate_parts(context, (3, [0, 1])) == []
-    assert held(context) == {run_root.compressed_residual_part(b, p) for b in (1, 2) for p in (0, 1, 2)} | {
-        run_root.compressed_residual_part(3, p) for p in (0, 1)
+    assert held(context) == {run_root.blob("compressed-residuals", b, p) for b in (1, 2) for p in (0, 1, 2)} | {
+        run_root.blob("compressed-residuals", 3, p) for p in (0, 1)
     }
 
 
@@ -163,7 +163,7 @@ def test_boundary_goes_once_the_next_is_stored_where_not_all_is_kept(two_layers:
     shutil.copytree(two_layers, tmp_path / "run")
     context = open_run(tmp_path / "run", *SETTINGS, "run.keep=units")
     propagate_parts(context, (3, [0, 1, 2]))
-    assert held(context) == {run_root.compressed_residual_part(b, p) for b in (1, 3) for p in (0, 1, 2)}
+    assert held(context) == {run_root.blob("compressed-residuals", b, p) for b in (1, 3) for p in (0, 1, 2)}
 
 
 def damage_shard(context: StageContext, how: Callable[[Path], None]) -> tuple[str, str]:
@@ -186,7 +186,7 @@ def test_shard_that_is_not_what_its_manifest_says_is_named_to_be_made_anew(conte
 
 
 def test_boundary_that_is_not_what_was_written_is_named_to_be_made_anew(context: StageContext) -> None:
-    key = run_root.compressed_residual_part(2, 1)
+    key = run_root.blob("compressed-residuals", 2, 1)
     flip_a_bit(Path(context.store.uri) / key)
     with pytest.raises(CorruptObjectError) as caught:
         propagate_parts(context, (3, [0, 1, 2]))
