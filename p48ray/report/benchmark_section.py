@@ -1,17 +1,13 @@
-"""The table of benchmarks, for report.html and for a terminal. A figure that is missing is an empty cell."""
+"""The table of benchmarks, for report.html and for a terminal.
+
+A figure that is missing is an empty cell.
+"""
 
 from rich.console import Console
 from rich.table import Table
 
-from p48ray.report import charts
-from p48ray.report.charts import esc
-from p48ray.report.expert_sections import section
+from p48ray.report.fold import Values
 from p48ray.stages.benchmarks import BenchmarkTable, table_notes, table_rows
-
-INTRO = (
-    "The checkpoint as a server answers for it, through lm-evaluation-harness. Per cent; Δ in points; recovery is the share of the base's figure. The average "
-    "is over the tasks that every column with figures has."
-)
 
 
 def cells(table: BenchmarkTable, with_errors: bool = True) -> tuple[list[str], list[list[str]]]:
@@ -23,22 +19,20 @@ def cells(table: BenchmarkTable, with_errors: bool = True) -> tuple[list[str], l
         for column in table.columns:
             value = getattr(row, column.role)
             error = column.stderr.get(row.task or "") if with_errors else None
-            found.append("" if value is None else f"{value:.2f}" + ("" if error is None else f" ± {error:.2f}"))
+            beside = "" if error is None else f" ± {error:.2f}"
+            found.append("" if value is None else f"{value:.2f}{beside}")
         found.append("" if row.delta is None else f"{row.delta:+.2f}")
         found.append("" if row.recovery is None else f"{row.recovery:.1f}%")
         body.append(found)
     return head, body
 
 
-def benchmark_section(table: BenchmarkTable | None) -> str:
-    """Nothing where no benchmark was run."""
+def benchmarks(table: BenchmarkTable | None) -> Values | None:
+    """Values of benchmarks.html.j2; None where no benchmark was run."""
     if table is None or not any(c.values for c in table.columns):
-        return ""
-    head, body = cells(table)
-    rows = [[esc(cell) for cell in row] for row in body]
-    rows[-1] = [f"<strong>{cell}</strong>" if cell else "" for cell in rows[-1]]
-    notes = f'<p style="margin:18px 0 0">{esc(" ".join(table_notes(table)))}</p>'
-    return section("benchmarks", "Benchmarks", esc(INTRO), charts.table([esc(h) for h in head], rows, (0, 1)), notes)
+        return None
+    head, rows = cells(table)
+    return {"head": head, "rows": rows, "notes": " ".join(table_notes(table))}
 
 
 def print_benchmarks(table: BenchmarkTable, console: Console) -> None:

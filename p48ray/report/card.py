@@ -1,26 +1,22 @@
 """The model card of a finished checkpoint, generated from the run: only what was done and measured, and how to do it again.
 
-Front matter through huggingface_hub's ModelCardData, which the Hub validates. Nothing in it depends on the clock or the machine, so that a checkpoint is
-the same however often it was interrupted.
+Its front matter is in front_matter.py. Nothing in it depends on the clock or the machine, so that a
+checkpoint is the same however often it was interrupted.
 """
 
 import json
 from collections.abc import Sequence
-from typing import Any
-
-from huggingface_hub import ModelCard, ModelCardData
 
 from p48ray import __version__
 from p48ray.checkpoint.families import FAMILIES
-from p48ray.checkpoint.index import CheckpointIndex
 from p48ray.checkpoint.sparse_storage import Storage
-from p48ray.errors import ObjectMissingError
 from p48ray.manifest import UnitManifest
 from p48ray.numerics.solution import PAIRED_48
 from p48ray.numerics.solvers import SOLVERS
 from p48ray.output_layout import unit_bytes
 from p48ray.plan import NUMERICS_VERSION, RunPlan
 from p48ray.report.benchmark_section import cells
+from p48ray.report.front_matter import base_model, base_revision, carried_fields, front_matter
 from p48ray.report.storage_card import convert_card
 from p48ray.stages.benchmarks import BenchmarkTable, table_notes
 from p48ray.stages.context import StageContext
@@ -30,7 +26,6 @@ VLLM_VERSION = "0.32"  # which reads no VLLM_USE_FLASHINFER_MOE_FP4 any more; th
 SERVING_GPUS = 4
 MOE_BACKEND = "flashinfer_trtllm"  # of its NVFP4 backends the one that it tries first
 NOTICES = ("LICENSE", "LICENCE", "NOTICE", "THIRD_PARTY", "USE_POLICY")
-CARRIED_FIELDS = ("license", "license_name", "license_link", "pipeline_tag")
 
 
 def model_card(
@@ -72,49 +67,6 @@ def model_card(
 
 def expert_bytes(context: StageContext, storage: Storage) -> int:
     return sum(unit_bytes(context.layout, unit, storage) for unit in context.plan.units)
-
-
-def front_matter(context: StageContext) -> ModelCardData:
-    is_sparse = context.plan.config.compression.sparsity == PAIRED_48
-    base = base_model(context.plan)
-    fields: dict[str, Any] = {"base_model_relation": "quantized" if base else None} | carried_fields(context.source)
-    return ModelCardData(
-        library_name="transformers",
-        base_model=base,
-        tags=["compressed-tensors", "nvfp4", *(["paired-4-8-sparse"] if is_sparse else []), "moe"],
-        **fields,
-    )
-
-
-def base_model(plan: RunPlan) -> str | None:
-    """The source's name on the Hub, where it is known."""
-    return plan.config.output.base_model or hub_name(plan)[0]
-
-
-def base_revision(plan: RunPlan) -> str | None:
-    """The source's commit or branch on the Hub, where it is known."""
-    return plan.config.output.base_revision or hub_name(plan)[1]
-
-
-def hub_name(plan: RunPlan) -> tuple[str | None, str | None]:
-    """owner/name and revision as a hf:// source states them."""
-    checkpoint = plan.config.source.checkpoint
-    if not checkpoint.startswith("hf://"):
-        return None, None
-    name, _, revision = checkpoint.removeprefix("hf://").partition("@")
-    return name, revision or None
-
-
-def carried_fields(source: CheckpointIndex) -> dict[str, str]:
-    """Licence and task as the source's own card states them."""
-    try:
-        text = source.store.get("README.md").decode("utf-8", "replace")
-    except ObjectMissingError:
-        return {}
-    if not text.startswith("---"):  # no front matter, which the library would remark upon
-        return {}
-    data = ModelCard(text, ignore_metadata_errors=True).data.to_dict()
-    return {name: str(data[name]) for name in CARRIED_FIELDS if data.get(name)}
 
 
 def summary(context: StageContext) -> str:

@@ -1,18 +1,23 @@
-"""What report.html says about the experts: errors, tokens, outcomes, regularization, masks and scales."""
+"""What report.html says about the experts: errors, tokens, outcomes, regularization, masks, scales.
+
+A function per section gives the values of the template of its name (templates/*.html.j2).
+"""
 
 import math
 from collections import Counter
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from p48ray.checkpoint.layout import PROJECTIONS
-from p48ray.manifest import LinearRecord
 from p48ray.numerics.paired48 import PATTERNS
 from p48ray.report import charts
-from p48ray.report.charts import Scale, esc
-from p48ray.report.fold import Facts, binned, quantiles
+from p48ray.report.charts import Chart, Part
+from p48ray.report.fold import Facts, Values, binned, quantiles
+from p48ray.report.heat import ERROR_RAMP, LOAD_RAMP, heat_map, legend
 from p48ray.report.inspect import pattern_names
 from p48ray.report.report import FEW_TOKENS_SHARE
 from p48ray.report.sample import LinearSample, total
+from p48ray.report.scales import Scale, number
 
 LISTED = 10
 BINS = 24
@@ -21,255 +26,232 @@ SIDES = (("gate and up", "gate_proj"), ("down", "down_proj"))
 """Gate and up are solved as one matrix and share both."""
 
 
-def section(anchor: str, title: str, intro: str, *body: str) -> str:
-    """A card. `intro` is HTML already."""
-    return f'<section id="{anchor}"><h2>{esc(title)}</h2><p>{intro}</p>{"".join(body)}</section>\n'
+class Spread(NamedTuple):
+    """How values are spread over experts. Without a chart there was nothing to spread."""
+
+    title: str
+    words: str
+    chart: Chart | None
 
 
-def figure(title: str, body: str, readout: bool = False) -> str:
-    live = '<output aria-live="polite"></output>' if readout else ""
-    return f"<figure><figcaption>{esc(title)}{live}</figcaption>{body}</figure>"
-
-
-def error_section(facts: Facts) -> str:
+def errors(facts: Facts) -> Values:
     """A heat map per projection, layers in numbers, the worst linears."""
-    maps = []
+    maps: list[Values] = []
+    shape = f"{len(facts.layers)} layers by {facts.context.layout.num_experts} experts"
     for p in PROJECTIONS:
         found, cells = facts.report.relative_output_error[p], facts.errors(p)
-        values = [v for row in cells for v in row if v is not None and math.isfinite(v) and v > 0] or [0.1]
-        scale = Scale(min(values), max(max(values), 1.01 * min(values)), "log")
+        placed = [v for row in cells for v in row if v is not None and math.isfinite(v) and v > 0]
+        low, high = min(placed, default=0.1), max(placed, default=0.1)
+        scale = Scale(low, max(high, 1.01 * low), "log")
         words = f"mean {found.mean:.4f}, worst {found.worst:.4f}"
-        alt = f"{p}: relative output error of {len(facts.layers)} layers by {facts.context.layout.num_experts} experts, {words}"
-        legend = charts.legend(scale, charts.ERROR_RAMP, f"{scale.low:.4f}", f"{scale.high:.4f}")
-        picture = charts.heat_map(p, alt, cells, facts.layers, scale, charts.ERROR_RAMP)
-        maps.append(figure(f"{p}: {words}", legend + picture, readout=True))
-    intro = (
-        "How far each linear's outputs moved over its calibration tokens: mean |Wh − Qh′|² over mean |Wh|². Each picture has a logarithmic scale of its "
-        "own, from its best expert to its worst. Point at a cell, or focus a picture and use the arrow keys, to read it. down_proj also answers for what "
-        "gate and up lost before it."
-    )
-    return section("errors", "Error of every expert", intro, *maps, layer_table(facts), worst_table(facts))
+        alt = f"{p}: relative output error of {shape}, {words}"
+        key = legend(scale, ERROR_RAMP, f"{scale.low:.4f}", f"{scale.high:.4f}")
+        picture = heat_map(p, alt, cells, facts.layers, scale, ERROR_RAMP)
+        maps.append({"title": f"{p}: {words}", "legend": key, "picture": picture})
+    worst = sorted(facts.all_records, key=lambda r: (-r.relative_output_error, r.name))[:LISTED]
+    return {"maps": maps, "layers": layer_rows(facts), "worst": worst}
 
 
-def layer_table(facts: Facts) -> str:
-    rows = []
+def layer_rows(facts: Facts) -> list[Values]:
+    """Layer by layer: (mean, worst) of each projection (None without a record), and tokens."""
+    rows: list[Values] = []
     for i, layer in enumerate(facts.layers):
-        cells = [str(layer)]
+        found: list[tuple[float, float] | None] = []
         for p in PROJECTIONS:
             own = [r.relative_output_error for r in facts.records[p][i] if r is not None]
-            cells += [f"{sum(own) / len(own):.4f}", f"{max(own):.4f}"] if own else ["-", "-"]
+            found.append((sum(own) / len(own), max(own)) if own else None)
         tokens = [t for t in facts.tokens[i] if t is not None]
-        rows.append([*cells, f"{min(tokens, default=0):,}", f"{sum(t < facts.few_tokens for t in tokens):,}"])
-    head = [
-        "layer",
-        *(f"{p.removesuffix('_proj')} {what}" for p in PROJECTIONS for what in ("mean", "worst")),
-        "least tokens",
-        "under-calibrated",
-    ]
-    return f"<details><summary>layer by layer in numbers</summary>{charts.table(head, rows)}</details>"
+        under = sum(t < facts.few_tokens for t in tokens)
+        least = min(tokens, default=0)
+        rows.append({"layer": layer, "errors": found, "least": least, "under": under})
+    return rows
 
 
-def worst_table(facts: Facts) -> str:
-    worst = sorted(facts.all_records, key=lambda r: (-r.relative_output_error, r.name))[:LISTED]
-    head = ("linear", "output error", "weight error", "tokens", "damping", "shrinkage", "outcome")
-    return f"<details><summary>the {len(worst)} linears that moved most</summary>{charts.table(head, [record_row(r) for r in worst])}</details>"
-
-
-def record_row(r: LinearRecord) -> list[str]:
-    name = f"<code>{esc(r.name)}</code>"
-    numbers = [f"{r.relative_output_error:.4f}", f"{r.relative_weight_error:.4f}", f"{r.tokens:,}", f"{r.damp:.4g}", f"{r.shrinkage:.3f}"]
-    return [name, *numbers, esc(r.outcome.replace("_", " "))]
-
-
-def routing_section(facts: Facts) -> str:
+def routing(facts: Facts) -> Values:
     """Tokens of every expert against what calibration wants, and the least of them."""
-    few = max(1, facts.few_tokens)
+    r, few = facts.report, max(1, facts.few_tokens)
     tokens = [t for row in facts.tokens for t in row if t is not None]
-    reach = max([math.log(t / few) for t in tokens if t] + [-math.log(t / few) for t in tokens if t] + [math.log(2)])
+    reach = max([abs(math.log(t / few)) for t in tokens if t] + [math.log(2)])
     scale = Scale(few * math.exp(-reach), few * math.exp(reach), "log")
-    r = facts.report
-    marks = [(scale.place(few * f) or 0.0, charts.number(few * f)) for f in legend_factors(reach)]
-    empty = f'<li><i class="odd-load"></i>no tokens at all: {r.experts_without_tokens:,}</li>'
-    legend = charts.legend(scale, charts.LOAD_RAMP, "fewer", "more", marks) + f'<ul class="key">{empty}</ul>'
+    factors = [few * f for f in legend_factors(reach)]
+    marks = [(scale.place(f) or 0.0, number(f)) for f in factors]
     under = r.experts_with_few_tokens + r.experts_without_tokens
     alt = f"calibration tokens of {len(tokens):,} experts; {under:,} have fewer than {few:,}"
-    spread = [(layer, quantiles([t for t in row if t is not None] or [0])) for layer, row in zip(facts.layers, facts.tokens, strict=True)]
+    return {
+        "few": few,
+        "few_share": FEW_TOKENS_SHARE,
+        "num_few": r.experts_with_few_tokens,
+        "num_without": r.experts_without_tokens,
+        "num_experts": len(tokens),
+        "legend": legend(scale, LOAD_RAMP, "fewer", "more", marks),
+        "map": heat_map("tokens", alt, facts.tokens, facts.layers, scale, LOAD_RAMP),
+        "spread": token_spread(facts, tokens, few),
+        "least": least_records(facts),
+    }
+
+
+def token_spread(facts: Facts, tokens: Sequence[int], few: int) -> Chart:
+    """Quantiles of tokens an expert, a row a layer. `tokens`: of all experts."""
+    own = [[t for t in row if t is not None] or [0] for row in facts.tokens]
+    spread = list(zip(facts.layers, map(quantiles, own), strict=True))
     least = max(1.0, float(min((t for t in tokens if t), default=1)))
-    axis = Scale(least * 0.9, 1.1 * max([*tokens, few]), "log")
-    rows = charts.spread_rows(spread, axis, "tokens an expert, by layer", (axis.place(few) or 0.0, f"under-calibrated below {few:,}"))
-    intro = (
-        f"Calibration tokens that reached each expert. Below {few:,} ({FEW_TOKENS_SHARE:.0%} of what an expert has on average in this plan) it counts as "
-        f"under-calibrated and is drawn in orange: <strong>{r.experts_with_few_tokens:,} of {len(tokens):,} experts have few, "
-        f"{r.experts_without_tokens:,} have none</strong>. What such an expert lacks, it borrows from its layer (shrinkage, below)."
-    )
-    return section(
-        "routing",
-        "Routing load",
-        intro,
-        legend,
-        figure("tokens of every expert", charts.heat_map("tokens", alt, facts.tokens, facts.layers, scale, charts.LOAD_RAMP), readout=True),
-        figure(
-            "spread within each layer: least, tenth, half, nine tenths, most",
-            rows + charts.key([("s2", f"under-calibrated below {few:,} tokens")]),
-        ),
-        least_table(facts),
-    )
+    scale = Scale(least * 0.9, 1.1 * max([*tokens, few]), "log")
+    mark = (scale.place(few) or 0.0, f"under-calibrated below {few:,}")
+    return charts.spread_rows(spread, scale, "tokens an expert, by layer", mark)
 
 
 def legend_factors(reach: float) -> list[float]:
-    """Powers of a whole number around 1 that a scale of ± `reach` (natural logarithm) holds, five or so."""
+    """Powers of a whole number around 1, five or so.
+
+    Args: reach: the scale goes that far both ways, natural logarithm.
+    """
     base = next(b for b in (2, 4, 10, 100, 10**4, 10**9) if reach / math.log(b) < 3)
     most = int(reach / math.log(base))
     return [float(base) ** n for n in range(-most, most + 1)]
 
 
-def least_table(facts: Facts) -> str:
-    gates = [r for row in facts.records["gate_proj"] for r in row if r is not None and r.tokens < facts.few_tokens]
-    if not gates:
-        return ""
-    least = sorted(gates, key=lambda r: (r.tokens, r.name))[:LISTED]
-    rows = [
-        [f"<code>{esc(r.name.removesuffix('.gate_proj'))}</code>", f"{r.tokens:,}", f"{r.shrinkage:.3f}", f"{r.relative_output_error:.4f}"]
-        for r in least
-    ]
-    table = charts.table(("expert", "tokens", "gate's shrinkage", "gate's output error"), rows)
-    return f"<details><summary>the {len(rows)} experts with the fewest tokens</summary>{table}</details>"
+def least_records(facts: Facts) -> list[Values]:
+    """The under-calibrated experts with the fewest tokens."""
+    gates = [r for row in facts.records["gate_proj"] for r in row if r is not None]
+    under = [r for r in gates if r.tokens < facts.few_tokens]
+    least = sorted(under, key=lambda r: (r.tokens, r.name))[:LISTED]
+    return [{"expert": r.name.removesuffix(".gate_proj"), "gate": r} for r in least]
 
 
-def outcome_section(facts: Facts) -> str:
+def outcomes(facts: Facts) -> Values:
     """How linears came about, and what clipping there was."""
     r = facts.report
-    parts = [
-        (css, name.replace("_", " "), float(r.outcomes[name]), f"{r.outcomes[name]:,}") for name, css in OUTCOMES if r.outcomes.get(name)
-    ]
-    reasons = Counter(x.reason for x in facts.all_records if x.outcome != "solved" and x.reason)
-    rows = [[esc(reason), f"{count:,}"] for reason, count in reasons.most_common(LISTED)]
-    listed = charts.table(("reason", "linears"), rows) if rows else ""
-    clipped = [
-        clip_figure(facts, "inputs", "clipped_input_share", r.clipped_input_share),
-        clip_figure(facts, "intermediates", "clipped_intermediate_share", r.clipped_intermediate_share),
-    ]
-    failed = (
-        f"{facts.failed_attempts:,} attempts at tasks failed on the way and were made again."
-        if facts.failed_attempts
-        else "No attempt at a task failed."
-    )
-    intro = f"{r.num_linears:,} linears. Fallbacks to rounding are recorded with their reason, and above a configured share the job fails. {failed}"
-    bar = charts.stack_bar(parts, ", ".join(f"{name} {words}" for _, name, _, words in parts))
-    words = "<p>Values beyond what a layer's global scale can hold are clipped. Shares are means over a layer's units.</p>"
-    clipping = f'<h3 style="margin-top:24px">Activations clipped</h3>{words}<div class="pair">{"".join(clipped)}</div>'
-    return section("outcomes", "Outcomes and clipping", intro, bar, listed, clipping)
+    known = [(name, css, r.outcomes[name]) for name, css in OUTCOMES if r.outcomes.get(name)]
+    whole = sum(count for *_, count in known) or 1
+    parts = [Part(css, name.replace("_", " "), n / whole, f"{n:,}") for name, css, n in known]
+    fallen = [x.reason for x in facts.all_records if x.outcome != "solved" and x.reason]
+    return {
+        "num_linears": r.num_linears,
+        "failed_attempts": facts.failed_attempts,
+        "parts": parts,
+        "reasons": Counter(fallen).most_common(LISTED),
+        "clipped": [
+            clipping(facts, "inputs", "clipped_input_share"),
+            clipping(facts, "intermediates", "clipped_intermediate_share"),
+        ],
+    }
 
 
-def clip_figure(facts: Facts, name: str, field: str, share: float) -> str:
-    """Share of activations clipped, layer by layer."""
+def clipping(facts: Facts, name: str, field: str) -> Values:
+    """Share of activations clipped: of all, and a column a layer (no chart where none was).
+
+    Args:
+        facts: of the run.
+        name: of the activations.
+        field: of the report, and of a unit's manifest.
+    """
     by_layer = facts.units_by_layer()
-    means = [sum(getattr(u, field) for u in units) / max(1, len(units)) for units in by_layer.values()]
-    title = f"{name}: {share:.2e}" if share else f"{name}: none"
-    if not any(means):
-        return figure(title, "<p>In no layer.</p>")
+    means = [sum(getattr(u, field) for u in us) / max(1, len(us)) for us in by_layer.values()]
     names = [f"layer {layer}: {mean:.2e}" for layer, mean in zip(by_layer, means, strict=True)]
     every = -(-len(means) // 8)
-    marks = [((i + 0.5) / len(means), str(layer)) for i, layer in enumerate(by_layer) if i % every == 0]
-    return figure(
-        title, charts.columns(means, names, marks, f"share of {name} clipped by layer, up to {max(means):.2e}", f"{max(means):.1e}")
-    )
+    named = [(i, str(layer)) for i, layer in enumerate(by_layer) if i % every == 0]
+    marks = [((i + 0.5) / len(means), layer) for i, layer in named]
+    most = max(means)
+    label = f"share of {name} clipped by layer, up to {most:.2e}"
+    chart = charts.columns(means, names, marks, label, f"{most:.1e}") if any(means) else None
+    return {"name": name, "share": getattr(facts.report, field), "chart": chart}
 
 
-def regularization_section(facts: Facts) -> str:
+def regularization(facts: Facts) -> Values:
     """Histograms of damping and shrinkage."""
-    figures = []
+    found = []
     for side, projection in SIDES:
         records = [r for row in facts.records[projection] for r in row if r is not None]
-        figures.append(spread_figure(f"damping, {side}", [r.damp for r in records], is_log=True))
-        figures.append(spread_figure(f"shrinkage, {side}", [r.shrinkage for r in records], is_log=False))
-    intro = (
-        "Damping: the fraction of the curvature's mean diagonal that was added to it. Shrinkage: the weight of the whole layer's statistics in an "
-        "expert's own, 0 for an expert that stands alone, 1 for one that saw nothing. Columns count experts."
-    )
-    return section("regularization", "Damping and shrinkage", intro, f'<div class="pair">{"".join(figures)}</div>')
+        found.append(spread_of(f"damping, {side}", [r.damp for r in records], is_log=True))
+        found.append(spread_of(f"shrinkage, {side}", [r.shrinkage for r in records], is_log=False))
+    return {"spreads": found}
 
 
-def spread_figure(title: str, values: Sequence[float], is_log: bool) -> str:
-    """A histogram, or a sentence where there is nothing to spread. Zeros have no place on a logarithmic axis and are counted apart."""
+def spread_of(title: str, values: Sequence[float], is_log: bool) -> Spread:
+    """A histogram, or a sentence where there is nothing to spread.
+
+    Zeros have no place on a logarithmic axis and are counted apart.
+    """
     placed = [v for v in values if v > 0] if is_log else list(values)
     zeros = len(values) - len(placed)
     beside = f"; {zeros:,} without" if zeros else ""
-    if not placed or (is_log and max(placed) == min(placed)):
-        return figure(title, f"<p>{f'{placed[0]:.4g} for all of {len(placed):,}' if placed else 'none'}{beside}.</p>")
+    if not placed:
+        return Spread(title, f"none{beside}.", None)
+    if is_log and max(placed) == min(placed):
+        return Spread(title, f"{placed[0]:.4g} for all of {len(placed):,}{beside}.", None)
     low, high = (min(placed), max(placed)) if is_log else (0.0, 1.0)
     scale = Scale(low, high, "log" if is_log else "linear")
     counts = binned(placed, low, high, BINS, is_log)
-    at = [low * (high / low) ** (i / BINS) if is_log else i / BINS for i in range(BINS + 1)]
-    names = [f"{a:.3g} to {b:.3g}: {n:,} experts" for a, b, n in zip(at, at[1:], counts, strict=False)]
-    marks = [(scale.place(t) or 0.0, charts.number(t)) for t in scale.ticks()]
+    shares = [i / BINS for i in range(BINS + 1)]
+    at = [low * (high / low) ** share for share in shares] if is_log else shares
+    bins = zip(at, at[1:], counts, strict=False)
+    names = [f"{start:.3g} to {end:.3g}: {n:,} experts" for start, end, n in bins]
+    marks = [(scale.place(t) or 0.0, number(t)) for t in scale.ticks()]
     words = f"{title}: median {quantiles(placed)[2]:.3g}{beside}"
-    return figure(words, charts.columns(counts, names, marks, f"{words}, from {min(placed):.3g} to {max(placed):.3g}", f"{max(counts):,}"))
+    label = f"{words}, from {min(placed):.3g} to {max(placed):.3g}"
+    return Spread(words, "", charts.columns(counts, names, marks, label, f"{max(counts):,}"))
 
 
-def sample_section(facts: Facts) -> str:
-    """Masks and scales of the sampled rows."""
+def masks(facts: Facts) -> Values | None:
+    """Masks and scales of the sampled rows; None where there is no checkpoint."""
     samples = facts.samples
     if not samples:
-        return ""
-    rows = sum(s.rows for s in samples)
-    experts = len({(s.layer, s.expert) for s in samples})
-    body = [pattern_figure(samples)] if samples[0].patterns else []
-    body += [overlap_figure(samples)] if any(s.overlap is not None for s in samples) else []
-    scales = [scale_figure(samples, p) for p in PROJECTIONS]
-    intro = (
-        f"Read back from the finished checkpoint: {rows:,} rows of {len(samples):,} linears ({experts:,} experts, some in every layer). A sample, the same "
-        "for every run of this shape."
-    )
-    words = '<h3 style="margin-top:24px">Local scales</h3><p>One E4M3 scale for every 16 inputs, counted by power of two.</p>'
-    return section("masks", "Masks and scales", intro, *body, f'{words}<div class="pair three">{"".join(scales)}</div>')
+        return None
+    return {
+        "num_rows": sum(s.rows for s in samples),
+        "num_linears": len(samples),
+        "num_experts": len({(s.layer, s.expert) for s in samples}),
+        "projections": PROJECTIONS,
+        "patterns": pattern_rows(samples) if samples[0].patterns else [],
+        "overlap": overlap(samples) if any(s.overlap is not None for s in samples) else None,
+        "scales": [(p, scale_chart(samples, p)) for p in PROJECTIONS],
+    }
 
 
-def pattern_figure(samples: Sequence[LinearSample]) -> str:
-    """How often each of the six patterns occurs, a sixth marked."""
+def pattern_rows(samples: Sequence[LinearSample]) -> list[Values]:
+    """How often each of the six patterns occurs, as shares and as lengths of bars.
+
+    `sixth`: where a sixth lies on such a bar.
+    """
     counts = {p: total(samples, p, "patterns") for p in PROJECTIONS}
-    shares = {p: {name: n / max(1, sum(found.values())) for name, n in found.items()} for p, found in counts.items()}
+    sums = {p: max(1, sum(found.values())) for p, found in counts.items()}
+    shares = {p: {name: n / sums[p] for name, n in found.items()} for p, found in counts.items()}
     most = max(1 / 3, *(s for found in shares.values() for s in found.values()))
-    rows = []
+    rows: list[Values] = []
     for name, kept in zip(pattern_names(), PATTERNS, strict=True):
-        boxes = "".join(f'<i class="{"on" if k else ""}"></i>' for k in kept)
-        cells = [share_cell(shares[p][name], most) for p in PROJECTIONS]
-        rows.append([f'<span class="pattern" role="img" aria-label="{name}">{boxes}</span>', *cells])
-    table = charts.table(("pairs kept of four", *PROJECTIONS), rows, (0, 1, 2, 3))
-    return figure("patterns: which two pairs of four are kept; the line is a sixth", table)
+        own = [shares[p][name] for p in PROJECTIONS]
+        bars = [(share, share / most) for share in own]
+        rows.append({"name": name, "kept": kept, "shares": bars, "sixth": 1 / 6 / most})
+    return rows
 
 
-def share_cell(share: float, most: float) -> str:
-    return f'<div class="share"><span>{share:.2%}</span>{charts.bar(share / most, "s1", 1 / 6 / most)}</div>'
-
-
-def overlap_figure(samples: Sequence[LinearSample]) -> str:
-    """Kept pairs shared with the one-shot's masks, a dot a linear."""
+def overlap(samples: Sequence[LinearSample]) -> Values:
+    """Kept pairs shared with the one-shot's masks, a dot a linear, and their means in words."""
     rows = []
     for p in PROJECTIONS:
         own = [s for s in samples if s.projection == p and s.overlap is not None]
-        points = [(s.overlap or 0.0, f"layer {s.layer}, expert {s.expert}: {s.overlap:.2%}") for s in own]
-        rows.append((p, points))
-    means = ", ".join(f"{p} {sum(v for v, _ in points) / len(points):.1%}" for p, points in rows)
+        names = [f"layer {s.layer}, expert {s.expert}: {s.overlap:.2%}" for s in own]
+        rows.append((p, list(zip([s.overlap or 0.0 for s in own], names, strict=True))))
+    means = ", ".join(f"{p} {sum(v for v, _ in dots) / len(dots):.1%}" for p, dots in rows)
     ticks = [(v, f"{v:.0%}") for v in (0.5, 0.75, 1.0)]
-    low = min(0.5, *(v for _, points in rows for v, _ in points))
-    chart = charts.dots(rows, Scale(low, 1.0), f"share of kept pairs that the one-shot keeps too: {means}", ticks)
-    words = "<p>Two random masks would share 50%; the line is the mean.</p>"
-    return figure(f"overlap with the one-shot's masks: {means}", words + chart)
+    low = min(0.5, *(v for _, dots in rows for v, _ in dots))
+    label = f"share of kept pairs that the one-shot keeps too: {means}"
+    return {"means": means, "chart": charts.dots(rows, Scale(low, 1.0), label, ticks)}
 
 
-def scale_figure(samples: Sequence[LinearSample], projection: str) -> str:
+def scale_chart(samples: Sequence[LinearSample], projection: str) -> Chart:
+    """Local scales of a projection, a column a power of two."""
     counts = total(samples, projection, "scales")
     whole, most = sum(counts.values()) or 1, max(counts.values(), default=1)
     names = [f"{name}: {n / whole:.2%}" for name, n in counts.items()]
     every = -(-len(counts) // 7)
-    marks = [((i + 0.5) / len(counts), superscript(name)) for i, name in enumerate(counts) if i % every == 0]
-    return figure(
-        projection,
-        charts.columns(list(counts.values()), names, marks, f"{projection}: local scales by power of two", f"{most / whole:.0%}"),
-    )
+    named = [(i, superscript(name)) for i, name in enumerate(counts) if i % every == 0]
+    marks = [((i + 0.5) / len(counts), name) for i, name in named]
+    label = f"{projection}: local scales by power of two"
+    return charts.columns(list(counts.values()), names, marks, label, f"{most / whole:.0%}")
 
 
 def superscript(name: str) -> str:
     base, sign, power = name.partition("^")
-    return base + power.translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")) if sign else name
+    raised = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+    return base + power.translate(raised) if sign else name

@@ -1,7 +1,7 @@
 """What a page about a run needs, folded from its manifests once: records by layer and expert, who worked when, tokens of every expert."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,6 +16,9 @@ from p48ray.stages.table import COMPRESS, stages_of
 from p48ray.store.base import Store
 
 MERGED_SHARE = 0.004  # pieces of work that are nearer than this share of the whole time are drawn as one
+
+Values = Mapping[str, object]
+"""What a template of the page is given, by name."""
 
 
 class Span(NamedTuple):

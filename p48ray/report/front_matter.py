@@ -1,0 +1,61 @@
+"""The front matter of the model card: which model it is of, under which licence, for which task.
+
+Through huggingface_hub's ModelCardData, which the Hub validates.
+"""
+
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from p48ray.checkpoint.index import CheckpointIndex
+from p48ray.errors import ObjectMissingError
+from p48ray.numerics.solution import PAIRED_48
+from p48ray.plan import RunPlan
+from p48ray.stages.context import StageContext
+
+CARRIED_FIELDS = ("license", "license_name", "license_link", "pipeline_tag")
+
+
+def front_matter(context: StageContext) -> ModelCardData:
+    """What stands above the card."""
+    is_sparse = context.plan.config.compression.sparsity == PAIRED_48
+    sparse = ["paired-4-8-sparse"] if is_sparse else []
+    base = base_model(context.plan)
+    relation: dict[str, Any] = {"base_model_relation": "quantized" if base else None}
+    return ModelCardData(
+        library_name="transformers",
+        base_model=base,
+        tags=["compressed-tensors", "nvfp4", *sparse, "moe"],
+        **relation | carried_fields(context.source),
+    )
+
+
+def base_model(plan: RunPlan) -> str | None:
+    """The source's name on the Hub, where it is known."""
+    return plan.config.output.base_model or hub_name(plan)[0]
+
+
+def base_revision(plan: RunPlan) -> str | None:
+    """The source's commit or branch on the Hub, where it is known."""
+    return plan.config.output.base_revision or hub_name(plan)[1]
+
+
+def hub_name(plan: RunPlan) -> tuple[str | None, str | None]:
+    """owner/name and revision as a hf:// source states them."""
+    checkpoint = plan.config.source.checkpoint
+    if not checkpoint.startswith("hf://"):
+        return None, None
+    name, _, revision = checkpoint.removeprefix("hf://").partition("@")
+    return name, revision or None
+
+
+def carried_fields(source: CheckpointIndex) -> dict[str, str]:
+    """Licence and task as the source's own card states them."""
+    try:
+        text = source.store.get("README.md").decode("utf-8", "replace")
+    except ObjectMissingError:
+        return {}
+    if not text.startswith("---"):  # no front matter, which the library would remark upon
+        return {}
+    data = ModelCard(text, ignore_metadata_errors=True).data.to_dict()
+    return {name: str(data[name]) for name in CARRIED_FIELDS if data.get(name)}
