@@ -47,7 +47,23 @@ class CorruptObjectError(ShardCorruptError):
 
 
 class TransientStoreError(P48Error):
-    """A store operation failed in a way that a retry may cure. The only error that runners retry."""
+    """A store operation failed in a way that a retry may cure. The only error that runners retry.
+
+    Arguments: the message; then, where the service said so, the seconds after which it wants to be asked again.
+    """
+
+    def __str__(self) -> str:
+        """The message alone."""
+        return str(self.args[0]) if self.args else ""
+
+    @property
+    def retry_after_s(self) -> float | None:
+        """Seconds, as the service's Retry-After said; None where it said nothing."""
+        return self.args[1] if len(self.args) > 1 else None
+
+
+class GaveUpError(TransientStoreError):
+    """Tried as often as its policy says (store.retry). A runner may try the whole task again; no other policy does."""
 
 
 class WorkerLostError(P48Error):

@@ -1,36 +1,30 @@
-"""One branch of one repository on the Hugging Face Hub: huggingface_hub's own calls, with its errors told apart and questions asked again.
+"""What publishing asks of one branch of a repository on the Hugging Face Hub. How it is asked, and again, is store.hub_api's.
 
 With HF_HUB_DISABLE_XET=1 uploads are plain LFS calls, which the tests go through; without it, where hf_xet is installed, they go through Xet
 storage, and that path has never been run from here.
 """
 
 import hashlib
-import logging
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 from urllib.parse import quote
 
-import httpx2
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
-from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.lfs import UploadInfo, post_lfs_batch_info
 from huggingface_hub.utils import disable_progress_bars
 from huggingface_hub.utils._runtime import is_xet_available
 
 from p48ray import __version__
-from p48ray.errors import ConfigError, P48Error, StageFailedError, TransientStoreError
+from p48ray.errors import ConfigError, StageFailedError
 from p48ray.manifest import PublishedShard
 from p48ray.records import canonical_json
-
-log = logging.getLogger("p48ray.progress")
+from p48ray.store import hub_api
 
 PATHS_AT_ONCE = 500  # the Hub answers for at most 1,000
 OBJECTS_AT_ONCE = 256  # huggingface_hub's own number
-WAITS_S = (1.0, 4.0, 15.0)  # between tries of a question to the Hub
-HUB_ERRORS = (httpx2.HTTPError, OSError, ValueError, RuntimeError)  # all that huggingface_hub raises for an answer it does not like
 
 T = TypeVar("T")
 
@@ -48,6 +42,10 @@ class Target:
         """Names the records of what this branch's repository has."""
         return hashlib.sha256(canonical_json([self.endpoint, self.repo, self.revision])).hexdigest()[:16]
 
+    def named(self, what: str) -> str:
+        """Something of this repository, for messages."""
+        return f"{self.repo}: {what}" if what else self.repo
+
 
 @dataclass(frozen=True, slots=True)
 class Hub:
@@ -58,20 +56,12 @@ class Hub:
 
     @property
     def api(self) -> HfApi:
-        return HfApi(endpoint=self.target.endpoint, token=self.token, library_name="p48ray", library_version=__version__)
+        client: HfApi = hub_api.api(self.target.endpoint, self.token)
+        return client
 
     def ask(self, what: str, call: Callable[[], T]) -> T:
-        """A call that may be repeated, until the Hub answers. Raises: what `translated` says."""
-        for wait_s in (*WAITS_S, 0.0):
-            try:
-                return call()
-            except HUB_ERRORS as error:
-                found = translated(what, error)
-                if not wait_s or not isinstance(found, TransientStoreError):
-                    raise found from error
-                log.warning("%s; again in %g s", found, wait_s)
-                time.sleep(wait_s)
-        raise AssertionError
+        """See hub_api.ask. Args: what: is asked about, after the repository's name in messages; "" for the repository itself."""
+        return hub_api.ask(self.target.named(what), call)
 
     def check_access(self) -> str:
         """Whose token it is. Raises: ConfigError for one that the Hub does not know or that may only read."""
@@ -83,8 +73,8 @@ class Hub:
     def prepare(self, is_private: bool) -> None:
         """Make the repository and the branch where they are missing. Raises: ConfigError for a public one that was to be private."""
         t = self.target
-        self.ask(f"create {t.repo}", lambda: self.api.create_repo(t.repo, private=is_private or None, exist_ok=True))
-        if is_private and self.ask(t.repo, lambda: self.api.repo_info(t.repo)).private is False:
+        self.ask("create", lambda: self.api.create_repo(t.repo, private=is_private or None, exist_ok=True))
+        if is_private and self.ask("", lambda: self.api.repo_info(t.repo)).private is False:
             raise ConfigError(f"--private: {t.repo} is there already and is public; make it private on the Hub, or leave --private out")
         if t.revision != "main":
             self.ask(f"create branch {t.revision}", lambda: self.api.create_branch(t.repo, branch=t.revision, exist_ok=True))
@@ -112,7 +102,7 @@ class Hub:
                 return None, {}
             return head, {f.path: f for f in found if isinstance(f, RepoFile)}
 
-        return self.ask(self.target.repo, look)
+        return self.ask("", look)
 
     def held_objects(self, records: Sequence[PublishedShard]) -> set[str]:
         """Paths of those records whose objects the Hub has, by the same question that decides about an upload.
@@ -135,24 +125,29 @@ class Hub:
         return post_lfs_batch_info(infos, self.token, "model", t.repo, quote(t.revision, safe=""), t.endpoint)
 
     def upload(self, name: str, path: str, sha256: str) -> None:
-        """One large file, unless the Hub has its object. Raises: StageFailedError where the repository does not keep it in LFS."""
+        """One large file, unless the Hub has its object. huggingface_hub asks again by itself; a file is not sent again here.
+
+        Raises: what hub_api.translated says; StageFailedError where the repository does not keep it in LFS.
+        """
         disable_progress_bars()
-        operation = CommitOperationAdd(name, path)
-        operation.upload_info.sha256 = bytes.fromhex(sha256)  # known from the download, so the file is not read for it again
-        try:
+
+        def send() -> bool:
+            operation = CommitOperationAdd(name, path)
+            operation.upload_info.sha256 = bytes.fromhex(sha256)  # known from the download, so the file is not read for it again
             self.api.preupload_lfs_files(self.target.repo, [operation], revision=self.target.revision)
-        except HUB_ERRORS as error:
-            raise translated(name, error) from error
-        if not operation._is_uploaded:
+            return operation._is_uploaded
+
+        if not hub_api.once(self.target.named(name), send):
             raise StageFailedError(
                 f"{name}: {self.target.repo} does not take it as a large file; see its .gitattributes (expected '*.safetensors filter=lfs diff=lfs "
                 "merge=lfs -text') and .gitignore"
             )
 
     def commit(self, operations: Sequence[CommitOperationAdd], parent: str, description: str) -> None:
-        """Raises: TransientStoreError where it is not known whether the commit was made, or another was made first."""
+        """Asked once. Raises: TransientStoreError where it is not known whether the commit was made, or another was made first."""
         disable_progress_bars()
-        try:
+
+        def make() -> None:
             self.api.create_commit(
                 self.target.repo,
                 operations,
@@ -161,27 +156,8 @@ class Hub:
                 revision=self.target.revision,
                 parent_commit=parent,
             )
-        except HUB_ERRORS as error:
-            raise translated("commit", error) from error
 
-
-def translated(what: str, error: BaseException) -> P48Error:
-    """An error of huggingface_hub as one of ours: the user's, one that a retry may cure, or neither."""
-    cause: BaseException | None = error
-    while cause is not None:
-        text = " ".join(str(cause).split()) or type(cause).__name__
-        if isinstance(cause, OfflineModeIsEnabled):
-            return ConfigError(f"{what}: HF_HUB_OFFLINE is set, so huggingface_hub asks nobody")
-        if isinstance(cause, HfHubHTTPError):
-            status = cause.response.status_code
-            if status in (401, 403):
-                return ConfigError(f"{what}: the Hub refuses the token (HF_TOKEN, or the login file): {text}")
-            is_passing = status in (408, 409, 412, 429) or status >= 500
-            return (TransientStoreError if is_passing else StageFailedError)(f"{what}: {text}")
-        if isinstance(cause, httpx2.TransportError):
-            return TransientStoreError(f"{what}: {type(cause).__name__}: {text}")
-        cause = cause.__cause__
-    return StageFailedError(f"{what}: {type(error).__name__}: {error}")
+        hub_api.once(self.target.named("commit"), make)
 
 
 def uploaded_shard(record: PublishedShard) -> CommitOperationAdd:

@@ -7,8 +7,6 @@ the way is not a second commit.
 
 import hashlib
 import json
-import logging
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -17,19 +15,17 @@ from huggingface_hub.hf_api import RepoFile
 
 from p48ray import run_root
 from p48ray.checkpoint.index import INDEX_FILE
-from p48ray.errors import ConfigError, ShardCorruptError, StageFailedError, TransientStoreError
+from p48ray.errors import ConfigError, GaveUpError, ShardCorruptError, StageFailedError, TransientStoreError
 from p48ray.manifest import CheckpointManifest, PublishedShard, ShardVerdict
 from p48ray.stages.hub import Hub, Target, uploaded_shard
 from p48ray.stages.reduce import MANIFEST_FILE
 from p48ray.stages.verify import check_index_files
 from p48ray.stages.verify_checkpoint import check_files
+from p48ray.store import retry
 from p48ray.store.base import Store
 from p48ray.store.view import SubStore
 
-log = logging.getLogger("p48ray.progress")
-
 LISTED_PROBLEMS = 10
-COMMIT_WAITS_S = (1.0, 5.0, 20.0, 60.0)  # a gateway gives up on a commit that may yet be made
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,21 +113,33 @@ def commit_release(hub: Hub, release: Release, records: Mapping[str, PublishedSh
     """
     paths = [*release.shards, *release.files]
     description = f"plan {release.manifest.plan_digest}"
-    for wait_s in (*COMMIT_WAITS_S, 0.0):
+
+    def look() -> tuple[str, list[str]]:
+        """The branch's last commit, and what it lacks."""
         head, held = hub.state(paths)
-        missing = lacking(release, records, held)
-        if not missing and head is not None:
-            return head
         if head is None:
             raise StageFailedError(f"{hub.target.repo}: no branch {hub.target.revision!r} any more")
-        shards = [uploaded_shard(records[name]) for name in missing if name in records]
-        files = [CommitOperationAdd(name, release.files[name]) for name in missing if name in release.files]
-        try:
+        return head, lacking(release, records, held)
+
+    def attempt() -> str:
+        """Looks first, because the one before may have been made after all."""
+        head, missing = look()
+        if missing:
+            shards = [uploaded_shard(records[name]) for name in missing if name in records]
+            files = [CommitOperationAdd(name, release.files[name]) for name in missing if name in release.files]
             hub.commit([*shards, *files], head, description)
-        except TransientStoreError as error:
-            log.warning("%s; looking again in %g s", error, wait_s)
-            time.sleep(wait_s)
-    head, held = hub.state(paths)
-    if head is None or lacking(release, records, held):
-        raise StageFailedError(f"{hub.target.repo}: the commit was not made in {len(COMMIT_WAITS_S) + 1} tries; run the same command again")
-    return head
+            head, missing = look()
+        if missing:
+            raise TransientStoreError(f"{hub.target.repo}: a commit was made, and the branch lacks {len(missing)} files")
+        return head
+
+    try:
+        return retry.call(retry.HUB_COMMIT, attempt)
+    except GaveUpError as error:
+        head, missing = look()
+        if not missing:
+            return head
+        tries = retry.HUB_COMMIT.attempts
+        raise StageFailedError(
+            f"{hub.target.repo}: the commit was not made in {tries} tries; run the same command again ({error})"
+        ) from error

@@ -16,7 +16,7 @@ from urllib.parse import quote, unquote
 
 from p48ray.errors import ConfigError, ObjectMissingError, P48Error, TransientStoreError
 from p48ray.store.base import Buffers, ObjectInfo, Piece, Traffic, Written, check_key, check_prefix, check_range
-from p48ray.store.hub_api import MAX_ATTEMPTS, ask, failures, pause, response, translated
+from p48ray.store.hub_api import api, ask, response
 
 STREAM_BYTES = 2**20
 """Bytes of one piece of a streamed file."""
@@ -130,8 +130,8 @@ class HubStore:
     def commit(self) -> str:
         """The commit whose files these are, looked up once. Raises: ConfigError, naming the reason, if there is none to be read."""
         if self._commit is None:
-            place, api = self.place, self._api()
-            info = self._ask(place.uri, lambda: api.repo_info(place.repo, repo_type=place.kind, revision=place.revision))
+            place, hub = self.place, self._api()
+            info = self._ask(place.uri, lambda: hub.repo_info(place.repo, repo_type=place.kind, revision=place.revision))
             self._commit = str(info.sha)
         return self._commit
 
@@ -150,23 +150,27 @@ class HubStore:
         Args:   digest: of the file, nothing counted yet; it counts what is handed on. What the Hub lists is not asked for again.
         Raises: TransientStoreError, after the last piece, if the bytes are not those that the Hub lists.
         """
-        file, failed, kinds = digest.file, 0, failures()
-        while digest.num_bytes < file.size_bytes:
-            before = digest.num_bytes
-            try:
-                for data in self._pieces(file.path, before, None):
-                    digest.update(data)
-                    yield data
-                if digest.num_bytes == before:
-                    raise TransientStoreError(f"{self._where(file.path)}: the answer held no bytes from byte {before} on")
-            except kinds as error:
-                failed = failed + 1 if digest.num_bytes == before else 1
-                found = error if isinstance(error, P48Error) else translated(self._where(file.path), error)
-                if failed >= MAX_ATTEMPTS or not isinstance(found, TransientStoreError):
-                    raise found from None
-                self.traffic.add(retries=1)
-                pause(found, error, failed)
-        digest.check(self._where(file.path))
+        file = digest.file
+        pieces: Iterator[bytes] | None = None
+        where = self._where(file.path)
+
+        def next_piece() -> bytes:
+            """b"" at the end. An attempt that fails leaves no answer, so the next one asks for what is left."""
+            nonlocal pieces
+            at = digest.num_bytes
+            if pieces is None and at >= file.size_bytes:
+                return b""
+            answer, pieces = pieces or self._pieces(file.path, at, None), None
+            data = next(answer, b"")
+            if not data and at < file.size_bytes:
+                raise TransientStoreError(f"{where}: the answer held no bytes from byte {at} on")
+            pieces = answer
+            return data
+
+        while data := ask(where, next_piece, partial(self.traffic.add, retries=1)):
+            digest.update(data)
+            yield data
+        digest.check(where)
 
     def get(self, key: str) -> bytes:
         """See Store.get. Raises: TransientStoreError if what came is not what the Hub lists, several times over."""
@@ -246,12 +250,7 @@ class HubStore:
         return self._endpoint
 
     def _api(self) -> Any:
-        from huggingface_hub import HfApi
-
-        from p48ray import __version__
-
-        endpoint = self._connect()
-        return HfApi(endpoint=endpoint, token=self._token or False, library_name="p48ray", library_version=__version__)
+        return api(self._connect(), self._token)
 
     def _ask(self, what: str, call: Any) -> Any:
         self.traffic.add(requests=1)
@@ -262,10 +261,10 @@ class HubStore:
         held = next((tree for name, tree in self._trees.items() if not name or f"{folder}/".startswith(f"{name}/")), None)
         if held is not None:
             return held
-        api, where, commit = self._api(), self._where(folder), self.commit
+        hub, where, commit = self._api(), self._where(folder), self.commit
 
         def look() -> dict[str, HubFile]:
-            entries = api.list_repo_tree(self.place.repo, folder or None, recursive=True, revision=commit, repo_type=self.place.kind)
+            entries = hub.list_repo_tree(self.place.repo, folder or None, recursive=True, revision=commit, repo_type=self.place.kind)
             return {e.path: _described(e) for e in entries if hasattr(e, "blob_id")}
 
         try:

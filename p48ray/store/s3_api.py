@@ -1,18 +1,15 @@
 """One S3 bucket through boto3, with one policy for errors: what is retried, what is the user's to mend, and what is simply missing.
 
-boto3's own retries are off, so that the list here is the whole policy and its bound is the bound. A client is made at first use in each
-process: clients may be shared by threads, but neither pickled nor carried across a fork.
+boto3's own retries are off: what is worth another attempt is listed here, how often and after which wait is retry.S3, and that is the bound.
+A client is made at first use in each process: clients may be shared by threads, but neither pickled nor carried across a fork.
 """
 
-import logging
 import os
-import random
 import threading
-import time
 from collections.abc import Callable
 from contextlib import closing
-from functools import cache
-from typing import Any
+from functools import cache, partial
+from typing import Any, NoReturn
 
 import boto3
 import botocore.session
@@ -22,12 +19,9 @@ from botocore.config import Config
 from botocore.parsers import ResponseParserError
 
 from p48ray.errors import ConfigError, ObjectMissingError, P48Error, TransientStoreError
+from p48ray.store import retry
 from p48ray.store.base import Traffic
 
-MAX_ATTEMPTS = 10
-BACKOFF_BASE_S = 0.2
-BACKOFF_MAX_S = 20.0
-"""Attempt n waits up to base * 2^n seconds, uniformly drawn (full jitter), so an outage of half a minute is survived on average."""
 CONNECT_TIMEOUT_S = 10.0
 READ_TIMEOUT_S = 120.0
 """Silence on a connection, not the length of a transfer: a copied part of 256 MiB is answered well within it."""
@@ -68,8 +62,6 @@ USER_ERRORS = (
     boto.InvalidRegionError,
 )
 
-log = logging.getLogger(__name__)
-
 
 class ExpectedError(Exception):
     """An answer that the caller asked to hear about. Never leaves the store."""
@@ -91,7 +83,7 @@ class Api:
         read: Callable[[Any], Any] | None = None,
         **params: Any,
     ) -> Any:
-        """One S3 operation, retried until it succeeds or the policy's bound is met.
+        """One S3 operation, tried again as retry.S3 says.
 
         Args: operation: its name in boto3. key: None for operations on the bucket. expected: codes that are answers to this caller.
               read: turns the reply into the result inside the retried part, for bodies that may be cut. params: as boto3 takes them.
@@ -99,37 +91,33 @@ class Api:
         """
         what = f"{operation} of s3://{self.bucket}/{key or params.get('Prefix', '')}"
         named = params if key is None else params | {"Key": key}
-        error: Exception
-        for attempt in range(1, MAX_ATTEMPTS + 1):
+
+        def attempt() -> Any:
             self.traffic.add(requests=1, bytes_written=len(params.get("Body", b"")))
             try:
                 reply = getattr(self._client(), operation)(Bucket=self.bucket, **named)
                 return reply if read is None else read(reply)
-            except boto.ClientError as found:
-                error = found
-                self._raise_unless_retriable(found, what, expected)
-            except USER_ERRORS as found:
-                raise ConfigError(f"{what}: {found}; {self._advice()}") from found
-            except RETRIABLE_ERRORS as found:
-                error = found
-                if "CERTIFICATE_VERIFY_FAILED" in str(found):
-                    raise ConfigError(f"{what}: {found}; check the endpoint and the certificates that AWS_CA_BUNDLE names") from found
-            except (boto.BotoCoreError, ValueError) as found:  # botocore raises ValueError for an endpoint that is no url
-                raise P48Error(f"{what}: {type(found).__name__}: {found}") from found
-            if attempt < MAX_ATTEMPTS:
-                self.traffic.add(retries=1)
-                log.warning("%s failed, attempt %d of %d: %s", what, attempt, MAX_ATTEMPTS, error)
-                time.sleep(random.uniform(0.0, min(BACKOFF_MAX_S, BACKOFF_BASE_S * 2 ** (attempt - 1))))
-        raise TransientStoreError(f"{what} failed {MAX_ATTEMPTS} times; last: {type(error).__name__}: {error}") from error
+            except boto.ClientError as error:
+                self._raise_refusal(error, what, expected)
+            except USER_ERRORS as error:
+                raise ConfigError(f"{what}: {error}; {self._advice()}") from error
+            except RETRIABLE_ERRORS as error:
+                if "CERTIFICATE_VERIFY_FAILED" in str(error):
+                    raise ConfigError(f"{what}: {error}; check the endpoint and the certificates that AWS_CA_BUNDLE names") from error
+                raise TransientStoreError(f"{what}: {type(error).__name__}: {error}") from error
+            except (boto.BotoCoreError, ValueError) as error:  # botocore raises ValueError for an endpoint that is no url
+                raise P48Error(f"{what}: {type(error).__name__}: {error}") from error
 
-    def _raise_unless_retriable(self, error: Any, what: str, expected: frozenset[str]) -> None:
+        return retry.call(retry.S3, attempt, partial(self.traffic.add, retries=1))
+
+    def _raise_refusal(self, error: Any, what: str, expected: frozenset[str]) -> NoReturn:
         """Sorts an answer of the server by its code, or by its status where the body named none (HEAD has no body)."""
         status = str(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", ""))
         code = str(error.response.get("Error", {}).get("Code", "")) or status
         if code in expected:
             raise ExpectedError(code) from error
         if code in RETRIABLE_CODES or (status in RETRIABLE_CODES and code not in USER_CODES):
-            return
+            raise TransientStoreError(f"{what}: {type(error).__name__}: {error}") from error
         if code == "NoSuchKey" or (code == "404" and what.startswith(("get_object", "head_object"))):
             raise ObjectMissingError(f"{what.partition(' of ')[2]}: no such object") from error
         if code in USER_CODES:

@@ -1,12 +1,13 @@
 """A Hub to read from, and huggingface_hub pointed at it."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from huggingface_hub import constants
 
-from p48ray.store import hub_api
+from p48ray.store import retry
 from tests.hub.server import ReadHub
 from tests.jobs.command import narrow_model
 from tests.jobs.conftest import aws_identity, moto_server, seaweedfs  # noqa: F401 (fixtures)
@@ -28,7 +29,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ReadHub]:
     }
     for name, value in settings.items():
         monkeypatch.setattr(constants, name, value)
-    monkeypatch.setattr(hub_api, "BACKOFF_BASE_S", 0.001)
+    monkeypatch.setattr(retry, "HUB", replace(retry.HUB, base_s=0.002))
     monkeypatch.delenv("HF_TOKEN", raising=False)
     yield server
     server.close()

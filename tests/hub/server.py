@@ -151,7 +151,12 @@ class Answering(BaseHTTPRequestHandler):
 
 
 class Front(Answering):
-    """The Hub itself."""
+    """The Hub itself. Of what writes it only has the faults."""
+
+    def do_POST(self) -> None:
+        fault = self.hub.take_fault(f"POST {urlsplit(self.path).path}", None)
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.answer(fault.status if fault and fault.status else 404, {"error": "a fault"}, **(fault.headers if fault else {}))
 
     def do_GET(self) -> None:
         split = urlsplit(self.path)

@@ -13,7 +13,7 @@ from p48ray.errors import CalibrationError, ConfigError
 from p48ray.model import documents
 from p48ray.model.documents import digest_documents, read_documents
 from p48ray.plan import RunPlan
-from p48ray.store import LocalStore, hub_api, open_store
+from p48ray.store import LocalStore, open_store, retry
 from tests.conftest import TINY
 from tests.hub.server import Fault, ReadHub
 from tests.jobs.command import ROUNDED, arguments, invoke, snapshot
@@ -177,7 +177,7 @@ def test_run_keeps_to_the_commit_of_its_texts_though_the_branch_has_moved(hub: R
 
 def test_hub_that_is_away_ends_the_job_with_what_was_asked(hub: ReadHub, tmp_path: Path) -> None:
     hub.commit(DATA, data_set())
-    hub.faults += [Fault(".*", 503)] * hub_api.MAX_ATTEMPTS
+    hub.faults += [Fault(".*", 503)] * retry.HUB.attempts
     outcome = invoke(*arguments(tmp_path / "run", mix(PLACE)))
     assert outcome.code == 1 and "hf://datasets/owner/texts: the Hub answered 503" in outcome.err, outcome
     assert not (tmp_path / "run").exists()

@@ -9,7 +9,7 @@ import pytest
 
 from p48ray.checkpoint.index import open_checkpoint
 from p48ray.errors import ConfigError, ObjectMissingError, P48Error, ShardCorruptError, TransientStoreError
-from p48ray.store import HubStore, LocalStore, Store, hub_api, open_store
+from p48ray.store import HubStore, LocalStore, Store, open_store, retry
 from p48ray.store import hub as hub_store
 from p48ray.store.hub import HubPlace, parse_place
 from tests.conftest import REPO
@@ -196,7 +196,7 @@ def test_passing_faults_are_asked_again(hub: ReadHub) -> None:
 
 def test_rate_limit_is_waited_out_as_long_as_it_says(hub: ReadHub, monkeypatch: pytest.MonkeyPatch) -> None:
     store, waits = opened(hub), []
-    monkeypatch.setattr(hub_api.time, "sleep", waits.append)
+    monkeypatch.setattr(retry, "pause", waits.append)
     hub.faults += [
         Fault("GET .*/config.json", 429, {"Retry-After": "7"}),
         Fault("GET .*/config.json", 429, {"RateLimit": '"resolvers";r=0;t=42'}),
@@ -207,7 +207,7 @@ def test_rate_limit_is_waited_out_as_long_as_it_says(hub: ReadHub, monkeypatch: 
 
 def test_rate_limit_without_end_is_given_up_with_a_hint(hub: ReadHub) -> None:
     store = opened(hub)
-    hub.faults += [Fault("GET .*/config.json", 429, {"Retry-After": "0"})] * hub_api.MAX_ATTEMPTS
+    hub.faults += [Fault("GET .*/config.json", 429, {"Retry-After": "0"})] * retry.HUB.attempts
     with pytest.raises(TransientStoreError, match=r"rate limit is reached .*a token \(HF_TOKEN\) has a higher one"):
         store.get("config.json")
 
@@ -229,7 +229,7 @@ def test_changed_bytes_are_found_in_what_is_read_whole(hub: ReadHub) -> None:
         list(store.stream(SHARD))
     hub.faults.append(Fault("GET .*/config.json", flip=3))
     assert store.get("config.json") == tiny_files()["config.json"], "a second try is worth it"
-    hub.faults += [Fault("GET .*/config.json", flip=3)] * hub_api.MAX_ATTEMPTS
+    hub.faults += [Fault("GET .*/config.json", flip=3)] * retry.HUB.attempts
     with pytest.raises(TransientStoreError, match="with git's SHA-1"):
         store.get("config.json")
 
@@ -239,7 +239,7 @@ def test_signed_addresses_are_in_no_message(hub: ReadHub, caplog: pytest.LogCapt
     hub.faults += [Fault(f"OBJECT {SHARD}", 403)]
     with pytest.raises(ConfigError) as caught:
         store.get_range(SHARD, 0, 10)
-    hub.faults += [Fault(f"OBJECT {SHARD}", 503)] * hub_api.MAX_ATTEMPTS
+    hub.faults += [Fault(f"OBJECT {SHARD}", 503)] * retry.HUB.attempts
     with pytest.raises(TransientStoreError) as passing:
         store.get_range(SHARD, 0, 10)
     assert "signature" not in f"{caught.value} {passing.value} {caplog.text}"

@@ -4,12 +4,12 @@ import json
 import os
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from p48ray.store import Store, open_store, s3_api
-from p48ray.store.s3_api import MAX_ATTEMPTS
+from p48ray.store import Store, open_store, retry
 from tests.jobs.command import Outcome, arguments, invoke, launch, narrow_model, run_process, snapshot
 from tests.store.servers import BUCKET, Server, aws_environment
 
@@ -94,7 +94,7 @@ def test_wrong_secret_is_a_users_mistake_that_names_the_bucket(seaweedfs: Server
 
 def test_server_that_is_not_there_fails_within_the_bounded_retries(seaweedfs: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     port = 9  # discard: nobody listens
-    monkeypatch.setattr(s3_api, "BACKOFF_BASE_S", 0.001)
+    monkeypatch.setattr(retry, "S3", replace(retry.S3, base_s=0.001))
     outcome = invoke(*arguments(f"s3://{BUCKET}/gone", {"run.endpoint_url": f"http://127.0.0.1:{port}"}))
     assert outcome.code == 1, outcome
-    assert f"127.0.0.1:{port}" in outcome.err and f"{MAX_ATTEMPTS}" in outcome.err
+    assert f"127.0.0.1:{port}" in outcome.err and f"failed {retry.S3.attempts} times" in outcome.err

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -14,9 +15,8 @@ from typer.testing import CliRunner
 from jobs import publish
 from p48ray.errors import P48Error
 from p48ray.manifest import PublishedShard
-from p48ray.stages import hub as hub_module
-from p48ray.stages import publish as publish_module
 from p48ray.stages.upload import Uploader, upload_or_error
+from p48ray.store import retry
 from tests.conftest import REPO
 from tests.jobs.command import Outcome, own_logging
 from tests.publish.hub_server import TOKEN, Hub
@@ -40,8 +40,9 @@ def invoke_publish(root: Path, hub: Hub, *args: str, token: str = TOKEN, repo: s
         for name, value in {**settings, "HF_TOKEN_PATH": str(root / "no-login")}.items():
             stack.enter_context(mock.patch.object(constants, name, value))
         stack.enter_context(mock.patch.object(publish, "RayUploads", lambda *_: upload_here))
-        stack.enter_context(mock.patch.object(publish_module, "COMMIT_WAITS_S", (0.0, 0.0, 0.0)))
-        stack.enter_context(mock.patch.object(hub_module, "WAITS_S", (0.01, 0.01)))
+        for policy in ("HUB", "HUB_COMMIT"):
+            short = replace(getattr(retry, policy), attempts=3, base_s=0.001)
+            stack.enter_context(mock.patch.object(retry, policy, short))
         stack.enter_context(mock.patch.dict(os.environ, {"HF_TOKEN": token}))
         stack.enter_context(own_logging())
         result = CliRunner().invoke(publish.app, ["--run-root", str(root), "--repo", repo, *args])

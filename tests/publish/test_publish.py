@@ -8,17 +8,14 @@ import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
-import httpx2
 import pytest
 from huggingface_hub import CommitOperationAdd, HfApi, constants
-from huggingface_hub.errors import OfflineModeIsEnabled
 
-from p48ray.errors import ConfigError, StageFailedError, TransientStoreError
 from p48ray.manifest import CheckpointManifest, PublishedShard
 from p48ray.report.plan_table import size
 from p48ray.stages import upload
 from p48ray.stages.hub import Hub as Client
-from p48ray.stages.hub import Target, translated, uploaded_shard
+from p48ray.stages.hub import Target, uploaded_shard
 from p48ray.store import LocalStore
 from tests.publish import hub_server
 from tests.publish.command import REPO_NAME, checkpoint_files, files_with, invoke_publish, launch_publish, published
@@ -216,7 +213,7 @@ def test_dry_run_sends_nothing(root: Path, hub: Hub) -> None:
 @pytest.mark.parametrize("args", [(), ("--dry-run",)], ids=["publish", "dry"])
 def test_a_wrong_token_is_the_users_mistake_and_is_shown_nowhere(root: Path, hub: Hub, args: tuple[str, ...]) -> None:
     outcome = invoke_publish(root, hub, *args, token="hf_WrongWrongWrong")
-    assert outcome.code == 2 and "refuses the token" in outcome.err
+    assert outcome.code == 2 and "owner/tiny: whoami: the Hub refuses access (401" in outcome.err
     assert "hf_WrongWrongWrong" not in outcome.out + outcome.err
     assert files_with("hf_WrongWrongWrong", root) == []
     assert hub.repos == {}
@@ -370,14 +367,6 @@ def test_a_crash_shows_no_token(root: Path, hub: Hub, tmp_path: Path, monkeypatc
     out, err = process.communicate(timeout=60)
     assert process.returncode == 1 and "KeyError" in err
     assert TOKEN not in out + err
-
-
-def test_errors_of_the_library_are_told_apart() -> None:
-    assert isinstance(translated("x", ValueError("malformed")), StageFailedError)
-    wrapped = RuntimeError("Error while uploading")
-    wrapped.__cause__ = httpx2.ReadTimeout("slow")
-    assert isinstance(translated("x", wrapped), TransientStoreError)
-    assert isinstance(translated("x", OfflineModeIsEnabled("no")), ConfigError)
 
 
 @pytest.mark.parametrize("path", ["{oid}/3", "{oid}/4"], ids=["other bytes", "another size"])

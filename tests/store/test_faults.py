@@ -4,12 +4,13 @@ import hashlib
 import random
 import uuid
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from p48ray.errors import P48Error
-from p48ray.store import ByteRange, S3Store, Store, s3, s3_api, s3_multipart
+from p48ray.store import ByteRange, S3Store, Store, retry, s3, s3_multipart
 from p48ray.store.base import Written
 from p48ray.store.view import SubStore
 from tests.store.fault_proxy import PASSING_FAULTS, Fault, FaultProxy, Rule, fault_proxy
@@ -28,7 +29,7 @@ AFTER_FORWARDING |= {Fault.RESET_IN_BODY, Fault.TRUNCATED_BODY}
 
 @pytest.fixture(autouse=True)
 def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(s3_api, "BACKOFF_BASE_S", 0.005)
+    monkeypatch.setattr(retry, "S3", replace(retry.S3, base_s=0.005))
     monkeypatch.setattr("tests.store.fault_proxy.LATENCY_S", 0.05)
 
 
@@ -116,7 +117,7 @@ def test_random_operations_under_random_faults_give_right_bytes_or_our_errors(
 ) -> None:
     """Few attempts and many faults, so that operations fail as well: then an object is as it was, or as it should have become."""
     server: Server = request.getfixturevalue("seaweedfs" if seed % 3 else "moto_server")
-    monkeypatch.setattr(s3_api, "MAX_ATTEMPTS", 2)
+    monkeypatch.setattr(retry, "S3", replace(retry.S3, attempts=2))
     monkeypatch.setattr("tests.store.fault_proxy.LATENCY_S", 0.01)
     source = random.Random(seed)
     possible: dict[str, set[bytes | None]] = {key: {None} for key in "abcd"}

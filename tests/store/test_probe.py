@@ -1,12 +1,13 @@
 """What the probe says of real servers, and of broken ones."""
 
 import uuid
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from p48ray.errors import ConfigError, TransientStoreError
-from p48ray.store import Capabilities, LocalStore, MemoryStore, S3Store, probe, s3_api
+from p48ray.store import Capabilities, LocalStore, MemoryStore, S3Store, probe, retry
 from p48ray.store.view import SubStore
 from tests.store.fault_proxy import COPY_MARK, Fault, Rule, fault_proxy
 from tests.store.servers import BUCKET, Server, plain_client
@@ -86,7 +87,7 @@ def test_store_without_conditional_put_is_refused_with_the_reason(seaweedfs: Ser
 
 
 def test_store_out_of_reach_is_no_verdict(seaweedfs: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(s3_api, "BACKOFF_BASE_S", 0.001)
+    monkeypatch.setattr(retry, "S3", replace(retry.S3, base_s=0.001))
     with (
         fault_proxy(seaweedfs.endpoint_url, Rule(Fault.BUSY, "PUT", times=99)) as proxy,
         pytest.raises(TransientStoreError, match="SlowDown"),
