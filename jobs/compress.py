@@ -24,13 +24,15 @@ from p48ray.runner.console import configure_logging
 from p48ray.runner.pipeline import run_job
 from p48ray.runner.ray_runner import RayRunner
 from p48ray.stages.prepare import prepare
+from p48ray.store.open import scheme_of
 
 RAY_JOB_MARK = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray's job supervisor for the entrypoint it runs
 
 
 def check_run_root(config: RunConfig) -> None:
     """A relative run root under a Ray job would land in Ray's temporary copy of the working directory, and be lost with it."""
-    if RAY_JOB_MARK in os.environ and not os.path.isabs(config.run.root) and "://" not in config.run.root:
+    is_relative = scheme_of(config.run.root).is_path and not os.path.isabs(config.run.root)
+    if RAY_JOB_MARK in os.environ and is_relative:
         raise ConfigError(
             f"run.root: expected an absolute path under `ray job submit`, found {config.run.root!r}: it would lie in Ray's temporary copy of the "
             "working directory; pass --run-root with an absolute path"

@@ -12,13 +12,11 @@ from rich.console import Console
 
 from p48ray.checkpoint.skeleton import write_kimi_k25_skeleton
 from p48ray.checkpoint.sparse_storage import Storage
-from p48ray.config import is_stored
 from p48ray.errors import ConfigError, P48Error, UserError
 from p48ray.report.inspect import inspect_linear, print_inspection
 from p48ray.report.status import print_status, read_status
 from p48ray.runner.console import configure_logging
-from p48ray.store.hub import is_hub
-from p48ray.store.open import ENDPOINT_VARIABLES, open_store
+from p48ray.store.open import ENDPOINT_VARIABLES, open_store, scheme_of
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, pretty_exceptions_enable=False)
 console = Console()
@@ -43,9 +41,11 @@ def status(run_root: Annotated[str, typer.Argument(help="Folder or URI of a run.
     """How far a run has come: each stage, each layer, and what failed."""
 
     def action() -> bool:
-        if is_hub(run_root):
-            raise ConfigError(f"{run_root}: expected a run root, found a repository on the Hub, where none can lie")
-        print_status(read_status(open_store(run_root, endpoint_url)), console)
+        store, scheme = open_store(run_root, endpoint_url), scheme_of(run_root)
+        if not scheme.is_writable:
+            found = f"found {scheme.noun}, where none can lie"
+            raise ConfigError(f"{run_root}: expected a run root, {found}")
+        print_status(read_status(store), console)
         return True
 
     guarded(action)
@@ -109,7 +109,7 @@ def convert(
         from p48ray.runner.converter import convert_folder  # here, because Ray takes a second to import
         from p48ray.runner.ray_tasks import RayTasks
 
-        if not is_stored(out):
+        if not scheme_of(out).is_writable:
             raise ConfigError(f"OUT: expected a place that can be written to, found {out}")
         address = os.environ.get("RAY_ADDRESS")
         tasks = RayTasks(what="convert", num_workers=workers, address=address, is_shared=shared, shows_logs=False)

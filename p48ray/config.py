@@ -16,6 +16,7 @@ from p48ray.config_benchmarks import BenchmarksConfig
 from p48ray.config_compression import CompressionConfig
 from p48ray.config_section import Section, as_tuple
 from p48ray.errors import ConfigError
+from p48ray.store.open import scheme_of, writable_examples
 
 SIZE_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -198,13 +199,8 @@ class RunConfig(Section):
 
 # What the configuration can already say but the code can not yet do: dotted key -> (is it asked for, what to use instead).
 UNBUILT: dict[str, tuple[Any, str]] = {
-    "run.root": (lambda c: not is_stored(c.run.root), "a local folder or s3://bucket/prefix"),
+    "run.root": (lambda c: not scheme_of(c.run.root).is_writable, writable_examples()),
 }
-
-
-def is_stored(uri: str) -> bool:
-    """Whether a place can be written to."""
-    return "://" not in uri or uri.startswith(("file://", "s3://"))
 
 
 def baseline_config(config: RunConfig) -> RunConfig:
@@ -215,7 +211,7 @@ def baseline_config(config: RunConfig) -> RunConfig:
     evaluation = config.evaluation.model_copy(update={"baseline": False}) if config.evaluation else None
     root = config.run.root.rstrip("/")
     source = config.source
-    if source.checkpoint.startswith("hf://"):  # which the run has mirrored by then
+    if scheme_of(source.checkpoint).mirror:  # which the run has mirrored by then
         source = source.model_copy(update={"checkpoint": f"{root}/source", "endpoint_url": config.run.endpoint_url})
     run = config.run.model_copy(update={"root": f"{root}/baseline"})
     calibration = config.calibration.model_copy(update={"propagate": "dense"})

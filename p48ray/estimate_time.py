@@ -19,6 +19,7 @@ from p48ray.numerics.refine import BATCH_TOKENS
 from p48ray.numerics.solvers import SOLVERS
 from p48ray.numerics.two_sided import ROW_GROUPS
 from p48ray.plan import RunPlan
+from p48ray.store.open import scheme_of
 
 
 class Rate(float):
@@ -135,7 +136,7 @@ class Times:
 
 def is_near(place: str, is_shared: bool) -> bool:
     """A local folder that is not declared the same on every node (StageContext.store_is_near)."""
-    return not is_shared and ("://" not in place or place.startswith("file://"))
+    return not is_shared and scheme_of(place).is_local
 
 
 def num_nodes(workers: int, config: RunConfig, rates: Rates) -> int:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from p48ray.store import SCHEMES
+
 REPO = Path(__file__).resolve().parents[1]
 PACKAGE = REPO / "p48ray"
 
@@ -145,3 +147,62 @@ def test_nothing_is_there_for_tests_alone() -> None:
         if counts[node.name] < 2 and node.name not in NAMED_ELSEWHERE
     ]
     assert unused == []
+
+
+OUTSIDE_STORES = [
+    *(path for name, path in modules() if not name.startswith("p48ray.store")),
+    *sorted((REPO / "jobs").glob("*.py")),
+]
+STORE_CLASSES = {
+    node.name
+    for path in (PACKAGE / "store").glob("*.py")
+    for node in ast.walk(ast.parse(path.read_text()))
+    if isinstance(node, ast.ClassDef) and node.name.endswith("Store")
+}
+PLACE = re.compile(rf"({'|'.join(name for name in SCHEMES if name)})?://")
+
+
+def texts_for_people(tree: ast.AST) -> set[ast.AST]:
+    """Docstrings, and what a key of the configuration or an option says of itself."""
+    shown = {node.value for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    keywords = [node for node in ast.walk(tree) if isinstance(node, ast.keyword)]
+    described = [k.value for k in keywords if k.arg in ("description", "help")]
+    return shown | {node for value in described for node in ast.walk(value)}
+
+
+def store_questions(tree: ast.AST) -> list[str]:
+    """What code asks or makes of a place's text, and of a store's class."""
+    found = []
+    for node in set(ast.walk(tree)) - texts_for_people(tree):
+        if isinstance(node, ast.Constant) and PLACE.match(str(node.value)):
+            found.append(f"line {node.lineno}: {node.value!r}")
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("isinstance", "issubclass"):
+            named = {ast.unparse(n).rpartition(".")[2] for n in ast.walk(node.args[1])}
+            found += [f"line {node.lineno}: {ast.unparse(node)}"] if named & STORE_CLASSES else []
+    return found
+
+
+@pytest.mark.parametrize("path", OUTSIDE_STORES, ids=lambda path: str(path.relative_to(REPO)))
+def test_what_a_store_is_is_asked_of_its_scheme(path: Path) -> None:
+    """Not of a place's "://", nor of a class: p48ray/store/open.py (docs/EXTENDING.md)."""
+    assert store_questions(ast.parse(path.read_text())) == []
+
+
+@pytest.mark.parametrize(
+    ("code", "is_question"),
+    [
+        ('x = "://" in place', True),
+        ('x = place.startswith("s3://")', True),
+        ('place = f"hf://{repo}"', True),
+        ("place = f'{scheme}://{rest}'", True),
+        ("x = isinstance(store, LocalStore)", True),
+        ("x = isinstance(store, base.Store | int)", True),
+        ('url = f"http://{host}"', False),
+        ("x = isinstance(error, TransientStoreError)", False),
+        ('raise ConfigError("expected a folder or s3://bucket")', False),
+        ('x: str = Field(description="hf:// uri with the commit.")', False),
+        ('"""s3://bucket/prefix is a place."""', False),
+    ],
+)
+def test_questions_about_stores_are_seen(code: str, is_question: bool) -> None:
+    assert bool(store_questions(ast.parse(code))) is is_question

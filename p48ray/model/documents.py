@@ -20,9 +20,7 @@ from p48ray.errors import CalibrationError, ConfigError, ObjectMissingError, Use
 from p48ray.model.chat import document_text
 from p48ray.model.records import TextFile, num_parts, read_part, read_rows
 from p48ray.store.base import ObjectInfo, Store
-from p48ray.store.hub import HubStore, is_hub, parse_place
-from p48ray.store.open import open_store
-from p48ray.store.s3 import S3Store
+from p48ray.store.open import open_store, scheme_of
 
 WHOLE_BYTES = 64 * 2**20
 VISIT_CHARACTERS = 2**20
@@ -54,20 +52,13 @@ def open_texts(source: DocumentSource, key: str) -> Texts:
     Raises: ConfigError when there are none, or their place can not be reached with what the user has set.
     """
     path = source.path.rstrip("/") or source.path
-    if path.lower().startswith("file://"):
-        path = open_store(path).uri
-    if "://" not in path:
-        path = str(Path(path).expanduser())
+    scheme = scheme_of(path)
+    if scheme.is_local:
+        path = str(Path(path).expanduser()) if scheme.is_path else open_store(path).uri
         return _stored(open_store(path), "", path, key) if Path(path).is_dir() else _one_local(path, key)
     try:
-        if is_hub(path):
-            place = parse_place(path)
-            if place.kind != "dataset":
-                raise ConfigError(f"{path}: expected hf://datasets/owner/name[@revision][/path], found a model's repository")
-            return _stored(HubStore(place.at(place.revision, "").uri), place.path, path, key)
-        scheme, _, rest = path.partition("://")
-        root, _, prefix = rest.partition("/")
-        return _stored(open_store(f"{scheme}://{root}", source.endpoint_url), prefix, path, key)
+        root, prefix = scheme.split(path)
+        return _stored(open_store(root, source.endpoint_url), prefix, path, key)
     except UserError as error:
         raise type(error)(f"{key}: {error}") from error
 
@@ -95,7 +86,7 @@ def _stored(store: Store, prefix: str, path: str, key: str) -> Texts:
     names = [i for i in infos if held or (i.key.endswith(SUFFIXES) and not any(p.startswith(".") for p in i.key.split("/")))]
     if not names:
         found = ", ".join(i.key for i in infos[:3]) or "nothing"
-        where = path if "://" in path else f"{key}: {path}"
+        where = f"{key}: {path}" if scheme_of(path).is_local else path
         raise ConfigError(f"{where}: expected a file, or a folder with {' or '.join(SUFFIXES)} files in it, found {found}")
     return Texts(path, tuple(TextFile(store, i.key, i.size_bytes, shown(i)) for i in names), is_one=held is not None)
 
@@ -109,7 +100,7 @@ def digest_documents(documents: Sequence[DocumentSource], key: str) -> str:
     digest = hashlib.sha256()
     for document in documents:
         texts = open_texts(document, key)
-        if texts.is_one and (texts.is_whole or "://" not in texts.path):
+        if texts.is_one and (texts.is_whole or scheme_of(texts.path).is_local):
             (file,) = texts.files
             digest.update(f"{document.weight!r} {file.size_bytes}\n".encode())
             for data in _stream(file, key):
@@ -124,14 +115,9 @@ def digest_documents(documents: Sequence[DocumentSource], key: str) -> str:
 
 def _identity(file: TextFile, is_whole: bool, key: str) -> str:
     """SHA-256 of a file's bytes, as the store tells it or counted here; for what is too large to be read whole, whatever the store tells."""
-    if isinstance(file.store, HubStore) and (listed := file.store.file(file.key)) and (found := listed.sha256 or listed.git_sha1):
+    scheme = scheme_of(file.store.uri)
+    if (scheme.lists_digests or not is_whole) and (found := scheme.identity(file.store, file.key)):
         return found
-    if "://" in file.store.uri and not is_whole:
-        held = file.store.head(file.key)
-        if held and held.sha256:
-            return held.sha256
-        if isinstance(file.store, S3Store):
-            return file.store.copy_source(file.key).etag.strip('"')
     digest = hashlib.sha256()
     for data in _stream(file, key):
         digest.update(data)

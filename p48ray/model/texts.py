@@ -22,7 +22,7 @@ from p48ray.checkpoint.index import CONFIG_FILE, CheckpointIndex
 from p48ray.config import DocumentSource
 from p48ray.errors import SourceError
 from p48ray.model.documents import open_texts, read_documents, too_little
-from p48ray.store.local import LocalStore
+from p48ray.store.open import scheme_of
 
 SPREAD = 4
 """Of a large source so many times its share is packed before the draw, so that neighbours in the draw rarely are neighbours in a document."""
@@ -92,7 +92,7 @@ def hint(error: Exception | None, trust_remote_code: bool) -> str:
 @contextmanager
 def tokenizer_folder(index: CheckpointIndex) -> Iterator[str]:
     """Where the source's small files are on this machine: the source itself, or copies of a bucket's, for as long as they are read."""
-    if isinstance(index.store, LocalStore):
+    if scheme_of(index.store.uri).is_local:
         yield index.store.uri
         return
     with TemporaryDirectory(prefix="p48ray-tokenizer-") as folder:

@@ -21,6 +21,8 @@ from p48ray.report.storage_card import convert_card
 from p48ray.stages.benchmarks import BenchmarkTable, table_notes
 from p48ray.stages.context import StageContext
 from p48ray.stages.evaluate import EvaluationResult
+from p48ray.store.hub import HubPlace
+from p48ray.store.open import scheme_of
 
 VLLM_VERSION = "0.32"  # which reads no VLLM_USE_FLASHINFER_MOE_FP4 any more; the flags of a family's models are in its file
 SERVING_GPUS = 4
@@ -229,7 +231,7 @@ def reproduction(context: StageContext, units: Sequence[UnitManifest]) -> str:
     for document in chosen["calibration"]["documents"]:
         document["path"] = place_name(document["path"])
     base, revision = base_model(plan), base_revision(plan)
-    source = f"hf://{base}" + (f"@{revision}" if revision else "") if base else "SOURCE"
+    source = HubPlace("model", base, revision, "").uri if base else "SOURCE"
     chosen = {
         "name": chosen.pop("name"),
         "source": {"checkpoint": source},
@@ -247,7 +249,7 @@ def reproduction(context: StageContext, units: Sequence[UnitManifest]) -> str:
 
 def place_name(path: str) -> str:
     """A text's place without the folders of the machine that it lay on."""
-    return path if "://" in path else path.rsplit("/", 1)[-1]
+    return path.rsplit("/", 1)[-1] if scheme_of(path).is_path else path
 
 
 def licence(context: StageContext) -> str:

@@ -12,6 +12,7 @@ from p48ray.errors import ObjectMissingError
 from p48ray.numerics.solution import PAIRED_48
 from p48ray.plan import RunPlan
 from p48ray.stages.context import StageContext
+from p48ray.store.open import scheme_of
 
 CARRIED_FIELDS = ("license", "license_name", "license_link", "pipeline_tag")
 
@@ -43,10 +44,8 @@ def base_revision(plan: RunPlan) -> str | None:
 def hub_name(plan: RunPlan) -> tuple[str | None, str | None]:
     """owner/name and revision as a hf:// source states them."""
     checkpoint = plan.config.source.checkpoint
-    if not checkpoint.startswith("hf://"):
-        return None, None
-    name, _, revision = checkpoint.removeprefix("hf://").partition("@")
-    return name, revision or None
+    scheme = scheme_of(checkpoint)
+    return scheme.served(checkpoint) if scheme.revisions and scheme.served else (None, None)
 
 
 def carried_fields(source: CheckpointIndex) -> dict[str, str]:

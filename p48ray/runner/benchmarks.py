@@ -5,7 +5,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 
 from p48ray import run_root
 from p48ray.config import RunConfig
@@ -32,9 +31,7 @@ from p48ray.stages.benchmarks import (
 from p48ray.stages.prepare import absolute
 from p48ray.stages.workplace import open_context
 from p48ray.store.base import Store
-from p48ray.store.hub import parse_place
-from p48ray.store.local import LocalStore
-from p48ray.store.open import open_store
+from p48ray.store.open import open_store, scheme_of
 
 log = logging.getLogger("p48ray.progress")
 
@@ -147,18 +144,14 @@ def read_run(config: RunConfig, store: Store) -> tuple[RunPlan, Report]:
 
 def served_place(store: Store) -> tuple[str, str | None]:
     """What a server is given for a checkpoint: (folder, None), (owner/name, revision), or the uri of a bucket."""
-    if isinstance(store, LocalStore):
-        return str(Path(store.uri).resolve()), None
-    if store.uri.startswith("hf://"):
-        place = parse_place(store.uri)
-        return place.repo, place.revision
-    return store.uri, None
+    served = scheme_of(store.uri).served
+    return served(store.uri) if served else (store.uri, None)
 
 
 def check_places(chosen: Sequence[Measured], benchmarks: BenchmarksConfig, url: str | None) -> None:
     """Raises: ConfigError for a checkpoint in a bucket that is to be served from here, or whose tokenizer the harness can not find."""
     for column in chosen:
-        if "://" in column.place and column.missing:
+        if scheme_of(column.place).served is None and column.missing:
             if url is None:
                 raise ConfigError(
                     f"benchmarks.{column.role}.checkpoint: {column.place}: expected a folder or hf://owner/name@revision that a server can read; copy it to a "

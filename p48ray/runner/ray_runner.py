@@ -34,6 +34,7 @@ from p48ray.stages.inputs import open_run_root
 from p48ray.stages.tasks import Task, TaskResult, record_failure
 from p48ray.stages.workplace import Workplace
 from p48ray.store.base import Store
+from p48ray.store.open import scheme_of
 
 log = logging.getLogger(__name__)
 
@@ -144,7 +145,8 @@ class RayRunner:
     def check_shared(self) -> None:
         """A local path means another folder on every node, unless the user says that it does not."""
         nodes = [n for n in ray.nodes() if n["Alive"] and n["Resources"].get("CPU")]
-        if len(nodes) > 1 and "://" not in self.store_uri and not self.settings.root_is_shared:
+        is_own = scheme_of(self.store_uri).is_local and not self.settings.root_is_shared
+        if len(nodes) > 1 and is_own:
             raise ConfigError(
                 f"run.root: {self.store_uri} is a local path and the cluster has {len(nodes)} nodes; "
                 "use a bucket, or set run.root_is_shared: true if every node mounts the same folder"

@@ -19,6 +19,7 @@ from ray.exceptions import RayError
 from p48ray.errors import ConfigError, P48Error, StageFailedError, TransientStoreError, UserError, WorkerLostError
 from p48ray.runner.ray_runner import OBJECT_STORE_BYTES, START_TIMEOUT_S, connect, first_line
 from p48ray.store.base import Store
+from p48ray.store.open import scheme_of
 
 log = logging.getLogger("p48ray.progress")
 
@@ -60,7 +61,7 @@ class RayTasks:
     def check_shared(self, option: str, store: Store) -> None:
         """A local path means another folder on every node, unless the user says that it does not."""
         nodes = [n for n in ray.nodes() if n["Alive"] and n["Resources"].get("CPU")]
-        if len(nodes) > 1 and "://" not in store.uri and not self.is_shared:
+        if len(nodes) > 1 and scheme_of(store.uri).is_local and not self.is_shared:
             raise ConfigError(
                 f"{option}: {store.uri} is a local path and the cluster has {len(nodes)} nodes; use a bucket, or a shared folder"
             )

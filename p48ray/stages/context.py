@@ -26,8 +26,8 @@ from p48ray.stages.staging import to_device
 from p48ray.stages.turn import Turn
 from p48ray.store.base import CHUNK_BYTES, ByteRange, Store, Written
 from p48ray.store.checked_files import CheckedFiles
-from p48ray.store.local import LocalStore
 from p48ray.store.node_cache import NodeCache, fetch
+from p48ray.store.open import scheme_of
 from p48ray.store.view import local_path
 
 
@@ -57,7 +57,7 @@ class StageContext:
     @property
     def store_is_near(self) -> bool:
         """The run root is a folder of this node's own: a copy on another of its disks would gain nothing."""
-        return isinstance(self.store, LocalStore) and not self.plan.config.run.root_is_shared
+        return scheme_of(self.store.uri).is_local and not self.plan.config.run.root_is_shared
 
     def decoder(self) -> Decoder:
         return Decoder(self.source, self.layout, self.device, self.compute_dtype, self.cache)

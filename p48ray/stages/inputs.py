@@ -12,14 +12,14 @@ from p48ray.stages import arrow
 from p48ray.stages.evaluate import evaluation_digest
 from p48ray.stages.prepare import Prepared
 from p48ray.store.base import Store
-from p48ray.store.open import open_store
+from p48ray.store.open import open_store, scheme_of
 from p48ray.store.probe import Capabilities, probe
 
 
 def open_run_root(plan: RunPlan, store_uri: str) -> Store:
     """The run root as its probe found it: where ranges can not be copied on the store's side, they are streamed."""
     store = open_store(store_uri, plan.config.run.endpoint_url)
-    if store_uri.startswith("s3://") and store.head(run_root.STORE) is not None:
+    if scheme_of(store_uri).must_be_probed and store.head(run_root.STORE) is not None:
         found = Capabilities(**StoreFacts.load(store, run_root.STORE).model_dump(exclude={"schema_version"}))
         return open_store(store_uri, plan.config.run.endpoint_url, server_copy=found.server_copy)
     return store
@@ -30,7 +30,7 @@ def probe_once(store: Store) -> None:
 
     Raises: ConfigError when it lacks what a run can not do without.
     """
-    if store.uri.startswith("s3://") and store.head(run_root.STORE) is None:
+    if scheme_of(store.uri).must_be_probed and store.head(run_root.STORE) is None:
         store.put(run_root.STORE, StoreFacts(**asdict(probe(store))).to_json())
 
 

@@ -24,7 +24,7 @@ from p48ray.stages.context import StageContext
 from p48ray.stages.tasks import Task
 from p48ray.store.base import Store
 from p48ray.store.hub import FileDigest, HubFile, HubStore
-from p48ray.store.open import open_store
+from p48ray.store.open import mirror_source, open_store
 from p48ray.store.view import SubStore
 
 CARD_FILE = "README.md"
@@ -112,7 +112,8 @@ def look(plan: RunPlan, store: Store) -> MirrorState:
 
 def files_to_copy(context: StageContext, shards: tuple[OutputShard, ...]) -> list[Task]:
     """The largest first, so that the last to end is a small one. Manifests that count for nothing go."""
-    source = HubStore(context.plan.config.source.checkpoint)
+    source = mirror_source(context.plan.config.source.checkpoint)
+    assert source is not None, "a plan with files to mirror is of a source that is mirrored"
     found = look(context.plan, context.store)
     delete_all(context.store, found.void)
     return [

@@ -20,11 +20,11 @@ from p48ray.stages.evaluate import check_length
 from p48ray.stages.mirror import files_to_mirror, look, mirrored
 from p48ray.stages.revisions import hub_places, read_held_plan, resolve
 from p48ray.store.base import Store
-from p48ray.store.hub import HubStore, parse_place
-from p48ray.store.open import open_store
+from p48ray.store.memory import MemoryStore
+from p48ray.store.open import mirror_source, open_store, scheme_of
 from p48ray.store.view import SubStore
 
-DRY_RUN_STORE = "memory://dry-run"
+DRY_RUN_STORE = "dry-run"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +51,8 @@ def prepare(config: RunConfig, is_dry: bool = False) -> Prepared:
     Raises: UserError of some kind for whatever the user must mend.
     """
     config = absolute(config)
-    store = open_store(DRY_RUN_STORE) if is_dry else open_store(config.run.root, config.run.endpoint_url)
+    run = config.run
+    store = MemoryStore(DRY_RUN_STORE) if is_dry else open_store(run.root, run.endpoint_url)
     held = read_held_plan(store) if hub_places(config) and not is_dry else None
     config, commits = resolve(config, held.revisions if held else {}, is_dry)
     source, mirror = open_planned_source(config, store, held)
@@ -73,11 +74,12 @@ def open_planned_source(config: RunConfig, store: Store, held: RunPlan | None) -
     place = config.source.checkpoint
     if held is not None and held.source.mirror and held.config.source.checkpoint == place and look(held, store).is_complete:
         return open_checkpoint(SubStore(store, run_root.SOURCE)), held.source.mirror
-    opened = open_store(place, config.source.endpoint_url)
-    if not isinstance(opened, HubStore):
-        return open_checkpoint(opened), ()
-    if parse_place(place).kind != "model" or parse_place(place).path:
-        raise ConfigError(f"source.checkpoint: {place}: expected hf://owner/name[@revision], the whole repository of a model")
+    try:
+        opened = mirror_source(place)
+    except ConfigError as error:
+        raise ConfigError(f"source.checkpoint: {error}") from error
+    if opened is None:
+        return open_checkpoint(open_store(place, config.source.endpoint_url)), ()
     index = open_checkpoint(opened)
     return index, files_to_mirror(index, opened)
 
@@ -86,7 +88,7 @@ def absolute(config: RunConfig) -> RunConfig:
     """Local paths as every process will see them, whatever its working directory."""
 
     def full(path: str) -> str:
-        return path if "://" in path else str(Path(path).expanduser().resolve())
+        return str(Path(path).expanduser().resolve()) if scheme_of(path).is_path else path
 
     source = config.source.model_copy(update={"checkpoint": full(config.source.checkpoint)})
     return config.model_copy(update={"source": source, "run": config.run.model_copy(update={"root": full(config.run.root)})})

@@ -29,6 +29,7 @@ from p48ray.stages.collect import delete_all
 from p48ray.stages.context import StageContext
 from p48ray.stages.tasks import Task
 from p48ray.store.base import ByteRange, ObjectInfo, Piece, Store
+from p48ray.store.open import scheme_of
 from p48ray.store.view import read_into
 
 MANIFEST_FILE = "p48ray.json"
@@ -151,7 +152,7 @@ def find_unit(context: StageContext, unit: WorkUnit) -> StoredUnit:
 
 def stored_sha256(store: Store, held: ObjectInfo) -> str | None:
     """The digest that the store keeps, so that a bucket's bytes need not be read; on a disk that of the bytes. None where only `verify` will tell."""
-    if held.sha256 is not None or store.uri.startswith("s3://"):
+    if held.sha256 is not None or scheme_of(store.uri).keeps_sha256:
         return held.sha256
     digest, buffer = hashlib.sha256(), memoryview(bytearray(min(HASHED_BYTES, held.size_bytes)))
     for start in range(0, held.size_bytes, HASHED_BYTES):

@@ -10,14 +10,14 @@ from p48ray import run_root
 from p48ray.config import DocumentSource, RunConfig
 from p48ray.plan import RunPlan
 from p48ray.store.base import Store
-from p48ray.store.hub import HubStore, is_hub, parse_place
+from p48ray.store.open import scheme_of
 
 
 def hub_places(config: RunConfig) -> list[str]:
     """Every hf:// text of a configuration, in order, each once."""
     texts = (*config.calibration.documents, *(config.evaluation.documents if config.evaluation else ()))
     places = [config.source.checkpoint, *(d.path for d in texts)]
-    return list(dict.fromkeys(place for place in places if is_hub(place)))
+    return list(dict.fromkeys(place for place in places if scheme_of(place).revisions))
 
 
 def read_held_plan(store: Store) -> RunPlan | None:
@@ -31,11 +31,13 @@ def resolve(config: RunConfig, known: Mapping[str, str], is_dry: bool) -> tuple[
     Args:    known: commit by place; these are not asked for again. is_dry: texts are left as they are, because a dry run does not touch them.
     Raises:  ConfigError for a repository or revision that is not there or may not be read.
     """
-    places = [config.source.checkpoint] if is_dry and is_hub(config.source.checkpoint) else [] if is_dry else hub_places(config)
-    commits = {place: known.get(place) or HubStore(parse_place(place).at(parse_place(place).revision, "").uri).commit for place in places}
+    source = config.source.checkpoint
+    asked = [place for place in hub_places(config) if not is_dry or place == source]
+    kinds = {place: kind for place in asked if (kind := scheme_of(place).revisions)}
+    commits = {place: known.get(place) or kind.commit(place) for place, kind in kinds.items()}
 
     def pinned(place: str) -> str:
-        return parse_place(place).at(commits[place]).uri if place in commits else place
+        return kinds[place].at(place, commits[place]) if place in kinds else place
 
     return with_places(config, pinned), commits
 

@@ -53,10 +53,6 @@ class HubPlace:
         return HubPlace(self.kind, self.repo, revision, self.path if path is None else path)
 
 
-def is_hub(uri: str) -> bool:
-    return uri.lower().startswith("hf://")
-
-
 def parse_place(uri: str) -> HubPlace:
     """hf://[datasets/]owner/name[@revision][/path]. Raises: ConfigError for anything else, P48Error for a path that is no key."""
     found = _PLACE.fullmatch(uri)
@@ -65,6 +61,44 @@ def parse_place(uri: str) -> HubPlace:
     path = (found[4] or "").rstrip("/")
     revision = unquote(found[3]) if found[3] else None
     return HubPlace("dataset" if found[1] == "datasets" else "model", found[2], revision, check_key(path) if path else "")
+
+
+def split_texts(uri: str) -> tuple[str, str]:
+    """A place of texts: the repository's uri, and the file or folder in it.
+
+    Raises: ConfigError unless it is a data set's.
+    """
+    place = parse_place(uri)
+    if place.kind != "dataset":
+        expected = "hf://datasets/owner/name[@revision][/path]"
+        raise ConfigError(f"{uri}: expected {expected}, found a model's repository")
+    return place.at(place.revision, "").uri, place.path
+
+
+def repository(uri: str) -> tuple[str, str | None]:
+    """owner/name and revision, as huggingface_hub and whoever is built on it take them."""
+    place = parse_place(uri)
+    return place.repo, place.revision
+
+
+def latest_commit(uri: str) -> str:
+    """The commit that a place's revision stands at now. Raises: ConfigError if none can be read."""
+    place = parse_place(uri)
+    return HubStore(place.at(place.revision, "").uri).commit
+
+
+def at_commit(uri: str, commit: str) -> str:
+    """The same place at a commit."""
+    return parse_place(uri).at(commit).uri
+
+
+def open_model(uri: str) -> "HubStore":
+    """Raises: ConfigError unless it is the whole repository of a model."""
+    place = parse_place(uri)
+    if place.kind != "model" or place.path:
+        expected = "hf://owner/name[@revision], the whole repository of a model"
+        raise ConfigError(f"{uri}: expected {expected}")
+    return HubStore(uri)
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +173,11 @@ class HubStore:
         """What the Hub lists about one file; None if it lists none."""
         full = self._prefix + check_key(key)
         return self._tree(full.rpartition("/")[0]).get(full)
+
+    def identity(self, key: str) -> str | None:
+        """The digest that the Hub lists: SHA-256, or git's own SHA-1 of a small file."""
+        listed = self.file(key)
+        return (listed.sha256 or listed.git_sha1) if listed else None
 
     def stream(self, key: str) -> Iterator[bytes]:
         """See `download`. Raises: ObjectMissingError too."""

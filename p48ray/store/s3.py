@@ -117,6 +117,14 @@ class S3Store:
         checksum = _full_checksum(reply)
         return ObjectInfo(key, reply["ContentLength"], base64.b64decode(checksum).hex() if checksum else None)
 
+    def identity(self, key: str) -> str | None:
+        """SHA-256 where the server keeps that of the whole object, else the ETag.
+
+        Raises: ObjectMissingError.
+        """
+        held = self.head(key)
+        return held.sha256 if held and held.sha256 else self.copy_source(key).etag.strip('"')
+
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
         """See Store.list. Names that are no keys are left out, such as the folder markers ("a/") that bucket browsers make.
 

@@ -5,7 +5,9 @@ from pathlib import Path
 import pytest
 
 from p48ray.errors import ConfigError
-from p48ray.store import LocalStore, MemoryStore, open_store
+from p48ray.store import SCHEMES, HubStore, LocalStore, MemoryStore, S3Store, Scheme, open_store
+from p48ray.store.open import UNKNOWN, mirror_source, scheme_of, writable_examples
+from p48ray.store.view import SubStore
 
 
 @pytest.mark.parametrize("form", ["{}", "file://{}", "file://localhost{}"])
@@ -52,3 +54,79 @@ def test_memory_uri_names_one_store_per_name() -> None:
 def test_what_cannot_be_opened_is_refused_with_the_reason(uri: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         open_store(uri)
+
+
+@pytest.mark.parametrize(
+    ("place", "name"),
+    [
+        ("runs/x", ""),
+        ("~/x", ""),
+        ("/a/b:c", ""),
+        ("a/s3://b", ""),
+        ("FILE:///a", "file"),
+        ("memory://a", "memory"),
+        ("S3://bucket/a", "s3"),
+        ("hf://owner/name@v1", "hf"),
+        ("gs://bucket", "?"),
+    ],
+)
+def test_scheme_is_told_from_the_text(place: str, name: str) -> None:
+    assert scheme_of(place).name == name
+
+
+@pytest.mark.parametrize(
+    "place",
+    ["/tmp/x", "file:///tmp/x", "memory://x", "s3://bucket/x", "hf://owner/name"],
+)
+def test_store_and_a_folder_of_it_have_the_scheme_of_its_class(place: str) -> None:
+    classes = {"": LocalStore, "memory": MemoryStore, "s3": S3Store, "hf": HubStore}
+    store = open_store(place)
+    found = scheme_of(store.uri)
+    assert type(store) is classes[found.name]
+    assert scheme_of(SubStore(store, "checkpoint/").uri) is found
+
+
+def those_that(fact: str) -> set[str]:
+    return {name for name, scheme in SCHEMES.items() if getattr(scheme, fact)}
+
+
+def test_facts_of_every_kind_of_store() -> None:
+    """Callers decide by these: whoever changes one changes what a run does there."""
+    assert those_that("is_path") == {""}
+    assert those_that("is_local") == {"", "file"}
+    assert those_that("is_writable") == {"", "file", "s3"}
+    assert those_that("must_be_probed") == {"s3"}
+    assert those_that("keeps_sha256") == {"s3", "hf"}
+    assert those_that("lists_digests") == {"hf"}
+    assert those_that("served") == {"", "file", "hf"}
+    assert those_that("revisions") == those_that("mirror") == {"hf"}
+    assert not UNKNOWN.is_writable and not UNKNOWN.is_local
+
+
+def test_messages_name_every_kind_that_is_registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert writable_examples() == "a local folder or s3://bucket/prefix"
+    name, example = "tape", "tape://reel"
+    kind = Scheme(name=name, noun="a tape", example=example, open=lambda *_: MemoryStore("tape"))
+    monkeypatch.setitem(SCHEMES, "tape", kind)
+    assert writable_examples() == "a local folder, s3://bucket/prefix or tape://reel"
+    known = "known are a plain path, file://, memory://, s3://, hf:// and tape://"
+    with pytest.raises(ConfigError, match=known):
+        open_store("gs://bucket")
+
+
+def test_only_a_whole_model_is_mirrored() -> None:
+    source = mirror_source("hf://owner/name@v1")
+    assert source is not None and source.uri == "hf://owner/name@v1"
+    assert mirror_source("/tmp/model") is None and mirror_source("s3://bucket/model") is None
+    for place in ("hf://datasets/owner/name", "hf://owner/name/folder"):
+        with pytest.raises(ConfigError, match="the whole repository of a model"):
+            mirror_source(place)
+
+
+def test_places_of_texts_are_a_store_and_what_lies_in_it() -> None:
+    assert scheme_of("s3://b/a/x.jsonl").split("s3://b/a/x.jsonl") == ("s3://b", "a/x.jsonl")
+    assert scheme_of("s3://b").split("s3://b") == ("s3://b", "")
+    place = "hf://datasets/o/n@v1/a/x.jsonl"
+    assert scheme_of(place).split(place) == ("hf://datasets/o/n@v1", "a/x.jsonl")
+    with pytest.raises(ConfigError, match="found a model's repository"):
+        scheme_of("hf://o/n").split("hf://o/n/x.jsonl")
