@@ -16,7 +16,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from p48ray.config import RunConfig, load_config, unbuilt_settings
+from p48ray.config import RunConfig, load_config
 from p48ray.errors import ConfigError, P48Error, UserError
 from p48ray.report.plan_table import print_plan
 from p48ray.report.report import print_report
@@ -24,13 +24,18 @@ from p48ray.runner.console import configure_logging
 from p48ray.runner.pipeline import run_job
 from p48ray.runner.ray_runner import RayRunner
 from p48ray.stages.prepare import prepare
-from p48ray.store.open import scheme_of
+from p48ray.store.open import scheme_of, writable_examples
 
 RAY_JOB_MARK = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray's job supervisor for the entrypoint it runs
 
 
-def check_run_root(config: RunConfig) -> None:
-    """A relative run root under a Ray job would land in Ray's temporary copy of the working directory, and be lost with it."""
+def check_run_root(path: Path, config: RunConfig) -> None:
+    """Something that can be written to; and under a Ray job nothing relative, which would land in Ray's temporary copy of the working directory, and be lost.
+
+    Raises: ConfigError.
+    """
+    if not scheme_of(config.run.root).is_writable:
+        raise ConfigError(f"{path}: run.root: expected {writable_examples()}, found {config.run.root!r}")
     is_relative = scheme_of(config.run.root).is_path and not os.path.isabs(config.run.root)
     if RAY_JOB_MARK in os.environ and is_relative:
         raise ConfigError(
@@ -41,15 +46,10 @@ def check_run_root(config: RunConfig) -> None:
 
 def compress(path: Path, config: RunConfig, dry_run: bool) -> None:
     console = Console(width=None if os.isatty(1) else 160)
-    check_run_root(config)
-    unbuilt = unbuilt_settings(config)
-    if unbuilt and not dry_run:
-        raise ConfigError("\n".join(f"{path}: {line}" for line in unbuilt))
+    check_run_root(path, config)
     prepared = prepare(config, is_dry=dry_run)
     print_plan(prepared, console)
     if dry_run:
-        for line in unbuilt:
-            console.print(f"note: the run itself would be refused: {line}", soft_wrap=True)
         return
     address = os.environ.get("RAY_ADDRESS")
     print_report(run_job(prepared, lambda plan, root: RayRunner(plan, root, address)), console)

@@ -16,7 +16,7 @@ from p48ray.config_benchmarks import BenchmarksConfig
 from p48ray.config_compression import CompressionConfig
 from p48ray.config_section import Section, as_tuple
 from p48ray.errors import ConfigError
-from p48ray.store.open import scheme_of, writable_examples
+from p48ray.store.open import scheme_of
 
 SIZE_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -197,12 +197,6 @@ class RunConfig(Section):
         return self
 
 
-# What the configuration can already say but the code can not yet do: dotted key -> (is it asked for, what to use instead).
-UNBUILT: dict[str, tuple[Any, str]] = {
-    "run.root": (lambda c: not scheme_of(c.run.root).is_writable, writable_examples()),
-}
-
-
 def baseline_config(config: RunConfig) -> RunConfig:
     """The published one-shot reference on the same source and texts: SparseGPT masks and GPTQ, unweighted tokens, damping 0.1 (DESIGN 7.1)."""
     one_shot = {"solver": "sparsegpt_gptq", "sparsity": "paired-4:8", "router_weight_exponent": 0.0, "damp": 0.1}
@@ -217,15 +211,6 @@ def baseline_config(config: RunConfig) -> RunConfig:
     calibration = config.calibration.model_copy(update={"propagate": "dense"})
     changed = {"source": source, "calibration": calibration, "compression": compression, "evaluation": evaluation, "run": run}
     return config.model_copy(update={"name": f"{config.name}-baseline"} | changed)
-
-
-def unbuilt_settings(config: RunConfig) -> list[str]:
-    """One sentence for each setting whose feature does not exist yet, by its dotted key."""
-    found = []
-    for key, (is_asked, instead) in UNBUILT.items():
-        if is_asked(config):
-            found.append(f"{key}: {lookup(config, key)!r} is not built yet; expected {instead}")
-    return found
 
 
 def lookup(config: BaseModel, dotted: str) -> object:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from p48ray.config import RunConfig, baseline_config, dotted_keys, load_config, lookup, unbuilt_settings
+from p48ray.config import RunConfig, baseline_config, dotted_keys, load_config, lookup
 from p48ray.errors import ConfigError
 from p48ray.plan import SETTINGS
 from tests.conftest import REPO
@@ -16,10 +16,6 @@ TINY_CONFIG = REPO / "configs" / "tiny.yaml"
 @pytest.mark.parametrize("path", sorted((REPO / "configs").glob("*.yaml")), ids=lambda p: p.stem)
 def test_every_shipped_configuration_loads(path: Path) -> None:
     assert isinstance(load_config(path), RunConfig)
-
-
-def test_tiny_configuration_asks_for_nothing_unbuilt() -> None:
-    assert unbuilt_settings(load_config(TINY_CONFIG)) == []
 
 
 def test_overrides_are_typed_as_in_the_file() -> None:
@@ -92,18 +88,6 @@ def test_absent_file_is_named(tmp_path: Path) -> None:
 def test_malformed_override_is_refused(override: str) -> None:
     with pytest.raises(ConfigError):
         load_config(TINY_CONFIG, (override,))
-
-
-@pytest.mark.parametrize(
-    ("override", "key"),
-    [
-        ("run.root=hf://owner/name", "run.root"),
-    ],
-)
-def test_feature_that_is_not_built_is_named_by_its_key(override: str, key: str) -> None:
-    (sentence,) = unbuilt_settings(load_config(TINY_CONFIG, (override,)))
-    assert sentence.startswith(f"{key}: ")
-    assert "is not built yet; expected" in sentence
 
 
 @pytest.mark.parametrize(
@@ -181,5 +165,5 @@ def test_what_a_one_shot_solver_does_not_know_is_refused_when_asked_for(key: str
 
 def test_published_reference_sees_the_source_whatever_the_run_propagates() -> None:
     config = load_config(TINY_CONFIG, ("calibration.propagate=compressed",))
-    assert (unbuilt_settings(config), config.calibration.propagate) == ([], "compressed")
+    assert config.calibration.propagate == "compressed"
     assert baseline_config(config).calibration.propagate == "dense"

@@ -170,7 +170,8 @@ def shrink_towards(
     """(1 - f) M + f * pool * mean_diag(M) / mean_diag(pool): towards the pool's shape at M's own size.
 
     Args:    by: the two moments that say the sizes, where M is not symmetric; None for M and the pool.
-    Returns: the pool as it is for a moment that is all zero or has no tokens; M where the pool is zero; a new tensor.
+    Returns: a new tensor; the pool as it is where M has no tokens, M where the pool is zero. A moment of zeros with tokens (which
+             all weigh nothing) stays zero, and its solver says so.
     Raises:  NumericsError if a moment is not finite.
     """
     if own.num_tokens == 0:
@@ -183,8 +184,6 @@ def shrink_towards(
     own_size, pool_size = (m.diagonal().mean() for m in sizes)
     if not bool(pool_size > 0):
         return own_II
-    if not bool(own_size > 0):
-        return pool_II
     return (1 - fraction) * own_II + fraction * (own_size / pool_size) * pool_II
 
 

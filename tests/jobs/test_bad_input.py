@@ -14,10 +14,9 @@ import pytest
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from p48ray.config import UNBUILT
 from tests.checkpoint.tiny_variants import load_tiny, plain_experts, write_folder
 from tests.conftest import TINY
-from tests.jobs.command import CONFIG, HELD_OUT, Outcome, arguments, copy_model, invoke, run_process, snapshot
+from tests.jobs.command import CONFIG, Outcome, arguments, copy_model, invoke, run_process, snapshot
 
 INDEX = "model.safetensors.index.json"
 SHARD = "model-00002-of-000003.safetensors"
@@ -52,22 +51,11 @@ def test_setting_is_refused_by_file_key_expected_and_found(key: str, value: str,
     assert_refused(invoke(*arguments(root, {key: value})), [str(CONFIG), *words], root)
 
 
-# A value of every setting whose feature may not be built yet, and how the message shows it.
-UNBUILT_VALUES = {
-    "compression.output_curvature": ("true", "True"),
-    "compression.output_damp": ("0.1", "0.1"),
-    "compression.refine_steps": ("10", "10"),
-    "run.root": ("hf://owner/name", "'hf://owner/name'"),
-}
-
-
-@pytest.mark.parametrize("key", sorted(UNBUILT))
-def test_setting_whose_feature_is_not_built_is_refused_by_file_and_key(key: str, tmp_path: Path) -> None:
-    root = tmp_path / "run"
-    value, shown = UNBUILT_VALUES[key]
-    settings = {"evaluation": HELD_OUT, key: value}
-    outcome = invoke(*arguments(value if key == "run.root" else root, {k: v for k, v in settings.items() if k != "run.root"}))
-    assert_refused(outcome, [f"{CONFIG}: {key}: ", shown, "is not built yet; expected"], root)
+@pytest.mark.parametrize("args", [(), ("--dry-run",)])
+@pytest.mark.parametrize("place", ["hf://owner/name", "memory://here", "gs://bucket/run"])
+def test_run_root_where_nothing_can_be_written_is_refused(place: str, args: tuple[str, ...], tmp_path: Path) -> None:
+    outcome = invoke(*arguments(place), *args)
+    assert_refused(outcome, [f"{CONFIG}: run.root: expected a local folder or s3://bucket/prefix, found {place!r}"], tmp_path / "run")
 
 
 def test_more_experts_a_unit_than_the_model_has_are_refused(tmp_path: Path) -> None:

@@ -111,6 +111,6 @@ def test_its_checkpoint_is_a_local_runs(registered: dict[str, str], tmp_path: Pa
 
 def test_without_its_entry_it_is_a_stranger() -> None:
     refused = invoke(*arguments(ROOT, ROUNDED))
-    assert refused.code == 2 and "run.root: 'mem2://runs/narrow' is not built yet" in refused.err
+    assert refused.code == 2 and "found 'mem2://runs/narrow'" in refused.err
     code, said = asked("status", ROOT)
     assert code == 2 and "unknown scheme mem2://; known are a plain path, file://" in said

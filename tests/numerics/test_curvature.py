@@ -127,10 +127,10 @@ def test_sizes_are_those_of_other_moments_where_they_are_given() -> None:
     torch.testing.assert_close(shrink_towards(moment(cross), moment(pool), 0.5, by), 0.5 * cross + 0.5 * 3.0 * pool)
 
 
-def test_an_expert_without_tokens_or_with_zeros_alone_takes_the_pool() -> None:
+def test_an_expert_without_tokens_takes_the_pool_and_one_whose_tokens_weigh_nothing_stays_zero() -> None:
     pool = torch.tensor([[50.0, 0.0], [0.0, 30.0]])
     assert torch.equal(shrink_towards(SecondMoment.zeros(2, "cpu"), moment(pool), 1.0), pool)
-    assert torch.equal(shrink_towards(moment(torch.zeros(2, 2)), moment(pool), 0.5), pool)
+    assert torch.equal(shrink_towards(moment(torch.zeros(2, 2)), moment(pool), 0.5), torch.zeros(2, 2))
 
 
 def test_a_pool_of_zeros_leaves_the_moment() -> None:
