@@ -60,7 +60,8 @@ from p48ray.output_layout import unit_bytes
 from p48ray.plan import RunPlan, WorkUnit
 from p48ray.report.report import build_report
 from p48ray.run_root import BlobKind
-from p48ray.runner import ray_runner
+from p48ray.runner import cluster, ray_runner
+from p48ray.runner.base import TaskList
 from p48ray.runner.pipeline import Job, read_units
 from p48ray.runner.progress import INTERVAL_S
 from p48ray.runner.ray_runner import RayRunner
@@ -346,7 +347,11 @@ def simulate(prepared: Prepared, fleet: Fleet, costs: Costs) -> tuple[Outcome, S
     def mark() -> None:
         clock.append((sim.now, time.process_time() - sim.cpu_s))
 
-    with mock.patch.object(ray_runner, "ray", sim), RayRunner(prepared.plan, prepared.store.uri, None) as runner:
+    with (
+        mock.patch.object(ray_runner, "ray", sim),
+        mock.patch.object(cluster, "ray", sim),
+        RayRunner(prepared.plan, prepared.store.uri, None) as runner,
+    ):
         job = Job(prepared, runner, {}, lambda: sim.now)
         mark()
         job.compress()
@@ -452,9 +457,9 @@ def measure_ray(prepared: Prepared) -> dict[str, float]:
     plan = prepared.plan.model_copy(update={"config": prepared.plan.config.model_copy(update={"run": run_settings})})
     tasks = [Task(stage="compress", id=u.id, item=u, marker=run_root.unit_manifest(u.id), layer=u.layer, load=1.0) for u in plan.units]
     with mock.patch.object(ray_runner, "WorkerProcess", IdleWorker), RayRunner(plan, "memory://fleet-ray", None) as runner:
-        assert all(r.is_done for r in runner.run(tasks[: 2 * RAY_WORKERS]))  # workers are up
+        assert all(r.is_done for r in runner.run(TaskList(tasks[: 2 * RAY_WORKERS])))  # workers are up
         start, cpu = time.perf_counter(), time.process_time()
-        done = sum(r.is_done for r in runner.run(tasks))
+        done = sum(r.is_done for r in runner.run(TaskList(tasks)))
         cpu, wall = time.process_time() - cpu, time.perf_counter() - start
     assert done == len(tasks)
     return {"ray_ms_per_task": 1000 * cpu / done, "ray_wall_ms_per_task": 1000 * wall / done, "ray_peak_bytes": peak_bytes()}

@@ -2,7 +2,8 @@
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from p48ray.errors import P48Error, StageFailedError, TransientStoreError, UserError
@@ -14,13 +15,50 @@ log = logging.getLogger(__name__)
 LISTED_FAILURES = 10
 
 
-More = Callable[[bool], Sequence[Task]]
-"""Asked at intervals and whenever a task has ended: tasks that became ready since, each once. Told whether nothing waits and nothing runs: then what is
-not named now is not asked for again."""
+class WorkSource(Protocol):
+    """Where a runner's tasks come from."""
+
+    def next(self, is_idle: bool) -> Sequence[Task]:
+        """Tasks that became ready since the last call, each once. Asked first, at intervals, and
+        whenever a task has ended.
+
+        Args: is_idle: nothing waits and nothing runs; what is not named now is not asked for again.
+        """
+        ...
+
+    def done(self, task: Task) -> None:
+        """A task is done; what follows from it may be ready now."""
+        ...
 
 
-def nothing_more(is_idle: bool) -> Sequence[Task]:
-    return ()
+class TaskList:
+    """Tasks that are all ready from the start."""
+
+    def __init__(self, tasks: Sequence[Task]) -> None:
+        self.waiting = tasks
+
+    def next(self, is_idle: bool) -> Sequence[Task]:
+        found, self.waiting = self.waiting, ()
+        return found
+
+    def done(self, task: Task) -> None:
+        """Nothing follows."""
+
+
+@dataclass(frozen=True, slots=True)
+class Counted:
+    """A source whose tasks are counted by stage."""
+
+    source: WorkSource
+    handed: Counter[str]
+
+    def next(self, is_idle: bool) -> Sequence[Task]:
+        found = self.source.next(is_idle)
+        self.handed.update(task.stage for task in found)
+        return found
+
+    def done(self, task: Task) -> None:
+        self.source.done(task)
 
 
 class Runner(Protocol):
@@ -29,36 +67,24 @@ class Runner(Protocol):
     Tasks without a layer go before those with one: streams are never held up by the units that follow from them.
     """
 
-    def run(self, tasks: Sequence[Task], more: More = nothing_more) -> Iterator[TaskResult]: ...
+    def run(self, source: WorkSource) -> Iterator[TaskResult]: ...
 
 
 class RedoError(P48Error):
     """Corrupt objects were found and deleted; the stages that make them have to run again. Never leaves the pipeline."""
 
 
-def run_all(
-    runner: Runner,
-    tasks: Sequence[Task],
-    store: Store,
-    on_done: Callable[[Task], None] = lambda task: None,
-    more: More = nothing_more,
-) -> None:
-    """Run tasks, and those that follow from them, to the end: all that can be done of them. `on_done` is called for each as it is done.
+def run_all(runner: Runner, source: WorkSource, store: Store) -> None:
+    """Run a source's tasks to the end: all that can be done of them.
 
     Raises: an error that lists what failed: of the kind of the user's mistake if one stopped a task; RedoError if corrupt objects of the run
             root are all that stopped the rest; else StageFailedError. Corrupt objects are deleted in any case.
     """
     failed: list[TaskResult] = []
-    handed = Counter(task.stage for task in tasks)
-
-    def counted(is_idle: bool) -> Sequence[Task]:
-        found = more(is_idle)
-        handed.update(task.stage for task in found)
-        return found
-
-    for result in runner.run(tasks, counted):
+    handed: Counter[str] = Counter()
+    for result in runner.run(Counted(source, handed)):
         if result.is_done or is_done_by_another(store, result.task):
-            on_done(result.task)
+            source.done(result.task)
         else:
             failed.append(result)
     if not failed:

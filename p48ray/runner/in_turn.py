@@ -5,25 +5,58 @@ by the workers that stream, its units by all workers. Between the two everybody 
 shows as idle time.
 """
 
+import time
+from collections.abc import Callable, Sequence
+
 from p48ray import run_root
-from p48ray.runner.overlap import Overlap, name_of
+from p48ray.runner.layer_units import LayerUnits
+from p48ray.runner.overlap import Spans
+from p48ray.runner.streams import Streams, name_of, slices
 from p48ray.stages.collect import collect_streams
+from p48ray.stages.context import StageContext
 from p48ray.stages.needs import Needs, read_needs
 from p48ray.stages.table import COMPRESS, PROPAGATE
 from p48ray.stages.tasks import Task
 
 
-class InTurn(Overlap):
-    """The tasks of a run whose layers take turns, as they become ready. Whose turn it is, is read from the run root each time."""
+class InTurn:
+    """The tasks of a run whose layers take turns, as they become ready (a WorkSource).
 
-    open_captures = 0
+    Whose turn it is, is read from the run root each time.
 
-    def in_order(self, needs: Needs) -> list[int]:
-        """No layer is looked out for: the end of one turn begins the next."""
-        return []
+    Args: needs: what the run root lacks now. clock: monotonic seconds.
+    """
+
+    def __init__(self, context: StageContext, needs: Needs, clock: Callable[[], float] = time.monotonic) -> None:
+        self.plan, self.store = context.plan, context.store
+        self.streams, self.units = Streams(self.plan, needs), LayerUnits(context)
+        self.spans = Spans(clock)
+        self.ready = self.streams.take()
+        self.open_captures = 0
+        if not self.streams.num_open:
+            self.end_streams()
+
+    def next(self, is_idle: bool) -> Sequence[Task]:
+        """Tasks that became ready since the last call."""
+        found, self.ready = [*self.ready, *self.streams.take()], []
+        self.spans.named(found)
+        return found
+
+    def done(self, task: Task) -> None:
+        """The end of one turn begins the next."""
+        self.spans.done(task)
+        if task.stage == PROPAGATE.name:
+            self.open_captures -= 1
+            if not self.open_captures:
+                self.begin_turn()
+        elif task.stage == COMPRESS.name:
+            if self.units.done(task):
+                self.begin_turn()
+        elif self.streams.done(task):
+            self.end_streams()
 
     def end_streams(self) -> None:
-        super().end_streams()
+        self.collect()
         self.begin_turn()
 
     def begin_turn(self) -> None:
@@ -31,24 +64,19 @@ class InTurn(Overlap):
         needs = read_needs(self.plan, self.store)
         while needs.turn is not None and not self.name_tasks(needs, needs.turn):
             needs = read_needs(self.plan, self.store)  # another driver was faster
-        if needs.turn is None and not self.keeps_all:
-            collect_streams(self.plan, self.store)
+        if needs.turn is None:
+            self.collect()
 
     def name_tasks(self, needs: Needs, layer: int) -> list[Task]:
-        missing = self.slices([p.part for p in self.plan.parts if needs.way_to(layer, p.part)])
-        tasks = [Task(stage=PROPAGATE.name, id=f"layer-{layer:03d}-{name_of(s)}", item=(layer, s)) for s in missing]
+        missing = [p.part for p in self.plan.parts if needs.way_to(layer, p.part)]
+        tasks = [Task(stage=PROPAGATE.name, id=f"layer-{layer:03d}-{name_of(s)}", item=(layer, s)) for s in slices(self.plan, missing)]
         self.open_captures = len(tasks)
-        tasks = tasks or self.units_of(layer, read_needs(self.plan, self.store, [run_root.UNITS]))
+        lacking = [run_root.UNITS]
+        tasks = tasks or self.units.tasks(layer, read_needs(self.plan, self.store, lacking))
         self.ready += tasks
         return tasks
 
-    def on_done(self, task: Task) -> None:
-        if task.stage == PROPAGATE.name:
-            self.spans[task.stage] = (self.spans[task.stage][0], self.clock())
-            self.open_captures -= 1
-            if not self.open_captures:
-                self.begin_turn()
-            return
-        super().on_done(task)
-        if task.stage == COMPRESS.name and not self.left[task.item.layer]:
-            self.begin_turn()
+    def collect(self) -> None:
+        """What streams left goes, unless all is kept."""
+        if self.plan.config.run.keep != "all":
+            collect_streams(self.plan, self.store)

@@ -1,10 +1,10 @@
 """Everything in this process, one task after the other: for tests, debuggers and machines without Ray."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 from p48ray.plan import RunPlan
-from p48ray.runner.base import More, nothing_more
-from p48ray.stages.tasks import Task, TaskResult
+from p48ray.runner.base import WorkSource
+from p48ray.stages.tasks import TaskResult
 from p48ray.stages.workplace import Workplace
 
 
@@ -18,10 +18,10 @@ class LocalRunner:
         self.plan = plan
         self.workplace = Workplace(plan, store_uri)
 
-    def run(self, tasks: Sequence[Task], more: More = nothing_more) -> Iterator[TaskResult]:
-        waiting = list(tasks)
+    def run(self, source: WorkSource) -> Iterator[TaskResult]:
+        waiting = list(source.next(False))
         while True:
-            waiting = sorted([*waiting, *more(not waiting)], key=lambda task: task.layer is not None)
+            waiting = sorted([*waiting, *source.next(not waiting)], key=lambda task: task.layer is not None)
             if not waiting:
                 return
             task = waiting.pop(0)

@@ -17,7 +17,7 @@ from p48ray.plan import RunPlan
 from p48ray.report.card import model_card
 from p48ray.report.html import report_html
 from p48ray.report.report import Report, build_report
-from p48ray.runner.base import RedoError, Runner, run_all
+from p48ray.runner.base import RedoError, Runner, TaskList, run_all
 from p48ray.runner.in_turn import InTurn
 from p48ray.runner.overlap import Overlap
 from p48ray.runner.progress import Progress
@@ -30,7 +30,6 @@ from p48ray.stages.inputs import settle, write_inputs
 from p48ray.stages.needs import read_needs
 from p48ray.stages.prepare import Prepared, prepare
 from p48ray.stages.table import EVALUATE, Stage, stages_of
-from p48ray.store.base import Store
 from p48ray.store.view import SubStore
 
 log = logging.getLogger("p48ray.progress")
@@ -52,17 +51,17 @@ def run_job(prepared: Prepared, make_runner: RunnerFactory) -> Report:
         inputs = beside.submit(write_inputs, prepared)  # while workers start
         with make_runner(plan, store.uri) as runner:
             inputs.result()
-            result = run_stages(Job(prepared, runner, seconds))
+            job = Job(prepared, runner, seconds)
+            result = run_stages(job)
     baseline = None
     if plan.config.evaluation is not None and plan.config.evaluation.baseline and not plan.is_pilot:
         log.info("baseline  the published one-shot reference, under %s/baseline", store.uri)
         baseline = run_job(prepare(baseline_config(plan.config)), make_runner).quality
     seconds["total"] = round(time.monotonic() - start, 1)
-    units = read_units(prepared)
-    report = build_report(prepared.context, units, prepared.shards, result, seconds)
+    report = build_report(prepared.context, job.units, prepared.shards, result, seconds)
     benchmarks = None if plan.is_pilot else read_table(store)
     report = report.model_copy(update={"baseline": baseline, "benchmarks": benchmarks})
-    write_report(prepared.context, report, units)
+    write_report(prepared.context, report, job.units)
     return report
 
 
@@ -100,6 +99,7 @@ class Job:
         self.prepared = prepared
         self.plan, self.store, self.shards = prepared.plan, prepared.store, prepared.shards
         self.context, self.runner, self.seconds, self.clock = prepared.context, runner, seconds, clock
+        self.units: list[UnitManifest] = []  # of all units, once they are done
 
     def run(self) -> EvaluationResult | None:
         """Stages that stream go on beside each other, the others one after the other. Returns: what evaluation comes to, if the plan has any."""
@@ -120,9 +120,9 @@ class Job:
         tasks = stage.work(self.context, self.shards)
         start = time.monotonic()
         with self.progress(stage, stage.markers(self.plan, [s.name for s in self.shards])) as progress:
-            run_all(self.runner, tasks, self.store)
+            run_all(self.runner, TaskList(tasks), self.store)
         self.end(progress, time.monotonic() - start)
-        return stage.conclude(self.context, self.shards) if stage.conclude else None
+        return stage.conclude(self.context, self.shards, self.units) if stage.conclude else None
 
     def progress(self, stage: Stage, markers: Sequence[str]) -> Progress:
         expected = set(markers)
@@ -142,7 +142,8 @@ class Job:
     def compress(self) -> None:
         """Capture, gradients and compress, each layer's units as soon as its parts are there (runner.overlap), or layers in turn (runner.in_turn)."""
         needs = read_needs(self.plan, self.store)
-        overlap = (InTurn if self.plan.propagates else Overlap)(self.context, needs, self.clock)
+        kind = InTurn if self.plan.propagates else Overlap
+        work = kind(self.context, needs, self.clock)
         done = {key for n in self.plan.layers if n not in needs.open_layers for key in layer_markers(self.plan, n)}
         shown = []
         for stage in (stage for stage in stages_of(self.plan) if stage.work is None):  # of layers that are done, what is gone is not missed
@@ -151,14 +152,14 @@ class Job:
         with ExitStack() as stack:
             for progress in shown:
                 stack.enter_context(progress)
-            run_all(self.runner, overlap.more(False), self.store, overlap.on_done, overlap.more)
+            run_all(self.runner, work, self.store)
         for progress in shown:
-            first, last = overlap.spans.get(progress.stage, (0.0, 0.0))
-            self.end(progress, last - first)
+            self.end(progress, work.spans.seconds(progress.stage))
         for layer in self.plan.layers:  # one that was complete long ago may have lost its scales, which evaluation reads
             finish_layer(self.context, layer)
         collect_losers(self.plan, self.store)
-        check_fallbacks(self.plan, self.store)
+        self.units = read_units(self.context)
+        check_fallbacks(self.plan, self.units)
 
 
 def layer_markers(plan: RunPlan, layer: int) -> list[str]:
@@ -170,13 +171,12 @@ def read_units(run: Prepared | StageContext) -> list[UnitManifest]:
     return UnitManifest.load_all(run.store, [run_root.unit_manifest(u.id) for u in run.plan.units])
 
 
-def check_fallbacks(plan: RunPlan, store: Store) -> None:
+def check_fallbacks(plan: RunPlan, units: Sequence[UnitManifest]) -> None:
     """Refuse a checkpoint of which too many linears could only be rounded.
 
     Raises: StageFailedError with the share, the limit and the first reasons.
     """
-    manifests = UnitManifest.load_all(store, [run_root.unit_manifest(u.id) for u in plan.units])
-    records = [r for manifest in manifests for r in manifest.linears]
+    records = [r for unit in units for r in unit.linears]
     expected = not SOLVERS[plan.config.compression.solver].needs_hessian
     rounded = [r for r in records if r.outcome == "round_to_nearest" and not expected]
     limit = plan.config.compression.max_fallback_share

@@ -13,10 +13,9 @@ Every failed attempt leaves its traceback under failures/, and the rest of the s
 """
 
 import logging
-import re
-import socket
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
@@ -24,9 +23,10 @@ from typing import Any, Self
 import ray
 from ray.exceptions import ActorUnavailableError, RayError
 
-from p48ray.errors import ConfigError, P48Error, StageFailedError, UserError, WorkerLostError
+from p48ray.errors import P48Error, StageFailedError, UserError, WorkerLostError
 from p48ray.plan import RunPlan
-from p48ray.runner.base import More, nothing_more
+from p48ray.runner.base import WorkSource
+from p48ray.runner.cluster import START_TIMEOUT_S, Cluster, check_shared, first_line
 from p48ray.runner.console import configure_logging
 from p48ray.runner.dispatch import Dispatcher
 from p48ray.runner.metrics import WorkerMetrics
@@ -34,16 +34,13 @@ from p48ray.stages.inputs import open_run_root
 from p48ray.stages.tasks import Task, TaskResult, record_failure
 from p48ray.stages.workplace import Workplace
 from p48ray.store.base import Store
-from p48ray.store.open import scheme_of
 
 log = logging.getLogger(__name__)
 
-START_TIMEOUT_S = 60.0  # how long to wait for a first worker before saying that the cluster has no room
 LOOK_S = 5.0  # how long nothing may happen until the driver asks whether there is more to do
-KNOCK_TIMEOUT_S = 20.0
+SHARED_ROOT = "set run.root_is_shared: true if every node mounts the same folder"
 CLOSE_TIMEOUT_S = 20.0
 MAX_PREEMPTIONS = 50  # of one task; by then something else is wrong
-OBJECT_STORE_BYTES = 256 * 2**20  # of a Ray that this job starts itself: tasks and results are kilobytes
 
 
 class WorkerProcess:
@@ -102,17 +99,21 @@ class RayRunner:
         self.preemptions: Counter[str] = Counter()
         self.apart: set[str] = set()  # tasks that failed or were lost: they share no worker any more
         self.failed_starts = 0
-        self.has_joined = False
 
     def __enter__(self) -> Self:
-        if not ray.is_initialized():
-            self.join()
-        self.check_shared()
+        """Raises: ConfigError for an address without a cluster, or a local run root on several nodes."""
+        run = self.settings
+        own_cpus = run.num_workers * run.threads_per_worker
+        with ExitStack() as opened:
+            cluster = opened.enter_context(Cluster(self.address, own_cpus))
+            check_shared("run.root", self.store_uri, run.root_is_shared, SHARED_ROOT)
+            self.opened = opened.pop_all()
         actor = ray.remote(WorkerProcess)
-        options = {"num_cpus": self.settings.threads_per_worker, "num_gpus": self.settings.gpus_per_worker, "max_restarts": 0}
-        self.factory = actor.options(**options, max_concurrency=1 + self.settings.prefetch_units)
-        if self.has_joined and self.address is None:  # on a cluster a worker may be a machine that is paid for
-            for _ in range(self.settings.num_workers):
+        options = {"num_cpus": run.threads_per_worker, "num_gpus": run.gpus_per_worker}
+        together = 1 + run.prefetch_units
+        self.factory = actor.options(**options, max_restarts=0, max_concurrency=together)
+        if cluster.is_own:  # on a cluster a worker may be a machine that is paid for
+            for _ in range(run.num_workers):
                 self.start_worker()
         return self
 
@@ -128,40 +129,18 @@ class RayRunner:
             ray.wait([worker.actor.close.remote() for worker in self.idle], num_returns=len(self.idle), timeout=CLOSE_TIMEOUT_S)
         for worker in workers:
             ray.kill(worker.actor)
-        if self.has_joined:  # a Ray that the caller started is the caller's to stop
-            ray.shutdown()
+        self.opened.close()
 
-    def join(self) -> None:
-        """Connect to the cluster, or start a Ray of this machine. Raises: ConfigError for an address where there is none."""
-        own: dict[str, Any] = {
-            "num_cpus": self.settings.num_workers * self.settings.threads_per_worker,
-            "object_store_memory": OBJECT_STORE_BYTES,
-            "include_dashboard": False,
-            "address": "local",
-        }
-        connect(self.address, own)
-        self.has_joined = True
-
-    def check_shared(self) -> None:
-        """A local path means another folder on every node, unless the user says that it does not."""
-        nodes = [n for n in ray.nodes() if n["Alive"] and n["Resources"].get("CPU")]
-        is_own = scheme_of(self.store_uri).is_local and not self.settings.root_is_shared
-        if len(nodes) > 1 and is_own:
-            raise ConfigError(
-                f"run.root: {self.store_uri} is a local path and the cluster has {len(nodes)} nodes; "
-                "use a bucket, or set run.root_is_shared: true if every node mounts the same folder"
-            )
-
-    def run(self, tasks: Sequence[Task], more: More = nothing_more) -> Iterator[TaskResult]:
+    def run(self, source: WorkSource) -> Iterator[TaskResult]:
         """Hand each task to an idle worker; yield results as they finish. Workers stay for the next stage."""
-        waiting = Dispatcher(tasks)
+        waiting = Dispatcher(source.next(False))
         self.failures.clear()
         self.preemptions.clear()
         self.apart.clear()
         quiet_s = 0.0
         try:
             while True:
-                waiting.add(more(not waiting and not self.running))
+                waiting.add(source.next(not waiting and not self.running))
                 if not waiting and not self.running:
                     return
                 self.dispatch(waiting)
@@ -320,28 +299,3 @@ class RayRunner:
     def say_no_room(self) -> None:
         wanted = f"{self.settings.threads_per_worker} CPU and {self.settings.gpus_per_worker:g} GPU a worker"
         log.warning("waiting for workers: %s wanted, the cluster has %s free", wanted, ray.available_resources())
-
-
-def connect(address: str | None, own: dict[str, Any], shows_logs: bool = True) -> None:
-    """Connect to the cluster, or start a Ray of this machine with the settings `own`. Raises: ConfigError for an address where there is none."""
-    try:
-        knock(address)
-        ray.init(**({"address": address} if address else own), log_to_driver=shows_logs, logging_level=logging.WARNING)
-    except (OSError, ValueError, RuntimeError) as error:
-        if address is None:
-            raise
-        raise ConfigError(
-            f"RAY_ADDRESS: expected host:port of a running Ray cluster, found {address!r}: {first_line(error)}; "
-            "start one with `ray start --head`, or unset RAY_ADDRESS to use this machine alone"
-        ) from error
-
-
-def knock(address: str | None) -> None:
-    """Raises: OSError where nobody listens at host:port. Ray itself would try for a quarter of an hour before it says so."""
-    found = re.fullmatch(r"([^:/]+):(\d{1,5})", address or "")
-    if found:
-        socket.create_connection((found[1], int(found[2])), timeout=KNOCK_TIMEOUT_S).close()
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

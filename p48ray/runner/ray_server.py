@@ -14,7 +14,7 @@ from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 from p48ray.config_benchmarks import ServerSettings
 from p48ray.errors import ConfigError, StageFailedError
 from p48ray.report.work import duration
-from p48ray.runner.ray_runner import OBJECT_STORE_BYTES, connect, first_line
+from p48ray.runner.cluster import Cluster, first_line
 from p48ray.runner.server_process import END_TIMEOUT_S, ServerProcess, ServerState
 
 log = logging.getLogger("p48ray.progress")
@@ -37,7 +37,8 @@ class RayServer(AbstractContextManager[str]):
     def __enter__(self) -> str:
         """Raises: ConfigError for a command that can not be started or GPUs that are not there; StageFailedError when the server ends or is not up in time."""
         with self.opened as opened:
-            self.connect(opened)
+            opened.enter_context(Cluster(self.address, num_cpus=1))
+            self.check_gpus()
             host = "127.0.0.1" if self.address is None else None
             actor = ray.remote(NodeServer).options(num_cpus=1, num_gpus=self.settings.gpus).remote(self.command, host)
             opened.callback(end, actor)
@@ -48,11 +49,7 @@ class RayServer(AbstractContextManager[str]):
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.opened.close()
 
-    def connect(self, opened: ExitStack) -> None:
-        if not ray.is_initialized():
-            own = {"address": "local", "num_cpus": 1, "object_store_memory": OBJECT_STORE_BYTES, "include_dashboard": False}
-            connect(self.address, own)
-            opened.callback(ray.shutdown)
+    def check_gpus(self) -> None:
         found = ray.cluster_resources().get("GPU", 0)
         if self.address is None and found < self.settings.gpus:
             raise ConfigError(

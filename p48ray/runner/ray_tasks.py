@@ -9,17 +9,15 @@ The function returns an error of ours instead of raising it, which tells it from
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Self, TypeVar
+from typing import Any, TypeVar
 
 import ray
 from ray.exceptions import RayError
 
-from p48ray.errors import ConfigError, P48Error, StageFailedError, TransientStoreError, UserError, WorkerLostError
-from p48ray.runner.ray_runner import OBJECT_STORE_BYTES, START_TIMEOUT_S, connect, first_line
+from p48ray.errors import P48Error, StageFailedError, TransientStoreError, UserError, WorkerLostError
+from p48ray.runner.cluster import START_TIMEOUT_S, Cluster, check_shared, first_line
 from p48ray.store.base import Store
-from p48ray.store.open import scheme_of
 
 log = logging.getLogger("p48ray.progress")
 
@@ -51,20 +49,12 @@ class RayTasks:
 
         Args: items: arguments by name, in the order in which they start. stores: those that tasks will open, by the option that names them.
         """
-        with nullcontext() if ray.is_initialized() else Connection(self.num_workers or 1, self.address, self.shows_logs) as own:
+        with Cluster(self.address, self.num_workers or 1, self.shows_logs) as cluster:
             for option, store in stores.items():
-                self.check_shared(option, store)
+                check_shared(option, store.uri, self.is_shared, "a shared folder")
             count = self.num_workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
-            options = {} if own and own.address is None else {"runtime_env": {"env_vars": dict(self.settings)}}
+            options = {} if cluster.is_own else {"runtime_env": {"env_vars": dict(self.settings)}}
             yield from self.work_off(body, items, count, options)
-
-    def check_shared(self, option: str, store: Store) -> None:
-        """A local path means another folder on every node, unless the user says that it does not."""
-        nodes = [n for n in ray.nodes() if n["Alive"] and n["Resources"].get("CPU")]
-        if len(nodes) > 1 and scheme_of(store.uri).is_local and not self.is_shared:
-            raise ConfigError(
-                f"{option}: {store.uri} is a local path and the cluster has {len(nodes)} nodes; use a bucket, or a shared folder"
-            )
 
     def work_off(
         self, body: Body[T], items: Mapping[str, Sequence[Any]], count: int, options: Mapping[str, Any]
@@ -119,18 +109,3 @@ def outcome(ref: Any) -> Any:
     except RayError as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         return WorkerLostError(lines[0] if len(lines) == 1 else f"{lines[0]}: {lines[-1]}")
-
-
-class Connection(AbstractContextManager["Connection"]):
-    """A connection to a cluster, or a Ray of this machine, for as long as the tasks take."""
-
-    def __init__(self, num_workers: int, address: str | None, shows_logs: bool) -> None:
-        self.num_workers, self.address, self.shows_logs = num_workers, address, shows_logs
-
-    def __enter__(self) -> Self:
-        own = {"address": "local", "num_cpus": self.num_workers, "object_store_memory": OBJECT_STORE_BYTES, "include_dashboard": False}
-        connect(self.address, own, self.shows_logs)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        ray.shutdown()

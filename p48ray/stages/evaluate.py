@@ -6,7 +6,7 @@ else is the same bytes in both. So the difference is what a server of the checkp
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 
@@ -21,7 +21,7 @@ from p48ray.checkpoint.sparse_storage import Storage, dense_tensors, storage_of,
 from p48ray.checkpoint.tensors import read_tensors
 from p48ray.config import EvaluationConfig, RunConfig
 from p48ray.errors import ConfigError
-from p48ray.manifest import CompressedSums, EvaluationPart
+from p48ray.manifest import CompressedSums, EvaluationPart, UnitManifest
 from p48ray.model.decoder import Decoder, run_layer
 from p48ray.model.documents import digest_documents
 from p48ray.model.expert_loader import layer_experts
@@ -238,6 +238,6 @@ def evaluate_and_record(context: StageContext, item: tuple[str, SequencePart]) -
     context.store.put(run_root.evaluation_part(digest, part.part), sums.to_json())
 
 
-def conclude_evaluation(context: StageContext, shards: tuple[OutputShard, ...]) -> EvaluationResult:
+def conclude_evaluation(context: StageContext, shards: tuple[OutputShard, ...], units: Sequence[UnitManifest]) -> EvaluationResult:
     digest, parts = evaluation_parts(context.plan)
     return combine(EvaluationPart.load_all(context.store, [run_root.evaluation_part(digest, p.part) for p in parts]))

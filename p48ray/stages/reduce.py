@@ -164,10 +164,12 @@ def stored_sha256(store: Store, held: ObjectInfo) -> str | None:
     return digest.hexdigest()
 
 
-def finish_checkpoint(context: StageContext, shards: tuple[OutputShard, ...], verdicts: Sequence[ShardVerdict]) -> None:
+def finish_checkpoint(
+    context: StageContext, shards: tuple[OutputShard, ...], verdicts: Sequence[ShardVerdict], units: Sequence[UnitManifest]
+) -> None:
     """Everything but shards and card: sidecar files, config, the checkpoint's own manifest, and last the index.
 
-    Args: verdicts: of all shards; whoever read them through has hashed what lies in them.
+    Args: verdicts: of all shards; whoever read them through has hashed what lies in them. units: manifests of all the plan's units.
     """
     files = {name: context.source.store.get(name) for name in context.source.sidecars}
     config = output_config(context.source.config, context.layout)
@@ -178,7 +180,7 @@ def finish_checkpoint(context: StageContext, shards: tuple[OutputShard, ...], ve
     for name, data in files.items():
         context.store.put(run_root.checkpoint_file(name), data)
     digests = {name: hashlib.sha256(data).hexdigest() for name, data in {**files, INDEX_FILE: index}.items()}
-    context.store.put(run_root.checkpoint_file(MANIFEST_FILE), checkpoint_manifest(context, verdicts, digests).to_json())
+    context.store.put(run_root.checkpoint_file(MANIFEST_FILE), checkpoint_manifest(context, verdicts, units, digests).to_json())
     context.store.put(run_root.checkpoint_file(INDEX_FILE), index)
 
 
@@ -194,10 +196,11 @@ def index_json(context: StageContext, shards: tuple[OutputShard, ...]) -> bytes:
     return (json.dumps(index, indent=2) + "\n").encode()
 
 
-def checkpoint_manifest(context: StageContext, verdicts: Sequence[ShardVerdict], files: dict[str, str]) -> CheckpointManifest:
+def checkpoint_manifest(
+    context: StageContext, verdicts: Sequence[ShardVerdict], units: Sequence[UnitManifest], files: dict[str, str]
+) -> CheckpointManifest:
     plan = context.plan
     compression = plan.config.compression
-    units = UnitManifest.load_all(context.store, [run_root.unit_manifest(u.id) for u in plan.units])
     return CheckpointManifest(
         plan_digest=plan.digest,
         source_fingerprint=plan.source.fingerprint,

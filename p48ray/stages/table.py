@@ -23,6 +23,7 @@ from p48ray.stages.reduce import shards_to_stitch, stitch_shard
 from p48ray.stages.tasks import Task
 from p48ray.stages.verdict import conclude_verification, shards_to_verify, verify_and_record
 
+Conclusion = Callable[[StageContext, tuple[OutputShard, ...], Sequence[UnitManifest]], object]
 StageManifest = type[ActivationPart] | type[GradientPart] | type[UnitManifest]
 
 
@@ -34,7 +35,7 @@ class Stage:
     body: does one task, (StageContext, item); (Store, item) where it does not open the source (opens_source).
     is_used: by a plan. markers: keys that are there once a plan's work is done, given the names of the output shards (none while nobody knows them).
     prefix: of all markers. work: (context, output shards) -> tasks for what is missing; None for a stage that streams.
-    conclude: (context, output shards) -> what the stage comes to, once all its markers are there.
+    conclude: (context, output shards, manifests of all units) -> what the stage comes to, once all its markers are there.
     manifest: of a marker that says who worked how long on which layer, for the timeline and the costs. colour: there.
     cost: a word, and the field of Estimate that has its seconds.
     """
@@ -47,7 +48,7 @@ class Stage:
     is_used: Callable[[RunPlan], bool]
     opens_source: bool = True
     work: Callable[[StageContext, tuple[OutputShard, ...]], Sequence[Task]] | None = None
-    conclude: Callable[[StageContext, tuple[OutputShard, ...]], object] | None = None
+    conclude: Conclusion | None = None
     manifest: StageManifest | None = None
     colour: str = ""
     cost: tuple[str, str] | None = None

@@ -1,5 +1,7 @@
 """Verify, shard by shard: what is left to look at, the verdict that each look leaves, and what all of them come to."""
 
+from collections.abc import Sequence
+
 from p48ray import run_root
 from p48ray.errors import VerificationError
 from p48ray.manifest import ShardVerdict, UnitManifest
@@ -55,7 +57,7 @@ def verify_and_record(context: StageContext, shard: OutputShard) -> None:
     context.store.put(run_root.shard_verdict(shard.name), verdict.to_json())
 
 
-def conclude_verification(context: StageContext, shards: tuple[OutputShard, ...]) -> None:
+def conclude_verification(context: StageContext, shards: tuple[OutputShard, ...], units: Sequence[UnitManifest]) -> None:
     """Write what is known only now (index, config, p48ray.json) and hold the index against the shards.
 
     Raises: VerificationError with all problems.
@@ -64,7 +66,7 @@ def conclude_verification(context: StageContext, shards: tuple[OutputShard, ...]
     verdicts = ShardVerdict.load_all(store, [run_root.shard_verdict(s.name) for s in shards])
     problems = [p if p.startswith(v.shard) else f"{v.shard}: {p}" for v in verdicts for p in v.problems]
     if not problems:
-        finish_checkpoint(context, shards, verdicts)
+        finish_checkpoint(context, shards, verdicts, units)
         problems += check_index(SubStore(store, run_root.CHECKPOINT), shards, context.layout)
     if problems:
         listed = "\n".join(f"  {p}" for p in problems[:LISTED_PROBLEMS])

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from p48ray.checkpoint.decode import decode_expert_on, decode_plain
@@ -32,6 +33,7 @@ from p48ray.output_layout import SUFFIXES, OutputShard, shard_rows, unit_rows
 from p48ray.plan import WorkUnit
 from p48ray.stages.verify_reading import Readers, ReadUnit, compare_bytes, read_originals, read_unit, readers, tensor_digest
 from p48ray.store.base import Store
+from p48ray.store.view import local_path
 
 CLAIM_TOLERANCE = 1e-3  # relative; the manifest's error was summed on the solver's device, this one here
 CPU = torch.device("cpu")
@@ -75,6 +77,7 @@ def verify_shard(
     except DAMAGE as error:
         return Findings(problems=[str(error)])
     problems = list(compare_rows(shard, shard_rows(shard, layout), entries))
+    problems += second_opinion(checkpoint, shard.name, entries)
     if problems:
         return Findings(problems=problems)
     digests: dict[str, str] = {}
@@ -168,6 +171,30 @@ def compare_rows(shard: OutputShard, rows: list[tuple[str, str, tuple[int, ...]]
     for name in planned.keys() & found.keys():
         if planned[name] != (found[name].dtype, tuple(found[name].shape)):
             yield f"{shard.name}: {name}: expected {planned[name]}, found {(found[name].dtype, tuple(found[name].shape))}"
+
+
+def second_opinion(checkpoint: Store, file: str, entries: Mapping[str, TensorEntry]) -> Iterator[str]:
+    """What the library that servers load with says of the header, where the shard is a file of this machine.
+
+    Args: entries: tensors as this package reads them.
+    """
+    path = local_path(checkpoint, file)
+    if path is None:
+        return
+    try:
+        with safe_open(path, framework="pt") as opened:
+            names = set(opened.keys())
+            for name in sorted(names ^ entries.keys()):
+                reader = "safetensors" if name in names else "p48ray"
+                yield f"{file}: {name}: only {reader} finds this tensor"
+            for name in sorted(names & entries.keys()):
+                found = opened.get_slice(name)
+                theirs = (found.get_dtype(), tuple(found.get_shape()))
+                ours = (entries[name].dtype, tuple(entries[name].shape))
+                if theirs != ours:
+                    yield f"{file}: {name}: expected {ours}, safetensors reads {theirs}"
+    except SafetensorError as error:
+        yield f"{file}: safetensors does not read it: {error}"
 
 
 def check_experts(

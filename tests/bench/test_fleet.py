@@ -13,7 +13,7 @@ from p48ray import run_root
 from p48ray.checkpoint.layout import PROJECTIONS
 from p48ray.config import load_config
 from p48ray.manifest import UnitManifest
-from p48ray.runner import dispatch, overlap, pipeline, ray_runner
+from p48ray.runner import dispatch, layer_units, overlap, pipeline, ray_runner
 from p48ray.stages.prepare import Prepared, prepare
 from tests.conftest import REPO
 
@@ -112,8 +112,8 @@ def test_driver_is_the_product(planned: Prepared, monkeypatch: pytest.MonkeyPatc
         (dispatch.Dispatcher, "forget"),
         (pipeline, "run_all"),
         (overlap, "read_needs"),
-        (overlap, "collect_layer"),
-        (overlap, "finish_layer"),
+        (layer_units, "collect_layer"),
+        (layer_units, "finish_layer"),
     ]:
         watch(owner, name)
     simulated(planned, STORMY, "units")

@@ -19,6 +19,7 @@ from p48ray import run_root
 from p48ray.config import load_config
 from p48ray.manifest import LayerScales, UnitManifest
 from p48ray.plan import RunPlan
+from p48ray.runner.base import TaskList
 from p48ray.runner.local_runner import LocalRunner
 from p48ray.runner.pipeline import run_job
 from p48ray.runner.ray_runner import RayRunner
@@ -74,11 +75,11 @@ def measure(plan: RunPlan, store: Store) -> dict[str, float]:
     """Seconds of all units, and what their manifests say."""
     tasks = tasks_of(plan, store)
     with RayRunner(plan, store.uri, None) as runner:
-        assert all(r.is_done for r in runner.run(tasks[:1]))  # a worker is up
+        assert all(r.is_done for r in runner.run(TaskList(tasks[:1])))  # a worker is up
         for info in list(store.list(run_root.UNITS)):
             store.delete(info.key)
         start = time.perf_counter()
-        assert all(r.is_done for r in runner.run(tasks))
+        assert all(r.is_done for r in runner.run(TaskList(tasks)))
         wall = time.perf_counter() - start
     seconds = [UnitManifest.load(store, run_root.unit_manifest(u.id)).seconds for u in plan.units]
     phases = {phase: round(sum(s.get(phase, 0.0) for s in seconds) / len(seconds), 3) for phase in seconds[0]}

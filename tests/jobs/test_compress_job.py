@@ -59,12 +59,6 @@ def test_dry_run_leaves_a_run_root_of_another_plan_alone(root: Path) -> None:
     assert snapshot(root) == before
 
 
-def test_dry_run_names_what_the_run_itself_would_be_refused_for() -> None:
-    outcome = invoke(*arguments("hf://owner/name"), "--dry-run")
-    assert outcome.code == 0
-    assert "run.root: 'hf://owner/name' is not built yet" in outcome.out
-
-
 # Through a small process between: Linux counts the memory of whoever starts a process as that process's own peak.
 MEASURE = """
 import resource, subprocess, sys

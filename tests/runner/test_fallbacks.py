@@ -1,7 +1,5 @@
 """Linears that could only be rounded: how many a checkpoint may have (compression.max_fallback_share)."""
 
-import uuid
-
 import pytest
 
 from p48ray import run_root
@@ -9,7 +7,6 @@ from p48ray.errors import StageFailedError
 from p48ray.manifest import UnitManifest
 from p48ray.plan import RunPlan
 from p48ray.runner.pipeline import check_fallbacks
-from p48ray.store import MemoryStore
 from tests.stages.small_run import SmallRun
 
 NUM_LINEARS = 192
@@ -21,19 +18,18 @@ def with_settings(plan: RunPlan, **settings: object) -> RunPlan:
     return plan.model_copy(update={"config": config})
 
 
-def rounded(finished: SmallRun, count: int) -> MemoryStore:
+def rounded(finished: SmallRun, count: int) -> list[UnitManifest]:
     """The finished run's unit manifests, of whose linears the first `count` say that they were rounded."""
-    store, left = MemoryStore(uuid.uuid4().hex), count
+    found, left = [], count
     for unit in finished.prepared.plan.units:
-        key = run_root.unit_manifest(unit.id)
-        manifest = UnitManifest.load(finished.prepared.store, key)
+        manifest = UnitManifest.load(finished.prepared.store, run_root.unit_manifest(unit.id))
         linears = tuple(
             r.model_copy(update={"outcome": "round_to_nearest", "reason": "no tokens"} if i < left else {"outcome": "solved"})
             for i, r in enumerate(manifest.linears)
         )
         left -= min(left, len(linears))
-        store.put(key, manifest.model_copy(update={"linears": linears}).to_json())
-    return store
+        found.append(manifest.model_copy(update={"linears": linears}))
+    return found
 
 
 @pytest.mark.parametrize(("share", "most"), [(0.0, 0), (1 / NUM_LINEARS, 1), (0.01, 1), (0.5, NUM_LINEARS // 2)])

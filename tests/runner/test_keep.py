@@ -8,7 +8,7 @@ import os
 import shutil
 import threading
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import cache
@@ -30,7 +30,7 @@ from p48ray.plan import RunPlan, WorkUnit
 from p48ray.report.report import Report
 from p48ray.report.status import read_status
 from p48ray.runner import pipeline
-from p48ray.runner.base import More, RedoError, nothing_more, run_all
+from p48ray.runner.base import RedoError, TaskList, WorkSource, run_all
 from p48ray.runner.local_runner import LocalRunner
 from p48ray.runner.pipeline import run_job
 from p48ray.stages import arrow, blobs, capture, gradients, reduce
@@ -524,8 +524,20 @@ class Scripted:
     def __init__(self, *results: TaskResult) -> None:
         self.results = results
 
-    def run(self, tasks: Sequence[Task], more: More = nothing_more) -> Iterator[TaskResult]:
+    def run(self, source: WorkSource) -> Iterator[TaskResult]:
+        source.next(False)
         return iter(self.results)
+
+
+class Listed(TaskList):
+    """Notes what is done."""
+
+    def __init__(self, *tasks: Task) -> None:
+        super().__init__(tasks)
+        self.finished: list[Task] = []
+
+    def done(self, task: Task) -> None:
+        self.finished.append(task)
 
 
 def failed(unit: str, kind: type[Exception] = ShardCorruptError, redo: tuple[str, ...] = ()) -> TaskResult:
@@ -540,26 +552,28 @@ def store() -> MemoryStore:
 
 @pytest.mark.parametrize("kind", [ShardCorruptError, ConfigError, KeyError])
 def test_task_that_failed_after_another_driver_did_it_is_done(kind: type[Exception], store: MemoryStore) -> None:
-    result, done = failed("L001", kind, redo=("activations/x.arrow",)), []
+    result = failed("L001", kind, redo=("activations/x.arrow",))
+    source = Listed(result.task)
     store.put("units/L001/manifest.json", b"{}")
     store.put("activations/x.arrow", b"of another")
-    run_all(Scripted(result), [result.task], store, done.append)
-    assert done == [result.task]
+    run_all(Scripted(result), source, store)
+    assert source.finished == [result.task]
     assert store.head("activations/x.arrow") is not None, "nothing is to be made anew"
 
 
 def test_task_that_failed_and_nobody_did_is_not_done(store: MemoryStore) -> None:
-    results, done = [failed("L001"), failed("L002"), TaskResult(task=failed("L003").task)], []
+    results = [failed("L001"), failed("L002"), TaskResult(task=failed("L003").task)]
+    source = Listed(*(r.task for r in results))
     store.put("units/L001/manifest.json", b"{}")
     with pytest.raises(StageFailedError, match=r"compress: 1 of 3 tasks failed(?s:.*)L002: ShardCorruptError: what it read is gone"):
-        run_all(Scripted(*results), [r.task for r in results], store, done.append)
-    assert [task.id for task in done] == ["L001", "L003"]
+        run_all(Scripted(*results), source, store)
+    assert [task.id for task in source.finished] == ["L001", "L003"]
 
 
 def test_task_without_a_marker_is_done_by_nobody_else(store: MemoryStore) -> None:
     task = Task(stage="capture", id="parts-0000", item=[0])
     with pytest.raises(StageFailedError, match="capture: 1 of 1 tasks failed"):
-        run_all(Scripted(TaskResult(task=task, error_type="P48Error", error="no")), [task], store)
+        run_all(Scripted(TaskResult(task=task, error_type="P48Error", error="no")), Listed(task), store)
 
 
 def test_corrupt_objects_are_deleted_and_only_if_they_are_all_that_failed_the_stages_run_again(store: MemoryStore) -> None:
@@ -567,10 +581,10 @@ def test_corrupt_objects_are_deleted_and_only_if_they_are_all_that_failed_the_st
         store.put(key, b"damaged")
     corrupt = failed("L001", CorruptObjectError, redo=("a.arrow", "b.arrow"))
     with pytest.raises(RedoError):
-        run_all(Scripted(corrupt), [corrupt.task], store)
+        run_all(Scripted(corrupt), Listed(corrupt.task), store)
     assert list(store.list()) == []
     with pytest.raises(StageFailedError):
-        run_all(Scripted(corrupt, failed("L002")), [corrupt.task], store)
+        run_all(Scripted(corrupt, failed("L002")), Listed(corrupt.task), store)
 
 
 def overtake(patch: pytest.MonkeyPatch, root: Path, keep: str, when: Callable[[str, str], bool]) -> list[Report]:

@@ -1,7 +1,7 @@
 """Capture, gradients and compress at once: what is ready when, that it really happens at once, and that the bytes are those of one stage after the other."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from unittest import mock
 
@@ -13,6 +13,7 @@ from p48ray.errors import CalibrationError, P48Error, TransientStoreError
 from p48ray.manifest import ActivationPart, GradientPart, UnitManifest
 from p48ray.plan import SequencePart
 from p48ray.runner import overlap, ray_runner
+from p48ray.runner.base import TaskList
 from p48ray.runner.local_runner import LocalRunner
 from p48ray.runner.overlap import LOOK_S, Overlap
 from p48ray.runner.ray_runner import WorkerProcess
@@ -184,37 +185,37 @@ def names(tasks: object) -> list[tuple[str, object]]:
 
 def test_slices_go_up_and_each_back_down_as_soon_as_it_is_up(prepared: Prepared) -> None:
     work, _ = started(prepared)
-    up = work.more(False)
+    up = work.next(False)
     assert names(up) == [("capture", [0, 3]), ("capture", [1]), ("capture", [2])]
-    assert work.more(False) == []
-    work.on_done(up[1])
-    back = work.more(False)
+    assert work.next(False) == []
+    work.done(up[1])
+    back = work.next(False)
     assert names(back) == [("gradients", [1])]
-    work.on_done(back[0])
-    assert work.more(True) == []
+    work.done(back[0])
+    assert work.next(True) == []
 
 
 def test_layer_is_ready_when_all_its_parts_are_there_both_ways(prepared: Prepared) -> None:
     work, clock = started(prepared)
-    work.more(False)
+    work.next(False)
     for n in prepared.plan.layers:
         leave(prepared, n, way="up")
     leave(prepared, TOP, *prepared.plan.parts[:-1], way="back")
     clock.now += 2 * LOOK_S
-    assert work.more(False) == []
+    assert work.next(False) == []
     leave(prepared, TOP, prepared.plan.parts[-1], way="back")
     leave(prepared, BOTTOM, way="back")
     clock.now += 2 * LOOK_S
-    assert names(work.more(False)) == [("compress", TOP)] * 4, "the lowest is not looked at while those above it are under way"
+    assert names(work.next(False)) == [("compress", TOP)] * 4, "the lowest is not looked at while those above it are under way"
     assert prepared.store.head(run_root.layer_scales(TOP)) is not None
-    assert names(work.more(True)) == [("compress", BOTTOM)] * 4, "when all is idle, everything is"
-    assert work.more(True) == []
+    assert names(work.next(True)) == [("compress", BOTTOM)] * 4, "when all is idle, everything is"
+    assert work.next(True) == []
 
 
 def test_units_carry_their_layer_marker_and_load(prepared: Prepared) -> None:
     leave(prepared, 2)
     work, _ = started(prepared)
-    tasks = [t for t in work.more(False) if t.stage == "compress"]
+    tasks = [t for t in work.next(False) if t.stage == "compress"]
     assert [(t.id, t.layer, t.load, t.marker) for t in tasks] == [
         (u.id, 2, 2.0 * len(prepared.plan.parts) * u.num_experts, run_root.unit_manifest(u.id)) for u in prepared.plan.units if u.layer == 2
     ]
@@ -222,25 +223,25 @@ def test_units_carry_their_layer_marker_and_load(prepared: Prepared) -> None:
 
 def test_store_is_asked_at_a_bounded_rate_and_whenever_a_stream_ended(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
     work, clock = started(prepared)
-    up = work.more(False)
+    up = work.next(False)
     asked: list[str] = []
     listing = MemoryStore.list
     monkeypatch.setattr(MemoryStore, "list", lambda store, prefix="": asked.append(prefix) or listing(store, prefix))
     for _ in range(100):
-        work.more(False)
+        work.next(False)
     assert asked == []
     clock.now += LOOK_S
     for _ in range(100):
-        work.more(False)
+        work.next(False)
     assert asked == [run_root.activation_folder(TOP), run_root.gradient_folder(TOP)]
-    work.on_done(up[0])
-    work.more(False)
+    work.done(up[0])
+    work.next(False)
     assert len(asked) == 4
 
 
 def test_look_that_the_store_does_not_answer_is_made_again_later(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
     work, clock = started(prepared)
-    work.more(False)
+    work.next(False)
     leave(prepared, TOP)
 
     def away(store: MemoryStore, prefix: str = "") -> Iterator[object]:
@@ -249,49 +250,49 @@ def test_look_that_the_store_does_not_answer_is_made_again_later(prepared: Prepa
     with monkeypatch.context() as patch:
         patch.setattr(MemoryStore, "list", away)
         clock.now += LOOK_S
-        assert work.more(False) == []
+        assert work.next(False) == []
         with pytest.raises(TransientStoreError):
-            work.more(True)
+            work.next(True)
     clock.now += LOOK_S
-    assert names(work.more(False)) == [("compress", TOP)] * 4
+    assert names(work.next(False)) == [("compress", TOP)] * 4
 
 
 def test_units_that_somebody_has_done_meanwhile_are_not_named(prepared: Prepared) -> None:
     work, clock = started(prepared)
-    work.more(False)
+    work.next(False)
     leave(prepared, TOP)
     done = [u for u in prepared.plan.units if u.layer == TOP][:3]
     for unit in done:
         prepared.store.put(run_root.unit_manifest(unit.id), b"{}")
     clock.now += LOOK_S
-    assert [t.id for t in work.more(False)] == [u.id for u in prepared.plan.units if u.layer == TOP][3:]
+    assert [t.id for t in work.next(False)] == [u.id for u in prepared.plan.units if u.layer == TOP][3:]
 
 
 def test_data_goes_with_its_layers_last_unit_and_boundaries_with_the_last_stream(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(REPO)
     prepared = make("units", **{"run.num_workers": "1"})
     work, _ = started(prepared)
-    (up,) = work.more(False)
+    (up,) = work.next(False)
     boundaries = [run_root.blob("residuals", 2, 0), run_root.blob("residual-gradients", 3, 0)]
     for key in boundaries:
         prepared.store.put(key, b"-")
     for n in (2, 3, TOP):
         leave(prepared, n)
     leave(prepared, BOTTOM, way="up")
-    work.on_done(up)
-    back, *units = work.more(True)
+    work.done(up)
+    back, *units = work.next(True)
     assert names([back]) == [("gradients", [0, 1, 2, 3])]
     for task in (t for t in units if t.layer == TOP):
         assert prepared.store.head(run_root.activation_part(TOP, 0)) is not None
         prepared.store.put(task.marker or "", b"{}")
-        work.on_done(task)
+        work.done(task)
     assert prepared.store.head(run_root.activation_part(TOP, 0)) is None
     assert prepared.store.head(run_root.gradient_part(TOP, 3)) is None
     assert prepared.store.head(run_root.activation_manifest(TOP, 0)) is not None
     assert prepared.store.head(run_root.activation_part(3, 0)) is not None
     assert all(prepared.store.head(key) is not None for key in boundaries), "the way back reads them"
     leave(prepared, BOTTOM, way="back")
-    work.on_done(back)
+    work.done(back)
     assert all(prepared.store.head(key) is None for key in boundaries)
 
 
@@ -318,11 +319,14 @@ def test_local_runner_runs_what_follows_streams_first() -> None:
     ran: list[str] = []
     idle: list[bool] = []
 
-    def more(is_idle: bool) -> list[Task]:
-        idle.append(is_idle)
-        return {1: [stream[1], unit[1]], 4: [unit[2]]}.get(len(ran), []) if len(idle) in (2, 5) else []
+    class Following(TaskList):
+        def next(self, is_idle: bool) -> Sequence[Task]:
+            if first := super().next(is_idle):
+                return first
+            idle.append(is_idle)
+            return {1: [stream[1], unit[1]], 4: [unit[2]]}.get(len(ran), []) if len(idle) in (2, 5) else []
 
-    for result in runner.run([unit[0], stream[0]], more):
+    for result in runner.run(Following([unit[0], stream[0]])):
         ran.append(result.task.id)
     assert ran == ["s0", "s1", "u0", "u1", "u2"]
     assert idle == [False, False, False, False, True, True]

@@ -17,7 +17,7 @@ from p48ray.errors import CorruptObjectError, SourceError, StageFailedError, Tra
 from p48ray.manifest import Failure
 from p48ray.plan import WorkUnit
 from p48ray.runner import ray_runner
-from p48ray.runner.base import More, nothing_more, run_all
+from p48ray.runner.base import TaskList, WorkSource, run_all
 from p48ray.runner.dispatch import Dispatcher
 from p48ray.runner.local_runner import LocalRunner
 from p48ray.runner.pipeline import run_job
@@ -74,8 +74,8 @@ class KillingRunner(RayRunner):
 
     killed = 0
 
-    def run(self, tasks: Sequence[Task], more: More = nothing_more) -> Iterator[TaskResult]:
-        for result in super().run(tasks, more):
+    def run(self, source: WorkSource) -> Iterator[TaskResult]:
+        for result in super().run(source):
             if result.task.stage == "compress" and not self.killed:
                 victims = busy_workers()
                 for victim in victims[:1]:
@@ -404,7 +404,8 @@ class Ended:
     def __init__(self, *results: TaskResult) -> None:
         self.results = results
 
-    def run(self, tasks: Sequence[Task], more: More = nothing_more) -> Iterator[TaskResult]:
+    def run(self, source: WorkSource) -> Iterator[TaskResult]:
+        source.next(False)
         yield from self.results
 
 
@@ -418,7 +419,7 @@ def test_units_that_a_users_mistake_stopped_are_all_listed_beside_other_failures
     store = LocalStore(tmp_path)
     store.put("units/unit-3/manifest.json", b"{}")
     with pytest.raises(SourceError) as caught:
-        run_all(Ended(TaskResult(task=units[0]), mistake, bug, corrupt), units, store)
+        run_all(Ended(TaskResult(task=units[0]), mistake, bug, corrupt), TaskList(units), store)
     for words in (
         "compress: 3 of 4 tasks failed",
         "unit-1: SourceError: model.safetensors: not finite",
@@ -434,14 +435,19 @@ def test_failures_of_stages_that_ran_at_once_are_listed_by_stage(tmp_path: Path)
     stream = Task(stage="gradients", id="parts-0000-and-1-more", item=[0, 1])
     units = [Task(stage="compress", id=f"unit-{n}", item=n, layer=4) for n in range(3)]
 
-    class Following:
-        def run(self, tasks: Sequence[Task], more: More = nothing_more) -> Iterator[TaskResult]:
-            yield TaskResult(task=tasks[0], error_type="KeyError", error="a bug")
-            for task in more(False):
+    class Following(TaskList):
+        def next(self, is_idle: bool) -> Sequence[Task]:
+            return super().next(is_idle) or units
+
+    class Ending:
+        def run(self, source: WorkSource) -> Iterator[TaskResult]:
+            (first,) = source.next(False)
+            yield TaskResult(task=first, error_type="KeyError", error="a bug")
+            for task in source.next(False):
                 yield TaskResult(task=task, error_type=None if task.id == "unit-1" else "NumericsError", error="no factor")
 
     with pytest.raises(StageFailedError) as caught:
-        run_all(Following(), [stream], LocalStore(tmp_path), more=lambda is_idle: units)
+        run_all(Ending(), Following([stream]), LocalStore(tmp_path))
     lines = str(caught.value).splitlines()
     assert lines[0].startswith("gradients: 1 of 1 tasks failed; tracebacks under ")
     assert lines[2].startswith("compress: 2 of 3 tasks failed; tracebacks under ")

@@ -12,6 +12,7 @@ import ray
 from p48ray.errors import ConfigError, P48Error, SourceError, StageFailedError, TransientStoreError
 from p48ray.runner import ray_tasks, verifier
 from p48ray.runner.byte_progress import with_progress
+from p48ray.runner.cluster import Cluster
 from p48ray.runner.ray_tasks import MAX_ATTEMPTS, RayTasks
 from p48ray.runner.verifier import verify_folder
 from p48ray.stages.verify_checkpoint import ShardCheck, check_shard_or_error
@@ -124,7 +125,7 @@ def test_local_path_on_several_nodes_has_to_be_shared(local_run: Path, two: RayT
 
 def test_cluster_that_is_not_there_is_a_users_mistake() -> None:
     with pytest.raises(ConfigError, match=r"RAY_ADDRESS: expected host:port of a running Ray cluster, found '127\.0\.0\.1:9'"):
-        ray_tasks.Connection(1, "127.0.0.1:9", shows_logs=False).__enter__()
+        Cluster("127.0.0.1:9", 1).join()
 
 
 def test_tasks_take_as_many_cpus_as_there_are_unless_told(ray_session: None, local_run: Path) -> None:

@@ -21,6 +21,7 @@ from p48ray import run_root
 from p48ray.config import load_config
 from p48ray.errors import CorruptObjectError, P48Error, ShardCorruptError
 from p48ray.manifest import CheckpointManifest, ShardVerdict, UnitManifest
+from p48ray.runner.pipeline import read_units
 from p48ray.stages.context import StageContext
 from p48ray.stages.prepare import prepare
 from p48ray.stages.reduce import finish_checkpoint, stitch_shard
@@ -178,7 +179,7 @@ def verdicts_of(run: SmallRun) -> list[ShardVerdict]:
 def test_reduce_makes_the_same_folder_from_the_same_units(finished: SmallRun, units_only: StageContext, clean: Folder) -> None:
     for shard in reversed(finished.prepared.shards):
         assert stitch_shard(units_only, shard).size_bytes == len(clean.files[shard.name])
-    finish_checkpoint(units_only, finished.prepared.shards, verdicts_of(finished))
+    finish_checkpoint(units_only, finished.prepared.shards, verdicts_of(finished), read_units(finished.prepared))
     made = {info.key.removeprefix("checkpoint/"): units_only.store.get(info.key) for info in units_only.store.list("checkpoint/")}
     assert made == {name: data for name, data in clean.files.items() if name != "README.md"}  # the card comes with the report
 
@@ -188,7 +189,7 @@ def test_index_is_written_after_everything_else(finished: SmallRun, units_only: 
     put, compose = MemoryStore.put, MemoryStore.compose
     monkeypatch.setattr(MemoryStore, "put", lambda self, key, data: written.append(key) or put(self, key, data))
     monkeypatch.setattr(MemoryStore, "compose", lambda self, key, pieces: written.append(key) or compose(self, key, pieces))
-    finish_checkpoint(units_only, finished.prepared.shards, verdicts_of(finished))
+    finish_checkpoint(units_only, finished.prepared.shards, verdicts_of(finished), read_units(finished.prepared))
     assert written[-1] == f"checkpoint/{INDEX}"
     assert {"checkpoint/config.json", "checkpoint/p48ray.json", "checkpoint/tokenizer.json"} <= set(written)
 

@@ -1,0 +1,96 @@
+"""The connection to Ray: to the cluster at an address, or to a Ray of this machine that ends with it."""
+
+import logging
+import re
+import socket
+from contextlib import AbstractContextManager
+from typing import Any, Self
+
+import ray
+
+from p48ray.errors import ConfigError
+from p48ray.store.open import scheme_of
+
+OBJECT_STORE_BYTES = 256 * 2**20
+"""Of a Ray that is started here: tasks and results are kilobytes."""
+KNOCK_TIMEOUT_S = 20.0
+START_TIMEOUT_S = 60.0
+"""How long to wait for a first worker before saying that the cluster has no room."""
+
+
+class Cluster(AbstractContextManager["Cluster"]):
+    """Connected for as long as the context lasts. A connection that is there already is the
+    caller's: it is used, and left.
+
+    Args:
+        address: host:port of a running cluster; None starts a Ray of this machine.
+        num_cpus: of a Ray of this machine.
+        shows_logs: what workers print comes out here.
+    """
+
+    def __init__(self, address: str | None, num_cpus: int, shows_logs: bool = True) -> None:
+        self.address, self.num_cpus, self.shows_logs = address, num_cpus, shows_logs
+        self.has_joined = False
+
+    @property
+    def is_own(self) -> bool:
+        """Whether it is a Ray of this machine that was started here."""
+        return self.has_joined and self.address is None
+
+    def __enter__(self) -> Self:
+        """Raises: ConfigError for an address where there is no cluster."""
+        if not ray.is_initialized():
+            self.join()
+            self.has_joined = True
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.has_joined:
+            ray.shutdown()
+
+    def join(self) -> None:
+        where: dict[str, Any] = {
+            "address": "local",
+            "num_cpus": self.num_cpus,
+            "object_store_memory": OBJECT_STORE_BYTES,
+            "include_dashboard": False,
+        }
+        if self.address is not None:
+            where = {"address": self.address}
+        try:
+            knock(self.address)
+            ray.init(**where, log_to_driver=self.shows_logs, logging_level=logging.WARNING)
+        except (OSError, ValueError, RuntimeError) as error:
+            if self.address is None:
+                raise
+            raise ConfigError(
+                "RAY_ADDRESS: expected host:port of a running Ray cluster, found "
+                f"{self.address!r}: {first_line(error)}; "
+                "start one with `ray start --head`, or unset RAY_ADDRESS to use this machine alone"
+            ) from error
+
+
+def knock(address: str | None) -> None:
+    """Ray itself would try for a quarter of an hour before it says that nobody is there.
+
+    Raises: OSError where nobody listens at host:port.
+    """
+    found = re.fullmatch(r"([^:/]+):(\d{1,5})", address or "")
+    if found:
+        place = (found[1], int(found[2]))
+        socket.create_connection(place, timeout=KNOCK_TIMEOUT_S).close()
+
+
+def check_shared(key: str, place: str, is_shared: bool, remedy: str) -> None:
+    """A local path means another folder on every node, unless the user says that it does not.
+
+    Args:   key: of the configuration or the command. remedy: besides a bucket.
+    Raises: ConfigError on a cluster of several nodes.
+    """
+    nodes = [n for n in ray.nodes() if n["Alive"] and n["Resources"].get("CPU")]
+    if len(nodes) > 1 and scheme_of(place).is_local and not is_shared:
+        raise ConfigError(f"{key}: {place} is a local path and the cluster has {len(nodes)} nodes; use a bucket, or {remedy}")
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

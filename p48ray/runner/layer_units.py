@@ -1,0 +1,52 @@
+"""Units of layers that are complete: their tasks, and how many are left of each layer."""
+
+from collections import Counter
+
+from p48ray import run_root
+from p48ray.manifest import LayerScales
+from p48ray.stages.capture import finish_layer
+from p48ray.stages.collect import collect_layer
+from p48ray.stages.context import StageContext
+from p48ray.stages.needs import Needs
+from p48ray.stages.table import COMPRESS
+from p48ray.stages.tasks import Task
+
+
+class LayerUnits:
+    """Units by layer. What nobody reads any more goes with a layer's last unit (`run.keep`)."""
+
+    def __init__(self, context: StageContext) -> None:
+        self.context = context
+        self.left: Counter[int] = Counter()
+
+    def tasks(self, layer: int, needs: Needs) -> list[Task]:
+        """For the units of a complete layer that nobody has done.
+
+        Raises: CalibrationError if the layer's scales can not be made.
+        """
+        finish_layer(self.context, layer)
+        scales = LayerScales.load(self.context.store, run_root.layer_scales(layer))
+        load = scales.tokens_per_expert
+        units = [u for u in needs.missing_units if u.layer == layer]
+        self.left[layer] = len(units)
+        return [
+            Task(
+                stage=COMPRESS.name,
+                id=u.id,
+                item=u,
+                marker=run_root.unit_manifest(u.id),
+                layer=layer,
+                load=sum(load[e] for e in u.experts),
+            )
+            for u in units
+        ]
+
+    def done(self, task: Task) -> bool:
+        """Returns whether it was its layer's last."""
+        layer = task.item.layer
+        self.left[layer] -= 1
+        if self.left[layer]:
+            return False
+        if self.context.plan.config.run.keep != "all":
+            collect_layer(self.context.plan, self.context.store, layer)
+        return True
