@@ -39,7 +39,8 @@ class CompressionConfig(Section):
         True, description="Use the gradients of the model's own loss too (DESIGN 7.3). Costs a backward pass. Other solvers: false."
     )
     damp: Automatic | Annotated[float, Field(gt=0)] = Field(
-        "auto", description="[fraction of H's mean diagonal] Damping of H; auto: 0.01 to 0.1, by the expert's tokens (DESIGN 7.6)."
+        "auto",
+        description="[fraction of H's mean diagonal] Damping of H; auto: 0.01 to 0.1, by the expert's tokens (DESIGN 7.6); one-shot solvers: 0.1.",
     )
     output_damp: Automatic | Annotated[float, Field(gt=0)] = Field(
         "auto", description="[fraction of G's mean diagonal] Damping of G; auto: 0.05 to 0.3, by the expert's tokens (DESIGN 7.6)."

@@ -10,7 +10,7 @@ class UserError(P48Error):
 
 
 class ConfigError(UserError):
-    """A configuration key is unknown, has a bad value, or asks for a feature that is not built yet. Names the dotted key."""
+    """A configuration key is unknown or has a bad value, or a place can not be used for what it is named for. Names the key."""
 
 
 class SourceError(UserError):

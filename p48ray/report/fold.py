@@ -75,7 +75,7 @@ def gather(context: StageContext, report: Report, units: Sequence[UnitManifest],
     layer_of = {u.id: u.layer for u in plan.units}
     work, spans = [], []
     for stage in stages_of(plan):
-        if stage.manifest is None:
+        if stage.manifest is None or stage.markers is None:
             continue
         names = stage.markers(plan, ())
         found: Manifests = units

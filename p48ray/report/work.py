@@ -43,7 +43,7 @@ def read_work(plan: RunPlan, store: Store, keys: set[str]) -> tuple[Work, ...]:
     """Work of the stages that take hours. `keys`: of the run root."""
     found = []
     for stage in stages_of(plan):
-        if stage.manifest is not None:
+        if stage.manifest is not None and stage.markers is not None:
             names = stage.markers(plan, ())
             found.append(measure(stage.name, stage.manifest.load_all(store, [k for k in names if k in keys]), len(names)))
     return tuple(found)

@@ -29,7 +29,8 @@ class Cluster(AbstractContextManager["Cluster"]):
     """
 
     def __init__(self, address: str | None, num_cpus: int, shows_logs: bool = True) -> None:
-        self.address, self.num_cpus, self.shows_logs = address, num_cpus, shows_logs
+        self.address = address or None  # an empty RAY_ADDRESS is none
+        self.num_cpus, self.shows_logs = num_cpus, shows_logs
         self.has_joined = False
 
     @property

@@ -119,10 +119,16 @@ class Job:
         assert stage.work is not None
         tasks = stage.work(self.context, self.shards)
         start = time.monotonic()
-        with self.progress(stage, stage.markers(self.plan, [s.name for s in self.shards])) as progress:
+        with self.progress(stage, self.markers(stage)) as progress:
             run_all(self.runner, TaskList(tasks), self.store)
         self.end(progress, time.monotonic() - start)
         return stage.conclude(self.context, self.shards, self.units) if stage.conclude else None
+
+    def markers(self, stage: Stage) -> list[str]:
+        if stage.markers is not None:
+            return stage.markers(self.plan, [s.name for s in self.shards])
+        assert stage.markers_in is not None, stage.name
+        return stage.markers_in(self.context)
 
     def progress(self, stage: Stage, markers: Sequence[str]) -> Progress:
         expected = set(markers)
@@ -147,7 +153,7 @@ class Job:
         done = {key for n in self.plan.layers if n not in needs.open_layers for key in layer_markers(self.plan, n)}
         shown = []
         for stage in (stage for stage in stages_of(self.plan) if stage.work is None):  # of layers that are done, what is gone is not missed
-            markers = [key for key in stage.markers(self.plan, ()) if key not in done or key in needs.keys]
+            markers = [key for key in self.markers(stage) if key not in done or key in needs.keys]
             shown.append(self.progress(stage, markers))
         with ExitStack() as stack:
             for progress in shown:

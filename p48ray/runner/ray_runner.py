@@ -107,14 +107,14 @@ class RayRunner:
         with ExitStack() as opened:
             cluster = opened.enter_context(Cluster(self.address, own_cpus))
             check_shared("run.root", self.store_uri, run.root_is_shared, SHARED_ROOT)
+            actor = ray.remote(WorkerProcess)
+            options = {"num_cpus": run.threads_per_worker, "num_gpus": run.gpus_per_worker}
+            together = 1 + run.prefetch_units
+            self.factory = actor.options(**options, max_restarts=0, max_concurrency=together)
+            if cluster.is_own:  # on a cluster a worker may be a machine that is paid for
+                for _ in range(run.num_workers):
+                    self.start_worker()
             self.opened = opened.pop_all()
-        actor = ray.remote(WorkerProcess)
-        options = {"num_cpus": run.threads_per_worker, "num_gpus": run.gpus_per_worker}
-        together = 1 + run.prefetch_units
-        self.factory = actor.options(**options, max_restarts=0, max_concurrency=together)
-        if cluster.is_own:  # on a cluster a worker may be a machine that is paid for
-            for _ in range(run.num_workers):
-                self.start_worker()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:

@@ -31,7 +31,7 @@ class RayServer(AbstractContextManager[str]):
     """
 
     def __init__(self, command: Sequence[str], settings: ServerSettings, address: str | None) -> None:
-        self.command, self.settings, self.address = list(command), settings, address
+        self.command, self.settings, self.address = list(command), settings, address or None
         self.opened = ExitStack()
 
     def __enter__(self) -> str:

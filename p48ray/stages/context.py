@@ -37,6 +37,7 @@ class StageContext:
 
     `cache`: what this node's workers read in common, if it comes from afar. `files`: which files of the node were hashed already.
     `turn`: whose it is to compute, where units share a process. `compiling`: a GPU's kernels, on their way.
+    `known`: what stages of this process have found out once, by their names.
     """
 
     plan: RunPlan
@@ -48,6 +49,7 @@ class StageContext:
     files: CheckedFiles = field(default_factory=CheckedFiles)
     turn: Turn = field(default_factory=Turn)
     compiling: Compiling | None = None
+    known: dict[str, str] = field(default_factory=dict)
 
     @property
     def compute_dtype(self) -> torch.dtype:

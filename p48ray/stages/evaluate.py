@@ -213,19 +213,30 @@ def combine(parts: list[EvaluationPart]) -> EvaluationResult:
     )
 
 
+def held_out_parts(context: StageContext) -> tuple[str, tuple[SequencePart, ...]]:
+    """(digest of what the figures depend on, parts of the held-out sequences); no parts where nothing is evaluated.
+
+    The texts are looked at once: hours later, when all sums are there, they may be elsewhere.
+    """
+    settings = context.plan.config.evaluation
+    if settings is None:
+        return "", ()
+    digest = context.known.get("evaluation")
+    if digest is None:
+        digest = context.known["evaluation"] = evaluation_digest(context.plan, settings)
+    return digest, tuple(cut(settings.num_sequences, settings.sequences_per_part))
+
+
 def parts_to_evaluate(context: StageContext, shards: tuple[OutputShard, ...]) -> list[Task]:
-    digest, parts = evaluation_parts(context.plan)
+    digest, parts = held_out_parts(context)
     held = {info.key for info in context.store.list(run_root.EVALUATION)}
     missing = [p for p in parts if run_root.evaluation_part(digest, p.part) not in held]
     return [Task(stage="evaluate", id=f"part-{p.part:04d}", item=(digest, p)) for p in missing]
 
 
-def evaluation_parts(plan: RunPlan) -> tuple[str, tuple[SequencePart, ...]]:
-    """(digest of what the figures depend on, parts of the held-out sequences); no parts where nothing is evaluated."""
-    settings = plan.config.evaluation
-    if settings is None:
-        return "", ()
-    return evaluation_digest(plan, settings), tuple(cut(settings.num_sequences, settings.sequences_per_part))
+def evaluation_markers(context: StageContext) -> list[str]:
+    digest, parts = held_out_parts(context)
+    return [run_root.evaluation_part(digest, p.part) for p in parts]
 
 
 def evaluate_and_record(context: StageContext, item: tuple[str, SequencePart]) -> None:
@@ -239,5 +250,4 @@ def evaluate_and_record(context: StageContext, item: tuple[str, SequencePart]) -
 
 
 def conclude_evaluation(context: StageContext, shards: tuple[OutputShard, ...], units: Sequence[UnitManifest]) -> EvaluationResult:
-    digest, parts = evaluation_parts(context.plan)
-    return combine(EvaluationPart.load_all(context.store, [run_root.evaluation_part(digest, p.part) for p in parts]))
+    return combine(EvaluationPart.load_all(context.store, evaluation_markers(context)))

@@ -114,9 +114,15 @@ def commit_release(hub: Hub, release: Release, records: Mapping[str, PublishedSh
     paths = [*release.shards, *release.files]
     description = f"plan {release.manifest.plan_digest}"
 
+    unanswered: list[GaveUpError] = []
+
     def look() -> tuple[str, list[str]]:
         """The branch's last commit, and what it lacks."""
-        head, held = hub.state(paths)
+        try:
+            head, held = hub.state(paths)
+        except GaveUpError as error:
+            unanswered.append(error)
+            raise
         if head is None:
             raise StageFailedError(f"{hub.target.repo}: no branch {hub.target.revision!r} any more")
         return head, lacking(release, records, held)
@@ -136,6 +142,8 @@ def commit_release(hub: Hub, release: Release, records: Mapping[str, PublishedSh
     try:
         return retry.call(retry.HUB_COMMIT, attempt)
     except GaveUpError as error:
+        if unanswered:  # a question, which was asked often enough, and no commit
+            raise
         head, missing = look()
         if not missing:
             return head

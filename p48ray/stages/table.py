@@ -4,6 +4,7 @@ Runner, status, timeline, report and plan read them here. A stage that streams (
 and are named by runner.overlap. Every other names what is missing of it, all at once. docs/EXTENDING.md says how to add one.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,11 +12,11 @@ from typing import Any
 from p48ray import run_root
 from p48ray.manifest import ActivationPart, GradientPart, UnitManifest
 from p48ray.output_layout import OutputShard
-from p48ray.plan import RunPlan
+from p48ray.plan import RunPlan, cut
 from p48ray.stages.capture import capture_parts
 from p48ray.stages.compress import compress_unit
 from p48ray.stages.context import StageContext
-from p48ray.stages.evaluate import conclude_evaluation, evaluate_and_record, evaluation_parts, parts_to_evaluate
+from p48ray.stages.evaluate import conclude_evaluation, evaluate_and_record, evaluation_markers, parts_to_evaluate
 from p48ray.stages.gradients import gradient_parts
 from p48ray.stages.mirror import files_to_copy, mirror_file
 from p48ray.stages.propagate import propagate_parts
@@ -33,7 +34,8 @@ class Stage:
 
     name: in logs, status and report, and of its tasks. noun: what its markers count.
     body: does one task, (StageContext, item); (Store, item) where it does not open the source (opens_source).
-    is_used: by a plan. markers: keys that are there once a plan's work is done, given the names of the output shards (none while nobody knows them).
+    is_used: by a plan. markers: keys that are there once a plan's work is done, given the names of the output shards (none while nobody knows them);
+    None where more than the plan is needed: then markers_in gives them from what a job has open, and count tells how many of how many keys there are.
     prefix: of all markers. work: (context, output shards) -> tasks for what is missing; None for a stage that streams.
     conclude: (context, output shards, manifests of all units) -> what the stage comes to, once all its markers are there.
     manifest: of a marker that says who worked how long on which layer, for the timeline and the costs. colour: there.
@@ -44,11 +46,13 @@ class Stage:
     noun: str
     body: Callable[[Any, Any], object]
     prefix: str
-    markers: Callable[[RunPlan, Sequence[str]], list[str]]
+    markers: Callable[[RunPlan, Sequence[str]], list[str]] | None
     is_used: Callable[[RunPlan], bool]
     opens_source: bool = True
     work: Callable[[StageContext, tuple[OutputShard, ...]], Sequence[Task]] | None = None
     conclude: Conclusion | None = None
+    markers_in: Callable[[StageContext], list[str]] | None = None
+    count: Callable[[RunPlan, set[str]], tuple[int, int]] | None = None
     manifest: StageManifest | None = None
     colour: str = ""
     cost: tuple[str, str] | None = None
@@ -63,9 +67,13 @@ def has_checkpoint(plan: RunPlan) -> bool:
     return not plan.is_pilot
 
 
-def evaluation_markers(plan: RunPlan, shards: Sequence[str]) -> list[str]:
-    digest, parts = evaluation_parts(plan)
-    return [run_root.evaluation_part(digest, part.part) for part in parts]
+def count_evaluated(plan: RunPlan, keys: set[str]) -> tuple[int, int]:
+    """Of the evaluation that has come furthest: which one is the newest only its texts could tell."""
+    settings = plan.config.evaluation
+    total = len(cut(settings.num_sequences, settings.sequences_per_part)) if settings else 0
+    parts = (k for k in keys if k.startswith(run_root.EVALUATION) and "/part-" in k)
+    found = Counter(key.rpartition("/")[0] for key in parts)
+    return min(total, max(found.values(), default=0)), total
 
 
 def is_evaluated(plan: RunPlan) -> bool:
@@ -151,12 +159,15 @@ EVALUATE = Stage(
     noun="held-out parts",
     body=evaluate_and_record,
     prefix=run_root.EVALUATION,
-    markers=evaluation_markers,
+    markers=None,
+    markers_in=evaluation_markers,
+    count=count_evaluated,
     is_used=is_evaluated,
     work=parts_to_evaluate,
     conclude=conclude_evaluation,
     cost=("evaluate", "evaluate_seconds"),
 )
+# Those that stream stand together: they are one step of the job.
 STAGES = {stage.name: stage for stage in (MIRROR, CAPTURE, PROPAGATE, GRADIENTS, COMPRESS, REDUCE, VERIFY, EVALUATE)}
 
 
@@ -167,6 +178,11 @@ def stages_of(plan: RunPlan) -> list[Stage]:
 
 def count_markers(plan: RunPlan, keys: Iterable[str], shards: Sequence[str]) -> dict[str, tuple[int, int]]:
     """Stage -> (markers that are there, markers of the plan)."""
-    held = set(keys)
-    wanted = {stage.name: set(stage.markers(plan, shards)) for stage in stages_of(plan)}
-    return {name: (len(markers & held), len(markers)) for name, markers in wanted.items()}
+    held, found = set(keys), {}
+    for stage in stages_of(plan):
+        if stage.count:
+            found[stage.name] = stage.count(plan, held)
+            continue
+        markers = set(stage.markers(plan, shards)) if stage.markers else set()
+        found[stage.name] = (len(markers & held), len(markers))
+    return found

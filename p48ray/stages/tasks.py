@@ -52,13 +52,17 @@ class TaskResult:
 
     @property
     def is_transient(self) -> bool:
-        return self.error_type == TransientStoreError.__name__
+        return self.is_kind(TransientStoreError)
 
     @property
     def is_foreign(self) -> bool:
         """Not an error of ours: a bug, or a process (a GPU context) that is no longer sound."""
+        return not self.is_done and not self.is_kind(P48Error)
+
+    def is_kind(self, wanted: type[P48Error]) -> bool:
+        """Whether it ended with such an error, or with a kind of it."""
         kind = getattr(errors, self.error_type or "", None)
-        return not self.is_done and not (isinstance(kind, type) and issubclass(kind, P48Error))
+        return isinstance(kind, type) and issubclass(kind, wanted)
 
     def as_exception(self) -> P48Error:
         """The error as the stage raised it, or a StageFailedError around a foreign one."""

@@ -193,7 +193,7 @@ def second_opinion(checkpoint: Store, file: str, entries: Mapping[str, TensorEnt
                 ours = (entries[name].dtype, tuple(entries[name].shape))
                 if theirs != ours:
                     yield f"{file}: {name}: expected {ours}, safetensors reads {theirs}"
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         yield f"{file}: safetensors does not read it: {error}"
 
 

@@ -108,7 +108,8 @@ class Workplace:
         """Run one task; see `attempt`. From any thread: units of several can be under way at once, and take turns at computing (StageContext.turn)."""
         torch.set_num_threads(self.plan.config.run.threads_per_worker)  # which OpenMP keeps for every thread apart
         with trace.task(task.stage, task.id):
-            stage = STAGES[task.stage]
-            if not stage.opens_source:
-                return attempt(self.store, task, lambda: stage.body(self.store, task.item))
-            return attempt(self.store, task, lambda: stage.body(self.context, task.item))
+            return attempt(self.store, task, lambda: self.work(task))
+
+    def work(self, task: Task) -> object:
+        stage = STAGES[task.stage]
+        return stage.body(self.context if stage.opens_source else self.store, task.item)

@@ -303,8 +303,15 @@ class HubStore:
         hub, where, commit = self._api(), self._where(folder), self.commit
 
         def look() -> dict[str, HubFile]:
-            entries = hub.list_repo_tree(self.place.repo, folder or None, recursive=True, revision=commit, repo_type=self.place.kind)
-            return {e.path: _described(e) for e in entries if hasattr(e, "blob_id")}
+            from huggingface_hub.errors import HfHubHTTPError
+
+            try:
+                entries = hub.list_repo_tree(self.place.repo, folder or None, recursive=True, revision=commit, repo_type=self.place.kind)
+                return {e.path: _described(e) for e in entries if hasattr(e, "blob_id")}
+            except HfHubHTTPError as error:  # a 404 without a reason, at a commit that was just looked up: the folder is what is missing
+                if folder and type(error) is HfHubHTTPError and error.response.status_code == 404:
+                    return {}
+                raise
 
         try:
             found: dict[str, HubFile] = self._ask(where, look)

@@ -77,7 +77,7 @@ def test_it_goes_through_the_whole_job(registered: dict[str, str]) -> None:
     assert (config.run.root, scheme_of(config.run.root).noun) == (ROOT, "a throwaway")
 
     dry = invoke(*arguments(ROOT, registered), "--dry-run")
-    assert dry.code == 0 and "would be refused" not in dry.out, dry
+    assert dry.code == 0, dry
     assert "a node a layer once for all its units" in dry.out, "it lies afar"
     store = open_store(ROOT)
     assert not list(store.list())

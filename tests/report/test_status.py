@@ -210,3 +210,10 @@ def test_failures_of_every_stage_are_listed_with_their_reasons(finished: SmallRu
     assert status.failures == ("capture/parts-0000-and-2-more/abc.json: SourceError: cut", "compress/L001-E000-007/abc.json: KeyError: 'x'")
     for failure_line in status.failures:
         assert f"failed attempt: {failure_line}" in printed(status)
+
+
+def test_held_out_texts_are_not_needed(finished: SmallRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From another folder or machine too: the run root alone is read."""
+    monkeypatch.setattr("p48ray.stages.evaluate.digest_documents", lambda *_: pytest.fail("the texts were asked for"))
+    done, total = counts(read_status(finished.prepared.store))["evaluate"]
+    assert done == total > 0

@@ -13,7 +13,7 @@ import pytest
 
 from p48ray import run_root
 from p48ray.config import load_config
-from p48ray.errors import CorruptObjectError, SourceError, StageFailedError, TransientStoreError
+from p48ray.errors import CorruptObjectError, GaveUpError, SourceError, StageFailedError
 from p48ray.manifest import Failure
 from p48ray.plan import WorkUnit
 from p48ray.runner import ray_runner
@@ -297,7 +297,7 @@ def flaky(monkeypatch: pytest.MonkeyPatch, times: int) -> list[str]:
     def compress(context: StageContext, unit: WorkUnit) -> object:
         tried.append(unit.id)
         if unit.id == "L001-E000-003" and tried.count(unit.id) <= times:
-            raise TransientStoreError(f"{unit.id}: the store did not answer")
+            raise GaveUpError(f"{unit.id}: the store did not answer")
         return real(context, unit)
 
     monkeypatch.setitem(STAGES, "compress", replace(STAGES["compress"], body=compress))
@@ -324,7 +324,7 @@ def test_transient_error_is_retried_up_to_max_attempts(
     records = list((one_unit_missing / "failures" / "compress" / "L001-E000-003").iterdir())
     assert len(records) == min(2, num_tries)
     assert all(Failure.from_json(path.read_bytes(), path.name).is_transient for path in records)
-    assert ("L001-E000-003: TransientStoreError: " in outcome.err) == (code == 1)
+    assert ("L001-E000-003: GaveUpError: " in outcome.err) == (code == 1)
 
 
 def test_other_errors_are_not_retried(one_unit_missing: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -341,7 +341,7 @@ def test_other_errors_are_not_retried(one_unit_missing: Path, monkeypatch: pytes
 
 
 class FlakyWorker(WorkerProcess):
-    """Meets a transient error in its first two tasks."""
+    """A store is away in its first two tasks, for longer than its client tries (store.retry)."""
 
     def __init__(self, plan_json: bytes, store_uri: str) -> None:
         super().__init__(plan_json, store_uri)
@@ -350,7 +350,7 @@ class FlakyWorker(WorkerProcess):
     def execute(self, task: Task) -> TaskResult:
         if task.stage == "compress" and self.left:
             self.left -= 1
-            return TaskResult(task=task, error_type="TransientStoreError", error="the store did not answer")
+            return TaskResult(task=task, error_type="GaveUpError", error="the store did not answer")
         return super().execute(task)
 
 
@@ -362,8 +362,8 @@ def test_transient_error_on_ray_is_retried_up_to_max_attempts(
     monkeypatch.setattr(ray_runner, "WorkerProcess", FlakyWorker)
     outcome = invoke(*arguments(one_unit_missing, ONE_WORKER | {"run.max_attempts": str(max_attempts)}), on_ray=True)
     assert outcome.code == code, outcome
-    assert [f"attempt {n} failed, it will be tried again: TransientStoreError" in outcome.out for n in (1, 2)] == [True, code == 0]
-    assert ("L001-E000-003: TransientStoreError: the store did not answer" in outcome.err) == (code == 1)
+    assert [f"attempt {n} failed, it will be tried again: GaveUpError" in outcome.out for n in (1, 2)] == [True, code == 0]
+    assert ("L001-E000-003: GaveUpError: the store did not answer" in outcome.err) == (code == 1)
 
 
 @pytest.mark.parametrize("on_ray", BOTH_RUNNERS)

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -348,3 +349,26 @@ def test_digest_of_an_evaluation_follows_the_texts_and_not_their_place(finished:
 def test_run_without_evaluation_settings_reports_no_quality(finished: SmallRun, copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     report, evaluated = run_again(monkeypatch, finished, copied, "evaluation=null")
     assert (report.quality, evaluated) == (None, [])
+
+
+@pytest.mark.slow
+def test_texts_are_looked_at_once_and_may_be_gone_when_all_sums_are_there(
+    finished: SmallRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, looked = tmp_path / "run", []
+    shutil.copytree(finished.root, root)
+    shutil.rmtree(root / "evaluation")
+    texts = tmp_path / "heldout.jsonl"
+    shutil.copy(TINY / "heldout.jsonl", texts)
+    prepared = prepare(configure(finished.source, root, f"evaluation.documents={texts}"))
+    real, digest = evaluate.evaluate_part, evaluate.digest_documents
+
+    def evaluate_and_hide(*args: Any) -> Any:
+        texts.unlink(missing_ok=True)
+        return real(*args)
+
+    monkeypatch.setattr(evaluate, "evaluate_part", evaluate_and_hide)
+    monkeypatch.setattr(evaluate, "digest_documents", lambda *args: (looked.append(args), digest(*args))[1])
+    report = run_locally(prepared)
+    assert report.quality == finished.report.quality
+    assert len(looked) == 2, "once for the packed texts, once for the stage"
