@@ -4,7 +4,7 @@
     gptq               column loop with error feedback, dense ([Frantar2022gptq])
     sparsegpt_gptq     the same with the paired-4:8 mask chosen on the way ([Frantar2023sparsegpt])
     block_descent      sparsegpt_gptq as the start -> block descent on the damped Hessian -> gptq of the descended values with their mask;
-                       per expert whichever of start and end has the lower tr((T - Q) H (T - Q)^T), H undamped
+                       per expert whichever of start and end has the lower tr(G (T - Q) H (T - Q)^T), H undamped, G damped or the identity
 
 The global scale belongs to the whole (O, I) matrix of an expert: gate and up come stacked, so that they share it. Its amax is that of what
 is quantized. A solver never falls back in silence: `Solution.outcome` and `.reason` say per expert what was done.
@@ -106,7 +106,7 @@ def sparse_values(
     target: Float32[Tensor, "n o i"] | None = None,
     output_hessian: Float32[Tensor, "n o o"] | None = None,
 ) -> Float32[Tensor, "n o i"]:
-    """The paired-4:8 values that a solver would go on to quantize: the error ladder's rung of sparsity alone. Arguments as for `solve`.
+    """The paired-4:8 values that a solver would go on to quantize: bench/quality.py's row of sparsity alone. Arguments as for `solve`.
 
     Raises: as `solve`; NumericsError too for a solver without sparsity or a Hessian without a factor.
     """

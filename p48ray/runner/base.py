@@ -62,7 +62,8 @@ class Counted:
 
 
 class Runner(Protocol):
-    """Runs tasks in some processes. Order of results is the order in which they finish.
+    """Runs tasks in some processes. Order of results is the order in which they finish. It asks the source for tasks; whoever takes the results tells the
+    source what is done (run_all), which happens before the runner asks again.
 
     Tasks without a layer go before those with one: streams are never held up by the units that follow from them.
     """

@@ -1,10 +1,12 @@
 """Who does what next: streams before all else, then tasks that share a layer's activations to the same node, heaviest first.
 
-Streams (tasks without a layer) are what layers' units wait for, so a unit that waits never holds one up, nor the next attempt at one.
+Among tasks of one call those without a layer are streams, beside units, which have one. Streams are
+what layers' units wait for, so a unit that waits never holds one up, nor the next attempt at one.
 
-A node works on whole layers, so that it reads each layer's activations and gradients once. It takes the heaviest layer that nobody has; when none is
-left, it joins the layer with the most waiting work for each node on it. (A layer that moved as a whole would leave its first node idle, which would take
-the next one, and so on: with more nodes than layers every unit would be read by another node.)
+A node works on whole layers, so that it reads each layer's activations and gradients once. It takes
+the heaviest layer that nobody has; when none is left, it joins the layer with the most waiting work
+for each node on it. (A layer that moved as a whole would leave its first node idle, which would
+take the next one, and so on: with more nodes than layers every unit would be read by another node.)
 """
 
 from collections import defaultdict

@@ -1,4 +1,4 @@
-"""The job: plan, mirror, capture, compress, reduce, verify, evaluate, report, on whatever runner it is given. Every stage does what the bucket lacks."""
+"""The job: the stages of stages.table, then the report, of a prepared plan on whatever runner it is given. Every stage does what the bucket lacks."""
 
 import json
 import logging

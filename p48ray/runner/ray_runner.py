@@ -1,4 +1,4 @@
-"""Tasks on a Ray cluster: one actor per worker holds the opened source and, on a GPU, its context; tasks are ids, results are verdicts.
+"""Tasks on a Ray cluster: one actor per worker holds the opened source and, on a GPU, its CUDA context; tasks and results are ids and a few numbers.
 
 What becomes of a task that fails:
     an error of ours        deterministic, so it is set aside at once

@@ -90,7 +90,7 @@ def compress_unit(context: StageContext, unit: WorkUnit) -> UnitManifest:
     """Compress the experts of one unit and store them.
 
     Only the computation waits for its turn: other threads of the process may read what their units need, or write what theirs came to, meanwhile. So the
-    seconds of "fetch" are those that the device had nothing to compute, and those of "write" may lie beside another unit's computation.
+    seconds of "fetch" are those in which the device had nothing to compute (the wait for kernels that are being compiled too), and decoding the originals.
     Returns: the manifest that counts: ours, or that of an attempt that was faster.
     Raises:  SourceError, CalibrationError or NumericsError with the unit's input at fault; ShardCorruptError when what was stored differs.
     """
@@ -232,7 +232,7 @@ def output_error(w_NOI: Tensor, q_NOI: Tensor, curvature: list[Curvature]) -> Te
 
 
 def pack_unit(context: StageContext, unit: WorkUnit, scales: LayerScales, gate_up: Solution, down: Solution) -> dict[str, Tensor]:
-    """The unit's shard: tensors on the CPU, in the order of layout.unit_rows."""
+    """The unit's shard: tensors on the CPU, in the order of output_layout.unit_rows."""
     size = context.layout.moe_intermediate_size
     parts = {"gate_proj": (gate_up, slice(0, size), scales.gate_up), "up_proj": (gate_up, slice(size, 2 * size), scales.gate_up)}
     parts["down_proj"] = (down, slice(None), scales.down)

@@ -1,7 +1,9 @@
 """Evaluate: held-out text through the source and through the finished checkpoint, side by side, one layer at a time.
 
-The compressed model's experts are decoded from the written files and their inputs quantized to NVFP4 as the server does (W4A4 emulation); everything
-else is the same bytes in both. So the difference is what a server of the checkpoint would lose, kernel rounding apart.
+The compressed model's experts are decoded from the written files and their inputs quantized to
+NVFP4 as the server does (W4A4 emulation, with the scales of scales.json, from which the units took
+those in the files); everything else is the same bytes in both. So the difference is what a server
+of the checkpoint would lose, kernel rounding apart.
 """
 
 import hashlib

@@ -1,7 +1,9 @@
 """The stages: one record each, in the order in which a job has them.
 
-Runner, status, timeline, report and plan read them here. A stage that streams (capture, gradients, compress) has no `work`: its tasks follow from each other
-and are named by runner.overlap. Every other names what is missing of it, all at once. docs/EXTENDING.md says how to add one.
+Runner, status, timeline, report and plan read them here. Stages that go on beside each other
+(capture or propagate, gradients, compress) have no `work`: their tasks follow from each other and
+are named by a WorkSource (runner.overlap, runner.in_turn). Every other names what is missing of it,
+all at once. docs/EXTENDING.md says how to add one.
 """
 
 from collections import Counter

@@ -1,8 +1,10 @@
 """Verify: re-read a finished checkpoint as a stranger and compare it with what was promised.
 
-Per tensor: patterns legal, no minus zero, scales finite and positive, gate and up agreeing on their global scales, plain weight error against the source
-as the unit's manifest claims. Untouched tensors byte-equal, FP8 ones equal to the source's as BF16. Over all: exactly the planned set of tensors, in the
-shards that the index names.
+Per unit: the bytes that its manifest names. Per tensor: patterns legal, no minus zero, scales
+finite and positive, gate and up agreeing on their global scales, plain weight error against the
+source as the unit's manifest claims. Untouched tensors byte-equal, FP8 ones equal to the source's
+as BF16. Over all: exactly the planned set of tensors, in the shards that the index names, read
+alike by safetensors where a shard is a file.
 """
 
 import hashlib
