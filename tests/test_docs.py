@@ -1,5 +1,6 @@
 """The project's texts: links lead somewhere, what is generated is current, and no line misleads."""
 
+import ast
 import re
 import subprocess
 import sys
@@ -95,13 +96,26 @@ def test_commands_of_a_page_exist(page: str) -> None:
     targets = (REPO / "Makefile").read_text()
     for target in re.findall(r"^(?:.*&& )?make ([\w-]+)", text, flags=re.M):
         assert re.search(rf"^{target}:", targets, flags=re.M), target
-    commands = (REPO / "p48ray" / "cli.py").read_text()
-    for command in re.findall(r"^p48ray (\w+)", text, flags=re.M):
-        assert f"\ndef {command}(" in commands, command
+    commands = options(REPO / "p48ray" / "cli.py")
+    for command, rest in re.findall(r"^p48ray (\w+)(.*)", text, flags=re.M):
+        assert set(re.findall(r"--[a-z-]+", rest)) <= commands[command], f"{command}{rest}"
     for job, rest in re.findall(r"python jobs/(\w+)\.py(.*)", text):
-        known = (REPO / "jobs" / f"{job}.py").read_text()
-        for flag in re.findall(r"--([a-z-]+)", rest):
-            assert flag.replace("-", "_") in known, f"{job}: --{flag}"
+        known = set.union(*options(REPO / "jobs" / f"{job}.py").values())
+        assert set(re.findall(r"--[a-z-]+", rest)) <= known, f"{job}{rest}"
+
+
+def options(path: Path) -> dict[str, set[str]]:
+    """Function of a file -> the options that typer makes of its arguments: those that are named in one, else the argument's own name."""
+    found = {}
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef):
+            named = [set(re.findall(r"['\"](--[a-z-]+)['\"]", ast.unparse(a))) or {f"--{a.arg.replace('_', '-')}"} for a in node.args.args]
+            found[node.name] = set().union(*named)
+    return found
+
+
+def test_options_are_those_that_typer_makes() -> None:
+    assert options(REPO / "jobs" / "compress.py")["main"] == {"--config", "--run-root", "--set", "--dry-run"}
 
 
 @pytest.mark.parametrize("page", USER_PAGES)

@@ -122,3 +122,9 @@ def test_a_registered_stage_is_run_resumed_counted_and_told(
         patch.setitem(STAGES, SIGN.name, replace(SIGN, body=lambda context, shard: (signed.append(shard), sign(context, shard))))
         run_locally(prepare(configure(finished.source, root)))
         assert signed == [names[1]]
+
+
+def test_stages_that_go_on_beside_each_other_stand_together() -> None:
+    """Those are one step of the job: apart, that step would be taken twice."""
+    places = [place for place, stage in enumerate(STAGES.values()) if stage.work is None]
+    assert places == list(range(places[0], places[0] + 4))

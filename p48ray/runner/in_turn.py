@@ -71,8 +71,7 @@ class InTurn:
         missing = [p.part for p in self.plan.parts if needs.way_to(layer, p.part)]
         tasks = [Task(stage=PROPAGATE.name, id=f"layer-{layer:03d}-{name_of(s)}", item=(layer, s)) for s in slices(self.plan, missing)]
         self.open_captures = len(tasks)
-        lacking = [run_root.UNITS]
-        tasks = tasks or self.units.tasks(layer, read_needs(self.plan, self.store, lacking))
+        tasks = tasks or self.units.tasks(layer, read_needs(self.plan, self.store, [run_root.UNITS]))
         self.ready += tasks
         return tasks
 

@@ -31,15 +31,16 @@ class RayServer(AbstractContextManager[str]):
     """
 
     def __init__(self, command: Sequence[str], settings: ServerSettings, address: str | None) -> None:
-        self.command, self.settings, self.address = list(command), settings, address or None
+        self.command, self.settings = list(command), settings
+        self.cluster = Cluster(address, num_cpus=1)
         self.opened = ExitStack()
 
     def __enter__(self) -> str:
         """Raises: ConfigError for a command that can not be started or GPUs that are not there; StageFailedError when the server ends or is not up in time."""
         with self.opened as opened:
-            opened.enter_context(Cluster(self.address, num_cpus=1))
+            opened.enter_context(self.cluster)
             self.check_gpus()
-            host = "127.0.0.1" if self.address is None else None
+            host = "127.0.0.1" if self.cluster.address is None else None
             actor = ray.remote(NodeServer).options(num_cpus=1, num_gpus=self.settings.gpus).remote(self.command, host)
             opened.callback(end, actor)
             url = self.wait(actor)
@@ -51,7 +52,7 @@ class RayServer(AbstractContextManager[str]):
 
     def check_gpus(self) -> None:
         found = ray.cluster_resources().get("GPU", 0)
-        if self.address is None and found < self.settings.gpus:
+        if self.cluster.address is None and found < self.settings.gpus:
             raise ConfigError(
                 f"benchmarks.server.gpus: expected {self.settings.gpus} GPUs on this machine, Ray finds {found:g}; set RAY_ADDRESS to a cluster that has "
                 "them, or serve the checkpoint elsewhere and pass --server URL"

@@ -8,7 +8,7 @@ all at once. docs/EXTENDING.md says how to add one.
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from p48ray import run_root
@@ -103,16 +103,8 @@ CAPTURE = Stage(
     manifest=ActivationPart,
     colour="s3",
 )
-PROPAGATE = Stage(
-    name="propagate",
-    noun="activation parts",
-    body=propagate_parts,
-    prefix=run_root.ACTIVATIONS,
-    markers=of_parts(run_root.activation_manifest),
-    is_used=lambda plan: plan.propagates,
-    manifest=ActivationPart,
-    colour="s3",
-)
+# The same markers, as the compressed model below sees its inputs.
+PROPAGATE = replace(CAPTURE, name="propagate", body=propagate_parts, is_used=lambda plan: plan.propagates)
 GRADIENTS = Stage(
     name="gradients",
     noun="gradient parts",

@@ -127,7 +127,13 @@ PATH = Scheme(
 )
 SCHEMES: dict[str, Scheme] = {
     "": PATH,
-    "file": replace(PATH, name="file", example="file:///folder", open=_open_file),
+    "file": replace(
+        PATH,
+        name="file",
+        example="file:///folder",
+        open=_open_file,
+        served=lambda place: (_open_file(place).uri, None),
+    ),
     "memory": Scheme(
         name="memory",
         noun="the memory of one process",

@@ -103,6 +103,12 @@ def test_facts_of_every_kind_of_store() -> None:
     assert not UNKNOWN.is_writable and not UNKNOWN.is_local
 
 
+def test_a_server_takes_a_folder_by_its_path_however_it_is_written(tmp_path: Path) -> None:
+    for place in (str(tmp_path), f"file://{tmp_path}"):
+        served = scheme_of(place).served
+        assert served and served(place) == (str(tmp_path.resolve()), None)
+
+
 def test_messages_name_every_kind_that_is_registered(monkeypatch: pytest.MonkeyPatch) -> None:
     assert writable_examples() == "a local folder or s3://bucket/prefix"
     name, example = "tape", "tape://reel"
