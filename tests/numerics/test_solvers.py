@@ -1,5 +1,8 @@
 """What every solver must hold to, the order of their losses, and what becomes of experts that cannot be solved."""
 
+from collections import Counter
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -248,6 +251,33 @@ def test_more_sweeps_end_lower() -> None:
     weight, hessian = correlated(15, 2, 32, 128)
     one, six = (hessian_loss(weight - run(weight, hessian, settings("block_descent", sweeps=s)).values_NOI, hessian) for s in (1, 6))
     assert (six < one).all()
+
+
+@each_solver
+def test_what_the_estimate_counts_of_a_solver_is_what_it_does(solver: str, sparsity: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Column loops, factors and descents of a solve are those of its record."""
+    calls: Counter[str] = Counter()
+
+    def count(name: str) -> None:
+        real = getattr(solvers, name)
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            calls[name] += 1
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(solvers, name, counted)
+
+    for name in ("one_shot", "inverse_factor", "block_descent"):
+        count(name)
+    weight, hessian = correlated(15, 2, 32, 128)
+    run(weight, hessian, settings(solver, sparsity))
+    record = SOLVERS[solver]
+    found = {name: calls[name] for name in ("one_shot", "inverse_factor", "block_descent")}
+    assert found == {
+        "one_shot": record.column_passes,
+        "inverse_factor": int(record.needs_hessian),
+        "block_descent": int(record.descends),
+    }
 
 
 def test_every_registered_solver_is_tested_here() -> None:
