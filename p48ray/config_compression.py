@@ -13,7 +13,7 @@ DEFAULT_SOLVER = next(iter(SOLVERS))
 
 def known_solver(name: str) -> str:
     if name not in SOLVERS:
-        raise ValueError(f"expected {' or '.join(map(repr, SOLVERS))}, found {name!r}")
+        raise ValueError(f"expected {' or '.join(map(repr, SOLVERS))}")  # what was found is said of any key
     return name
 
 
