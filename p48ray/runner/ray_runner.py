@@ -118,16 +118,16 @@ class RayRunner:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        workers = [*self.idle, *self.in_hand()]
-        # Those on their way up go first: one that has just joined its node's cache would keep the last of the others from removing it.
-        for actor in self.starting.values():
+        # Those on their way up, and those that are busy, go first: one that is in its node's cache
+        # would keep the last of the others from removing it.
+        for actor in [*self.starting.values(), *(worker.actor for worker in self.in_hand())]:
             ray.kill(actor)
         if self.starting:
             ray.wait([*self.starting], num_returns=len(self.starting), timeout=CLOSE_TIMEOUT_S)
-        # Workers that are busy, or gone, leave their node's cache to the next run's sweep.
+        # A node without an idle worker leaves its cache to the next run's sweep.
         if self.idle:
             ray.wait([worker.actor.close.remote() for worker in self.idle], num_returns=len(self.idle), timeout=CLOSE_TIMEOUT_S)
-        for worker in workers:
+        for worker in self.idle:
             ray.kill(worker.actor)
         self.opened.close()
 

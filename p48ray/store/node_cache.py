@@ -32,6 +32,8 @@ FETCH_THREADS = 16
 """A bucket gives one connection about 100 MB/s."""
 FREE_SHARE = 0.5
 """Of the disk's free space, that a cache without a limit of its own takes at most."""
+CLOSE_TIMEOUT_S = 2.0
+CLOSE_PAUSE_S = 0.02
 
 _ALIVE = "in-use"
 
@@ -118,9 +120,15 @@ class NodeCache:
             os.close(descriptor)
 
     def close(self) -> None:
-        """Let go of the folder; the last process removes it."""
-        remove_if_unused(self.folder, self.alive)
+        """Let go of the folder; the last process removes it.
+
+        The own lock goes first: of two processes that close at the same time, each would see the
+        other's. One that was killed a moment ago holds its lock until the system has ended it.
+        """
         os.close(self.alive)
+        deadline = time.monotonic() + CLOSE_TIMEOUT_S
+        while not sweep(self.folder) and time.monotonic() < deadline:
+            time.sleep(CLOSE_PAUSE_S)
 
 
 def join_folder(folder: Path) -> int:
@@ -143,25 +151,30 @@ def node_folder(base: str | None, node: str) -> Path:
 
 def sweep_unused(base: str | None) -> int:
     """Remove caches that killed processes left on this node. Returns how many."""
-    removed = 0
-    for folder in Path(base or tempfile.gettempdir()).glob(f"{FOLDER_PREFIX}*"):
-        with contextlib.suppress(OSError):
-            descriptor = os.open(folder / _ALIVE, os.O_RDWR)
-            try:
-                removed += remove_if_unused(folder, descriptor)
-            finally:
-                os.close(descriptor)
-    return removed
+    folders = Path(base or tempfile.gettempdir()).glob(f"{FOLDER_PREFIX}*")
+    return sum(sweep(folder) for folder in folders if (folder / _ALIVE).exists())
 
 
-def remove_if_unused(folder: Path, descriptor: int) -> bool:
-    """Remove the folder unless another process has its `in-use` file open under a shared lock."""
+def sweep(folder: Path) -> bool:
+    """Remove a folder unless a process holds its `in-use` file under a shared lock.
+
+    Returns: whether nobody uses it any more, which also holds where another process was quicker.
+    """
+    try:
+        descriptor = os.open(folder / _ALIVE, os.O_RDWR)
+    except FileNotFoundError:
+        return True
+    except OSError:  # of another user
+        return False
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
-    shutil.rmtree(folder, ignore_errors=True)
-    return True
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
+        return True
+    finally:
+        os.close(descriptor)
 
 
 def reserve(path: Path, num_bytes: int) -> None:

@@ -142,12 +142,35 @@ def test_limit_is_half_of_what_the_disk_has_free(tmp_path: Path, monkeypatch: py
     assert NodeCache(tmp_path / "c").limit_bytes == 500
 
 
-def test_last_one_out_removes_the_folder(tmp_path: Path) -> None:
+def test_last_one_out_removes_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "CLOSE_TIMEOUT_S", 0.1)
     first, second = NodeCache(tmp_path / "c", 10), NodeCache(tmp_path / "c", 10)
     first.open("a", 4, filler(b"aaaa"))
     first.close()
     assert (tmp_path / "c").is_dir()
     second.close()
+    assert not (tmp_path / "c").exists()
+
+
+def test_two_that_leave_at_once_leave_nothing(tmp_path: Path) -> None:
+    for _ in range(200):
+        caches = [NodeCache(tmp_path / "c", 10) for _ in range(3)]
+        threads = [threading.Thread(target=cache.close) for cache in caches]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not (tmp_path / "c").exists()
+
+
+def test_last_one_out_waits_for_a_process_that_is_being_killed(tmp_path: Path) -> None:
+    dying, last = NodeCache(tmp_path / "c", 10), NodeCache(tmp_path / "c", 10)
+    leaving = threading.Thread(target=last.close)
+    leaving.start()
+    leaving.join(0.1)
+    assert leaving.is_alive() and (tmp_path / "c").exists()
+    os.close(dying.alive)  # as the end of its process would
+    leaving.join()
     assert not (tmp_path / "c").exists()
 
 
@@ -163,6 +186,7 @@ def test_sweep_removes_what_the_dead_left_and_nothing_that_is_in_use(tmp_path: P
 
 
 def join_and_leave(folder: str, times: int) -> None:
+    module.CLOSE_TIMEOUT_S = 0.01  # the others come back at once
     for _ in range(times):
         cache = NodeCache(folder, 1000)
         found = cache.open("a", 5, filler(b"hello"))
@@ -179,6 +203,7 @@ def test_folder_that_comes_and_goes_is_always_whole_for_those_inside(tmp_path: P
     for process in processes:
         process.join(120)
     assert [p.exitcode for p in processes] == [0] * 4
+    NodeCache(tmp_path / "c").close()
     assert not (tmp_path / "c").exists()
 
 
