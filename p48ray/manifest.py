@@ -8,6 +8,9 @@ from pydantic import Field
 from p48ray.records import Record, canonical_json
 from p48ray.run_root import BlobKind
 
+MANIFEST_FILE = "p48ray.json"
+"""Of a finished checkpoint, beside its weights."""
+
 Outcome = Literal["solved", "one_shot", "round_to_nearest"]
 
 

@@ -5,6 +5,7 @@ Targets have to hold under two naming schemes, because transformers renames modu
 begins with `.*`. Nothing else matches it, so nothing needs to be ignored but experts that stay plain.
 """
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -48,3 +49,13 @@ def _without(value: object, key: str) -> object:
     if isinstance(value, list):
         return [_without(inner, key) for inner in value]
     return value
+
+
+def config_json(config: Mapping[str, Any]) -> bytes:
+    """config.json as a checkpoint has it."""
+    return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def index_json(index: Mapping[str, Any]) -> bytes:
+    """model.safetensors.index.json as a checkpoint has it."""
+    return (json.dumps(index, indent=2) + "\n").encode()

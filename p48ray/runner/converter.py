@@ -5,14 +5,13 @@ from collections.abc import Iterator
 
 from p48ray.report.plan_table import size
 from p48ray.report.storage_card import convert_card
-from p48ray.runner.byte_progress import with_progress
+from p48ray.runner.progress import Amount, each_file
 from p48ray.runner.ray_tasks import RayTasks
 from p48ray.stages.convert import (
     Conversion,
     Storage,
     begin_conversion,
     convert_shard,
-    convert_shard_or_error,
     finish_conversion,
     survey_conversion,
 )
@@ -47,10 +46,10 @@ def convert_folder(checkpoint: Store, target: Store, to: Storage, tasks: RayTask
     if tasks is None:
         done = ((file, convert_shard(shard)) for file, shard in missing.items())
     else:
-        done = tasks.run(
-            convert_shard_or_error, {file: (shard,) for file, shard in missing.items()}, {"CHECKPOINT": checkpoint, "OUT": target}
-        )
-    for _ in with_progress("convert", done, sizes, len(finished), sum(s.size_bytes for s in finished)):
+        items = {file: (shard,) for file, shard in missing.items()}
+        done = tasks.run(convert_shard, items, {"CHECKPOINT": checkpoint, "OUT": target})
+    before = Amount(len(finished), sum(s.size_bytes for s in finished))
+    for _ in each_file("convert", done, sizes, before):
         pass
     finish_conversion(conversion, converted_card(conversion))
     return conversion

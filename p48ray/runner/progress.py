@@ -1,29 +1,82 @@
-"""Progress as the bucket tells it: a line per change with counts, rate and time left, the same in a terminal and in a log file."""
+"""How far a stage is: a line per change with counts, rate and time left, the same in a terminal and
+in a log file.
+
+Tasks of a run are counted by their done-markers, as the bucket tells them (`Progress`): many workers
+write them, and a driver that was started again knows no other count. Files of a finished checkpoint
+are counted as they come back, by their bytes (`each_file`).
+"""
 
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from types import TracebackType
-from typing import Self
+from typing import Self, TypeVar
 
 from p48ray.errors import P48Error
+from p48ray.report.plan_table import size
 from p48ray.report.work import duration
 
 log = logging.getLogger("p48ray.progress")
 
 INTERVAL_S = 5.0
-LISTING_SHARE = 50  # times a listing's own duration until the next one: two per cent of the time is spent on watching
+LISTING_SHARE = 50
+"""Times a listing's own duration until the next one: two per cent of the time goes to watching."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Amount:
+    """Items, and their bytes where these are what takes the time."""
+
+    items: int
+    num_bytes: int | None = None
+
+    def plus(self, items: int, num_bytes: int) -> "Amount":
+        return Amount(self.items + items, (self.num_bytes or 0) + num_bytes)
+
+
+def progress_line(label: str, noun: str, first: Amount, done: Amount, total: Amount, elapsed_s: float) -> str:
+    """How far, how fast and how long yet.
+
+    Args:
+        label: of the stage.
+        noun: what is counted.
+        first: what was done before the clock started.
+        done: what is done now, `first` included.
+        total: what is done in the end.
+        elapsed_s: seconds since the clock started.
+    """
+    counts = f"{label:9s} {done.items}/{total.items} {noun}"
+    if total.num_bytes is None or first.num_bytes is None or done.num_bytes is None:
+        before, now, end = first.items, done.items, total.items
+        rate = (now - before) / elapsed_s
+        pace = f"{rate:.1f}/s" if rate >= 1 else f"{rate * 60:.1f}/min"
+    else:
+        before, now, end = first.num_bytes, done.num_bytes, total.num_bytes
+        rate = max(now - before, 1) / max(elapsed_s, 1e-3)
+        pace = f"{size(round(rate))}/s"
+        counts += f"  {size(now)} of {size(end)}"
+    left = duration((end - now) / rate) if rate else "unknown"
+    return f"{counts}  {100 * now // max(end, 1)} %  {pace}  {left} left"
 
 
 class Progress:
     """Counts a stage's done-markers from a thread while the stage runs.
 
-    Args: stage, noun: what is shown. total: markers when done. count: how many there are now, by listing the store.
+    Args:
+        stage: its label.
+        noun: what is counted.
+        total: markers when done.
+        count: how many there are now, by listing the store.
+        interval_s: seconds between two counts.
     """
 
     def __init__(self, stage: str, noun: str, total: int, count: Callable[[], int], interval_s: float = INTERVAL_S) -> None:
-        self.stage, self.noun, self.total, self.count, self.interval_s = stage, noun, total, count, interval_s
+        self.stage, self.noun, self.total = stage, noun, total
+        self.count, self.interval_s = count, interval_s
         self.stopped = threading.Event()
         self.thread = threading.Thread(target=self.watch, name=f"progress-{stage}", daemon=True)
 
@@ -38,7 +91,12 @@ class Progress:
         self.thread.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.stopped.set()
         self.thread.join()
         if kind is None and self.final is None:
@@ -47,7 +105,8 @@ class Progress:
     def end(self, done: int) -> None:
         """The last line. Stages overlap: one may be complete long before its neighbours."""
         self.final = done
-        log.info("%-9s %d/%d %s in %s", self.stage, done, self.total, self.noun, duration(time.monotonic() - self.start))
+        elapsed = duration(time.monotonic() - self.start)
+        log.info("%-9s %d/%d %s in %s", self.stage, done, self.total, self.noun, elapsed)
 
     def watch(self) -> None:
         pause_s = self.interval_s
@@ -66,7 +125,23 @@ class Progress:
                 log.info(self.line(done, time.monotonic() - self.start))
 
     def line(self, done: int, elapsed_s: float) -> str:
-        rate = (done - self.first) / elapsed_s
-        left = duration((self.total - done) / rate) if rate else "unknown"
-        pace = f"{rate:.1f}/s" if rate >= 1 else f"{rate * 60:.1f}/min"
-        return f"{self.stage:9s} {done}/{self.total} {self.noun}  {100 * done // self.total} %  {pace}  {left} left"
+        amounts = (Amount(self.first), Amount(done), Amount(self.total))
+        return progress_line(self.stage, self.noun, *amounts, elapsed_s)
+
+
+def each_file(stage: str, done: Iterable[tuple[str, T]], sizes: Mapping[str, int], before: Amount) -> Iterator[tuple[str, T]]:
+    """`done` as it comes, with a line in the log for each file.
+
+    Args:
+        stage: its label.
+        done: (file, result).
+        sizes: bytes of every file still to do.
+        before: files and bytes that were done already.
+    """
+    start, now = time.monotonic(), before
+    total = before.plus(len(sizes), sum(sizes.values()))
+    for name, result in done:
+        now = now.plus(1, sizes[name])
+        elapsed_s = time.monotonic() - start
+        log.info(progress_line(stage, "shards", before, now, total, elapsed_s))
+        yield name, result

@@ -10,14 +10,13 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
-from p48ray.manifest import PublishedShard
+from p48ray.manifest import MANIFEST_FILE, PublishedShard
 from p48ray.report.plan_table import size
-from p48ray.runner.byte_progress import with_progress
+from p48ray.runner.progress import Amount, each_file
 from p48ray.runner.ray_tasks import RayTasks
 from p48ray.stages.hub import Hub
 from p48ray.stages.publish import commit_release, lacking, read_records, read_release
-from p48ray.stages.reduce import MANIFEST_FILE
-from p48ray.stages.upload import Uploader, upload_or_error
+from p48ray.stages.upload import Uploader, upload_and_record
 from p48ray.store.base import Store
 
 log = logging.getLogger("p48ray.progress")
@@ -54,7 +53,8 @@ def publish(store: Store, hub: Hub, is_private: bool, upload: Upload) -> str:
             total, left = sum(release.shards.values()), sum(missing.values())
             log.info("publish   %d shards, %s, to send at most %s", len(release.shards), size(total), size(left))
             sent = ((record.path, record) for record in upload(uploader, missing))
-            records |= with_progress("publish", sent, missing, len(release.shards) - len(missing), total - left)
+            before = Amount(len(release.shards) - len(missing), total - left)
+            records |= each_file("publish", sent, missing, before)
     commit = commit_release(hub, release, records)
     log.info("publish   %s (%d files) is at %s/%s, commit %s", size(release.num_bytes), len(release.shards) + len(release.files),
              hub.target.endpoint, hub.target.repo, commit)  # fmt: skip
@@ -85,5 +85,5 @@ class RayUploads:
         """Yields records as shards are done, the largest started first. All that can be uploaded is, before a failure is raised."""
         largest_first = sorted(shards, key=lambda s: -shards[s])
         items = {shard: (uploader, shard, shards[shard]) for shard in largest_first}
-        for _, record in self.tasks.run(upload_or_error, items, {"--run-root": uploader.store}):
+        for _, record in self.tasks.run(upload_and_record, items, {"--run-root": uploader.store}):
             yield record

@@ -1,11 +1,12 @@
 """A function over many items as Ray tasks, for commands that need no more of a cluster than that: publishing, verifying.
 
-The function returns an error of ours instead of raising it, which tells it from a process that died. What becomes of a task that fails:
+What becomes of a task that fails:
     a user's mistake        ends everything
     another error of ours   is set aside, the rest goes on
     a transient store error, a worker or its node lost, or what is not ours: tried again, MAX_ATTEMPTS times in all
 """
 
+import functools
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,7 +26,7 @@ MAX_ATTEMPTS = 3  # at one item
 LISTED_FAILURES = 10
 
 T = TypeVar("T")
-Body = Callable[..., T | P48Error]
+Body = Callable[..., T]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,7 +60,7 @@ class RayTasks:
     def work_off(
         self, body: Body[T], items: Mapping[str, Sequence[Any]], count: int, options: Mapping[str, Any]
     ) -> Iterator[tuple[str, T]]:
-        task = ray.remote(body).options(num_cpus=1, max_retries=0, **options)
+        task = ray.remote(returning_errors(body)).options(num_cpus=1, max_retries=0, **options)
         waiting = list(items)[::-1]
         attempts: Counter[str] = Counter()
         running: dict[Any, str] = {}
@@ -100,6 +101,20 @@ class RayTasks:
         """Nothing has ended for a while: that may be a long task, or a cluster that has no place for one."""
         if ray.cluster_resources().get("CPU", 0) < 1:
             log.warning("%s: waiting for a node with CPUs, the cluster has none", self.what)
+
+
+def returning_errors(body: Body[T]) -> Callable[..., T | P48Error]:
+    """The body as Ray calls it: an error of ours comes back as a result, which tells it from a
+    process that died, and keeps its own type."""
+
+    @functools.wraps(body)
+    def call(*args: Any) -> T | P48Error:
+        try:
+            return body(*args)
+        except P48Error as error:
+            return error
+
+    return call
 
 
 def outcome(ref: Any) -> Any:

@@ -4,9 +4,9 @@ import logging
 from collections.abc import Iterator
 
 from p48ray.report.plan_table import size
-from p48ray.runner.byte_progress import with_progress
+from p48ray.runner.progress import Amount, each_file
 from p48ray.runner.ray_tasks import RayTasks
-from p48ray.stages.verify_checkpoint import CheckpointVerdict, check_shard, check_shard_or_error, conclude, survey_checkpoint
+from p48ray.stages.verify_checkpoint import CheckpointVerdict, check_shard, conclude, survey_checkpoint
 from p48ray.store.base import Store
 
 log = logging.getLogger("p48ray.progress")
@@ -27,5 +27,5 @@ def verify_folder(checkpoint: Store, source: Store | None, tasks: RayTasks | Non
         done = ((file, check_shard(check)) for file, check in checks.items())
     else:
         stores = {"CHECKPOINT": checkpoint} | ({"--source": source} if source else {})
-        done = tasks.run(check_shard_or_error, {file: (check,) for file, check in checks.items()}, stores)
-    return conclude(survey, dict(with_progress("verify", done, sizes)))
+        done = tasks.run(check_shard, {file: (check,) for file, check in checks.items()}, stores)
+    return conclude(survey, dict(each_file("verify", done, sizes, Amount(0, 0))))

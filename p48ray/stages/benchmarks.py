@@ -17,8 +17,8 @@ from p48ray import run_root
 from p48ray.checkpoint.index import CONFIG_FILE, INDEX_FILE
 from p48ray.config_benchmarks import ROLES, BenchmarksConfig, BenchmarkTask, ComparedCheckpoint, Role
 from p48ray.errors import ConfigError, ObjectMissingError, StageFailedError
+from p48ray.manifest import MANIFEST_FILE
 from p48ray.records import Record, canonical_json
-from p48ray.stages.reduce import MANIFEST_FILE
 from p48ray.store.base import Store
 from p48ray.store.view import SubStore
 

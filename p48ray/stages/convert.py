@@ -17,14 +17,14 @@ from typing import Any, Literal
 
 from p48ray.checkpoint.header import TensorEntry, encode_header, torch_dtype
 from p48ray.checkpoint.index import CONFIG_FILE, INDEX_FILE
+from p48ray.checkpoint.output_config import config_json, index_json
 from p48ray.checkpoint.sparse_storage import Row, Storage, convert_config, convert_index, convert_rows, storage_of
 from p48ray.checkpoint.storage_stream import StoredUnit, recoded_unit
-from p48ray.errors import ConfigError, P48Error, ShardCorruptError, SourceError
-from p48ray.manifest import CheckpointManifest
+from p48ray.errors import ConfigError, ShardCorruptError, SourceError
+from p48ray.manifest import MANIFEST_FILE, CheckpointManifest
 from p48ray.output_layout import unit_tensor_names
 from p48ray.records import Record
 from p48ray.stages.collect import ABANDONED_S
-from p48ray.stages.reduce import MANIFEST_FILE, config_json
 from p48ray.stages.verify import check_index_files
 from p48ray.stages.verify_checkpoint import check_files, check_form, read_headers, read_manifest, units_of
 from p48ray.store.base import ByteRange, Piece, Store
@@ -219,14 +219,6 @@ def converted_pieces(shard: ShardConversion) -> Iterator[Piece]:
             yield from recoded_unit(part, shard.to)
 
 
-def convert_shard_or_error(shard: ShardConversion) -> int | P48Error:
-    """convert_shard as the body of a task: an error of ours is returned, a foreign one raised."""
-    try:
-        return convert_shard(shard)
-    except P48Error as error:
-        return error
-
-
 def begin_conversion(conversion: Conversion) -> None:
     """Claim the target, and clear away what killed writers left there."""
     conversion.target.put(NOTE_FILE, conversion.note.to_json())
@@ -252,8 +244,3 @@ def sizes_of(rows: list[Row], linears: Collection[str]) -> tuple[int, int]:
 
 def size_of(row: Row) -> int:
     return prod(row[2]) * torch_dtype(row[1]).itemsize
-
-
-def index_json(index: Mapping[str, Any]) -> bytes:
-    """As finish_checkpoint writes it."""
-    return (json.dumps(index, indent=2) + "\n").encode()

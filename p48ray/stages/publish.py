@@ -16,9 +16,8 @@ from huggingface_hub.hf_api import RepoFile
 from p48ray import run_root
 from p48ray.checkpoint.index import INDEX_FILE
 from p48ray.errors import ConfigError, GaveUpError, ShardCorruptError, StageFailedError, TransientStoreError
-from p48ray.manifest import CheckpointManifest, PublishedShard, ShardVerdict
+from p48ray.manifest import MANIFEST_FILE, CheckpointManifest, PublishedShard, ShardVerdict
 from p48ray.stages.hub import Hub, Target, uploaded_shard
-from p48ray.stages.reduce import MANIFEST_FILE
 from p48ray.stages.verify import check_index_files
 from p48ray.stages.verify_checkpoint import check_files
 from p48ray.store import retry

@@ -5,24 +5,21 @@ storage a unit's range is read, held against its digest and recoded on the way, 
 """
 
 import hashlib
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
 
 from p48ray import run_root, trace
 from p48ray.checkpoint.decode import read_plain
 from p48ray.checkpoint.fp8 import Fp8Weight
 from p48ray.checkpoint.header import encode_header
-from p48ray.checkpoint.index import CONFIG_FILE, INDEX_FILE
+from p48ray.checkpoint.index import INDEX_FILE
 from p48ray.checkpoint.layout import ModelLayout
-from p48ray.checkpoint.output_config import output_config
-from p48ray.checkpoint.sparse_storage import Storage, convert_config
+from p48ray.checkpoint.sparse_storage import Storage
 from p48ray.checkpoint.storage_stream import StoredUnit, recoded_unit
 from p48ray.checkpoint.tensors import tensor_bytes
 from p48ray.errors import CorruptObjectError, ObjectMissingError, ShardCorruptError, SourceError
-from p48ray.manifest import CheckpointManifest, ShardVerdict, UnitManifest
+from p48ray.manifest import UnitManifest
 from p48ray.output_layout import OutputShard, shard_rows, unit_entries
 from p48ray.plan import WorkUnit
 from p48ray.stages.collect import delete_all
@@ -32,7 +29,6 @@ from p48ray.store.base import ByteRange, ObjectInfo, Piece, Store
 from p48ray.store.open import scheme_of
 from p48ray.store.view import read_into
 
-MANIFEST_FILE = "p48ray.json"
 HASHED_BYTES = 8 * 2**20  # read at once while a shard on a disk is hashed: still in the processor's cache then
 HASH_THREADS = 4
 """Units whose bytes are hashed at a time, or whose heads are asked of a bucket."""
@@ -162,59 +158,6 @@ def stored_sha256(store: Store, held: ObjectInfo) -> str | None:
         with trace.span("hash", len(data)):
             digest.update(data)
     return digest.hexdigest()
-
-
-def finish_checkpoint(
-    context: StageContext, shards: tuple[OutputShard, ...], verdicts: Sequence[ShardVerdict], units: Sequence[UnitManifest]
-) -> None:
-    """Everything but shards and card: sidecar files, config, the checkpoint's own manifest, and last the index.
-
-    Args: verdicts: of all shards; whoever read them through has hashed what lies in them. units: manifests of all the plan's units.
-    """
-    files = {name: context.source.store.get(name) for name in context.source.sidecars}
-    config = output_config(context.source.config, context.layout)
-    if context.plan.config.output.storage == "sparse":
-        config = convert_config(config, "sparse")
-    files[CONFIG_FILE] = config_json(config)
-    index = index_json(context, shards)
-    for name, data in files.items():
-        context.store.put(run_root.checkpoint_file(name), data)
-    digests = {name: hashlib.sha256(data).hexdigest() for name, data in {**files, INDEX_FILE: index}.items()}
-    context.store.put(run_root.checkpoint_file(MANIFEST_FILE), checkpoint_manifest(context, verdicts, units, digests).to_json())
-    context.store.put(run_root.checkpoint_file(INDEX_FILE), index)
-
-
-def config_json(config: Mapping[str, Any]) -> bytes:
-    """config.json as a checkpoint has it."""
-    return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
-
-
-def index_json(context: StageContext, shards: tuple[OutputShard, ...]) -> bytes:
-    """model.safetensors.index.json: which shard holds which tensor."""
-    weight_map = {name: shard.name for shard in shards for name, _, _ in shard_rows(shard, context.layout)}
-    index = {"metadata": {"total_size": sum(s.num_bytes for s in shards)}, "weight_map": dict(sorted(weight_map.items()))}
-    return (json.dumps(index, indent=2) + "\n").encode()
-
-
-def checkpoint_manifest(
-    context: StageContext, verdicts: Sequence[ShardVerdict], units: Sequence[UnitManifest], files: dict[str, str]
-) -> CheckpointManifest:
-    plan = context.plan
-    compression = plan.config.compression
-    return CheckpointManifest(
-        plan_digest=plan.digest,
-        source_fingerprint=plan.source.fingerprint,
-        sparsity=compression.sparsity,
-        scale_span=compression.scale_span,
-        activation_group=compression.activation_group,
-        experts_per_unit=plan.config.run.experts_per_unit,
-        max_shard_size=plan.config.output.max_shard_size,
-        relative_weight_errors={r.name: r.relative_weight_error for u in units for r in u.linears},
-        unit_sha256={u.unit: u.sha256 for u in units},
-        untouched_sha256={name: digest for v in verdicts for name, digest in v.untouched_sha256.items()},
-        header_sha256={v.shard: v.header_sha256 for v in verdicts},
-        file_sha256=files,
-    ).sealed()
 
 
 def shards_to_stitch(context: StageContext, shards: tuple[OutputShard, ...]) -> list[Task]:

@@ -20,7 +20,7 @@ from p48ray.checkpoint.layout import EXPERT_NAME, PROJECTIONS
 from p48ray.checkpoint.sparse_storage import KEPT
 from p48ray.checkpoint.storage_stream import decoded_unit, dense_sha256
 from p48ray.checkpoint.tensors import from_bytes
-from p48ray.errors import ConfigError, P48Error, SourceError, StageFailedError
+from p48ray.errors import ConfigError, SourceError, StageFailedError
 from p48ray.manifest import CheckpointManifest, PublishedShard
 from p48ray.plan import WorkUnit
 from p48ray.stages.hub import Hub
@@ -183,12 +183,10 @@ class Uploader:
         return record
 
 
-def upload_or_error(uploader: Uploader, shard: str, size_bytes: int) -> PublishedShard | P48Error:
-    """The body of a task. What goes wrong is recorded; an error of ours is then returned, a foreign one raised."""
+def upload_and_record(uploader: Uploader, shard: str, size_bytes: int) -> PublishedShard:
+    """The body of a task. What goes wrong is recorded under failures/, then raised."""
     try:
         return uploader.upload(shard, size_bytes)
     except Exception as error:
         record_failure(uploader.store, Task(stage="publish", id=shard, item=shard), error)
-        if not isinstance(error, P48Error):
-            raise
-        return error
+        raise

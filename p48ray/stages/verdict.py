@@ -9,7 +9,7 @@ from p48ray.output_layout import OutputShard, shard_rows
 from p48ray.plan import WorkUnit
 from p48ray.stages.collect import collect_units
 from p48ray.stages.context import StageContext
-from p48ray.stages.reduce import finish_checkpoint
+from p48ray.stages.final_files import finish_checkpoint
 from p48ray.stages.tasks import Task
 from p48ray.stages.verify import Promise, check_index, verify_shard
 from p48ray.store.view import SubStore

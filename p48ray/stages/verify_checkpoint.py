@@ -15,12 +15,11 @@ from p48ray.checkpoint.header import TensorEntry, parse_header, read_header_byte
 from p48ray.checkpoint.index import CONFIG_FILE, HEADER_THREADS, CheckpointIndex, open_checkpoint
 from p48ray.checkpoint.layout import EXPERT_NAME, PROJECTIONS, ModelLayout
 from p48ray.checkpoint.sparse_storage import KEPT, PACKED, Storage, linear_form, storage_of
-from p48ray.errors import ConfigError, P48Error, ShardCorruptError
-from p48ray.manifest import CheckpointManifest
+from p48ray.errors import ConfigError, ShardCorruptError
+from p48ray.manifest import MANIFEST_FILE, CheckpointManifest
 from p48ray.output_layout import OutputShard, plan_output, unit_tensor_names
 from p48ray.plan import WorkUnit, plan_units, ranges
 from p48ray.records import Record
-from p48ray.stages.reduce import MANIFEST_FILE
 from p48ray.stages.verify import (
     DAMAGE,
     Promise,
@@ -160,14 +159,6 @@ def check_shard(check: ShardCheck) -> tuple[str, ...]:
                     f"{check.file}: {name}: bytes differ from those that were verified: expected SHA-256 {digest}, found {found}"
                 )
     return tuple(problems)
-
-
-def check_shard_or_error(check: ShardCheck) -> tuple[str, ...] | P48Error:
-    """check_shard as the body of a task: an error of ours is returned, a foreign one raised."""
-    try:
-        return check_shard(check)
-    except P48Error as error:
-        return error
 
 
 def conclude(survey: Survey, found: Mapping[str, tuple[str, ...]]) -> CheckpointVerdict:

@@ -13,9 +13,8 @@ from huggingface_hub import constants
 from typer.testing import CliRunner
 
 from jobs import publish
-from p48ray.errors import P48Error
 from p48ray.manifest import PublishedShard
-from p48ray.stages.upload import Uploader, upload_or_error
+from p48ray.stages.upload import Uploader, upload_and_record
 from p48ray.store import retry
 from tests.conftest import REPO
 from tests.jobs.command import Outcome, own_logging
@@ -27,10 +26,7 @@ REPO_NAME = "owner/tiny"
 def upload_here(uploader: Uploader, shards: Mapping[str, int]) -> Iterator[PublishedShard]:
     """One shard after the other, in this process."""
     for shard, size_bytes in shards.items():
-        found = upload_or_error(uploader, shard, size_bytes)
-        if isinstance(found, P48Error):
-            raise found
-        yield found
+        yield upload_and_record(uploader, shard, size_bytes)
 
 
 def invoke_publish(root: Path, hub: Hub, *args: str, token: str = TOKEN, repo: str = REPO_NAME) -> Outcome:

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.ray
 TIMEOUT_S = 120
 SURVIVORS_TIMEOUT_S = 90
 """Ray's agents notice by a few slow looks in a row that their node is gone: 20 s were too few on a busy machine."""
-TASK = "ray::upload_or_error"
+TASK = "ray::upload_and_record"
 
 
 @dataclass

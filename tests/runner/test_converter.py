@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from p48ray.errors import P48Error, SourceError, StageFailedError, TransientStoreError
+from p48ray.errors import SourceError, StageFailedError, TransientStoreError
 from p48ray.runner import converter
 from p48ray.runner.converter import convert_folder
 from p48ray.runner.ray_tasks import RayTasks
-from p48ray.stages.convert import NOTE_FILE, ShardConversion, convert_shard_or_error
+from p48ray.stages.convert import NOTE_FILE, ShardConversion, convert_shard
 from p48ray.store import LocalStore
 from tests.jobs.command import arguments, invoke
 from tests.runner.conftest import ALL_STAGES
@@ -29,29 +29,29 @@ def mark(tmp_path: Path, ray_session: None) -> tuple[Path, RayTasks]:
     return path, RayTasks(what="convert", num_workers=2, address=None, settings={MARK: str(path)})
 
 
-def die_once(shard: ShardConversion) -> int | P48Error:
+def die_once(shard: ShardConversion) -> int:
     """The first process that gets the third shard is killed over it."""
     path = Path(os.environ[MARK])
     if "00003-of" in shard.file and not path.exists():
         path.touch()
         os.kill(os.getpid(), signal.SIGKILL)
-    return convert_shard_or_error(shard)
+    return convert_shard(shard)
 
 
-def away_until_marked(shard: ShardConversion) -> int | P48Error:
+def away_until_marked(shard: ShardConversion) -> int:
     if "00003-of" in shard.file and not Path(os.environ[MARK]).exists():
-        return TransientStoreError("the store is away")
-    return convert_shard_or_error(shard)
+        raise TransientStoreError("the store is away")
+    return convert_shard(shard)
 
 
 def test_workers_write_what_one_process_writes_though_one_is_killed(
     local_run: Path, mark: tuple[Path, RayTasks], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     path, tasks = mark
-    monkeypatch.setattr(converter, "convert_shard_or_error", die_once)
-    caplog.set_level(logging.WARNING, "p48ray.progress")
     checkpoint = LocalStore(local_run / "checkpoint")
     convert_folder(checkpoint, LocalStore(tmp_path / "one"), "sparse", None)
+    monkeypatch.setattr(converter, "convert_shard", die_once)
+    caplog.set_level(logging.WARNING, "p48ray.progress")
     convert_folder(checkpoint, LocalStore(tmp_path / "many"), "sparse", tasks)
     assert path.exists()
     assert [r.message for r in caplog.records if "00003-of-00006.safetensors: attempt 1 failed, it will be tried again" in r.message]
@@ -73,7 +73,7 @@ def test_store_that_stays_away_ends_it_without_an_index_and_the_same_call_goes_o
     local_run: Path, mark: tuple[Path, RayTasks], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, tasks = mark
-    monkeypatch.setattr(converter, "convert_shard_or_error", away_until_marked)
+    monkeypatch.setattr(converter, "convert_shard", away_until_marked)
     checkpoint, target = LocalStore(local_run / "checkpoint"), LocalStore(tmp_path / "out")
     with pytest.raises(StageFailedError, match=r"convert: 1 of 6 shards failed.*run the same command again.*\n.*00003-of-00006"):
         convert_folder(checkpoint, target, "sparse", tasks)

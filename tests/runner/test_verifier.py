@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import ray
 
-from p48ray.errors import ConfigError, P48Error, SourceError, StageFailedError, TransientStoreError
+from p48ray.errors import ConfigError, SourceError, StageFailedError, TransientStoreError
 from p48ray.runner import ray_tasks, verifier
-from p48ray.runner.byte_progress import with_progress
 from p48ray.runner.cluster import Cluster
+from p48ray.runner.progress import Amount, each_file
 from p48ray.runner.ray_tasks import MAX_ATTEMPTS, RayTasks
 from p48ray.runner.verifier import verify_folder
-from p48ray.stages.verify_checkpoint import ShardCheck, check_shard_or_error
+from p48ray.stages.verify_checkpoint import ShardCheck, check_shard
 from p48ray.store import LocalStore
 from tests.jobs.command import narrow_model
 from tests.stages.damage import Folder
@@ -58,23 +58,25 @@ def test_verdict_is_the_same_whoever_reads(kind: str, has_source: bool, local_ru
     assert all(word in "\n".join(here.problems) for word in words)
 
 
-def die_once(check: ShardCheck) -> tuple[str, ...] | P48Error:
+def die_once(check: ShardCheck) -> tuple[str, ...]:
     """The first process that gets the third shard is killed over it."""
     mark = Path(os.environ[MARK])
     if "00003-of" in check.file and not mark.exists():
         mark.touch()
         os.kill(os.getpid(), signal.SIGKILL)
-    return check_shard_or_error(check)
+    return check_shard(check)
 
 
-def always_away(check: ShardCheck) -> tuple[str, ...] | P48Error:
+def always_away(check: ShardCheck) -> tuple[str, ...]:
     with open(os.environ[MARK], "a") as file:
         file.write(f"{check.file}\n")
-    return TransientStoreError("the store is away") if "00003-of" in check.file else check_shard_or_error(check)
+    if "00003-of" in check.file:
+        raise TransientStoreError("the store is away")
+    return check_shard(check)
 
 
-def refuse(check: ShardCheck) -> tuple[str, ...] | P48Error:
-    return SourceError("the source is damaged")
+def refuse(check: ShardCheck) -> tuple[str, ...]:
+    raise SourceError("the source is damaged")
 
 
 @pytest.fixture
@@ -88,10 +90,11 @@ def test_shard_of_a_lost_worker_is_read_again(
     local_run: Path, mark: tuple[Path, RayTasks], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     path, tasks = mark
-    monkeypatch.setattr(verifier, "check_shard_or_error", die_once)
-    caplog.set_level(logging.WARNING, "p48ray.progress")
     checkpoint = LocalStore(local_run / "checkpoint")
-    assert verify_folder(checkpoint, None, tasks) == verify_folder(checkpoint, None, None)
+    undisturbed = verify_folder(checkpoint, None, None)
+    monkeypatch.setattr(verifier, "check_shard", die_once)
+    caplog.set_level(logging.WARNING, "p48ray.progress")
+    assert verify_folder(checkpoint, None, tasks) == undisturbed
     assert path.exists()
     assert [r.message for r in caplog.records if "00003-of-00006.safetensors: attempt 1 failed, it will be tried again" in r.message]
 
@@ -100,7 +103,7 @@ def test_store_that_stays_away_ends_it_after_the_rest_was_read(
     local_run: Path, mark: tuple[Path, RayTasks], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, tasks = mark
-    monkeypatch.setattr(verifier, "check_shard_or_error", always_away)
+    monkeypatch.setattr(verifier, "check_shard", always_away)
     with pytest.raises(StageFailedError, match=r"verify: 1 of 6 shards failed.*\n.*00003-of-00006.*the store is away"):
         verify_folder(LocalStore(local_run / "checkpoint"), None, tasks)
     read = path.read_text().split()
@@ -108,7 +111,7 @@ def test_store_that_stays_away_ends_it_after_the_rest_was_read(
 
 
 def test_users_mistake_is_not_tried_again(local_run: Path, two: RayTasks, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verifier, "check_shard_or_error", refuse)
+    monkeypatch.setattr(verifier, "check_shard", refuse)
     with pytest.raises(SourceError, match="the source is damaged"):
         verify_folder(LocalStore(local_run / "checkpoint"), None, two)
 
@@ -137,9 +140,10 @@ def test_tasks_take_as_many_cpus_as_there_are_unless_told(ray_session: None, loc
 def test_progress_counts_bytes_those_of_before_too(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     caplog.set_level(logging.INFO, "p48ray.progress")
     clock = iter([0.0, 2.0, 4.0])
-    monkeypatch.setattr("p48ray.runner.byte_progress.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("p48ray.runner.progress.time.monotonic", lambda: next(clock))
     sizes = {"a": 2_000_000, "b": 1_000_000}
-    assert list(with_progress("verify", [("b", 1), ("a", 2)], sizes, num_before=1, bytes_before=1_000_000)) == [("b", 1), ("a", 2)]
+    before = Amount(1, 1_000_000)
+    assert list(each_file("verify", [("b", 1), ("a", 2)], sizes, before)) == [("b", 1), ("a", 2)]
     assert [r.message for r in caplog.records] == [
         "verify    2/3 shards  2.00 MB of 4.00 MB  50 %  500.00 KB/s  4 s left",
         "verify    3/3 shards  4.00 MB of 4.00 MB  100 %  750.00 KB/s  0 s left",

@@ -10,7 +10,8 @@ import torch
 from p48ray.errors import ConfigError, P48Error, ShardCorruptError, SourceError
 from p48ray.manifest import CheckpointManifest
 from p48ray.runner.converter import convert_folder
-from p48ray.stages.convert import NOTE_FILE, begin_conversion, convert_shard, convert_shard_or_error, survey_conversion
+from p48ray.runner.ray_tasks import returning_errors
+from p48ray.stages.convert import NOTE_FILE, begin_conversion, convert_shard, survey_conversion
 from p48ray.stages.verify_checkpoint import verify_checkpoint
 from p48ray.store import LocalStore, MemoryStore
 from tests.reference.sparse_storage import dense_checkpoint, read_file
@@ -289,7 +290,7 @@ def test_finished_conversions_are_found_and_left_as_they_are(dense: Folder, spar
 def test_tasks_return_errors_of_ours(dense: Folder) -> None:
     folder = dense.flipped(f"{LINEAR}.weight_scale", 1, 0x01)
     survey = survey_conversion(folder.store(), Folder({}).store(), "sparse")
-    found = [convert_shard_or_error(shard) for shard in survey.shards]
+    found = [returning_errors(convert_shard)(shard) for shard in survey.shards]
     assert [type(f) for f in found if isinstance(f, P48Error)] == [SourceError]
 
 

@@ -23,8 +23,9 @@ from p48ray.errors import CorruptObjectError, P48Error, ShardCorruptError
 from p48ray.manifest import CheckpointManifest, ShardVerdict, UnitManifest
 from p48ray.runner.pipeline import read_units
 from p48ray.stages.context import StageContext
+from p48ray.stages.final_files import finish_checkpoint
 from p48ray.stages.prepare import prepare
-from p48ray.stages.reduce import finish_checkpoint, stitch_shard
+from p48ray.stages.reduce import stitch_shard
 from p48ray.stages.verdict import verify_and_record
 from p48ray.stages.verify import check_index
 from p48ray.stages.verify_checkpoint import CheckpointVerdict, verify_checkpoint
