@@ -9,9 +9,9 @@ attempts and preemptions, needs, collect, `finish_layer`, all records (a UnitMan
 `RayRunner` sees it (`SimulatedRay`: a queue of events with a clock), and the stages' bodies, which only write the objects that mark work as done.
 
 What is assumed (printed with the results, with the numbers in force):
-    time of a unit      p48ray.estimate_time: measured launch costs (whatever the unit holds) plus products (in proportion to its tokens), one H100
+    time of a unit      p48ray.estimate.duration: measured launch costs (whatever the unit holds) plus products (in proportion to its tokens), one H100
     tokens an expert    lognormal popularity, sigma 0.5 within a layer, not measured
-    streaming stages    p48ray.estimate_time's assumed rate; reading, computing and writing one after the other; workers of a node share its link evenly
+    streaming stages    p48ray.estimate.duration's assumed rate; reading, computing and writing one after the other; workers of a node share its link evenly
     a node's link       one queue for reads, first come first served; writes at the same rate beside it; the store itself has no limit
     activations, gradients   reads "shared" (DESIGN 9): once per node and layer, kept while they are among the last `--layers-held`;
                              reads "own" (nodes without room for a cache): every unit reads them itself, once
@@ -48,24 +48,24 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench.simulated_ray import Attempt, Fleet, Node, SimulatedRay, Tally
-from p48ray import run_root
 from p48ray.checkpoint.layout import PROJECTIONS
 from p48ray.checkpoint.skeleton import write_kimi_k25_skeleton
 from p48ray.config import load_config
-from p48ray.estimate import estimate
-from p48ray.estimate_memory import stored_bytes
-from p48ray.estimate_time import loop_seconds, product_seconds
-from p48ray.manifest import ActivationPart, GradientPart, LinearRecord, UnitManifest
-from p48ray.output_layout import unit_bytes
-from p48ray.plan import RunPlan, WorkUnit
+from p48ray.estimate.duration import loop_seconds, product_seconds
+from p48ray.estimate.memory import stored_bytes
+from p48ray.estimate.plan_cost import estimate
 from p48ray.report.report import build_report
-from p48ray.run_root import BlobKind
+from p48ray.run import run_root
+from p48ray.run.manifest import ActivationPart, GradientPart, LinearRecord, UnitManifest
+from p48ray.run.needs import Needs, read_needs
+from p48ray.run.output_layout import unit_bytes
+from p48ray.run.plan import RunPlan, WorkUnit
+from p48ray.run.run_root import BlobKind
 from p48ray.runner import cluster, ray_runner
 from p48ray.runner.base import TaskList
 from p48ray.runner.pipeline import Job, read_units
 from p48ray.runner.progress import INTERVAL_S
 from p48ray.runner.ray_runner import RayRunner
-from p48ray.stages.needs import Needs, read_needs
 from p48ray.stages.prepare import Prepared, prepare
 from p48ray.stages.tasks import Task, TaskResult
 from p48ray.store.base import ObjectInfo
@@ -176,7 +176,7 @@ class Stubs:
         return max(now, node.layers[layer])
 
     def store_manifest(self, unit: WorkUnit, attempt: str, now: float, solve_s: float) -> None:
-        """A record as large as the real one. First writer wins, as in stages.compress."""
+        """A record as large as the real one. First writer wins, as in unit.compress."""
         tokens = [self.routing[unit.layer][e] * len(self.plan.parts) for e in unit.experts]
         linears = tuple(
             LinearRecord(
@@ -551,7 +551,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--own-gpus", type=int, nargs="*", default=[1, 8, 64], help="also with reads 'own', without losses")
     parser.add_argument("--keep", choices=["all", "units"], default="units")
-    parser.add_argument("--unit-seconds", type=float, help="of a unit with the mean number of tokens, instead of p48ray.estimate_time's")
+    parser.add_argument(
+        "--unit-seconds", type=float, help="of a unit with the mean number of tokens, instead of p48ray.estimate.duration's"
+    )
     parser.add_argument("--bandwidth", type=float, default=2.5, help="of a node to the store, GB/s")
     parser.add_argument("--hash-rate", type=float, default=1.5, help="SHA-256 of one process, GB/s")
     parser.add_argument("--layers-held", type=int, default=2)

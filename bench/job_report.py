@@ -18,7 +18,7 @@ from typing import Any
 
 from bench.job_watch import Watch, files_under
 from p48ray.config import RunConfig
-from p48ray.estimate import estimate
+from p48ray.estimate.plan_cost import estimate
 from p48ray.stages.prepare import prepare
 
 STAGES = ("capture", "gradients", "compress", "reduce", "verify", "evaluate")

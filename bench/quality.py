@@ -25,21 +25,20 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from p48ray import run_root
 from p48ray.config import RunConfig, load_config
 from p48ray.model.experts import ExpertWeights
 from p48ray.numerics.solvers import sparse_values
-from p48ray.plan import WorkUnit, cut
 from p48ray.report.report import Report
+from p48ray.run import arrow, run_root
+from p48ray.run.plan import WorkUnit, cut
 from p48ray.runner.console import configure_logging
 from p48ray.runner.pipeline import run_job
-from p48ray.stages import arrow
-from p48ray.stages.compress import fetch_unit, solver_arguments
-from p48ray.stages.context import StageContext
-from p48ray.stages.curvature import down_curvature, gate_up_curvature, output_side
 from p48ray.stages.evaluate import EvaluationResult, combine, evaluate_part, evaluation_digest
 from p48ray.stages.prepare import prepare
 from p48ray.stages.workplace import open_context
+from p48ray.unit.compress import fetch_unit, solver_arguments
+from p48ray.unit.context import StageContext
+from p48ray.unit.moments import down_curvature, gate_up_curvature, output_side
 
 PLAIN = {"output_curvature": "false", "refine_steps": "0", "sweeps": "6"}
 ONE_SHOT = PLAIN | {"solver": "sparsegpt_gptq", "router_weight_exponent": "0", "damp": "0.1"}
@@ -137,7 +136,7 @@ def sparsity_alone(config: RunConfig) -> EvaluationResult:
 
 
 def sparse_unit(context: StageContext, unit: WorkUnit) -> list[ExpertWeights]:
-    """As stages.compress, gate and up first, then down on what they leave."""
+    """As unit.compress, gate and up first, then down on what they leave."""
     fetched = fetch_unit(context, unit)
     originals, tokens = [context.placed(linears, torch.float32) for linears in fetched.experts.values()], fetched.tokens
     side = output_side(tokens, originals)

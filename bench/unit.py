@@ -27,20 +27,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench.capture import tell, write_layer
 from bench.solver import make_tokens
-from p48ray import run_root
 from p48ray.checkpoint.families import describe_model
 from p48ray.checkpoint.index import open_checkpoint
 from p48ray.config import load_config
-from p48ray.manifest import UnitManifest
 from p48ray.model.experts import RoutedInputs
-from p48ray.plan import SequencePart, make_plan
+from p48ray.run import run_root
+from p48ray.run.manifest import UnitManifest
+from p48ray.run.plan import SequencePart, make_plan
 from p48ray.stages.blobs import BlobWriter
 from p48ray.stages.capture import finish_layer, write_activations
-from p48ray.stages.compress import compress_unit
-from p48ray.stages.context import StageContext
 from p48ray.stages.gradients import write_gradients
 from p48ray.stages.workplace import open_context
 from p48ray.store.local import LocalStore
+from p48ray.unit.compress import compress_unit
+from p48ray.unit.context import StageContext
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "kimi_k25_p48_nvfp4.yaml"
 AMAX_INTERMEDIATE = 8.0

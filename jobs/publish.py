@@ -15,14 +15,14 @@ from huggingface_hub.utils import validate_repo_id
 from rich.console import Console
 from rich.table import Table
 
-from p48ray import run_root as names
 from p48ray.errors import ConfigError, P48Error, UserError
-from p48ray.plan import RunPlan
+from p48ray.finished.branch import Hub, Target
+from p48ray.finished.publisher import FileState, RayUploads, publish, rehearse
 from p48ray.report.plan_table import size
+from p48ray.run import run_root as names
+from p48ray.run.plan import RunPlan
 from p48ray.runner.console import configure_logging
-from p48ray.runner.publisher import FileState, RayUploads, publish, rehearse
 from p48ray.runner.ray_tasks import RayTasks
-from p48ray.stages.hub import Hub, Target
 from p48ray.store.open import ENDPOINT_VARIABLES, open_store
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)  # pretty ones print locals, and the token is in some

@@ -1,3 +1,10 @@
-"""Compress mixture-of-experts checkpoints to paired-4:8 sparse NVFP4 (W4A4) on a fleet of preemptible GPUs."""
+"""Compress mixture-of-experts checkpoints to paired-4:8 sparse NVFP4 (W4A4) on a fleet of preemptible
+GPUs.
+
+Folders, from the bottom up; each imports only what stands before it:
+    numerics, kernels    store    config    checkpoint    texts, model    run    estimate
+    unit    stages    report    runner    finished, benchmarks
+Entry points: jobs/ and cli. docs/DESIGN.md follows one unit from plan to checkpoint.
+"""
 
 __version__ = "0.1.0"

@@ -70,8 +70,8 @@ def verify(
     """Re-read a checkpoint as a stranger and print what is wrong with it, as JSON; progress goes to the standard error. Exit 0 if nothing is, 1 otherwise."""
 
     def action() -> bool:
+        from p48ray.finished.verifier import verify_folder
         from p48ray.runner.ray_tasks import RayTasks  # here, because Ray takes a second to import and no other command needs it
-        from p48ray.runner.verifier import verify_folder
 
         address = os.environ.get("RAY_ADDRESS")
         tasks = RayTasks(what="verify", num_workers=workers, address=address, is_shared=shared, shows_logs=False)
@@ -106,7 +106,7 @@ def convert(
     """Write a checkpoint anew in sparse or dense storage, without loss either way. Progress goes to the standard error."""
 
     def action() -> bool:
-        from p48ray.runner.converter import convert_folder  # here, because Ray takes a second to import
+        from p48ray.finished.converter import convert_folder  # here, because Ray takes a second to import
         from p48ray.runner.ray_tasks import RayTasks
 
         if not scheme_of(out).is_writable:

@@ -2,7 +2,7 @@
 
     python -m p48ray.config_page > docs/CONFIG.md
 
-A number's description begins with its unit in brackets (config_section). Whether a key is bound
+A number's description begins with its unit in brackets (config.section). Whether a key is bound
 to the plan's digest is asked of `plan.SETTINGS`.
 """
 
@@ -19,9 +19,9 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from p48ray.config import DocumentSource, RunConfig
-from p48ray.config_benchmarks import BenchmarkTask
-from p48ray.config_section import Section
-from p48ray.plan import SETTINGS
+from p48ray.config.benchmarks import BenchmarkTask
+from p48ray.config.section import Section
+from p48ray.run.plan import SETTINGS
 
 WIDTH = 100
 UNIT = re.compile(r"^\[(.+?)\] ")
@@ -38,7 +38,7 @@ LIMITS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
 HEAD = """\
 # The configuration
 
-Made by `python -m p48ray.config_page > docs/CONFIG.md` from the models in `p48ray/config.py`
+Made by `python -m p48ray.config_page > docs/CONFIG.md` from the models in `p48ray/config/__init__.py`
 and `p48ray/config_*.py` beside it. Change a description there and run it again; a test compares.
 
 One YAML file maps to this tree. A key that is not here is refused. Later sources win: the

@@ -34,7 +34,7 @@ LONGEST_FIRST = (
     "tests/jobs/test_ray_job.py",
     "tests/jobs/test_node_sharing.py",
     "tests/jobs/test_s3_commands.py",
-    "tests/publish/test_publish_on_ray.py",
+    "tests/finished/test_publish_on_ray.py",
     "finished: SmallRun",
 )
 """Groups that two processes begin with (docs/CONTRIBUTING.md), so that none of them is alone at the end."""

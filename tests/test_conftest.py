@@ -28,7 +28,7 @@ def test_what_uses_a_cluster_a_server_or_a_browser_is_marked(request: pytest.Fix
         ("tests/chaos/test_bad_data.py", "tests/chaos"),
         ("tests/runner/test_overlap.py", "ray_session"),
         ("tests/report/test_card.py", "finished: SmallRun"),
-        ("tests/test_config.py", "tests/test_config.py"),
+        ("tests/config/test_config.py", "tests/config/test_config.py"),
     ],
 )
 def test_group_is_what_is_shared_else_the_file(file: str, group: str) -> None:

@@ -10,17 +10,17 @@ from pathlib import Path
 import pytest
 
 from p48ray.errors import ConfigError
-from p48ray.estimate import estimate
-from p48ray.estimate_time import loop_seconds, product_seconds
+from p48ray.estimate.duration import loop_seconds, product_seconds
+from p48ray.estimate.plan_cost import estimate
 from p48ray.numerics.solvers import SOLVERS
-from p48ray.output_layout import OutputShard
 from p48ray.report.plan_table import time_words
 from p48ray.report.status import read_status
-from p48ray.stages.context import StageContext
+from p48ray.run.output_layout import OutputShard
 from p48ray.stages.prepare import prepare
 from p48ray.stages.table import STAGES, Stage, has_checkpoint
 from p48ray.stages.tasks import Task
 from p48ray.store.local import LocalStore
+from p48ray.unit.context import StageContext
 from tests.conftest import TINY
 from tests.stages.small_run import SmallRun, configure, run_locally
 

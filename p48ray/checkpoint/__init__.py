@@ -1,4 +1,16 @@
-"""What a checkpoint is: safetensors headers and byte ranges, names per model family, source decoding, the output's config.
+"""What a checkpoint is: headers and byte ranges, names by model family, decoding, the output's config.
 
-Nothing is re-exported here, so that reading headers does not import compressed-tensors (decode and output_config do).
+Belongs here: knowledge of files. Weights are read by range, never a file as a whole.
+
+Read in this order:
+    header, index            a safetensors header; a folder: where every tensor lies
+    families, layout         which family a checkpoint is; every name of an expert follows from it
+    expert_checks            the index holds exactly the experts that the config announces
+    tensors, layer_reader    tensors from byte ranges; one layer, mapped where possible
+    decode, fp8              source weights as floats
+    output_config, sparse_storage, storage_stream   what is written, in both storages
+    skeleton                 a checkpoint of true size without its weights, for estimates
+
+To add a family: a file in families/ (docs/families.md). Nothing is re-exported here, so that
+reading headers does not import compressed-tensors (decode and output_config do).
 """

@@ -22,9 +22,9 @@ from torch import Tensor
 
 from p48ray.kernels.descend_panel import PANEL, descend_panel_
 from p48ray.kernels.strips import STRIP, pack_strips
-from p48ray.numerics.metrics import hessian_loss
 from p48ray.numerics.paired48 import INPUTS_IN_GROUP
 from p48ray.numerics.products import tensor_float_32
+from p48ray.numerics.relative_errors import hessian_loss
 
 COLUMN_BLOCK = 1024
 

@@ -103,7 +103,7 @@ def launch_all(wanted: Launches) -> None:
 
 def launch_solver(wanted: Launches, num_outputs: int, num_inputs: int) -> None:
     """One linear's solve, as numerics.sparsegpt, block_descent, two_sided and refine have it on a GPU."""
-    from p48ray.kernels import descent, one_shot, refinement
+    from p48ray.kernels import descent, one_shot, refine_step
 
     o, i = num_outputs, num_inputs
     if wanted.descends:
@@ -122,7 +122,7 @@ def launch_solver(wanted: Launches, num_outputs: int, num_inputs: int) -> None:
     if wanted.refines:
         kept, scales = o * i // 2 if wanted.is_sparse else o * i, (meta(1, o, i // SCALE_GROUP), meta(1, o, i // SCALE_GROUP))
         operand = meta(1, o, i, dtype=torch.bfloat16)
-        refinement.adam_step_(
+        refine_step.adam_step_(
             (meta(1, kept), meta(1, kept), meta(1, kept)), operand, operand, scales, meta(1, o, i // 2, dtype=torch.bool), meta(1),
             BETAS, 2, 0.3,
         )  # fmt: skip

@@ -1,1 +1,15 @@
-"""The numerics of p48ray: formats, curvature, solvers. Pure functions of torch tensors: no files, no logging, no environment."""
+"""The numerics of p48ray: formats, curvature, solvers. Pure functions of torch tensors: no files, no
+logging, no environment.
+
+Read in this order (docs/DESIGN.md has the equations):
+    e2m1, nvfp4, paired48, int4, block_int8     formats
+    activation, products                        what a server does to activations; TF32
+    curvature, output_gradients, token_rows     second moments of inputs and of the loss's gradients
+    factor                                      the inverse that the column loops read
+    solvers, solution                           the solvers by name; what they take and give
+    sparsegpt, block_descent, two_sided, code_descent, asymmetric   how they solve
+    refine, relative_errors                     an expert's three linears together; what was lost
+
+A fast path has a slow float64 reference in tests/reference. To add a solver: docs/EXTENDING.md.
+Capitals at the end of a tensor's name are its axes; the `Legend:` of its module names them.
+"""

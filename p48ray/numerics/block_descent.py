@@ -31,8 +31,8 @@ from jaxtyping import Bool, Float32
 from torch import Tensor
 
 from p48ray.errors import NumericsError
-from p48ray.numerics.metrics import hessian_loss
 from p48ray.numerics.paired48 import INPUTS_IN_GROUP, PATTERNS, pairs_to_inputs, pattern_index
+from p48ray.numerics.relative_errors import hessian_loss
 
 COLUMN_BLOCK = 128
 

@@ -195,7 +195,7 @@ class _Linear:
     def step_(self, gradient_NOI: Tensor, gradient_scale: float, rate: float, step: int) -> None:
         """One step of Adam with a rate per expert; gradient_scale: what the gradient is to be multiplied with."""
         if self.latent_NK.is_cuda:
-            from p48ray.kernels import refinement as kernel
+            from p48ray.kernels import refine_step as kernel
 
             kernel.adam_step_(
                 (self.latent_NK, self.first_NK, self.second_NK), gradient_NOI, self.grid_NOI, (self.unit_NOG, self.scale_NOG),

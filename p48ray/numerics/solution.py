@@ -11,8 +11,8 @@ from torch import Tensor
 
 from p48ray.numerics import e2m1, nvfp4
 from p48ray.numerics.factor import Factor
-from p48ray.numerics.metrics import hessian_loss
 from p48ray.numerics.refine import QuantizedLinear
+from p48ray.numerics.relative_errors import hessian_loss
 from p48ray.numerics.two_sided import two_sided_loss
 
 PAIRED_48 = "paired-4:8"

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from p48ray.report.fold import Values
-from p48ray.stages.benchmarks import BenchmarkTable, table_notes, table_rows
+from p48ray.run.benchmark_results import BenchmarkTable, table_notes, table_rows
 
 
 def cells(table: BenchmarkTable, with_errors: bool = True) -> tuple[list[str], list[list[str]]]:

@@ -10,19 +10,19 @@ from collections.abc import Sequence
 from p48ray import __version__
 from p48ray.checkpoint.families import FAMILIES
 from p48ray.checkpoint.sparse_storage import Storage
-from p48ray.manifest import UnitManifest
 from p48ray.numerics.solution import PAIRED_48
 from p48ray.numerics.solvers import SOLVERS
-from p48ray.output_layout import unit_bytes
-from p48ray.plan import NUMERICS_VERSION, RunPlan
 from p48ray.report.benchmark_section import cells
 from p48ray.report.front_matter import base_model, base_revision, carried_fields, front_matter
 from p48ray.report.storage_card import convert_card
-from p48ray.stages.benchmarks import BenchmarkTable, table_notes
-from p48ray.stages.context import StageContext
+from p48ray.run.benchmark_results import BenchmarkTable, table_notes
+from p48ray.run.manifest import UnitManifest
+from p48ray.run.output_layout import unit_bytes
+from p48ray.run.plan import NUMERICS_VERSION, RunPlan
 from p48ray.stages.evaluate import EvaluationResult
-from p48ray.store.hub import HubPlace
+from p48ray.store.hub.store import HubPlace
 from p48ray.store.open import scheme_of
+from p48ray.unit.context import StageContext
 
 VLLM_VERSION = "0.32"  # which reads no VLLM_USE_FLASHINFER_MOE_FP4 any more; the flags of a family's models are in its file
 SERVING_GPUS = 4

@@ -5,15 +5,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from p48ray import run_root
 from p48ray.checkpoint.layout import EXPERT_NAME, PROJECTIONS
-from p48ray.manifest import LinearRecord, UnitManifest
 from p48ray.report.report import Report, few_tokens
 from p48ray.report.sample import LinearSample, sample_checkpoint
 from p48ray.report.work import Manifests, Work, measure, seconds_of
-from p48ray.stages.context import StageContext
+from p48ray.run import run_root
+from p48ray.run.manifest import LinearRecord, UnitManifest
 from p48ray.stages.table import COMPRESS, stages_of
 from p48ray.store.base import Store
+from p48ray.unit.context import StageContext
 
 MERGED_SHARE = 0.004  # pieces of work that are nearer than this share of the whole time are drawn as one
 

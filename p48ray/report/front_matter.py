@@ -10,9 +10,9 @@ from huggingface_hub import ModelCard, ModelCardData
 from p48ray.checkpoint.index import CheckpointIndex
 from p48ray.errors import ObjectMissingError
 from p48ray.numerics.solution import PAIRED_48
-from p48ray.plan import RunPlan
-from p48ray.stages.context import StageContext
+from p48ray.run.plan import RunPlan
 from p48ray.store.open import scheme_of
+from p48ray.unit.context import StageContext
 
 CARRIED_FIELDS = ("license", "license_name", "license_link", "pipeline_tag")
 

@@ -19,7 +19,6 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from p48ray import __version__
-from p48ray.manifest import UnitManifest
 from p48ray.numerics.solution import PAIRED_48
 from p48ray.report.benchmark_section import benchmarks
 from p48ray.report.charts import pct
@@ -31,8 +30,9 @@ from p48ray.report.plan_table import size
 from p48ray.report.report import Report
 from p48ray.report.run_sections import cost, made, quality, timeline
 from p48ray.report.work import duration, gpu_hours
-from p48ray.stages.context import StageContext
+from p48ray.run.manifest import UnitManifest
 from p48ray.store.base import Store
+from p48ray.unit.context import StageContext
 
 SECTIONS: tuple[tuple[str, Callable[[Facts], Values | None]], ...] = (
     ("quality", quality),

@@ -16,9 +16,9 @@ from p48ray.checkpoint.sparse_storage import KEPT, PACKED, dense_tensors, storag
 from p48ray.checkpoint.tensors import read_tensors
 from p48ray.errors import ConfigError
 from p48ray.numerics import e2m1, nvfp4, paired48
-from p48ray.numerics.metrics import relative_weight_error
-from p48ray.output_layout import unit_tensor_names
-from p48ray.records import Record
+from p48ray.numerics.relative_errors import relative_weight_error
+from p48ray.run.output_layout import unit_tensor_names
+from p48ray.run.records import Record
 from p48ray.store.base import Store
 
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from p48ray.numerics.solution import PAIRED_48
 from p48ray.numerics.solvers import SOLVERS
 from p48ray.report.fold import Facts, Values
-from p48ray.stages.ladder import DENSE, ONE_SHOT, REFINED
+from p48ray.unit.ladder import DENSE, ONE_SHOT, REFINED
 
 SIDES = (("gate and up", "gate_up"), ("down", "down"))
 STEP_WORDS = {DENSE: "NVFP4, dense", ONE_SHOT: "one-shot", REFINED: "refined"}

@@ -3,12 +3,12 @@
 from rich.console import Console
 from rich.table import Table
 
-from p48ray.estimate import Estimate, estimate
-from p48ray.estimate_memory import Memory
-from p48ray.estimate_time import is_near
+from p48ray.estimate.duration import is_near
+from p48ray.estimate.fit import GB, shortages
+from p48ray.estimate.memory import Memory
+from p48ray.estimate.plan_cost import Estimate, estimate
 from p48ray.report.work import duration
-from p48ray.run_root import SOURCE
-from p48ray.stages.fit import GB, shortages
+from p48ray.run.run_root import SOURCE
 from p48ray.stages.prepare import Prepared
 from p48ray.stages.table import STAGES
 

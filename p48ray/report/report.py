@@ -7,17 +7,17 @@ from typing import Literal
 from rich.console import Console
 from rich.table import Table
 
-from p48ray import run_root
 from p48ray.checkpoint.layout import PROJECTIONS
 from p48ray.checkpoint.sparse_storage import Storage
-from p48ray.manifest import LinearRecord, UnitManifest
-from p48ray.output_layout import OutputShard, unit_bytes
-from p48ray.plan import RunPlan
-from p48ray.records import Record
 from p48ray.report.work import Extrapolation, extrapolate, pilot_words, read_work
-from p48ray.stages.benchmarks import BenchmarkTable
-from p48ray.stages.context import StageContext
+from p48ray.run import run_root
+from p48ray.run.benchmark_results import BenchmarkTable
+from p48ray.run.manifest import LinearRecord, UnitManifest
+from p48ray.run.output_layout import OutputShard, unit_bytes
+from p48ray.run.plan import RunPlan
+from p48ray.run.records import Record
 from p48ray.stages.evaluate import EvaluationResult
+from p48ray.unit.context import StageContext
 
 FEW_TOKENS_SHARE = 0.25  # of the average expert's: below it, an expert has few
 

@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from p48ray import run_root
 from p48ray.checkpoint.header import TensorEntry
 from p48ray.checkpoint.index import INDEX_FILE, SINGLE_FILE, CheckpointIndex, open_checkpoint
 from p48ray.checkpoint.layout import PROJECTIONS
@@ -22,9 +21,10 @@ from p48ray.checkpoint.tensors import read_tensors
 from p48ray.numerics import paired48
 from p48ray.numerics.solution import PAIRED_48
 from p48ray.report.inspect import pattern_names, scale_histogram
-from p48ray.stages.context import StageContext
+from p48ray.run import run_root
 from p48ray.store.base import Store
 from p48ray.store.view import SubStore
+from p48ray.unit.context import StageContext
 
 SAMPLED_LINEARS = 192  # of all layers together; at least one expert of every layer
 SAMPLED_EXPERTS = 4  # of a layer, at most

@@ -6,13 +6,13 @@ from typing import Literal
 from rich.console import Console
 from rich.table import Table
 
-from p48ray import run_root
 from p48ray.errors import ConfigError
-from p48ray.manifest import Failure
-from p48ray.output_layout import shard_count, shard_names
-from p48ray.plan import RunPlan
-from p48ray.records import Record
 from p48ray.report.work import Extrapolation, Work, duration, extrapolate, gpu_hours, pilot_words, read_work
+from p48ray.run import run_root
+from p48ray.run.manifest import Failure
+from p48ray.run.output_layout import shard_count, shard_names
+from p48ray.run.plan import RunPlan
+from p48ray.run.records import Record
 from p48ray.stages.table import count_markers
 from p48ray.store.base import Store
 

@@ -5,9 +5,9 @@ Seconds are those of finished work; attempts that were lost, workers that waited
 
 from collections.abc import Sequence
 
-from p48ray.manifest import ActivationPart, GradientPart, UnitManifest
-from p48ray.plan import RunPlan
-from p48ray.records import Record
+from p48ray.run.manifest import ActivationPart, GradientPart, UnitManifest
+from p48ray.run.plan import RunPlan
+from p48ray.run.records import Record
 from p48ray.stages.table import COMPRESS, stages_of
 from p48ray.store.base import Store
 

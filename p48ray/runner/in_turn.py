@@ -8,15 +8,15 @@ shows as idle time.
 import time
 from collections.abc import Callable, Sequence
 
-from p48ray import run_root
+from p48ray.run import run_root
+from p48ray.run.collect import collect_streams
+from p48ray.run.needs import Needs, read_needs
 from p48ray.runner.layer_units import LayerUnits
 from p48ray.runner.overlap import Spans
 from p48ray.runner.streams import Streams, name_of, slices
-from p48ray.stages.collect import collect_streams
-from p48ray.stages.context import StageContext
-from p48ray.stages.needs import Needs, read_needs
 from p48ray.stages.table import COMPRESS, PROPAGATE
 from p48ray.stages.tasks import Task
+from p48ray.unit.context import StageContext
 
 
 class InTurn:

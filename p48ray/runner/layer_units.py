@@ -2,14 +2,14 @@
 
 from collections import Counter
 
-from p48ray import run_root
-from p48ray.manifest import LayerScales
+from p48ray.run import run_root
+from p48ray.run.collect import collect_layer
+from p48ray.run.manifest import LayerScales
+from p48ray.run.needs import Needs
 from p48ray.stages.capture import finish_layer
-from p48ray.stages.collect import collect_layer
-from p48ray.stages.context import StageContext
-from p48ray.stages.needs import Needs
 from p48ray.stages.table import COMPRESS
 from p48ray.stages.tasks import Task
+from p48ray.unit.context import StageContext
 
 
 class LayerUnits:

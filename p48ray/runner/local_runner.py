@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from p48ray.plan import RunPlan
+from p48ray.run.plan import RunPlan
 from p48ray.runner.base import WorkSource
 from p48ray.stages.tasks import TaskResult
 from p48ray.stages.workplace import Workplace

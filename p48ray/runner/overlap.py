@@ -8,15 +8,15 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
 
-from p48ray import run_root
 from p48ray.errors import TransientStoreError
+from p48ray.run import run_root
+from p48ray.run.collect import collect_streams
+from p48ray.run.needs import Needs, read_needs
 from p48ray.runner.layer_units import LayerUnits
 from p48ray.runner.streams import Streams
-from p48ray.stages.collect import collect_streams
-from p48ray.stages.context import StageContext
-from p48ray.stages.needs import Needs, read_needs
 from p48ray.stages.table import COMPRESS
 from p48ray.stages.tasks import Task
+from p48ray.unit.context import StageContext
 
 log = logging.getLogger(__name__)
 
@@ -109,7 +109,7 @@ class Overlap:
         return frozenset(info.key for prefix in prefixes for info in self.store.list(prefix))
 
     def done(self, task: Task) -> None:
-        """What follows a task is ready now; what nobody reads any more goes (stages.collect)."""
+        """What follows a task is ready now; what nobody reads any more goes (run.collect)."""
         self.spans.done(task)
         if task.stage == COMPRESS.name:
             self.units.done(task)

@@ -8,29 +8,29 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack
 from itertools import groupby
 
-from p48ray import run_root
 from p48ray.config import baseline_config
 from p48ray.errors import StageFailedError
-from p48ray.manifest import UnitManifest
 from p48ray.numerics.solvers import SOLVERS
-from p48ray.plan import RunPlan
 from p48ray.report.card import model_card
 from p48ray.report.html import report_html
 from p48ray.report.report import Report, build_report
+from p48ray.run import run_root
+from p48ray.run.benchmark_results import read_table
+from p48ray.run.collect import ABANDONED_S, collect_losers
+from p48ray.run.manifest import UnitManifest
+from p48ray.run.needs import read_needs
+from p48ray.run.plan import RunPlan
 from p48ray.runner.base import RedoError, Runner, TaskList, run_all
 from p48ray.runner.in_turn import InTurn
 from p48ray.runner.overlap import Overlap
 from p48ray.runner.progress import Progress
-from p48ray.stages.benchmarks import read_table
 from p48ray.stages.capture import finish_layer
-from p48ray.stages.collect import ABANDONED_S, collect_losers
-from p48ray.stages.context import StageContext
 from p48ray.stages.evaluate import EvaluationResult
 from p48ray.stages.inputs import settle, write_inputs
-from p48ray.stages.needs import read_needs
 from p48ray.stages.prepare import Prepared, prepare
 from p48ray.stages.table import EVALUATE, Stage, stages_of
 from p48ray.store.view import SubStore
+from p48ray.unit.context import StageContext
 
 log = logging.getLogger("p48ray.progress")
 

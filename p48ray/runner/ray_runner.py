@@ -24,7 +24,7 @@ import ray
 from ray.exceptions import ActorUnavailableError, RayError
 
 from p48ray.errors import P48Error, StageFailedError, UserError, WorkerLostError
-from p48ray.plan import RunPlan
+from p48ray.run.plan import RunPlan
 from p48ray.runner.base import WorkSource
 from p48ray.runner.cluster import START_TIMEOUT_S, Cluster, check_shared, first_line
 from p48ray.runner.console import configure_logging

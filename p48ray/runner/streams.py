@@ -6,8 +6,8 @@ way up of the same slice, whatever other slices do.
 
 from collections.abc import Sequence
 
-from p48ray.plan import RunPlan
-from p48ray.stages.needs import Needs
+from p48ray.run.needs import Needs
+from p48ray.run.plan import RunPlan
 from p48ray.stages.table import CAPTURE, GRADIENTS
 from p48ray.stages.tasks import Task
 

@@ -1,7 +1,7 @@
 """Blobs: what streams leave in the run root, an Arrow file of one part at one layer, and a manifest with its digest beside it.
 
 A blob is done when its manifest is there, which comes last. Its way to the store is one pass: columns leave the GPU in pieces, and a
-piece is hashed and written while the next one is copied (stages.staging). Threads beside the computation do that, so a stream goes on
+piece is hashed and written while the next one is copied (unit.staging). Threads beside the computation do that, so a stream goes on
 while what it left is still on its way, up to BEHIND_BYTES; nothing is deleted before what replaces it is durable.
 """
 
@@ -18,13 +18,13 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from p48ray import run_root, trace
-from p48ray.manifest import PartManifest
-from p48ray.run_root import BlobKind
-from p48ray.stages import arrow
-from p48ray.stages.context import StageContext
-from p48ray.stages.staging import Staging
+from p48ray import trace
+from p48ray.run import arrow, run_root
+from p48ray.run.manifest import PartManifest
+from p48ray.run.run_root import BlobKind
 from p48ray.store.base import Written
+from p48ray.unit.context import StageContext
+from p48ray.unit.staging import Staging
 
 log = logging.getLogger(__name__)
 

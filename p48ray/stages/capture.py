@@ -10,20 +10,20 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from p48ray import run_root
 from p48ray.errors import CalibrationError
-from p48ray.manifest import ActivationPart, BoundaryPart, LayerScales
 from p48ray.model.decoder import Decoder, attend, mix
 from p48ray.model.expert_loader import check_layer
 from p48ray.model.experts import RoutedInputs
 from p48ray.numerics.activation import input_global_scale
-from p48ray.plan import RunPlan, SequencePart
-from p48ray.run_root import BlobKind
+from p48ray.run import run_root
+from p48ray.run.manifest import ActivationPart, BoundaryPart, LayerScales
+from p48ray.run.needs import Needs, read_needs
+from p48ray.run.plan import RunPlan, SequencePart
+from p48ray.run.run_root import BlobKind
 from p48ray.stages.blobs import Blob, BlobWriter
-from p48ray.stages.context import StageContext
-from p48ray.stages.needs import Needs, read_needs
 from p48ray.stages.streaming import opened_layer, waves
-from p48ray.stages.token_rows import to_columns
+from p48ray.unit.context import StageContext
+from p48ray.unit.token_columns import to_columns
 
 # Compressed gate and up change the intermediate's range, so down's input scale leaves room above what the original weights gave (DESIGN 2.2).
 INTERMEDIATE_MARGIN = 1.25

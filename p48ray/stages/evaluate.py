@@ -16,25 +16,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from p48ray import run_root
 from p48ray.checkpoint.index import CheckpointIndex, open_checkpoint
 from p48ray.checkpoint.layout import PROJECTIONS
 from p48ray.checkpoint.sparse_storage import Storage, dense_tensors, storage_of, stored_suffixes
 from p48ray.checkpoint.tensors import read_tensors
 from p48ray.config import EvaluationConfig, RunConfig
 from p48ray.errors import ConfigError
-from p48ray.manifest import CompressedSums, EvaluationPart, UnitManifest
 from p48ray.model.decoder import Decoder, run_layer
-from p48ray.model.documents import digest_documents
 from p48ray.model.expert_loader import layer_experts
 from p48ray.model.experts import ActivationScales, ExpertWeights, RoutedExperts
 from p48ray.numerics import e2m1, nvfp4
-from p48ray.output_layout import OutputShard
-from p48ray.plan import RunPlan, SequencePart, cut
-from p48ray.records import Record, canonical_json
-from p48ray.stages.context import StageContext
+from p48ray.run import run_root
+from p48ray.run.manifest import CompressedSums, EvaluationPart, UnitManifest
+from p48ray.run.output_layout import OutputShard
+from p48ray.run.plan import RunPlan, SequencePart, cut
+from p48ray.run.records import Record, canonical_json
 from p48ray.stages.tasks import Task
 from p48ray.store.view import SubStore
+from p48ray.texts.documents import digest_documents
+from p48ray.unit.context import StageContext
 
 ROWS_PER_HEAD_CALL = 4096  # tokens whose logits exist at once
 WEIGHT_SUFFIXES = ("weight_packed", "weight_scale", "weight_global_scale")

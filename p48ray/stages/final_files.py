@@ -5,13 +5,13 @@ import hashlib
 from collections.abc import Sequence
 from typing import Any
 
-from p48ray import run_root
 from p48ray.checkpoint.index import CONFIG_FILE, INDEX_FILE
 from p48ray.checkpoint.output_config import config_json, index_json, output_config
 from p48ray.checkpoint.sparse_storage import convert_config
-from p48ray.manifest import MANIFEST_FILE, CheckpointManifest, ShardVerdict, UnitManifest
-from p48ray.output_layout import OutputShard, shard_rows
-from p48ray.stages.context import StageContext
+from p48ray.run import run_root
+from p48ray.run.manifest import MANIFEST_FILE, CheckpointManifest, ShardVerdict, UnitManifest
+from p48ray.run.output_layout import OutputShard, shard_rows
+from p48ray.unit.context import StageContext
 
 
 def finish_checkpoint(

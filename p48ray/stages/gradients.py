@@ -20,19 +20,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from p48ray import run_root
 from p48ray.errors import CalibrationError
-from p48ray.manifest import GradientPart
 from p48ray.model.decoder import Decoder, attend, routed_experts
-from p48ray.plan import SequencePart
-from p48ray.run_root import BlobKind
+from p48ray.run import run_root
+from p48ray.run.manifest import GradientPart
+from p48ray.run.needs import read_needs
+from p48ray.run.plan import SequencePart
+from p48ray.run.run_root import BlobKind
 from p48ray.stages.blobs import Blob, BlobWriter
 from p48ray.stages.capture import write_boundary
-from p48ray.stages.context import StageContext
-from p48ray.stages.needs import read_needs
 from p48ray.stages.recompute import remake_boundaries
 from p48ray.stages.streaming import opened_layer, waves
-from p48ray.stages.token_rows import to_columns
+from p48ray.unit.context import StageContext
+from p48ray.unit.token_columns import to_columns
 
 ROWS_PER_HEAD_CALL = 2048  # tokens whose logits exist at once
 LABEL_SEED_STRIDE = 2**20  # parts of one calibration seed never share a stream of labels with another seed's

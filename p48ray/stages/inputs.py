@@ -3,17 +3,16 @@
 import hashlib
 from dataclasses import asdict
 
-from p48ray import run_root
 from p48ray.config import CalibrationConfig, EvaluationConfig
-from p48ray.manifest import StoreFacts, TokensManifest
-from p48ray.model.texts import load_sequences, load_tokenizer
-from p48ray.plan import RunPlan, settle_plan
-from p48ray.stages import arrow
+from p48ray.run import arrow, run_root
+from p48ray.run.manifest import StoreFacts, TokensManifest
+from p48ray.run.plan import RunPlan, settle_plan
 from p48ray.stages.evaluate import evaluation_digest
 from p48ray.stages.prepare import Prepared
 from p48ray.store.base import Store
 from p48ray.store.open import open_store, scheme_of
 from p48ray.store.probe import Capabilities, probe
+from p48ray.texts.sequences import load_sequences, load_tokenizer
 
 
 def open_run_root(plan: RunPlan, store_uri: str) -> Store:

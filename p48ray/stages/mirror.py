@@ -12,20 +12,20 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
-from p48ray import run_root
 from p48ray.checkpoint.index import CONFIG_FILE, INDEX_FILE, CheckpointIndex, open_checkpoint
 from p48ray.errors import ObjectMissingError, ShardCorruptError, SourceError
-from p48ray.manifest import MirrorManifest
-from p48ray.output_layout import OutputShard
-from p48ray.plan import MirroredFile, RunPlan
-from p48ray.records import LOADS_AT_ONCE
-from p48ray.stages.collect import delete_all
-from p48ray.stages.context import StageContext
+from p48ray.run import run_root
+from p48ray.run.collect import delete_all
+from p48ray.run.manifest import MirrorManifest
+from p48ray.run.output_layout import OutputShard
+from p48ray.run.plan import MirroredFile, RunPlan
+from p48ray.run.records import LOADS_AT_ONCE
 from p48ray.stages.tasks import Task
 from p48ray.store.base import Store
-from p48ray.store.hub import FileDigest, HubFile, HubStore
+from p48ray.store.hub.store import FileDigest, HubFile, HubStore
 from p48ray.store.open import mirror_source, open_store
 from p48ray.store.view import SubStore
+from p48ray.unit.context import StageContext
 
 CARD_FILE = "README.md"
 

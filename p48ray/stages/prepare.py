@@ -5,17 +5,14 @@ from pathlib import Path
 
 import torch
 
-from p48ray import run_root
 from p48ray.checkpoint.families import describe_model
 from p48ray.checkpoint.index import CheckpointIndex, open_checkpoint
 from p48ray.checkpoint.layout import ModelLayout
 from p48ray.config import RunConfig
 from p48ray.errors import ConfigError
-from p48ray.model.documents import digest_documents
-from p48ray.model.texts import digest_tokenizer
-from p48ray.output_layout import OutputShard, plan_output
-from p48ray.plan import MirroredFile, RunPlan, make_plan
-from p48ray.stages.context import StageContext
+from p48ray.run import run_root
+from p48ray.run.output_layout import OutputShard, plan_output
+from p48ray.run.plan import MirroredFile, RunPlan, make_plan
 from p48ray.stages.evaluate import check_length
 from p48ray.stages.mirror import files_to_mirror, look, mirrored
 from p48ray.stages.revisions import hub_places, read_held_plan, resolve
@@ -23,6 +20,9 @@ from p48ray.store.base import Store
 from p48ray.store.memory import MemoryStore
 from p48ray.store.open import mirror_source, open_store, scheme_of
 from p48ray.store.view import SubStore
+from p48ray.texts.documents import digest_documents
+from p48ray.texts.sequences import digest_tokenizer
+from p48ray.unit.context import StageContext
 
 DRY_RUN_STORE = "dry-run"
 

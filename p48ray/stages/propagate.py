@@ -16,21 +16,21 @@ from typing import Any
 
 import torch
 
-from p48ray import run_root
 from p48ray.checkpoint.header import parse_header
 from p48ray.checkpoint.tensors import from_bytes
 from p48ray.errors import CalibrationError, CorruptObjectError
-from p48ray.manifest import ActivationPart, UnitManifest
 from p48ray.model.decoder import Decoder, attend, mix
 from p48ray.model.experts import ActivationScales, ExpertWeights, RoutedExperts, RoutedInputs
-from p48ray.plan import SequencePart, WorkUnit
-from p48ray.run_root import BlobKind
+from p48ray.run import run_root
+from p48ray.run.manifest import ActivationPart, UnitManifest
+from p48ray.run.needs import read_needs
+from p48ray.run.plan import SequencePart, WorkUnit
+from p48ray.run.run_root import BlobKind
 from p48ray.stages.blobs import BlobWriter
 from p48ray.stages.capture import ResidualStream, write_activations
-from p48ray.stages.context import StageContext
 from p48ray.stages.evaluate import compressed_names, decode_compressed
-from p48ray.stages.needs import read_needs
 from p48ray.stages.streaming import opened_layer, waves
+from p48ray.unit.context import StageContext
 
 HEADER_LENGTH_BYTES = 8  # of a safetensors file, before its header
 

@@ -9,11 +9,11 @@ from collections.abc import Sequence
 import torch
 
 from p48ray.model.decoder import Decoder, attend, mix
+from p48ray.run.needs import Needs
 from p48ray.stages.blobs import BlobWriter
 from p48ray.stages.capture import ResidualStream
-from p48ray.stages.context import StageContext
-from p48ray.stages.needs import Needs
 from p48ray.stages.streaming import opened_layer, waves
+from p48ray.unit.context import StageContext
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from p48ray import run_root, trace
+from p48ray import trace
 from p48ray.checkpoint.decode import read_plain
 from p48ray.checkpoint.fp8 import Fp8Weight
 from p48ray.checkpoint.header import encode_header
@@ -19,15 +19,16 @@ from p48ray.checkpoint.sparse_storage import Storage
 from p48ray.checkpoint.storage_stream import StoredUnit, recoded_unit
 from p48ray.checkpoint.tensors import tensor_bytes
 from p48ray.errors import CorruptObjectError, ObjectMissingError, ShardCorruptError, SourceError
-from p48ray.manifest import UnitManifest
-from p48ray.output_layout import OutputShard, shard_rows, unit_entries
-from p48ray.plan import WorkUnit
-from p48ray.stages.collect import delete_all
-from p48ray.stages.context import StageContext
+from p48ray.run import run_root
+from p48ray.run.collect import delete_all
+from p48ray.run.manifest import UnitManifest
+from p48ray.run.output_layout import OutputShard, shard_rows, unit_entries
+from p48ray.run.plan import WorkUnit
 from p48ray.stages.tasks import Task
 from p48ray.store.base import ByteRange, ObjectInfo, Piece, Store
 from p48ray.store.open import scheme_of
 from p48ray.store.view import read_into
+from p48ray.unit.context import StageContext
 
 HASHED_BYTES = 8 * 2**20  # read at once while a shard on a disk is hashed: still in the processor's cache then
 HASH_THREADS = 4

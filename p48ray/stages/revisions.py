@@ -6,9 +6,9 @@ mean the same commit for as long as that plan is there.
 
 from collections.abc import Callable, Mapping
 
-from p48ray import run_root
 from p48ray.config import DocumentSource, RunConfig
-from p48ray.plan import RunPlan
+from p48ray.run import run_root
+from p48ray.run.plan import RunPlan
 from p48ray.store.base import Store
 from p48ray.store.open import scheme_of
 

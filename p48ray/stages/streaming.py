@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from p48ray.estimate_memory import WAVE_TOKENS
+from p48ray.estimate.memory import WAVE_TOKENS
 from p48ray.model.decoder import Decoder
 from p48ray.model.expert_loader import layer_experts
 from p48ray.model.experts import RoutedExperts, RoutedInputs
-from p48ray.plan import RunPlan, SequencePart
-from p48ray.stages.context import StageContext
+from p48ray.run.plan import RunPlan, SequencePart
+from p48ray.unit.context import StageContext
 
 
 def waves(plan: RunPlan, parts: Sequence[SequencePart]) -> Iterator[list[SequencePart]]:

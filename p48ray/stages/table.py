@@ -11,20 +11,20 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from p48ray import run_root
-from p48ray.manifest import ActivationPart, GradientPart, UnitManifest
-from p48ray.output_layout import OutputShard
-from p48ray.plan import RunPlan, cut
+from p48ray.run import run_root
+from p48ray.run.manifest import ActivationPart, GradientPart, UnitManifest
+from p48ray.run.output_layout import OutputShard
+from p48ray.run.plan import RunPlan, cut
 from p48ray.stages.capture import capture_parts
-from p48ray.stages.compress import compress_unit
-from p48ray.stages.context import StageContext
 from p48ray.stages.evaluate import conclude_evaluation, evaluate_and_record, evaluation_markers, parts_to_evaluate
 from p48ray.stages.gradients import gradient_parts
 from p48ray.stages.mirror import files_to_copy, mirror_file
 from p48ray.stages.propagate import propagate_parts
 from p48ray.stages.reduce import shards_to_stitch, stitch_shard
 from p48ray.stages.tasks import Task
-from p48ray.stages.verdict import conclude_verification, shards_to_verify, verify_and_record
+from p48ray.stages.verify import conclude_verification, shards_to_verify, verify_and_record
+from p48ray.unit.compress import compress_unit
+from p48ray.unit.context import StageContext
 
 Conclusion = Callable[[StageContext, tuple[OutputShard, ...], Sequence[UnitManifest]], object]
 StageManifest = type[ActivationPart] | type[GradientPart] | type[UnitManifest]

@@ -8,10 +8,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from p48ray import errors, run_root
+from p48ray import errors
 from p48ray.checkpoint.layout import PROJECTIONS
 from p48ray.errors import CorruptObjectError, P48Error, TransientStoreError
-from p48ray.manifest import Failure, UnitManifest
+from p48ray.run import run_root
+from p48ray.run.manifest import Failure, UnitManifest
 from p48ray.store.base import Store
 
 log = logging.getLogger(__name__)

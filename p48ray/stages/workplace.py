@@ -9,11 +9,9 @@ import torch
 from p48ray import trace
 from p48ray.checkpoint.families import FAMILIES, describe_model
 from p48ray.checkpoint.index import CONFIG_FILE
+from p48ray.estimate.fit import warn_of_memory
 from p48ray.model.decoder import architecture
-from p48ray.plan import RunPlan
-from p48ray.stages.compiling import start_compiling
-from p48ray.stages.context import StageContext
-from p48ray.stages.fit import warn_of_memory
+from p48ray.run.plan import RunPlan
 from p48ray.stages.inputs import open_run_root
 from p48ray.stages.mirror import look, open_source
 from p48ray.stages.table import STAGES
@@ -22,6 +20,8 @@ from p48ray.store.base import Store, Traffic
 from p48ray.store.checked_files import CheckedFiles
 from p48ray.store.node_cache import NodeCache, node_folder, sweep_unused
 from p48ray.store.view import local_path
+from p48ray.unit.compiling import start_compiling
+from p48ray.unit.context import StageContext
 
 
 def open_context(plan: RunPlan, store: Store, node: str | None = None) -> StageContext:

@@ -15,12 +15,12 @@ from typing import Any
 from urllib.parse import unquote
 
 from p48ray.errors import ConfigError
-from p48ray.store import hub
 from p48ray.store.base import Store
-from p48ray.store.hub import HubStore
+from p48ray.store.hub import store as hub
+from p48ray.store.hub.store import HubStore
 from p48ray.store.local import LocalStore
 from p48ray.store.memory import MemoryStore
-from p48ray.store.s3 import S3Store
+from p48ray.store.s3.store import S3Store
 
 ENDPOINT_VARIABLES = ["AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"]
 """Where commands look for an endpoint, as boto3 itself does; given to S3Store, it also decides how a bucket is addressed, and it travels to other processes."""

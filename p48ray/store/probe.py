@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from p48ray.errors import ConfigError, P48Error, TransientStoreError, UserError
 from p48ray.store.base import Store
-from p48ray.store.s3 import S3Store
-from p48ray.store.s3_multipart import MIN_PART_BYTES
+from p48ray.store.s3.multipart import MIN_PART_BYTES
+from p48ray.store.s3.store import S3Store
 from p48ray.store.view import SubStore
 
 FOLDER = "probe"

@@ -9,10 +9,10 @@ from rich.console import Console
 
 from bench import fleet
 from bench.simulated_ray import Fleet, SimulatedRay
-from p48ray import run_root
 from p48ray.checkpoint.layout import PROJECTIONS
 from p48ray.config import load_config
-from p48ray.manifest import UnitManifest
+from p48ray.run import run_root
+from p48ray.run.manifest import UnitManifest
 from p48ray.runner import dispatch, layer_units, overlap, pipeline, ray_runner
 from p48ray.stages.prepare import Prepared, prepare
 from tests.conftest import REPO

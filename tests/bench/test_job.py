@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from bench.job_report import PLANNED, STAGES
-from p48ray.estimate import Estimate
+from p48ray.estimate.plan_cost import Estimate
 from tests.conftest import REPO
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]

@@ -12,8 +12,8 @@ from bench.wide_checkpoint import write_checkpoint, write_texts
 from p48ray.checkpoint import skeleton
 from p48ray.checkpoint.families import describe_model
 from p48ray.checkpoint.index import open_checkpoint
-from p48ray.model.texts import load_tokenizer
 from p48ray.store.local import LocalStore
+from p48ray.texts.sequences import load_tokenizer
 from tests.conftest import TINY
 
 EXPERTS, MIXTURES = 12, 2  # so many that an order of numbers and one of names differ

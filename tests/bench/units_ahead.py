@@ -15,10 +15,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
-from p48ray import run_root
 from p48ray.config import load_config
-from p48ray.manifest import LayerScales, UnitManifest
-from p48ray.plan import RunPlan
+from p48ray.run import run_root
+from p48ray.run.manifest import LayerScales, UnitManifest
+from p48ray.run.plan import RunPlan
 from p48ray.runner.base import TaskList
 from p48ray.runner.local_runner import LocalRunner
 from p48ray.runner.pipeline import run_job
@@ -28,8 +28,8 @@ from p48ray.stages.tasks import Task
 from p48ray.store import open_store
 from p48ray.store.base import Store
 from tests.conftest import REPO, TINY
-from tests.store import fault_proxy
-from tests.store.servers import BUCKET, SeaweedFS, aws_environment, shared_server
+from tests.servers import fault_proxy
+from tests.servers.s3 import BUCKET, SeaweedFS, aws_environment, shared_server
 
 SETTINGS = {
     "calibration.documents": f"{TINY}/calibration.jsonl",

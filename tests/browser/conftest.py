@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from p48ray import run_root
-from p48ray.manifest import UnitManifest
 from p48ray.report.html import report_html
+from p48ray.run import run_root
+from p48ray.run.manifest import UnitManifest
 from p48ray.store import LocalStore
 from tests.browser.chromium import Chromium, find_chromium
 from tests.stages.small_run import SmallRun

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from p48ray.manifest import UnitManifest
+from p48ray.run.manifest import UnitManifest
 from tests.browser.chromium import Chromium
 
 pytestmark = pytest.mark.browser

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from typer.testing import CliRunner
 
-from p48ray import run_root
 from p48ray.cli import app
-from p48ray.manifest import ActivationPart, BoundaryPart, Failure, GradientPart, PartManifest, UnitManifest
+from p48ray.run import run_root
+from p48ray.run.manifest import ActivationPart, BoundaryPart, Failure, GradientPart, PartManifest, UnitManifest
 from p48ray.stages.blobs import WRITERS
 from p48ray.store.base import Store
 from p48ray.store.local import LocalStore

@@ -9,7 +9,7 @@ import pytest
 
 from tests.chaos.checks import assert_whole, checkpoint_bytes, problems_of, units_finished, units_repeated
 from tests.chaos.harness import QUICK_HEALTH_CHECK, Scene, Site, thaw
-from tests.store.servers import SeaweedFS, aws_identity
+from tests.servers.s3 import SeaweedFS, aws_identity
 
 __all__ = ["aws_identity"]
 

@@ -20,7 +20,7 @@ from typing import Any
 import psutil
 from ray.cluster_utils import Cluster
 
-from p48ray import run_root
+from p48ray.run import run_root
 from p48ray.store.base import TEMP_PREFIX, Store
 from p48ray.store.open import open_store
 from tests.conftest import REPO

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from p48ray import run_root
 from p48ray.checkpoint.families import describe_model
 from p48ray.checkpoint.index import open_checkpoint
-from p48ray.plan import RunPlan
+from p48ray.run import run_root
+from p48ray.run.plan import RunPlan
 from p48ray.store.local import LocalStore
 from tests.chaos.checks import assert_same_end, checkpoint_bytes, failures
 from tests.chaos.harness import NUM_UNITS, Hit, Scene, corrupt_a_unit, flip_a_bit, launch_deadly, pick

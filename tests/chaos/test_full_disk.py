@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from p48ray import run_root
+from p48ray.run import run_root
 from p48ray.stages.blobs import WRITERS
 from p48ray.store.base import TEMP_PREFIX
 from tests.chaos.checks import BLOBS, assert_blobs_are_whole, assert_same_end, blob_names

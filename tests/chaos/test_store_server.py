@@ -9,7 +9,7 @@ import pytest
 
 from tests.chaos.checks import assert_same_end
 from tests.chaos.harness import Scene, kill_a_node, kill_a_worker, kill_the_driver
-from tests.store.servers import BUCKET, SeaweedFS
+from tests.servers.s3 import BUCKET, SeaweedFS
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 

@@ -10,7 +10,7 @@ import pytest
 from botocore import xform_name
 from botocore.validate import ParamValidator
 
-from p48ray import run_root
+from p48ray.run import run_root
 from tests.conftest import REPO
 from tests.infra.conftest import INFRA
 
@@ -90,7 +90,7 @@ def test_listing_that_names_a_prefix_is_limited_to_it(statements: list[dict[str,
         assert statement["Condition"] == {"StringLikeIfExists": {"s3:prefix": [prefix, f"{prefix}/*"]}}
 
 
-@pytest.mark.skipif(not (REPO / "p48ray" / "store" / "s3.py").is_file(), reason="p48ray/store/s3.py is not there")
+@pytest.mark.skipif(not (REPO / "p48ray" / "store" / "s3.py").is_file(), reason="p48ray/store/s3/store.py is not there")
 def test_policy_allows_every_operation_that_the_s3_store_calls(s3: Any) -> None:
     methods = {xform_name(operation): operation for operation in s3.operation_names}
     allowed = set().union(*OPERATIONS.values())

@@ -13,9 +13,9 @@ from transformers import PreTrainedModel
 from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
 
 from p48ray.errors import SourceError
+from p48ray.finished.converter import convert_folder
 from p48ray.integrations import transformers as integration
 from p48ray.numerics import e2m1, nvfp4
-from p48ray.runner.converter import convert_folder
 from p48ray.store import LocalStore
 from tests.reference import whole_model
 from tests.stages.small_run import SmallRun

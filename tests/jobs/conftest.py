@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from tests.jobs.command import arguments, invoke
-from tests.store.servers import aws_identity, moto_server, seaweedfs  # noqa: F401 (fixtures)
+from tests.servers.read_hub import hub  # noqa: F401 (a fixture)
+from tests.servers.s3 import aws_identity, moto_server, seaweedfs  # noqa: F401 (fixtures)
 
 
 @pytest.fixture(scope="session")

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from p48ray.checkpoint.skeleton import write_kimi_k25_skeleton
-from p48ray.output_layout import OutputShard
-from p48ray.stages.context import StageContext
+from p48ray.run.output_layout import OutputShard
 from p48ray.stages.table import STAGES
+from p48ray.unit.context import StageContext
 from tests.conftest import REPO
 from tests.jobs.command import HELD_OUT, ROUNDED, arguments, attempts, invoke, run_process, snapshot
 

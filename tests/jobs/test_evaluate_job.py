@@ -19,13 +19,13 @@ import yaml
 from typer.testing import CliRunner
 
 from jobs import evaluate
+from p48ray.benchmarks import harness
+from p48ray.benchmarks.server_process import ServerProcess
 from p48ray.config import assign, read_yaml
-from p48ray.run_root import BENCHMARK_TABLE
-from p48ray.runner import harness
-from p48ray.runner.server_process import ServerProcess
+from p48ray.run.run_root import BENCHMARK_TABLE
 from tests.conftest import REPO
 from tests.jobs.command import CONFIG, Outcome, own_logging, small
-from tests.stages.recorded_harness import SINGLE
+from tests.run.recorded_harness import SINGLE
 
 pytestmark = pytest.mark.slow
 
@@ -117,7 +117,7 @@ def workshop(finished_run: Path, tmp_path: Path) -> Workshop:
 def server(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> Iterator[ServerProcess]:
     """Of the run's checkpoint, by its folder."""
     monkeypatch.setenv("PYTHONPATH", str(REPO))
-    started = ServerProcess([sys.executable, "-m", "tests.runner.small_server", str(workshop.root / "checkpoint")])
+    started = ServerProcess([sys.executable, "-m", "tests.benchmarks.small_server", str(workshop.root / "checkpoint")])
     try:
         while not started.state().is_healthy:
             assert started.process.poll() is None, started.last_lines()
@@ -297,7 +297,7 @@ def test_dry_run_prints_the_servers_command_and_touches_nothing(workshop: Worksh
 
 def test_base_on_the_hub_would_be_served_by_its_name_and_revision(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its identity is asked of the Hub, which is not there."""
-    monkeypatch.setattr("p48ray.runner.benchmarks.identify", lambda store: f"identity of {store.uri}")
+    monkeypatch.setattr("p48ray.benchmarks.job.identify", lambda store: f"identity of {store.uri}")
     workshop.configure(base={"checkpoint": "hf://owner/name@0123abc"})
     outcome = workshop.evaluate("--dry-run", "--checkpoint", "base", "--set", "benchmarks.server.gpus=8")
     assert "vllm serve owner/name --revision 0123abc --tensor-parallel-size 8" in outcome.out
@@ -305,7 +305,7 @@ def test_base_on_the_hub_would_be_served_by_its_name_and_revision(workshop: Work
 
 
 def test_checkpoint_in_a_bucket_needs_a_server_that_is_given(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("p48ray.runner.benchmarks.identify", lambda store: f"identity of {store.uri}")
+    monkeypatch.setattr("p48ray.benchmarks.job.identify", lambda store: f"identity of {store.uri}")
     workshop.configure(ours={"checkpoint": "s3://bucket/checkpoint"})
     outcome = workshop.evaluate()
     assert outcome.code == 2

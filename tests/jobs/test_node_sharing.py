@@ -14,8 +14,8 @@ from ray.cluster_utils import Cluster
 from p48ray.store import open_store
 from tests.conftest import REPO
 from tests.jobs.command import arguments, narrow_model
-from tests.store.fault_proxy import fault_proxy
-from tests.store.servers import BUCKET, Server, aws_environment
+from tests.servers.fault_proxy import fault_proxy
+from tests.servers.s3 import BUCKET, Server, aws_environment
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 

@@ -14,10 +14,10 @@ from typer.testing import CliRunner
 from p48ray.cli import app
 from p48ray.store import Store, open_store
 from tests.conftest import REPO
+from tests.finished.publish_command import launch_publish, published
 from tests.jobs.command import ROUNDED, arguments, invoke, narrow_model, own_logging
-from tests.publish.command import launch_publish, published
-from tests.publish.hub_server import TOKEN, Hub
-from tests.store.servers import BUCKET, Server
+from tests.servers.hub import TOKEN, Hub
+from tests.servers.s3 import BUCKET, Server
 
 LINEAR = "language_model.model.layers.1.mlp.experts.3.up_proj"
 

@@ -11,7 +11,7 @@ import pytest
 
 from p48ray.store import Store, open_store, retry
 from tests.jobs.command import Outcome, arguments, invoke, launch, narrow_model, run_process, snapshot
-from tests.store.servers import BUCKET, Server, aws_environment
+from tests.servers.s3 import BUCKET, Server, aws_environment
 
 
 def settings(server: Server, **more: str) -> dict[str, str]:

@@ -18,7 +18,7 @@ from p48ray.kernels.precompile import Launches, launch_all, parsed, row_counts
 pytestmark = pytest.mark.slow
 
 if TYPE_CHECKING:
-    from p48ray.stages.compiling import Compiling
+    from p48ray.unit.compiling import Compiling
 
 REPO = Path(__file__).resolve().parents[2]
 KERNELS = REPO / "p48ray" / "kernels"
@@ -122,7 +122,7 @@ def test_second_process_finds_everything_in_the_cache(tmp_path: Path) -> None:
 
 # The worker's side
 def compiling(code: str, patience_s: float = 20.0) -> "Compiling":
-    from p48ray.stages.compiling import Compiling  # which needs pydantic
+    from p48ray.unit.compiling import Compiling  # which needs pydantic
 
     return Compiling([sys.executable, "-c", code], patience_s)
 
@@ -185,8 +185,8 @@ def is_running(pid: int) -> bool:
 def test_command_of_a_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("pydantic")
     from p48ray.config import load_config
-    from p48ray.stages.compiling import command, start_compiling
     from p48ray.stages.prepare import prepare
+    from p48ray.unit.compiling import command, start_compiling
 
     monkeypatch.chdir(REPO)
     prepared = prepare(load_config(REPO / "configs" / "tiny.yaml", ("compression.output_curvature=true",), str(tmp_path)))

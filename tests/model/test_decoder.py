@@ -14,9 +14,9 @@ from p48ray.checkpoint.families import describe_model
 from p48ray.checkpoint.index import CheckpointIndex, open_checkpoint
 from p48ray.checkpoint.tensors import tensor_bytes
 from p48ray.errors import SourceError
-from p48ray.manifest import ActivationPart, BoundaryPart
 from p48ray.model.decoder import Decoder, run_layer
 from p48ray.model.experts import ExpertWeights, RoutedExperts, RoutedInputs
+from p48ray.run.manifest import ActivationPart, BoundaryPart
 from p48ray.stages.capture import capture_parts
 from p48ray.stages.prepare import prepare
 from p48ray.store import LocalStore

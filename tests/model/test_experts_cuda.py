@@ -12,8 +12,8 @@ from p48ray.model import experts as module
 from p48ray.model.expert_loader import ExpertLoader
 from p48ray.model.experts import ExpertWeights, RoutedCall, RoutedExperts, RoutedInputs
 from p48ray.model.pinned_pages import PinnedPages
-from p48ray.stages.staging import PIECE_BYTES, PIECES, Staging, to_device
-from p48ray.stages.token_rows import DeviceRoom
+from p48ray.unit.staging import PIECE_BYTES, PIECES, Staging, to_device
+from p48ray.unit.token_columns import DeviceRoom
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

@@ -7,17 +7,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from p48ray import run_root
 from p48ray.model.decoder import run_layer
 from p48ray.model.experts import RoutedInputs
-from p48ray.plan import SequencePart
-from p48ray.stages import arrow, capture, gradients
+from p48ray.run import arrow, run_root
+from p48ray.run.plan import SequencePart
+from p48ray.stages import capture, gradients
 from p48ray.stages.blobs import BlobWriter
 from p48ray.stages.capture import capture_parts
-from p48ray.stages.context import StageContext
 from p48ray.stages.gradients import gradient_parts, sample
 from p48ray.stages.prepare import prepare
 from p48ray.stages.streaming import opened_layer
+from p48ray.unit.context import StageContext
 from tests.reference import tiny_families, whole_gradients, whole_model
 from tests.stages.small_run import configure, write_inputs_once
 

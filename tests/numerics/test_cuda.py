@@ -12,8 +12,8 @@ from p48ray.numerics.asymmetric import compensated_target
 from p48ray.numerics.block_descent import block_descent
 from p48ray.numerics.curvature import SecondMoment, damp
 from p48ray.numerics.factor import inverse_factor
-from p48ray.numerics.metrics import hessian_loss
 from p48ray.numerics.paired48 import keep_top_pairs, pairs_to_inputs
+from p48ray.numerics.relative_errors import hessian_loss
 from p48ray.numerics.solution import SolverSettings
 from p48ray.numerics.solvers import solve
 from p48ray.numerics.sparsegpt import one_shot, one_shot_sparse

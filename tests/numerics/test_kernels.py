@@ -16,7 +16,7 @@ os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
 import triton
 import triton.language as tl
 
-from p48ray.kernels import activation, descend_panel, descent, one_shot, refinement, rounding, strips
+from p48ray.kernels import activation, descend_panel, descent, one_shot, refine_step, rounding, strips
 from p48ray.numerics import block_descent, nvfp4, refine, sparsegpt, two_sided
 from p48ray.numerics.activation import quantize_activations
 from p48ray.numerics.curvature import damp
@@ -157,7 +157,7 @@ def test_adam_s_step_and_the_values_that_come_of_it_are_refine_s(is_sparse: bool
     wanted = [t.clone() for t in (latent, first, second)]
     refine.adam_(wanted[0], 0.5 * gradient[mask].view(2, -1), wanted[1], wanted[2], rate[:, None], 3)
     grid = torch.zeros(2, 12, 64)
-    refinement.adam_step_((latent, first, second), gradient, grid, (unit, scale), keep, rate, refine.BETAS, 3, 0.5)
+    refine_step.adam_step_((latent, first, second), gradient, grid, (unit, scale), keep, rate, refine.BETAS, 3, 0.5)
     for found, expected in zip((latent, first, second), wanted, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
     whole = torch.zeros(2, 12, 64).masked_scatter_(mask, latent)

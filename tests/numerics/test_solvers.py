@@ -10,7 +10,7 @@ from torch import Tensor
 from p48ray.errors import NumericsError
 from p48ray.numerics import e2m1, nvfp4, paired48, solvers
 from p48ray.numerics.curvature import damp
-from p48ray.numerics.metrics import hessian_loss
+from p48ray.numerics.relative_errors import hessian_loss
 from p48ray.numerics.solution import Solution, SolverSettings
 from p48ray.numerics.solvers import SOLVERS, solve, sparse_values
 from tests.reference.problems import correlated, identity

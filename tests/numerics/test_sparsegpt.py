@@ -6,8 +6,8 @@ import torch
 from p48ray.errors import NumericsError
 from p48ray.numerics import nvfp4, paired48
 from p48ray.numerics.factor import inverse_factor
-from p48ray.numerics.metrics import hessian_loss
 from p48ray.numerics.paired48 import keep_top_pairs
+from p48ray.numerics.relative_errors import hessian_loss
 from p48ray.numerics.sparsegpt import Codes, one_shot, one_shot_sparse
 from tests.reference.elimination import eliminations, prune_row, quantize_row
 from tests.reference.problems import correlated, identity

@@ -9,14 +9,14 @@ import pytest
 from huggingface_hub import ModelCard
 from safetensors import safe_open
 
-from p48ray import run_root
 from p48ray.config import load_config
-from p48ray.manifest import UnitManifest
 from p48ray.report.card import model_card
-from p48ray.stages.context import StageContext
+from p48ray.run import run_root
+from p48ray.run.manifest import UnitManifest
 from p48ray.stages.evaluate import CompressedQuality, EvaluationResult
 from p48ray.stages.prepare import prepare
 from p48ray.store import MemoryStore
+from p48ray.unit.context import StageContext
 from tests.conftest import TINY
 from tests.stages.small_run import SmallRun
 

@@ -13,17 +13,17 @@ import jinja2
 import pytest
 from pydantic import BaseModel
 
-from p48ray import run_root
 from p48ray.config import RunConfig
-from p48ray.manifest import LinearRecord, UnitManifest
 from p48ray.report import charts, fold, heat, html
 from p48ray.report.html import SECTIONS, environment, render, report_html
 from p48ray.report.report import Report, build_report
 from p48ray.report.sample import LinearSample, sample_checkpoint
 from p48ray.report.scales import Scale
-from p48ray.stages.context import StageContext
+from p48ray.run import run_root
+from p48ray.run.manifest import LinearRecord, UnitManifest
+from p48ray.unit.context import StageContext
 from tests.conftest import REPO
-from tests.report.test_benchmarks import TABLE
+from tests.report.test_benchmark_section import TABLE
 from tests.report.test_html import with_ladder
 from tests.stages.small_run import SmallRun
 

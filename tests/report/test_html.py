@@ -16,9 +16,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-from p48ray import run_root
-from p48ray.manifest import LadderStep, LinearRecord, UnitManifest
-from p48ray.plan import plan_units
+from p48ray.finished.converter import convert_folder
 from p48ray.report import sample
 from p48ray.report.fold import Span, busy, merged, shared_seconds
 from p48ray.report.html import report_html
@@ -28,11 +26,13 @@ from p48ray.report.run_sections import idle
 from p48ray.report.sample import mask_overlap, sample_checkpoint
 from p48ray.report.scales import Scale, time_ticks
 from p48ray.report.work import Extrapolation
-from p48ray.runner.converter import convert_folder
-from p48ray.stages.context import StageContext
+from p48ray.run import run_root
+from p48ray.run.manifest import LadderStep, LinearRecord, UnitManifest
+from p48ray.run.plan import plan_units
 from p48ray.stages.evaluate import EvaluationResult
 from p48ray.store import LocalStore, MemoryStore
 from p48ray.store.view import SubStore
+from p48ray.unit.context import StageContext
 from tests.stages.small_run import SmallRun
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")

@@ -8,8 +8,8 @@ from rich.console import Console
 from torch import Tensor
 
 from p48ray.errors import ConfigError, SourceError
-from p48ray.manifest import CheckpointManifest
 from p48ray.report.inspect import Inspection, inspect_linear, print_inspection
+from p48ray.run.manifest import CheckpointManifest
 from p48ray.store import LocalStore, MemoryStore
 from tests.conftest import TINY
 from tests.reference import formats

@@ -10,9 +10,9 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from p48ray.manifest import LinearRecord, UnitManifest
 from p48ray.report.report import Report, build_report, few_tokens, print_report
 from p48ray.report.work import Extrapolation
+from p48ray.run.manifest import LinearRecord, UnitManifest
 from tests.stages.small_run import SmallRun
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")

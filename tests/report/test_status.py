@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from p48ray import run_root
 from p48ray.errors import ConfigError, ShardCorruptError
-from p48ray.manifest import Failure
 from p48ray.report.status import RunStatus, print_status, read_status
+from p48ray.run import run_root
+from p48ray.run.manifest import Failure
 from p48ray.stages.prepare import prepare
 from p48ray.store import LocalStore, MemoryStore
 from tests.report.test_work import felt, part, unit

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from p48ray import run_root
-from p48ray.manifest import ActivationPart, GradientPart, UnitManifest
-from p48ray.plan import RunPlan
 from p48ray.report.work import Work, duration, extrapolate, gpu_hours, measure, per_second, read_work
+from p48ray.run import run_root
+from p48ray.run.manifest import ActivationPart, GradientPart, UnitManifest
+from p48ray.run.plan import RunPlan
 from p48ray.stages import capture, gradients
 from p48ray.stages.prepare import prepare
 from p48ray.stages.table import STAGES

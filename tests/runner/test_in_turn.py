@@ -6,21 +6,21 @@ from pathlib import Path
 import pytest
 import torch
 
-from p48ray import run_root
 from p48ray.config import load_config
 from p48ray.errors import CorruptObjectError
-from p48ray.estimate import estimate
-from p48ray.stages import arrow, workplace
-from p48ray.stages.context import StageContext
+from p48ray.estimate.plan_cost import estimate
+from p48ray.run import arrow, run_root
+from p48ray.stages import workplace
 from p48ray.stages.prepare import Prepared, prepare
 from p48ray.stages.table import STAGES
 from p48ray.stages.tasks import Task, TaskResult
+from p48ray.unit.context import StageContext
 from tests.conftest import REPO, TINY
 from tests.jobs import command
 from tests.jobs.command import CONFIG, ROUNDED, invoke, small, snapshot
 from tests.runner.conftest import ALL_STAGES
 from tests.runner.test_keep import one_blob_behind, peak_bytes
-from tests.runner.test_runners import KillingRunner, flip_a_bit, run_through_power_cuts
+from tests.runner.test_ray_runner import KillingRunner, flip_a_bit, run_through_power_cuts
 
 pytestmark = pytest.mark.slow
 

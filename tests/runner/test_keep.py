@@ -19,28 +19,28 @@ import pytest
 import torch
 from safetensors.torch import load
 
-from p48ray import run_root
 from p48ray.checkpoint.storage_stream import StoredUnit
 from p48ray.config import load_config
 from p48ray.errors import ConfigError, CorruptObjectError, P48Error, ShardCorruptError, StageFailedError
-from p48ray.estimate import estimate, layers_run_again
-from p48ray.manifest import ActivationPart, GradientPart, TokensManifest, UnitManifest
-from p48ray.output_layout import unit_bytes, unit_rows
-from p48ray.plan import RunPlan, WorkUnit
+from p48ray.estimate.plan_cost import estimate, layers_run_again
 from p48ray.report.report import Report
 from p48ray.report.status import read_status
+from p48ray.run import arrow, run_root
+from p48ray.run.manifest import ActivationPart, GradientPart, TokensManifest, UnitManifest
+from p48ray.run.needs import Needs
+from p48ray.run.output_layout import unit_bytes, unit_rows
+from p48ray.run.plan import RunPlan, WorkUnit
 from p48ray.runner import pipeline
 from p48ray.runner.base import RedoError, TaskList, WorkSource, run_all
 from p48ray.runner.local_runner import LocalRunner
 from p48ray.runner.pipeline import run_job
-from p48ray.stages import arrow, blobs, capture, gradients, reduce
-from p48ray.stages.compress import Clock, Solved, store_unit
-from p48ray.stages.context import StageContext
-from p48ray.stages.needs import Needs
+from p48ray.stages import blobs, capture, gradients, reduce
 from p48ray.stages.prepare import Prepared, prepare
 from p48ray.stages.table import STAGES
 from p48ray.stages.tasks import Task, TaskResult
 from p48ray.store import LocalStore, MemoryStore
+from p48ray.unit.compress import Clock, Solved, store_unit
+from p48ray.unit.context import StageContext
 from tests.conftest import REPO, TINY, timeless
 from tests.jobs.command import CONFIG, attempts, small, snapshot
 from tests.runner.conftest import ALL_STAGES
@@ -192,7 +192,7 @@ DELETING = pytest.mark.parametrize("kept", ["units", "checkpoint"], indirect=Tru
 
 
 def expected_files(prepared: Prepared, keep: str, root: Path) -> set[str]:
-    """As the docstring of stages.collect says, by the names of run_root; the checkpoint's own files apart."""
+    """As the docstring of run.collect says, by the names of run_root; the checkpoint's own files apart."""
     plan = prepared.plan
     parts = [(n, p.part) for n in plan.layers for p in plan.parts]
     names = {

@@ -7,12 +7,12 @@ import pytest
 import torch
 from ray.util.metrics import Counter, Gauge
 
-from p48ray.manifest import LinearRecord, UnitManifest
+from p48ray.run.manifest import LinearRecord, UnitManifest
 from p48ray.runner import metrics
 from p48ray.runner.metrics import WorkerMetrics
-from p48ray.stages.context import StageContext
 from p48ray.stages.tasks import Task, TaskResult, facts_of
 from p48ray.store import MemoryStore
+from p48ray.unit.context import StageContext
 
 Series = dict[tuple[str, frozenset[tuple[str, str]]], float]
 

@@ -7,11 +7,12 @@ from unittest import mock
 
 import pytest
 
-from p48ray import run_root
 from p48ray.config import load_config
 from p48ray.errors import CalibrationError, P48Error, TransientStoreError
-from p48ray.manifest import ActivationPart, GradientPart, UnitManifest
-from p48ray.plan import SequencePart
+from p48ray.run import run_root
+from p48ray.run.manifest import ActivationPart, GradientPart, UnitManifest
+from p48ray.run.needs import read_needs
+from p48ray.run.plan import SequencePart
 from p48ray.runner import overlap, ray_runner
 from p48ray.runner.base import TaskList
 from p48ray.runner.local_runner import LocalRunner
@@ -19,16 +20,15 @@ from p48ray.runner.overlap import LOOK_S, Overlap
 from p48ray.runner.ray_runner import WorkerProcess
 from p48ray.stages import capture, gradients
 from p48ray.stages.blobs import BlobWriter
-from p48ray.stages.context import StageContext
-from p48ray.stages.needs import read_needs
 from p48ray.stages.prepare import Prepared, prepare
 from p48ray.stages.tasks import Task, TaskResult
 from p48ray.store import LocalStore, MemoryStore
 from p48ray.store.base import Store
+from p48ray.unit.context import StageContext
 from tests.conftest import REPO
 from tests.jobs.command import CONFIG, invoke, small, snapshot
 from tests.runner.conftest import ALL_STAGES
-from tests.runner.test_runners import arguments, assert_same_bytes
+from tests.runner.test_ray_runner import arguments, assert_same_bytes
 
 WAIT_S = 60.0
 TOP, BOTTOM = 4, 1  # the small model's mixtures are layers 1 to 4

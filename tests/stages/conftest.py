@@ -1,5 +1,5 @@
 """The stores that the stages' tests reach."""
 
-from tests.store.servers import aws_identity, seaweedfs
+from tests.servers.s3 import aws_identity, seaweedfs
 
 __all__ = ["aws_identity", "seaweedfs"]

@@ -6,15 +6,15 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from p48ray import run_root
 from p48ray.config import RunConfig, load_config
-from p48ray.plan import RunPlan
 from p48ray.report.report import Report
+from p48ray.run import run_root
+from p48ray.run.plan import RunPlan
 from p48ray.runner.local_runner import LocalRunner
 from p48ray.runner.pipeline import run_job
-from p48ray.stages.context import StageContext
 from p48ray.stages.inputs import write_inputs
 from p48ray.stages.prepare import Prepared, prepare
+from p48ray.unit.context import StageContext
 from tests.conftest import REPO, TINY
 
 SETTINGS = (

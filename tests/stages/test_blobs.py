@@ -12,15 +12,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from p48ray import run_root
 from p48ray.errors import CorruptObjectError, P48Error, ShardCorruptError
-from p48ray.manifest import ActivationPart, BoundaryPart, GradientPart, PartManifest
+from p48ray.run import run_root
+from p48ray.run.manifest import ActivationPart, BoundaryPart, GradientPart, PartManifest
 from p48ray.stages import blobs
-from p48ray.stages import context as context_module
 from p48ray.stages.blobs import BlobWriter
 from p48ray.stages.capture import write_boundary
-from p48ray.stages.context import StageContext
 from p48ray.store.local import LocalStore
+from p48ray.unit import context as context_module
+from p48ray.unit.context import StageContext
 from tests.stages.test_capture import open_run
 
 WAIT_S = 20.0

@@ -5,18 +5,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from p48ray import run_root
 from p48ray.config import load_config
-from p48ray.manifest import LayerScales
 from p48ray.model import decoder as decoder_module
 from p48ray.model.experts import RoutedInputs
-from p48ray.plan import RunPlan, SequencePart
-from p48ray.stages import arrow, capture
+from p48ray.run import arrow, run_root
+from p48ray.run.manifest import LayerScales
+from p48ray.run.plan import RunPlan, SequencePart
+from p48ray.stages import capture
 from p48ray.stages.blobs import BlobWriter
 from p48ray.stages.capture import capture_parts, finish_layer
-from p48ray.stages.context import StageContext
 from p48ray.stages.inputs import write_inputs
 from p48ray.stages.prepare import prepare
+from p48ray.unit.context import StageContext
 from tests.conftest import REPO, TINY, timeless
 from tests.reference import whole_model
 from tests.stages.small_run import write_inputs_once

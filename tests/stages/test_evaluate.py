@@ -14,15 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from p48ray import run_root
 from p48ray.checkpoint.index import open_checkpoint
-from p48ray.manifest import CompressedSums, EvaluationPart, LayerScales
 from p48ray.model.decoder import Decoder
 from p48ray.model.experts import RoutedExperts
-from p48ray.plan import SequencePart
 from p48ray.report.report import Report
-from p48ray.stages import arrow, evaluate
-from p48ray.stages.context import StageContext
+from p48ray.run import arrow, run_root
+from p48ray.run.manifest import CompressedSums, EvaluationPart, LayerScales
+from p48ray.run.plan import SequencePart
+from p48ray.stages import evaluate
 from p48ray.stages.evaluate import (
     CompressedExperts,
     CompressedQuality,
@@ -35,6 +34,7 @@ from p48ray.stages.evaluate import (
 from p48ray.stages.prepare import prepare
 from p48ray.stages.table import STAGES
 from p48ray.store import LocalStore
+from p48ray.unit.context import StageContext
 from tests.conftest import TINY
 from tests.reference import whole_model
 from tests.stages.slow_nvfp4 import decode_weights, quantize_tokens

@@ -15,19 +15,19 @@ from safetensors.torch import load
 from torch import Tensor
 from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
 
+from p48ray.finished.verify_checkpoint import CheckpointVerdict, verify_checkpoint
 from p48ray.integrations import transformers as integration
-from p48ray.manifest import CheckpointManifest
+from p48ray.run.manifest import CheckpointManifest
 from p48ray.runner.pipeline import run_job
 from p48ray.runner.ray_runner import RayRunner
 from p48ray.stages.prepare import prepare
-from p48ray.stages.verify_checkpoint import CheckpointVerdict, verify_checkpoint
 from p48ray.store import LocalStore, open_store
 from tests.conftest import timeless
 from tests.reference import fp8, tiny_families, whole_model
+from tests.servers.s3 import BUCKET, Server
 from tests.stages.damage import Folder
 from tests.stages.family_runs import SETTINGS, finished_family
 from tests.stages.small_run import SmallRun, configure, run_locally
-from tests.store.servers import BUCKET, Server
 
 pytestmark = pytest.mark.slow
 

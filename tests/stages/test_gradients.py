@@ -11,17 +11,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from p48ray import run_root
 from p48ray.errors import CalibrationError
-from p48ray.manifest import GradientPart
 from p48ray.model.decoder import Decoder, run_layer
 from p48ray.model.experts import ExpertWeights
-from p48ray.plan import SequencePart
-from p48ray.stages import arrow, gradients, streaming
+from p48ray.run import arrow, run_root
+from p48ray.run.manifest import GradientPart
+from p48ray.run.plan import SequencePart
+from p48ray.stages import gradients, streaming
 from p48ray.stages.blobs import BlobWriter
 from p48ray.stages.capture import capture_parts, write_boundary
-from p48ray.stages.context import StageContext
 from p48ray.stages.gradients import GradientStream, gradient_parts, head_gradient, sample, step_back
+from p48ray.unit.context import StageContext
 from tests.conftest import REPO, TINY
 from tests.reference import whole_gradients, whole_model
 from tests.stages.test_capture import files, open_run, token_ids

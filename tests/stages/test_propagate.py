@@ -8,17 +8,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from p48ray import run_root
 from p48ray.errors import CorruptObjectError
-from p48ray.manifest import ActivationPart, LayerScales, UnitManifest
 from p48ray.model.experts import RoutedInputs
-from p48ray.plan import SequencePart
+from p48ray.run import run_root
+from p48ray.run.manifest import ActivationPart, LayerScales, UnitManifest
+from p48ray.run.plan import SequencePart
 from p48ray.stages import propagate
 from p48ray.stages.blobs import BlobWriter
 from p48ray.stages.capture import capture_parts, finish_layer
-from p48ray.stages.compress import compress_unit
-from p48ray.stages.context import StageContext
 from p48ray.stages.propagate import propagate_parts
+from p48ray.unit.compress import compress_unit
+from p48ray.unit.context import StageContext
 from tests.conftest import REPO, TINY
 from tests.reference import whole_model
 from tests.stages.slow_nvfp4 import decode_weights

@@ -1,5 +1,5 @@
 """The servers, for every test of this folder."""
 
-from tests.store.servers import aws_identity, moto_server, seaweedfs
+from tests.servers.s3 import aws_identity, moto_server, seaweedfs
 
 __all__ = ["aws_identity", "moto_server", "seaweedfs"]

@@ -9,8 +9,8 @@ import pytest
 from p48ray.errors import ConfigError, TransientStoreError
 from p48ray.store import Capabilities, LocalStore, MemoryStore, S3Store, probe, retry
 from p48ray.store.view import SubStore
-from tests.store.fault_proxy import COPY_MARK, Fault, Rule, fault_proxy
-from tests.store.servers import BUCKET, Server, plain_client
+from tests.servers.fault_proxy import COPY_MARK, Fault, Rule, fault_proxy
+from tests.servers.s3 import BUCKET, Server, plain_client
 
 pytestmark = pytest.mark.server
 

@@ -13,10 +13,12 @@ import pytest
 import torch
 
 from p48ray.errors import ObjectMissingError, P48Error, ShardCorruptError
-from p48ray.store import ByteRange, LocalStore, MemoryStore, ObjectInfo, S3Store, Store, open_store, s3, s3_multipart
+from p48ray.store import ByteRange, LocalStore, MemoryStore, ObjectInfo, S3Store, Store, open_store
 from p48ray.store.base import CHUNK_BYTES, Written
+from p48ray.store.s3 import multipart
+from p48ray.store.s3 import store as s3
 from p48ray.store.view import SubStore
-from tests.store.servers import BUCKET
+from tests.servers.s3 import BUCKET
 
 BAD_KEYS = ["", "/a", "a//b", "a/", "..", "a/../b", "../a", ".", "./a", "a/.", "a\\b", "a\0b", "a/.p48tmp-1-2"]
 
@@ -213,7 +215,7 @@ class Pieces:
 @pytest.fixture
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(s3, "ONCE_PUT_MAX_BYTES", ONE_REQUEST_BYTES)
-    monkeypatch.setattr(s3_multipart, "UPLOAD_PART_BYTES", PART_BYTES)
+    monkeypatch.setattr(multipart, "UPLOAD_PART_BYTES", PART_BYTES)
 
 
 def assert_nothing_is_left(store: Store) -> None:

@@ -7,7 +7,7 @@ experts' names, sizes come from the config, and the two are checked against each
 from collections.abc import Mapping
 from typing import Any
 
-from p48ray.checkpoint.experts import ExpertEntries, check_divisibility, check_experts, check_untouched, int4_group_size
+from p48ray.checkpoint.expert_checks import ExpertEntries, check_divisibility, check_experts, check_untouched, int4_group_size
 from p48ray.checkpoint.families.record import Family, TextConfig
 from p48ray.checkpoint.families.registry import FAMILIES
 from p48ray.checkpoint.fp8 import check_fp8

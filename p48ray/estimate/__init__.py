@@ -1,0 +1,13 @@
+"""What a plan will cost before it is run. Arithmetic on a plan; nothing is measured on the spot.
+
+Belongs here: hours, bytes and memory as functions of a plan, with every measured rate and every
+fitted factor in one record.
+
+Read in this order:
+    plan_cost   the whole: bytes read, written and stored, time and memory
+    duration    FLOP, steps and bytes over measured rates (`Rates`)
+    memory      a worker's peak, on its GPU and beside it
+    fit         the peak against what a card and a machine have
+
+To add a rate: measure it (docs/PERFORMANCE.md), then a field of `Rates` with machine and date.
+"""

@@ -1,0 +1,299 @@
+"""How long a plan will take: the stages' FLOP, steps and bytes over measured rates. Arithmetic; every rate stands in `Rates`, nowhere else.
+
+    start | mirror | streams ......................... | units left | reduce | verify | evaluate          job_seconds
+                        units of layers that are complete, by the workers that do not stream
+
+A worker streams at the slowest of computing, reading, hashing and writing, which lie beside each other, once its first layer is through.
+A unit takes as long as its computation, or as fetching the next one where that is longer and units are read ahead. Transfers through a node's link are
+shared by the node's workers. Nothing is lost or repeated, and all units are alike.
+"""
+
+import math
+from dataclasses import dataclass
+
+from p48ray.checkpoint.layout import ModelLayout
+from p48ray.config import RunConfig
+from p48ray.numerics import code_descent
+from p48ray.numerics.paired48 import INPUTS_IN_GROUP
+from p48ray.numerics.refine import BATCH_TOKENS
+from p48ray.numerics.solvers import SOLVERS
+from p48ray.numerics.two_sided import ROW_GROUPS
+from p48ray.run.plan import RunPlan
+from p48ray.store.open import scheme_of
+
+
+class Rate(float):
+    """A number with its unit, and where it comes from."""
+
+    unit: str
+    where: str
+
+    def __new__(cls, value: float, unit: str, where: str) -> "Rate":
+        rate = super().__new__(cls, value)
+        rate.unit, rate.where = unit, where
+        return rate
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rates:
+    """What the hardware does in a second, or how long a step takes. `_s`: seconds a step; others: FLOP, bytes or weights a second."""
+
+    # The solver: a part that a unit pays whatever it holds, because columns wait for each other, and a part for every weight.
+    column_step_s: Rate  # one column of a one-shot pass
+    pair_group_step_s: Rate  # one pair_group of a descent sweep, of all rows or of a row group
+    weight_s: Rate  # one weight of a one-shot pass or of a one-sided sweep, with its share of what lies between them
+    two_sided_weight_s: Rate  # one weight of a two-sided sweep
+    code_step_s: Rate  # a pair_group of code descent, which is torch code
+    matmul_flops: Rate  # expert forwards and gradients in TF32, with all that lies between products in a unit
+    moment_flops: Rate  # second moments, counted as whole squares
+    factor_flops: Rate  # factors, counted as one cube
+    refine_flops: Rate  # refinement
+    # Streams
+    stream_begin_s: Rate  # until a stream's first write begins, imports and a GPU context included, and what is deleted at its end
+    stream_flops: Rate  # a worker's forwards and gradients through a layer
+    decode_weights: Rate  # experts of a checkpoint decoded for the evaluation
+    # Bytes: near is a folder of the node's own, far is a store that is read over the node's link
+    near_read: Rate  # a node, mapped files
+    near_write: Rate  # a node
+    near_copy: Rate  # a node, files into a file: reduce
+    link: Rate  # a node, each way
+    far_copy: Rate  # a node's calls for copies inside a bucket: reduce
+    hash_bytes: Rate  # a thread, SHA-256
+    gather_bytes: Rate  # a worker, a unit's own rows picked from mapped parts and brought to the device
+    check_bytes: Rate  # a worker, what verification reads, decodes and compares
+    # Once
+    ray_start_s: Rate
+    worker_start_s: Rate  # imports, the source's headers, a GPU context, what is left of compiling kernels
+    gpus_a_node: Rate  # GPUs that share a link
+
+
+HASHING_THREADS = 4  # of a streaming worker (stages.blobs.WRITERS)
+H200 = "one H200, bench/job.py, docs/PERFORMANCE.md"
+DISK = "a virtual disk beside one H200, fsync included, bench/job.py, docs/PERFORMANCE.md: yours may be faster"
+H100 = "one H100 80GB, 8 experts a unit, docs/PERFORMANCE.md"
+ASSUMED = "assumed, to be measured on a node of H200s"
+
+H200_NODE = Rates(
+    column_step_s=Rate(1.2e-6, "s", H100),
+    pair_group_step_s=Rate(3.5e-6, "s", H100),
+    weight_s=Rate(1.0e-10, "s", H100),
+    two_sided_weight_s=Rate(2.3e-10, "s", H100),
+    code_step_s=Rate(1.6e-3, "s", "five descent steps of that kind, by count of kernels: not measured"),
+    matmul_flops=Rate(1.75e14, "FLOP/s", H200),
+    moment_flops=Rate(6.5e14, "FLOP/s", H100),
+    factor_flops=Rate(2.8e13, "FLOP/s", H100),
+    refine_flops=Rate(1.37e14, "FLOP/s", H200),
+    stream_begin_s=Rate(15.0, "s", H200),
+    stream_flops=Rate(2.4e14, "FLOP/s", ASSUMED),
+    decode_weights=Rate(3.7e9, "weights/s", H200),
+    near_read=Rate(4e9, "bytes/s", ASSUMED),
+    near_write=Rate(1.2e9, "bytes/s", DISK),
+    near_copy=Rate(0.9e9, "bytes/s", DISK),
+    link=Rate(2.5e9, "bytes/s", ASSUMED),
+    far_copy=Rate(2.5e9, "bytes/s", ASSUMED),
+    hash_bytes=Rate(1.3e9, "bytes/s", H200),
+    gather_bytes=Rate(7e9, "bytes/s", H200),
+    check_bytes=Rate(1.35e9, "bytes/s", H200),
+    ray_start_s=Rate(7.0, "s", H200),
+    worker_start_s=Rate(13.0, "s", H200),
+    gpus_a_node=Rate(8, "GPUs", "assumed"),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bytes:
+    """What the stages move, all workers and nodes together; stream_read, of the source, a node. routed_token and unit_experts: of one."""
+
+    mirror: int
+    stream_read: int
+    stream_written: int
+    boundaries_read: int  # by the way back
+    unit_read: int
+    layer_tokens: int  # activations and gradients of one layer
+    routed_token: int  # one token of one expert, as stored
+    unit_experts: int  # of a unit, in the source
+    checkpoint: int
+    verified: int
+    num_shards: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Times:
+    """Seconds of wall clock by stage, each as if it had the workers for itself; job_seconds has the overlap. `_gpu_hours` are of computing alone."""
+
+    start_seconds: float
+    mirror_seconds: float
+    stream_seconds: float
+    unit_seconds: float
+    reduce_seconds: float
+    verify_seconds: float
+    evaluate_seconds: float
+    job_seconds: float
+    stream_gpu_hours: float
+    solver_gpu_hours: float
+    paid_gpu_hours: float
+
+
+def is_near(place: str, is_shared: bool) -> bool:
+    """A local folder that is not declared the same on every node (StageContext.store_is_near)."""
+    return not is_shared and scheme_of(place).is_local
+
+
+def num_nodes(workers: int, config: RunConfig, rates: Rates) -> int:
+    """Nodes that so many workers fill; a folder of a node's own means that there is one."""
+    if is_near(config.run.root, config.run.root_is_shared):
+        return 1
+    return max(1, math.ceil(workers * config.run.gpus_per_worker / rates.gpus_a_node))
+
+
+def times(plan: RunPlan, layout: ModelLayout, moved: Bytes, layer_passes: float, dense_elements: int, rates: Rates = H200_NODE) -> Times:
+    """Args: layer_passes: of all layers, by the streams, a way back counted as two. dense_elements: weights of all layers outside the experts."""
+    run = plan.config.run
+    workers = run.num_workers
+    tokens = plan.config.calibration.num_sequences * plan.config.calibration.sequence_length
+    flops = layer_passes * forward_flops(tokens, layout, dense_elements)
+    computed = loop_seconds(plan, layout, rates) + product_seconds(plan, layout, rates)
+    near, nodes = is_near(run.root, run.root_is_shared), num_nodes(workers, plan.config, rates)
+    stream = stream_seconds(plan, moved, flops, rates)
+    unit = unit_seconds(plan, moved, computed, rates)
+    start = rates.ray_start_s + rates.worker_start_s
+    mirror = moved.mirror / (rates.link * nodes)
+    reduce = moved.checkpoint / ((rates.near_copy if near else rates.far_copy) * nodes)
+    read = rates.near_read if near else rates.link
+    checkers = max(1, min(workers, moved.num_shards))
+    verify = max(moved.verified / (read * nodes), moved.verified / (rates.check_bytes * checkers))
+    evaluate = 0.0 if plan.is_pilot else evaluate_seconds(plan, layout, dense_elements, rates)
+    job = start + mirror + overlapped_seconds(plan, stream, moved, computed, rates) + reduce + verify + evaluate
+    return Times(
+        start_seconds=start,
+        mirror_seconds=mirror,
+        stream_seconds=stream,
+        unit_seconds=unit,
+        reduce_seconds=reduce,
+        verify_seconds=verify,
+        evaluate_seconds=evaluate,
+        job_seconds=job,
+        stream_gpu_hours=flops / rates.stream_flops / 3600,
+        solver_gpu_hours=computed / 3600,
+        paid_gpu_hours=workers * run.gpus_per_worker * job / 3600,
+    )
+
+
+def stream_seconds(plan: RunPlan, moved: Bytes, flops: float, rates: Rates) -> float:
+    """From the first layer up to the last one back, of the worker that has the most parts."""
+    run = plan.config.run
+    workers = min(run.capture_workers or run.num_workers, len(plan.parts))
+    share = math.ceil(len(plan.parts) / workers) / len(plan.parts)
+    nodes = num_nodes(workers, plan.config, rates)
+    near = is_near(run.root, run.root_is_shared)
+    source_near = near if plan.source.mirror else is_near(plan.config.source.checkpoint, False)
+    written = moved.stream_written / ((rates.near_write if near else rates.link) * nodes)
+    read = moved.stream_read / (rates.near_read if source_near else rates.link)
+    read += moved.boundaries_read / ((rates.near_read if near else rates.link) * nodes)
+    hashed = moved.stream_written * share / (rates.hash_bytes * HASHING_THREADS)
+    return rates.stream_begin_s + max(flops * share / rates.stream_flops, written, read, hashed)
+
+
+def fetch_seconds(plan: RunPlan, layout_tokens: float, moved: Bytes, rates: Rates) -> float:
+    """What one worker needs for one unit, without what waits for a shared link.
+
+    Hashing its share of the parts, where they come from afar (near ones were hashed by who wrote them); gathering rows; experts from near.
+    """
+    is_hashed_by_writers = is_near(plan.config.run.root, plan.config.run.root_is_shared)
+    hashed = 0.0 if is_hashed_by_writers else moved.layer_tokens * len(plan.layers) / len(plan.units)
+    return hashed / rates.hash_bytes + layout_tokens * moved.routed_token / rates.gather_bytes + moved.unit_experts / rates.near_read
+
+
+def tokens_of_unit(plan: RunPlan) -> float:
+    """Routed tokens of a unit, on average."""
+    c, source = plan.config.calibration, plan.source
+    return c.num_sequences * c.sequence_length * source.top_k / source.num_experts * plan.config.run.experts_per_unit
+
+
+def unit_seconds(plan: RunPlan, moved: Bytes, computed: float, rates: Rates, units: int | None = None) -> float:
+    """Of all units (or so many of them) by all workers, and the first fetch, which nothing is computed beside.
+
+    Args: computed: seconds that all units compute, together.
+    """
+    run, total = plan.config.run, len(plan.units)
+    left = total if units is None else units
+    if not left:
+        return 0.0
+    near, nodes = is_near(run.root, run.root_is_shared), num_nodes(run.num_workers, plan.config, rates)
+    one, fetch = computed / total, fetch_seconds(plan, tokens_of_unit(plan), moved, rates)
+    each = max(one, fetch) if run.prefetch_units else one + fetch
+    wall = math.ceil(left / run.num_workers) * each
+    first = fetch
+    if not near:
+        wall = max(wall, moved.unit_read * left / total / (rates.link * nodes))
+        first += (moved.layer_tokens + moved.unit_experts) / rates.link
+    return wall + first
+
+
+def overlapped_seconds(plan: RunPlan, stream: float, moved: Bytes, computed: float, rates: Rates) -> float:
+    """Streams, and the units that are left when they end: workers that do not stream solve what is complete by then.
+
+    Layers come down from the top after the way up, a third of the streams' work, or with no way back as they are passed. Where layers take turns nothing
+    overlaps.
+    """
+    run, total = plan.config.run, len(plan.units)
+    if plan.propagates:
+        return stream + unit_seconds(plan, moved, computed, rates)
+    solvers = run.num_workers - min(run.capture_workers or run.num_workers, len(plan.parts))
+    each = max(computed / total, fetch_seconds(plan, tokens_of_unit(plan), moved, rates))
+    begins = stream / 3 if plan.config.compression.output_curvature else stream / max(1, plan.num_streamed_layers)
+    done = int(max(0, solvers) * (stream - begins) / each)
+    last_layer = math.ceil(total / len(plan.layers))
+    return stream + unit_seconds(plan, moved, computed, rates, max(total - done, last_layer))
+
+
+def evaluate_seconds(plan: RunPlan, layout: ModelLayout, dense_elements: int, rates: Rates) -> float:
+    """Source and result on held-out text, part by part; every part decodes every expert, of the result once a view of its activations."""
+    settings, c = plan.config.evaluation, plan.config.compression
+    if settings is None:
+        return 0.0
+    sees_both = settings.activations == "nvfp4" and c.sparsity == "paired-4:8" and c.scale_span == 32
+    models = 2 + (sees_both and (settings.activation_group or c.activation_group) == 16)
+    parts = math.ceil(settings.num_sequences / settings.sequences_per_part)
+    share = math.ceil(parts / min(plan.config.run.num_workers, parts)) / parts
+    flops = models * forward_flops(settings.num_sequences * settings.sequence_length, layout, dense_elements)
+    weights = models * parts * len(layout.moe_layers) * layout.num_experts * 3 * layout.hidden_size * layout.moe_intermediate_size
+    return share * (flops / rates.stream_flops + weights / rates.decode_weights)
+
+
+def forward_flops(tokens: int, layout: ModelLayout, dense_elements: int) -> float:
+    """Two FLOP per weight that a token meets, layer weights outside the experts and top_k experts a layer."""
+    routed = len(layout.moe_layers) * layout.top_k * 3 * layout.hidden_size * layout.moe_intermediate_size
+    return 2.0 * tokens * (dense_elements + routed)
+
+
+def loop_seconds(plan: RunPlan, layout: ModelLayout, rates: Rates = H200_NODE) -> float:
+    """The column loops of all units: one-shot passes and descent sweeps of gate and up (hidden inputs) and of down (intermediate inputs)."""
+    c = plan.config.compression
+    inputs = layout.hidden_size + layout.moe_intermediate_size
+    row_groups = ROW_GROUPS if c.output_curvature else 1
+    code_groups = code_descent.ROW_GROUPS if c.output_curvature else 1
+    solver = SOLVERS[c.solver]
+    sweeps, code_sweeps = c.sweeps * solver.descends, c.code_sweeps * solver.descends
+    passes = solver.column_passes
+    steps = sweeps * row_groups * rates.pair_group_step_s + code_sweeps * code_groups * rates.code_step_s
+    seconds_of_unit = inputs * (passes * rates.column_step_s + steps / INPUTS_IN_GROUP)
+    weights = 3 * layout.hidden_size * layout.moe_intermediate_size
+    sweep_s = rates.two_sided_weight_s if c.output_curvature else rates.weight_s
+    seconds_of_expert = weights * (passes * rates.weight_s + sweeps * sweep_s)
+    return sum(seconds_of_unit + u.num_experts * seconds_of_expert for u in plan.units)
+
+
+def product_seconds(plan: RunPlan, layout: ModelLayout, rates: Rates = H200_NODE) -> float:
+    """The products of all experts outside the loops: moments and expert forwards, factors, the gradients' side, refinement."""
+    h, f = layout.hidden_size, layout.moe_intermediate_size
+    calibration, c = plan.config.calibration, plan.config.compression
+    routed = calibration.num_sequences * calibration.sequence_length * layout.top_k / layout.num_experts
+    moments, forwards = 2 * routed * (h * h + 3 * f * f), 2 * routed * 6 * h * f
+    if c.output_curvature:
+        moments += 2 * routed * (4 * f * f + h * h)
+        forwards += 2 * routed * 6 * h * f
+    factors = (h**3 + f**3) * SOLVERS[c.solver].needs_hessian
+    refinement = 24 * c.refine_steps * BATCH_TOKENS * h * f
+    seconds = moments / rates.moment_flops + forwards / rates.matmul_flops + factors / rates.factor_flops + refinement / rates.refine_flops
+    return seconds * sum(u.num_experts for u in plan.units)

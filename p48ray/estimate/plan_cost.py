@@ -1,0 +1,202 @@
+"""What a plan will cost before it is run: bytes read, written and stored, time, memory. Arithmetic on the plan, nothing measured on the spot."""
+
+from dataclasses import asdict, dataclass
+
+from p48ray.checkpoint.header import DTYPE_BYTES
+from p48ray.checkpoint.index import CheckpointIndex
+from p48ray.checkpoint.layout import ModelLayout
+from p48ray.estimate.duration import H200_NODE, Bytes, Rates, Times, is_near, num_nodes, times, tokens_of_unit
+from p48ray.estimate.memory import Memory, memory_of, routed_token_bytes, stored_bytes
+from p48ray.run.output_layout import OutputShard, layer_of, unit_bytes, untouched_tensors
+from p48ray.run.plan import RunPlan
+
+ROUTING_BYTES = 2 + 4  # expert id and router weight of one routed token
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Estimate(Times):
+    """Bytes, seconds and memory of one plan.
+
+    `_read_bytes`: of streams a node, of units all workers together. `_seconds`: see duration.Times; `_gpu_hours` of computing alone, paid_gpu_hours
+    for as long as the job takes. memory: of one worker at its peaks.
+    """
+
+    num_tokens: int
+    source_bytes: int
+    mirror_bytes: int
+    stream_read_bytes: int
+    activation_bytes: int
+    residual_bytes: int
+    gradient_bytes: int
+    unit_read_bytes: int
+    unit_bytes: int
+    untouched_bytes: int
+    checkpoint_bytes: int
+    peak_stored_bytes: int
+    memory: Memory
+
+    @property
+    def gpu_hours(self) -> float:
+        """In which something is computed."""
+        return self.stream_gpu_hours + self.solver_gpu_hours
+
+    @property
+    def gpu_bytes(self) -> int:
+        """GPU memory of a worker; 0 without a GPU."""
+        return self.memory.gpu
+
+    @property
+    def host_bytes(self) -> int:
+        """Other memory of a worker."""
+        return self.memory.host
+
+
+def estimate(
+    plan: RunPlan, index: CheckpointIndex, layout: ModelLayout, shards: tuple[OutputShard, ...], rates: Rates = H200_NODE
+) -> Estimate:
+    """Estimate a plan; of a pilot, its own layers. Manifests and headers are not counted."""
+    c, moe = plan.config.calibration, len(plan.layers)
+    tokens = c.num_sequences * c.sequence_length
+    goes_back = plan.config.compression.output_curvature
+    boundary = tokens * layout.hidden_size * (4 if c.compute_dtype == "float32" else 2)
+    seen = tokens * (stored_bytes(layout.hidden_size, c.stored_bits) + ROUTING_BYTES * layout.top_k)
+    felt = tokens * stored_bytes(layout.hidden_size, c.stored_bits) if goes_back else 0
+    boundaries_back = layout.num_layers - plan.layers[0] if goes_back else 0
+    units = sum(unit_bytes(layout, u) for u in plan.units)
+    source = sum(e.num_bytes for e in index.tensors.values())
+    untouched = untouched_tensors(index, layout)
+    untouched_bytes = sum(e.num_bytes for e in untouched)
+    experts_bytes = sum(e.num_bytes for e in index.tensors.values() if layout.is_expert_tensor(e.name))
+    checkpoint = sum(s.num_bytes for s in shards)
+    dense = sum(e.num_bytes // DTYPE_BYTES[e.dtype] for e in untouched if layer_of(layout, e.name) is not None)
+    # On the way back every layer is run again, then differentiated with respect to its activations.
+    directions = 3 if goes_back else 0 if plan.propagates else 1
+    streamed = plan.num_streamed_layers / layout.num_layers
+    again = layers_run_again(plan)
+    in_turn = plan.propagates * (plan.layers[-1] + 1) / layout.num_layers  # each layer as the source has it, then compressed
+    mirror = sum(f.size_bytes for f in plan.source.mirror)
+    stream_read = round(source * (streamed * min(directions, 2) + again / layout.num_layers + in_turn) + units * plan.propagates)
+    activations, residuals, gradients = moe * seen, (num_boundaries(plan) + again) * boundary, moe * felt + boundaries_back * boundary
+    own_experts = experts_bytes * moe // len(layout.moe_layers)
+    unit_read = own_experts + token_bytes_read(plan, moe * (seen + felt), rates)
+    moved = Bytes(
+        mirror=mirror,
+        stream_read=stream_read,
+        boundaries_read=residuals * goes_back,
+        stream_written=activations + residuals + gradients,
+        unit_read=unit_read,
+        layer_tokens=seen + felt,
+        routed_token=routed_token_bytes(plan),
+        unit_experts=own_experts // len(plan.units),
+        checkpoint=checkpoint,
+        verified=checkpoint + source * bool(shards),
+        num_shards=len(shards),
+    )
+    passes = directions * streamed + again / layout.num_layers + 2 * in_turn
+    return Estimate(
+        num_tokens=tokens,
+        source_bytes=source,
+        mirror_bytes=mirror,
+        stream_read_bytes=stream_read,
+        activation_bytes=activations,
+        residual_bytes=residuals,
+        gradient_bytes=gradients,
+        unit_read_bytes=unit_read,
+        unit_bytes=units,
+        untouched_bytes=untouched_bytes,
+        checkpoint_bytes=checkpoint,
+        peak_stored_bytes=mirror + peak_stored_bytes(plan, boundary, moe * seen, moe * felt, units, checkpoint),
+        memory=memory_of(plan, index, layout),
+        **asdict(times(plan, layout, moved, passes, dense, rates)),
+    )
+
+
+def token_bytes_read(plan: RunPlan, stored: int, rates: Rates) -> int:
+    """What units read of the layers' tokens: from near each its own, from afar a node a layer once, for all its units (while its cache has room).
+
+    Args: stored: all activations and gradients.
+    """
+    run = plan.config.run
+    if is_near(run.root, run.root_is_shared):
+        return round(len(plan.units) * tokens_of_unit(plan) * routed_token_bytes(plan))
+    return round(stored * max(1.0, num_nodes(run.num_workers, plan.config, rates) / len(plan.layers)))
+
+
+def layers_run_again(plan: RunPlan) -> int:
+    """Layers that the way back runs up once more to get at boundaries that were not left to it (run.boundary_every)."""
+    if plan.config.run.keep == "all" or not plan.config.compression.output_curvature:
+        return 0
+    read = range(plan.layers[0] + 1, plan.source.num_layers + 1)
+    segments: dict[int, int] = {}
+    for boundary in read:
+        base = plan.base_of(boundary)
+        segments[base] = max(segments.get(base, 0), boundary - base)
+    return sum(segments.values())
+
+
+def peak_stored_bytes(plan: RunPlan, boundary: int, seen: int, felt: int, units: int, checkpoint: int) -> int:
+    """The most that the run root holds at a time under run.keep (run.collect), the mirror apart, which stays.
+
+    With keep: all the sum of everything. Otherwise the largest over all states that streams and units can be in together: so many layers streamed (from the
+    top where there is a way back, else from the bottom), so many of them finished, whose tokens are gone, and units under way in as many more as there are
+    workers that do not stream. Last, unit shards beside the checkpoint.
+    """
+    boundaries_back = plan.source.num_layers - plan.layers[0] if plan.config.compression.output_curvature else 0
+    if plan.config.run.keep == "all":
+        return seen + num_boundaries(plan) * boundary + felt + boundaries_back * boundary + units + checkpoint
+    if plan.propagates:
+        return max(peak_in_turn(plan, boundary, boundaries_back, seen, felt, units), units + checkpoint)
+    layers, workers = len(plan.layers), plan.config.run.num_workers
+    goes_back = plan.config.compression.output_curvature
+    most = (
+        seen + (len(boundaries_held(plan, plan.source.num_layers)) + 1) * boundary if goes_back else 0
+    )  # the head has answered with a first gradient
+    for streamed in range(1, layers + 1):
+        streams = boundaries_under_way(plan, streamed) * boundary
+        solvers = workers - 1  # whoever does not stream, while anybody does
+        for finished in range(streamed + 1 if solvers else 1):
+            tokens = seen * (layers - finished if goes_back else streamed - finished) + felt * (streamed - finished)
+            begun = min(streamed, finished + solvers)
+            most = max(most, (tokens + units * begun) // layers + streams)
+    for finished in range(layers + 1):
+        most = max(most, ((seen + felt) * (layers - finished) + units * min(layers, finished + workers)) // layers)
+    return max(most, units + checkpoint)
+
+
+def peak_in_turn(plan: RunPlan, boundary: int, boundaries_back: int, seen: int, felt: int, units: int) -> int:
+    """The same where layers take turns: first the gradients of all layers, then one layer's activations at a time beside those that still wait."""
+    layers = len(plan.layers)
+    most = (boundaries_back + 1) * boundary if felt else 0
+    for streamed in range(1, layers + 1 if felt else 1):
+        most = max(most, felt * streamed // layers + boundaries_under_way(plan, streamed) * boundary)
+    for finished in range(layers):
+        waiting = felt * (layers - finished)
+        streaming = (waiting + units * finished) // layers + 2 * boundary
+        most = max(most, streaming, (waiting + seen + units * (finished + 1)) // layers + boundary)
+    return most
+
+
+def num_boundaries(plan: RunPlan) -> int:
+    """Of the residual stream: the source's own, unless it is not run, and those behind compressed layers."""
+    is_run = not plan.propagates or plan.config.compression.output_curvature
+    return is_run * len(plan.boundaries) + plan.propagates * plan.layers[-1]
+
+
+def boundaries_under_way(plan: RunPlan, streamed: int) -> int:
+    """Layer boundaries stored for each part that has just been through `streamed` of the planned layers.
+
+    Up: the one that the next layer starts from and the one that it writes. Back: a gradient in hand and the next one coming, and the boundaries that are
+    still to be read.
+    """
+    held = boundaries_held(plan, plan.layers[-streamed]) if plan.config.compression.output_curvature else set()
+    return len(held) + (1 if streamed == len(plan.layers) else 2)
+
+
+def boundaries_held(plan: RunPlan, number: int) -> set[int]:
+    """Boundaries that the way back holds when it comes to layer `number` (num_layers: the head): those that are left to it (run.boundary_every) up to there,
+    and of the segment that it is in those that are run again."""
+    lowest = plan.layers[0]
+    if number <= lowest:
+        return set()
+    left = {plan.base_of(b) for b in range(lowest + 1, number + 1)} - {0}
+    return left | set(range(plan.base_of(number) + 1, number + 1))

@@ -1,0 +1,15 @@
+"""The run root: all that is state. Records of what will be done and what was done, and where they lie.
+
+Belongs here: a stored record, the name of an object, and pure functions of both. Nothing computes.
+
+Read in this order:
+    run_root        the name of every object
+    records         the base of all that is stored: frozen, closed to unknown keys, strict JSON
+    plan            what will be done: a function of the configuration and the checkpoint's headers
+    manifest        what was done: one record for each finished piece of work
+    output_layout   where every byte of the output lies
+    needs, collect  what a run root still lacks, and what of it nobody will read again
+    arrow           rows of tokens as files; benchmark_results: records of an evaluation by tasks
+
+To add a record: derive it from records.Record with a schema_version, name its object in run_root.
+"""

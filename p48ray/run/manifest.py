@@ -1,0 +1,237 @@
+"""What was done: the records that mark finished work. A thing is done when its manifest exists."""
+
+import hashlib
+from typing import Literal
+
+from pydantic import Field
+
+from p48ray.run.records import Record, canonical_json
+from p48ray.run.run_root import BlobKind
+
+MANIFEST_FILE = "p48ray.json"
+"""Of a finished checkpoint, beside its weights."""
+
+Outcome = Literal["solved", "one_shot", "round_to_nearest"]
+
+
+class StoreFacts(Record):
+    """What a bucket was seen to do when the run began (store.probe); every process opens it accordingly."""
+
+    schema_version: Literal[1] = 1
+    range_copy: bool = Field(description="Byte ranges are copied on the store's side.")
+    unequal_parts: bool
+    checksums: bool = Field(description="SHA-256 of objects is kept and told.")
+
+
+class MirrorManifest(Record):
+    """One file of the source that lies in the run root, byte for byte as the Hub lists it."""
+
+    schema_version: Literal[1] = 1
+    source: str = Field(description="hf:// uri with the commit.")
+    path: str
+    size_bytes: int
+    sha256: str = Field(description="Of the bytes as they were copied.")
+    seconds: float
+    finished_at: float = Field(description="Unix time, seconds.")
+
+
+class TokensManifest(Record):
+    """Packed token ids: of the calibration sequences, or of an evaluation's."""
+
+    schema_version: Literal[1] = 1
+    owner: str = Field(description="The plan's digest, or the evaluation's.")
+    size_bytes: int
+    sha256: str
+
+
+class PartManifest(Record):
+    """One blob of a stream: one part at one layer. `kind` says of what."""
+
+    schema_version: Literal[1] = 1
+    plan_digest: str
+    kind: BlobKind
+    layer: int
+    part: int
+    num_tokens: int
+    size_bytes: int
+    sha256: str
+    seconds: float = Field(description="That the stream took for the part at this layer, a share of what its parts did together included.")
+    write_seconds: float = Field(description="That a thread beside it took to hash and write the blob.")
+    finished_at: float = Field(description="Unix time, seconds, when the blob was durable.")
+
+
+class BoundaryPart(PartManifest):
+    """A layer boundary: the residual stream that enters a layer, or the gradient with respect to it."""
+
+    kind: Literal["residuals", "compressed-residuals", "residual-gradients"]
+
+
+class ActivationPart(PartManifest):
+    """One part of one layer's captured expert inputs."""
+
+    kind: Literal["activations"] = "activations"
+    amax_input: float = Field(ge=0, description="Largest |x| over the MoE inputs, as stored (bf16).")
+    amax_intermediate: float = Field(ge=0, description="Largest |h| over all routed experts' intermediates, original weights.")
+    tokens_per_expert: tuple[int, ...]
+
+
+class GradientPart(PartManifest):
+    """One part of the gradients at one layer's routed output."""
+
+    kind: Literal["gradients"] = "gradients"
+    mean_square: float = Field(ge=0, description="Mean over tokens of |delta|^2.")
+
+
+class LayerScales(Record):
+    """The two input global scales of a complete layer (DESIGN 2.2: one scale for all experts of a layer, so that units stay independent)."""
+
+    schema_version: Literal[1] = 1
+    plan_digest: str
+    layer: int
+    amax_input: float
+    amax_intermediate: float
+    gate_up: float = Field(gt=0, description="448 * 6 / amax_input.")
+    down: float = Field(gt=0, description="448 * 6 / (margin * amax_intermediate).")
+    tokens_per_expert: tuple[int, ...]
+
+
+class LinearRecord(Record):
+    """What became of one expert linear."""
+
+    name: str
+    tokens: int
+    outcome: Outcome
+    reason: str
+    damp: float = Field(description="Fraction of the Hessian's mean diagonal that was added; 0 where no factor was needed.")
+    shrinkage: float = Field(description="Weight of the layer's statistics in this expert's, 0 to 1.")
+    relative_weight_error: float = Field(description="|W - Q|^2 / |W|^2.")
+    relative_output_error: float = Field(description="Mean |W h - Q h'|^2 / mean |W h|^2 over the calibration tokens (see unit.compress).")
+
+
+class LadderStep(Record):
+    """Error of one expert's linears after one step of its solve (unit.ladder), by "gate_up" and "down"."""
+
+    step: str
+    output_error: dict[str, float] = Field(description="Mean |W h - Q h'|^2 / mean |W h|^2 over the calibration tokens.")
+    loss_error: dict[str, float] = Field(
+        description="The same in the metric of the model's own loss, which the solver lowers; empty without gradients."
+    )
+
+
+class UnitManifest(Record):
+    """One finished unit. Names the attempt whose shard counts."""
+
+    schema_version: Literal[1] = 1
+    plan_digest: str
+    unit: str
+    attempt: str
+    size_bytes: int
+    sha256: str
+    data_offset: int = Field(description="Where the tensors begin in the shard, after its header.")
+    linears: tuple[LinearRecord, ...]
+    ladder: tuple[LadderStep, ...] = Field((), description="Of one of the experts, step by step; empty in manifests of before.")
+    clipped_input_share: float
+    clipped_intermediate_share: float
+    seconds: dict[str, float]
+    peak_gpu_bytes: dict[str, int] = Field(default_factory=dict, description="Largest allocated GPU memory by phase; empty on a CPU.")
+    finished_at: float = Field(description="Unix time, seconds.")
+    device: str
+    versions: dict[str, str]
+
+
+class CheckpointManifest(Record):
+    """p48ray.json beside the weights: what the checkpoint claims to be, so that it can be verified without its run root."""
+
+    schema_version: Literal[1] = 1
+    plan_digest: str
+    source_fingerprint: str
+    sparsity: str
+    scale_span: int
+    activation_group: int
+    experts_per_unit: int
+    max_shard_size: int
+    relative_weight_errors: dict[str, float] = Field(description="|W - Q|^2 / |W|^2 of every compressed linear, by module name.")
+    unit_sha256: dict[str, str] = Field(
+        description="SHA-256 of every unit's shard, by unit id; its tensors lie here byte for byte, or in sparse storage decode to it."
+    )
+    untouched_sha256: dict[str, str] = Field(description="SHA-256 of every other tensor's bytes, by name.")
+    header_sha256: dict[str, str] = Field(description="SHA-256 of every safetensors file's header, length included, by file.")
+    file_sha256: dict[str, str] = Field(
+        description="SHA-256 of the files beside them; not of the card, which people edit, nor of this one."
+    )
+    sha256: str = Field("", description="Of this record's canonical JSON with this field empty.")
+
+    def sealed(self) -> "CheckpointManifest":
+        """The record with its own digest."""
+        return self.model_copy(update={"sha256": self.own_sha256()})
+
+    def own_sha256(self) -> str:
+        return hashlib.sha256(canonical_json(self.model_dump(mode="json") | {"sha256": ""})).hexdigest()
+
+
+class ShardVerdict(Record):
+    """What verification found in one output shard."""
+
+    schema_version: Literal[1] = 1
+    plan_digest: str
+    shard: str
+    size_bytes: int
+    num_tensors: int
+    num_linears: int
+    problems: tuple[str, ...]
+    header_sha256: str
+    untouched_sha256: dict[str, str] = Field(description="By tensor, as read here.")
+
+
+class CompressedSums(Record):
+    """Sums over some held-out sequences through the compressed model; natural logarithms."""
+
+    loss: float
+    correct: int
+    kl: float
+
+
+class EvaluationPart(Record):
+    """Sums over some held-out sequences; natural logarithms."""
+
+    schema_version: Literal[1] = 1
+    plan_digest: str
+    part: int
+    num_tokens: int
+    source_loss: float
+    source_correct: int
+    compressed_loss: float
+    compressed_correct: int
+    kl: float
+    in_groups_of_32: CompressedSums | None = Field(
+        None, description="With activation scales of 32 inputs, as kernels of paired-4:8 see them."
+    )
+
+
+class PublishedShard(Record):
+    """One shard whose bytes the Hub has, so that the commit needs no more than this record."""
+
+    schema_version: Literal[1] = 1
+    endpoint: str
+    repo: str
+    revision: str
+    path: str
+    size_bytes: int
+    sha256: str
+    checkpoint_sha256: str = Field(
+        description="Of the p48ray.json that names every byte of the shard; under another one the record is void."
+    )
+    finished_at: float = Field(description="Unix time, seconds.")
+
+
+class Failure(Record):
+    """One failed attempt at a task."""
+
+    schema_version: Literal[1] = 1
+    stage: str
+    task: str
+    attempt: str
+    error: str
+    traceback: str
+    input: str
+    is_transient: bool

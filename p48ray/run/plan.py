@@ -1,0 +1,302 @@
+"""What will be done: a pure function of the configuration and the checkpoint's headers. No weight is read to make a plan.
+
+The plan's digest covers everything that can change an output byte. `SETTINGS` says for every configuration key whether it is covered; a run root that
+holds a plan with another digest is refused by the name of the first setting that differs.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Literal
+
+from pydantic import Field, JsonValue
+
+from p48ray.checkpoint.families import ModelLayout, check_divisibility
+from p48ray.checkpoint.fp8 import Fp8Weight, plain_tensors
+from p48ray.checkpoint.index import CheckpointIndex
+from p48ray.config import RunConfig, dotted_keys, lookup
+from p48ray.config.benchmarks import BenchmarksConfig
+from p48ray.errors import ConfigError, PlanMismatchError
+from p48ray.run import run_root
+from p48ray.run.records import Record, canonical_json
+from p48ray.store.base import Store
+
+FORMAT_VERSION = 3  # layout of the run root and of unit shards
+NUMERICS_VERSION = 3  # bumped by whoever changes a number that reaches an output byte
+
+Effect = Literal["digest", "free"]
+
+# Every configuration key: does it belong to the digest, or may it change on resume? (free: who works, where, and what is measured afterwards)
+SETTINGS: dict[str, Effect] = {
+    "name": "digest",  # stands in the checkpoint's README
+    "source.checkpoint": "free",  # the fingerprint counts, not the place; of two hf:// sources the commit too (settle_plan)
+    "source.trust_remote_code": "free",
+    "source.endpoint_url": "free",
+    "calibration.documents": "free",  # their bytes and weights count (documents_digest)
+    "calibration.num_sequences": "digest",
+    "calibration.sequence_length": "digest",
+    "calibration.seed": "digest",
+    "calibration.propagate": "digest",
+    "calibration.sequences_per_part": "digest",
+    "calibration.sequences_per_micro_batch": "digest",
+    "calibration.compute_dtype": "digest",
+    "calibration.stored_bits": "digest",
+    "compression.solver": "digest",
+    "compression.sparsity": "digest",
+    "compression.scale_span": "digest",
+    "compression.activation_group": "digest",
+    "compression.output_curvature": "digest",
+    "compression.damp": "digest",
+    "compression.output_damp": "digest",
+    "compression.router_weight_exponent": "digest",
+    "compression.sweeps": "digest",
+    "compression.code_sweeps": "digest",
+    "compression.refine_steps": "digest",
+    "compression.activation_quantization": "digest",
+    "compression.max_fallback_share": "free",
+    "output.max_shard_size": "digest",
+    "output.storage": "digest",
+    "output.base_model": "digest",  # stands in the card
+    "output.base_revision": "free",  # so does this, but the source's fingerprint says more, and run roots of before keep their digest
+    "evaluation.documents": "free",  # evaluation results lie under a digest of their own
+    "evaluation.num_sequences": "free",
+    "evaluation.sequence_length": "free",
+    "evaluation.seed": "free",
+    "evaluation.sequences_per_part": "free",
+    "evaluation.activations": "free",
+    "evaluation.activation_group": "free",
+    "evaluation.baseline": "free",
+    **dict.fromkeys(
+        dotted_keys(BenchmarksConfig, "benchmarks."), "free"
+    ),  # measured afterwards; each result is kept under what it was measured with
+    "run.root": "free",
+    "run.endpoint_url": "free",
+    "run.root_is_shared": "free",
+    "run.experts_per_unit": "digest",  # experts of a unit are solved as one batch, and lie together in the output
+    "run.num_workers": "free",
+    "run.capture_workers": "free",
+    "run.threads_per_worker": "digest",  # a matrix product's rounding depends on how many threads share it
+    "run.gpus_per_worker": "free",  # across device models: within tolerance; manifests record the device
+    "run.gpu_hour_price": "free",
+    "run.max_attempts": "free",
+    "run.prefetch_units": "free",
+    "run.layers": "digest",
+    "run.keep": "free",
+    "run.boundary_every": "free",  # what is run again comes out bit for bit
+    "run.node_cache": "free",
+    "run.node_cache_size": "free",
+}
+
+
+class WorkUnit(Record):
+    """Some experts of one layer: gate, up and down of each, since down needs the compressed gate and up."""
+
+    layer: int
+    first_expert: int
+    num_experts: int
+
+    @property
+    def id(self) -> str:
+        return f"L{self.layer:03d}-E{self.first_expert:03d}-{self.first_expert + self.num_experts - 1:03d}"
+
+    @property
+    def experts(self) -> range:
+        return range(self.first_expert, self.first_expert + self.num_experts)
+
+
+class SequencePart(Record):
+    """A fixed slice of the calibration (or held-out) sequences."""
+
+    part: int
+    first_sequence: int
+    num_sequences: int
+
+
+class MirroredFile(Record):
+    """A file of the source's repository that is copied into the run root, with the digest that the Hub lists for it."""
+
+    path: str
+    size_bytes: int
+    sha256: str | None
+    git_sha1: str | None
+
+
+class SourceRecord(Record):
+    """The source as the plan saw it. `mirror`: what is copied of a hf:// source, from which every worker then reads; of others nothing is."""
+
+    fingerprint: str
+    family: str
+    num_layers: int
+    moe_layers: tuple[int, ...]
+    num_experts: int
+    top_k: int
+    hidden_size: int
+    moe_intermediate_size: int
+    expert_storage: str
+    num_fp8_outside_experts: int = Field(0, description="Weights that the output holds as BF16, because no client reads two quantizations.")
+    mirror: tuple[MirroredFile, ...] = ()
+
+
+class RunPlan(Record):
+    """Everything that will be done. `digest` is SHA-256 over `digest_facts`.
+
+    `revisions`: the commit of every hf:// place that the user named, as it was found when the run was first planned. `config` names those commits.
+    """
+
+    schema_version: Literal[1] = 1
+    numerics_version: int
+    format_version: int
+    config: RunConfig
+    source: SourceRecord
+    documents_digest: str
+    tokenizer_digest: str
+    parts: tuple[SequencePart, ...]
+    units: tuple[WorkUnit, ...]
+    revisions: dict[str, str] = Field(default_factory=dict)
+    digest: str
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Mixtures that are compressed: all of them, or those of a pilot (run.layers)."""
+        return self.source.moe_layers if self.config.run.layers is None else tuple(sorted(set(self.config.run.layers)))
+
+    @property
+    def is_pilot(self) -> bool:
+        """Some layers only: there will be no checkpoint."""
+        return self.layers != self.source.moe_layers
+
+    @property
+    def propagates(self) -> bool:
+        """Every layer's inputs come from the compressed layers below it (calibration.propagate)."""
+        return self.config.calibration.propagate == "compressed"
+
+    @property
+    def num_streamed_layers(self) -> int:
+        """Layers that capture runs: up to the last one compressed, or all of them where gradients come back from the head."""
+        return self.source.num_layers if self.config.compression.output_curvature else self.layers[-1] + 1
+
+    @property
+    def boundaries(self) -> range:
+        """Layers before which the residual stream is stored; num_layers stands for what enters the head."""
+        return range(1, self.num_streamed_layers + self.config.compression.output_curvature)
+
+    def base_of(self, boundary: int) -> int:
+        """The boundary, at or below this one, that the way up leaves to the way back for it; 0 stands for the embedding.
+
+        With run.boundary_every every n-th is left, and those above the last of them, which the way back reads first.
+        """
+        every = self.config.run.boundary_every
+        last = (self.source.num_layers - 1) // every * every
+        return boundary if boundary > last else boundary // every * every
+
+
+def make_plan(
+    config: RunConfig,
+    index: CheckpointIndex,
+    layout: ModelLayout,
+    documents_digest: str,
+    tokenizer_digest: str,
+    mirror: tuple[MirroredFile, ...] = (),
+    revisions: Mapping[str, str] = MappingProxyType({}),
+) -> RunPlan:
+    """Plan a run. Checks every shape the work will meet.
+
+    Args:   config: its hf:// places are at commits. mirror, revisions: as SourceRecord and RunPlan hold them.
+    Raises: SourceError for shapes that do not divide, ConfigError for settings that do not fit the checkpoint.
+    """
+    check_divisibility(layout, max(config.compression.scale_span, config.compression.activation_group))
+    if config.run.experts_per_unit > layout.num_experts:
+        raise ConfigError(
+            f"run.experts_per_unit: expected at most the model's {layout.num_experts} experts, found {config.run.experts_per_unit}"
+        )
+    longest = layout.text_config.get("max_position_embeddings")
+    if longest is not None and config.calibration.sequence_length > longest:
+        raise ConfigError(
+            f"calibration.sequence_length: expected at most max_position_embeddings = {longest}, found {config.calibration.sequence_length}"
+        )
+    source = SourceRecord(
+        fingerprint=index.fingerprint,
+        family=layout.family,
+        num_layers=layout.num_layers,
+        moe_layers=layout.moe_layers,
+        num_experts=layout.num_experts,
+        top_k=layout.top_k,
+        hidden_size=layout.hidden_size,
+        moe_intermediate_size=layout.moe_intermediate_size,
+        expert_storage=layout.expert_storage,
+        num_fp8_outside_experts=sum(isinstance(tensor, Fp8Weight) for tensor in plain_tensors(index, layout)),
+        mirror=mirror,
+    )
+    plan = RunPlan(
+        numerics_version=NUMERICS_VERSION,
+        format_version=FORMAT_VERSION,
+        config=config,
+        source=source,
+        documents_digest=documents_digest,
+        tokenizer_digest=tokenizer_digest,
+        parts=cut(config.calibration.num_sequences, config.calibration.sequences_per_part),
+        units=plan_units(layout, config.run.experts_per_unit, config.run.layers),
+        revisions=dict(revisions),
+        digest="",
+    )
+    return plan.model_copy(update={"digest": hashlib.sha256(canonical_json(digest_facts(plan))).hexdigest()})
+
+
+def plan_units(layout: ModelLayout, experts_per_unit: int, layers: tuple[int, ...] | None = None) -> tuple[WorkUnit, ...]:
+    """Every expert of every layer that is compressed, in units of consecutive experts.
+
+    Raises: ConfigError when run.layers names a layer that holds no experts.
+    """
+    wanted = layout.moe_layers if layers is None else tuple(sorted(set(layers)))
+    strange = [n for n in wanted if n not in layout.moe_layers]
+    if strange or not wanted:
+        raise ConfigError(
+            f"run.layers: expected some of the layers with experts ({layout.moe_layers[0]} to {layout.moe_layers[-1]}), found {strange or 'none'}"
+        )
+    slices = ranges(layout.num_experts, experts_per_unit)
+    return tuple(WorkUnit(layer=n, first_expert=first, num_experts=count) for n in wanted for first, count in slices)
+
+
+def ranges(total: int, size: int) -> list[tuple[int, int]]:
+    """(first, count) of consecutive slices of at most `size`."""
+    return [(first, min(size, total - first)) for first in range(0, total, size)]
+
+
+def cut(num_sequences: int, per_part: int) -> tuple[SequencePart, ...]:
+    slices = enumerate(ranges(num_sequences, per_part))
+    return tuple(SequencePart(part=i, first_sequence=first, num_sequences=count) for i, (first, count) in slices)
+
+
+def digest_facts(plan: RunPlan) -> dict[str, JsonValue]:
+    """Every fact that can change an output byte, by name."""
+    facts: dict[str, JsonValue] = {key: lookup(plan.config, key) for key, effect in SETTINGS.items() if effect == "digest"}  # type: ignore[misc]
+    return facts | {
+        "numerics version": plan.numerics_version,
+        "format version": plan.format_version,
+        "source fingerprint": plan.source.fingerprint,
+        "calibration documents' digest": plan.documents_digest,
+        "tokenizer's digest": plan.tokenizer_digest,
+    }
+
+
+def settle_plan(plan: RunPlan, store: Store) -> bool:
+    """Compare with the plan that the run root holds, if any. Returns whether the run root already has this plan.
+
+    Raises: PlanMismatchError naming the first setting that differs, and both values.
+    """
+    if store.head(run_root.PLAN) is None:
+        return False
+    held = RunPlan.load(store, run_root.PLAN)
+    ours, theirs = digest_facts(plan), digest_facts(held)
+    if plan.source.mirror and held.source.mirror:  # the fingerprint does not cover the small files, which are mirrored and carried over too
+        ours, theirs = ({"source.checkpoint": p.config.source.checkpoint, **facts} for p, facts in ((plan, ours), (held, theirs)))
+    if held.digest == plan.digest and ours == theirs:
+        return True
+    differing = [name for name in ours if ours[name] != theirs.get(name)]
+    name = differing[0] if differing else "plan digest"
+    instead = "; `p48ray convert` makes the other storage of a finished checkpoint" if differing == ["output.storage"] else ""
+    raise PlanMismatchError(
+        f"{store.uri}/{run_root.PLAN}: this run root belongs to another plan: {name}: expected {ours.get(name, plan.digest)!r} (this run), "
+        f"found {theirs.get(name, held.digest)!r}{f' and {len(differing) - 1} more differences' if len(differing) > 1 else ''}; "
+        f"take the old setting back, or another --run-root{instead}"
+    )

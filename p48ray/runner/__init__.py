@@ -1,0 +1,15 @@
+"""Runners: who does which task when, on this machine or on a Ray cluster.
+
+Belongs here: order, retries, progress. Nothing about what a task does. Only cluster, ray_runner,
+ray_tasks and metrics import ray.
+
+Read in this order:
+    pipeline                    the job: every stage does what the bucket lacks
+    base                        WorkSource and Runner, the two sides of the loop
+    overlap, in_turn            which work can be done by now; streams, layer_units are their parts
+    local_runner, ray_runner    one process, or actors on a cluster; dispatch picks the next task
+    cluster, ray_tasks          the connection to Ray; a function over many items
+    progress, metrics, console  what people and Prometheus see
+
+To add a runner: a class with base.Runner's `run`.
+"""

@@ -1,0 +1,16 @@
+"""The stages of a job, one module each: what a task of the stage does, and which tasks are left.
+
+Belongs here: bodies of tasks, and what is done once before them. No Ray: a stage does not know who
+runs it. (compress has a folder of its own, `unit`.)
+
+Read in this order:
+    table                           one record a stage, in the order of a job
+    tasks, workplace                a task and how it ended; what a process works with
+    prepare, revisions, inputs      before anything is written, then the first things written
+    mirror                          the Hub's files, copied once
+    capture, gradients, propagate   what experts see; streaming, recompute, blobs are their parts
+    reduce, verify, final_files     the checkpoint; shard_proof and read_ahead do the verifying
+    evaluate                        held-out text through source and checkpoint
+
+To add a stage: a module here and a record in table (docs/EXTENDING.md).
+"""

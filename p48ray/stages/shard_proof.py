@@ -1,0 +1,340 @@
+"""Verify: re-read a finished checkpoint as a stranger and compare it with what was promised.
+
+Per unit: the bytes that its manifest names. Per tensor: patterns legal, no minus zero, scales
+finite and positive, gate and up agreeing on their global scales, plain weight error against the
+source as the unit's manifest claims. Untouched tensors byte-equal, FP8 ones equal to the source's
+as BF16. Over all: exactly the planned set of tensors, in the shards that the index names, read
+alike by safetensors where a shard is a file.
+"""
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from p48ray.checkpoint.decode import decode_expert_on, decode_plain
+from p48ray.checkpoint.fp8 import Fp8Weight, PlainTensor
+from p48ray.checkpoint.header import TensorEntry, parse_header, read_header_bytes
+from p48ray.checkpoint.index import CONFIG_FILE, INDEX_FILE, CheckpointIndex
+from p48ray.checkpoint.layout import PROJECTIONS, ModelLayout
+from p48ray.checkpoint.sparse_storage import Storage
+from p48ray.checkpoint.storage_stream import dense_sha256
+from p48ray.checkpoint.tensors import read_together, tensor_view
+from p48ray.errors import ObjectMissingError, ShardCorruptError, SourceError
+from p48ray.numerics import nvfp4, paired48
+from p48ray.numerics.relative_errors import relative_weight_error
+from p48ray.run.output_layout import SUFFIXES, OutputShard, shard_rows, unit_rows
+from p48ray.run.plan import WorkUnit
+from p48ray.stages.read_ahead import Readers, ReadUnit, compare_bytes, read_originals, read_unit, readers, tensor_digest
+from p48ray.store.base import Store
+from p48ray.store.view import local_path
+
+CLAIM_TOLERANCE = 1e-3  # relative; the manifest's error was summed on the solver's device, this one here
+CPU = torch.device("cpu")
+DAMAGE = (
+    SourceError,
+    ShardCorruptError,
+    ObjectMissingError,
+)  # a finding; a store that is away or refuses says nothing about the checkpoint
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Promise:
+    """What a checkpoint's linears are held to. `weight_errors` by module name, `unit_sha256` by unit id; what is in neither claims nothing."""
+
+    is_sparse: bool
+    scale_span: int
+    weight_errors: Mapping[str, float]
+    unit_sha256: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Findings:
+    """What was found in one output shard: problems in words, and digests for the checkpoint's own manifest."""
+
+    problems: list[str]
+    header_sha256: str = ""
+    untouched_sha256: Mapping[str, str] = field(default_factory=dict)
+
+
+def verify_shard(
+    checkpoint: Store, source: CheckpointIndex, layout: ModelLayout, shard: OutputShard, promise: Promise, device: torch.device = CPU
+) -> Findings:
+    """Read one output shard through, beside its source. `checkpoint` is rooted at the checkpoint folder.
+
+    Args: device: where units and their originals are decoded and compared; what travels there is what is stored. Hashes are made on the CPU.
+    Cost: memory for three units and the packed originals of their experts. Threads that read and hash, beside the one that computes.
+    """
+    try:
+        raw, size_bytes = read_header_bytes(checkpoint, shard.name)
+        entries = parse_header(shard.name, raw, size_bytes)
+    except DAMAGE as error:
+        return Findings(problems=[str(error)])
+    problems = list(compare_rows(shard, shard_rows(shard, layout), entries))
+    problems += second_opinion(checkpoint, shard.name, entries)
+    if problems:
+        return Findings(problems=problems)
+    digests: dict[str, str] = {}
+    with readers(size_bytes) as threads:
+
+        def look(segment: WorkUnit | PlainTensor) -> ReadUnit | ReadPlain:
+            if isinstance(segment, WorkUnit):
+                stored = [entries[name] for name, _, _ in unit_rows(layout, segment, shard.storage)]
+                return read_unit(checkpoint, stored, shard.storage, partial(read_originals, source, layout, segment))
+            return read_plain_tensor(checkpoint, entries[segment.name], source.store, segment, threads)
+
+        for segment, found in threads.in_order(look, shard.segments):
+            if isinstance(segment, WorkUnit):
+                assert isinstance(found, ReadUnit)
+                experts = (
+                    (
+                        {p: layout.expert_linear_name(segment.layer, e, p) for p in PROJECTIONS},
+                        decode_expert_on(device, source, layout, segment.layer, e, found.originals),
+                    )
+                    for e in segment.experts
+                )
+                problems += check_unit(shard.name, segment.id, found, experts, promise, shard.storage, threads, device)
+                continue
+            assert isinstance(found, ReadPlain)
+            digests[segment.name] = found.digest
+            if isinstance(segment, Fp8Weight):
+                there = {name: tensor.to(device) for name, tensor in found.stored.items()}
+                expected = tensor_view(decode_plain(there, [segment])[segment.name])
+                if found.digest != hashlib.sha256(expected).hexdigest():
+                    problems.append(f"{shard.name}: {segment.name}: values differ from the source's FP8 weight as BF16 ({segment.file})")
+            elif not found.is_same:
+                problems.append(f"{shard.name}: {segment.name}: bytes differ from the source's ({segment.file})")
+    return Findings(problems=problems, header_sha256=header_digest(raw), untouched_sha256=digests)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReadPlain:
+    """A tensor outside the experts: its SHA-256, whether its bytes are the source's, or for FP8 what the source stores."""
+
+    digest: str
+    is_same: bool = False
+    stored: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+def read_plain_tensor(checkpoint: Store, entry: TensorEntry, source: Store, original: PlainTensor, threads: Readers) -> ReadPlain:
+    if isinstance(original, Fp8Weight):
+        digest = tensor_digest(checkpoint, entry, threads.reads)
+        return ReadPlain(digest=digest, stored=read_together(source, [original.weight, original.scale_inv]))
+    is_same, digest = compare_bytes(checkpoint, entry, source, original, threads.reads)
+    return ReadPlain(digest=digest, is_same=is_same)
+
+
+def header_digest(raw: bytes) -> str:
+    """SHA-256 of a safetensors header as it lies in the file: eight bytes of length, then the JSON."""
+    return hashlib.sha256(len(raw).to_bytes(8, "little") + raw).hexdigest()
+
+
+def check_unit(
+    file: str,
+    unit_id: str,
+    found: ReadUnit,
+    experts: Iterable[tuple[Mapping[str, str], Mapping[str, Tensor] | None]],
+    promise: Promise,
+    storage: Storage,
+    threads: Readers,
+    device: torch.device = CPU,
+) -> list[str]:
+    """Every check of one unit. First, the bytes are those that the unit stored: the weight error alone can not tell, because one wrong code in a million
+    moves it by less than rounding.
+
+    Args: found: as read, in the order of unit_rows, so that dense tensors serialize to the unit's own shard. experts: see check_experts.
+    """
+    try:
+        tensors = found.dense(storage, device)
+    except SourceError as error:
+        return [f"{file}: unit {unit_id}: {error}"]
+    digest: Future[str] | None = threads.segments.submit(dense_sha256, tensors) if found.digest is None else None
+    problems = check_experts(experts, tensors, promise)
+    sha256, claim = digest.result() if digest else found.digest, promise.unit_sha256.get(unit_id)
+    if sha256 == claim:
+        return problems
+    return [f"{file}: unit {unit_id}: expected the bytes with SHA-256 {claim} that its manifest names, found {sha256}", *problems]
+
+
+def compare_rows(shard: OutputShard, rows: list[tuple[str, str, tuple[int, ...]]], found: Mapping[str, TensorEntry]) -> Iterator[str]:
+    planned = {name: (dtype, shape) for name, dtype, shape in rows}
+    for name in sorted(planned.keys() - found.keys()):
+        yield f"{shard.name}: {name}: missing"
+    for name in sorted(found.keys() - planned.keys()):
+        yield f"{shard.name}: {name}: not planned"
+    for name in planned.keys() & found.keys():
+        if planned[name] != (found[name].dtype, tuple(found[name].shape)):
+            yield f"{shard.name}: {name}: expected {planned[name]}, found {(found[name].dtype, tuple(found[name].shape))}"
+
+
+def second_opinion(checkpoint: Store, file: str, entries: Mapping[str, TensorEntry]) -> Iterator[str]:
+    """What the library that servers load with says of the header, where the shard is a file of this machine.
+
+    Args: entries: tensors as this package reads them.
+    """
+    path = local_path(checkpoint, file)
+    if path is None:
+        return
+    try:
+        with safe_open(path, framework="pt") as opened:
+            names = set(opened.keys())
+            for name in sorted(names ^ entries.keys()):
+                reader = "safetensors" if name in names else "p48ray"
+                yield f"{file}: {name}: only {reader} finds this tensor"
+            for name in sorted(names & entries.keys()):
+                found = opened.get_slice(name)
+                theirs = (found.get_dtype(), tuple(found.get_shape()))
+                ours = (entries[name].dtype, tuple(entries[name].shape))
+                if theirs != ours:
+                    yield f"{file}: {name}: expected {ours}, safetensors reads {theirs}"
+    except (SafetensorError, OSError) as error:
+        yield f"{file}: safetensors does not read it: {error}"
+
+
+def check_experts(
+    experts: Iterable[tuple[Mapping[str, str], Mapping[str, Tensor] | None]], tensors: Mapping[str, Tensor], promise: Promise
+) -> list[str]:
+    """Every check of a unit's experts, computed where the tensors are and brought to the CPU in one transfer.
+
+    Args: experts: for each, projection -> module name, and projection -> the source's weight where that is to be compared; asked for one at a time.
+    """
+    named: list[tuple[Mapping[str, str], bool]] = []
+    measured: list[Tensor] = []
+    for names, originals in experts:
+        named.append((names, originals is not None))
+        for projection, name in names.items():
+            linear = {suffix: tensors[f"{name}.{suffix}"] for suffix in SUFFIXES}
+            measured.append(measure_linear(linear, originals[projection] if originals is not None else None, promise))
+    facts = iter([LinearFacts(*values) for values in torch.stack(measured).tolist()] if measured else [])
+    problems: list[str] = []
+    for names, is_compared in named:
+        problems += expert_problems(names, {p: next(facts) for p in names}, is_compared, promise)
+    return problems
+
+
+@dataclass(frozen=True, slots=True)
+class LinearFacts:
+    """What the checks of one linear go by, as numbers of a device in float64, which holds each of them exactly. Flags are 0 or 1."""
+
+    weight_global_scale: float
+    input_global_scale: float
+    are_scales_sound: float
+    are_spans_equal: float
+    has_minus_zero: float
+    num_illegal: float
+    weight_error: float
+
+
+def measure_linear(linear: Mapping[str, Tensor], original: Tensor | None, promise: Promise) -> Tensor:
+    """LinearFacts as a tensor (7,) on the linear's device: nothing here waits for that. original: the source's weight, or None (error 0)."""
+    scale_OG, packed_OB = linear["weight_scale"].float(), linear["weight_packed"]
+    yes, none = torch.ones((), device=packed_OB.device), torch.zeros((), device=packed_OB.device)
+    facts = [linear[suffix].reshape(()) for suffix in ("weight_global_scale", "input_global_scale")]
+    facts.append((torch.isfinite(scale_OG) & (scale_OG > 0)).all())
+    facts.append((scale_OG[:, 0::2] == scale_OG[:, 1::2]).all() if promise.scale_span == 32 else yes)
+    facts.append(((packed_OB & 0x0F) == 0x08).any() | ((packed_OB & 0xF0) == 0x80).any())
+    facts.append(paired48.find_illegal(packed_OB).count_nonzero() if promise.is_sparse else none)
+    if original is None:
+        facts.append(none)
+    else:
+        values = nvfp4.dequantize_packed(packed_OB[None], linear["weight_scale"][None], linear["weight_global_scale"])
+        facts.append(relative_weight_error(original.float()[None], values).reshape(()))
+    return torch.stack([fact.double() for fact in facts])
+
+
+def expert_problems(names: Mapping[str, str], facts: Mapping[str, LinearFacts], is_compared: bool, promise: Promise) -> Iterator[str]:
+    """What is wrong with one expert, in words. is_compared: with the source."""
+    for projection, name in names.items():
+        found = [f"{name}.{text}" for text in linear_problems(facts[projection])]
+        yield from found
+        if not found and is_compared:
+            yield from claim_problems(name, facts[projection].weight_error, promise)
+    for suffix in ("weight_global_scale", "input_global_scale"):
+        gate, up = (getattr(facts[projection], suffix) for projection in ("gate_proj", "up_proj"))
+        if gate != up:
+            yield f"{names['up_proj']}.{suffix}: expected gate's {gate}, found {up}"
+
+
+def claim_problems(name: str, error: float, promise: Promise) -> Iterator[str]:
+    """The plain weight error is what the manifest says."""
+    claim = promise.weight_errors.get(name)
+    if claim is None:
+        yield f"{name}: relative weight error {error:.6g}, and no manifest that claims one"
+    elif not math.isclose(error, claim, rel_tol=CLAIM_TOLERANCE, abs_tol=1e-9):
+        yield f"{name}: relative weight error {error:.6g}, but the manifest claims {claim:.6g}"
+
+
+def linear_problems(facts: LinearFacts) -> Iterator[str]:
+    """Problems of one linear's four tensors."""
+    for suffix in ("weight_global_scale", "input_global_scale"):
+        value = getattr(facts, suffix)
+        if not (math.isfinite(value) and value > 0):
+            yield f"{suffix}: expected finite and above 0, found {value}"
+    if not facts.are_scales_sound:
+        yield "weight_scale: expected finite and above 0 everywhere"
+    if not facts.are_spans_equal:
+        yield "weight_scale: expected the two scales of every 32 inputs to be equal (scale_span 32)"
+    if facts.has_minus_zero:
+        yield "weight_packed: holds code 8 (minus zero)"
+    if facts.num_illegal:
+        yield f"weight_packed: {int(facts.num_illegal)} groups of 8 inputs keep more than 2 of 4 pairs"
+
+
+def check_index(checkpoint: Store, shards: tuple[OutputShard, ...], layout: ModelLayout) -> list[str]:
+    """The index names exactly the planned tensors in their shards; no other safetensors file lies beside them; no old quantization config is left."""
+    problems = check_index_files(checkpoint)
+    if problems:
+        return problems
+    planned = {name: shard.name for shard in shards for name, _, _ in shard_rows(shard, layout)}
+    problems += compare_index(checkpoint, planned, sum(shard.num_bytes for shard in shards))
+    files = {info.key for info in checkpoint.list() if info.key.endswith(".safetensors")}
+    return problems + [f"{name}: not planned" for name in sorted(files - {s.name for s in shards})]
+
+
+def compare_index(checkpoint: Store, expected: Mapping[str, str], total: int) -> list[str]:
+    """The index (which check_index_files has found readable) against tensor -> file and the sum of all tensors' bytes."""
+    index = json.loads(checkpoint.get(INDEX_FILE))
+    found, metadata = index["weight_map"], index.get("metadata")
+    differing = sorted(n for n in expected.keys() | found.keys() if expected.get(n) != found.get(n))
+    problems = [f"{INDEX_FILE}: {n}: expected {expected.get(n)}, found {found.get(n)}" for n in differing[:5]]
+    stated = metadata.get("total_size") if isinstance(metadata, dict) else None
+    return problems if stated == total else [*problems, f"{INDEX_FILE}: metadata.total_size: expected {total}, found {stated}"]
+
+
+def check_index_files(checkpoint: Store) -> list[str]:
+    """config.json and the index are there, are JSON, and name files that are there."""
+    parsed = {}
+    for name in (CONFIG_FILE, INDEX_FILE):
+        if checkpoint.head(name) is None:
+            return [f"{name}: missing"]
+        try:
+            parsed[name] = json.loads(checkpoint.get(name))
+        except ValueError as error:
+            return [f"{name}: not JSON: {error}"]
+    weight_map = parsed[INDEX_FILE].get("weight_map") if isinstance(parsed[INDEX_FILE], dict) else None
+    if not isinstance(weight_map, dict) or not isinstance(parsed[CONFIG_FILE], dict):
+        return [f"{INDEX_FILE}: expected an object with a weight_map"]
+    files = {str(v) for v in weight_map.values()}
+    missing = sorted(f for f in files if not re.fullmatch(r"\w[\w.-]*\.safetensors", f) or checkpoint.head(f) is None)
+    return [f"{INDEX_FILE}: names {f!r}, which is not there" for f in missing] + check_config(parsed[CONFIG_FILE])
+
+
+def check_config(config: dict) -> list[str]:
+    """The output's quantization config is the NVFP4 one, at the top level and nowhere else."""
+    quantization = config.get("quantization_config")
+    found = quantization.get("format") if isinstance(quantization, dict) else None
+    problems = []
+    if found != "nvfp4-pack-quantized":
+        problems.append(f"config.json: quantization_config.format: expected 'nvfp4-pack-quantized', found {found!r}")
+    for key, value in config.items():
+        if isinstance(value, dict) and "quantization_config" in value:
+            problems.append(f"config.json: {key}.quantization_config: left over from the source")
+    return problems

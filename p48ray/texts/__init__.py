@@ -1,0 +1,12 @@
+"""Texts: where they lie, how they are read, and how they become sequences of token ids.
+
+Belongs here: all that happens to calibration and held-out texts before the model sees them.
+
+Read in this order:
+    documents   which files are read, on a disk, in a bucket or in a data set of the Hub
+    rows        rows of a file, one after the other: .jsonl by lines, .parquet by rows
+    chat        from a row to its document: plain text, or a chat through the tokenizer's template
+    sequences   tokenize, pack into sequences of one length, draw a seeded sample
+
+To add a file format: a reader in rows, and its ending there.
+"""

@@ -1,0 +1,201 @@
+"""Where texts lie and which of them are read: files and folders on a disk, in a bucket, or in a data set on the Hub.
+
+Texts of up to WHOLE_BYTES (as stored, all files of one source) are read whole, in the order of their names. Of more than that no more is read than a
+sample needs: the files, in an order drawn by the seed, give one part each in turn (parts of a file in a drawn order too: a row group, or 16 MiB of a
+.jsonl), and a part gives its documents until they have VISIT_CHARACTERS; when every part has been visited, each gives twice as many from where it
+was left, and so on to the end. A document longer than VISIT_CHARACTERS is cut there. So a sample is spread over the whole, depends on nothing but the
+seed and the files, and costs memory for one document. Who changes any of this changes calibration tokens, and bumps plan.NUMERICS_VERSION.
+"""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from p48ray.config import DocumentSource
+from p48ray.errors import CalibrationError, ConfigError, ObjectMissingError, UserError
+from p48ray.store.base import ObjectInfo, Store
+from p48ray.store.open import open_store, scheme_of
+from p48ray.texts.chat import document_text
+from p48ray.texts.rows import TextFile, num_parts, read_part, read_rows
+
+WHOLE_BYTES = 64 * 2**20
+VISIT_CHARACTERS = 2**20
+SUFFIXES = (".jsonl", ".parquet")
+READ_BYTES = 16 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Texts:
+    """The files of one source of a mix, in the order of their names. `is_one`: the path names a file, not a folder."""
+
+    path: str
+    files: tuple[TextFile, ...]
+    is_one: bool
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(f.size_bytes for f in self.files)
+
+    @property
+    def is_whole(self) -> bool:
+        return self.num_bytes <= WHOLE_BYTES
+
+
+def open_texts(source: DocumentSource, key: str) -> Texts:
+    """The files that a source's path names, with their sizes; no text is read.
+
+    Args:   key: dotted configuration key, for messages.
+    Raises: ConfigError when there are none, or their place can not be reached with what the user has set.
+    """
+    path = source.path.rstrip("/") or source.path
+    scheme = scheme_of(path)
+    if scheme.is_local:
+        path = str(Path(path).expanduser()) if scheme.is_path else open_store(path).uri
+        return _stored(open_store(path), "", path, key) if Path(path).is_dir() else _one_local(path, key)
+    try:
+        root, prefix = scheme.split(path)
+        return _stored(open_store(root, source.endpoint_url), prefix, path, key)
+    except UserError as error:
+        raise type(error)(f"{key}: {error}") from error
+
+
+def _one_local(path: str, key: str) -> Texts:
+    """A file whatever its name; without .parquet it is read as .jsonl."""
+    file = Path(path)
+    try:
+        with file.open("rb"):
+            size_bytes = file.stat().st_size
+    except OSError as error:
+        raise ConfigError(f"{key}: {path}: can not be read: {error.strerror}") from None
+    return Texts(path, (TextFile(open_store(str(file.parent)), file.name, size_bytes, path),), is_one=True)
+
+
+def _stored(store: Store, prefix: str, path: str, key: str) -> Texts:
+    """The object at `prefix`, or else every text file below it."""
+    held = store.head(prefix) if prefix else None
+    infos = [held] if held else list(store.list(f"{prefix}/" if prefix else ""))
+    folder = prefix.rpartition("/")[0] if held else prefix
+
+    def shown(info: ObjectInfo) -> str:
+        return f"{path}{'' if held else '/' + info.key.removeprefix(folder).lstrip('/')}"
+
+    names = [i for i in infos if held or (i.key.endswith(SUFFIXES) and not any(p.startswith(".") for p in i.key.split("/")))]
+    if not names:
+        found = ", ".join(i.key for i in infos[:3]) or "nothing"
+        where = f"{key}: {path}" if scheme_of(path).is_local else path
+        raise ConfigError(f"{where}: expected a file, or a folder with {' or '.join(SUFFIXES)} files in it, found {found}")
+    return Texts(path, tuple(TextFile(store, i.key, i.size_bytes, shown(i)) for i in names), is_one=held is not None)
+
+
+def digest_documents(documents: Sequence[DocumentSource], key: str) -> str:
+    """SHA-256 over the weights and the identity of every file, in the order of the mix: the identity of the texts, wherever they lie.
+
+    Of a single file that is read whole, and of every local file, its bytes; of others in a bucket or on the Hub, name, size, and the digest that the
+    store keeps (SHA-256, git's, or an ETag), because tens of gigabytes are not read for it.
+    """
+    digest = hashlib.sha256()
+    for document in documents:
+        texts = open_texts(document, key)
+        if texts.is_one and (texts.is_whole or scheme_of(texts.path).is_local):
+            (file,) = texts.files
+            digest.update(f"{document.weight!r} {file.size_bytes}\n".encode())
+            for data in _stream(file, key):
+                digest.update(data)
+            continue
+        digest.update(f"{document.weight!r} {len(texts.files)} files\n".encode())
+        for file in texts.files:
+            name = file.where.removeprefix(texts.path).lstrip("/")
+            digest.update(f"{name} {file.size_bytes} {_identity(file, texts.is_whole, key)}\n".encode())
+    return digest.hexdigest()
+
+
+def _identity(file: TextFile, is_whole: bool, key: str) -> str:
+    """SHA-256 of a file's bytes, as the store tells it or counted here; for what is too large to be read whole, whatever the store tells."""
+    scheme = scheme_of(file.store.uri)
+    if (scheme.lists_digests or not is_whole) and (found := scheme.identity(file.store, file.key)):
+        return found
+    digest = hashlib.sha256()
+    for data in _stream(file, key):
+        digest.update(data)
+    return digest.hexdigest()
+
+
+def _stream(file: TextFile, key: str) -> Iterator[bytes]:
+    try:
+        for start in range(0, file.size_bytes, READ_BYTES):
+            yield file.store.get_range(file.key, start, min(READ_BYTES, file.size_bytes - start))
+    except ObjectMissingError as error:
+        raise ConfigError(f"{key}: {file.where}: can not be read: {error}") from error
+
+
+def read_documents(source: DocumentSource, key: str, seed: int = 0, tokenizer: Any = None) -> Iterator[str]:
+    """The texts of one source, empty ones skipped: all of them, or of more than WHOLE_BYTES in the order of the sample that this module describes.
+
+    Args:   tokenizer: renders chats; without one they are refused.
+    Raises: CalibrationError naming file, line or row, and column.
+    """
+    texts = open_texts(source, key)
+    if texts.is_whole:
+        rows = (row for file in texts.files for row in read_rows(file, key))
+        yield from (text for row in rows if (text := document_text(row, tokenizer)).strip())
+        return
+    yield from _sampled(texts, key, seed, tokenizer)
+
+
+def _sampled(texts: Texts, key: str, seed: int, tokenizer: Any) -> Iterator[str]:
+    """Documents of more text than is read, visit by visit."""
+    visits: list[tuple[TextFile, int]] | None = None
+    start, count = 0, VISIT_CHARACTERS
+    while True:
+        is_over = True
+        seen: list[tuple[TextFile, int]] = []
+        for file, part in visits if visits is not None else _rotation(texts.files, key, seed):
+            seen.append((file, part))
+            for text in _window(file, part, start, start + count, key, tokenizer):
+                is_over = False
+                yield text
+        if is_over:
+            return
+        visits, start, count = seen, start + count, 2 * count
+
+
+def _rotation(files: Sequence[TextFile], key: str, seed: int) -> Iterator[tuple[TextFile, int]]:
+    """Every part of every file, one of each file in turn. A file is looked into when its first turn comes."""
+    generator = torch.Generator().manual_seed(seed)
+    waiting = [files[i] for i in torch.randperm(len(files), generator=generator).tolist()]
+    queues: list[tuple[TextFile, list[int]]] = []
+    for file in waiting:
+        parts = torch.randperm(num_parts(file, key), generator=generator).tolist()
+        queues.append((file, parts[1:]))
+        yield from ((file, part) for part in parts[:1])
+    while queues:
+        queues = [(file, parts) for file, parts in queues if parts]
+        for at, (file, parts) in enumerate(queues):
+            yield file, parts[0]
+            queues[at] = (file, parts[1:])
+
+
+def _window(file: TextFile, part: int, start: int, end: int, key: str, tokenizer: Any) -> Iterator[str]:
+    """Documents of a part that begin at character `start` of it or later, and before `end`."""
+    position = 0
+    for row in read_part(file, part, key):
+        text = document_text(row, tokenizer)[:VISIT_CHARACTERS]
+        if not text.strip():
+            continue
+        if position >= start:
+            yield text
+        position += len(text)
+        if position >= end:
+            return
+
+
+def too_little(source: DocumentSource, key: str, share: int, length: int, found: int) -> CalibrationError:
+    """The error of a source that holds less text than its share of the mix."""
+    section = key.removesuffix(".documents")
+    return CalibrationError(
+        f"{key}: {source.path}: expected text for {share} sequences of {length} tokens, found {found}; add text or lower {section}.num_sequences"
+    )

@@ -1,0 +1,169 @@
+"""Configuration: what is refused, and in which words."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from p48ray.config import RunConfig, baseline_config, dotted_keys, load_config, lookup
+from p48ray.errors import ConfigError
+from p48ray.run.plan import SETTINGS
+from tests.conftest import REPO
+
+TINY_CONFIG = REPO / "configs" / "tiny.yaml"
+
+
+@pytest.mark.parametrize("path", sorted((REPO / "configs").glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_shipped_configuration_loads(path: Path) -> None:
+    assert isinstance(load_config(path), RunConfig)
+
+
+def test_overrides_are_typed_as_in_the_file() -> None:
+    config = load_config(TINY_CONFIG, ("compression.sweeps=2", "output.max_shard_size=1.5 GiB", "evaluation=null"), run_root="elsewhere")
+    assert (config.compression.sweeps, config.output.max_shard_size, config.evaluation, config.run.root) == (
+        2,
+        1610612736,
+        None,
+        "elsewhere",
+    )
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("compression.dampp=0.1", ["compression.dampp", "unknown key", "did you mean compression.damp?"]),
+        ("compression.damp=-1", ["compression.damp", "greater than 0", "found -1"]),
+        ("compression.sweeps=1.5", ["compression.sweeps", "valid integer", "found 1.5"]),
+        ("run.num_workers=two", ["run.num_workers", "valid integer", "found 'two'"]),
+        ("run.num_workers=true", ["run.num_workers", "valid integer", "found True"]),
+        ("output.max_shard_size=3XB", ["output.max_shard_size", "expected a size such as 5GB", "found '3XB'"]),
+        ("compression.solver=magic", ["compression.solver", "'block_descent'", "found 'magic'"]),
+        ("compression={solver: gptq}", ["compression", "solver 'gptq' needs sparsity 'none', found 'paired-4:8'"]),
+        (
+            "compression={solver: round_to_nearest, output_curvature: true}",
+            ["compression", "output_curvature needs solver 'block_descent'"],
+        ),
+        ("compression={solver: round_to_nearest, refine_steps: 5}", ["compression", "refine_steps needs solver 'block_descent'"]),
+        (
+            "compression={refine_steps: 5, activation_quantization: false}",
+            ["compression", "refine_steps needs activation_quantization: true"],
+        ),
+        ("calibration.documents=[{path: a, weigt: 2}]", ["calibration.documents.0.weigt", "unknown key"]),
+        ("calibration.documents=[]", ["calibration.documents", "at least 1 item"]),
+        ("calibration.documents=[{path: a, weight: 0}]", ["calibration.documents.0.weight", "greater than 0"]),
+        ("name=has spaces", ["name", "match pattern", "found 'has spaces'"]),
+        ("extra=1", ["extra", "unknown key"]),
+    ],
+)
+def test_bad_value_is_refused_by_file_key_expected_and_found(override: str, words: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(TINY_CONFIG, (override,))
+    for word in [str(TINY_CONFIG), *words]:
+        assert word in str(caught.value)
+
+
+def test_missing_required_key_is_named(tmp_path: Path) -> None:
+    tree = yaml.safe_load(TINY_CONFIG.read_text())
+    del tree["calibration"]["num_sequences"]
+    path = tmp_path / "c.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    with pytest.raises(ConfigError, match=r"calibration\.num_sequences: required key is missing"):
+        load_config(path)
+
+
+@pytest.mark.parametrize(("text", "words"), [("[1, 2]", "expected a mapping"), ("a: [", "not valid YAML"), ("\xff", "found str")])
+def test_file_that_is_no_mapping_is_refused(tmp_path: Path, text: str, words: str) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=words):
+        load_config(path)
+
+
+def test_absent_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"nowhere\.yaml: can not be read"):
+        load_config(tmp_path / "nowhere.yaml")
+
+
+@pytest.mark.parametrize("override", ["compression", "=1", "compression.solver.deep=1"])
+def test_malformed_override_is_refused(override: str) -> None:
+    with pytest.raises(ConfigError):
+        load_config(TINY_CONFIG, (override,))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (("compression.scale_span=16",), r"tiny\.yaml: output\.storage: 'sparse' needs compression\.scale_span 32, found 16$"),
+        (
+            (
+                "compression.solver=round_to_nearest",
+                "compression.sparsity=none",
+                "compression.output_curvature=false",
+                "compression.refine_steps=0",
+            ),
+            r"tiny\.yaml: output\.storage: 'sparse' needs compression\.sparsity 'paired-4:8', found 'none'$",
+        ),
+    ],
+)
+def test_sparse_storage_of_what_it_can_not_hold_is_refused(overrides: tuple[str, ...], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        load_config(TINY_CONFIG, ("output.storage=sparse", *overrides))
+    assert load_config(TINY_CONFIG, ("output.storage=sparse",)).output.storage == "sparse"
+    assert load_config(TINY_CONFIG, overrides).output.storage == "dense"
+
+
+def test_every_key_says_whether_it_may_change_on_resume() -> None:
+    assert set(SETTINGS) == set(dotted_keys())
+
+
+def test_lookup_finds_every_key() -> None:
+    config = load_config(TINY_CONFIG)
+    for key in dotted_keys():
+        lookup(config, key)
+
+
+def test_baseline_is_the_published_one_shot_reference() -> None:
+    config = load_config(TINY_CONFIG, ("evaluation.baseline=true",))
+    base = baseline_config(config)
+    c = base.compression
+    assert (c.solver, c.sparsity, c.router_weight_exponent, c.damp) == ("sparsegpt_gptq", "paired-4:8", 0.0, 0.1)
+    assert (c.output_curvature, c.refine_steps, c.code_sweeps) == (False, 0, 0)
+    assert base.run.root == f"{config.run.root}/baseline"
+    assert (base.calibration, base.evaluation and base.evaluation.baseline) == (config.calibration, False)
+    assert RunConfig.model_validate(base.model_dump()) == base, "a copy must satisfy the rules of a file"
+
+
+DOCUMENTS = "calibration:\n  {documents: a.jsonl, num_sequences: 1, sequence_length: 8}\n"
+
+
+@pytest.mark.parametrize(
+    ("section", "expected"),
+    [
+        ("{}", (True, 12, 300)),
+        ("{sweeps: 6}", (True, 6, 300)),
+        ("{solver: sparsegpt_gptq}", (False, 12, 0)),
+        ("{solver: gptq, sparsity: none}", (False, 12, 0)),
+        ("{activation_quantization: false}", (True, 12, 0)),
+    ],
+)
+def test_defaults_are_the_best_pipeline_as_far_as_the_solver_knows_it(
+    section: str, expected: tuple[bool, int, int], tmp_path: Path
+) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(f"name: a\nsource: {{checkpoint: s}}\n{DOCUMENTS}compression: {section}\nrun: {{root: r}}\n")
+    c = load_config(path).compression
+    assert (c.output_curvature, c.sweeps, c.refine_steps) == expected
+
+
+@pytest.mark.parametrize("key", ["output_curvature: true", "refine_steps: 5"])
+def test_what_a_one_shot_solver_does_not_know_is_refused_when_asked_for(key: str, tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(f"name: a\nsource: {{checkpoint: s}}\n{DOCUMENTS}compression: {{solver: sparsegpt_gptq, {key}}}\nrun: {{root: r}}\n")
+    with pytest.raises(ConfigError, match=f"{key.partition(':')[0]} needs solver 'block_descent', found 'sparsegpt_gptq'"):
+        load_config(path)
+
+
+def test_published_reference_sees_the_source_whatever_the_run_propagates() -> None:
+    config = load_config(TINY_CONFIG, ("calibration.propagate=compressed",))
+    assert config.calibration.propagate == "compressed"
+    assert baseline_config(config).calibration.propagate == "dense"

@@ -1,0 +1,177 @@
+"""Plans: pure, complete, and jealous of their run root."""
+
+from pathlib import Path
+
+import pytest
+
+from p48ray.config import load_config
+from p48ray.errors import ConfigError, PlanMismatchError, ShardCorruptError, SourceError
+from p48ray.run import run_root
+from p48ray.run.plan import NUMERICS_VERSION, SETTINGS, RunPlan, cut, settle_plan
+from p48ray.stages.prepare import Prepared, prepare
+from p48ray.store.memory import MemoryStore
+from tests.conftest import REPO
+
+# For every digest setting: another legal value of it.
+OTHER_VALUES = {
+    "name": "other",
+    "calibration.num_sequences": "8",
+    "calibration.sequence_length": "64",
+    "calibration.seed": "1",
+    "calibration.propagate": "compressed",
+    "calibration.sequences_per_part": "5",
+    "calibration.sequences_per_micro_batch": "2",
+    "calibration.compute_dtype": "bfloat16",
+    "calibration.stored_bits": "8",
+    "compression.solver": None,  # needs other settings to change with it
+    "compression.code_sweeps": "3",
+    "compression.sparsity": None,
+    "compression.scale_span": "16",
+    "compression.activation_group": "32",
+    "compression.output_curvature": "false",
+    "compression.damp": "0.05",
+    "compression.output_damp": "0.3",
+    "compression.router_weight_exponent": "0",
+    "compression.sweeps": "1",
+    "compression.refine_steps": "5",
+    "compression.activation_quantization": None,
+    "output.base_model": "owner/name",
+    "output.max_shard_size": "1MB",
+    "output.storage": "sparse",
+    "run.experts_per_unit": "3",
+    "run.threads_per_worker": "2",
+    "run.layers": "[1]",
+}
+
+
+@pytest.fixture(autouse=True)
+def in_repository(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(REPO)
+
+
+def planned(*overrides: str) -> Prepared:
+    return prepare(load_config(REPO / "configs" / "tiny.yaml", overrides, "memory://plans"))
+
+
+def test_plan_is_a_pure_function_and_survives_json() -> None:
+    plan = planned().plan
+    assert plan == planned().plan
+    assert RunPlan.from_json(plan.to_json(), "memory") == plan
+
+
+def test_plan_covers_every_expert_and_sequence_once() -> None:
+    plan = planned("run.experts_per_unit=3", "calibration.sequences_per_part=7").plan
+    assert [(u.layer, e) for u in plan.units for e in u.experts] == [(n, e) for n in (1, 2, 3, 4) for e in range(16)]
+    assert [s for p in plan.parts for s in range(p.first_sequence, p.first_sequence + p.num_sequences)] == list(range(192))
+    assert [p.num_sequences for p in cut(5, 2)] == [2, 2, 1]
+
+
+def test_unit_ids_are_the_public_names() -> None:
+    assert planned("run.experts_per_unit=6").plan.units[1].id == "L001-E006-011"
+
+
+@pytest.mark.parametrize("key", [k for k, v in OTHER_VALUES.items() if v is not None])
+def test_setting_that_changes_bytes_is_refused_by_name_on_resume(key: str) -> None:
+    store = MemoryStore(f"mismatch-{key}")
+    before, after = planned().plan, planned(f"{key}={OTHER_VALUES[key]}").plan
+    assert before.digest != after.digest
+    store.put(run_root.PLAN, before.to_json())
+    with pytest.raises(PlanMismatchError) as caught:
+        settle_plan(after, store)
+    assert f"another plan: {key}: expected " in str(caught.value)
+
+
+def test_every_digest_setting_is_tried() -> None:
+    assert set(OTHER_VALUES) == {key for key, effect in SETTINGS.items() if effect == "digest"}
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "run.num_workers=7",
+        "run.max_attempts=1",
+        "run.prefetch_units=0",
+        "evaluation=null",
+        "evaluation.seed=4",
+        "run.gpu_hour_price=2.5",
+        "run.capture_workers=1",
+        "run.keep=units",
+        "run.keep=checkpoint",
+        "run.endpoint_url=http://127.0.0.1:8333",
+        "source.endpoint_url=http://127.0.0.1:8333",
+    ],
+)
+def test_setting_that_changes_no_byte_may_change_on_resume(override: str) -> None:
+    store = MemoryStore(f"free-{override}")
+    store.put(run_root.PLAN, planned().plan.to_json())
+    assert settle_plan(planned(override).plan, store)
+
+
+def test_texts_are_part_of_the_plan(tmp_path: Path) -> None:
+    store, copy = MemoryStore("texts"), tmp_path / "calibration.jsonl"
+    copy.write_bytes((REPO / "examples/tiny-kimi-k2.5/calibration.jsonl").read_bytes())
+    same = planned(f"calibration.documents={copy}").plan
+    assert same.digest == planned().plan.digest, "the place of the texts does not matter"
+    store.put(run_root.PLAN, same.to_json())
+    copy.write_bytes(copy.read_bytes() + b'{"text": "one more"}\n')
+    with pytest.raises(PlanMismatchError, match="calibration documents' digest"):
+        settle_plan(planned(f"calibration.documents={copy}").plan, store)
+
+
+def test_numerics_version_is_part_of_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = MemoryStore("numerics")
+    store.put(run_root.PLAN, planned().plan.to_json())
+    monkeypatch.setattr("p48ray.run.plan.NUMERICS_VERSION", NUMERICS_VERSION + 1)
+    with pytest.raises(PlanMismatchError, match="numerics version"):
+        settle_plan(planned().plan, store)
+
+
+def test_plan_with_an_unknown_key_is_refused() -> None:
+    text = planned().plan.to_json().replace(b'"schema_version": 1', b'"schema_version": 1, "surprise": 2', 1)
+    with pytest.raises(ShardCorruptError, match="surprise"):
+        RunPlan.from_json(text, "plan.json")
+
+
+# A pilot's plan.
+
+
+def test_pilot_has_units_of_its_layers_and_streams_up_to_the_last_of_them() -> None:
+    plan = planned("run.layers=[3,1,3]", "compression.output_curvature=false").plan
+    assert (plan.layers, plan.is_pilot) == ((1, 3), True)
+    assert [(u.layer, e) for u in plan.units for e in u.experts] == [(n, e) for n in (1, 3) for e in range(16)]
+    assert (plan.num_streamed_layers, plan.boundaries) == (4, range(1, 4))
+
+
+def test_pilot_that_goes_back_streams_up_to_the_head() -> None:
+    plan = planned("run.layers=[1,3]").plan
+    assert (plan.num_streamed_layers, plan.boundaries) == (5, range(1, 6))
+
+
+def test_plan_of_all_layers_is_no_pilot() -> None:
+    assert not planned().plan.is_pilot and not planned("run.layers=[1,2,3,4]").plan.is_pilot
+    assert planned("run.layers=[1,2,3,4]").plan.units == planned().plan.units
+
+
+def test_pilot_has_no_output_shards() -> None:
+    assert (planned("run.layers=[2]").shards, len(planned().shards)) == ((), 6)
+
+
+@pytest.mark.parametrize(("layers", "found"), [("[0]", r"\[0\]"), ("[4,5,7]", r"\[5, 7\]"), ("[]", "none")])
+def test_layers_without_experts_are_refused_by_name(layers: str, found: str) -> None:
+    with pytest.raises(ConfigError, match=rf"run\.layers: expected some of the layers with experts \(1 to 4\), found {found}"):
+        planned(f"run.layers={layers}")
+
+
+@pytest.mark.parametrize(
+    ("override", "kind", "words"),
+    [
+        ("run.experts_per_unit=17", ConfigError, "run.experts_per_unit: expected at most the model's 16 experts, found 17"),
+        ("calibration.sequence_length=5000", ConfigError, "calibration.sequence_length: expected at most max_position_embeddings = 4096"),
+        ("evaluation.sequence_length=5000", ConfigError, "evaluation.sequence_length: expected at most max_position_embeddings = 4096"),
+        ("source.checkpoint=nowhere", SourceError, "config.json: expected in"),
+        ("calibration.documents=nowhere.jsonl", ConfigError, "calibration.documents: nowhere.jsonl: can not be read"),
+    ],
+)
+def test_setting_that_does_not_fit_the_source_is_refused(override: str, kind: type[Exception], words: str) -> None:
+    with pytest.raises(kind, match=words.replace("(", r"\(")):
+        planned(override)

@@ -1,0 +1,5 @@
+"""A Hub to read from."""
+
+from tests.servers.read_hub import hub
+
+__all__ = ["hub"]
