@@ -38,6 +38,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -52,7 +53,7 @@ from p48ray.checkpoint.layout import PROJECTIONS
 from p48ray.checkpoint.skeleton import write_kimi_k25_skeleton
 from p48ray.config import load_config
 from p48ray.estimate.duration import loop_seconds, product_seconds
-from p48ray.estimate.memory import stored_bytes
+from p48ray.estimate.memory import row_bytes
 from p48ray.estimate.plan_cost import estimate
 from p48ray.report.report import build_report
 from p48ray.run import run_root
@@ -100,18 +101,17 @@ def costs_of(prepared: Prepared, unit_seconds: float | None = None) -> Costs:
     """Args: unit_seconds: measured, of a unit with the mean number of tokens; the shares of loops and products stay."""
     plan, layout = prepared.plan, prepared.layout
     e = estimate(plan, prepared.source, layout, prepared.shards)
-    goes_back = plan.config.compression.output_curvature
     loop_s, product_s = (f(plan, layout) / len(plan.units) for f in (loop_seconds, product_seconds))
     factor = 1.0 if unit_seconds is None else unit_seconds / (loop_s + product_s)
     hidden_bytes = 2 * e.num_tokens * layout.hidden_size
-    up_s = e.stream_gpu_hours * 3600 / (3 if goes_back else 1) / len(plan.parts) / plan.num_streamed_layers
+    up_s = e.stream_gpu_hours * 3600 / (3 if plan.uses_gradients else 1) / len(plan.parts) / plan.num_streamed_layers
     per_unit = plan.config.run.experts_per_unit
     return Costs(
         loop_s=factor * loop_s,
         product_s=factor * product_s,
         mean_load=e.num_tokens * layout.top_k * per_unit / layout.num_experts,
         layer_bytes=e.activation_bytes // len(plan.layers)
-        + goes_back * e.num_tokens * stored_bytes(layout.hidden_size, plan.config.calibration.stored_bits),
+        + plan.uses_gradients * e.num_tokens * row_bytes(layout.hidden_size, plan.config.calibration.stored_bits),
         source_unit_bytes=(e.source_bytes - e.untouched_bytes) // len(plan.units),
         unit_bytes=unit_bytes(layout, plan.units[0]),
         source_layer_bytes=(e.source_bytes - e.untouched_bytes) // len(plan.layers),
@@ -217,7 +217,7 @@ class Stubs:
     def stream(self, task: Task, node: Node, now: float) -> Attempt:
         """Parts up or down the layers from where the store says that they are; what is written counts at the end of each layer."""
         needs, goes_up = read_needs(self.plan, self.store), task.stage == "capture"
-        ways = {p: needs.way_up(p) if goes_up else needs.way_back(p) for p in task.item}
+        ways = {p: needs.forward_layers(p) if goes_up else needs.backward_layers(p) for p in task.item}
         top = self.plan.source.num_layers
         self.tally.parts_repeated += sum(len(w) not in (0, top, top + 1) for w in ways.values())
         sharers = min(self.plan.config.run.capture_workers or 1, self.fleet.node_gpus)
@@ -234,7 +234,7 @@ class Stubs:
             now = solved + 2 * part_bytes * sharers / self.fleet.bandwidth
             self.tally.bytes_read += read_bytes + (0 if goes_up else part_bytes)
             computes.append((ready, solved))
-            effects.append((now, lambda n=number, w=waiting: self.leave(needs, n, w, goes_up)))
+            effects.append((now, partial(self.leave, needs, number, waiting, goes_up)))
         return Attempt(task, now, computes, effects)
 
     def source_reads(self, parts: list[int]) -> float:
@@ -253,7 +253,7 @@ class Stubs:
         for p in parts:
             if goes_up and number + 1 in self.plan.boundaries:
                 self.leave_boundary("residuals", number + 1, p)
-            if not goes_up and number > needs.way_back(p)[0]:
+            if not goes_up and number > needs.backward_layers(p)[0]:
                 self.leave_boundary("residual-gradients", number, p)
             if goes_up and number in self.plan.layers:
                 self.put(run_root.activation_part(number, p), self.costs.part_bytes)
@@ -404,7 +404,7 @@ def measure_driver(prepared: Prepared, fleet: Fleet, costs: Costs) -> dict[str, 
     start = time.process_time()
     build_report(whole.context, read_units(whole), whole.shards, None, {})
     facts |= {"report_s": time.process_time() - start, "peak_bytes": peak_bytes()}
-    facts["stored_bytes"] = sum(info.size_bytes for info in MemoryStore.list(store))
+    facts["row_bytes"] = sum(info.size_bytes for info in MemoryStore.list(store))
     start = time.process_time()
     keys = {info.key for info in store.list(run_root.UNITS)}
     len({run_root.unit_manifest(u.id) for u in whole.plan.units} & keys)
@@ -510,12 +510,12 @@ def cells(o: Outcome, price: float) -> list[str]:
 
 def driver_lines(d: dict[str, Any]) -> list[str]:
     asked, run = d["resume_counts"], d["run_counts"]
-    mb = {key: f"{d[key] / 1e6:.0f} MB" for key in ("prepare_peak_bytes", "run_peak_bytes", "peak_bytes", "stored_bytes")}
+    mb = {key: f"{d[key] / 1e6:.0f} MB" for key in ("prepare_peak_bytes", "run_peak_bytes", "peak_bytes", "row_bytes")}
     lines = [
         f"Driver, {d['gpus']} GPUs, {d['num_units']:,} units, {d['num_linears']:,} linears: {d['ms_per_unit']:.2f} ms of processor time a unit, capture and "
         f"gradients included; the report {d['report_s']:.1f} s.",
         f"Peak RSS: {mb['prepare_peak_bytes']} after planning, {mb['run_peak_bytes']} after compress, {mb['peak_bytes']} with the report; "
-        f"{mb['stored_bytes']} of it are the store's objects, which a bucket holds elsewhere.",
+        f"{mb['row_bytes']} of it are the store's objects, which a bucket holds elsewhere.",
         f"A tick of progress, every {INTERVAL_S:g} s, lists units/: {d['tick_ms']:.0f} ms and {d['tick_pages']} pages at the end of the run.",
         f"Resume of a half-done run root ({d['resume_keys']:,} keys, keep: all): listing and needs {d['needs_s']:.2f} s, {d['resume_units']:,} units open; "
         f"from the start to the first unit handed out {d['resume_s']:.2f} s, in which the store was asked for {asked.get('listings', 0)} listings "

@@ -35,7 +35,7 @@ from bench.job_tables import print_facts
 from bench.job_watch import Watch, workers
 from bench.wide_checkpoint import TINY, WIDTHS, write_texts
 from p48ray.config import load_config
-from p48ray.trace import FOLDER
+from p48ray.trace import TRACE_VARIABLE
 
 HERE = Path(__file__).resolve().parents[1]
 CONFIG = Path("configs") / "kimi_k25_p48_nvfp4.yaml"
@@ -98,7 +98,7 @@ def job_settings(args: argparse.Namespace, checkpoint: Path, texts: Path) -> lis
 def start_job(args: argparse.Namespace, root: Path, trace: Path, settings: list[str], log: Path) -> subprocess.Popen[bytes]:
     """The job's command in the chosen checkout, as a process (and a session) of its own."""
     path = os.pathsep.join([str(args.tree), *filter(None, [os.environ.get("PYTHONPATH")])])
-    own = {"PYTHONPATH": path, FOLDER: str(trace), "HF_HUB_OFFLINE": "1", "RAY_USAGE_STATS_ENABLED": "0"}
+    own = {"PYTHONPATH": path, TRACE_VARIABLE: str(trace), "HF_HUB_OFFLINE": "1", "RAY_USAGE_STATS_ENABLED": "0"}
     environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | own
     command = [sys.executable, "jobs/compress.py", "--config", str(CONFIG), "--run-root", str(root)]
     command += [word for setting in settings for word in ("--set", setting)]

@@ -134,7 +134,8 @@ def covering(tree: Path, marks: str) -> dict[tuple[str, int], list[str]]:
     code, out = pytest(tree, "-m", marks, under=("-m", "coverage", "run"))
     if code:
         raise SystemExit(f"the tests fail without any mutant:\n{out[-3000:]}")
-    data, found = CoverageData(str(tree / ".coverage")), defaultdict(list)
+    data = CoverageData(str(tree / ".coverage"))
+    found: dict[tuple[str, int], list[str]] = defaultdict(list)
     data.read()
     for file in data.measured_files():
         module = str(Path(file).relative_to(tree.resolve()))

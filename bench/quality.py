@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -33,10 +34,10 @@ from p48ray.run import arrow, run_root
 from p48ray.run.plan import WorkUnit, cut
 from p48ray.runner.console import configure_logging
 from p48ray.runner.pipeline import run_job
-from p48ray.stages.evaluate import EvaluationResult, combine, evaluate_part, evaluation_digest
+from p48ray.stages.evaluate import EvaluationResult, combine_parts, evaluate_part, evaluation_digest
 from p48ray.stages.prepare import prepare
 from p48ray.stages.workplace import open_context
-from p48ray.unit.compress import fetch_unit, solver_arguments
+from p48ray.unit.compress import decode_originals, fetch_unit, solver_arguments
 from p48ray.unit.context import StageContext
 from p48ray.unit.moments import down_curvature, gate_up_curvature, output_side
 
@@ -132,19 +133,25 @@ def sparsity_alone(config: RunConfig) -> EvaluationResult:
     for part in cut(settings.num_sequences, settings.sequences_per_part):
         rows = slice(part.first_sequence, part.first_sequence + part.num_sequences)
         sums.append(evaluate_part(context, lambda layer, expert: experts[layer, expert], ids_NS[rows], part))
-    return combine(sums)
+    return combine_parts(sums)
 
 
 def sparse_unit(context: StageContext, unit: WorkUnit) -> list[ExpertWeights]:
     """As unit.compress, gate and up first, then down on what they leave."""
     fetched = fetch_unit(context, unit)
-    originals, tokens = [context.placed(linears, torch.float32) for linears in fetched.experts.values()], fetched.tokens
+    gate_up_NOI, down_NOI = decode_originals(context, unit, fetched.experts)
+    originals = split_weights(gate_up_NOI, down_NOI)
+    tokens = fetched.tokens
     side = output_side(tokens, originals)
-    gate_up_NZH = torch.stack([torch.cat([w.gate_FH, w.up_FH]) for w in originals])
-    gate_up_NZH = sparse_values(*solver_arguments(context, gate_up_NZH, gate_up_curvature(tokens, side)[0]))
-    intermediates = down_curvature(tokens, side, originals, gate_up_NZH)[0]
-    down_NHF = sparse_values(*solver_arguments(context, torch.stack([w.down_HF for w in originals]), intermediates))
-    return [ExpertWeights(*gate_up.chunk(2), down) for gate_up, down in zip(gate_up_NZH, down_NHF, strict=True)]
+    sparse_NOI = sparse_values(*solver_arguments(context, gate_up_NOI, gate_up_curvature(tokens, side)[0]))
+    intermediates = down_curvature(tokens, side, originals, sparse_NOI)[0]
+    down_NHF = sparse_values(*solver_arguments(context, down_NOI, intermediates))
+    return split_weights(sparse_NOI, down_NHF)
+
+
+def split_weights(gate_up_NZH: Tensor, down_NHF: Tensor) -> list[ExpertWeights]:
+    gates_and_ups = (w_ZH.chunk(2) for w_ZH in gate_up_NZH)
+    return [ExpertWeights(gate, up, down) for (gate, up), down in zip(gates_and_ups, down_NHF, strict=True)]
 
 
 def print_table(rows: list[dict[str, Any]], console: Console) -> None:

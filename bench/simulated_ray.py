@@ -11,6 +11,7 @@ from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from heapq import heappop, heappush
 from typing import Any, Protocol
 
@@ -100,7 +101,7 @@ class Attempt:
     task: Task
     end: float
     computes: list[tuple[float, float]]
-    effects: list[tuple[float, Callable[[], None]]]
+    effects: Sequence[tuple[float, Callable[[], None]]]
 
 
 class Bodies(Protocol):
@@ -119,15 +120,16 @@ class Method:
 
 
 class Actor:
-    """A worker as RayRunner sees it: `ready`, `execute` and `close`."""
+    """A worker as RayRunner sees it: `start`, `execute` and `close`."""
 
     def __init__(self, sim: "SimulatedRay") -> None:
-        self.sim, self.node, self.is_dead = sim, None, False
+        self.sim, self.is_dead = sim, False
+        self.node: Node | None = None
         self.open: Ref | None = None
         self.attempt: Attempt | None = None
-        self.ready, self.execute, self.close = Method(self.call_ready), Method(self.call_execute), Method(self.call_close)
+        self.start, self.execute, self.close = Method(self.call_start), Method(self.call_execute), Method(self.call_close)
 
-    def call_ready(self) -> Ref:
+    def call_start(self) -> Ref:
         assert self.open is not None
         return self.open
 
@@ -239,7 +241,7 @@ class SimulatedRay:
                 actor.node = node
                 node.free -= 1
                 node.actors.append(actor)
-                self.at(self.now + self.fleet.start_s, lambda actor=actor, node=node: self.settle(actor, node.id))
+                self.at(self.now + self.fleet.start_s, partial(self.settle, actor, node.id))
         booting = sum(not n.is_up for n in self.machines)
         missing = math.ceil(len(self.pending) / self.fleet.node_gpus) - booting
         for _ in range(min(missing, self.fleet.max_nodes - booting - len(self.alive()))):
@@ -266,7 +268,7 @@ class SimulatedRay:
             actor.is_dead = True
             self.interrupt(actor)
             if actor.open is not None:
-                self.at(self.now + self.fleet.detect_s, lambda ref=actor.open: self.fail(ref))
+                self.at(self.now + self.fleet.detect_s, partial(self.fail, actor.open))
 
     def interrupt(self, actor: Actor) -> None:
         """What an attempt had done by now counts, the rest does not happen."""
@@ -300,9 +302,14 @@ class SimulatedRay:
             start = self.now
             actor.attempt = attempt = self.stubs.begin(pickle.loads(task_data), node, start)
             for when, effect in attempt.effects:
-                self.at(when, lambda effect=effect: effect() if actor.attempt is attempt else None)
+                self.at(when, partial(self.happen, actor, attempt, effect))
             self.at(attempt.end, lambda: self.finish(actor, attempt, start))
             return ref
+
+    def happen(self, actor: Actor, attempt: Attempt, effect: Callable[[], None]) -> None:
+        """An effect of an attempt, unless the attempt was cut off."""
+        if actor.attempt is attempt:
+            effect()
 
     def finish(self, actor: Actor, attempt: Attempt, start: float) -> None:
         if actor.is_dead:

@@ -19,6 +19,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,7 +39,7 @@ from p48ray.numerics.output_gradients import expert_gradients
 from p48ray.numerics.products import tensor_float_32
 from p48ray.numerics.solution import SolverSettings
 from p48ray.numerics.solvers import damped_output_hessian, solve
-from p48ray.numerics.sparsegpt import one_shot
+from p48ray.numerics.sparsegpt import quantize_columns
 from p48ray.numerics.two_sided import two_sided_descent
 
 FLOOR_MS = 12.8  # DESIGN 8: one-shot, by arithmetic, on an H100
@@ -131,7 +132,7 @@ def time_linear(name: str, linear: Linear, device: str, repeats: int, against_cp
     factor, factor_ms = timed(lambda: inverse_factor(h, 0.1), device, repeats)
     ms["factor"] = factor_ms / n
     divisor = nvfp4.global_scale_from_amax(w.abs().amax((1, 2)))
-    codes, loop_ms = timed(lambda: one_shot(w, factor.upper_NII, divisor, span=32, keep=None, sparsity=True), device, repeats)
+    codes, loop_ms = timed(lambda: quantize_columns(w, factor.upper_NII, divisor, span=32, keep=None, sparsity=True), device, repeats)
     ms["loop"] = loop_ms / n
     start, damped = nvfp4.dequantize(codes.codes, codes.scale, divisor), damp(h, 0.1)
     keep = codes.keep
@@ -148,7 +149,7 @@ def time_linear(name: str, linear: Linear, device: str, repeats: int, against_cp
 
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        solution, whole_ms = timed(lambda work=work: work(w, h, g), device, repeats)
+        solution, whole_ms = timed(partial(work, w, h, g), device, repeats)
         row = {
             "solve_ms": whole_ms / n,
             "output_error": output_error(w[0], solution.values_NOI[0], hessian64),
@@ -157,7 +158,7 @@ def time_linear(name: str, linear: Linear, device: str, repeats: int, against_cp
         }
         if against_cpu and not is_two_sided:
             w1, h1 = w[:1].cpu(), hessian64.float().cpu()[None]
-            reference, cpu_ms = timed(lambda w1=w1, h1=h1, s=settings: solve(w1, h1, per[:1], s), "cpu", 1)
+            reference, cpu_ms = timed(partial(solve, w1, h1, per[:1], settings), "cpu", 1)
             row["cpu_solve_ms"] = cpu_ms
             row["cpu_output_error"] = output_error(w[0], reference.values_NOI[0].to(w.device), hessian64)
             row["codes_that_differ"] = float((reference.packed_NOB[0] != solution.packed_NOB[0].cpu()).float().mean())
@@ -170,7 +171,8 @@ def time_linear(name: str, linear: Linear, device: str, repeats: int, against_cp
 
 def time_forwards(x: Tensor, gate_up: Tensor, down: Tensor, device: str, repeats: int) -> dict[str, float]:
     """What surrounds the solver for one expert: the intermediate, and the gradients at all outputs."""
-    weights = ExpertWeights(*gate_up.chunk(2), down)
+    gate, up = gate_up.chunk(2)
+    weights = ExpertWeights(gate, up, down)
     delta, router = x.flip(0), torch.ones(len(x), device=x.device)
     with tensor_float_32():
         _, forward = timed(lambda: intermediate(x, weights), device, repeats)

@@ -65,12 +65,12 @@ def section_of(annotation: object) -> type[Section] | None:
     return next((c for c in choices if isinstance(c, type) and issubclass(c, Section)), None)
 
 
-def leaves(model: type[Section] = RunConfig, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+def all_settings(model: type[Section] = RunConfig, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
     """Every key that holds a value: its dotted name and its field."""
     for name, field in model.model_fields.items():
         section = section_of(field.annotation)
         if section is not None:
-            yield from leaves(section, f"{prefix}{name}.")
+            yield from all_settings(section, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", field
 

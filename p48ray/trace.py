@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
-FOLDER = "P48RAY_TRACE"
+TRACE_VARIABLE = "P48RAY_TRACE"
 
 Kind = Literal[
     "task",  # a whole task of a stage
@@ -35,7 +35,7 @@ _stage = ""
 @contextmanager
 def span(kind: Kind, num_bytes: int = 0, what: str = "") -> Iterator[None]:
     """Time the body. num_bytes: what it moved or hashed; what: a key or a task, for a person."""
-    folder = os.environ.get(FOLDER)
+    folder = os.environ.get(TRACE_VARIABLE)
     if not folder:
         yield
         return

@@ -23,7 +23,7 @@ FOLDERS = (
 )
 SUFFIXES = {".md", ".py", ".yaml", ".toml", ".sh", ".txt"}
 NAMES = {"Makefile", "Dockerfile", "run"}
-LEAVES = dict(config_page.leaves())
+LEAVES = dict(config_page.all_settings())
 
 
 @cache

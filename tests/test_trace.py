@@ -13,7 +13,7 @@ from p48ray import trace
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv(trace.FOLDER, str(tmp_path))
+    monkeypatch.setenv(trace.TRACE_VARIABLE, str(tmp_path))
     return tmp_path
 
 
@@ -27,9 +27,9 @@ def lines(folder: Path) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("value", [None, ""])
 def test_without_a_folder_nothing_is_written(value: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv(trace.FOLDER, raising=False)
+    monkeypatch.delenv(trace.TRACE_VARIABLE, raising=False)
     if value is not None:
-        monkeypatch.setenv(trace.FOLDER, value)
+        monkeypatch.setenv(trace.TRACE_VARIABLE, value)
     with trace.task("capture", "part-0"), trace.span("hash", 7, "a key"):
         pass
     assert list(tmp_path.iterdir()) == []

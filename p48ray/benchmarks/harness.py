@@ -14,15 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from p48ray.benchmarks.server_process import tail
+from p48ray.benchmarks.server_process import SHOWN_LINES, tail
 from p48ray.config.benchmarks import BenchmarksConfig, BenchmarkTask
 from p48ray.errors import ConfigError, StageFailedError
 from p48ray.run.benchmark_results import HARNESS_VERSION
 
 log = logging.getLogger("p48ray.progress")
 
-SAID_EVERY_S = 60.0
-SHOWN_LINES = 20
+REPORT_EVERY_S = 60.0
 VERSION_TIMEOUT_S = 120
 REQUEST_ATTEMPTS = 5
 VERSION_CODE = "import importlib.metadata as m; print(m.version('lm_eval'))"
@@ -94,7 +93,7 @@ def follow(command: Sequence[str], printed: str, label: str) -> int:
         try:
             while True:
                 try:
-                    return process.wait(SAID_EVERY_S)
+                    return process.wait(REPORT_EVERY_S)
                 except subprocess.TimeoutExpired:
                     log.info("evaluate  %s: %s", label, (tail(printed).splitlines() or [""])[-1][:160])
         finally:

@@ -179,7 +179,7 @@ def run_evaluation(evaluation: Evaluation, url: str | None, start_server: StartS
             continue
         try:
             with nullcontext(url) if url else start_server(evaluation.server_command(column)) as at:
-                failed |= measure(evaluation, column, at.rstrip("/"))
+                failed |= measure_column(evaluation, column, at.rstrip("/"))
         except UserError:
             raise
         except P48Error as error:
@@ -192,7 +192,7 @@ def run_evaluation(evaluation: Evaluation, url: str | None, start_server: StartS
     return table
 
 
-def measure(evaluation: Evaluation, column: Measured, url: str) -> dict[str, P48Error]:
+def measure_column(evaluation: Evaluation, column: Measured, url: str) -> dict[str, P48Error]:
     """Every missing task of a checkpoint, one after the other. Returns what failed, by name."""
     model = find_model(served_models(url), evaluation.benchmarks, column, url)
     server = server_version(url, model)

@@ -11,7 +11,7 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
-from p48ray.benchmarks.server_process import END_TIMEOUT_S, ServerProcess, ServerState
+from p48ray.benchmarks.server_process import END_TIMEOUT_S, SHOWN_LINES, ServerProcess, ServerState
 from p48ray.config.benchmarks import ServerSettings
 from p48ray.errors import ConfigError, StageFailedError
 from p48ray.report.work import duration
@@ -20,8 +20,7 @@ from p48ray.runner.cluster import Cluster, first_line
 log = logging.getLogger("p48ray.progress")
 
 POLL_S = 2.0
-SAID_EVERY_S = 30.0
-SHOWN_LINES = 20
+START_REPORT_EVERY_S = 30.0
 
 
 class RayServer(AbstractContextManager[str]):
@@ -90,7 +89,7 @@ class RayServer(AbstractContextManager[str]):
                     f"server: {' '.join(self.command)}: not healthy within benchmarks.server.start_timeout_s = {self.settings.start_timeout_s:g}; its last "
                     "lines:\n" + "\n".join(last)
                 )
-            if time.monotonic() - said > SAID_EVERY_S:
+            if time.monotonic() - said > START_REPORT_EVERY_S:
                 said = time.monotonic()
                 log.info("server    starting for %s: %s", duration(said - asked), (last or [""])[-1][:120])
             time.sleep(POLL_S)

@@ -24,6 +24,8 @@ from p48ray.errors import ConfigError
 LOG_TAIL_BYTES = 4000
 ASK_TIMEOUT_S = 10.0
 END_TIMEOUT_S = 30.0
+SHOWN_LINES = 20
+"""Of what a process printed last, in an error."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +124,7 @@ class ServedModel:
 def served_models(url: str) -> list[ServedModel]:
     """What the server at a base URL serves. Raises: ConfigError where no OpenAI-compatible server answers."""
     try:
-        data = ask(f"{url}/v1/models")["data"]
+        data = ask_server(f"{url}/v1/models")["data"]
         return [ServedModel(m["id"], m.get("root"), m.get("max_model_len"), m.get("owned_by") or "unknown server") for m in data]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{url}/v1/models: expected the list of models of an OpenAI-compatible server, found {error!r}") from error
@@ -131,11 +133,11 @@ def served_models(url: str) -> list[ServedModel]:
 def server_version(url: str, model: ServedModel) -> str:
     """Name and version, as far as the server tells."""
     try:
-        return f"{model.owner} {ask(f'{url}/version')['version']}"
+        return f"{model.owner} {ask_server(f'{url}/version')['version']}"
     except (OSError, ValueError, KeyError, TypeError):
         return f"{model.owner}, which gives no version"
 
 
-def ask(url: str) -> Any:
+def ask_server(url: str) -> Any:
     with urllib.request.urlopen(url, timeout=ASK_TIMEOUT_S) as reply:
         return json.load(reply)

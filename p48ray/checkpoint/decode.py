@@ -9,14 +9,13 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from p48ray.checkpoint.expert_checks import CODES_PER_WORD
 from p48ray.checkpoint.fp8 import Fp8Weight, PlainTensor
 from p48ray.checkpoint.header import TensorEntry
 from p48ray.checkpoint.index import CheckpointIndex
 from p48ray.checkpoint.layout import PROJECTIONS, ModelLayout
 from p48ray.checkpoint.tensors import read_tensors
 from p48ray.errors import SourceError
-from p48ray.numerics.int4 import decode_int4
+from p48ray.numerics.int4 import CODES_PER_WORD, decode_int4
 from p48ray.store import Store
 
 

@@ -11,10 +11,10 @@ from p48ray.checkpoint.header import TensorEntry
 from p48ray.checkpoint.index import CONFIG_FILE, CheckpointIndex
 from p48ray.checkpoint.layout import PROJECTIONS, ModelLayout
 from p48ray.errors import SourceError
+from p48ray.numerics.int4 import CODES_PER_WORD
 
 FLOATS = ("BF16", "F16", "F32")
 INTEGERS = ("I32", "I64")
-CODES_PER_WORD = 8
 OUT_MULTIPLE = 8
 
 INT4_WEIGHTS: Mapping[str, Any] = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "dynamic": False}

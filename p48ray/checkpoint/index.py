@@ -17,6 +17,7 @@ from p48ray.store import Store
 CONFIG_FILE = "config.json"
 CONFIG_KEY = "quantization_config"
 INDEX_FILE = "model.safetensors.index.json"
+CARD_FILE = "README.md"
 SINGLE_FILE = "model.safetensors"
 MAX_LISTED = 5
 """Names in one error message; the first few show what is wrong."""

@@ -20,7 +20,7 @@ from p48ray.store.base import ByteRange
 from p48ray.store.node_cache import NodeCache, fetch
 from p48ray.store.view import local_path
 
-ALIGNMENT = 64
+MAP_ALIGNMENT = 64
 
 
 class LayerReader:
@@ -98,7 +98,7 @@ def placed(index: CheckpointIndex, entries: list[TensorEntry]) -> tuple[list[tup
     for run in merge_ranges(entries):
         start = run[0].start
         num_bytes = max(e.start + e.num_bytes for e in run) - start
-        place = -(-end // ALIGNMENT) * ALIGNMENT + start % ALIGNMENT
+        place = -(-end // MAP_ALIGNMENT) * MAP_ALIGNMENT + start % MAP_ALIGNMENT
         copies.append((ByteRange(index.store, run[0].file, start, num_bytes), place))
         places |= {e.name: place + e.start - start for e in run}
         end = place + num_bytes

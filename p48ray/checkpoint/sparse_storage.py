@@ -20,7 +20,7 @@ from p48ray.errors import NumericsError, SourceError
 from p48ray.numerics import paired48
 
 Storage = Literal["dense", "sparse"]
-Row = tuple[str, str, tuple[int, ...]]
+TensorRow = tuple[str, str, tuple[int, ...]]
 
 PACKED, KEPT, MASK, SCALE = "weight_packed", "weight_sparse_packed", "weight_sparse_mask", "weight_scale"
 MARKER_KEY = "paired48_sparse"
@@ -53,7 +53,7 @@ def linear_form(packed_shape: tuple[int, ...], storage: Storage) -> dict[str, tu
     return {KEPT: ("U8", (out, width)), MASK: ("U8", (out, width // 4)), SCALE: ("F8_E4M3", (out, width // 8))}
 
 
-def convert_rows(rows: Iterable[Row], linears: Collection[str], to: Storage) -> list[Row]:
+def convert_rows(rows: Iterable[TensorRow], linears: Collection[str], to: Storage) -> list[TensorRow]:
     """A file's header rows in the other storage, in the same order; a linear's mask directly follows its kept bytes.
 
     Args: linears: names of the linears to convert; every other tensor stays.
@@ -61,7 +61,7 @@ def convert_rows(rows: Iterable[Row], linears: Collection[str], to: Storage) -> 
     return [new for row in rows for new in _convert_row(row, linears, to)]
 
 
-def _convert_row(row: Row, linears: Collection[str], to: Storage) -> list[Row]:
+def _convert_row(row: TensorRow, linears: Collection[str], to: Storage) -> list[TensorRow]:
     linear, _, suffix = row[0].rpartition(".")
     if linear not in linears or suffix not in (PACKED, KEPT, MASK, SCALE):
         return [row]

@@ -107,7 +107,7 @@ class Bytes:
     mirror: int
     stream_read: int
     stream_written: int
-    boundaries_read: int  # by the way back
+    boundaries_read: int  # by the backward pass
     unit_read: int
     layer_tokens: int  # activations and gradients of one layer
     routed_token: int  # one token of one expert, as stored
@@ -147,7 +147,7 @@ def num_nodes(workers: int, config: RunConfig, rates: Rates) -> int:
 
 
 def times(plan: RunPlan, layout: ModelLayout, moved: Bytes, layer_passes: float, dense_elements: int, rates: Rates = H200_NODE) -> Times:
-    """Args: layer_passes: of all layers, by the streams, a way back counted as two. dense_elements: weights of all layers outside the experts."""
+    """Args: layer_passes: of all layers, by the streams, a backward pass counted as two. dense_elements: weights of all layers outside the experts."""
     run = plan.config.run
     workers = run.num_workers
     tokens = plan.config.calibration.num_sequences * plan.config.calibration.sequence_length
@@ -233,7 +233,7 @@ def unit_seconds(plan: RunPlan, moved: Bytes, computed: float, rates: Rates, uni
 def overlapped_seconds(plan: RunPlan, stream: float, moved: Bytes, computed: float, rates: Rates) -> float:
     """Streams, and the units that are left when they end: workers that do not stream solve what is complete by then.
 
-    Layers come down from the top after the way up, a third of the streams' work, or with no way back as they are passed. Where layers take turns nothing
+    Layers come down from the top after the forward pass, a third of the streams' work, or with no backward pass as they are passed. Where the run goes layer by layer nothing
     overlaps.
     """
     run, total = plan.config.run, len(plan.units)
@@ -241,7 +241,7 @@ def overlapped_seconds(plan: RunPlan, stream: float, moved: Bytes, computed: flo
         return stream + unit_seconds(plan, moved, computed, rates)
     solvers = run.num_workers - min(run.capture_workers or run.num_workers, len(plan.parts))
     each = max(computed / total, fetch_seconds(plan, tokens_of_unit(plan), moved, rates))
-    begins = stream / 3 if plan.config.compression.output_curvature else stream / max(1, plan.num_streamed_layers)
+    begins = stream / 3 if plan.uses_gradients else stream / max(1, plan.num_streamed_layers)
     done = int(max(0, solvers) * (stream - begins) / each)
     last_layer = math.ceil(total / len(plan.layers))
     return stream + unit_seconds(plan, moved, computed, rates, max(total - done, last_layer))
@@ -272,7 +272,7 @@ def loop_seconds(plan: RunPlan, layout: ModelLayout, rates: Rates = H200_NODE) -
     c = plan.config.compression
     inputs = layout.hidden_size + layout.moe_intermediate_size
     row_groups = ROW_GROUPS if c.output_curvature else 1
-    code_groups = code_descent.ROW_GROUPS if c.output_curvature else 1
+    code_groups = code_descent.CODE_ROW_GROUPS if c.output_curvature else 1
     solver = SOLVERS[c.solver]
     sweeps, code_sweeps = c.sweeps * solver.descends, c.code_sweeps * solver.descends
     passes = solver.column_passes

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from p48ray.checkpoint.index import CheckpointIndex
 from p48ray.checkpoint.layout import ModelLayout
+from p48ray.config import RunConfig
 from p48ray.numerics import block_int8
 from p48ray.run.output_layout import layer_of, unit_bytes, untouched_tensors
 from p48ray.run.plan import RunPlan
@@ -43,15 +44,15 @@ class Memory:
         return max(self.gpu_stream, self.gpu_unit)
 
 
-def stored_bytes(width: int, bits: int) -> int:
+def row_bytes(width: int, bits: int) -> int:
     """One token's activations, or its gradients, as parts store them (calibration.stored_bits)."""
     return 2 * width if bits == 16 else round(width * block_int8.BYTES_PER_VALUE)
 
 
-def routed_token_bytes(plan: RunPlan) -> int:
+def routed_token_bytes(hidden_size: int, config: RunConfig) -> int:
     """What a unit holds of one token of an expert: x, delta where gradients are used, router weight."""
-    each = stored_bytes(plan.source.hidden_size, plan.config.calibration.stored_bits)
-    return (1 + plan.config.compression.output_curvature) * each + 4
+    each = row_bytes(hidden_size, config.calibration.stored_bits)
+    return (1 + config.compression.output_curvature) * each + 4
 
 
 def memory_of(plan: RunPlan, index: CheckpointIndex, layout: ModelLayout) -> Memory:
@@ -84,12 +85,12 @@ def part_tokens(plan: RunPlan) -> int:
 
 
 def stream_bytes(plan: RunPlan, layout: ModelLayout, packed_expert: int, other_weights: int) -> int:
-    """Of the worker that has the most parts, on the way back where there is one."""
+    """Of the worker that has the most parts, in the backward pass where there is one."""
     run, part = plan.config.run, part_tokens(plan)
     workers = min(run.capture_workers or run.num_workers, len(plan.parts))
     own = -(-len(plan.parts) // workers) * part
     wave = max(part, min(own, WAVE_TOKENS // part * part))
-    copies = PART_COPIES_BACK if plan.config.compression.output_curvature else PART_COPIES_UP
+    copies = PART_COPIES_BACK if plan.uses_gradients else PART_COPIES_UP
     tokens = own + WAVE_COPIES * wave + (copies + WRITES_BEHIND) * part
     decoded = 3 * layout.hidden_size * layout.moe_intermediate_size * value_bytes(plan)
     return tokens * layout.hidden_size * value_bytes(plan) + EXPERT_SLOTS * packed_expert + decoded + other_weights
@@ -102,5 +103,5 @@ def unit_peak_bytes(plan: RunPlan, layout: ModelLayout) -> int:
     weights = (UNIT_WEIGHT_COPIES + UNIT_REFINE_COPIES * (c.refine_steps > 0)) * 3 * h * f
     calibration = plan.config.calibration
     tokens = calibration.num_sequences * calibration.sequence_length * layout.top_k / layout.num_experts
-    held = (1 + run.prefetch_units) * tokens * routed_token_bytes(plan)
+    held = (1 + run.prefetch_units) * tokens * routed_token_bytes(plan.source.hidden_size, plan.config)
     return round(run.experts_per_unit * (held + 4 * (weights + UNIT_MOMENT_COPIES * moments)))

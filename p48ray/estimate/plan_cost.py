@@ -6,7 +6,7 @@ from p48ray.checkpoint.header import DTYPE_BYTES
 from p48ray.checkpoint.index import CheckpointIndex
 from p48ray.checkpoint.layout import ModelLayout
 from p48ray.estimate.duration import H200_NODE, Bytes, Rates, Times, is_near, num_nodes, times, tokens_of_unit
-from p48ray.estimate.memory import Memory, memory_of, routed_token_bytes, stored_bytes
+from p48ray.estimate.memory import Memory, memory_of, routed_token_bytes, row_bytes
 from p48ray.run.output_layout import OutputShard, layer_of, unit_bytes, untouched_tensors
 from p48ray.run.plan import RunPlan
 
@@ -57,11 +57,10 @@ def estimate(
     """Estimate a plan; of a pilot, its own layers. Manifests and headers are not counted."""
     c, moe = plan.config.calibration, len(plan.layers)
     tokens = c.num_sequences * c.sequence_length
-    goes_back = plan.config.compression.output_curvature
     boundary = tokens * layout.hidden_size * (4 if c.compute_dtype == "float32" else 2)
-    seen = tokens * (stored_bytes(layout.hidden_size, c.stored_bits) + ROUTING_BYTES * layout.top_k)
-    felt = tokens * stored_bytes(layout.hidden_size, c.stored_bits) if goes_back else 0
-    boundaries_back = layout.num_layers - plan.layers[0] if goes_back else 0
+    seen = tokens * (row_bytes(layout.hidden_size, c.stored_bits) + ROUTING_BYTES * layout.top_k)
+    felt = tokens * row_bytes(layout.hidden_size, c.stored_bits) if plan.uses_gradients else 0
+    boundaries_back = layout.num_layers - plan.layers[0] if plan.uses_gradients else 0
     units = sum(unit_bytes(layout, u) for u in plan.units)
     source = sum(e.num_bytes for e in index.tensors.values())
     untouched = untouched_tensors(index, layout)
@@ -69,8 +68,8 @@ def estimate(
     experts_bytes = sum(e.num_bytes for e in index.tensors.values() if layout.is_expert_tensor(e.name))
     checkpoint = sum(s.num_bytes for s in shards)
     dense = sum(e.num_bytes // DTYPE_BYTES[e.dtype] for e in untouched if layer_of(layout, e.name) is not None)
-    # On the way back every layer is run again, then differentiated with respect to its activations.
-    directions = 3 if goes_back else 0 if plan.propagates else 1
+    # In the backward pass every layer is run again, then differentiated with respect to its activations.
+    directions = 3 if plan.uses_gradients else 0 if plan.propagates else 1
     streamed = plan.num_streamed_layers / layout.num_layers
     again = layers_run_again(plan)
     in_turn = plan.propagates * (plan.layers[-1] + 1) / layout.num_layers  # each layer as the source has it, then compressed
@@ -82,11 +81,11 @@ def estimate(
     moved = Bytes(
         mirror=mirror,
         stream_read=stream_read,
-        boundaries_read=residuals * goes_back,
+        boundaries_read=residuals * plan.uses_gradients,
         stream_written=activations + residuals + gradients,
         unit_read=unit_read,
         layer_tokens=seen + felt,
-        routed_token=routed_token_bytes(plan),
+        routed_token=routed_token_bytes(plan.source.hidden_size, plan.config),
         unit_experts=own_experts // len(plan.units),
         checkpoint=checkpoint,
         verified=checkpoint + source * bool(shards),
@@ -118,13 +117,13 @@ def token_bytes_read(plan: RunPlan, stored: int, rates: Rates) -> int:
     """
     run = plan.config.run
     if is_near(run.root, run.root_is_shared):
-        return round(len(plan.units) * tokens_of_unit(plan) * routed_token_bytes(plan))
+        return round(len(plan.units) * tokens_of_unit(plan) * routed_token_bytes(plan.source.hidden_size, plan.config))
     return round(stored * max(1.0, num_nodes(run.num_workers, plan.config, rates) / len(plan.layers)))
 
 
 def layers_run_again(plan: RunPlan) -> int:
-    """Layers that the way back runs up once more to get at boundaries that were not left to it (run.boundary_every)."""
-    if plan.config.run.keep == "all" or not plan.config.compression.output_curvature:
+    """Layers that the backward pass runs up once more to get at boundaries that were not left to it (run.boundary_every)."""
+    if plan.config.run.keep == "all" or not plan.uses_gradients:
         return 0
     read = range(plan.layers[0] + 1, plan.source.num_layers + 1)
     segments: dict[int, int] = {}
@@ -135,27 +134,26 @@ def layers_run_again(plan: RunPlan) -> int:
 
 
 def peak_stored_bytes(plan: RunPlan, boundary: int, seen: int, felt: int, units: int, checkpoint: int) -> int:
-    """The most that the run root holds at a time under run.keep (run.collect), the mirror apart, which stays.
+    """The most that the run root holds at a time under run.keep (run.cleanup), the mirror apart, which stays.
 
     With keep: all the sum of everything. Otherwise the largest over all states that streams and units can be in together: so many layers streamed (from the
-    top where there is a way back, else from the bottom), so many of them finished, whose tokens are gone, and units under way in as many more as there are
+    top where there is a backward pass, else from the bottom), so many of them finished, whose tokens are gone, and units under way in as many more as there are
     workers that do not stream. Last, unit shards beside the checkpoint.
     """
-    boundaries_back = plan.source.num_layers - plan.layers[0] if plan.config.compression.output_curvature else 0
+    boundaries_back = plan.source.num_layers - plan.layers[0] if plan.uses_gradients else 0
     if plan.config.run.keep == "all":
         return seen + num_boundaries(plan) * boundary + felt + boundaries_back * boundary + units + checkpoint
     if plan.propagates:
         return max(peak_in_turn(plan, boundary, boundaries_back, seen, felt, units), units + checkpoint)
     layers, workers = len(plan.layers), plan.config.run.num_workers
-    goes_back = plan.config.compression.output_curvature
     most = (
-        seen + (len(boundaries_held(plan, plan.source.num_layers)) + 1) * boundary if goes_back else 0
+        seen + (len(boundaries_held(plan, plan.source.num_layers)) + 1) * boundary if plan.uses_gradients else 0
     )  # the head has answered with a first gradient
     for streamed in range(1, layers + 1):
         streams = boundaries_under_way(plan, streamed) * boundary
         solvers = workers - 1  # whoever does not stream, while anybody does
         for finished in range(streamed + 1 if solvers else 1):
-            tokens = seen * (layers - finished if goes_back else streamed - finished) + felt * (streamed - finished)
+            tokens = seen * (layers - finished if plan.uses_gradients else streamed - finished) + felt * (streamed - finished)
             begun = min(streamed, finished + solvers)
             most = max(most, (tokens + units * begun) // layers + streams)
     for finished in range(layers + 1):
@@ -164,7 +162,7 @@ def peak_stored_bytes(plan: RunPlan, boundary: int, seen: int, felt: int, units:
 
 
 def peak_in_turn(plan: RunPlan, boundary: int, boundaries_back: int, seen: int, felt: int, units: int) -> int:
-    """The same where layers take turns: first the gradients of all layers, then one layer's activations at a time beside those that still wait."""
+    """The same where the run goes layer by layer: first the gradients of all layers, then one layer's activations at a time beside those that still wait."""
     layers = len(plan.layers)
     most = (boundaries_back + 1) * boundary if felt else 0
     for streamed in range(1, layers + 1 if felt else 1):
@@ -178,7 +176,7 @@ def peak_in_turn(plan: RunPlan, boundary: int, boundaries_back: int, seen: int, 
 
 def num_boundaries(plan: RunPlan) -> int:
     """Of the residual stream: the source's own, unless it is not run, and those behind compressed layers."""
-    is_run = not plan.propagates or plan.config.compression.output_curvature
+    is_run = not plan.propagates or plan.uses_gradients
     return is_run * len(plan.boundaries) + plan.propagates * plan.layers[-1]
 
 
@@ -188,12 +186,12 @@ def boundaries_under_way(plan: RunPlan, streamed: int) -> int:
     Up: the one that the next layer starts from and the one that it writes. Back: a gradient in hand and the next one coming, and the boundaries that are
     still to be read.
     """
-    held = boundaries_held(plan, plan.layers[-streamed]) if plan.config.compression.output_curvature else set()
+    held = boundaries_held(plan, plan.layers[-streamed]) if plan.uses_gradients else set()
     return len(held) + (1 if streamed == len(plan.layers) else 2)
 
 
 def boundaries_held(plan: RunPlan, number: int) -> set[int]:
-    """Boundaries that the way back holds when it comes to layer `number` (num_layers: the head): those that are left to it (run.boundary_every) up to there,
+    """Boundaries that the backward pass holds when it comes to layer `number` (num_layers: the head): those that are left to it (run.boundary_every) up to there,
     and of the segment that it is in those that are run again."""
     lowest = plan.layers[0]
     if number <= lowest:

@@ -93,7 +93,7 @@ class Hub:
     def state(self, paths: Sequence[str]) -> tuple[str | None, dict[str, RepoFile]]:
         """The branch's last commit, and those of the paths that it has; (None, {}) where there is no such branch."""
 
-        def look() -> tuple[str | None, dict[str, RepoFile]]:
+        def read_branch() -> tuple[str | None, dict[str, RepoFile]]:
             try:
                 head = self.api.repo_info(self.target.repo, revision=self.target.revision).sha
                 batches = [list(paths[at : at + PATHS_AT_ONCE]) for at in range(0, len(paths), PATHS_AT_ONCE)]
@@ -102,7 +102,7 @@ class Hub:
                 return None, {}
             return head, {f.path: f for f in found if isinstance(f, RepoFile)}
 
-        return self.ask("", look)
+        return self.ask("", read_branch)
 
     def held_objects(self, records: Sequence[PublishedShard]) -> set[str]:
         """Paths of those records whose objects the Hub has, by the same question that decides about an upload.

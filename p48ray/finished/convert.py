@@ -18,19 +18,19 @@ from typing import Any, Literal
 from p48ray.checkpoint.header import TensorEntry, encode_header, torch_dtype
 from p48ray.checkpoint.index import CONFIG_FILE, INDEX_FILE
 from p48ray.checkpoint.output_config import config_json, index_json
-from p48ray.checkpoint.sparse_storage import Row, Storage, convert_config, convert_index, convert_rows, storage_of
+from p48ray.checkpoint.sparse_storage import Storage, TensorRow, convert_config, convert_index, convert_rows, storage_of
 from p48ray.checkpoint.storage_stream import StoredUnit, recoded_unit
 from p48ray.errors import ConfigError, ShardCorruptError, SourceError
 from p48ray.finished.verify_checkpoint import check_files, check_form, read_headers, read_manifest, units_of
-from p48ray.run.collect import ABANDONED_S
+from p48ray.run.cleanup import ABANDONED_S
 from p48ray.run.manifest import MANIFEST_FILE, CheckpointManifest
 from p48ray.run.output_layout import unit_tensor_names
 from p48ray.run.records import Record
 from p48ray.stages.shard_proof import check_index_files
+from p48ray.stages.verify import LISTED_PROBLEMS
 from p48ray.store.base import ByteRange, Piece, Store
 
 NOTE_FILE = "p48ray-convert.json"
-LISTED_PROBLEMS = 5
 
 
 class ConversionNote(Record):
@@ -233,14 +233,14 @@ def finish_conversion(conversion: Conversion, card: bytes | None) -> None:
     conversion.target.delete(NOTE_FILE)
 
 
-def all_rows(entries: Mapping[str, TensorEntry]) -> list[Row]:
+def all_rows(entries: Mapping[str, TensorEntry]) -> list[TensorRow]:
     return [(e.name, e.dtype, e.shape) for e in entries.values()]
 
 
-def sizes_of(rows: list[Row], linears: Collection[str]) -> tuple[int, int]:
+def sizes_of(rows: list[TensorRow], linears: Collection[str]) -> tuple[int, int]:
     """Bytes of all tensors, and of those linears' alone."""
     return sum(map(size_of, rows)), sum(size_of(row) for row in rows if row[0].rpartition(".")[0] in linears)
 
 
-def size_of(row: Row) -> int:
+def size_of(row: TensorRow) -> int:
     return prod(row[2]) * torch_dtype(row[1]).itemsize

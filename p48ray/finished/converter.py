@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterator
 
+from p48ray.checkpoint.index import CARD_FILE
 from p48ray.finished.convert import Conversion, Storage, begin_conversion, convert_shard, finish_conversion, survey_conversion
 from p48ray.report.plan_table import size
 from p48ray.report.storage_card import convert_card
@@ -11,8 +12,6 @@ from p48ray.runner.ray_tasks import RayTasks
 from p48ray.store.base import Store
 
 log = logging.getLogger("p48ray.progress")
-
-CARD_FILE = "README.md"
 
 
 def convert_folder(checkpoint: Store, target: Store, to: Storage, tasks: RayTasks | None) -> Conversion:

@@ -20,11 +20,10 @@ from p48ray.finished.verify_checkpoint import check_files
 from p48ray.run import run_root
 from p48ray.run.manifest import MANIFEST_FILE, CheckpointManifest, PublishedShard, ShardVerdict
 from p48ray.stages.shard_proof import check_index_files
+from p48ray.stages.verify import LISTED_PROBLEMS
 from p48ray.store import retry
 from p48ray.store.base import Store
 from p48ray.store.view import SubStore
-
-LISTED_PROBLEMS = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +114,7 @@ def commit_release(hub: Hub, release: Release, records: Mapping[str, PublishedSh
 
     unanswered: list[GaveUpError] = []
 
-    def look() -> tuple[str, list[str]]:
+    def read_commit() -> tuple[str, list[str]]:
         """The branch's last commit, and what it lacks."""
         try:
             head, held = hub.state(paths)
@@ -128,12 +127,12 @@ def commit_release(hub: Hub, release: Release, records: Mapping[str, PublishedSh
 
     def attempt() -> str:
         """Looks first, because the one before may have been made after all."""
-        head, missing = look()
+        head, missing = read_commit()
         if missing:
             shards = [uploaded_shard(records[name]) for name in missing if name in records]
             files = [CommitOperationAdd(name, release.files[name]) for name in missing if name in release.files]
             hub.commit([*shards, *files], head, description)
-            head, missing = look()
+            head, missing = read_commit()
         if missing:
             raise TransientStoreError(f"{hub.target.repo}: a commit was made, and the branch lacks {len(missing)} files")
         return head
@@ -143,7 +142,7 @@ def commit_release(hub: Hub, release: Release, records: Mapping[str, PublishedSh
     except GaveUpError as error:
         if unanswered:  # a question, which was asked often enough, and no commit
             raise
-        head, missing = look()
+        head, missing = read_commit()
         if not missing:
             return head
         tries = retry.HUB_COMMIT.attempts

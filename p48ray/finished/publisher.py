@@ -21,7 +21,7 @@ from p48ray.store.base import Store
 
 log = logging.getLogger("p48ray.progress")
 
-Upload = Callable[[Uploader, Mapping[str, int]], Iterator[PublishedShard]]
+UploadShards = Callable[[Uploader, Mapping[str, int]], Iterator[PublishedShard]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,7 @@ class FileState:
     state: str
 
 
-def publish(store: Store, hub: Hub, is_private: bool, upload: Upload) -> str:
+def publish(store: Store, hub: Hub, is_private: bool, upload: UploadShards) -> str:
     """Put a run root's checkpoint on the Hub; returns the commit that has it. What is there already is neither sent nor committed again.
 
     Raises: UserError, StageFailedError; what was uploaded stays, and the same call goes on from there.

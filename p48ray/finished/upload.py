@@ -31,7 +31,7 @@ from p48ray.store.view import SubStore
 RANGE_BYTES = 32 * 2**20  # of a shard, in memory at once
 
 
-class Segment:
+class CheckedRange:
     """Bytes of a shard that p48ray.json has a digest of. `start` of the hash: what the digest covers besides."""
 
     def __init__(self, what: str, end: int, expected: str | None, start: bytes = b"") -> None:
@@ -48,7 +48,7 @@ class Segment:
             raise changed(shard, f"{self.what}: expected SHA-256 {self.expected}, found {found}")
 
 
-class SparseSegment(Segment):
+class SparseRange(CheckedRange):
     """A unit in sparse storage, whose digest is that of its dense form: it is held in memory until it is whole."""
 
     def __init__(self, what: str, end: int, expected: str | None, rows: Sequence[TensorEntry]) -> None:
@@ -75,26 +75,26 @@ def changed(shard: str, what: str) -> ConfigError:
     )
 
 
-def segments_of(shard: str, header_bytes: int, entries: Mapping[str, TensorEntry], manifest: CheckpointManifest) -> list[Segment]:
+def segments_of(shard: str, header_bytes: int, entries: Mapping[str, TensorEntry], manifest: CheckpointManifest) -> list[CheckedRange]:
     """Header, units and untouched tensors in file order. Together they are the whole file, which the header's parser has seen to."""
-    header = Segment("header", header_bytes, manifest.header_sha256.get(shard))
+    header = CheckedRange("header", header_bytes, manifest.header_sha256.get(shard))
     units: dict[tuple[int, int], list[TensorEntry]] = {}
-    found: list[Segment] = []
+    found: list[CheckedRange] = []
     for entry in sorted(entries.values(), key=lambda e: e.start):
         expert = EXPERT_NAME.fullmatch(entry.name)
         if expert and entry.name.rpartition(".")[0] in manifest.relative_weight_errors:
             units.setdefault((int(expert[2]), int(expert[3]) // manifest.experts_per_unit), []).append(entry)
         elif entry.num_bytes:
-            found.append(Segment(entry.name, entry.start + entry.num_bytes, manifest.untouched_sha256.get(entry.name)))
+            found.append(CheckedRange(entry.name, entry.start + entry.num_bytes, manifest.untouched_sha256.get(entry.name)))
     for (layer, position), rows in units.items():
         num_experts = len({e.name.rpartition(".")[0] for e in rows}) // len(PROJECTIONS)
         unit = WorkUnit(layer=layer, first_expert=position * manifest.experts_per_unit, num_experts=num_experts).id
         end = rows[-1].start + rows[-1].num_bytes
         if any(e.name.endswith(f".{KEPT}") for e in rows):
-            found.append(SparseSegment(f"unit {unit}", end, manifest.unit_sha256.get(unit), rows))
+            found.append(SparseRange(f"unit {unit}", end, manifest.unit_sha256.get(unit), rows))
             continue
         own_header = encode_header([(e.name, e.dtype, e.shape) for e in rows])  # of the unit's shard, whose digest is the promise
-        found.append(Segment(f"unit {unit}", end, manifest.unit_sha256.get(unit), own_header))
+        found.append(CheckedRange(f"unit {unit}", end, manifest.unit_sha256.get(unit), own_header))
     return [header, *sorted(found, key=lambda s: s.end)]
 
 

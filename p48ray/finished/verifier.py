@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Iterator
 
-from p48ray.finished.verify_checkpoint import CheckpointVerdict, check_shard, conclude, survey_checkpoint
+from p48ray.finished.verify_checkpoint import CheckpointVerdict, check_shard, combine_findings, survey_checkpoint
 from p48ray.report.plan_table import size
 from p48ray.runner.progress import Amount, each_file
 from p48ray.runner.ray_tasks import RayTasks
@@ -28,4 +28,4 @@ def verify_folder(checkpoint: Store, source: Store | None, tasks: RayTasks | Non
     else:
         stores = {"CHECKPOINT": checkpoint} | ({"--source": source} if source else {})
         done = tasks.run(check_shard, {file: (check,) for file, check in checks.items()}, stores)
-    return conclude(survey, dict(each_file("verify", done, sizes, Amount(0, 0))))
+    return combine_findings(survey, dict(each_file("verify", done, sizes, Amount(0, 0))))

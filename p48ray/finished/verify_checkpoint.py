@@ -1,7 +1,7 @@
 """Verify a checkpoint folder on its own: what `p48ray verify` does. With the source at hand it proves what the job's own verification proves.
 
 Three steps, so that the bytes may be read by many processes: `survey_checkpoint` looks at everything but the data (index, headers, manifest, the small files)
-and makes one check a file; `check_shard` reads one file through, wherever it runs; `conclude` puts the findings together, in the files' order.
+and makes one check a file; `check_shard` reads one file through, wherever it runs; `combine_findings` puts the findings together, in the files' order.
 """
 
 import hashlib
@@ -91,7 +91,7 @@ class Survey:
 def verify_checkpoint(checkpoint: Store, source: Store | None) -> CheckpointVerdict:
     """Verify a folder in this process, against its source where one is given. Raises: as survey_checkpoint and check_shard."""
     survey = survey_checkpoint(checkpoint, source)
-    return conclude(survey, {check.file: check_shard(check) for check in survey.checks})
+    return combine_findings(survey, {check.file: check_shard(check) for check in survey.checks})
 
 
 def survey_checkpoint(checkpoint: Store, source: Store | None) -> Survey:
@@ -161,7 +161,7 @@ def check_shard(check: ShardCheck) -> tuple[str, ...]:
     return tuple(problems)
 
 
-def conclude(survey: Survey, found: Mapping[str, tuple[str, ...]]) -> CheckpointVerdict:
+def combine_findings(survey: Survey, found: Mapping[str, tuple[str, ...]]) -> CheckpointVerdict:
     """The verdict, the same in whatever order the files were read. found: problems of every file that was to be checked."""
     of_shards = [problem for check in survey.checks for problem in found[check.file]]
     return CheckpointVerdict(

@@ -24,7 +24,7 @@ from transformers.quantizers.quantizer_compressed_tensors import CompressedTenso
 
 from p48ray.errors import SourceError
 
-NVFP4_FORMAT = "nvfp4-pack-quantized"
+STORED_FORMAT = "nvfp4-pack-quantized"
 SPARSE_KEY = "paired48_sparse"
 HUB_OPTIONS = ("revision", "token", "trust_remote_code")
 SAME_ARCHITECTURE = {"kimi_k2": DeepseekV3Config}
@@ -40,10 +40,10 @@ class DequantizeNvfp4Experts(CompressedTensorsDequantize):
         config = self.hf_quantizer.compressor.quantization_config
         packed = [key for key in input_dict if key.endswith("weight_packed")]
         scheme = self.scheme or get_experts_scheme(config)
-        if not packed or "weight" in input_dict or (scheme.format or config.format) != NVFP4_FORMAT:
+        if not packed or "weight" in input_dict or (scheme.format or config.format) != STORED_FORMAT:
             converted: dict[str, Any] = super().convert(input_dict, *args, **kwargs)
             return converted
-        decoder = BaseCompressor.get_value_from_registry(NVFP4_FORMAT)
+        decoder = BaseCompressor.get_value_from_registry(STORED_FORMAT)
         dtype = kwargs["model"].get_parameter(kwargs["full_layer_name"]).dtype
         return {key: decode_experts(decoder, scheme, input_dict, key.removesuffix("weight_packed"), dtype) for key in packed}
 
@@ -70,7 +70,7 @@ def is_needed() -> bool:
 def heeds_global_scale(operation: type[CompressedTensorsDequantize]) -> bool:
     """Decode one expert of ones under a global scale through a loading operation."""
     scheme = preset_name_to_scheme("NVFP4", ["re:.*experts.*"])
-    config = SimpleNamespace(config_groups={"group_0": scheme}, format=NVFP4_FORMAT)
+    config = SimpleNamespace(config_groups={"group_0": scheme}, format=STORED_FORMAT)
     tensors = {
         "experts.*.weight_packed": [torch.full((1, 8), 0x22, dtype=torch.uint8)],  # two codes of 1.0 a byte
         "experts.*.weight_scale": [torch.ones(1, 1, dtype=torch.float8_e4m3fn)],

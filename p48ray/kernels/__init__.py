@@ -9,7 +9,7 @@ panel are visited in order, and rows never wait for each other. The input dimens
 output dimension in every buffer, so that a warp's 32 rows of a column are one 128-byte line.
 
 Read in this order: rounding, strips (shared pieces); activation, int4, swiglu (elementwise);
-one_shot, descent, descend_panel, refine_step (solvers); precompile (all of them before they are
+column_pass, descent, descend_panel, refine_step (solvers); precompile (all of them before they are
 needed). To add one: the torch code first, then the kernel, tests/numerics/test_kernels.py, and its
 shapes in precompile.
 """

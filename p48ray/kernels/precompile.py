@@ -103,7 +103,7 @@ def launch_all(wanted: Launches) -> None:
 
 def launch_solver(wanted: Launches, num_outputs: int, num_inputs: int) -> None:
     """One linear's solve, as numerics.sparsegpt, block_descent, two_sided and refine have it on a GPU."""
-    from p48ray.kernels import descent, one_shot, refine_step
+    from p48ray.kernels import column_pass, descent, refine_step
 
     o, i = num_outputs, num_inputs
     if wanted.descends:
@@ -115,7 +115,7 @@ def launch_solver(wanted: Launches, num_outputs: int, num_inputs: int) -> None:
             descent.sweep_(rows, curved)
     passes = {wanted.picks_masks, wanted.picks_masks and not wanted.descends} if wanted.solves else ()
     for picks in sorted(passes, reverse=True):
-        one_shot.pass_(
+        column_pass.pass_(
             meta(1, i, o), meta(1, i // 2, o, dtype=torch.bool), meta(1, i, i), meta(1, i), meta(1),
             span=wanted.span, picks_masks=picks, rounds=True,
         )  # fmt: skip

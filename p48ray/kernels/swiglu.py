@@ -1,4 +1,4 @@
-"""The elementwise half of a routed expert for CUDA tensors: SwiGLU, its way back, and the sum over a token's experts, one launch each.
+"""The elementwise half of a routed expert for CUDA tensors: SwiGLU, its backward pass, and the sum over a token's experts, one launch each.
 
 A mixture of 384 experts is thousands of visits of a few hundred tokens; as separate torch operations these steps take longer than the matrix products.
 model.experts has the torch code that defines them. Results are rounded where that code rounds; sums over a row are taken in float32.

@@ -2,7 +2,7 @@
 
 What is stored (half a byte a weight for INT4) stays where the file is mapped: its pages are pinned for as long as the layer is
 open (model.pinned_pages), a stream of its own copies the next experts from them, and an expert is decoded on the device when it is
-asked for. Device memory: AHEAD + 1 packed experts, and what the caller holds decoded.
+asked for. Device memory: EXPERTS_AHEAD + 1 packed experts, and what the caller holds decoded.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -19,10 +19,10 @@ from p48ray.model.decoder import Decoder
 from p48ray.model.experts import ExpertWeights
 from p48ray.model.pinned_pages import PinnedPages
 
-AHEAD = 8
+EXPERTS_AHEAD = 8
 """Experts on their way."""
 
-ALIGNMENT = 256
+GPU_ALIGNMENT = 256
 
 
 @contextmanager
@@ -108,9 +108,9 @@ class ExpertLoader:
         self.pages.close()
 
     def __call__(self, expert: int) -> ExpertWeights:
-        for passed in [e for e in self.coming if e < expert or e > expert + AHEAD]:
+        for passed in [e for e in self.coming if e < expert or e > expert + EXPERTS_AHEAD]:
             self.free.append(self.coming.pop(passed)[0])
-        for wanted in range(expert, min(expert + AHEAD + 1, self.num_experts)):
+        for wanted in range(expert, min(expert + EXPERTS_AHEAD + 1, self.num_experts)):
             if wanted not in self.coming:
                 self.coming[wanted] = self.bring(wanted)
         slot, tensors = self.coming.pop(expert)
@@ -142,5 +142,5 @@ def lay_out(tensors: Mapping[str, Tensor]) -> tuple[dict[str, int], int]:
     places, end = {}, 0
     for name, tensor in tensors.items():
         places[name] = end
-        end += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
+        end += -(-tensor.nbytes // GPU_ALIGNMENT) * GPU_ALIGNMENT
     return places, end

@@ -134,7 +134,7 @@ class RoutedExperts(nn.Module):
     def gradients(self, calls: Sequence[RoutedCall], at_outputs: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
         """For each call and the gradient at its output (T, H): those at its inputs (T, H) and at its router weights (T, K).
 
-        Autograd would hold every expert that a token met, decoded, until the way back; here each is decoded, used and let go. The mixture's output
+        Autograd would hold every expert that a token met, decoded, until the backward pass; here each is decoded, used and let go. The mixture's output
         itself is not needed. With u = g D:  dw = sum(h u),  dh = w u,  and dx = da A + db B (numerics.output_gradients has the chain rule).
         Raises: AssertionError under W4A4 emulation, through which no gradient is taken.
         """

@@ -34,7 +34,7 @@ from p48ray.errors import NumericsError
 from p48ray.numerics.paired48 import INPUTS_IN_GROUP, PATTERNS, pairs_to_inputs, pattern_index
 from p48ray.numerics.relative_errors import hessian_loss
 
-COLUMN_BLOCK = 128
+DESCENT_BLOCK = 128
 
 
 @dataclass(slots=True, kw_only=True)
@@ -88,7 +88,7 @@ def block_descent(
     start_keep: Bool[Tensor, "n o i//2"],
     hessian_damped: Float32[Tensor, "n i i"],
     sweeps: int,
-    column_block: int = COLUMN_BLOCK,
+    column_block: int = DESCENT_BLOCK,
     min_relative_gain: float = 0.0,
 ) -> tuple[Float32[Tensor, "n o i"], Bool[Tensor, "n o i//2"]]:
     """Descend from a start; returns (values, kept pairs), new tensors. Values are not on any grid yet.

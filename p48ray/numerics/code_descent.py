@@ -26,13 +26,13 @@ from jaxtyping import Bool, Float8e4m3fn, Float32, UInt8
 from torch import Tensor
 
 from p48ray.numerics import e2m1, nvfp4
-from p48ray.numerics.block_descent import COLUMN_BLOCK, Descent, start_descent
+from p48ray.numerics.block_descent import DESCENT_BLOCK, Descent, start_descent
 from p48ray.numerics.e2m1 import round_to_e2m1
 from p48ray.numerics.nvfp4 import E4M3_MIN_SUBNORMAL, SCALE_GROUP, round_to_e4m3
 from p48ray.numerics.paired48 import INPUTS_IN_GROUP, PATTERNS, pairs_to_inputs
 from p48ray.numerics.two_sided import majorised_target, row_partitions
 
-ROW_GROUPS = 8
+CODE_ROW_GROUPS = 8
 
 
 @dataclass(slots=True, kw_only=True)
@@ -80,7 +80,7 @@ def code_descent(
         for _ in range(sweeps):
             _sweep_(state)
     else:
-        for rows_R in row_partitions(target.shape[1], ROW_GROUPS, sweeps, target.device):
+        for rows_R in row_partitions(target.shape[1], CODE_ROW_GROUPS, sweeps, target.device):
             _sweep_rows_(state, rows_R, majorised_target(target, state.descent.values_NOI, output_hessian_damped, rows_R))
     return e2m1.encode(state.level_NOI), state.scale_NOG.to(torch.float8_e4m3fn), state.descent.keep()
 
@@ -102,8 +102,8 @@ def _sweep_rows_(state: _Grid, rows_R: Tensor, target_NRI: Tensor) -> None:
 
 def _sweep_(state: _Grid) -> None:
     num_inputs = state.level_NOI.shape[2]
-    for start in range(0, num_inputs, COLUMN_BLOCK):
-        stop = min(start + COLUMN_BLOCK, num_inputs)
+    for start in range(0, num_inputs, DESCENT_BLOCK):
+        stop = min(start + DESCENT_BLOCK, num_inputs)
         descent = state.descent
         slope_NOC = (descent.target_NOI - descent.values_NOI) @ descent.hessian_NII[:, :, start:stop]
         for j in range(start, stop, INPUTS_IN_GROUP):

@@ -31,7 +31,7 @@ from p48ray.numerics.factor import Factor, inverse_factor
 from p48ray.numerics.paired48 import INPUTS_IN_GROUP, keep_top_pairs, pairs_to_inputs
 from p48ray.numerics.refine import QuantizedLinear
 from p48ray.numerics.solution import NO_SPARSITY, PAIRED_48, Draft, Problem, Solution, SolverSettings
-from p48ray.numerics.sparsegpt import one_shot, one_shot_sparse
+from p48ray.numerics.sparsegpt import prune_columns, quantize_columns
 from p48ray.numerics.two_sided import two_sided_descent
 
 ONE_SHOT_DAMP = 0.1
@@ -118,7 +118,7 @@ def sparse_values(
     assert problem.factor is not None
     if any(problem.factor.failed):
         raise NumericsError(f"sparse_values: {'; '.join(filter(None, _failure_reasons(hessian, problem.factor)))}")
-    values_NOI, keep_NOP = one_shot_sparse(problem.target_NOI, problem.factor.upper_NII)
+    values_NOI, keep_NOP = prune_columns(problem.target_NOI, problem.factor.upper_NII)
     return _descend(problem, values_NOI, keep_NOP)[0] if solver.descends else values_NOI
 
 
@@ -153,12 +153,12 @@ def _round_to_nearest(problem: Problem) -> Draft:
     )
 
 
-def _one_shot(problem: Problem) -> Draft:
+def _sparsegpt_gptq(problem: Problem) -> Draft:
     return _column_loop(problem, problem.target_NOI, keep_NOP=None)
 
 
 def _block_descent(problem: Problem) -> Draft:
-    start = _one_shot(problem)
+    start = _sparsegpt_gptq(problem)
     start_values_NOI = start.values()
     descended_NOI, keep_NOP = _descend(problem, start_values_NOI, start.keep_NOP)
     kept = QuantizedLinear(
@@ -212,7 +212,9 @@ def _column_loop(problem: Problem, values_NOI: Tensor, keep_NOP: Tensor | None) 
     settings = problem.settings
     global_scale_N = _global_scale(values_NOI)
     is_sparse = settings.sparsity == PAIRED_48
-    codes = one_shot(values_NOI, problem.factor.upper_NII, global_scale_N, span=settings.scale_span, keep=keep_NOP, sparsity=is_sparse)
+    codes = quantize_columns(
+        values_NOI, problem.factor.upper_NII, global_scale_N, span=settings.scale_span, keep=keep_NOP, sparsity=is_sparse
+    )
     return Draft(
         codes_NOI=codes.codes, scale_NOG=codes.scale, global_scale_N=global_scale_N, keep_NOP=codes.keep, is_start_N=_all_false(values_NOI)
     )
@@ -231,8 +233,8 @@ SOLVERS = {
             default_damp=None,
             column_passes=2,
         ),
-        Solver(name="sparsegpt_gptq", label="one-shot", body=_one_shot, sparsities=(PAIRED_48,), last_step="one_shot"),
-        Solver(name="gptq", label="GPTQ, dense", body=_one_shot, sparsities=(NO_SPARSITY,)),
+        Solver(name="sparsegpt_gptq", label="one-shot", body=_sparsegpt_gptq, sparsities=(PAIRED_48,), last_step="one_shot"),
+        Solver(name="gptq", label="GPTQ, dense", body=_sparsegpt_gptq, sparsities=(NO_SPARSITY,)),
         Solver(
             name="round_to_nearest",
             label="rounded to nearest",

@@ -65,7 +65,7 @@ class _Pass:
     rounds: bool
 
 
-def one_shot(
+def quantize_columns(
     weight: Float32[Tensor, "n o i"],
     upper: Float32[Tensor, "n i i"],
     global_scale: Float32[Tensor, "n"],
@@ -85,9 +85,11 @@ def one_shot(
     """
     i = weight.shape[2]
     if span not in SCALE_SPANS or i % span or column_block % span:
-        raise NumericsError(f"one_shot: expected a span of 16 or 32 that divides {i} inputs and column_block {column_block}, found {span}")
+        raise NumericsError(
+            f"quantize_columns: expected a span of 16 or 32 that divides {i} inputs and column_block {column_block}, found {span}"
+        )
     if keep is not None and not sparsity:
-        raise NumericsError("one_shot: a fixed mask needs sparsity=True")
+        raise NumericsError("quantize_columns: a fixed mask needs sparsity=True")
     state = _opened(weight, upper, keep, global_scale, span=span, picks_masks=sparsity and keep is None, rounds=True)
     if weight.is_cuda:
         return _one_shot_by_kernel(state)
@@ -99,7 +101,7 @@ def one_shot(
     )
 
 
-def one_shot_sparse(
+def prune_columns(
     weight: Float32[Tensor, "n o i"], upper: Float32[Tensor, "n i i"], *, column_block: int = COLUMN_BLOCK
 ) -> tuple[Float32[Tensor, "n o i"], Bool[Tensor, "n o p"]]:
     """SparseGPT alone: paired-4:8 masks with error feedback, kept values not rounded. No NVFP4 checkpoint holds these; they are the error ladder's first rung.
@@ -117,7 +119,7 @@ def one_shot_sparse(
 
 def _pass_by_kernel(state: _Pass) -> tuple[Tensor, Tensor]:
     """The pass on a GPU: (codes or values (N, I, O), scale per span (N, S, O))."""
-    from p48ray.kernels import one_shot as kernel
+    from p48ray.kernels import column_pass as kernel
 
     return kernel.pass_(
         state.work_NIO,

@@ -28,7 +28,7 @@ import torch
 from jaxtyping import Bool, Float32
 from torch import Tensor
 
-from p48ray.numerics.block_descent import COLUMN_BLOCK, check_inputs, kept_pairs, six_inverses, start_descent, sweep_
+from p48ray.numerics.block_descent import DESCENT_BLOCK, check_inputs, kept_pairs, six_inverses, start_descent, sweep_
 from p48ray.numerics.paired48 import pattern_index
 from p48ray.numerics.products import tensor_float_32
 
@@ -43,7 +43,7 @@ def two_sided_descent(
     output_hessian_damped: Float32[Tensor, "n o o"],
     sweeps: int,
     row_groups: int = ROW_GROUPS,
-    column_block: int = COLUMN_BLOCK,
+    column_block: int = DESCENT_BLOCK,
 ) -> tuple[Float32[Tensor, "n o i"], Bool[Tensor, "n o i//2"]]:
     """Descend from a start; returns (values, kept pairs), new tensors. Values are not on any grid yet.
 

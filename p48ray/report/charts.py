@@ -149,12 +149,12 @@ def columns(
     return Chart(picture=picture, axis=axis(marks), top=top)
 
 
-Segment = tuple[str, float, float, str]
+TimelineBar = tuple[str, float, float, str]
 """CSS class, start and end as shares of the width, what a pointer sees."""
 
 
 def segment_rows(
-    rows: Sequence[tuple[object, Sequence[Segment]]],
+    rows: Sequence[tuple[object, Sequence[TimelineBar]]],
     marks: Sequence[tuple[float, str]],
     label: str,
 ) -> Chart:

@@ -22,7 +22,7 @@ from p48ray.report.scales import Scale, number
 LISTED = 10
 BINS = 24
 OUTCOMES = (("solved", "s1"), ("one_shot", "s2"), ("round_to_nearest", "s4"))
-SIDES = (("gate and up", "gate_proj"), ("down", "down_proj"))
+SIDE_PROJECTIONS = (("gate and up", "gate_proj"), ("down", "down_proj"))
 """Gate and up are solved as one matrix and share both."""
 
 
@@ -160,7 +160,7 @@ def clipping(facts: Facts, name: str, field: str) -> Values:
 def regularization(facts: Facts) -> Values:
     """Histograms of damping and shrinkage."""
     found = []
-    for side, projection in SIDES:
+    for side, projection in SIDE_PROJECTIONS:
         records = [r for row in facts.records[projection] for r in row if r is not None]
         found.append(spread_of(f"damping, {side}", [r.damp for r in records], is_log=True))
         found.append(spread_of(f"shrinkage, {side}", [r.shrinkage for r in records], is_log=False))

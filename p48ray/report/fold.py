@@ -8,10 +8,10 @@ from typing import NamedTuple
 from p48ray.checkpoint.layout import EXPERT_NAME, PROJECTIONS
 from p48ray.report.report import Report, few_tokens
 from p48ray.report.sample import LinearSample, sample_checkpoint
-from p48ray.report.work import Manifests, Work, measure, seconds_of
+from p48ray.report.work import Manifests, Work, measure_work, seconds_of
 from p48ray.run import run_root
 from p48ray.run.manifest import LinearRecord, UnitManifest
-from p48ray.stages.table import COMPRESS, stages_of
+from p48ray.stages.table import COMPRESS_STAGE, stages_of
 from p48ray.store.base import Store
 from p48ray.unit.context import StageContext
 
@@ -69,7 +69,7 @@ class Facts:
         return found
 
 
-def gather(context: StageContext, report: Report, units: Sequence[UnitManifest], baseline_store: Store | None) -> Facts:
+def gather_facts(context: StageContext, report: Report, units: Sequence[UnitManifest], baseline_store: Store | None) -> Facts:
     """Read what the units' manifests do not hold, from the run root and the finished checkpoint."""
     plan, store = context.plan, context.store
     layer_of = {u.id: u.layer for u in plan.units}
@@ -79,10 +79,10 @@ def gather(context: StageContext, report: Report, units: Sequence[UnitManifest],
             continue
         names = stage.markers(plan, ())
         found: Manifests = units
-        if stage.name != COMPRESS.name:
+        if stage.name != COMPRESS_STAGE.name:
             held = {info.key for info in store.list(stage.prefix)}
             found = stage.manifest.load_all(store, [key for key in names if key in held])
-        work.append(measure(stage.name, found, len(names)))
+        work.append(measure_work(stage.name, found, len(names)))
         for m in found:
             layer = layer_of[m.unit] if isinstance(m, UnitManifest) else m.layer
             spans.append(Span(stage.name, layer, m.finished_at - seconds_of(m), m.finished_at))
@@ -111,7 +111,7 @@ def arrange(layers: Sequence[int], num_experts: int, units: Iterable[UnitManifes
     return found
 
 
-def merged(spans: Iterable[Span], slack_s: float) -> list[tuple[float, float, int]]:
+def merged_spans(spans: Iterable[Span], slack_s: float) -> list[tuple[float, float, int]]:
     """(start, end, how many) of stretches in which something was worked on, with gaps up to `slack_s` closed."""
     found: list[tuple[float, float, int]] = []
     for span in sorted(spans, key=lambda s: s.start):
@@ -125,7 +125,7 @@ def merged(spans: Iterable[Span], slack_s: float) -> list[tuple[float, float, in
 
 def shared_seconds(some: Iterable[Span], others: Iterable[Span]) -> float:
     """For how long both kinds of work were under way at once."""
-    stretches = [merged(spans, 0.0) for spans in (some, others)]
+    stretches = [merged_spans(spans, 0.0) for spans in (some, others)]
     return sum(max(0.0, min(a[1], b[1]) - max(a[0], b[0])) for a in stretches[0] for b in stretches[1])
 
 

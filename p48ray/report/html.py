@@ -23,7 +23,7 @@ from p48ray.numerics.solution import PAIRED_48
 from p48ray.report.benchmark_section import benchmarks
 from p48ray.report.charts import pct
 from p48ray.report.expert_sections import errors, masks, outcomes, regularization, routing
-from p48ray.report.fold import Facts, Values, gather
+from p48ray.report.fold import Facts, Values, gather_facts
 from p48ray.report.heat import ERROR_RAMP, LOAD_RAMP
 from p48ray.report.ladder_section import ladder
 from p48ray.report.plan_table import size
@@ -67,7 +67,7 @@ def report_html(
         units: manifests of all the run's units.
         baseline_store: run root of the one-shot reference, for the overlap of masks.
     """
-    facts = gather(context, report, units, baseline_store)
+    facts = gather_facts(context, report, units, baseline_store)
     found = [(anchor, values(facts)) for anchor, values in SECTIONS]
     sections = [(anchor, render(anchor, values)) for anchor, values in found if values is not None]
     script = Markup("\n" + asset("report.js"))

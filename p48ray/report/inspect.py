@@ -128,10 +128,10 @@ def print_inspection(found: Inspection, console: Console) -> None:
     if found.illegal_groups:
         console.print(f"{found.illegal_groups} groups of 8 inputs keep more than 2 of 4 pairs: not paired-4:8")
     for title, counts in (("pairs kept of four", found.patterns), ("E4M3 scales", found.scales), ("E2M1 codes", found.codes)):
-        console.print(bars(title, counts))
+        console.print(text_bars(title, counts))
 
 
-def bars(title: str, counts: dict[str, int]) -> Table:
+def text_bars(title: str, counts: dict[str, int]) -> Table:
     table = Table(title=title, title_justify="left", show_header=False, box=None)
     total, most = sum(counts.values()) or 1, max(counts.values()) or 1
     for name, count in counts.items():

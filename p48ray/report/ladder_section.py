@@ -11,10 +11,10 @@ from p48ray.numerics.solvers import SOLVERS
 from p48ray.report.fold import Facts, Values
 from p48ray.unit.ladder import DENSE, ONE_SHOT, REFINED
 
-SIDES = (("gate and up", "gate_up"), ("down", "down"))
+SIDE_TITLES = (("gate and up", "gate_up"), ("down", "down"))
 STEP_WORDS = {DENSE: "NVFP4, dense", ONE_SHOT: "one-shot", REFINED: "refined"}
 """Steps that every solver may have; a solver's last one is its record's."""
-PATH = {DENSE: "s5", ONE_SHOT: "s2"}
+STEP_COLOURS = {DENSE: "s5", ONE_SHOT: "s2"}
 """Colours: dense as a reference, the one-shot's own, the run's own."""
 
 
@@ -32,7 +32,7 @@ def ladder(facts: Facts) -> Values | None:
     steps = facts.report.ladder
     if not steps:
         return None
-    names = [(step_words(facts, s.step), PATH.get(s.step, "s1")) for s in steps]
+    names = [(step_words(facts, s.step), STEP_COLOURS.get(s.step, "s1")) for s in steps]
     plain = by_side(names, [s.output_error for s in steps])
     is_two_sided = bool(steps[0].loss_error)
     return {
@@ -50,16 +50,16 @@ def step_words(facts: Facts, step: str) -> str:
     solver = next((s for s in SOLVERS.values() if s.step == step), None)
     if solver is None or step in STEP_WORDS:
         return STEP_WORDS.get(step, step)
-    is_two_sided = facts.context.plan.config.compression.output_curvature
+    is_two_sided = facts.context.plan.uses_gradients
     return solver.label + (", two-sided" if solver.descends and is_two_sided else "")
 
 
 def by_side(names: Sequence[tuple[str, str]], errors: Sequence[Mapping[str, float]]) -> Values:
     """Side -> its bars. `names`: (words, CSS class) of each step. `errors`: its errors by side."""
-    return {title: bars(names, [e[side] for e in errors]) for title, side in SIDES}
+    return {title: ladder_bars(names, [e[side] for e in errors]) for title, side in SIDE_TITLES}
 
 
-def bars(names: Sequence[tuple[str, str]], values: Sequence[float]) -> list[Step]:
+def ladder_bars(names: Sequence[tuple[str, str]], values: Sequence[float]) -> list[Step]:
     most = max(values) or 1.0
     pairs = zip(names, values, strict=True)
     return [Step(name, value, value / most, css) for (name, css), value in pairs]
@@ -72,5 +72,5 @@ def kl_steps(facts: Facts) -> list[Step]:
         return []
     ours = ("this checkpoint", "s1")
     if r.baseline is None:
-        return bars([ours], [r.quality.kl])
-    return bars([("one-shot, as published", PATH[ONE_SHOT]), ours], [r.baseline.kl, r.quality.kl])
+        return ladder_bars([ours], [r.quality.kl])
+    return ladder_bars([("one-shot, as published", STEP_COLOURS[ONE_SHOT]), ours], [r.baseline.kl, r.quality.kl])

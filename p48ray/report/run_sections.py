@@ -17,13 +17,13 @@ from p48ray.report.fold import (
     Span,
     Values,
     busy,
-    merged,
+    merged_spans,
     shared_seconds,
 )
 from p48ray.report.scales import time_ticks
 from p48ray.report.work import Work, duration, gpu_hours, pilot_words
 from p48ray.stages.evaluate import EvaluationResult
-from p48ray.stages.table import COMPRESS, stages_of
+from p48ray.stages.table import COMPRESS_STAGE, stages_of
 
 BUSY_STEPS = 160
 PHASE_COLOURS = ("s3", "s2", "s1", "s4", "s5")
@@ -100,14 +100,14 @@ def timeline(facts: Facts) -> Values | None:
     own = {stage: [s for s in spans if s.stage == stage] for stage, _ in stages}
     at_work = [(css, busy(own[stage], start, last, BUSY_STEPS)) for stage, css in stages]
     most = max(sum(v) for v in zip(*(v for _, v in at_work), strict=True))
-    streams = [s for s in spans if s.stage != COMPRESS.name]
+    streams = [s for s in spans if s.stage != COMPRESS_STAGE.name]
     words = f"workers at work, up to {most:.3g}"
     begun, ended = (datetime.fromtimestamp(t, UTC) for t in (start, end))
     return {
         "begun": f"{begun:%Y-%m-%d %H:%M}",
         "ended": f"{ended:%Y-%m-%d %H:%M}",
         "seconds": whole,
-        "shared_seconds": shared_seconds(streams, own[COMPRESS.name]),
+        "shared_seconds": shared_seconds(streams, own[COMPRESS_STAGE.name]),
         "title": words,
         "workers": charts.stacked_area(at_work, words, f"{most:.3g}"),
         "layers": charts.segment_rows(rows, marks, "when each layer was worked on, by stage"),
@@ -126,12 +126,12 @@ def layer_segments(
     layer: int,
     start: float,
     whole: float,
-) -> list[charts.Segment]:
+) -> list[charts.TimelineBar]:
     """A layer's stretches of work. `stages`: see timed_stages. `start` and `whole`: of the timeline, seconds."""
     found = []
     for stage, css in stages:
         own = [s for s in spans if s.layer == layer and s.stage == stage]
-        for a, b, count in merged(own, MERGED_SHARE * whole):
+        for a, b, count in merged_spans(own, MERGED_SHARE * whole):
             times = f"{duration(b - a)}, from {duration(a - start)} on"
             words = f"layer {layer}, {stage}: {count} pieces of work in {times}"
             found.append((css, (a - start) / whole, (b - start) / whole, words))

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from p48ray.run.manifest import ActivationPart, GradientPart, UnitManifest
 from p48ray.run.plan import RunPlan
 from p48ray.run.records import Record
-from p48ray.stages.table import COMPRESS, stages_of
+from p48ray.stages.table import COMPRESS_STAGE, stages_of
 from p48ray.store.base import Store
 
 RECENT_S = 900.0  # the rate is that of the last quarter of an hour in which something was finished
@@ -45,11 +45,11 @@ def read_work(plan: RunPlan, store: Store, keys: set[str]) -> tuple[Work, ...]:
     for stage in stages_of(plan):
         if stage.manifest is not None and stage.markers is not None:
             names = stage.markers(plan, ())
-            found.append(measure(stage.name, stage.manifest.load_all(store, [k for k in names if k in keys]), len(names)))
+            found.append(measure_work(stage.name, stage.manifest.load_all(store, [k for k in names if k in keys]), len(names)))
     return tuple(found)
 
 
-def measure(stage: str, manifests: Manifests, total: int) -> Work:
+def measure_work(stage: str, manifests: Manifests, total: int) -> Work:
     """Worker seconds, rate and time left of one stage's finished manifests."""
     rate = per_second([m.finished_at for m in manifests])
     left = total - len(manifests)
@@ -82,8 +82,8 @@ def extrapolate(plan: RunPlan, work: Sequence[Work]) -> Extrapolation:
     """From the pilot's layers to all of them; every layer is taken to cost the same."""
     run = plan.config.run
     factor = len(plan.source.moe_layers) / len(plan.layers)
-    streams = sum(w.worker_seconds for w in work if w.stage != COMPRESS.name) * factor / 3600
-    solving = sum(w.worker_seconds for w in work if w.stage == COMPRESS.name) * factor / 3600
+    streams = sum(w.worker_seconds for w in work if w.stage != COMPRESS_STAGE.name) * factor / 3600
+    solving = sum(w.worker_seconds for w in work if w.stage == COMPRESS_STAGE.name) * factor / 3600
     hours = (streams + solving) * run.gpus_per_worker
     return Extrapolation(
         layers=len(plan.layers),

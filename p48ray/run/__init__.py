@@ -8,7 +8,7 @@ Read in this order:
     plan            what will be done: a function of the configuration and the checkpoint's headers
     manifest        what was done: one record for each finished piece of work
     output_layout   where every byte of the output lies
-    needs, collect  what a run root still lacks, and what of it nobody will read again
+    needs, cleanup  what a run root still lacks, and what of it nobody will read again
     arrow           rows of tokens as files; benchmark_results: records of an evaluation by tasks
 
 To add a record: derive it from records.Record with a schema_version, name its object in run_root.

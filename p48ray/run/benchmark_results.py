@@ -178,7 +178,7 @@ def read_harness(output: Mapping[str, Any], identity: str, task: BenchmarkTask, 
     if key not in found:
         known = sorted(k for k in found if "," in k and "stderr" not in k)
         raise ConfigError(f"benchmarks.tasks: {task.task}: expected one of its metrics and filters {known}, found {key!r}")
-    parts = leaves(task.task, output.get("group_subtasks", {}))
+    parts = tasks_of_group(task.task, output.get("group_subtasks", {}))
     shots = {output.get("n-shot", {}).get(part) for part in parts}
     if shots != {task.shots}:
         raise StageFailedError(f"{task.task}: expected {task.shots} shots in every part, the harness counted {sorted(map(str, shots))}")
@@ -199,9 +199,9 @@ def read_harness(output: Mapping[str, Any], identity: str, task: BenchmarkTask, 
     )
 
 
-def leaves(task: str, groups: Mapping[str, Sequence[str]]) -> list[str]:
+def tasks_of_group(task: str, groups: Mapping[str, Sequence[str]]) -> list[str]:
     """The tasks of a group, through groups of groups; a task itself."""
-    return [leaf for part in groups[task] for leaf in leaves(part, groups)] if groups.get(task) else [task]
+    return [leaf for part in groups[task] for leaf in tasks_of_group(part, groups)] if groups.get(task) else [task]
 
 
 class PublishedFigures(BaseModel):

@@ -22,7 +22,7 @@ from p48ray.run.plan import WorkUnit
 
 HeaderRow = tuple[str, str, tuple[int, ...]]
 Segment = WorkUnit | PlainTensor
-SUFFIXES = ("weight_global_scale", "input_global_scale", "weight_scale", "weight_packed")  # widest element first
+TENSOR_SUFFIXES = ("weight_global_scale", "input_global_scale", "weight_scale", "weight_packed")  # widest element first
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,7 +38,7 @@ class OutputShard:
 def unit_rows(layout: ModelLayout, unit: WorkUnit, storage: Storage = "dense") -> list[HeaderRow]:
     """Names, dtypes and shapes of a unit's tensors in shard order. A unit's own shard is always dense."""
     rows: list[HeaderRow] = []
-    for suffix in SUFFIXES:
+    for suffix in TENSOR_SUFFIXES:
         for expert in unit.experts:
             for projection in PROJECTIONS:
                 out, inputs = layout.linear_shape(projection)
@@ -63,7 +63,7 @@ def unit_entries(layout: ModelLayout, unit: WorkUnit, file: str, start: int) -> 
 
 def unit_tensor_names(linears: Sequence[str], storage: Storage = "dense") -> list[str]:
     """Names of a unit's tensors in shard order, from its linears in theirs."""
-    return [f"{linear}.{stored}" for suffix in SUFFIXES for linear in linears for stored in stored_suffixes(suffix, storage)]
+    return [f"{linear}.{stored}" for suffix in TENSOR_SUFFIXES for linear in linears for stored in stored_suffixes(suffix, storage)]
 
 
 def layer_of(layout: ModelLayout, name: str) -> int | None:
@@ -97,7 +97,7 @@ def plan_output(
     filled: list[list[Segment]] = [[]]
     sizes = [0]
     for segment in ordered_segments(units, index, layout):
-        size = stored_bytes([segment], layout, "dense")
+        size = segment_bytes([segment], layout, "dense")
         if filled[-1] and sizes[-1] + size > max_shard_bytes:
             filled.append([])
             sizes.append(0)
@@ -105,12 +105,12 @@ def plan_output(
         sizes[-1] += size
     names = shard_names(len(filled))
     return tuple(
-        OutputShard(name=name, segments=aligned(segments), num_bytes=stored_bytes(segments, layout, storage), storage=storage)
+        OutputShard(name=name, segments=aligned(segments), num_bytes=segment_bytes(segments, layout, storage), storage=storage)
         for name, segments in zip(names, filled, strict=True)
     )
 
 
-def stored_bytes(segments: Sequence[Segment], layout: ModelLayout, storage: Storage) -> int:
+def segment_bytes(segments: Sequence[Segment], layout: ModelLayout, storage: Storage) -> int:
     return sum(unit_bytes(layout, s, storage) if isinstance(s, WorkUnit) else s.num_bytes for s in segments)
 
 

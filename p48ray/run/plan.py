@@ -29,7 +29,7 @@ Effect = Literal["digest", "free"]
 # Every configuration key: does it belong to the digest, or may it change on resume? (free: who works, where, and what is measured afterwards)
 SETTINGS: dict[str, Effect] = {
     "name": "digest",  # stands in the checkpoint's README
-    "source.checkpoint": "free",  # the fingerprint counts, not the place; of two hf:// sources the commit too (settle_plan)
+    "source.checkpoint": "free",  # the fingerprint counts, not the place; of two hf:// sources the commit too (check_plan)
     "source.trust_remote_code": "free",
     "source.endpoint_url": "free",
     "calibration.documents": "free",  # their bytes and weights count (documents_digest)
@@ -166,6 +166,11 @@ class RunPlan(Record):
         return self.layers != self.source.moe_layers
 
     @property
+    def uses_gradients(self) -> bool:
+        """Solvers weigh errors by the loss's gradients, so there is a backward pass (compression.output_curvature)."""
+        return self.config.compression.output_curvature
+
+    @property
     def propagates(self) -> bool:
         """Every layer's inputs come from the compressed layers below it (calibration.propagate)."""
         return self.config.calibration.propagate == "compressed"
@@ -173,17 +178,17 @@ class RunPlan(Record):
     @property
     def num_streamed_layers(self) -> int:
         """Layers that capture runs: up to the last one compressed, or all of them where gradients come back from the head."""
-        return self.source.num_layers if self.config.compression.output_curvature else self.layers[-1] + 1
+        return self.source.num_layers if self.uses_gradients else self.layers[-1] + 1
 
     @property
     def boundaries(self) -> range:
         """Layers before which the residual stream is stored; num_layers stands for what enters the head."""
-        return range(1, self.num_streamed_layers + self.config.compression.output_curvature)
+        return range(1, self.num_streamed_layers + self.uses_gradients)
 
     def base_of(self, boundary: int) -> int:
-        """The boundary, at or below this one, that the way up leaves to the way back for it; 0 stands for the embedding.
+        """The boundary, at or below this one, that the forward pass leaves to the backward pass for it; 0 stands for the embedding.
 
-        With run.boundary_every every n-th is left, and those above the last of them, which the way back reads first.
+        With run.boundary_every every n-th is left, and those above the last of them, which the backward pass reads first.
         """
         every = self.config.run.boundary_every
         last = (self.source.num_layers - 1) // every * every
@@ -279,7 +284,7 @@ def digest_facts(plan: RunPlan) -> dict[str, JsonValue]:
     }
 
 
-def settle_plan(plan: RunPlan, store: Store) -> bool:
+def check_plan(plan: RunPlan, store: Store) -> bool:
     """Compare with the plan that the run root holds, if any. Returns whether the run root already has this plan.
 
     Raises: PlanMismatchError naming the first setting that differs, and both values.

@@ -13,6 +13,8 @@ from p48ray.store.base import Store
 log = logging.getLogger(__name__)
 
 LISTED_FAILURES = 10
+POLL_S = 5.0
+"""How long nothing may happen until the driver asks whether there is more to do."""
 
 
 class WorkSource(Protocol):
@@ -98,10 +100,10 @@ def run_all(runner: Runner, source: WorkSource, store: Store) -> None:
     stages = dict.fromkeys(result.task.stage for result in failed)
     mistakes = [error for error in (result.as_exception() for result in failed) if isinstance(error, UserError)]
     kind = type(mistakes[0]) if mistakes else RedoError if all(result.redo for result in failed) else StageFailedError
-    raise kind("\n".join(describe(stage, [r for r in failed if r.task.stage == stage], handed[stage], store) for stage in stages))
+    raise kind("\n".join(describe_failures(stage, [r for r in failed if r.task.stage == stage], handed[stage], store) for stage in stages))
 
 
-def describe(stage: str, failed: Sequence[TaskResult], handed: int, store: Store) -> str:
+def describe_failures(stage: str, failed: Sequence[TaskResult], handed: int, store: Store) -> str:
     """What failed of a stage, in words."""
     lines = [f"  {r.task.id}: {r.error_type}: {r.error}" for r in failed[:LISTED_FAILURES]]
     rest = f"\n  and {len(failed) - LISTED_FAILURES} more" if len(failed) > LISTED_FAILURES else ""

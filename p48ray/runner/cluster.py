@@ -13,7 +13,7 @@ from p48ray.store.open import scheme_of
 
 OBJECT_STORE_BYTES = 256 * 2**20
 """Of a Ray that is started here: tasks and results are kilobytes."""
-KNOCK_TIMEOUT_S = 20.0
+REACH_TIMEOUT_S = 20.0
 START_TIMEOUT_S = 60.0
 """How long to wait for a first worker before saying that the cluster has no room."""
 
@@ -59,7 +59,7 @@ class Cluster(AbstractContextManager["Cluster"]):
         if self.address is not None:
             where = {"address": self.address}
         try:
-            knock(self.address)
+            check_reachable(self.address)
             ray.init(**where, log_to_driver=self.shows_logs, logging_level=logging.WARNING)
         except (OSError, ValueError, RuntimeError) as error:
             if self.address is None:
@@ -71,7 +71,7 @@ class Cluster(AbstractContextManager["Cluster"]):
             ) from error
 
 
-def knock(address: str | None) -> None:
+def check_reachable(address: str | None) -> None:
     """Ray itself would try for a quarter of an hour before it says that nobody is there.
 
     Raises: OSError where nobody listens at host:port.
@@ -79,7 +79,7 @@ def knock(address: str | None) -> None:
     found = re.fullmatch(r"([^:/]+):(\d{1,5})", address or "")
     if found:
         place = (found[1], int(found[2]))
-        socket.create_connection(place, timeout=KNOCK_TIMEOUT_S).close()
+        socket.create_connection(place, timeout=REACH_TIMEOUT_S).close()
 
 
 def check_shared(key: str, place: str, is_shared: bool, remedy: str) -> None:

@@ -47,10 +47,10 @@ class Dispatcher:
         layer = self.layer_for(node)
         return None if layer is None else self.take_of(layer, node)
 
-    def take_ahead(self, node: str, apart: Container[str]) -> Task | None:
-        """What `take` would give a worker on `node`, for one that has a task already. None for what has no layer, and for ids in `apart`."""
+    def take_ahead(self, node: str, isolated: Container[str]) -> Task | None:
+        """What `take` would give a worker on `node`, for one that has a task already. None for what has no layer, and for ids in `isolated`."""
         layer = None if self.waiting[None] else self.layer_for(node)
-        return None if layer is None or self.waiting[layer][-1].id in apart else self.take_of(layer, node)
+        return None if layer is None or self.waiting[layer][-1].id in isolated else self.take_of(layer, node)
 
     def take_of(self, layer: int, node: str) -> Task:
         self.nodes[layer].add(node)

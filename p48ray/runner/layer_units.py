@@ -3,11 +3,11 @@
 from collections import Counter
 
 from p48ray.run import run_root
-from p48ray.run.collect import collect_layer
+from p48ray.run.cleanup import delete_layer_data
 from p48ray.run.manifest import LayerScales
 from p48ray.run.needs import Needs
 from p48ray.stages.capture import finish_layer
-from p48ray.stages.table import COMPRESS
+from p48ray.stages.table import COMPRESS_STAGE
 from p48ray.stages.tasks import Task
 from p48ray.unit.context import StageContext
 
@@ -31,7 +31,7 @@ class LayerUnits:
         self.left[layer] = len(units)
         return [
             Task(
-                stage=COMPRESS.name,
+                stage=COMPRESS_STAGE.name,
                 id=u.id,
                 item=u,
                 marker=run_root.unit_manifest(u.id),
@@ -48,5 +48,5 @@ class LayerUnits:
         if self.left[layer]:
             return False
         if self.context.plan.config.run.keep != "all":
-            collect_layer(self.context.plan, self.context.store, layer)
+            delete_layer_data(self.context.plan, self.context.store, layer)
         return True

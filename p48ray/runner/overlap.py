@@ -1,7 +1,7 @@
 """Capture, gradients and compress as one piece of work: what can be done by now, asked again and again while it is done.
 
 A slice of the calibration sequences goes up the layers, then back down, whatever other slices do. A layer's units can be solved once all slices have passed
-it: on the way down from the top where there is a way back, else on the way up. So of many workers a few stream, and the others solve what the stream left.
+it: in the backward pass, from the top where there is a backward pass, else in the forward pass. So of many workers a few stream, and the others solve what the stream left.
 """
 
 import logging
@@ -10,18 +10,18 @@ from collections.abc import Callable, Iterable, Sequence
 
 from p48ray.errors import TransientStoreError
 from p48ray.run import run_root
-from p48ray.run.collect import collect_streams
+from p48ray.run.cleanup import delete_spent_streams
 from p48ray.run.needs import Needs, read_needs
+from p48ray.runner.base import POLL_S
 from p48ray.runner.layer_units import LayerUnits
 from p48ray.runner.streams import Streams
-from p48ray.stages.table import COMPRESS
+from p48ray.stages.table import COMPRESS_STAGE
 from p48ray.stages.tasks import Task
 from p48ray.unit.context import StageContext
 
 log = logging.getLogger(__name__)
 
-LOOK_S = 5.0
-LOOKING_SHARE = 50
+POLLING_SHARE = 50
 """Times a look's own duration until the next one: two per cent of the time is spent on looking."""
 
 
@@ -60,12 +60,11 @@ class Overlap:
         self.context, self.plan, self.store = context, context.plan, context.store
         self.clock = clock
         # Open layers as streams complete them.
-        goes_back = self.plan.config.compression.output_curvature
-        self.waiting = sorted(needs.open_layers, reverse=goes_back)
+        self.waiting = sorted(needs.open_layers, reverse=self.plan.uses_gradients)
         self.streams, self.units = Streams(self.plan, needs), LayerUnits(context)
         self.spans = Spans(clock)
         self.ready = self.streams.take()
-        self.next_look = clock() + LOOK_S
+        self.next_poll = clock() + POLL_S
         if not self.streams.num_open:
             self.end_streams()
         for layer in sorted(n for n in self.waiting if needs.is_complete(n)):
@@ -75,11 +74,11 @@ class Overlap:
     def next(self, is_idle: bool) -> Sequence[Task]:
         """Tasks that became ready since the last call."""
         found, self.ready = [*self.ready, *self.streams.take()], []
-        if self.waiting and (is_idle or self.clock() >= self.next_look):
+        if self.waiting and (is_idle or self.clock() >= self.next_poll):
             start = self.clock()
             found += self.complete_layers(is_idle)
             now = self.clock()
-            self.next_look = now + max(LOOK_S, LOOKING_SHARE * (now - start))
+            self.next_poll = now + max(POLL_S, POLLING_SHARE * (now - start))
         self.spans.named(found)
         return found
 
@@ -109,15 +108,15 @@ class Overlap:
         return frozenset(info.key for prefix in prefixes for info in self.store.list(prefix))
 
     def done(self, task: Task) -> None:
-        """What follows a task is ready now; what nobody reads any more goes (run.collect)."""
+        """What follows a task is ready now; what nobody reads any more goes (run.cleanup)."""
         self.spans.done(task)
-        if task.stage == COMPRESS.name:
+        if task.stage == COMPRESS_STAGE.name:
             self.units.done(task)
             return
-        self.next_look = -float("inf")
+        self.next_poll = -float("inf")
         if self.streams.done(task):
             self.end_streams()
 
     def end_streams(self) -> None:
         if self.plan.config.run.keep != "all":
-            collect_streams(self.plan, self.store)
+            delete_spent_streams(self.plan, self.store)

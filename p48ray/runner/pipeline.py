@@ -16,19 +16,19 @@ from p48ray.report.html import report_html
 from p48ray.report.report import Report, build_report
 from p48ray.run import run_root
 from p48ray.run.benchmark_results import read_table
-from p48ray.run.collect import ABANDONED_S, collect_losers
+from p48ray.run.cleanup import ABANDONED_S, delete_lost_attempts
 from p48ray.run.manifest import UnitManifest
 from p48ray.run.needs import read_needs
 from p48ray.run.plan import RunPlan
 from p48ray.runner.base import RedoError, Runner, TaskList, run_all
-from p48ray.runner.in_turn import InTurn
+from p48ray.runner.layer_by_layer import LayerByLayer
 from p48ray.runner.overlap import Overlap
 from p48ray.runner.progress import Progress
 from p48ray.stages.capture import finish_layer
 from p48ray.stages.evaluate import EvaluationResult
-from p48ray.stages.inputs import settle, write_inputs
+from p48ray.stages.inputs import check_run_root, write_inputs
 from p48ray.stages.prepare import Prepared, prepare
-from p48ray.stages.table import EVALUATE, Stage, stages_of
+from p48ray.stages.table import EVALUATE_STAGE, Stage, stages_of
 from p48ray.store.view import SubStore
 from p48ray.unit.context import StageContext
 
@@ -44,7 +44,7 @@ def run_job(prepared: Prepared, make_runner: RunnerFactory) -> Report:
     """
     start = time.monotonic()
     plan, store = prepared.plan, prepared.store
-    settle(prepared)
+    check_run_root(prepared)
     store.sweep(ABANDONED_S)
     seconds: dict[str, float] = {}
     with ThreadPoolExecutor(1) as beside:
@@ -110,7 +110,7 @@ class Job:
                 continue
             for stage in stages:
                 results[stage.name] = self.run_stage(stage)
-        result = results.get(EVALUATE.name)
+        result = results.get(EVALUATE_STAGE.name)
         assert result is None or isinstance(result, EvaluationResult)
         return result
 
@@ -122,7 +122,7 @@ class Job:
         with self.progress(stage, self.markers(stage)) as progress:
             run_all(self.runner, TaskList(tasks), self.store)
         self.end(progress, time.monotonic() - start)
-        return stage.conclude(self.context, self.shards, self.units) if stage.conclude else None
+        return stage.finish(self.context, self.shards, self.units) if stage.finish else None
 
     def markers(self, stage: Stage) -> list[str]:
         if stage.markers is not None:
@@ -146,9 +146,9 @@ class Job:
         return {info.key for info in self.store.list(prefix)}
 
     def compress(self) -> None:
-        """Capture, gradients and compress, each layer's units as soon as its parts are there (runner.overlap), or layers in turn (runner.in_turn)."""
+        """Capture, gradients and compress, each layer's units as soon as its parts are there (runner.overlap), or layer by layer (runner.layer_by_layer)."""
         needs = read_needs(self.plan, self.store)
-        kind = InTurn if self.plan.propagates else Overlap
+        kind = LayerByLayer if self.plan.propagates else Overlap
         work = kind(self.context, needs, self.clock)
         done = {key for n in self.plan.layers if n not in needs.open_layers for key in layer_markers(self.plan, n)}
         shown = []
@@ -163,7 +163,7 @@ class Job:
             self.end(progress, work.spans.seconds(progress.stage))
         for layer in self.plan.layers:  # one that was complete long ago may have lost its scales, which evaluation reads
             finish_layer(self.context, layer)
-        collect_losers(self.plan, self.store)
+        delete_lost_attempts(self.plan, self.store)
         self.units = read_units(self.context)
         check_fallbacks(self.plan, self.units)
 

@@ -25,7 +25,7 @@ from ray.exceptions import ActorUnavailableError, RayError
 
 from p48ray.errors import P48Error, StageFailedError, UserError, WorkerLostError
 from p48ray.run.plan import RunPlan
-from p48ray.runner.base import WorkSource
+from p48ray.runner.base import POLL_S, WorkSource
 from p48ray.runner.cluster import START_TIMEOUT_S, Cluster, check_shared, first_line
 from p48ray.runner.console import configure_logging
 from p48ray.runner.dispatch import Dispatcher
@@ -37,7 +37,6 @@ from p48ray.store.base import Store
 
 log = logging.getLogger(__name__)
 
-LOOK_S = 5.0  # how long nothing may happen until the driver asks whether there is more to do
 SHARED_ROOT = "set run.root_is_shared: true if every node mounts the same folder"
 CLOSE_TIMEOUT_S = 20.0
 MAX_PREEMPTIONS = 50  # of one task; by then something else is wrong
@@ -50,7 +49,7 @@ class WorkerProcess:
         configure_logging()
         self.plan_json, self.store_uri = plan_json, store_uri
 
-    def ready(self) -> str | P48Error:
+    def start(self) -> str | P48Error:
         """Open what there is. Returns this worker's node, or what is wrong instead of raising it, which would reach the driver as a dead actor."""
         node = str(ray.get_runtime_context().get_node_id())
         try:
@@ -92,12 +91,12 @@ class RayRunner:
         self.plan, self.store_uri, self.address = plan, store_uri, address
         self.settings = plan.config.run
         self.idle: list[Worker] = []
-        self.starting: dict[Any, Any] = {}  # ready() reference -> actor
+        self.starting: dict[Any, Any] = {}  # start() reference -> actor
         self.running: dict[Any, tuple[Worker, Task]] = {}  # by execute() reference
         self.store: Store = open_run_root(plan, store_uri)
         self.failures: Counter[str] = Counter()  # attempts that failed, by task
         self.preemptions: Counter[str] = Counter()
-        self.apart: set[str] = set()  # tasks that failed or were lost: they share no worker any more
+        self.isolated: set[str] = set()  # tasks that failed or were lost: they share no worker any more
         self.failed_starts = 0
 
     def __enter__(self) -> Self:
@@ -118,9 +117,9 @@ class RayRunner:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        # Those on their way up, and those that are busy, go first: one that is in its node's cache
+        # Those that are starting, and those that are busy, go first: one that is in its node's cache
         # would keep the last of the others from removing it.
-        for actor in [*self.starting.values(), *(worker.actor for worker in self.in_hand())]:
+        for actor in [*self.starting.values(), *(worker.actor for worker in self.assigned())]:
             ray.kill(actor)
         if self.starting:
             ray.wait([*self.starting], num_returns=len(self.starting), timeout=CLOSE_TIMEOUT_S)
@@ -136,7 +135,7 @@ class RayRunner:
         waiting = Dispatcher(source.next(False))
         self.failures.clear()
         self.preemptions.clear()
-        self.apart.clear()
+        self.isolated.clear()
         quiet_s = 0.0
         try:
             while True:
@@ -144,65 +143,65 @@ class RayRunner:
                 if not waiting and not self.running:
                     return
                 self.dispatch(waiting)
-                done, _ = ray.wait([*self.starting, *self.running], num_returns=1, timeout=LOOK_S)
-                quiet_s = 0.0 if done or self.running else quiet_s + LOOK_S
+                done, _ = ray.wait([*self.starting, *self.running], num_returns=1, timeout=POLL_S)
+                quiet_s = 0.0 if done or self.running else quiet_s + POLL_S
                 if quiet_s >= START_TIMEOUT_S:
-                    self.say_no_room()
+                    self.warn_no_capacity()
                     quiet_s = 0.0
                 for ref in done:
                     if ref in self.starting:
-                        self.settle_start(ref)
+                        self.handle_start(ref)
                     else:
-                        yield from self.settle_task(ref, waiting)
+                        yield from self.handle_result(ref, waiting)
         finally:
-            for worker in self.in_hand():  # only left when the caller stopped listening: nobody would read these results
+            for worker in self.assigned():  # only left when the caller stopped listening: nobody would read these results
                 ray.kill(worker.actor)
             self.running.clear()
 
     def dispatch(self, waiting: Dispatcher) -> None:
-        """Give tasks to idle workers; start workers while there are fewer than wanted and tasks that none of those on their way up will take."""
+        """Give tasks to idle workers; start workers while there are fewer than wanted and tasks that none of those that are starting will take."""
         while self.idle and (task := waiting.take(self.idle[-1].node)):
-            self.hand(self.idle.pop(), task)
-        in_hand = self.in_hand()
-        while len(waiting) > len(self.starting) and len(self.starting) + len(in_hand) < self.settings.num_workers:
+            self.assign(self.idle.pop(), task)
+        assigned = self.assigned()
+        while len(waiting) > len(self.starting) and len(self.starting) + len(assigned) < self.settings.num_workers:
             self.start_worker()
-        self.hand_ahead(waiting, in_hand)
+        self.assign_ahead(waiting, assigned)
 
     def start_worker(self) -> None:
         actor = self.factory.remote(self.plan.to_json(), self.store_uri)
-        self.starting[actor.ready.remote()] = actor
+        self.starting[actor.start.remote()] = actor
 
-    def hand_ahead(self, waiting: Dispatcher, in_hand: Mapping[Worker, Sequence[Task]]) -> None:
-        """One more unit for workers that compute one, while there is one for every worker, those on their way up included.
+    def assign_ahead(self, waiting: Dispatcher, assigned: Mapping[Worker, Sequence[Task]]) -> None:
+        """One more unit for workers that compute one, while there is one for every worker, those that are starting included.
 
         So the last units are read ahead like all others, and a worker is idle beside one that has two only if that one is a whole unit behind.
         """
-        workers = len(in_hand) + len(self.starting)
-        ahead = sum(len(tasks) - 1 for tasks in in_hand.values())
+        workers = len(assigned) + len(self.starting)
+        ahead = sum(len(tasks) - 1 for tasks in assigned.values())
         for held in range(1, 1 + self.settings.prefetch_units):
-            for worker, tasks in in_hand.items():
-                if len(tasks) > held or any(task.layer is None or task.id in self.apart for task in tasks):
+            for worker, tasks in assigned.items():
+                if len(tasks) > held or any(task.layer is None or task.id in self.isolated for task in tasks):
                     continue
-                if len(waiting) + ahead >= held * workers and (task := waiting.take_ahead(worker.node, self.apart)):
-                    self.hand(worker, task)
+                if len(waiting) + ahead >= held * workers and (task := waiting.take_ahead(worker.node, self.isolated)):
+                    self.assign(worker, task)
                     ahead += 1
 
-    def hand(self, worker: Worker, task: Task) -> None:
+    def assign(self, worker: Worker, task: Task) -> None:
         self.running[worker.actor.execute.remote(task)] = (worker, task)
 
-    def in_hand(self) -> dict[Worker, list[Task]]:
+    def assigned(self) -> dict[Worker, list[Task]]:
         """The tasks of every worker that has any, as they were handed out."""
         found: dict[Worker, list[Task]] = {}
         for worker, task in self.running.values():
             found.setdefault(worker, []).append(task)
         return found
 
-    def take_back(self, worker: Worker) -> list[Task]:
+    def unassign(self, worker: Worker) -> list[Task]:
         """What a worker still has in hand; nobody waits for its results any more."""
         refs = [ref for ref, (holder, _) in self.running.items() if holder is worker]
         return [self.running.pop(ref)[1] for ref in refs]
 
-    def settle_start(self, ref: Any) -> None:
+    def handle_start(self, ref: Any) -> None:
         """A worker that is up, or that died on its way."""
         actor = self.starting.pop(ref)
         try:
@@ -221,28 +220,28 @@ class RayRunner:
             raise StageFailedError(f"workers can not start ({self.failed_starts} tries): {found}") from found
         log.warning("a worker could not start: %s", first_line(found))
 
-    def settle_task(self, ref: Any, waiting: Dispatcher) -> Iterator[TaskResult]:
+    def handle_result(self, ref: Any, waiting: Dispatcher) -> Iterator[TaskResult]:
         """A task that ended, or whose worker died."""
         worker, task = self.running.pop(ref)
         try:
             result: TaskResult = ray.get(ref)
         except RayError as error:
             ray.kill(worker.actor)  # one that is only out of reach would keep its place in the cluster
-            yield from self.settle_loss(worker, task, error, waiting)
+            yield from self.handle_loss(worker, task, error, waiting)
             return
         if result.is_foreign:
             ray.kill(worker.actor)
-            self.put_apart(self.take_back(worker), waiting)
-        elif worker not in self.in_hand():
+            self.isolate(self.unassign(worker), waiting)
+        elif worker not in self.assigned():
             self.idle.append(worker)
         if result.is_transient or result.is_foreign:
             yield from self.try_again(task, result, waiting)
         else:
             yield result
 
-    def settle_loss(self, worker: Worker, task: Task, error: RayError, waiting: Dispatcher) -> Iterator[TaskResult]:
+    def handle_loss(self, worker: Worker, task: Task, error: RayError, waiting: Dispatcher) -> Iterator[TaskResult]:
         """Tasks whose worker died under them, alone or with its node."""
-        tasks = [task, *self.take_back(worker)]
+        tasks = [task, *self.unassign(worker)]
         loss = WorkerLostError(first_line(error))
         # A worker that died on a living node is reported as dead; one that can not be reached is on a node that Ray has not given up yet.
         is_out_of_reach = isinstance(error, ActorUnavailableError)
@@ -250,31 +249,31 @@ class RayRunner:
             waiting.forget(worker.node)
             self.drop_idle(worker.node)
             for lost in tasks:
-                yield from self.settle_preemption(lost, loss, waiting)
+                yield from self.handle_preemption(lost, loss, waiting)
         elif len(tasks) > 1:
-            self.put_apart(tasks, waiting)
+            self.isolate(tasks, waiting)
         else:
-            yield from self.settle_death(task, loss, waiting)
+            yield from self.handle_death(task, loss, waiting)
 
-    def settle_preemption(self, task: Task, loss: WorkerLostError, waiting: Dispatcher) -> Iterator[TaskResult]:
+    def handle_preemption(self, task: Task, loss: WorkerLostError, waiting: Dispatcher) -> Iterator[TaskResult]:
         """A task whose node is gone; that counts against it only when it has happened too often."""
         self.preemptions[task.id] += 1
         if self.preemptions[task.id] > MAX_PREEMPTIONS:
-            yield from self.settle_death(task, loss, waiting)
+            yield from self.handle_death(task, loss, waiting)
             return
         log.warning("%s %s: its node is gone, it goes to another: %s", task.stage, task.id, loss)
         waiting.put_back(task)
 
-    def settle_death(self, task: Task, loss: WorkerLostError, waiting: Dispatcher) -> Iterator[TaskResult]:
+    def handle_death(self, task: Task, loss: WorkerLostError, waiting: Dispatcher) -> Iterator[TaskResult]:
         """A task whose worker died of it, for all that is known."""
         record_failure(self.store, task, loss)
         yield from self.try_again(task, TaskResult(task=task, error_type=WorkerLostError.__name__, error=str(loss)), waiting)
 
-    def put_apart(self, tasks: Sequence[Task], waiting: Dispatcher) -> None:
+    def isolate(self, tasks: Sequence[Task], waiting: Dispatcher) -> None:
         """Back to the queue, without a failed attempt: tasks that shared a worker which is gone."""
         for task in tasks:
             log.warning("%s %s: its worker is gone, with several units in hand; it goes to one of its own", task.stage, task.id)
-            self.apart.add(task.id)
+            self.isolated.add(task.id)
             waiting.put_back(task)
 
     def drop_idle(self, node: str) -> None:
@@ -286,7 +285,7 @@ class RayRunner:
     def try_again(self, task: Task, result: TaskResult, waiting: Dispatcher) -> Iterator[TaskResult]:
         """Back to the queue, or given up after run.max_attempts."""
         self.failures[task.id] += 1
-        self.apart.add(task.id)
+        self.isolated.add(task.id)
         attempt = self.failures[task.id]
         if attempt < self.settings.max_attempts:
             log.warning(
@@ -296,6 +295,6 @@ class RayRunner:
         else:
             yield result
 
-    def say_no_room(self) -> None:
+    def warn_no_capacity(self) -> None:
         wanted = f"{self.settings.threads_per_worker} CPU and {self.settings.gpus_per_worker:g} GPU a worker"
         log.warning("waiting for workers: %s wanted, the cluster has %s free", wanted, ray.available_resources())

@@ -17,13 +17,13 @@ import ray
 from ray.exceptions import RayError
 
 from p48ray.errors import P48Error, StageFailedError, TransientStoreError, UserError, WorkerLostError
+from p48ray.runner.base import LISTED_FAILURES
 from p48ray.runner.cluster import START_TIMEOUT_S, Cluster, check_shared, first_line
 from p48ray.store.base import Store
 
 log = logging.getLogger("p48ray.progress")
 
 MAX_ATTEMPTS = 3  # at one item
-LISTED_FAILURES = 10
 
 T = TypeVar("T")
 Body = Callable[..., T]
@@ -55,9 +55,9 @@ class RayTasks:
                 check_shared(option, store.uri, self.is_shared, "a shared folder")
             count = self.num_workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
             options = {} if cluster.is_own else {"runtime_env": {"env_vars": dict(self.settings)}}
-            yield from self.work_off(body, items, count, options)
+            yield from self.run_tasks(body, items, count, options)
 
-    def work_off(
+    def run_tasks(
         self, body: Body[T], items: Mapping[str, Sequence[Any]], count: int, options: Mapping[str, Any]
     ) -> Iterator[tuple[str, T]]:
         task = ray.remote(returning_errors(body)).options(num_cpus=1, max_retries=0, **options)
@@ -72,7 +72,7 @@ class RayTasks:
                     running[task.remote(*items[name])] = name
                 done, _ = ray.wait(list(running), num_returns=1, timeout=START_TIMEOUT_S)
                 if not done:
-                    self.say_no_room()
+                    self.warn_no_capacity()
                     continue
                 name = running.pop(done[0])
                 found = outcome(done[0])
@@ -97,7 +97,7 @@ class RayTasks:
                 f"{self.what}: {len(failed)} of {len(items)} shards failed; run the same command again to go on\n" + "\n".join(lines)
             )
 
-    def say_no_room(self) -> None:
+    def warn_no_capacity(self) -> None:
         """Nothing has ended for a while: that may be a long task, or a cluster that has no place for one."""
         if ray.cluster_resources().get("CPU", 0) < 1:
             log.warning("%s: waiting for a node with CPUs, the cluster has none", self.what)

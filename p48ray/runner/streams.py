@@ -1,14 +1,14 @@
-"""The source's own ways through the layers: up, and back down where gradients are wanted.
+"""Forward and backward pass of the source through its layers, the second where gradients are used.
 
-Each slice of the calibration sequences is one task up and one back; the way back follows from the
-way up of the same slice, whatever other slices do.
+Each slice of the calibration sequences is one task forward and one backward; the backward pass follows from the
+forward pass of the same slice, whatever other slices do.
 """
 
 from collections.abc import Sequence
 
 from p48ray.run.needs import Needs
 from p48ray.run.plan import RunPlan
-from p48ray.stages.table import CAPTURE, GRADIENTS
+from p48ray.stages.table import CAPTURE_STAGE, GRADIENTS_STAGE
 from p48ray.stages.tasks import Task
 
 
@@ -20,20 +20,20 @@ class Streams:
 
     def __init__(self, plan: RunPlan, needs: Needs) -> None:
         self.ready: list[Task] = []
-        self.ways_back: dict[str, Task] = {}  # id of the way up -> what follows it
+        self.backward_tasks: dict[str, Task] = {}  # id of the forward pass -> what follows it
         self.num_open = 0
-        parts = [p.part for p in plan.parts if needs.way_up(p.part) or needs.way_back(p.part)]
+        parts = [p.part for p in plan.parts if needs.forward_layers(p.part) or needs.backward_layers(p.part)]
         for share in slices(plan, parts):
             self.begin(needs, share)
 
     def begin(self, needs: Needs, parts: list[int]) -> None:
-        up = [p for p in parts if needs.way_up(p)]
-        back = [p for p in parts if needs.way_back(p)]
-        steps = ((CAPTURE.name, up), (GRADIENTS.name, back))
+        up = [p for p in parts if needs.forward_layers(p)]
+        back = [p for p in parts if needs.backward_layers(p)]
+        steps = ((CAPTURE_STAGE.name, up), (GRADIENTS_STAGE.name, back))
         tasks = [Task(stage=stage, id=name_of(s), item=s) for stage, s in steps if s]
         self.ready.append(tasks[0])
         if len(tasks) > 1:
-            self.ways_back[tasks[0].id] = tasks[1]
+            self.backward_tasks[tasks[0].id] = tasks[1]
         self.num_open += 1
 
     def take(self) -> list[Task]:
@@ -42,8 +42,8 @@ class Streams:
         return found
 
     def done(self, task: Task) -> bool:
-        """What follows a way up is ready now. Returns whether this was the last of all ways."""
-        back = self.ways_back.pop(task.id, None) if task.stage == CAPTURE.name else None
+        """What follows a forward pass is ready now. Returns whether this was the last of all passes."""
+        back = self.backward_tasks.pop(task.id, None) if task.stage == CAPTURE_STAGE.name else None
         if back is not None:
             self.ready.append(back)
             return False

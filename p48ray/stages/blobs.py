@@ -112,7 +112,7 @@ class BlobWriter:
         self.leaving.append(([future for p, future in self.submitted if p == part], keys))
         self.delete_replaced()
 
-    def settle(self) -> list[PartManifest]:
+    def flush(self) -> list[PartManifest]:
         """Wait for everything, and for the end of what it replaces. Returns: the manifests since the last drain, as they were submitted."""
         with trace.span("wait"):
             found = [future.result() for _, future in self.submitted]
@@ -125,7 +125,7 @@ class BlobWriter:
 
     def drain(self) -> list[PartManifest]:
         """The same, once and for all: what is returned is forgotten."""
-        found = self.settle()
+        found = self.flush()
         self.submitted.clear()
         return found
 
@@ -183,7 +183,7 @@ class BlobWriter:
         if not hasattr(self.own, "staging"):
             self.own.staging = Staging(self.context.device)
         staging: Staging = self.own.staging
-        return staging.leave(tensor, ready)
+        return staging.pieces(tensor, ready)
 
 
 def blob_facts(kind: BlobKind, layer: int, part: int, plan_digest: str) -> dict[str, str]:

@@ -35,7 +35,7 @@ def capture_parts(context: StageContext, parts: Sequence[int]) -> list[Activatio
     plan = context.plan
     decoder = context.decoder()
     needs = read_needs(plan, context.store)
-    ways = {p: needs.way_up(p) for p in parts}
+    ways = {p: needs.forward_layers(p) for p in parts}
     positions = decoder.positions(plan.config.calibration.sequence_length)
     micro_batch = plan.config.calibration.sequences_per_micro_batch
     with BlobWriter(context) as writer:
@@ -62,7 +62,7 @@ def capture_parts(context: StageContext, parts: Sequence[int]) -> list[Activatio
                         if number in needs.activation_layers(part.part):
                             assert observed is not None
                             write_activations(context, writer, number, part, observed, start)
-                        stream.let_go(number, part)
+                        stream.delete_boundary(number, part)
             del layer  # it goes before the one above is read
         return [manifest for manifest in writer.drain() if isinstance(manifest, ActivationPart)]
 
@@ -106,9 +106,9 @@ class ResidualStream:
     def is_stored(self, number: int) -> bool:
         return number in self.context.plan.boundaries
 
-    def let_go(self, number: int, part: SequencePart) -> None:
-        """Delete a boundary that neither a resume nor the way back will read, once the next one is stored, and all that this layer leaves."""
-        is_read_again = number in {self.context.plan.base_of(b) for b in self.needs.way_back(part.part)[1:]}
+    def delete_boundary(self, number: int, part: SequencePart) -> None:
+        """Delete a boundary that neither a resume nor the backward pass will read, once the next one is stored, and all that this layer leaves."""
+        is_read_again = number in {self.context.plan.base_of(b) for b in self.needs.backward_layers(part.part)[1:]}
         if self.context.plan.config.run.keep != "all" and self.is_stored(number + 1) and not is_read_again:
             self.delete(number, part)
 
@@ -161,7 +161,7 @@ def write_activations(
 def finish_layer(context: StageContext, layer: int) -> None:
     """Write scales.json of a layer whose parts are all there, unless it has one."""
     if context.store.head(run_root.layer_scales(layer)) is None:
-        scales = combine(context, layer, read_manifests(context, layer))
+        scales = combine_scales(context, layer, read_manifests(context, layer))
         context.store.put_if_absent(run_root.layer_scales(layer), scales.to_json())
 
 
@@ -173,7 +173,7 @@ def read_manifests(context: StageContext, layer: int) -> list[ActivationPart]:
     return manifests
 
 
-def combine(context: StageContext, layer: int, parts: list[ActivationPart]) -> LayerScales:
+def combine_scales(context: StageContext, layer: int, parts: list[ActivationPart]) -> LayerScales:
     """A layer's input global scales from the maxima of its parts.
 
     Raises: CalibrationError when the layer's inputs are all zero or not finite.

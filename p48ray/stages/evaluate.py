@@ -36,7 +36,7 @@ from p48ray.store.view import SubStore
 from p48ray.texts.documents import digest_documents
 from p48ray.unit.context import StageContext
 
-ROWS_PER_HEAD_CALL = 4096  # tokens whose logits exist at once
+TOKENS_PER_HEAD_CALL = 4096  # tokens whose logits exist at once
 WEIGHT_SUFFIXES = ("weight_packed", "weight_scale", "weight_global_scale")
 CompressedExperts = Callable[[int, int], ExpertWeights]
 
@@ -129,8 +129,8 @@ def evaluate_part(context: StageContext, compressed: CompressedExperts, token_id
     sums = torch.zeros(2 + 3 * (len(streams) - 1), dtype=torch.float64)
     head = decoder.head()
     rows = zip(
-        *(x.flatten(0, 1).split(ROWS_PER_HEAD_CALL) for x in streams),
-        labels_BS.flatten().split(ROWS_PER_HEAD_CALL),
+        *(x.flatten(0, 1).split(TOKENS_PER_HEAD_CALL) for x in streams),
+        labels_BS.flatten().split(TOKENS_PER_HEAD_CALL),
         strict=True,
     )
     for *found, labels_T in rows:
@@ -194,7 +194,7 @@ def compare_logits(source_TV: Tensor, *compressed_TV: Tensor, labels_T: Tensor) 
     return torch.stack([value.double() for value in sums])
 
 
-def combine(parts: list[EvaluationPart]) -> EvaluationResult:
+def combine_parts(parts: list[EvaluationPart]) -> EvaluationResult:
     """Parts in order -> perplexities, accuracies and mean KL."""
     tokens = sum(p.num_tokens for p in parts)
     others = [p.in_groups_of_32 for p in parts if p.in_groups_of_32 is not None]
@@ -251,5 +251,5 @@ def evaluate_and_record(context: StageContext, item: tuple[str, SequencePart]) -
     context.store.put(run_root.evaluation_part(digest, part.part), sums.to_json())
 
 
-def conclude_evaluation(context: StageContext, shards: tuple[OutputShard, ...], units: Sequence[UnitManifest]) -> EvaluationResult:
-    return combine(EvaluationPart.load_all(context.store, evaluation_markers(context)))
+def finish_evaluation(context: StageContext, shards: tuple[OutputShard, ...], units: Sequence[UnitManifest]) -> EvaluationResult:
+    return combine_parts(EvaluationPart.load_all(context.store, evaluation_markers(context)))

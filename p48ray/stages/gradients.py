@@ -34,7 +34,7 @@ from p48ray.stages.streaming import opened_layer, waves
 from p48ray.unit.context import StageContext
 from p48ray.unit.token_columns import to_columns
 
-ROWS_PER_HEAD_CALL = 2048  # tokens whose logits exist at once
+TOKENS_PER_HEAD_GRADIENT = 2048  # tokens whose logits exist at once
 LABEL_SEED_STRIDE = 2**20  # parts of one calibration seed never share a stream of labels with another seed's
 
 
@@ -43,7 +43,7 @@ def gradient_parts(context: StageContext, parts: Sequence[int]) -> list[Gradient
     plan = context.plan
     decoder = context.decoder()
     needs = read_needs(plan, context.store)
-    ways = {p: needs.way_back(p) for p in parts}
+    ways = {p: needs.backward_layers(p) for p in parts}
     with BlobWriter(context) as writer:
         stream = GradientStream(context, writer)
         descent = Descent(context, decoder, stream, ways, {p: needs.gradient_layers(p) for p in parts})
@@ -54,8 +54,8 @@ def gradient_parts(context: StageContext, parts: Sequence[int]) -> list[Gradient
             stepping = [part.part for part in waiting if number > ways[part.part][0]]
             if stepping:
                 start = time.monotonic()
-                if not all(needs.is_left("residuals", number, p) for p in stepping):
-                    writer.settle()  # what is run again has a writer of its own: one of them at a time holds blobs, and what is replaced is gone
+                if not all(needs.has_blob("residuals", number, p) for p in stepping):
+                    writer.flush()  # what is run again has a writer of its own: one of them at a time holds blobs, and what is replaced is gone
                 needs = remake_boundaries(context, decoder, needs, stepping, number)
                 for p in stepping:
                     descent.spent[p] += (time.monotonic() - start) / len(stepping)  # type: ignore[assignment]
@@ -70,7 +70,7 @@ def gradient_parts(context: StageContext, parts: Sequence[int]) -> list[Gradient
 
 @dataclass(slots=True)
 class Descent:
-    """The way back of some parts. `wanted`: layers whose gradient is still to be written, by part."""
+    """The backward pass of some parts. `wanted`: layers whose gradient is still to be written, by part."""
 
     context: StageContext
     decoder: Decoder
@@ -103,7 +103,7 @@ class Descent:
             for part, gradient_BSH in zip(stepping, below, strict=True):
                 self.stream.put(number, part, gradient_BSH, start)
         for part in wave:
-            self.stream.let_go(number, part)
+            self.stream.delete_boundary(number, part)
             self.spent[part.part] += (time.monotonic() - start) / len(wave)  # type: ignore[assignment]
 
 
@@ -156,7 +156,7 @@ def through_mixture(layer: Any, attended: list[Tensor], gradients: list[Tensor])
     experts = routed_experts(layer)
     if experts is None:
         return [
-            pull(x, (g,), lambda leaf: [leaf + layer.mlp(layer.post_attention_layernorm(leaf))])
+            vector_jacobian_product(x, (g,), lambda leaf: [leaf + layer.mlp(layer.post_attention_layernorm(leaf))])
             for x, g in zip(attended, gradients, strict=True)
         ]
     with torch.no_grad(), experts.deferred() as calls:
@@ -169,14 +169,16 @@ def through_mixture(layer: Any, attended: list[Tensor], gradients: list[Tensor])
             out = leaf + layer.mlp(layer.post_attention_layernorm(leaf))
         return [out, again[0].hidden_TH, again[0].router_weights_TK]
 
-    return [pull(x, (g, *r), outputs) for x, g, r in zip(attended, gradients, routed, strict=True)]
+    return [vector_jacobian_product(x, (g, *r), outputs) for x, g, r in zip(attended, gradients, routed, strict=True)]
 
 
 def through_attention(layer: Any, entering_BSH: Tensor, gradient_BSH: Tensor, positions: tuple[Tensor, Tensor], micro_batch: int) -> Tensor:
     """The rest of the way, by micro-batches of sequences, which are independent."""
     pairs = zip(entering_BSH.split(micro_batch), gradient_BSH.split(micro_batch), strict=True)
     with same_bits_every_time(entering_BSH.device):
-        return torch.cat([pull(x, (gradient,), lambda leaf: [attend(layer, leaf, positions, micro_batch)]) for x, gradient in pairs])
+        return torch.cat(
+            [vector_jacobian_product(x, (gradient,), lambda leaf: [attend(layer, leaf, positions, micro_batch)]) for x, gradient in pairs]
+        )
 
 
 @contextmanager
@@ -203,7 +205,7 @@ def same_bits_every_time(device: torch.device) -> Iterator[None]:
 
 
 @torch.enable_grad()
-def pull(at: Tensor, gradients: Sequence[Tensor], function: Callable[[Tensor], list[Tensor]]) -> Tensor:
+def vector_jacobian_product(at: Tensor, gradients: Sequence[Tensor], function: Callable[[Tensor], list[Tensor]]) -> Tensor:
     """The vector-Jacobian product of `function`, which has one output for each gradient, at a point."""
     leaf = at.detach().requires_grad_(True)
     return torch.autograd.grad(function(leaf), leaf, list(gradients))[0]
@@ -213,7 +215,7 @@ def pull(at: Tensor, gradients: Sequence[Tensor], function: Callable[[Tensor], l
 def head_gradient(head: nn.Module, entering_BSH: Tensor, generator: torch.Generator) -> Tensor:
     """Gradient of the summed cross-entropy with sampled labels with respect to what enters the head: through the norm from softmax(logits) - one_hot(label)."""
     gradients = []
-    for x_TH in entering_BSH.flatten(0, 1).split(ROWS_PER_HEAD_CALL):
+    for x_TH in entering_BSH.flatten(0, 1).split(TOKENS_PER_HEAD_GRADIENT):
         leaf = x_TH.detach().requires_grad_(True)
         logits_TV = head(leaf)
         probabilities_TV = logits_TV.detach().float().softmax(-1)
@@ -239,7 +241,7 @@ class GradientStream:
         self.held: dict[int, tuple[int, Tensor]] = {}
 
     def boundary(self, number: int, part: SequencePart) -> Tensor:
-        """What entered layer `number` on the way up, (B, S, H)."""
+        """What entered layer `number` in the forward pass, (B, S, H)."""
         return self.read("residuals", number, part)
 
     def read(self, kind: BlobKind, number: int, part: SequencePart) -> Tensor:
@@ -258,7 +260,7 @@ class GradientStream:
         self.held[part.part] = (number, gradient_BSH)
         write_boundary(self.writer, "residual-gradients", number, part, gradient_BSH, start)
 
-    def let_go(self, number: int, part: SequencePart) -> None:
+    def delete_boundary(self, number: int, part: SequencePart) -> None:
         """Delete both boundaries that this layer was the last to read, once what it leaves is stored."""
         if self.context.plan.config.run.keep != "all":
             places: list[tuple[BlobKind, int]] = [("residuals", number), ("residual-gradients", number + 1)]

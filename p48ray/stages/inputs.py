@@ -6,7 +6,7 @@ from dataclasses import asdict
 from p48ray.config import CalibrationConfig, EvaluationConfig
 from p48ray.run import arrow, run_root
 from p48ray.run.manifest import StoreFacts, TokensManifest
-from p48ray.run.plan import RunPlan, settle_plan
+from p48ray.run.plan import RunPlan, check_plan
 from p48ray.stages.evaluate import evaluation_digest
 from p48ray.stages.prepare import Prepared
 from p48ray.store.base import Store
@@ -33,19 +33,19 @@ def probe_once(store: Store) -> None:
         store.put(run_root.STORE, StoreFacts(**asdict(probe(store))).to_json())
 
 
-def settle(prepared: Prepared) -> bool:
+def check_run_root(prepared: Prepared) -> bool:
     """Whether the run root already has this plan, once its store can hold a run.
 
     Raises: ConfigError for a store that cannot, PlanMismatchError for a run root of another plan.
     """
     probe_once(prepared.store)
-    return settle_plan(prepared.plan, prepared.store)
+    return check_plan(prepared.plan, prepared.store)
 
 
 def write_inputs(prepared: Prepared) -> None:
     """plan.json first, then the packed texts; the texts are read before either is written, so that a bad one leaves nothing behind."""
     plan, store = prepared.plan, prepared.store
-    is_ours = settle(prepared)
+    is_ours = check_run_root(prepared)
     packed: list[tuple[str, TokensManifest, bytes]] = []
     c, e = plan.config.calibration, plan.config.evaluation
     wanted: list[tuple[str, CalibrationConfig | EvaluationConfig, int, str, str]] = [
@@ -62,7 +62,7 @@ def write_inputs(prepared: Prepared) -> None:
         data = arrow.encode({"token_ids": ids_NS}, {"kind": "tokens", "owner": owner}).to_bytes()
         packed.append((key, TokensManifest(owner=owner, size_bytes=len(data), sha256=hashlib.sha256(data).hexdigest()), data))
     if not is_ours and not store.put_if_absent(run_root.PLAN, plan.to_json()):
-        settle_plan(plan, store)  # another driver was faster: fine if its plan is ours
+        check_plan(plan, store)  # another driver was faster: fine if its plan is ours
     for key, manifest, data in packed:
         store.put(key, data)
         store.put(run_root.manifest_of(key), manifest.to_json())

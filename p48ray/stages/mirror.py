@@ -12,10 +12,10 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
-from p48ray.checkpoint.index import CONFIG_FILE, INDEX_FILE, CheckpointIndex, open_checkpoint
+from p48ray.checkpoint.index import CARD_FILE, CONFIG_FILE, INDEX_FILE, CheckpointIndex, open_checkpoint
 from p48ray.errors import ObjectMissingError, ShardCorruptError, SourceError
 from p48ray.run import run_root
-from p48ray.run.collect import delete_all
+from p48ray.run.cleanup import delete_all
 from p48ray.run.manifest import MirrorManifest
 from p48ray.run.output_layout import OutputShard
 from p48ray.run.plan import MirroredFile, RunPlan
@@ -26,8 +26,6 @@ from p48ray.store.hub.store import FileDigest, HubFile, HubStore
 from p48ray.store.open import mirror_source, open_store
 from p48ray.store.view import SubStore
 from p48ray.unit.context import StageContext
-
-CARD_FILE = "README.md"
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,10 +39,10 @@ class MirrorItem:
 def files_to_mirror(index: CheckpointIndex, store: HubStore) -> tuple[MirroredFile, ...]:
     """What the rule above names, as the Hub lists it, weights last."""
     small = [name for name in (CONFIG_FILE, INDEX_FILE, CARD_FILE, *index.sidecars) if store.head(name) is not None]
-    return tuple(describe(store, name) for name in (*small, *index.files))
+    return tuple(mirrored_file(store, name) for name in (*small, *index.files))
 
 
-def describe(store: HubStore, name: str) -> MirroredFile:
+def mirrored_file(store: HubStore, name: str) -> MirroredFile:
     file = store.file(name)
     if file is None:
         raise SourceError(f"{store.uri}: {name} was listed and is gone")
@@ -86,7 +84,7 @@ class MirrorState:
         return not self.missing
 
 
-def look(plan: RunPlan, store: Store) -> MirrorState:
+def mirror_state(plan: RunPlan, store: Store) -> MirrorState:
     """The plan's mirror against what the run root holds. Of a source that is not mirrored, nothing is missing."""
     if not plan.source.mirror:
         return MirrorState((), ())
@@ -114,7 +112,7 @@ def files_to_copy(context: StageContext, shards: tuple[OutputShard, ...]) -> lis
     """The largest first, so that the last to end is a small one. Manifests that count for nothing go."""
     source = mirror_source(context.plan.config.source.checkpoint)
     assert source is not None, "a plan with files to mirror is of a source that is mirrored"
-    found = look(context.plan, context.store)
+    found = mirror_state(context.plan, context.store)
     delete_all(context.store, found.void)
     return [
         Task(

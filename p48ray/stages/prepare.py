@@ -14,7 +14,7 @@ from p48ray.run import run_root
 from p48ray.run.output_layout import OutputShard, plan_output
 from p48ray.run.plan import MirroredFile, RunPlan, make_plan
 from p48ray.stages.evaluate import check_length
-from p48ray.stages.mirror import files_to_mirror, look, mirrored
+from p48ray.stages.mirror import files_to_mirror, mirror_state, mirrored
 from p48ray.stages.revisions import hub_places, read_held_plan, resolve
 from p48ray.store.base import Store
 from p48ray.store.memory import MemoryStore
@@ -72,7 +72,7 @@ def open_planned_source(config: RunConfig, store: Store, held: RunPlan | None) -
     Raises: ConfigError for a hf:// source that is no model's whole repository; SourceError for one that is not sound.
     """
     place = config.source.checkpoint
-    if held is not None and held.source.mirror and held.config.source.checkpoint == place and look(held, store).is_complete:
+    if held is not None and held.source.mirror and held.config.source.checkpoint == place and mirror_state(held, store).is_complete:
         return open_checkpoint(SubStore(store, run_root.SOURCE)), held.source.mirror
     try:
         opened = mirror_source(place)

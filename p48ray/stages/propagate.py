@@ -1,9 +1,9 @@
 """Propagate: what the experts of a layer will see in the finished model, where every mixture below them is the compressed one.
 
-With `calibration.propagate: compressed` layers take turns. A layer's inputs come from a stream through the layers below: their experts decoded from the shards
-that the units' manifests name, their inputs quantized as the server will (W4A4, the layer's own scales), everything else as in the source. In its own turn a
+With `calibration.propagate: compressed` the run goes layer by layer. A layer's inputs come from a stream through the layers below: their experts decoded from the shards
+that the units' manifests name, their inputs quantized as the server will (W4A4, the layer's own scales), everything else as in the source. Then a
 layer runs with the source's experts, whose outputs nobody uses: they say how large intermediates get. The stream is stored at every boundary, under a prefix
-of its own, so each turn passes two layers: the one that was just compressed, and its own.
+of its own, so each step passes two layers: the one that was just compressed, and its own.
 
 Mixtures that the plan does not compress (run.layers) stay the source's.
 """
@@ -21,8 +21,7 @@ from p48ray.checkpoint.tensors import from_bytes
 from p48ray.errors import CalibrationError, CorruptObjectError
 from p48ray.model.decoder import Decoder, attend, mix
 from p48ray.model.experts import ActivationScales, ExpertWeights, RoutedExperts, RoutedInputs
-from p48ray.run import run_root
-from p48ray.run.manifest import ActivationPart, UnitManifest
+from p48ray.run.manifest import ActivationPart
 from p48ray.run.needs import read_needs
 from p48ray.run.plan import SequencePart, WorkUnit
 from p48ray.run.run_root import BlobKind
@@ -39,13 +38,13 @@ HEADER_LENGTH_BYTES = 8  # of a safetensors file, before its header
 def propagate_parts(context: StageContext, item: tuple[int, list[int]]) -> list[ActivationPart]:
     """Take parts to a layer, from the highest boundary stored for each, and write the layer's activations. Returns the manifests it wrote.
 
-    Args:   item: the layer, whose turn it is, and the parts.
+    Args:   item: the layer that is next, and the parts.
     Raises: CorruptObjectError naming what to make anew when a boundary or the shard of a unit below is not what was written.
     """
     layer, parts = item
     plan, decoder = context.plan, context.decoder()
     needs = read_needs(plan, context.store)
-    ways = {p: needs.way_to(layer, p) for p in parts}
+    ways = {p: needs.layers_up_to(layer, p) for p in parts}
     positions = decoder.positions(plan.config.calibration.sequence_length)
     micro_batch = plan.config.calibration.sequences_per_micro_batch
     with BlobWriter(context) as writer:
@@ -72,7 +71,7 @@ def propagate_parts(context: StageContext, item: tuple[int, list[int]]) -> list[
                             raise CalibrationError(f"layer {number}, part {part.part}: activations behind compressed layers are not finite")
                         if number < layer:
                             stream.put(number + 1, part, x_BSH, start)
-                            stream.let_go(number, part)
+                            stream.delete_boundary(number, part)
                         else:
                             write_activations(context, writer, number, part, seen.pop(0), start)
             del module  # it goes before the one above is read
@@ -87,7 +86,7 @@ class CompressedStream(ResidualStream):
     def is_stored(self, number: int) -> bool:
         return True
 
-    def let_go(self, number: int, part: SequencePart) -> None:
+    def delete_boundary(self, number: int, part: SequencePart) -> None:
         """Delete a boundary once the next one is stored."""
         if self.context.plan.config.run.keep != "all":
             self.delete(number, part)
@@ -118,7 +117,7 @@ class UnitShards:
         """Raises: CorruptObjectError when the shard is not what its unit's manifest says."""
         unit = next(u for u in self.units if expert in u.experts)
         if unit != self.held:
-            self.held, self.key, self.data = None, *unit_shard(self.context, unit)
+            self.held, self.key, self.data = None, *read_unit_shard(self.context, unit)
             (length,) = struct.unpack("<Q", self.data[:HEADER_LENGTH_BYTES])
             self.entries = parse_header(self.key, bytes(self.data[HEADER_LENGTH_BYTES:][:length]), len(self.data))
             self.held = unit
@@ -127,12 +126,10 @@ class UnitShards:
         return ExpertWeights(*(w.to(self.decoder.dtype) for w in decode_compressed(self.context, self.layer, expert, tensors)))
 
 
-def unit_shard(context: StageContext, unit: WorkUnit) -> tuple[str, memoryview]:
+def read_unit_shard(context: StageContext, unit: WorkUnit) -> tuple[str, memoryview]:
     """Key and bytes of the attempt that a unit's manifest names, after a check of owner, size and digest: once a node where there is a cache."""
-    manifest_key = run_root.unit_manifest(unit.id)
-    manifest = UnitManifest.load(context.store, manifest_key)
-    context.check_owner(manifest.plan_digest, manifest_key)
-    key = run_root.unit_shard(unit.id, manifest.attempt)
+    done = context.finished_unit(unit)
+    manifest, manifest_key, key = done.manifest, done.manifest_key, done.shard_key
     try:
         return key, memoryview(context.checked(key, manifest.size_bytes, manifest.sha256, (manifest_key, key)))
     except CorruptObjectError as error:

@@ -27,7 +27,7 @@ from p48ray.run.plan import WorkUnit
 from p48ray.store.base import Store
 
 COMPARE_CHUNK_BYTES = 16 * 2**20
-AHEAD = 2
+SEGMENTS_AHEAD = 2
 """Segments that are looked at beside the one in hand, each in a thread that reads, hashes and compares."""
 READ_THREADS = 4
 """For the next chunk of either side of each of them."""
@@ -44,18 +44,18 @@ class Readers:
     def __init__(self, num_bytes: int) -> None:
         """Args: num_bytes: of the shard."""
         self.is_inline = num_bytes <= INLINE_BYTES
-        self.segments = ThreadPoolExecutor(AHEAD, thread_name_prefix="verify")
+        self.segments = ThreadPoolExecutor(SEGMENTS_AHEAD, thread_name_prefix="verify")
         self.reads = ThreadPoolExecutor(READ_THREADS, thread_name_prefix="verify-read")
 
     def in_order(self, look: Callable[[Item], Found], items: Iterable[Item]) -> Iterator[tuple[Item, Found]]:
-        """Each item with what `look` found in it, AHEAD of them in hand beside the one given out. Raises: what `look` raised, in its turn."""
+        """Each item with what `look` found in it, SEGMENTS_AHEAD of them in hand beside the one given out. Raises: what `look` raised, in its turn."""
         if self.is_inline:
             yield from ((item, look(item)) for item in items)
             return
         pending: deque[tuple[Item, Future[Found]]] = deque()
         for item in items:
             pending.append((item, self.segments.submit(look, item)))
-            if len(pending) > AHEAD:
+            if len(pending) > SEGMENTS_AHEAD:
                 yield _taken(pending)
         while pending:
             yield _taken(pending)

@@ -1,4 +1,4 @@
-"""Boundaries that the way up did not leave to the way back (run.boundary_every), run again from the one below, a segment of layers at a time.
+"""Boundaries that the forward pass did not leave to the backward pass (run.boundary_every), run again from the one below, a segment of layers at a time.
 
 The same parts go through the same layers by the same calls as in capture, so what comes out is what was there, bit for bit.
 """
@@ -23,7 +23,7 @@ def remake_boundaries(context: StageContext, decoder: Decoder, needs: Needs, par
     Returns: needs with what is there now. Raises: CorruptObjectError naming the boundary that a part would have started from.
     """
     plan = context.plan
-    lacking = [p for p in parts if not needs.is_left("residuals", boundary, p)]
+    lacking = [p for p in parts if not needs.has_blob("residuals", boundary, p)]
     ways = {p: range(needs.start_of(boundary, p), boundary) for p in lacking}
     positions = decoder.positions(plan.config.calibration.sequence_length)
     micro_batch = plan.config.calibration.sequences_per_micro_batch

@@ -20,8 +20,7 @@ from p48ray.checkpoint.storage_stream import StoredUnit, recoded_unit
 from p48ray.checkpoint.tensors import tensor_bytes
 from p48ray.errors import CorruptObjectError, ObjectMissingError, ShardCorruptError, SourceError
 from p48ray.run import run_root
-from p48ray.run.collect import delete_all
-from p48ray.run.manifest import UnitManifest
+from p48ray.run.cleanup import delete_all
 from p48ray.run.output_layout import OutputShard, shard_rows, unit_entries
 from p48ray.run.plan import WorkUnit
 from p48ray.stages.tasks import Task
@@ -115,23 +114,21 @@ def find_units(context: StageContext, units: Sequence[WorkUnit]) -> tuple[dict[s
     Raises: as find_unit does but for CorruptObjectError. Cost: HASH_THREADS units are read at a time, HASHED_BYTES of each in memory.
     """
 
-    def look(unit: WorkUnit) -> StoredUnit | CorruptObjectError:
+    def find_or_error(unit: WorkUnit) -> StoredUnit | CorruptObjectError:
         try:
             return find_unit(context, unit)
         except CorruptObjectError as error:
             return error
 
     with ThreadPoolExecutor(HASH_THREADS, thread_name_prefix="reduce") as pool:
-        looked = list(pool.map(look, units))
+        looked = list(pool.map(find_or_error, units))
     return {found.id: found for found in looked if isinstance(found, StoredUnit)}, [e for e in looked if isinstance(e, CorruptObjectError)]
 
 
 def find_unit(context: StageContext, unit: WorkUnit) -> StoredUnit:
     """A unit's tensors in the shard of the attempt that counts, after a check of its manifest, size and digest."""
-    manifest_key = run_root.unit_manifest(unit.id)
-    manifest = UnitManifest.load(context.store, manifest_key)
-    context.check_owner(manifest.plan_digest, manifest_key)
-    key = run_root.unit_shard(unit.id, manifest.attempt)
+    done = context.finished_unit(unit)
+    manifest, manifest_key, key = done.manifest, done.manifest_key, done.shard_key
     held = context.store.head(key)
     found = "nothing" if held is None else f"{held.size_bytes} bytes"
     if held is not None and held.size_bytes == manifest.size_bytes:

@@ -31,7 +31,7 @@ from p48ray.checkpoint.tensors import read_together, tensor_view
 from p48ray.errors import ObjectMissingError, ShardCorruptError, SourceError
 from p48ray.numerics import nvfp4, paired48
 from p48ray.numerics.relative_errors import relative_weight_error
-from p48ray.run.output_layout import SUFFIXES, OutputShard, shard_rows, unit_rows
+from p48ray.run.output_layout import TENSOR_SUFFIXES, OutputShard, shard_rows, unit_rows
 from p48ray.run.plan import WorkUnit
 from p48ray.stages.read_ahead import Readers, ReadUnit, compare_bytes, read_originals, read_unit, readers, tensor_digest
 from p48ray.store.base import Store
@@ -150,14 +150,14 @@ def check_unit(
     """Every check of one unit. First, the bytes are those that the unit stored: the weight error alone can not tell, because one wrong code in a million
     moves it by less than rounding.
 
-    Args: found: as read, in the order of unit_rows, so that dense tensors serialize to the unit's own shard. experts: see check_experts.
+    Args: found: as read, in the order of unit_rows, so that dense tensors serialize to the unit's own shard. experts: see check_expert_tensors.
     """
     try:
         tensors = found.dense(storage, device)
     except SourceError as error:
         return [f"{file}: unit {unit_id}: {error}"]
     digest: Future[str] | None = threads.segments.submit(dense_sha256, tensors) if found.digest is None else None
-    problems = check_experts(experts, tensors, promise)
+    problems = check_expert_tensors(experts, tensors, promise)
     sha256, claim = digest.result() if digest else found.digest, promise.unit_sha256.get(unit_id)
     if sha256 == claim:
         return problems
@@ -199,7 +199,7 @@ def second_opinion(checkpoint: Store, file: str, entries: Mapping[str, TensorEnt
         yield f"{file}: safetensors does not read it: {error}"
 
 
-def check_experts(
+def check_expert_tensors(
     experts: Iterable[tuple[Mapping[str, str], Mapping[str, Tensor] | None]], tensors: Mapping[str, Tensor], promise: Promise
 ) -> list[str]:
     """Every check of a unit's experts, computed where the tensors are and brought to the CPU in one transfer.
@@ -211,7 +211,7 @@ def check_experts(
     for names, originals in experts:
         named.append((names, originals is not None))
         for projection, name in names.items():
-            linear = {suffix: tensors[f"{name}.{suffix}"] for suffix in SUFFIXES}
+            linear = {suffix: tensors[f"{name}.{suffix}"] for suffix in TENSOR_SUFFIXES}
             measured.append(measure_linear(linear, originals[projection] if originals is not None else None, promise))
     facts = iter([LinearFacts(*values) for values in torch.stack(measured).tolist()] if measured else [])
     problems: list[str] = []

@@ -2,7 +2,7 @@
 
 Runner, status, timeline, report and plan read them here. Stages that go on beside each other
 (capture or propagate, gradients, compress) have no `work`: their tasks follow from each other and
-are named by a WorkSource (runner.overlap, runner.in_turn). Every other names what is missing of it,
+are named by a WorkSource (runner.overlap, runner.layer_by_layer). Every other names what is missing of it,
 all at once. docs/EXTENDING.md says how to add one.
 """
 
@@ -16,17 +16,17 @@ from p48ray.run.manifest import ActivationPart, GradientPart, UnitManifest
 from p48ray.run.output_layout import OutputShard
 from p48ray.run.plan import RunPlan, cut
 from p48ray.stages.capture import capture_parts
-from p48ray.stages.evaluate import conclude_evaluation, evaluate_and_record, evaluation_markers, parts_to_evaluate
+from p48ray.stages.evaluate import evaluate_and_record, evaluation_markers, finish_evaluation, parts_to_evaluate
 from p48ray.stages.gradients import gradient_parts
 from p48ray.stages.mirror import files_to_copy, mirror_file
 from p48ray.stages.propagate import propagate_parts
 from p48ray.stages.reduce import shards_to_stitch, stitch_shard
 from p48ray.stages.tasks import Task
-from p48ray.stages.verify import conclude_verification, shards_to_verify, verify_and_record
+from p48ray.stages.verify import finish_verification, shards_to_verify, verify_and_record
 from p48ray.unit.compress import compress_unit
 from p48ray.unit.context import StageContext
 
-Conclusion = Callable[[StageContext, tuple[OutputShard, ...], Sequence[UnitManifest]], object]
+Finish = Callable[[StageContext, tuple[OutputShard, ...], Sequence[UnitManifest]], object]
 StageManifest = type[ActivationPart] | type[GradientPart] | type[UnitManifest]
 
 
@@ -39,7 +39,7 @@ class Stage:
     is_used: by a plan. markers: keys that are there once a plan's work is done, given the names of the output shards (none while nobody knows them);
     None where more than the plan is needed: then markers_in gives them from what a job has open, and count tells how many of how many keys there are.
     prefix: of all markers. work: (context, output shards) -> tasks for what is missing; None for a stage that streams.
-    conclude: (context, output shards, manifests of all units) -> what the stage comes to, once all its markers are there.
+    finish: (context, output shards, manifests of all units) -> what the stage comes to, once all its markers are there.
     manifest: of a marker that says who worked how long on which layer, for the timeline and the costs. colour: there.
     cost: a word, and the field of Estimate that has its seconds.
     """
@@ -52,7 +52,7 @@ class Stage:
     is_used: Callable[[RunPlan], bool]
     opens_source: bool = True
     work: Callable[[StageContext, tuple[OutputShard, ...]], Sequence[Task]] | None = None
-    conclude: Conclusion | None = None
+    finish: Finish | None = None
     markers_in: Callable[[StageContext], list[str]] | None = None
     count: Callable[[RunPlan, set[str]], tuple[int, int]] | None = None
     manifest: StageManifest | None = None
@@ -82,7 +82,7 @@ def is_evaluated(plan: RunPlan) -> bool:
     return has_checkpoint(plan) and plan.config.evaluation is not None
 
 
-MIRROR = Stage(
+MIRROR_STAGE = Stage(
     name="mirror",
     noun="files of the source",
     body=mirror_file,
@@ -93,7 +93,7 @@ MIRROR = Stage(
     work=files_to_copy,
     cost=("mirror", "mirror_seconds"),
 )
-CAPTURE = Stage(
+CAPTURE_STAGE = Stage(
     name="capture",
     noun="activation parts",
     body=capture_parts,
@@ -104,19 +104,19 @@ CAPTURE = Stage(
     colour="s3",
 )
 # The same markers, as the compressed model below sees its inputs.
-PROPAGATE = replace(CAPTURE, name="propagate", body=propagate_parts, is_used=lambda plan: plan.propagates)
-GRADIENTS = Stage(
+PROPAGATE_STAGE = replace(CAPTURE_STAGE, name="propagate", body=propagate_parts, is_used=lambda plan: plan.propagates)
+GRADIENTS_STAGE = Stage(
     name="gradients",
     noun="gradient parts",
     body=gradient_parts,
     prefix=run_root.GRADIENTS,
     markers=of_parts(run_root.gradient_manifest),
-    is_used=lambda plan: plan.config.compression.output_curvature,
+    is_used=lambda plan: plan.uses_gradients,
     manifest=GradientPart,
     colour="s2",
     cost=("streams", "stream_seconds"),
 )
-COMPRESS = Stage(
+COMPRESS_STAGE = Stage(
     name="compress",
     noun="units",
     body=compress_unit,
@@ -127,7 +127,7 @@ COMPRESS = Stage(
     colour="s1",
     cost=("units", "unit_seconds"),
 )
-REDUCE = Stage(
+REDUCE_STAGE = Stage(
     name="reduce",
     noun="shards",
     body=stitch_shard,
@@ -137,7 +137,7 @@ REDUCE = Stage(
     work=shards_to_stitch,
     cost=("reduce", "reduce_seconds"),
 )
-VERIFY = Stage(
+VERIFY_STAGE = Stage(
     name="verify",
     noun="shards",
     body=verify_and_record,
@@ -145,10 +145,10 @@ VERIFY = Stage(
     markers=lambda plan, shards: [run_root.shard_verdict(name) for name in shards],
     is_used=has_checkpoint,
     work=shards_to_verify,
-    conclude=conclude_verification,
+    finish=finish_verification,
     cost=("verify", "verify_seconds"),
 )
-EVALUATE = Stage(
+EVALUATE_STAGE = Stage(
     name="evaluate",
     noun="held-out parts",
     body=evaluate_and_record,
@@ -158,11 +158,14 @@ EVALUATE = Stage(
     count=count_evaluated,
     is_used=is_evaluated,
     work=parts_to_evaluate,
-    conclude=conclude_evaluation,
+    finish=finish_evaluation,
     cost=("evaluate", "evaluate_seconds"),
 )
 # Those that stream stand together: they are one step of the job.
-STAGES = {stage.name: stage for stage in (MIRROR, CAPTURE, PROPAGATE, GRADIENTS, COMPRESS, REDUCE, VERIFY, EVALUATE)}
+STAGES = {
+    stage.name: stage
+    for stage in (MIRROR_STAGE, CAPTURE_STAGE, PROPAGATE_STAGE, GRADIENTS_STAGE, COMPRESS_STAGE, REDUCE_STAGE, VERIFY_STAGE, EVALUATE_STAGE)
+}
 
 
 def stages_of(plan: RunPlan) -> list[Stage]:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from p48ray.errors import VerificationError
 from p48ray.run import run_root
-from p48ray.run.collect import collect_units
+from p48ray.run.cleanup import delete_unit_shards
 from p48ray.run.manifest import ShardVerdict, UnitManifest
 from p48ray.run.output_layout import OutputShard, shard_rows
 from p48ray.run.plan import WorkUnit
@@ -57,7 +57,7 @@ def verify_and_record(context: StageContext, shard: OutputShard) -> None:
     context.store.put(run_root.shard_verdict(shard.name), verdict.to_json())
 
 
-def conclude_verification(context: StageContext, shards: tuple[OutputShard, ...], units: Sequence[UnitManifest]) -> None:
+def finish_verification(context: StageContext, shards: tuple[OutputShard, ...], units: Sequence[UnitManifest]) -> None:
     """Write what is known only now (index, config, p48ray.json) and hold the index against the shards.
 
     Raises: VerificationError with all problems.
@@ -77,4 +77,4 @@ def conclude_verification(context: StageContext, shards: tuple[OutputShard, ...]
             f"run the same command again to have them made anew\n{listed}{rest}"
         )
     if context.plan.config.run.keep == "checkpoint":
-        collect_units(store)
+        delete_unit_shards(store)

@@ -13,7 +13,7 @@ from p48ray.estimate.fit import warn_of_memory
 from p48ray.model.decoder import architecture
 from p48ray.run.plan import RunPlan
 from p48ray.stages.inputs import open_run_root
-from p48ray.stages.mirror import look, open_source
+from p48ray.stages.mirror import mirror_state, open_source
 from p48ray.stages.table import STAGES
 from p48ray.stages.tasks import Task, TaskResult, attempt
 from p48ray.store.base import Store, Traffic
@@ -77,7 +77,7 @@ class Workplace:
         self.plan, self.store, self.node = plan, open_run_root(plan, store_uri), node
         self.opened: StageContext | None = None
         self.opening = threading.Lock()  # two tasks may be the first
-        if look(plan, self.store).is_complete:
+        if mirror_state(plan, self.store).is_complete:
             self.context  # noqa: B018 (opened now)
 
     @property
@@ -105,7 +105,7 @@ class Workplace:
         return [self.store.traffic, *source]
 
     def execute(self, task: Task) -> TaskResult:
-        """Run one task; see `attempt`. From any thread: units of several can be under way at once, and take turns at computing (StageContext.turn)."""
+        """Run one task; see `attempt`. From any thread: units of several can be under way at once, and compute one at a time (StageContext.compute_lock)."""
         torch.set_num_threads(self.plan.config.run.threads_per_worker)  # which OpenMP keeps for every thread apart
         with trace.task(task.stage, task.id):
             return attempt(self.store, task, lambda: self.work(task))

@@ -32,8 +32,8 @@ FETCH_THREADS = 16
 """A bucket gives one connection about 100 MB/s."""
 FREE_SHARE = 0.5
 """Of the disk's free space, that a cache without a limit of its own takes at most."""
-CLOSE_TIMEOUT_S = 2.0
-CLOSE_PAUSE_S = 0.02
+REMOVE_TIMEOUT_S = 2.0
+REMOVE_PAUSE_S = 0.02
 
 _ALIVE = "in-use"
 
@@ -68,7 +68,7 @@ class NodeCache:
                 with self.locked(self.folder / "room.lock"):
                     if not self.make_room(num_bytes):
                         return None
-                    reserve(unfinished, num_bytes)
+                    reserve_file(unfinished, num_bytes)
                 descriptor = os.open(unfinished, os.O_RDWR)
                 try:
                     fill(descriptor)
@@ -126,9 +126,9 @@ class NodeCache:
         other's. One that was killed a moment ago holds its lock until the system has ended it.
         """
         os.close(self.alive)
-        deadline = time.monotonic() + CLOSE_TIMEOUT_S
+        deadline = time.monotonic() + REMOVE_TIMEOUT_S
         while not sweep(self.folder) and time.monotonic() < deadline:
-            time.sleep(CLOSE_PAUSE_S)
+            time.sleep(REMOVE_PAUSE_S)
 
 
 def join_folder(folder: Path) -> int:
@@ -177,7 +177,7 @@ def sweep(folder: Path) -> bool:
         os.close(descriptor)
 
 
-def reserve(path: Path, num_bytes: int) -> None:
+def reserve_file(path: Path, num_bytes: int) -> None:
     """An empty file of its final size, its blocks taken now: a full disk says so here, and not as a bus error in a mapping."""
     descriptor = os.open(path, os.O_CREAT | os.O_RDWR | os.O_TRUNC, 0o600)
     try:

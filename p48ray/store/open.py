@@ -117,7 +117,7 @@ def _open_unknown(place: str, *_: object) -> Store:
     raise ConfigError(f"{place}: unknown scheme {scheme}://; known are {known}")
 
 
-PATH = Scheme(
+LOCAL_PATH = Scheme(
     name="",
     noun="a folder",
     example="a local folder",
@@ -126,9 +126,9 @@ PATH = Scheme(
     served=lambda path: (str(Path(path).resolve()), None),
 )
 SCHEMES: dict[str, Scheme] = {
-    "": PATH,
+    "": LOCAL_PATH,
     "file": replace(
-        PATH,
+        LOCAL_PATH,
         name="file",
         example="file:///folder",
         open=_open_file,
@@ -172,7 +172,7 @@ UNKNOWN = Scheme(name="?", noun="nothing known", example="", open=_open_unknown,
 def scheme_of(place: str) -> Scheme:
     """What is known of a place's kind of store; UNKNOWN for a stranger. Args: place: or a store's uri."""
     found = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", place)
-    return SCHEMES.get(found[1].lower(), UNKNOWN) if found else PATH
+    return SCHEMES.get(found[1].lower(), UNKNOWN) if found else LOCAL_PATH
 
 
 def open_store(uri: str | Path, endpoint_url: str | None = None, server_copy: bool = True) -> Store:
@@ -182,7 +182,7 @@ def open_store(uri: str | Path, endpoint_url: str | None = None, server_copy: bo
     Raises: ConfigError for anything unknown.
     """
     place = str(uri)
-    scheme = scheme_of(place) if isinstance(uri, str) else PATH
+    scheme = scheme_of(place) if isinstance(uri, str) else LOCAL_PATH
     if scheme.name in SCHEMES and not scheme.is_path:
         place = f"{scheme.name}://{place.partition('://')[2]}"
     return scheme.open(place, endpoint_url, server_copy)

@@ -12,7 +12,7 @@ from p48ray.store.s3.multipart import MIN_PART_BYTES
 from p48ray.store.s3.store import S3Store
 from p48ray.store.view import SubStore
 
-FOLDER = "probe"
+PROBE_FOLDER = "probe"
 NUM_RACERS = 8
 NUM_BYTES = 2 * MIN_PART_BYTES + 2**20
 """Of the scratch object: a range is copied from an object over 5 MB only, and parts but the last have 5 MiB."""
@@ -44,7 +44,7 @@ def probe(store: Store) -> Capabilities:
     Cost: about 35 requests, 22 MiB written and 16 MiB read for S3, nothing to speak of elsewhere.
     Raises: ConfigError if the store cannot be written, or lets a second writer replace the first; what the store raises when out of reach.
     """
-    scratch = SubStore(store, f"{FOLDER}/{uuid.uuid4().hex}/")
+    scratch = SubStore(store, f"{PROBE_FOLDER}/{uuid.uuid4().hex}/")
     try:
         _check_conditional_put(scratch)
         held = scratch.head("manifest")

@@ -44,7 +44,7 @@ class Policy:
 
     def wait_s(self, state: RetryCallState) -> float:
         """Seconds before the next attempt, after the one that `state` is of."""
-        told_s = failure(state).retry_after_s
+        told_s = transient_error(state).retry_after_s
         if told_s is not None and self.told_cap_s is not None:
             return min(self.told_cap_s, max(0.0, told_s))
         kind = wait_random_exponential if self.jitter else wait_exponential
@@ -74,11 +74,11 @@ def call(policy: Policy, attempt: Callable[[], T], on_retry: Callable[[], None] 
     def before_wait(state: RetryCallState) -> None:
         number, wait_s = state.attempt_number, state.upcoming_sleep
         said = "%s; attempt %d of %d, the next in %.1f s"
-        log.warning(said, failure(state), number, policy.attempts, wait_s)
+        log.warning(said, transient_error(state), number, policy.attempts, wait_s)
         on_retry()
 
     def give_up(state: RetryCallState) -> NoReturn:
-        last = failure(state)
+        last = transient_error(state)
         text = f"{last} (failed {policy.attempts} times)"
         raise GaveUpError(text, last.retry_after_s) from last.__cause__
 
@@ -98,7 +98,7 @@ def may_pass(error: BaseException) -> bool:
     return isinstance(error, TransientStoreError) and not isinstance(error, GaveUpError)
 
 
-def failure(state: RetryCallState) -> TransientStoreError:
+def transient_error(state: RetryCallState) -> TransientStoreError:
     """The error of an attempt that is worth another one."""
     error = state.outcome.exception() if state.outcome else None
     assert isinstance(error, TransientStoreError), error

@@ -24,8 +24,8 @@ from p48ray.texts.rows import TextFile, num_parts, read_part, read_rows
 
 WHOLE_BYTES = 64 * 2**20
 VISIT_CHARACTERS = 2**20
-SUFFIXES = (".jsonl", ".parquet")
-READ_BYTES = 16 * 2**20
+TEXT_SUFFIXES = (".jsonl", ".parquet")
+RANGE_BYTES = 16 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,11 +83,11 @@ def _stored(store: Store, prefix: str, path: str, key: str) -> Texts:
     def shown(info: ObjectInfo) -> str:
         return f"{path}{'' if held else '/' + info.key.removeprefix(folder).lstrip('/')}"
 
-    names = [i for i in infos if held or (i.key.endswith(SUFFIXES) and not any(p.startswith(".") for p in i.key.split("/")))]
+    names = [i for i in infos if held or (i.key.endswith(TEXT_SUFFIXES) and not any(p.startswith(".") for p in i.key.split("/")))]
     if not names:
         found = ", ".join(i.key for i in infos[:3]) or "nothing"
         where = f"{key}: {path}" if scheme_of(path).is_local else path
-        raise ConfigError(f"{where}: expected a file, or a folder with {' or '.join(SUFFIXES)} files in it, found {found}")
+        raise ConfigError(f"{where}: expected a file, or a folder with {' or '.join(TEXT_SUFFIXES)} files in it, found {found}")
     return Texts(path, tuple(TextFile(store, i.key, i.size_bytes, shown(i)) for i in names), is_one=held is not None)
 
 
@@ -126,8 +126,8 @@ def _identity(file: TextFile, is_whole: bool, key: str) -> str:
 
 def _stream(file: TextFile, key: str) -> Iterator[bytes]:
     try:
-        for start in range(0, file.size_bytes, READ_BYTES):
-            yield file.store.get_range(file.key, start, min(READ_BYTES, file.size_bytes - start))
+        for start in range(0, file.size_bytes, RANGE_BYTES):
+            yield file.store.get_range(file.key, start, min(RANGE_BYTES, file.size_bytes - start))
     except ObjectMissingError as error:
         raise ConfigError(f"{key}: {file.where}: can not be read: {error}") from error
 

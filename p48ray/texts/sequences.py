@@ -101,7 +101,7 @@ def tokenizer_folder(index: CheckpointIndex) -> Iterator[str]:
         yield folder
 
 
-def pack(texts: Iterator[str], tokenizer: Any, length: int, most: int | None = None) -> Tensor:
+def pack_sequences(texts: Iterator[str], tokenizer: Any, length: int, most: int | None = None) -> Tensor:
     """Token ids of all texts, bos before each, cut into rows of `length`; the rest is dropped. Returns (rows, length) int32.
 
     Args: most: rows after which no further text is asked for.
@@ -129,7 +129,7 @@ def load_sequences(
     drawn = []
     for document, share in zip(documents, shares([d.weight for d in documents], num_sequences), strict=True):
         most = None if open_texts(document, name).is_whole else SPREAD * share
-        rows = pack(read_documents(document, name, seed, tokenizer), tokenizer, length, most)
+        rows = pack_sequences(read_documents(document, name, seed, tokenizer), tokenizer, length, most)
         if len(rows) < share:
             raise too_little(document, name, share, length, len(rows))
         drawn.append(rows[torch.randperm(len(rows), generator=generator)[:share]])

@@ -9,7 +9,7 @@ Read in this order:
     ladder          the error after each step of a solve, for one expert
     refinement      all three linears of an expert together, by gradient steps
     token_columns   rows of values as columns of a part; staging: pinned memory on their way
-    turn, compiling one unit computes at a time; kernels are compiled beside it
+    compute_lock, compiling   one unit computes at a time; kernels are compiled beside it
 
 To add a solver: numerics.solvers, one record (docs/EXTENDING.md); nothing here names one.
 """

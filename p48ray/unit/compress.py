@@ -34,11 +34,11 @@ from p48ray.run import run_root
 from p48ray.run.manifest import LadderStep, LayerScales, LinearRecord, UnitManifest
 from p48ray.run.output_layout import unit_bytes, unit_rows
 from p48ray.run.plan import WorkUnit
+from p48ray.unit.compute_lock import idle_seconds
 from p48ray.unit.context import StageContext
 from p48ray.unit.ladder import Ladder
 from p48ray.unit.moments import Curvature, RoutedTokens, down_curvature, gate_up_curvature, output_side
 from p48ray.unit.refinement import refine_experts
-from p48ray.unit.turn import idle_seconds
 
 log = logging.getLogger(__name__)
 
@@ -90,7 +90,7 @@ class Solved:
 def compress_unit(context: StageContext, unit: WorkUnit) -> UnitManifest:
     """Compress the experts of one unit and store them.
 
-    Only the computation waits for its turn: other threads of the process may read what their units need, or write what theirs came to, meanwhile. So the
+    Only one computes at a time: other threads of the process may read what their units need, or write what theirs came to, meanwhile. So the
     seconds of "fetch" are those in which the device had nothing to compute (the wait for kernels that are being compiled too), and decoding the originals.
     Returns: the manifest that counts: ours, or that of an attempt that was faster.
     Raises:  SourceError, CalibrationError or NumericsError with the unit's input at fault; ShardCorruptError when what was stored differs.
@@ -100,7 +100,7 @@ def compress_unit(context: StageContext, unit: WorkUnit) -> UnitManifest:
     if context.compiling is not None:
         context.compiling.wait()  # counted with "fetch"; a second process would only compile the same once more
     fetched_at = time.perf_counter()
-    with context.turn.taken() as free_since:
+    with context.compute_lock.held() as free_since:
         clock.seconds["fetch"] = round(idle_seconds(begun_at, fetched_at, free_since), 4)
         solved = solve_unit(context, unit, fetched, clock)
     del fetched  # the next unit has room for its tokens while this one is written

@@ -18,8 +18,8 @@ from p48ray.errors import CorruptObjectError, ObjectMissingError, ShardCorruptEr
 from p48ray.model.decoder import Decoder
 from p48ray.model.experts import ExpertWeights
 from p48ray.run import arrow, run_root
-from p48ray.run.manifest import ActivationPart, BoundaryPart, GradientPart, LayerScales, PartManifest, TokensManifest
-from p48ray.run.plan import RunPlan
+from p48ray.run.manifest import ActivationPart, BoundaryPart, GradientPart, LayerScales, PartManifest, TokensManifest, UnitManifest
+from p48ray.run.plan import RunPlan, WorkUnit
 from p48ray.run.run_root import BlobKind
 from p48ray.store.base import CHUNK_BYTES, ByteRange, Store, Written
 from p48ray.store.checked_files import CheckedFiles
@@ -27,8 +27,17 @@ from p48ray.store.node_cache import NodeCache, fetch
 from p48ray.store.open import scheme_of
 from p48ray.store.view import local_path
 from p48ray.unit.compiling import Compiling
+from p48ray.unit.compute_lock import ComputeLock
 from p48ray.unit.staging import to_device
-from p48ray.unit.turn import Turn
+
+
+@dataclass(frozen=True, slots=True)
+class FinishedUnit:
+    """A unit's manifest, and the shard of the attempt that it names."""
+
+    manifest_key: str
+    manifest: UnitManifest
+    shard_key: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,7 +45,7 @@ class StageContext:
     """Read-only handles, opened once per process and passed to each stage function.
 
     `cache`: what this node's workers read in common, if it comes from afar. `files`: which files of the node were hashed already.
-    `turn`: whose it is to compute, where units share a process. `compiling`: a GPU's kernels, on their way.
+    `compute_lock`: held by the one unit of a process that computes. `compiling`: a GPU's kernels, on their way.
     `known`: what stages of this process have found out once, by their names.
     """
 
@@ -47,7 +56,7 @@ class StageContext:
     device: torch.device
     cache: NodeCache | None = None
     files: CheckedFiles = field(default_factory=CheckedFiles)
-    turn: Turn = field(default_factory=Turn)
+    compute_lock: ComputeLock = field(default_factory=ComputeLock)
     compiling: Compiling | None = None
     known: dict[str, str] = field(default_factory=dict)
 
@@ -73,6 +82,16 @@ class StageContext:
         linears = decode_expert(self.source, self.layout, layer, expert, there)
         return ExpertWeights(*(linears[p] for p in PROJECTIONS))
 
+    def finished_unit(self, unit: WorkUnit) -> FinishedUnit:
+        """What a unit's manifest says of it.
+
+        Raises: ShardCorruptError for a manifest of another plan.
+        """
+        manifest_key = run_root.unit_manifest(unit.id)
+        manifest = UnitManifest.load(self.store, manifest_key)
+        self.check_owner(manifest.plan_digest, manifest_key)
+        return FinishedUnit(manifest_key, manifest, run_root.unit_shard(unit.id, manifest.attempt))
+
     def layer_scales(self, layer: int) -> LayerScales:
         scales = LayerScales.load(self.store, run_root.layer_scales(layer))
         self.check_owner(scales.plan_digest, run_root.layer_scales(layer))
@@ -86,7 +105,7 @@ class StageContext:
         """
         for part in self.plan.parts:
             columns = self.blob(ActivationPart, "activations", layer, part.part)
-            if self.plan.config.compression.output_curvature:
+            if self.plan.uses_gradients:
                 columns |= self.blob(GradientPart, "gradients", layer, part.part)
             yield columns
 

@@ -13,8 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from p48ray.config import RunConfig
-from p48ray.estimate.memory import stored_bytes
+from p48ray.estimate.memory import routed_token_bytes
 from p48ray.model.experts import ExpertWeights, intermediate
 from p48ray.numerics.activation import count_clipped, quantize_activations
 from p48ray.numerics.curvature import SecondMoment, shrink_towards, shrinkage_from_tokens
@@ -25,7 +24,7 @@ from p48ray.numerics.token_rows import TokenRows
 from p48ray.run.manifest import LayerScales
 from p48ray.run.plan import WorkUnit
 from p48ray.unit.context import StageContext
-from p48ray.unit.token_columns import DeviceRoom, HostRoom, Room, of_columns, reserve
+from p48ray.unit.token_columns import DeviceRoom, HostRoom, Room, of_columns, reserve_spill
 
 LAYER_SAMPLE_TOKENS = 8192  # tokens of the whole layer that stand in for what an expert saw too little of
 # Tokens per input at which the layer's statistics weigh as much as the expert's own (DESIGN 7.6). By a
@@ -121,7 +120,7 @@ class RoutedTokens:
             self.sampled.append(LayerRows(of_columns(part, "hidden").pick(some), part["router_weights"][some], delta))
             if self.gathered is not None:
                 self.gathered += self.routed(part, room)
-        room.settle()
+        room.synchronize()
 
     def room(self, num_bytes: int, num_tensors: int) -> Room | None:
         """Where to keep so many bytes; None where there is no place for them."""
@@ -131,7 +130,7 @@ class RoutedTokens:
             return DeviceRoom(num_bytes, num_tensors, device)
         if num_bytes <= GATHERED_BYTES // units:
             return HostRoom()
-        return reserve(num_bytes, num_tensors, None if self.context.cache is None else self.context.cache.folder)
+        return reserve_spill(num_bytes, num_tensors, None if self.context.cache is None else self.context.cache.folder)
 
     @cached_property
     def sample(self) -> LayerSample:
@@ -154,7 +153,7 @@ class RoutedTokens:
             own_R = places_E[experts_E == expert]
             if len(own_R):
                 taken = partial(take, room, own_R // ids_TK.shape[1])
-                yield StoredSlice(n, hidden.mapped(taken), room.take(router_E, own_R), None if delta is None else delta.mapped(taken))
+                yield StoredSlice(n, hidden.mapped(taken), room.copy_rows(router_E, own_R), None if delta is None else delta.mapped(taken))
 
     def stored(self) -> Iterator[StoredSlice]:
         """As `routed`, over all parts; the same order every time."""
@@ -182,12 +181,7 @@ class RoutedTokens:
 
 
 def take(room: Room, rows_R: Tensor, source: Tensor) -> Tensor:
-    return room.take(source, rows_R)
-
-
-def routed_token_bytes(hidden_size: int, config: RunConfig) -> int:
-    """What RoutedTokens holds of one token of an expert: x, delta where gradients are used, router weight."""
-    return (1 + config.compression.output_curvature) * stored_bytes(hidden_size, config.calibration.stored_bits) + 4
+    return room.copy_rows(source, rows_R)
 
 
 @dataclass(slots=True)

@@ -35,7 +35,7 @@ def refine_experts(
         group=settings.activation_group,
     )
     return refine(
-        gather(tokens, side, num_experts, hidden),
+        gather_tokens(tokens, side, num_experts, hidden),
         gate_up_NOI,
         down_NOI,
         gate_up.as_quantized(),
@@ -46,7 +46,7 @@ def refine_experts(
     )
 
 
-def gather(tokens: RoutedTokens, side: OutputSide, num_experts: int, hidden: int) -> list[ExpertTokens]:
+def gather_tokens(tokens: RoutedTokens, side: OutputSide, num_experts: int, hidden: int) -> list[ExpertTokens]:
     """The first MAX_TOKENS tokens of every expert as they are stored, in the plan's order."""
     device = tokens.context.device
     none = TokenRows(torch.zeros(0, hidden, device=device))

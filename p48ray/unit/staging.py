@@ -27,7 +27,7 @@ class Staging:
         self.rooms = [torch.empty(PIECE_BYTES, dtype=torch.uint8, pin_memory=True) for _ in range(PIECES)]
         self.copied = [torch.cuda.Event() for _ in range(PIECES)]
 
-    def leave(self, tensor: Tensor, ready: torch.cuda.Event) -> Iterator[memoryview]:
+    def pieces(self, tensor: Tensor, ready: torch.cuda.Event) -> Iterator[memoryview]:
         """The bytes of a contiguous tensor on the GPU, piece by piece. ready: when the tensor is what it is to be.
 
         The tensor must not change until the last piece was asked for.
@@ -36,22 +36,22 @@ class Staging:
         self.stream.wait_event(ready)
         spans = [(start, min(start + PIECE_BYTES, len(flat))) for start in range(0, len(flat), PIECE_BYTES)]
         for n in range(min(PIECES - 1, len(spans))):
-            self.bring(flat, spans, n)
+            self.copy_piece(flat, spans, n)
         for n, (start, end) in enumerate(spans):
             with trace.span("copy", end - start):
                 self.copied[n % PIECES].synchronize()
             if n + PIECES - 1 < len(spans):  # into the room that was handed out before this one, whose bytes nobody looks at any more
-                self.bring(flat, spans, n + PIECES - 1)
+                self.copy_piece(flat, spans, n + PIECES - 1)
             yield self.rooms[n % PIECES][: end - start].numpy().data
 
-    def bring(self, flat: Tensor, spans: list[tuple[int, int]], n: int) -> None:
+    def copy_piece(self, flat: Tensor, spans: list[tuple[int, int]], n: int) -> None:
         start, end = spans[n]
         with torch.cuda.stream(self.stream):
             self.rooms[n % PIECES][: end - start].copy_(flat[start:end], non_blocking=True)
             self.copied[n % PIECES].record(self.stream)
 
     def gather(self, source: Tensor, rows: Tensor, out: Tensor) -> None:
-        """Rows of a tensor on the CPU into a tensor on the GPU, whose copies are complete once `settle` was called.
+        """Rows of a tensor on the CPU into a tensor on the GPU, whose copies are complete once `synchronize` was called.
 
         Args: source: (T, ...) contiguous. rows: (R,) int64 on the CPU. out: (R, ...) contiguous, of the source's type.
         """
@@ -66,14 +66,14 @@ class Staging:
             with torch.cuda.stream(self.stream):
                 out[first : first + step].copy_(room, non_blocking=True)
                 event.record(self.stream)
-        self.end_turn()
+        self.wait_for_copies()
 
-    def end_turn(self) -> None:
+    def wait_for_copies(self) -> None:
         """The next tensor starts with the first room again: its copy must have ended by then."""
         for event in self.copied:
             event.synchronize()
 
-    def settle(self) -> None:
+    def synchronize(self) -> None:
         """Wait until all copies are complete."""
         self.stream.synchronize()
 

@@ -40,20 +40,20 @@ def of_columns(part: dict[str, Tensor], name: str) -> TokenRows:
 class Room(Protocol):
     """Where rows go that are taken out of a part."""
 
-    def take(self, source: Tensor, rows_R: Tensor) -> Tensor:
+    def copy_rows(self, source: Tensor, rows_R: Tensor) -> Tensor:
         """A copy of some rows of a tensor on the CPU; complete once the room is settled."""
 
-    def settle(self) -> None:
+    def synchronize(self) -> None:
         """Wait until all copies are complete."""
 
 
 class HostRoom:
     """Memory of this process, as rows come."""
 
-    def take(self, source: Tensor, rows_R: Tensor) -> Tensor:
+    def copy_rows(self, source: Tensor, rows_R: Tensor) -> Tensor:
         return source.index_select(0, rows_R)
 
-    def settle(self) -> None:
+    def synchronize(self) -> None:
         pass
 
 
@@ -69,7 +69,7 @@ class Spill:
             self.data = mmap.mmap(file.fileno(), num_bytes)
         self.end = 0
 
-    def take(self, source: Tensor, rows_R: Tensor) -> Tensor:
+    def copy_rows(self, source: Tensor, rows_R: Tensor) -> Tensor:
         shape = (len(rows_R), *source.shape[1:])
         if not len(rows_R):
             return source.new_empty(shape)
@@ -79,7 +79,7 @@ class Spill:
         copy = torch.frombuffer(self.data, dtype=source.dtype, count=count, offset=start).view(shape)
         return torch.index_select(source, 0, rows_R, out=copy)
 
-    def settle(self) -> None:
+    def synchronize(self) -> None:
         pass
 
 
@@ -93,7 +93,7 @@ class DeviceRoom:
         self.staging, self.end = Staging(device), 0
         self.staging.stream.wait_stream(torch.cuda.default_stream(device))  # which may still use what lay there before
 
-    def take(self, source: Tensor, rows_R: Tensor) -> Tensor:
+    def copy_rows(self, source: Tensor, rows_R: Tensor) -> Tensor:
         shape = (len(rows_R), *source.shape[1:])
         num_bytes = len(rows_R) * (source.nbytes // max(1, len(source)))
         start = -(-self.end // self.ALIGNMENT) * self.ALIGNMENT
@@ -102,11 +102,11 @@ class DeviceRoom:
         self.staging.gather(source, rows_R, out)
         return out
 
-    def settle(self) -> None:
-        self.staging.settle()
+    def synchronize(self) -> None:
+        self.staging.synchronize()
 
 
-def reserve(num_bytes: int, num_tensors: int, folder: str | os.PathLike[str] | None) -> Spill | None:
+def reserve_spill(num_bytes: int, num_tensors: int, folder: str | os.PathLike[str] | None) -> Spill | None:
     """A spill for so many bytes in so many tensors; None, and a warning, where the disk has no room for it."""
     try:
         return Spill(num_bytes + num_tensors * Spill.ALIGNMENT, folder)

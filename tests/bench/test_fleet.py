@@ -107,17 +107,17 @@ def test_driver_is_the_product(planned: Prepared, monkeypatch: pytest.MonkeyPatc
 
     for owner, name in [
         (pipeline.Job, "compress"),
-        (ray_runner.RayRunner, "settle_loss"),
+        (ray_runner.RayRunner, "handle_loss"),
         (dispatch.Dispatcher, "take"),
         (dispatch.Dispatcher, "forget"),
         (pipeline, "run_all"),
         (overlap, "read_needs"),
-        (layer_units, "collect_layer"),
+        (layer_units, "delete_layer_data"),
         (layer_units, "finish_layer"),
     ]:
         watch(owner, name)
     simulated(planned, STORMY, "units")
-    assert used == {"compress", "settle_loss", "take", "forget", "run_all", "read_needs", "collect_layer", "finish_layer"}
+    assert used == {"compress", "handle_loss", "take", "forget", "run_all", "read_needs", "delete_layer_data", "finish_layer"}
     assert (fleet.Job, fleet.RayRunner) == (pipeline.Job, ray_runner.RayRunner)
 
 

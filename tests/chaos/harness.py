@@ -49,7 +49,7 @@ SETTINGS = {
     "evaluation": HELD_OUT,
     "run.root_is_shared": "true",
 }
-# So that streams delete boundaries on the way up too.
+# So that streams delete boundaries in the forward pass too.
 DELETING = {"run.keep": "units", "run.boundary_every": "2"}
 NUM_PARTS = 32  # 8 parts in each of 4 layers
 NUM_UNITS = 16

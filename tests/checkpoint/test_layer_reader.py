@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from p48ray.checkpoint.index import CheckpointIndex, open_checkpoint
-from p48ray.checkpoint.layer_reader import ALIGNMENT, LayerReader, placed
+from p48ray.checkpoint.layer_reader import MAP_ALIGNMENT, LayerReader, placed
 from p48ray.checkpoint.layout import ModelLayout
 from p48ray.checkpoint.tensors import read_tensors, serialize
 from p48ray.errors import ObjectMissingError
@@ -129,5 +129,5 @@ def test_places_keep_the_alignment_of_the_source_and_do_not_overlap(remote: Chec
     entries = LayerReader(remote, layout.layer_prefix, None).entries(3)
     _, places, size = placed(remote, entries)
     spans = sorted((places[e.name], places[e.name] + e.num_bytes) for e in entries)
-    assert all(places[e.name] % ALIGNMENT == e.start % ALIGNMENT for e in entries)
+    assert all(places[e.name] % MAP_ALIGNMENT == e.start % MAP_ALIGNMENT for e in entries)
     assert all(end <= start for (_, end), (start, _) in pairwise(spans)) and spans[-1][1] == size

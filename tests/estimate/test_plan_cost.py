@@ -97,7 +97,7 @@ def test_keeping_less_stores_less_at_the_peak(goes_back: bool) -> None:
 
 
 def test_fewer_boundaries_store_less_at_the_peak_and_cost_reads_and_hours() -> None:
-    """Every second of five, of which the way back reads four: one layer more to read and to run. Where all is kept, nothing is run again."""
+    """Every second of five, of which the backward pass reads four: one layer more to read and to run. Where all is kept, nothing is run again."""
     overrides = ("calibration.num_sequences=384", "run.keep=units")
     every, second = (estimated(planned("memory://every", *overrides, f"run.boundary_every={n}")) for n in (1, 2))
     assert second.peak_stored_bytes < every.peak_stored_bytes
@@ -230,7 +230,7 @@ def kimi(parts: int, sequences: int, capture_workers: int = 1, **run: object) ->
 
 @pytest.mark.parametrize(("parts", "sequences", "measured"), [(1, 32, 36.3), (4, 8, 18.0)])
 def test_streaming_s_memory_is_that_of_measured_peaks(parts: int, sequences: int, measured: float) -> None:
-    """docs/PERFORMANCE.md, the way back with 131,072 tokens; writes behind, which the bench lacks, are in the estimate."""
+    """docs/PERFORMANCE.md, the backward pass with 131,072 tokens; writes behind, which the bench lacks, are in the estimate."""
     found = stream_bytes(*kimi(parts, sequences), packed_expert=25 * 10**6, other_weights=3 * 10**8) / GB
     assert measured < found < 1.2 * measured
 

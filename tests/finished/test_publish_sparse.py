@@ -45,7 +45,7 @@ def test_ranges_that_cut_units_anywhere_give_the_same_answer(sparse_root: Path, 
     checkpoint = LocalStore(sparse_root / "checkpoint")
     manifest = CheckpointManifest.load(checkpoint, "p48ray.json")
     monkeypatch.setattr(upload, "RANGE_BYTES", 99_991)
-    kept: list[upload.Segment] = []
+    kept: list[upload.CheckedRange] = []
     segments_of = upload.segments_of
     monkeypatch.setattr(upload, "segments_of", lambda *args: kept.extend(found := segments_of(*args)) or found)
     for path in sorted((sparse_root / "checkpoint").glob("*.safetensors")):
@@ -53,5 +53,5 @@ def test_ranges_that_cut_units_anywhere_give_the_same_answer(sparse_root: Path, 
             sha256 = upload.stage_shard(checkpoint, path.name, path.stat().st_size, manifest, file)
         assert sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
         assert (tmp_path / "staged").read_bytes() == path.read_bytes()
-    units = [s for s in kept if isinstance(s, upload.SparseSegment)]
+    units = [s for s in kept if isinstance(s, upload.SparseRange)]
     assert len(units) == 16 and not any(s.data for s in units), "a unit that was checked is not held any longer"

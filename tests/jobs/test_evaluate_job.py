@@ -166,7 +166,7 @@ def test_what_failed_is_named_and_alone_is_asked_again(workshop: Workshop, serve
 
 
 def test_long_task_says_how_far_it_is(workshop: Workshop, server: ServerProcess, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(harness, "SAID_EVERY_S", 0.2)
+    monkeypatch.setattr(harness, "REPORT_EVERY_S", 0.2)
     player = workshop.folder / "python"
     bar = 'import time; print("  1/9\\r  4/9", end="", flush=True); time.sleep(1); task'
     player.write_text(player.read_text().replace("\ntask = options", f"\n{bar} = options"))

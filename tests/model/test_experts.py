@@ -1,4 +1,4 @@
-"""The mixture that stands in for transformers' own: forward with and without W4A4 activations, several calls at once, and the way back."""
+"""The mixture that stands in for transformers' own: forward with and without W4A4 activations, several calls at once, and the backward pass."""
 
 import pytest
 import torch
@@ -146,7 +146,7 @@ def test_routes_are_the_rows_and_slots_of_every_expert_in_order() -> None:
         assert torch.equal(rows, expected[0]) and torch.equal(slots, expected[1])
 
 
-# The way back
+# The backward pass
 
 
 def test_gradients_are_autograds_in_float64() -> None:

@@ -173,9 +173,9 @@ def test_a_tensor_leaves_the_device_as_it_was_when_it_was_ready(num_bytes: int) 
         ready = torch.cuda.Event()
         ready.record()
         if seed == 1:
-            next(staging.leave(made, ready), None)
+            next(staging.pieces(made, ready), None)
             continue
-        left = b"".join(bytes(piece) for piece in staging.leave(made, ready))
+        left = b"".join(bytes(piece) for piece in staging.pieces(made, ready))
         assert left == (torch.arange(num_bytes) * (seed + 3)).to(torch.uint8).numpy().tobytes()
 
 
@@ -186,7 +186,7 @@ def test_rows_are_gathered_into_a_room_on_the_device(width: int, dtype: torch.dt
     source = torch.randint(-100, 100, (tokens, width), generator=generator).to(dtype)
     room = DeviceRoom(3 * source.nbytes, 3, torch.device("cuda"))
     picks = [torch.randperm(tokens, generator=generator), torch.arange(0, tokens, 3), torch.tensor([tokens - 1, 0, 0])]
-    taken = [room.take(source, rows) for rows in picks]
-    room.settle()
+    taken = [room.copy_rows(source, rows) for rows in picks]
+    room.synchronize()
     for rows, there in zip(picks, taken, strict=True):
         assert torch.equal(there.cpu(), source[rows])

@@ -14,7 +14,7 @@ from p48ray.numerics.code_descent import code_descent
 from p48ray.numerics.curvature import damp
 from p48ray.numerics.factor import inverse_factor
 from p48ray.numerics.paired48 import find_illegal, keep_top_pairs, pairs_to_inputs
-from p48ray.numerics.sparsegpt import one_shot
+from p48ray.numerics.sparsegpt import quantize_columns
 from tests.reference import code_descent as slow
 from tests.reference.problems import correlated
 
@@ -37,7 +37,7 @@ def gptq_start(
     """SparseGPT's mask and GPTQ's codes under the damped H."""
     target, hessian = correlated(seed, num_experts, num_outputs, num_inputs)
     global_scale = nvfp4.global_scale_from_amax(target.abs().amax((1, 2)))
-    found = one_shot(target, inverse_factor(hessian, rel).upper_NII, global_scale, span=span, keep=None, sparsity=True)
+    found = quantize_columns(target, inverse_factor(hessian, rel).upper_NII, global_scale, span=span, keep=None, sparsity=True)
     output_hessian = damp(correlated(seed + 500, num_experts, 1, num_outputs)[1], 0.05) if with_g else None
     return Start(target, found.codes, found.scale, global_scale, found.keep, damp(hessian, rel), output_hessian)
 
@@ -94,7 +94,7 @@ def test_no_row_group_raises_the_objective_however_the_rows_are_coupled(strength
     monkeypatch.setattr(module, "majorised_target", spy)
     found = code_descent(*start, span=32, sweeps=3)
     trace.append(losses(start, values_of(start, found)))
-    assert len(trace) == 3 * module.ROW_GROUPS + 1
+    assert len(trace) == 3 * module.CODE_ROW_GROUPS + 1
     assert torch.equal(trace[0], losses(start, start_values(start)))
     for before, after in itertools.pairwise(trace):
         assert (after <= before + 1e-6 * trace[0]).all()

@@ -16,7 +16,7 @@ from p48ray.numerics.paired48 import keep_top_pairs, pairs_to_inputs
 from p48ray.numerics.relative_errors import hessian_loss
 from p48ray.numerics.solution import SolverSettings
 from p48ray.numerics.solvers import solve
-from p48ray.numerics.sparsegpt import one_shot, one_shot_sparse
+from p48ray.numerics.sparsegpt import prune_columns, quantize_columns
 from p48ray.numerics.token_rows import TokenRows
 from p48ray.numerics.two_sided import two_sided_descent, two_sided_loss
 from tests.reference.problems import correlated
@@ -93,8 +93,10 @@ def test_one_shot_on_a_gpu_is_as_good_as_the_definition(shape: tuple[int, int, i
     weight, hessian = correlated(4, *shape)
     upper, divisor = inverse_factor(hessian, 0.05).upper_NII, nvfp4.global_scale_from_amax(weight.abs().amax((1, 2)))
     keep = keep_top_pairs(weight.flip(1).square().unflatten(2, (-1, 2)).sum(-1)) if mode == "fixed" else None
-    wanted = one_shot(weight, upper, divisor, span=span, keep=keep, sparsity=mode != "dense")
-    found = one_shot(*on_gpu(weight, upper, divisor), span=span, keep=None if keep is None else keep.cuda(), sparsity=mode != "dense")
+    wanted = quantize_columns(weight, upper, divisor, span=span, keep=keep, sparsity=mode != "dense")
+    found = quantize_columns(
+        *on_gpu(weight, upper, divisor), span=span, keep=None if keep is None else keep.cuda(), sparsity=mode != "dense"
+    )
     losses = [hessian_loss(weight - nvfp4.dequantize(c.codes.cpu(), c.scale.cpu(), divisor), hessian) for c in (wanted, found)]
     torch.testing.assert_close(
         losses[1], losses[0], rtol=0.03, atol=0
@@ -114,7 +116,7 @@ def test_one_shot_on_a_gpu_is_as_good_as_the_definition(shape: tuple[int, int, i
 def test_sparse_values_on_a_gpu_are_as_good_as_the_definition_s(shape: tuple[int, int, int]) -> None:
     weight, hessian = correlated(5, *shape)
     upper = inverse_factor(hessian, 0.05).upper_NII
-    (wanted, _), (found, keep) = one_shot_sparse(weight, upper), one_shot_sparse(*on_gpu(weight, upper))
+    (wanted, _), (found, keep) = prune_columns(weight, upper), prune_columns(*on_gpu(weight, upper))
     torch.testing.assert_close(hessian_loss(weight - found.cpu(), hessian), hessian_loss(weight - wanted, hessian), rtol=0.01, atol=0)
     assert not found[~pairs_to_inputs(keep)].any()
 

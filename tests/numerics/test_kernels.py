@@ -16,7 +16,7 @@ os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
 import triton
 import triton.language as tl
 
-from p48ray.kernels import activation, descend_panel, descent, one_shot, refine_step, rounding, strips
+from p48ray.kernels import activation, column_pass, descend_panel, descent, refine_step, rounding, strips
 from p48ray.numerics import block_descent, nvfp4, refine, sparsegpt, two_sided
 from p48ray.numerics.activation import quantize_activations
 from p48ray.numerics.curvature import damp
@@ -45,11 +45,11 @@ def _interpreter() -> None:
 @pytest.fixture(autouse=True)
 def small_panels(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that a small matrix has several column_blocks, panels and strips."""
-    for module, panel in ((descend_panel, 64), (one_shot, 64)):
+    for module, panel in ((descend_panel, 64), (column_pass, 64)):
         monkeypatch.setattr(module, "PANEL", panel)
     monkeypatch.setattr(descent, "PANEL", 64)
     monkeypatch.setattr(descent, "COLUMN_BLOCK", 64)
-    monkeypatch.setattr(one_shot, "COLUMN_BLOCK", 128)
+    monkeypatch.setattr(column_pass, "COLUMN_BLOCK", 128)
 
 
 def problem(num_outputs: int, num_inputs: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -64,7 +64,7 @@ def problem(num_outputs: int, num_inputs: int) -> tuple[Tensor, Tensor, Tensor]:
 def test_one_shot_gives_the_codes_of_the_definition(span: int, num_inputs: int, num_outputs: int, mode: str) -> None:
     weight, upper, divisor = problem(num_outputs, num_inputs)
     keep = keep_top_pairs(weight.flip(0).square().unflatten(2, (-1, 2)).sum(-1)) if mode == "fixed" else None
-    wanted = sparsegpt.one_shot(weight, upper, divisor, span=span, keep=keep, sparsity=mode != "dense")
+    wanted = sparsegpt.quantize_columns(weight, upper, divisor, span=span, keep=keep, sparsity=mode != "dense")
     state = sparsegpt._opened(weight, upper, keep, divisor, span=span, picks_masks=mode == "picked", rounds=True)
     found = sparsegpt._one_shot_by_kernel(state)
     # A row may part from the definition where a sum in another order falls on the other side of a tie; from there on its errors differ.
@@ -77,7 +77,7 @@ def test_one_shot_gives_the_codes_of_the_definition(span: int, num_inputs: int, 
 @pytest.mark.slow
 def test_sparse_values_are_those_of_the_definition() -> None:
     weight, upper, divisor = problem(12, 104)
-    values, keep = sparsegpt.one_shot_sparse(weight, upper)
+    values, keep = sparsegpt.prune_columns(weight, upper)
     state = sparsegpt._opened(weight, upper, None, divisor, span=8, picks_masks=True, rounds=False)
     found, _ = sparsegpt._pass_by_kernel(state)
     assert torch.equal(state.keep_NPO.mT, keep)

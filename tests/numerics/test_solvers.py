@@ -267,14 +267,14 @@ def test_what_the_estimate_counts_of_a_solver_is_what_it_does(solver: str, spars
 
         monkeypatch.setattr(solvers, name, counted)
 
-    for name in ("one_shot", "inverse_factor", "block_descent"):
+    for name in ("quantize_columns", "inverse_factor", "block_descent"):
         count(name)
     weight, hessian = correlated(15, 2, 32, 128)
     run(weight, hessian, settings(solver, sparsity))
     record = SOLVERS[solver]
-    found = {name: calls[name] for name in ("one_shot", "inverse_factor", "block_descent")}
+    found = {name: calls[name] for name in ("quantize_columns", "inverse_factor", "block_descent")}
     assert found == {
-        "one_shot": record.column_passes,
+        "quantize_columns": record.column_passes,
         "inverse_factor": int(record.needs_hessian),
         "block_descent": int(record.descends),
     }

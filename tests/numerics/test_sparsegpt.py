@@ -8,7 +8,7 @@ from p48ray.numerics import nvfp4, paired48
 from p48ray.numerics.factor import inverse_factor
 from p48ray.numerics.paired48 import keep_top_pairs
 from p48ray.numerics.relative_errors import hessian_loss
-from p48ray.numerics.sparsegpt import Codes, one_shot, one_shot_sparse
+from p48ray.numerics.sparsegpt import Codes, prune_columns, quantize_columns
 from tests.reference.elimination import eliminations, prune_row, quantize_row
 from tests.reference.problems import correlated, identity
 
@@ -23,7 +23,7 @@ def run(
     weight: torch.Tensor, hessian: torch.Tensor, span: int = 16, keep: torch.Tensor | None = None, sparse: bool = True, block: int = 128
 ) -> Codes:
     upper = inverse_factor(hessian, DAMP).upper_NII
-    return one_shot(weight, upper, global_scale(weight), span=span, keep=keep, sparsity=sparse, column_block=block)
+    return quantize_columns(weight, upper, global_scale(weight), span=span, keep=keep, sparsity=sparse, column_block=block)
 
 
 def values(codes: Codes, weight: torch.Tensor) -> torch.Tensor:
@@ -168,7 +168,7 @@ def test_spans_that_do_not_fit_and_masks_without_sparsity_are_refused() -> None:
 @pytest.mark.parametrize("block", [8, 32, 128])
 def test_sparsity_alone_agrees_with_elimination_one_column_at_a_time(block: int) -> None:
     weight, hessian = correlated(21, 2, 12, 96)
-    ours, keep = one_shot_sparse(weight, inverse_factor(hessian, DAMP).upper_NII, column_block=block)
+    ours, keep = prune_columns(weight, inverse_factor(hessian, DAMP).upper_NII, column_block=block)
     for k in range(2):
         steps = eliminations(hessian[k], DAMP)
         for r in range(12):
@@ -179,6 +179,6 @@ def test_sparsity_alone_agrees_with_elimination_one_column_at_a_time(block: int)
 
 def test_sparsity_alone_leaves_white_inputs_weights_as_they_are() -> None:
     weight = correlated(22, 1, 8, 64)[0]
-    ours, keep = one_shot_sparse(weight, inverse_factor(identity(1, 64), DAMP).upper_NII)
+    ours, keep = prune_columns(weight, inverse_factor(identity(1, 64), DAMP).upper_NII)
     assert torch.equal(keep, keep_top_pairs(weight.square().unflatten(2, (-1, 2)).sum(-1)))
     assert torch.equal(ours, weight * paired48.pairs_to_inputs(keep))

@@ -1,4 +1,4 @@
-"""Gradients through the whole model by autograd: what the way back, one layer at a time, is compared with."""
+"""Gradients through the whole model by autograd: what the backward pass, one layer at a time, is compared with."""
 
 from collections.abc import Callable
 

@@ -18,7 +18,7 @@ import torch
 
 from p48ray.finished.converter import convert_folder
 from p48ray.report import sample
-from p48ray.report.fold import Span, busy, merged, shared_seconds
+from p48ray.report.fold import Span, busy, merged_spans, shared_seconds
 from p48ray.report.html import report_html
 from p48ray.report.inspect import inspect_linear
 from p48ray.report.report import build_report, few_tokens
@@ -400,8 +400,8 @@ def test_page_says_how_long_workers_were_idle(
 
 def test_stretches_are_merged_and_counted() -> None:
     spans = [Span("compress", 1, 10.0, 12.0), Span("compress", 1, 0.0, 4.0), Span("compress", 1, 1.0, 3.0), Span("compress", 1, 4.5, 5.0)]
-    assert merged(spans, 0.1) == [(0.0, 4.0, 2), (4.5, 5.0, 1), (10.0, 12.0, 1)]
-    assert merged(spans, 0.5) == [(0.0, 5.0, 3), (10.0, 12.0, 1)]
+    assert merged_spans(spans, 0.1) == [(0.0, 4.0, 2), (4.5, 5.0, 1), (10.0, 12.0, 1)]
+    assert merged_spans(spans, 0.5) == [(0.0, 5.0, 3), (10.0, 12.0, 1)]
     assert busy(spans, 0.0, 12.0, 12) == pytest.approx([1, 2, 2, 1, 0.5, 0, 0, 0, 0, 0, 1, 1])
     assert sum(busy(spans, 0.0, 12.0, 5)) * 12 / 5 == pytest.approx(sum(s.end - s.start for s in spans))
 

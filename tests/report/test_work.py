@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from p48ray.report.work import Work, duration, extrapolate, gpu_hours, measure, per_second, read_work
+from p48ray.report.work import Work, duration, extrapolate, gpu_hours, measure_work, per_second, read_work
 from p48ray.run import run_root
 from p48ray.run.manifest import ActivationPart, GradientPart, UnitManifest
 from p48ray.run.plan import RunPlan
@@ -95,21 +95,21 @@ def test_there_is_no_rate_without_two_moments_to_compare(finished_at: list[float
 
 
 def test_time_left_is_what_is_missing_at_that_rate() -> None:
-    found = measure("capture", parts_at(100, 110, 120), 13)
+    found = measure_work("capture", parts_at(100, 110, 120), 13)
     assert found == Work(stage="capture", done=3, total=13, worker_seconds=3.0, per_minute=6.0, seconds_left=100.0)
 
 
 def test_time_left_is_unknown_with_one_point_and_none_when_all_is_done() -> None:
-    one = measure("capture", parts_at(100), 2)
+    one = measure_work("capture", parts_at(100), 2)
     assert (one.per_minute, one.seconds_left) == (None, None)
-    nothing = measure("capture", [], 2)
+    nothing = measure_work("capture", [], 2)
     assert (nothing.done, nothing.worker_seconds, nothing.per_minute, nothing.seconds_left) == (0, 0.0, None, None)
-    assert measure("capture", parts_at(100), 1).seconds_left == 0.0
-    assert measure("capture", [], 0).seconds_left == 0.0
+    assert measure_work("capture", parts_at(100), 1).seconds_left == 0.0
+    assert measure_work("capture", [], 0).seconds_left == 0.0
 
 
 def test_seconds_of_a_unit_are_those_of_all_its_phases() -> None:
-    assert measure("compress", [unit("a", 1, {"fetch": 0.5, "solve": 2}), unit("b", 2, {"solve": 3})], 2).worker_seconds == 5.5
+    assert measure_work("compress", [unit("a", 1, {"fetch": 0.5, "solve": 2}), unit("b", 2, {"solve": 3})], 2).worker_seconds == 5.5
 
 
 # From a run root.
@@ -117,7 +117,7 @@ def test_seconds_of_a_unit_are_those_of_all_its_phases() -> None:
 
 @pytest.fixture
 def plan(finished: SmallRun) -> RunPlan:
-    """With the way back, which the session's run does not have: 4 layers, 3 parts, 8 units."""
+    """With the backward pass, which the session's run does not have: 4 layers, 3 parts, 8 units."""
     return prepare(configure(finished.source, "/nowhere", "compression.output_curvature=true", "run.gpus_per_worker=0.5")).plan
 
 

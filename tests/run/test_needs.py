@@ -96,7 +96,7 @@ def climb(plan: RunPlan, keys: frozenset[str], part: int, layers: Iterable[int])
 
 
 def is_reached(plan: RunPlan, keys: frozenset[str], part: int, boundary: int) -> bool:
-    """Whether the layers below can be run again up to a boundary: from a stored one, without passing one that the way up was to leave."""
+    """Whether the layers below can be run again up to a boundary: from a stored one, without passing one that the forward pass was to leave."""
     every = plan.config.run.boundary_every
     left = {*range(every, HEAD, every), *range((HEAD - 1) // every * every + 1, HEAD + 1)}
     while boundary and not BOUNDARY(boundary, part) <= keys:
@@ -107,7 +107,7 @@ def is_reached(plan: RunPlan, keys: frozenset[str], part: int, boundary: int) ->
 
 
 def descend(plan: RunPlan, keys: frozenset[str], part: int, layers: Iterable[int]) -> frozenset[str] | None:
-    """What there is after the way down; None if a gradient or a boundary is missing on it. The lowest layer is not differentiated."""
+    """What there is after the backward pass; None if a gradient or a boundary is missing on it. The lowest layer is not differentiated."""
     found, held = set(keys), HEAD + 1
     visited = sorted(layers, reverse=True)
     for n in visited:
@@ -140,18 +140,18 @@ def test_both_ways_give_open_layers_all_they_read_and_nothing_shorter_would(plan
         keys = random_keys(plan, chance)
         needs = Needs(plan, keys)
         for part in (0, 1):
-            up, back = needs.way_up(part), needs.way_back(part)
+            up, back = needs.forward_layers(part), needs.backward_layers(part)
             captured = climb(plan, keys, part, up)
             assert captured is not None, "starts where nothing is stored"
             felt = descend(plan, captured, part, back)
-            assert felt is not None, "misses a boundary on the way back"
+            assert felt is not None, "misses a boundary in the backward pass"
             assert is_served(plan, felt, part)
             assert len(back) <= len(shortest_back(plan, keys, part))
             assert len(up) == len(shortest_up(plan, keys, part, back))
 
 
 def shortest_up(plan: RunPlan, keys: frozenset[str], part: int, back: range) -> range:
-    """By trying all: the way up after which the given way back can be gone and open layers have their activations."""
+    """By trying all: the forward pass after which the given backward pass can be gone and open layers have their activations."""
 
     def serves(way: range) -> bool:
         found = climb(plan, keys, part, way)
@@ -162,7 +162,7 @@ def shortest_up(plan: RunPlan, keys: frozenset[str], part: int, back: range) -> 
 
 
 def shortest_back(plan: RunPlan, keys: frozenset[str], part: int) -> range:
-    """By trying all, with every boundary of the way up there."""
+    """By trying all, with every boundary of the forward pass there."""
     everywhere = keys.union(*(BOUNDARY(b, part) for b in range(1, HEAD + 1)))
 
     def serves(way: range) -> bool:
@@ -177,22 +177,22 @@ def test_ways_that_were_gone_need_not_be_gone_again(plan: RunPlan) -> None:
     for _ in range(50):
         keys = random_keys(plan, chance)
         for part in (0, 1):
-            captured = climb(plan, keys, part, Needs(plan, keys).way_up(part))
+            captured = climb(plan, keys, part, Needs(plan, keys).forward_layers(part))
             assert captured is not None
-            assert not Needs(plan, captured).way_up(part)
-            felt = descend(plan, captured, part, Needs(plan, captured).way_back(part))
+            assert not Needs(plan, captured).forward_layers(part)
+            felt = descend(plan, captured, part, Needs(plan, captured).backward_layers(part))
             assert felt is not None
-            assert not Needs(plan, felt).way_back(part) and not Needs(plan, felt).way_up(part)
+            assert not Needs(plan, felt).backward_layers(part) and not Needs(plan, felt).forward_layers(part)
 
 
 def test_part_that_is_missing_says_nothing_about_the_other(plans: dict[str, RunPlan]) -> None:
     plan = plans["and back"]
     gone = {key for key in all_keys(plan) if key.endswith(("part-0001.arrow", "part-0001.json"))}
     needs = Needs(plan, frozenset(all_keys(plan)) - gone - {run_root.unit_manifest("L002-E000-003")})
-    assert (needs.way_up(0), needs.way_back(0)) == (range(0), range(0))
+    assert (needs.forward_layers(0), needs.backward_layers(0)) == (range(0), range(0))
     assert needs.open_layers == (2,)
     assert (needs.activation_layers(1), needs.gradient_layers(1)) == ([2], [2])
-    assert (needs.way_up(1), needs.way_back(1)) == (range(5), range(2, 6))
+    assert (needs.forward_layers(1), needs.backward_layers(1)) == (range(5), range(2, 6))
 
 
 @pytest.mark.parametrize(
@@ -213,7 +213,7 @@ def test_empty_run_root_needs_every_layer_up_to_the_last_and_back_to_the_first(
     assert needs.open_layers == plans[name].layers
     assert needs.missing_units == plans[name].units
     for part in (0, 1):
-        assert (needs.way_up(part), needs.way_back(part)) == (up, back)
+        assert (needs.forward_layers(part), needs.backward_layers(part)) == (up, back)
 
 
 def test_run_root_with_all_manifests_of_units_needs_nothing_whatever_else_is_gone(plan: RunPlan) -> None:
@@ -221,7 +221,7 @@ def test_run_root_with_all_manifests_of_units_needs_nothing_whatever_else_is_gon
     assert (needs.missing_units, needs.open_layers) == ((), ())
     for part in (0, 1):
         assert (needs.activation_layers(part), needs.gradient_layers(part)) == ([], [])
-        assert not needs.way_up(part) and not needs.way_back(part)
+        assert not needs.forward_layers(part) and not needs.backward_layers(part)
 
 
 @pytest.mark.parametrize("layer", [1, 2, 3, 4])
@@ -232,7 +232,7 @@ def test_one_open_layer_is_run_from_the_highest_stored_boundary_below_it(
     plan = plans["forth"]
     done = {run_root.unit_manifest(u.id) for u in plan.units if u.layer != layer}
     needs = Needs(plan, frozenset(done).union(*(BOUNDARY(b, 0) for b in stored)))
-    assert needs.way_up(0) == range(max((b for b in stored if b <= layer), default=0), layer + 1)
+    assert needs.forward_layers(0) == range(max((b for b in stored if b <= layer), default=0), layer + 1)
 
 
 @pytest.mark.parametrize("layer", [1, 2, 3, 4])
@@ -243,7 +243,7 @@ def test_one_open_layer_is_reached_from_the_lowest_stored_gradient_above_it(
     plan = plans["and back"]
     done = {run_root.unit_manifest(u.id) for u in plan.units if u.layer != layer}
     needs = Needs(plan, frozenset(done).union(*(BOUNDARY_BACK(b, 0) for b in stored)))
-    assert needs.way_back(0) == range(layer, min((b for b in stored if b > layer), default=HEAD + 1))
+    assert needs.backward_layers(0) == range(layer, min((b for b in stored if b > layer), default=HEAD + 1))
 
 
 @pytest.mark.parametrize("missing", [0, 1])
@@ -280,7 +280,7 @@ def test_needs_are_read_from_one_listing_of_what_they_are_about(plans: dict[str,
     assert read_needs(plan, store, [run_root.UNITS]).missing_units == Needs(plan, keys).missing_units
 
 
-# Layers in turn: each is captured behind the compressed ones below it.
+# Layer by layer: each is captured behind the compressed ones below it.
 
 IN_TURN = {
     name.replace("forth", "turn"): (*overrides, "calibration.propagate=compressed")
@@ -321,29 +321,29 @@ def test_way_to_the_layer_whose_turn_it_is_gives_its_activations_and_nothing_sho
         keys = random_keys(turn_plan, chance) | set(behind)
         needs = Needs(turn_plan, keys)
         opened = open_layers(turn_plan, keys)
-        assert needs.turn == (opened[0] if opened else None)
-        if needs.turn is None:
+        assert needs.next_layer == (opened[0] if opened else None)
+        if needs.next_layer is None:
             continue
         for part in (0, 1):
-            way = needs.way_to(needs.turn, part)
-            found = pass_through(keys, part, needs.turn, way)
+            way = needs.layers_up_to(needs.next_layer, part)
+            found = pass_through(keys, part, needs.next_layer, way)
             assert found is not None, "starts where nothing is stored"
-            assert all(name(needs.turn, part) in found for name in SEEN)
-            assert not Needs(turn_plan, found).way_to(needs.turn, part)
-            shorter = [w for w in slices(needs.turn + 1) if len(w) < len(way)]
+            assert all(name(needs.next_layer, part) in found for name in SEEN)
+            assert not Needs(turn_plan, found).layers_up_to(needs.next_layer, part)
+            shorter = [w for w in slices(needs.next_layer + 1) if len(w) < len(way)]
             for other in shorter:
-                reached = pass_through(keys, part, needs.turn, other)
-                assert reached is None or not all(name(needs.turn, part) in reached for name in SEEN), other
+                reached = pass_through(keys, part, needs.next_layer, other)
+                assert reached is None or not all(name(needs.next_layer, part) in reached for name in SEEN), other
 
 
 def test_the_sources_own_way_up_serves_the_way_back_alone(turn_plan: RunPlan) -> None:
-    """Its activations are not asked for, and with no way back it is not gone at all."""
+    """Its activations are not asked for, and with no backward pass it is not gone at all."""
     chance = random.Random(9)
     for _ in range(150):
         keys = random_keys(turn_plan, chance)
         needs = Needs(turn_plan, keys)
         for part in (0, 1):
-            up, back = needs.way_up(part), needs.way_back(part)
+            up, back = needs.forward_layers(part), needs.backward_layers(part)
             assert needs.activation_layers(part) == []
             assert goes_back(turn_plan) or (up, back) == (range(0), range(0))
             climbed = climb(turn_plan, keys, part, up)
@@ -356,9 +356,9 @@ def test_the_sources_own_way_up_serves_the_way_back_alone(turn_plan: RunPlan) ->
 
 def test_empty_run_root_begins_with_the_lowest_layer(turn_plans: dict[str, RunPlan]) -> None:
     needs = Needs(turn_plans["turn, layers 1 and 3"], frozenset())
-    assert (needs.turn, needs.way_to(1, 0), needs.way_up(0)) == (1, range(2), range(0))
+    assert (needs.next_layer, needs.layers_up_to(1, 0), needs.forward_layers(0)) == (1, range(2), range(0))
     done = frozenset(run_root.unit_manifest(u.id) for u in needs.plan.units if u.layer == 1)
-    assert Needs(needs.plan, done).turn == 3
-    assert Needs(needs.plan, done).way_to(3, 0) == range(4)
-    assert Needs(needs.plan, done | BEHIND(1, 0) | BEHIND(2, 0)).way_to(3, 0) == range(2, 4)
-    assert Needs(needs.plan, done | BEHIND(4, 0)).way_to(3, 0) == range(4), "one above it is of no use"
+    assert Needs(needs.plan, done).next_layer == 3
+    assert Needs(needs.plan, done).layers_up_to(3, 0) == range(4)
+    assert Needs(needs.plan, done | BEHIND(1, 0) | BEHIND(2, 0)).layers_up_to(3, 0) == range(2, 4)
+    assert Needs(needs.plan, done | BEHIND(4, 0)).layers_up_to(3, 0) == range(4), "one above it is of no use"

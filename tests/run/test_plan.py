@@ -7,7 +7,7 @@ import pytest
 from p48ray.config import load_config
 from p48ray.errors import ConfigError, PlanMismatchError, ShardCorruptError, SourceError
 from p48ray.run import run_root
-from p48ray.run.plan import NUMERICS_VERSION, SETTINGS, RunPlan, cut, settle_plan
+from p48ray.run.plan import NUMERICS_VERSION, SETTINGS, RunPlan, check_plan, cut
 from p48ray.stages.prepare import Prepared, prepare
 from p48ray.store.memory import MemoryStore
 from tests.conftest import REPO
@@ -77,7 +77,7 @@ def test_setting_that_changes_bytes_is_refused_by_name_on_resume(key: str) -> No
     assert before.digest != after.digest
     store.put(run_root.PLAN, before.to_json())
     with pytest.raises(PlanMismatchError) as caught:
-        settle_plan(after, store)
+        check_plan(after, store)
     assert f"another plan: {key}: expected " in str(caught.value)
 
 
@@ -104,7 +104,7 @@ def test_every_digest_setting_is_tried() -> None:
 def test_setting_that_changes_no_byte_may_change_on_resume(override: str) -> None:
     store = MemoryStore(f"free-{override}")
     store.put(run_root.PLAN, planned().plan.to_json())
-    assert settle_plan(planned(override).plan, store)
+    assert check_plan(planned(override).plan, store)
 
 
 def test_texts_are_part_of_the_plan(tmp_path: Path) -> None:
@@ -115,7 +115,7 @@ def test_texts_are_part_of_the_plan(tmp_path: Path) -> None:
     store.put(run_root.PLAN, same.to_json())
     copy.write_bytes(copy.read_bytes() + b'{"text": "one more"}\n')
     with pytest.raises(PlanMismatchError, match="calibration documents' digest"):
-        settle_plan(planned(f"calibration.documents={copy}").plan, store)
+        check_plan(planned(f"calibration.documents={copy}").plan, store)
 
 
 def test_numerics_version_is_part_of_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,7 +123,7 @@ def test_numerics_version_is_part_of_the_plan(monkeypatch: pytest.MonkeyPatch) -
     store.put(run_root.PLAN, planned().plan.to_json())
     monkeypatch.setattr("p48ray.run.plan.NUMERICS_VERSION", NUMERICS_VERSION + 1)
     with pytest.raises(PlanMismatchError, match="numerics version"):
-        settle_plan(planned().plan, store)
+        check_plan(planned().plan, store)
 
 
 def test_plan_with_an_unknown_key_is_refused() -> None:

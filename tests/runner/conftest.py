@@ -10,7 +10,7 @@ import ray
 from tests.conftest import REPO
 from tests.jobs.command import arguments, invoke
 
-# Every stage there is, the way back down the layers too. With sweeps and refinement Ray is held against one process in
+# Every stage there is, the backward pass too. With sweeps and refinement Ray is held against one process in
 # tests/stages/test_family_jobs.py.
 ALL_STAGES = {"compression.output_curvature": "true", "compression.sweeps": "0"}
 

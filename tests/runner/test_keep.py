@@ -192,7 +192,7 @@ DELETING = pytest.mark.parametrize("kept", ["units", "checkpoint"], indirect=Tru
 
 
 def expected_files(prepared: Prepared, keep: str, root: Path) -> set[str]:
-    """As the docstring of run.collect says, by the names of run_root; the checkpoint's own files apart."""
+    """As the docstring of run.cleanup says, by the names of run_root; the checkpoint's own files apart."""
     plan = prepared.plan
     parts = [(n, p.part) for n in plan.layers for p in plan.parts]
     names = {
@@ -246,7 +246,7 @@ def test_status_counts_everything_as_done_though_the_data_is_gone(kept: KeptRun,
 
 def remaining_work(plan: RunPlan, keys: set[str]) -> list[tuple[range, range]]:
     needs = Needs(plan, frozenset(keys))
-    return [(needs.way_up(p.part), needs.way_back(p.part)) for p in plan.parts]
+    return [(needs.forward_layers(p.part), needs.backward_layers(p.part)) for p in plan.parts]
 
 
 @DELETING
@@ -372,7 +372,7 @@ def boundaries_written(prepared: Prepared) -> tuple[list[str], int]:
 def test_boundaries_that_are_not_left_to_the_way_back_are_run_again_to_the_same_bytes(
     every: str, again: int, most: int, local_run: Path, replayed: list[str], tmp_path: Path
 ) -> None:
-    """Five boundaries of two parts, the lowest not read on the way back. As many are stored once more as the plan counts, and fewer lie there at once (one
+    """Five boundaries of two parts, the lowest not read in the backward pass. As many are stored once more as the plan counts, and fewer lie there at once (one
     part is a boundary ahead)."""
     root = tmp_path / "run"
     prepared = prepared_run(root, run__keep="units", run__boundary_every=every)

@@ -16,7 +16,7 @@ from p48ray.run.plan import SequencePart
 from p48ray.runner import overlap, ray_runner
 from p48ray.runner.base import TaskList
 from p48ray.runner.local_runner import LocalRunner
-from p48ray.runner.overlap import LOOK_S, Overlap
+from p48ray.runner.overlap import POLL_S, Overlap
 from p48ray.runner.ray_runner import WorkerProcess
 from p48ray.stages import capture, gradients
 from p48ray.stages.blobs import BlobWriter
@@ -87,7 +87,7 @@ class CorruptingWorker(WaitingWorker):
 @pytest.fixture
 def quick_looks(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (overlap, ray_runner):
-        monkeypatch.setattr(module, "LOOK_S", 0.1)
+        monkeypatch.setattr(module, "POLL_S", 0.1)
 
 
 ONE_STREAM = {"run.capture_workers": "1", "run.num_workers": "2"}
@@ -201,11 +201,11 @@ def test_layer_is_ready_when_all_its_parts_are_there_both_ways(prepared: Prepare
     for n in prepared.plan.layers:
         leave(prepared, n, way="up")
     leave(prepared, TOP, *prepared.plan.parts[:-1], way="back")
-    clock.now += 2 * LOOK_S
+    clock.now += 2 * POLL_S
     assert work.next(False) == []
     leave(prepared, TOP, prepared.plan.parts[-1], way="back")
     leave(prepared, BOTTOM, way="back")
-    clock.now += 2 * LOOK_S
+    clock.now += 2 * POLL_S
     assert names(work.next(False)) == [("compress", TOP)] * 4, "the lowest is not looked at while those above it are under way"
     assert prepared.store.head(run_root.layer_scales(TOP)) is not None
     assert names(work.next(True)) == [("compress", BOTTOM)] * 4, "when all is idle, everything is"
@@ -230,7 +230,7 @@ def test_store_is_asked_at_a_bounded_rate_and_whenever_a_stream_ended(prepared: 
     for _ in range(100):
         work.next(False)
     assert asked == []
-    clock.now += LOOK_S
+    clock.now += POLL_S
     for _ in range(100):
         work.next(False)
     assert asked == [run_root.activation_folder(TOP), run_root.gradient_folder(TOP)]
@@ -249,11 +249,11 @@ def test_look_that_the_store_does_not_answer_is_made_again_later(prepared: Prepa
 
     with monkeypatch.context() as patch:
         patch.setattr(MemoryStore, "list", away)
-        clock.now += LOOK_S
+        clock.now += POLL_S
         assert work.next(False) == []
         with pytest.raises(TransientStoreError):
             work.next(True)
-    clock.now += LOOK_S
+    clock.now += POLL_S
     assert names(work.next(False)) == [("compress", TOP)] * 4
 
 
@@ -264,7 +264,7 @@ def test_units_that_somebody_has_done_meanwhile_are_not_named(prepared: Prepared
     done = [u for u in prepared.plan.units if u.layer == TOP][:3]
     for unit in done:
         prepared.store.put(run_root.unit_manifest(unit.id), b"{}")
-    clock.now += LOOK_S
+    clock.now += POLL_S
     assert [t.id for t in work.next(False)] == [u.id for u in prepared.plan.units if u.layer == TOP][3:]
 
 
@@ -290,7 +290,7 @@ def test_data_goes_with_its_layers_last_unit_and_boundaries_with_the_last_stream
     assert prepared.store.head(run_root.gradient_part(TOP, 3)) is None
     assert prepared.store.head(run_root.activation_manifest(TOP, 0)) is not None
     assert prepared.store.head(run_root.activation_part(3, 0)) is not None
-    assert all(prepared.store.head(key) is not None for key in boundaries), "the way back reads them"
+    assert all(prepared.store.head(key) is not None for key in boundaries), "the backward pass reads them"
     leave(prepared, BOTTOM, way="back")
     work.done(back)
     assert all(prepared.store.head(key) is None for key in boundaries)

@@ -103,12 +103,12 @@ class TwoAtOnceKillingRunner(RayRunner):
     handed: ClassVar[list[tuple[Task, list[Task]]]]
 
     def hand(self, worker: Worker, task: Task) -> None:
-        self.handed.append((task, self.in_hand().get(worker, [])))
+        self.handed.append((task, self.assigned().get(worker, [])))
         super().hand(worker, task)
 
-    def hand_ahead(self, waiting: Dispatcher, in_hand: Mapping[Worker, Sequence[Task]]) -> None:
-        super().hand_ahead(waiting, in_hand)
-        ((_, tasks),) = self.in_hand().items() or ((None, []),)
+    def assign_ahead(self, waiting: Dispatcher, assigned: Mapping[Worker, Sequence[Task]]) -> None:
+        super().assign_ahead(waiting, assigned)
+        ((_, tasks),) = self.assigned().items() or ((None, []),)
         if len(tasks) == 2 and not self.killed:
             wait_until(lambda: bool(busy_workers()))
             for victim in busy_workers():

@@ -71,7 +71,7 @@ def runner_of(num_workers: int, ahead: int = 1) -> RayRunner:
 
 
 def shares(runner: RayRunner) -> list[list[str]]:
-    return sorted([task.id for task in tasks] for tasks in runner.in_hand().values())
+    return sorted([task.id for task in tasks] for tasks in runner.assigned().values())
 
 
 def ref_of(runner: RayRunner, task_id: str) -> Any:
@@ -81,7 +81,7 @@ def ref_of(runner: RayRunner, task_id: str) -> Any:
 def settle(runner: RayRunner, fake: FakeRay, task_id: str, answer: TaskResult | RayError, waiting: Dispatcher) -> list[TaskResult]:
     ref = ref_of(runner, task_id)
     fake.answers[ref] = answer
-    return list(runner.settle_task(ref, waiting))
+    return list(runner.handle_result(ref, waiting))
 
 
 def result(task: Task, error_type: str | None = None) -> TaskResult:
@@ -160,12 +160,12 @@ def test_unit_beside_one_that_leaves_the_process_unsound_goes_to_another_without
     runner, tasks = runner_of(1), units(5)
     waiting = Dispatcher(tasks)
     runner.dispatch(waiting)
-    (worker,) = runner.in_hand()
+    (worker,) = runner.assigned()
     assert settle(runner, fake, "L1-00", result(tasks[0], "KeyError"), waiting) == []
     assert fake.killed == [worker.actor]
     assert (len(waiting), runner.running, runner.idle) == (5, {}, [])
     assert dict(runner.failures) == {"L1-00": 1}
-    assert runner.apart == {"L1-00", "L1-01"}
+    assert runner.isolated == {"L1-00", "L1-01"}
 
 
 def test_lost_node_gives_all_back_as_preempted(fake: FakeRay) -> None:
@@ -177,4 +177,4 @@ def test_lost_node_gives_all_back_as_preempted(fake: FakeRay) -> None:
     assert settle(runner, fake, "L1-01", ActorDiedError(), waiting) == []
     assert (len(waiting), runner.running) == (5, {})
     assert dict(runner.preemptions) == {"L1-00": 1, "L1-01": 1}
-    assert (runner.apart, dict(runner.failures)) == (set(), {})
+    assert (runner.isolated, dict(runner.failures)) == (set(), {})

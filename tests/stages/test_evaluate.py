@@ -26,7 +26,7 @@ from p48ray.stages.evaluate import (
     CompressedExperts,
     CompressedQuality,
     EvaluationResult,
-    combine,
+    combine_parts,
     compressed_expert,
     evaluate_part,
     evaluation_digest,
@@ -118,7 +118,7 @@ def test_source_stream_is_the_whole_source_model(finished: SmallRun, digest: str
     parts = [EvaluationPart.load(store, run_root.evaluation_part(digest, p)) for p in range(2)]
     loss, correct = facts(source_logits, held_out[:, 1:].flatten())
     assert sum(p.num_tokens for p in parts) == 3 * 64
-    assert combine(parts).source_perplexity == pytest.approx(math.exp(loss / 192), rel=1e-4)
+    assert combine_parts(parts).source_perplexity == pytest.approx(math.exp(loss / 192), rel=1e-4)
     assert sum(p.source_correct for p in parts) == correct
 
 
@@ -224,7 +224,7 @@ def test_splitting_the_head_into_calls_changes_no_sum(
 ) -> None:
     ids_BS = held_out[:1]
     whole = evaluate_part(finished.context, checkpoint, ids_BS, everything(ids_BS))
-    monkeypatch.setattr(evaluate, "ROWS_PER_HEAD_CALL", 7)
+    monkeypatch.setattr(evaluate, "TOKENS_PER_HEAD_CALL", 7)
     split = evaluate_part(finished.context, checkpoint, ids_BS, everything(ids_BS))
     for name in ("source_loss", "compressed_loss", "kl"):
         assert getattr(split, name) == pytest.approx(getattr(whole, name), rel=1e-5)
@@ -246,7 +246,7 @@ def test_result_folds_parts_by_their_tokens() -> None:
         )
 
     parts = [part(0, 30, 60.0, 12), part(1, 10, 40.0, 3)]
-    found = combine(parts)
+    found = combine_parts(parts)
     assert found == EvaluationResult(
         num_tokens=40,
         source_perplexity=math.exp(2.5),
@@ -256,7 +256,7 @@ def test_result_folds_parts_by_their_tokens() -> None:
         kl=0.25,
         in_groups_of_32=CompressedQuality(perplexity=math.exp(7.5), accuracy=11 / 40, kl=0.5),
     )
-    assert combine([parts[0].model_copy(update={"in_groups_of_32": None}), parts[1]]).in_groups_of_32 is None
+    assert combine_parts([parts[0].model_copy(update={"in_groups_of_32": None}), parts[1]]).in_groups_of_32 is None
 
 
 # Resuming, and other settings

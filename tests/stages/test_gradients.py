@@ -38,7 +38,7 @@ def in_repository(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def captured(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run root with everything that the way back starts from; copied, never used itself."""
+    """A run root with everything that the backward pass starts from; copied, never used itself."""
     root = tmp_path_factory.mktemp("captured") / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(REPO)
@@ -309,7 +309,7 @@ def small_head(seed: int) -> tuple[nn.Module, Tensor]:
 def test_slices_of_the_head_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     head, x_BSH = small_head(0)
     whole = head_gradient(head, x_BSH, torch.Generator().manual_seed(3))
-    monkeypatch.setattr(gradients, "ROWS_PER_HEAD_CALL", 4)
+    monkeypatch.setattr(gradients, "TOKENS_PER_HEAD_GRADIENT", 4)
     torch.testing.assert_close(head_gradient(head, x_BSH, torch.Generator().manual_seed(3)), whole)
 
 

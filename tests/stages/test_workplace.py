@@ -38,7 +38,7 @@ def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunPlan:
     monkeypatch.chdir(REPO)
     for folder in ("cache", "trace"):
         (tmp_path / folder).mkdir()
-    monkeypatch.setenv(trace.FOLDER, str(tmp_path / "trace"))
+    monkeypatch.setenv(trace.TRACE_VARIABLE, str(tmp_path / "trace"))
     settings = (*SETTINGS, "run.threads_per_worker=1", f"run.node_cache={tmp_path / 'cache'}")
     prepared = prepare(load_config(REPO / "configs" / "tiny.yaml", settings, str(tmp_path / "run")))
     write_inputs(prepared)

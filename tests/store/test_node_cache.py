@@ -143,7 +143,7 @@ def test_limit_is_half_of_what_the_disk_has_free(tmp_path: Path, monkeypatch: py
 
 
 def test_last_one_out_removes_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "CLOSE_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(module, "REMOVE_TIMEOUT_S", 0.1)
     first, second = NodeCache(tmp_path / "c", 10), NodeCache(tmp_path / "c", 10)
     first.open("a", 4, filler(b"aaaa"))
     first.close()
@@ -186,7 +186,7 @@ def test_sweep_removes_what_the_dead_left_and_nothing_that_is_in_use(tmp_path: P
 
 
 def join_and_leave(folder: str, times: int) -> None:
-    module.CLOSE_TIMEOUT_S = 0.01  # the others come back at once
+    module.REMOVE_TIMEOUT_S = 0.01  # the others come back at once
     for _ in range(times):
         cache = NodeCache(folder, 1000)
         found = cache.open("a", 5, filler(b"hello"))

@@ -300,7 +300,7 @@ def test_write_once_of_buffers_that_raise_leaves_nothing_and_the_error_comes_thr
 @pytest.mark.usefixtures("small_parts")
 @pytest.mark.parametrize("size", [5000, 7 * MIB])
 def test_of_twenty_racing_write_once_one_wins_and_its_bytes_stay(store: Store, size: int) -> None:
-    """Exactly one, where completing an upload is atomic: the servers here look first and write then, so that two may believe they won (Upload.complete)."""
+    """Exactly one, where completing an upload is atomic: the servers here look first and write then, so that two may believe they won (MultipartUpload.complete)."""
     barrier = threading.Barrier(20)
     found: dict[int, Written] = {}
 

@@ -23,7 +23,7 @@ from p48ray.run import arrow, run_root
 from p48ray.run.manifest import LayerScales, LinearRecord, UnitManifest
 from p48ray.run.plan import WorkUnit
 from p48ray.stages.blobs import BlobWriter
-from p48ray.stages.capture import combine, write_activations
+from p48ray.stages.capture import combine_scales, write_activations
 from p48ray.stages.evaluate import compressed_expert
 from p48ray.stages.gradients import write_gradients
 from p48ray.stages.prepare import prepare
@@ -102,7 +102,7 @@ def opened(finished: SmallRun, layer_inputs: RoutedInputs, random_delta: Tensor)
             for part, three in zip(context.plan.parts, rows, strict=True):
                 write_activations(context, writer, 1, part, RoutedInputs(*three, seen.amax_intermediate), 0.0)
             parts = writer.drain()
-        context.store.put(run_root.layer_scales(1), combine(context, 1, parts).to_json())
+        context.store.put(run_root.layer_scales(1), combine_scales(context, 1, parts).to_json())
         if config.compression.output_curvature:
             with BlobWriter(context) as writer:
                 for part, rows_TH in zip(context.plan.parts, delta_TH.split(tokens), strict=True):
@@ -224,7 +224,7 @@ def test_unit_that_streams_its_tokens_makes_the_bytes_of_one_that_holds_them(ope
     held = compress(opened())
     monkeypatch.setattr(moments, "GATHERED_BYTES", 0)
     assert compress(opened()) == held
-    monkeypatch.setattr(moments, "reserve", lambda *_: None)
+    monkeypatch.setattr(moments, "reserve_spill", lambda *_: None)
     context = opened()
     assert moments.RoutedTokens(context, PAIR, context.layer_scales(1)).gathered is None
     assert compress(context) == held
@@ -382,7 +382,7 @@ def test_unit_that_streams_tokens_and_gradients_makes_the_bytes_of_one_that_hold
         with monkeypatch.context() as patch:
             patch.setattr(moments, "GATHERED_BYTES", 0)
             assert compress(opened(*settings)) == held
-            patch.setattr(moments, "reserve", lambda *_: None)
+            patch.setattr(moments, "reserve_spill", lambda *_: None)
             assert compress(opened(*settings)) == held
 
 
@@ -417,13 +417,13 @@ def test_tokens_of_a_unit_take_the_bytes_that_are_expected_and_parts_are_read_on
     monkeypatch.setattr(moments, "GATHERED_BYTES", 0)
     context = opened(GRADIENTS, f"calibration.stored_bits={bits}", "compression.refine_steps=3")
     spills, reads = [], []
-    reserve, read = moments.reserve, StageContext.checked
+    reserve, read = moments.reserve_spill, StageContext.checked
 
     def reserved(num_bytes: int, num_tensors: int, folder: Path | None) -> token_columns.Spill | None:
         spills.append((num_bytes, num_tensors, reserve(num_bytes, num_tensors, folder)))
         return spills[-1][2]
 
-    monkeypatch.setattr(moments, "reserve", reserved)
+    monkeypatch.setattr(moments, "reserve_spill", reserved)
     monkeypatch.setattr(StageContext, "checked", lambda self, key, *rest: reads.append(key) or read(self, key, *rest))
     compress(context)
     assert len(reads) == len(set(reads)) == 2 * len(context.plan.parts)
@@ -462,10 +462,10 @@ def test_refinement_gathers_no_more_tokens_than_it_uses(opened: Opener, monkeypa
     context = opened("compression.refine_steps=1")
     tokens = moments.RoutedTokens(context, PAIR, context.layer_scales(1))
     side = moments.output_side(tokens, [])
-    whole = refinement.gather(tokens, side, 2, 256)
+    whole = refinement.gather_tokens(tokens, side, 2, 256)
     assert min(len(t.rows) for t in whole) > 40
     monkeypatch.setattr(refinement, "MAX_TOKENS", 40)
-    for few, all_of_it in zip(refinement.gather(tokens, side, 2, 256), whole, strict=True):
+    for few, all_of_it in zip(refinement.gather_tokens(tokens, side, 2, 256), whole, strict=True):
         held = few.rows.values_TH
         assert torch.equal(held, all_of_it.rows.values_TH[:40]) and torch.equal(few.weight_T, all_of_it.weight_T[:40])
         assert held.untyped_storage().nbytes() == held.nbytes

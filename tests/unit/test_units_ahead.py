@@ -22,7 +22,7 @@ from p48ray.stages.tasks import Task, TaskResult
 from p48ray.stages.workplace import Workplace
 from p48ray.store.base import Buffers, Written
 from p48ray.store.local import LocalStore
-from p48ray.unit import compress, moments, turn
+from p48ray.unit import compress, compute_lock, moments
 from p48ray.unit.compress import Clock, Fetched, Solved
 from p48ray.unit.context import StageContext
 from tests.stages.small_run import SmallRun
@@ -219,16 +219,16 @@ def test_failed_write_is_the_failure_of_its_unit_alone(shop: Shop) -> None:
 
 
 def test_turn_passes_on_after_an_error_and_says_since_when_nothing_computes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(turn.time, "perf_counter", iter((3.0, 8.0)).__next__)
-    turns = turn.Turn()
-    with turns.taken() as free_since:
+    monkeypatch.setattr(compute_lock.time, "perf_counter", iter((3.0, 8.0)).__next__)
+    lock = compute_lock.ComputeLock()
+    with lock.held() as free_since:
         assert free_since == -math.inf
-    with pytest.raises(KeyError), turns.taken() as free_since:
+    with pytest.raises(KeyError), lock.held() as free_since:
         assert free_since == 3.0
         raise KeyError("a bug")
-    with turns.taken() as free_since:
+    with lock.held() as free_since:
         assert free_since == 8.0
-        monkeypatch.setattr(turn.time, "perf_counter", lambda: 9.0)
+        monkeypatch.setattr(compute_lock.time, "perf_counter", lambda: 9.0)
 
 
 @pytest.mark.parametrize(
@@ -237,7 +237,7 @@ def test_turn_passes_on_after_an_error_and_says_since_when_nothing_computes(monk
     ids=["nothing before", "long ago", "as it began", "in the middle", "as it ended", "computes still"],
 )
 def test_fetch_counts_only_while_nothing_computes(free_since: float, expected: float) -> None:
-    assert turn.idle_seconds(10.0, 14.0, free_since) == expected
+    assert compute_lock.idle_seconds(10.0, 14.0, free_since) == expected
 
 
 @pytest.mark.parametrize(("ahead", "num_spills"), [(0, 0), (1, 1)])
@@ -252,7 +252,7 @@ def test_units_of_a_worker_share_the_memory_for_tokens(
     num_tokens = sum(scales.tokens_per_expert[e] for e in unit.experts)
     monkeypatch.setattr(moments, "GATHERED_BYTES", num_tokens * moments.routed_token_bytes(context.layout.hidden_size, plan.config))
     spills: list[int] = []
-    reserve = moments.reserve
-    monkeypatch.setattr(moments, "reserve", lambda num_bytes, *rest: spills.append(num_bytes) or reserve(num_bytes, *rest))
+    reserve = moments.reserve_spill
+    monkeypatch.setattr(moments, "reserve_spill", lambda num_bytes, *rest: spills.append(num_bytes) or reserve(num_bytes, *rest))
     moments.RoutedTokens(context, unit, scales)
     assert len(spills) == num_spills

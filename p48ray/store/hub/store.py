@@ -302,7 +302,7 @@ class HubStore:
             return held
         hub, where, commit = self._api(), self._where(folder), self.commit
 
-        def look() -> dict[str, HubFile]:
+        def list_files() -> dict[str, HubFile]:
             from huggingface_hub.errors import HfHubHTTPError
 
             try:
@@ -314,7 +314,7 @@ class HubStore:
                 raise
 
         try:
-            found: dict[str, HubFile] = self._ask(where, look)
+            found: dict[str, HubFile] = self._ask(where, list_files)
         except ObjectMissingError:
             found = {}
         self._trees[folder] = found

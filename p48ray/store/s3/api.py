@@ -33,7 +33,7 @@ RETRIABLE_CODES = frozenset({
     "RequestTimeout", "RequestTimeoutException", "ConditionalRequestConflict", "OperationAborted", "IncompleteBody", "BadDigest",
     "XAmzContentSHA256Mismatch"
 })  # fmt: skip
-"""Trouble of the server or the way to it. The last three are a body cut or changed on its way up, which the server noticed."""
+"""Trouble of the server or the way to it. The last three are a body cut or changed while it was sent, which the server noticed."""
 RETRIABLE_ERRORS = (
     boto.ConnectionError,
     boto.HTTPClientError,  # resets, timeouts and bodies cut while they are read

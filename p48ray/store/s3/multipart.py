@@ -76,7 +76,7 @@ def is_written_by(api: Api, key: str, writer: str) -> bool | None:
     return bool(reply.get("Metadata", {}).get(WRITER) == writer)
 
 
-class Upload:
+class MultipartUpload:
     """One multipart upload with a few parts in flight. As a context it aborts the upload unless `complete` was reached and succeeded."""
 
     def __init__(self, api: Api, key: str, writer: str) -> None:
@@ -96,7 +96,7 @@ class Upload:
         """Parts added so far."""
         return len(self._parts)
 
-    def __enter__(self) -> "Upload":
+    def __enter__(self) -> "MultipartUpload":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -210,7 +210,7 @@ class Composer:
         """
         self._api, self._key, self._writer = api, key, writer
         self._copy_source, self._is_streaming = copy_source, is_streaming
-        self._upload: Upload | None = None
+        self._upload: MultipartUpload | None = None
         self._pending = bytearray()
         self.num_bytes = 0
 
@@ -286,13 +286,13 @@ class Composer:
         data, self._pending = bytes(self._pending), bytearray()
         self._begun().add_bytes(data)
 
-    def _begun(self) -> Upload:
+    def _begun(self) -> MultipartUpload:
         if self._upload is None:
-            self._upload = Upload(self._api, self._key, self._writer)
+            self._upload = MultipartUpload(self._api, self._key, self._writer)
         return self._upload
 
 
-def merged(pieces: Iterable[Piece]) -> Iterator[Piece]:
+def merged_ranges(pieces: Iterable[Piece]) -> Iterator[Piece]:
     """The same bytes in fewer pieces: ranges that follow one another in one object are joined."""
     held: ByteRange | None = None
     for piece in pieces:

@@ -21,7 +21,17 @@ from botocore.exceptions import IncompleteReadError
 from p48ray.errors import ConfigError, P48Error, ShardCorruptError, TransientStoreError
 from p48ray.store.base import Buffers, ByteRange, Hashing, ObjectInfo, Piece, Traffic, Written, check_key, check_prefix, check_range
 from p48ray.store.s3.api import Api, ExpectedError, body_of, with_member
-from p48ray.store.s3.multipart import WRITER, Composer, CopySource, Upload, checksum_fields, is_written_by, merged, part_size, sha256_base64
+from p48ray.store.s3.multipart import (
+    WRITER,
+    Composer,
+    CopySource,
+    MultipartUpload,
+    checksum_fields,
+    is_written_by,
+    merged_ranges,
+    part_size,
+    sha256_base64,
+)
 from p48ray.store.view import SubStore
 
 PUT_MAX_BYTES = 512 * 2**20
@@ -167,7 +177,7 @@ class S3Store:
             for chunk in hashing:
                 held.write(chunk)
             return hashing.written(is_ours=self._write(full, held.getvalue(), is_conditional=True))
-        with Upload(self._api, full, uuid.uuid4().hex) as upload:
+        with MultipartUpload(self._api, full, uuid.uuid4().hex) as upload:
             upload.add_chunks(hashing, part_size(buffers.size_bytes))
             return hashing.written(is_ours=upload.complete(is_conditional=True))
 
@@ -190,7 +200,7 @@ class S3Store:
             return sources[name]
 
         with Composer(self._api, full, writer, copy_source, is_streaming=not self.server_copy) as composer:
-            for piece in merged(SubStore.resolved(piece) for piece in pieces):
+            for piece in merged_ranges(SubStore.resolved(piece) for piece in pieces):
                 composer.add(piece)
             small = composer.finish()
         if small is not None:
@@ -203,9 +213,9 @@ class S3Store:
             )
         return composer.num_bytes
 
-    def upload(self, key: str) -> Upload:
+    def upload(self, key: str) -> MultipartUpload:
         """A multipart upload to be filled part by part, as a context. For probing; `put` and `compose` choose the parts themselves."""
-        return Upload(self._api, self._full(key), uuid.uuid4().hex)
+        return MultipartUpload(self._api, self._full(key), uuid.uuid4().hex)
 
     def copy_source(self, key: str) -> CopySource:
         """An object as other stores at this endpoint may copy from it. Raises: ObjectMissingError."""
@@ -254,7 +264,7 @@ class S3Store:
         writer = uuid.uuid4().hex
         if len(data) > PUT_MAX_BYTES:
             view, part_bytes = memoryview(data), part_size(len(data))
-            with Upload(self._api, full, writer) as upload:
+            with MultipartUpload(self._api, full, writer) as upload:
                 for start in range(0, len(data), part_bytes):
                     upload.add_bytes(view[start : start + part_bytes])
                 return upload.complete(is_conditional=is_conditional)

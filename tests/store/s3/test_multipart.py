@@ -10,7 +10,7 @@ from p48ray.errors import P48Error
 from p48ray.store import ByteRange, MemoryStore
 from p48ray.store.base import Piece
 from p48ray.store.s3 import multipart
-from p48ray.store.s3.multipart import Composer, CopySource, merged
+from p48ray.store.s3.multipart import Composer, CopySource, merged_ranges
 
 pytestmark = pytest.mark.server
 
@@ -19,7 +19,7 @@ MIN, UPLOAD, COPY, MAX, STREAM = 50, 160, 300, 500, 170
 
 
 class FakeApi:
-    """What Upload asks of Api, kept in memory. Refuses what S3 would refuse at completion."""
+    """What MultipartUpload asks of Api, kept in memory. Refuses what S3 would refuse at completion."""
 
     bucket = "bucket"
 
@@ -85,7 +85,7 @@ def run(store: MemoryStore, api: FakeApi, pieces: list[Piece], is_streaming: boo
         return CopySource("bucket", piece.key, len(api.sources[piece.key]), "etag") if piece.key in api.sources else None
 
     with Composer(api, "out", "writer", copy_source, is_streaming) as composer:  # type: ignore[arg-type]
-        for piece in merged(pieces):
+        for piece in merged_ranges(pieces):
             composer.add(piece)
         small = composer.finish()
     made = api.result if small is None else small
@@ -175,6 +175,6 @@ def test_real_limits_hold_what_s3_holds() -> None:
 def test_neighbouring_ranges_of_one_object_become_one() -> None:
     one, other = MemoryStore("merge-1"), MemoryStore("merge-2")
     pieces = [ByteRange(one, "a", 0, 3), ByteRange(MemoryStore("merge-1"), "a", 3, 2), ByteRange(one, "a", 6, 1), ByteRange(one, "b", 7, 1)]
-    assert list(merged(iter(pieces))) == [ByteRange(one, "a", 0, 5), *pieces[2:]]
+    assert list(merged_ranges(iter(pieces))) == [ByteRange(one, "a", 0, 5), *pieces[2:]]
     apart: list[Piece] = [ByteRange(one, "a", 0, 3), ByteRange(other, "a", 3, 2), b"x", ByteRange(other, "a", 5, 1), b"y", b"z"]
-    assert list(merged(apart)) == apart
+    assert list(merged_ranges(apart)) == apart

@@ -475,8 +475,8 @@ def test_completion_without_any_answer_is_transient_and_the_object_is_whole(seaw
 
 def test_composed_object_of_another_size_is_noticed(seaweedfs: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     store = new_store(seaweedfs)
-    real = multipart.Upload.add_bytes
-    monkeypatch.setattr(multipart.Upload, "add_bytes", lambda upload, data: real(upload, data[:-1]))
+    real = multipart.MultipartUpload.add_bytes
+    monkeypatch.setattr(multipart.MultipartUpload, "add_bytes", lambda upload, data: real(upload, data[:-1]))
     with pytest.raises(ShardCorruptError, match=rf"composed {17 * MIB} bytes, the server holds {17 * MIB - 2}"):
         store.compose("out", [DATA[: 17 * MIB]])
 

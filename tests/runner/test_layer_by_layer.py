@@ -1,4 +1,4 @@
-"""calibration.propagate: compressed: layers in turn, to the same bytes whoever does what and whatever is lost on the way."""
+"""calibration.propagate: compressed: layer by layer, to the same bytes whoever does what and whatever is lost on the way."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -38,7 +38,7 @@ def arguments(root: Path, settings: dict[str, str] | None = None) -> list[str]:
 
 @pytest.fixture(scope="session")
 def turn_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The small run with layers in turn, by LocalRunner. Not to be changed."""
+    """The small run with layer by layer, by LocalRunner. Not to be changed."""
     root = tmp_path_factory.mktemp("turn") / "run"
     outcome = invoke(*arguments(root))
     assert outcome.code == 0, outcome

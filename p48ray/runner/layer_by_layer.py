@@ -1,4 +1,4 @@
-"""Layers in turn (calibration.propagate: compressed): a layer is captured behind the compressed layers below it, then compressed, then the next.
+"""Layer by layer (calibration.propagate: compressed): a layer is captured behind the compressed layers below it, then compressed, then the next.
 
 First the source's own stream, where gradients are wanted: up for its boundaries, and back (see Overlap). Then, from the lowest open layer up, its activations
 by the workers that stream, its units by all workers. Between the two everybody waits for the last: the price of inputs as they will be, which the report
@@ -9,20 +9,20 @@ import time
 from collections.abc import Callable, Sequence
 
 from p48ray.run import run_root
-from p48ray.run.collect import collect_streams
+from p48ray.run.cleanup import delete_spent_streams
 from p48ray.run.needs import Needs, read_needs
 from p48ray.runner.layer_units import LayerUnits
 from p48ray.runner.overlap import Spans
 from p48ray.runner.streams import Streams, name_of, slices
-from p48ray.stages.table import COMPRESS, PROPAGATE
+from p48ray.stages.table import COMPRESS_STAGE, PROPAGATE_STAGE
 from p48ray.stages.tasks import Task
 from p48ray.unit.context import StageContext
 
 
-class InTurn:
-    """The tasks of a run whose layers take turns, as they become ready (a WorkSource).
+class LayerByLayer:
+    """The tasks of a run that goes layer by layer, as they become ready (a WorkSource).
 
-    Whose turn it is, is read from the run root each time.
+    Which layer is next is read from the run root each time.
 
     Args: needs: what the run root lacks now. clock: monotonic seconds.
     """
@@ -43,39 +43,41 @@ class InTurn:
         return found
 
     def done(self, task: Task) -> None:
-        """The end of one turn begins the next."""
+        """The end of one layer begins the next."""
         self.spans.done(task)
-        if task.stage == PROPAGATE.name:
+        if task.stage == PROPAGATE_STAGE.name:
             self.open_captures -= 1
             if not self.open_captures:
-                self.begin_turn()
-        elif task.stage == COMPRESS.name:
+                self.begin_layer()
+        elif task.stage == COMPRESS_STAGE.name:
             if self.units.done(task):
-                self.begin_turn()
+                self.begin_layer()
         elif self.streams.done(task):
             self.end_streams()
 
     def end_streams(self) -> None:
-        self.collect()
-        self.begin_turn()
+        self.delete_streams()
+        self.begin_layer()
 
-    def begin_turn(self) -> None:
+    def begin_layer(self) -> None:
         """Name what the lowest open layer lacks: activations of some parts, or else its units."""
         needs = read_needs(self.plan, self.store)
-        while needs.turn is not None and not self.name_tasks(needs, needs.turn):
+        while needs.next_layer is not None and not self.name_tasks(needs, needs.next_layer):
             needs = read_needs(self.plan, self.store)  # another driver was faster
-        if needs.turn is None:
-            self.collect()
+        if needs.next_layer is None:
+            self.delete_streams()
 
     def name_tasks(self, needs: Needs, layer: int) -> list[Task]:
-        missing = [p.part for p in self.plan.parts if needs.way_to(layer, p.part)]
-        tasks = [Task(stage=PROPAGATE.name, id=f"layer-{layer:03d}-{name_of(s)}", item=(layer, s)) for s in slices(self.plan, missing)]
+        missing = [p.part for p in self.plan.parts if needs.layers_up_to(layer, p.part)]
+        tasks = [
+            Task(stage=PROPAGATE_STAGE.name, id=f"layer-{layer:03d}-{name_of(s)}", item=(layer, s)) for s in slices(self.plan, missing)
+        ]
         self.open_captures = len(tasks)
         tasks = tasks or self.units.tasks(layer, read_needs(self.plan, self.store, [run_root.UNITS]))
         self.ready += tasks
         return tasks
 
-    def collect(self) -> None:
+    def delete_streams(self) -> None:
         """What streams left goes, unless all is kept."""
         if self.plan.config.run.keep != "all":
-            collect_streams(self.plan, self.store)
+            delete_spent_streams(self.plan, self.store)

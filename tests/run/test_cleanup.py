@@ -10,7 +10,7 @@ import pytest
 from p48ray.config import load_config
 from p48ray.errors import P48Error, TransientStoreError
 from p48ray.run import run_root
-from p48ray.run.collect import collect_layer, collect_losers, collect_streams, collect_units, delete_all
+from p48ray.run.cleanup import delete_all, delete_layer_data, delete_lost_attempts, delete_spent_streams, delete_unit_shards
 from p48ray.run.manifest import UnitManifest
 from p48ray.run.needs import Needs
 from p48ray.run.plan import RunPlan, WorkUnit
@@ -59,7 +59,7 @@ BESIDE = ("plan.json", "calibration/tokens.arrow", "evaluation/0123/tokens.arrow
 def test_finished_layer_loses_its_data_and_keeps_its_records(plan: RunPlan, store: MemoryStore) -> None:
     before = {*all_keys(plan), run_root.layer_scales(2), *BESIDE}
     fill(store, before)
-    assert collect_layer(plan, store, 2) == 4
+    assert delete_layer_data(plan, store, 2) == 4
     assert before - keys_of(store) == data_of_layer(2)
 
 
@@ -68,7 +68,7 @@ def test_finished_layer_of_a_plan_without_gradients_has_none_to_lose(
 ) -> None:
     monkeypatch.chdir(REPO)
     fill(store, all_keys(plan))
-    assert collect_layer(planned("compression.output_curvature=false"), store, 3) == 2
+    assert delete_layer_data(planned("compression.output_curvature=false"), store, 3) == 2
     assert set(all_keys(plan)) - keys_of(store) == {run_root.activation_part(3, p) for p in PARTS}
 
 
@@ -82,7 +82,7 @@ def test_streams_of_a_finished_run_are_deleted_and_nothing_else_is(plan: RunPlan
     fill(store, before)
     deleted = {k for k in before if k.startswith(("activations/", "gradients/")) and k.endswith(".arrow")}
     deleted |= {k for k in before if k.startswith(("residuals/", "residual-gradients/"))}  # with their manifests
-    assert collect_streams(plan, store) == len(deleted) == 2 * (4 + 4 + 2 * 5 + 2 * 4)
+    assert delete_spent_streams(plan, store) == len(deleted) == 2 * (4 + 4 + 2 * 5 + 2 * 4)
     assert before - keys_of(store) == deleted
 
 
@@ -91,7 +91,7 @@ def test_open_layer_keeps_its_data_and_boundaries_go_once_no_part_is_under_way(l
     missing = next(u for u in plan.units if u.layer == layer)
     before = set(all_keys(plan)) - {run_root.unit_manifest(missing.id)}
     fill(store, before)
-    collect_streams(plan, store)
+    delete_spent_streams(plan, store)
     assert {k for k in keys_of(store) if k.endswith(".arrow")} == data_of_layer(layer)
 
 
@@ -99,7 +99,7 @@ def test_open_layer_keeps_its_data_and_boundaries_go_once_no_part_is_under_way(l
 def test_boundaries_stay_while_a_part_of_an_open_layer_is_missing(gone: str, plan: RunPlan, store: MemoryStore) -> None:
     before = set(all_keys(plan)) - {run_root.unit_manifest("L003-E000-003"), gone}
     fill(store, before)
-    collect_streams(plan, store)
+    delete_spent_streams(plan, store)
     assert before - keys_of(store) == data_of_layer(1) | data_of_layer(2) | data_of_layer(4)
 
 
@@ -107,13 +107,13 @@ def test_collecting_streams_never_adds_to_what_is_still_to_be_done(plan: RunPlan
     chance = random.Random(8)
     for _ in range(150):
         held = random_keys(plan, chance)
-        collect_streams(plan, refill(store, held))
+        delete_spent_streams(plan, refill(store, held))
         before, after = Needs(plan, held), Needs(plan, frozenset(keys_of(store)))
         assert {k for k in held if k.endswith(".json") and not k.startswith(("residuals/", "residual-gradients/"))} <= after.keys
         for part in PARTS:
-            assert (after.way_up(part), after.way_back(part)) == (before.way_up(part), before.way_back(part))
+            assert (after.forward_layers(part), after.backward_layers(part)) == (before.forward_layers(part), before.backward_layers(part))
             assert after.activation_layers(part) == before.activation_layers(part)
-        assert collect_streams(plan, store) == 0, "nothing is left for a second time"
+        assert delete_spent_streams(plan, store) == 0, "nothing is left for a second time"
 
 
 def refill(store: MemoryStore, keys: Iterable[str]) -> MemoryStore:
@@ -156,7 +156,7 @@ def test_losing_attempts_of_finished_units_are_collected_and_winning_ones_are_no
     finish(plan, store, third, "ccc")
     fill(store, [run_root.unit_shard(fourth.id, a) for a in ("aaa", "bbb")])  # still under way
     before = keys_of(store)
-    assert collect_losers(plan, store) == 3
+    assert delete_lost_attempts(plan, store) == 3
     assert before - keys_of(store) == {run_root.unit_shard(first.id, a) for a in ("aaa", "ccc")} | {run_root.unit_shard(second.id, "bbb")}
 
 
@@ -166,7 +166,7 @@ def test_collecting_losers_of_kimis_units_takes_no_longer_than_a_listing(plan: R
     for unit in units:
         finish(plan, store, unit, "aaa", "bbb")
     start = time.process_time()
-    assert collect_losers(plan.model_copy(update={"units": units}), store) == len(units) == 2880
+    assert delete_lost_attempts(plan.model_copy(update={"units": units}), store) == len(units) == 2880
     assert time.process_time() - start < 0.001 * len(units)
 
 
@@ -175,7 +175,7 @@ def test_all_shards_go_and_all_manifests_stay(plan: RunPlan, store: MemoryStore)
         finish(plan, store, unit, "aaa")
     fill(store, BESIDE)
     before = keys_of(store)
-    assert collect_units(store) == len(plan.units)
+    assert delete_unit_shards(store) == len(plan.units)
     assert before - keys_of(store) == {run_root.unit_shard(u.id, "aaa") for u in plan.units}
 
 

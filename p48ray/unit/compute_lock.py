@@ -1,4 +1,4 @@
-"""Turns at computing: a process computes one unit at a time, and reads another or writes a third beside it."""
+"""A process computes one unit at a time, and reads another or writes a third beside it."""
 
 import math
 import threading
@@ -7,15 +7,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 
-class Turn:
+class ComputeLock:
     """A lock that knows since when nothing has computed."""
 
     def __init__(self) -> None:
         self.lock, self.free_since = threading.Lock(), -math.inf
 
     @contextmanager
-    def taken(self) -> Iterator[float]:
-        """Waits for its turn. Yields when the computation before ended, in time.perf_counter's seconds; -inf if there was none."""
+    def held(self) -> Iterator[float]:
+        """Waits until nothing else computes. Yields when the computation before ended, in time.perf_counter's seconds; -inf if there was none."""
         with self.lock:
             try:
                 yield self.free_since

@@ -1,4 +1,4 @@
-"""Collect: what a run root holds that nothing will read again, deleted as `run.keep` says.
+"""Cleanup: what a run root holds that nothing will read again, deleted as `run.keep` says.
 
     all          everything stays, except attempts that lost
     units        a layer's activations and gradients go once its units are done, boundaries of the streams as soon as the next one is stored
@@ -21,19 +21,19 @@ DELETES_AT_ONCE = 16
 ABANDONED_S = 24 * 3600.0  # what a writer left unfinished for a day, it will not finish
 
 
-def collect_layer(plan: RunPlan, store: Store, layer: int) -> int:
+def delete_layer_data(plan: RunPlan, store: Store, layer: int) -> int:
     """Delete a finished layer's activations and gradients."""
     parts = [p.part for p in plan.parts]
     activations = [run_root.activation_part(layer, p) for p in parts]
-    gradients = [run_root.gradient_part(layer, p) for p in parts] if plan.config.compression.output_curvature else []
+    gradients = [run_root.gradient_part(layer, p) for p in parts] if plan.uses_gradients else []
     return delete_all(store, activations + gradients)
 
 
-def collect_streams(plan: RunPlan, store: Store) -> int:
+def delete_spent_streams(plan: RunPlan, store: Store) -> int:
     """Delete what no open unit needs: boundaries once no part is under way, activations and gradients of finished layers."""
     needs = read_needs(plan, store)
-    unneeded = [key for key in needs.keys if is_data(key) and layer_of(key) not in needs.open_layers]
-    if not any(needs.way_up(p.part) or needs.way_back(p.part) for p in plan.parts):
+    unneeded = [key for key in needs.keys if is_data(key) and layer_of_key(key) not in needs.open_layers]
+    if not any(needs.forward_layers(p.part) or needs.backward_layers(p.part) for p in plan.parts):
         unneeded += [key for key in needs.keys if key.startswith((run_root.RESIDUALS, run_root.RESIDUAL_GRADIENTS))]
     if not needs.open_layers:
         unneeded += [key for key in needs.keys if key.startswith(run_root.COMPRESSED_RESIDUALS)]
@@ -44,11 +44,11 @@ def is_data(key: str) -> bool:
     return key.startswith((run_root.ACTIVATIONS, run_root.GRADIENTS)) and key.endswith(".arrow")
 
 
-def layer_of(key: str) -> int:
+def layer_of_key(key: str) -> int:
     return int(key.split("/")[1].removeprefix("layer-"))
 
 
-def collect_losers(plan: RunPlan, store: Store) -> int:
+def delete_lost_attempts(plan: RunPlan, store: Store) -> int:
     """Delete shards of attempts that no manifest names, of units that are done. An attempt still under way finds the manifest taken and gives up."""
     needs = read_needs(plan, store, [run_root.UNITS])
     found = by_unit(needs)
@@ -66,7 +66,7 @@ def by_unit(needs: Needs) -> dict[str, list[str]]:
     return found
 
 
-def collect_units(store: Store) -> int:
+def delete_unit_shards(store: Store) -> int:
     """Delete all unit shards; their manifests stay."""
     return delete_all(store, [info.key for info in store.list(run_root.UNITS) if info.key.endswith(".safetensors")])
 
