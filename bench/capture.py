@@ -1,12 +1,17 @@
-"""One layer of Kimi-K2.5's width through the streaming stages' own code, up and back down, against what the device could do at best.
+"""One layer of Kimi-K2.5's width through the streaming stages' own code, up and back down, against
+what the device could do at best.
 
-    python bench/capture.py --json capture.json                                on a GPU: 384 experts, 131,072 tokens in parts of 32,768
-    python bench/capture.py --experts 8 --sequences 2 --length 128 --parts 1   something for a laptop
+    python bench/capture.py --json capture.json
+        on a GPU: 384 experts, 131,072 tokens in parts of 32,768
+    python bench/capture.py --experts 8 --sequences 2 --length 128 --parts 1
+        something for a laptop
 
-The layer's weights are random, written once as a checkpoint in the release's layout (9.7 GB for 384 experts) and then read as a run reads them: mapped,
-packed, decoded when an expert is met. Routing is the model's own router on random inputs.
+The layer's weights are random, written once as a checkpoint in the release's layout (9.7 GB for 384
+experts) and then read as a run reads them: mapped, packed, decoded when an expert is met. Routing
+is the model's own router on random inputs.
 
-Floors: FLOP at the rate of a large bf16 matrix product on this device (float32 on a CPU), and the packed bytes at the rate of pinned copies to it.
+Floors: FLOP at the rate of a large bf16 matrix product on this device (float32 on a CPU), and the
+packed bytes at the rate of pinned copies to it.
 """
 
 import argparse
@@ -55,7 +60,8 @@ class Measured:
 
 
 def write_layer(folder: Path, num_experts: int) -> None:
-    """A checkpoint of one layer, a mixture, in Kimi-K2.5's shapes. The same random words serve every expert: what they say does not matter here."""
+    """A checkpoint of one layer, a mixture, in Kimi-K2.5's shapes. The same random words serve
+    every expert: what they say does not matter here."""
     generator = torch.Generator().manual_seed(0)
     made: dict[tuple[str, str, tuple[int, ...]], bytes] = {}
 
@@ -68,20 +74,37 @@ def write_layer(folder: Path, num_experts: int) -> None:
 
     with skeleton_sizes(NUM_EXPERTS=num_experts, NUM_LAYERS=1, VOCAB=VOCAB):
         config = skeleton.kimi_k25_config()
-        layer = [(name.replace("layers.1.", "layers.0."), dtype, shape) for name, dtype, shape in skeleton.layer_specs(1)]
-    config["text_config"] |= {"first_k_dense_replace": 0} | dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), 0)
+        layer = [
+            (name.replace("layers.1.", "layers.0."), dtype, shape)
+            for name, dtype, shape in skeleton.layer_specs(1)
+        ]
+    config["text_config"] |= {"first_k_dense_replace": 0} | dict.fromkeys(
+        ("bos_token_id", "eos_token_id", "pad_token_id"), 0
+    )
     (folder / "config.json").write_text(json.dumps(config))
-    ends = {"model.embed_tokens": (VOCAB, skeleton.HIDDEN), "model.norm": (skeleton.HIDDEN,), "lm_head": (VOCAB, skeleton.HIDDEN)}
-    specs = [*layer, *((f"language_model.{name}.weight", "BF16", shape) for name, shape in ends.items())]
+    ends = {
+        "model.embed_tokens": (VOCAB, skeleton.HIDDEN),
+        "model.norm": (skeleton.HIDDEN,),
+        "lm_head": (VOCAB, skeleton.HIDDEN),
+    }
+    specs = [
+        *layer,
+        *((f"language_model.{name}.weight", "BF16", shape) for name, shape in ends.items()),
+    ]
     write_shard(folder / "model.safetensors", specs, make)
 
 
 def flop_per_token(length: int, num_experts: int, direction: str) -> float:
-    """Multiply-adds times two, that the code makes for one token. Up: every product once. Back: attention forward twice and backward once with respect to
-    its inputs, the experts' gate and up forward and all three back, router and shared expert twice forward and once back."""
+    """Multiply-adds times two, that the code makes for one token. Up: every product once. Back:
+    attention forward twice and backward once with respect to its inputs, the experts' gate and up
+    forward and all three back, router and shared expert twice forward and once back."""
     h, f = skeleton.HIDDEN, skeleton.MOE_INTERMEDIATE
     heads, nope, rope, v = skeleton.HEADS, skeleton.NOPE, skeleton.ROPE, skeleton.V_HEAD
-    linears = h * skeleton.Q_LORA + skeleton.Q_LORA * heads * (nope + rope) + h * (skeleton.KV_LORA + rope)
+    linears = (
+        h * skeleton.Q_LORA
+        + skeleton.Q_LORA * heads * (nope + rope)
+        + h * (skeleton.KV_LORA + rope)
+    )
     linears += skeleton.KV_LORA * heads * (nope + v) + heads * v * h
     scores = length / 2 * heads * (nope + rope + v)
     block, router, expert = 3 * h * f, h * num_experts, h * f
@@ -119,22 +142,39 @@ def copy_rate(device: torch.device) -> float | None:
     """Bytes a second from pinned memory to the device."""
     if device.type != "cuda":
         return None
-    host, there = torch.empty(2**28, dtype=torch.uint8, pin_memory=True), torch.empty(2**28, dtype=torch.uint8, device=device)
+    host, there = (
+        torch.empty(2**28, dtype=torch.uint8, pin_memory=True),
+        torch.empty(2**28, dtype=torch.uint8, device=device),
+    )
     return float(2**28 / timed(lambda: there.copy_(host, non_blocking=True), device, 5))
 
 
 def peak_bytes(device: torch.device) -> int:
     """Of the device, or of this process, mapped files included."""
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return (
+        torch.cuda.max_memory_allocated(device)
+        if device.type == "cuda"
+        else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    )
 
 
 class LayerBench:
     """The layer, its inputs, and both directions.
 
-    Args: dtype: the stages' compute dtype. parts, sequences, length: what one worker holds, and how the plan cuts it.
+    Args:
+        dtype: the stages' compute dtype.
+        parts, sequences, length: what one worker holds, and how the plan cuts it.
     """
 
-    def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype, parts: int, sequences: int, length: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        device: torch.device,
+        dtype: torch.dtype,
+        parts: int,
+        sequences: int,
+        length: int,
+    ) -> None:
         index = open_checkpoint(LocalStore(folder))
         self.layout = describe_model(index)
         self.decoder = Decoder(index, self.layout, device, dtype)
@@ -145,8 +185,15 @@ class LayerBench:
         self.positions = self.decoder.positions(length)
         generator = torch.Generator(device=device).manual_seed(1)
         shape = (sequences, length, skeleton.HIDDEN)
-        self.entering = [torch.randn(shape, generator=generator, device=device, dtype=torch.float32).to(dtype) for _ in range(parts)]
-        self.above = [1e-3 * torch.randn(shape, generator=generator, device=device, dtype=torch.float32).to(dtype) for _ in range(parts)]
+        self.entering = [
+            torch.randn(shape, generator=generator, device=device, dtype=torch.float32).to(dtype)
+            for _ in range(parts)
+        ]
+        self.above = [
+            1e-3
+            * torch.randn(shape, generator=generator, device=device, dtype=torch.float32).to(dtype)
+            for _ in range(parts)
+        ]
         self.tokens, self.length = parts * sequences * length, length
 
     @torch.no_grad()
@@ -168,7 +215,9 @@ class LayerBench:
             torch.cuda.reset_peak_memory_stats(device)
         seconds = timed(self.up if direction == "up" else self.back, device, repeats)
         flop = self.tokens * flop_per_token(self.length, self.layout.num_experts, direction)
-        return Measured(seconds, self.tokens / seconds, flop, flop / seconds / rate, peak_bytes(device))
+        return Measured(
+            seconds, self.tokens / seconds, flop, flop / seconds / rate, peak_bytes(device)
+        )
 
 
 def decode_seconds(bench: LayerBench, repeats: int) -> float:
@@ -177,10 +226,21 @@ def decode_seconds(bench: LayerBench, repeats: int) -> float:
 
     device = bench.decoder.device
     stored = bench.decoder.reader.tensors(0)
-    names = [n.removesuffix(".weight_packed") for n in bench.layout.expert_tensor_names(0, 0) if n.endswith(".weight_packed")]
-    packed = [(stored[f"{n}.weight_packed"].to(device), stored[f"{n}.weight_scale"].to(device)) for n in names]
+    names = [
+        n.removesuffix(".weight_packed")
+        for n in bench.layout.expert_tensor_names(0, 0)
+        if n.endswith(".weight_packed")
+    ]
+    packed = [
+        (stored[f"{n}.weight_packed"].to(device), stored[f"{n}.weight_scale"].to(device))
+        for n in names
+    ]
     rounds = 20 if device.type == "cuda" else 1
-    return bench.layout.num_experts / rounds * timed(lambda: [decode_int4(*p) for _ in range(rounds) for p in packed], device, repeats)
+    return (
+        bench.layout.num_experts
+        / rounds
+        * timed(lambda: [decode_int4(*p) for _ in range(rounds) for p in packed], device, repeats)
+    )
 
 
 def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -189,9 +249,17 @@ def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     write_layer(folder, args.experts)
     rate, copies = matmul_rate(device, dtype), copy_rate(device)
     bench = LayerBench(folder, device, dtype, args.parts, args.sequences, args.length)
-    packed = sum(t.nbytes for n, t in bench.decoder.reader.tensors(0).items() if bench.layout.is_expert_tensor(n))
+    packed = sum(
+        t.nbytes
+        for n, t in bench.decoder.reader.tensors(0).items()
+        if bench.layout.is_expert_tensor(n)
+    )
     facts: dict[str, Any] = {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine(),
+        "device": (
+            torch.cuda.get_device_name(device)
+            if device.type == "cuda"
+            else platform.processor() or platform.machine()
+        ),
         "torch": torch.__version__,
         "experts": args.experts,
         "tokens": bench.tokens,
@@ -210,7 +278,9 @@ def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     return facts
 
 
-def tell(run: Callable[[argparse.Namespace, Path], dict[str, Any]], args: argparse.Namespace) -> None:
+def tell(
+    run: Callable[[argparse.Namespace, Path], dict[str, Any]], args: argparse.Namespace
+) -> None:
     """What a run found in a folder that goes afterwards: printed, and written where --json says."""
     with tempfile.TemporaryDirectory(prefix="p48ray-bench-") as folder:
         facts = run(args, Path(folder))
@@ -220,7 +290,9 @@ def tell(run: Callable[[argparse.Namespace, Path], dict[str, Any]], args: argpar
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--experts", type=int, default=skeleton.NUM_EXPERTS)

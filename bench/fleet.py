@@ -1,26 +1,38 @@
 """Simulate a whole run on a fleet of spot GPUs in virtual time: the real driver, pretended workers.
 
-    python bench/fleet.py --out runs/fleet                              Kimi-K2.5's plan, 1 to 64 GPUs, three loss rates: ten minutes on 2 cores
-    python bench/fleet.py --out runs/fleet --gpus 8 64 --gpus-per-node 8 --loss-rates 0 0.1 --loss-per node --price 3
-    python bench/fleet.py --out runs/fleet --unit-seconds 40 --bandwidth 5      other measured times, another store
+    python bench/fleet.py --out runs/fleet
+        Kimi-K2.5's plan, 1 to 64 GPUs, three loss rates: ten minutes on 2 cores
+    python bench/fleet.py --out runs/fleet --gpus 8 64 --gpus-per-node 8 --loss-rates 0 0.1 \\
+        --loss-per node --price 3
+    python bench/fleet.py --out runs/fleet --unit-seconds 40 --bandwidth 5
+        other measured times, another store
 
-Real: plan and output layout from a header-only checkpoint, `Job.compress` with its `Overlap`, `run_all`, `RayRunner` with its `Dispatcher`,
-attempts and preemptions, needs, collect, `finish_layer`, all records (a UnitManifest of 24 linears a unit), a store in memory. Pretended: the module `ray` as
-`RayRunner` sees it (`SimulatedRay`: a queue of events with a clock), and the stages' bodies, which only write the objects that mark work as done.
+Real: plan and output layout from a header-only checkpoint, `Job.compress` with its `Overlap`,
+`run_all`, `RayRunner` with its `Dispatcher`, attempts and preemptions, needs, collect,
+`finish_layer`, all records (a UnitManifest of 24 linears a unit), a store in memory. Pretended: the
+module `ray` as `RayRunner` sees it (`SimulatedRay`: a queue of events with a clock), and the
+stages' bodies, which only write the objects that mark work as done.
 
 What is assumed (printed with the results, with the numbers in force):
-    time of a unit      p48ray.estimate.duration: measured launch costs (whatever the unit holds) plus products (in proportion to its tokens), one H100
-    tokens an expert    lognormal popularity, sigma 0.5 within a layer, not measured
-    streaming stages    p48ray.estimate.duration's assumed rate; reading, computing and writing one after the other; workers of a node share its link evenly
-    a node's link       one queue for reads, first come first served; writes at the same rate beside it; the store itself has no limit
-    activations, gradients   reads "shared" (DESIGN 9): once per node and layer, kept while they are among the last `--layers-held`;
-                             reads "own" (nodes without room for a cache): every unit reads them itself, once
-    source layers       "shared": once per node and direction; "own": once per worker and direction
-    SHA-256             of what is read, at `--hash-rate` in the process that reads it, after reading
-    losses              a node is lost as a whole; times are exponential, independent, without warning; seen after `--detect-s`
-    nodes               asked for when workers wait; a first node takes `--boot-s`, one in a lost one's place `--replace-s` more; paid from its boot to its
-                        loss, or to the end of compress
-    not counted         reduce, verify, evaluate, the head, storage, requests, Ray's own processor time in the driver (pickling is counted)
+    time of a unit     measured launch costs (whatever the unit holds) plus products (in proportion
+                       to its tokens), one H100 (p48ray.estimate.duration)
+    tokens an expert   lognormal popularity, sigma 0.5 within a layer, not measured
+    streaming stages   the assumed rate of p48ray.estimate.duration; reading, computing and writing
+                       one after the other; workers of a node share its link evenly
+    a node's link      one queue for reads, first come first served; writes at the same rate beside
+                       it; the store itself has no limit
+    activations,       reads "shared" (DESIGN 9): once per node and layer, kept while they are among
+    gradients          the last `--layers-held`; reads "own" (nodes without room for a cache): every
+                       unit reads them itself, once
+    source layers      "shared": once per node and direction; "own": once per worker and direction
+    SHA-256            of what is read, at `--hash-rate` in the process that reads it, afterwards
+    losses             a node is lost as a whole; times are exponential, independent, without
+                       warning; seen after `--detect-s`
+    nodes              asked for when workers wait; a first node takes `--boot-s`, one in a lost
+                       one's place `--replace-s` more; paid from its boot to its loss, or to the end
+                       of compress
+    not counted        reduce, verify, evaluate, the head, storage, requests, Ray's own processor
+                       time in the driver (pickling is counted)
 """
 
 import argparse
@@ -80,7 +92,8 @@ STUB = b"-"  # stands for the bytes of an object
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Costs:
-    """Seconds and bytes of the pieces of work, from the plan. `up` and `back`: one part at one layer."""
+    """Seconds and bytes of the pieces of work, from the plan. `up` and `back`: one part at one
+    layer."""
 
     loop_s: float
     product_s: float
@@ -98,20 +111,31 @@ class Costs:
 
 
 def costs_of(prepared: Prepared, unit_seconds: float | None = None) -> Costs:
-    """Args: unit_seconds: measured, of a unit with the mean number of tokens; the shares of loops and products stay."""
+    """Args:
+    unit_seconds: measured, of a unit with the mean number of tokens; the shares of loops and
+        products stay.
+    """
     plan, layout = prepared.plan, prepared.layout
     e = estimate(plan, prepared.source, layout, prepared.shards)
     loop_s, product_s = (f(plan, layout) / len(plan.units) for f in (loop_seconds, product_seconds))
     factor = 1.0 if unit_seconds is None else unit_seconds / (loop_s + product_s)
     hidden_bytes = 2 * e.num_tokens * layout.hidden_size
-    up_s = e.stream_gpu_hours * 3600 / (3 if plan.uses_gradients else 1) / len(plan.parts) / plan.num_streamed_layers
+    up_s = (
+        e.stream_gpu_hours
+        * 3600
+        / (3 if plan.uses_gradients else 1)
+        / len(plan.parts)
+        / plan.num_streamed_layers
+    )
     per_unit = plan.config.run.experts_per_unit
     return Costs(
         loop_s=factor * loop_s,
         product_s=factor * product_s,
         mean_load=e.num_tokens * layout.top_k * per_unit / layout.num_experts,
         layer_bytes=e.activation_bytes // len(plan.layers)
-        + plan.uses_gradients * e.num_tokens * row_bytes(layout.hidden_size, plan.config.calibration.stored_bits),
+        + plan.uses_gradients
+        * e.num_tokens
+        * row_bytes(layout.hidden_size, plan.config.calibration.stored_bits),
         source_unit_bytes=(e.source_bytes - e.untouched_bytes) // len(plan.units),
         unit_bytes=unit_bytes(layout, plan.units[0]),
         source_layer_bytes=(e.source_bytes - e.untouched_bytes) // len(plan.layers),
@@ -133,13 +157,17 @@ class Stubs:
     def tokens_per_expert(self, layer: int) -> list[int]:
         """Of one part."""
         weights = random.Random(layer)
-        popularity = [weights.lognormvariate(0, POPULARITY_SIGMA) for _ in range(self.layout.num_experts)]
+        popularity = [
+            weights.lognormvariate(0, POPULARITY_SIGMA) for _ in range(self.layout.num_experts)
+        ]
         c = self.plan.config.calibration
         routed = c.sequences_per_part * c.sequence_length * self.layout.top_k
         return [round(routed * p / sum(popularity)) for p in popularity]
 
     def begin(self, task: Task, node: Node, now: float) -> Attempt:
-        return self.unit(task, node, now) if task.stage == "compress" else self.stream(task, node, now)
+        return (
+            self.unit(task, node, now) if task.stage == "compress" else self.stream(task, node, now)
+        )
 
     def unit(self, task: Task, node: Node, now: float) -> Attempt:
         """Activations and gradients, the unit's experts, work, its shard."""
@@ -163,12 +191,14 @@ class Stubs:
         return Attempt(task, written, [(ready, solved)], [shard, manifest])
 
     def load_layer(self, node: Node, layer: int, now: float) -> float:
-        """When a layer's activations and gradients are on the node, read once and hashed by one of its processes."""
+        """When a layer's activations and gradients are on the node, read once and hashed by one of
+        its processes."""
         if layer not in node.layers:
             self.tally.layer_loads += 1
             self.tally.bytes_read += self.costs.layer_bytes
             node.layers[layer] = (
-                node.read(now, self.costs.layer_bytes, self.fleet.bandwidth) + self.costs.layer_bytes / self.fleet.hash_rate
+                node.read(now, self.costs.layer_bytes, self.fleet.bandwidth)
+                + self.costs.layer_bytes / self.fleet.hash_rate
             )
             while len(node.layers) > self.fleet.layers_held:
                 node.layers.popitem(last=False)
@@ -202,10 +232,21 @@ class Stubs:
             linears=linears,
             clipped_input_share=0.0,
             clipped_intermediate_share=2.5e-7,
-            seconds={"fetch": 24.0, "curvature": 9.5, "solve": round(solve_s, 3), "refine": 52.8, "write": 0.1},
+            seconds={
+                "fetch": 24.0,
+                "curvature": 9.5,
+                "solve": round(solve_s, 3),
+                "refine": 52.8,
+                "write": 0.1,
+            },
             finished_at=round(now, 3),
             device="simulated",
-            versions={"p48ray": "simulated", "torch": "simulated", "transformers": "simulated", "compressed-tensors": "simulated"},
+            versions={
+                "p48ray": "simulated",
+                "torch": "simulated",
+                "transformers": "simulated",
+                "compressed-tensors": "simulated",
+            },
         )
         if not self.store.put_if_absent(run_root.unit_manifest(unit.id), manifest.to_json()):
             self.store.delete(run_root.unit_shard(unit.id, attempt))
@@ -215,9 +256,12 @@ class Stubs:
         self.tally.bytes_written += num_bytes
 
     def stream(self, task: Task, node: Node, now: float) -> Attempt:
-        """Parts up or down the layers from where the store says that they are; what is written counts at the end of each layer."""
+        """Parts up or down the layers from where the store says that they are; what is written
+        counts at the end of each layer."""
         needs, goes_up = read_needs(self.plan, self.store), task.stage == "capture"
-        ways = {p: needs.forward_layers(p) if goes_up else needs.backward_layers(p) for p in task.item}
+        ways = {
+            p: needs.forward_layers(p) if goes_up else needs.backward_layers(p) for p in task.item
+        }
         top = self.plan.source.num_layers
         self.tally.parts_repeated += sum(len(w) not in (0, top, top + 1) for w in ways.values())
         sharers = min(self.plan.config.run.capture_workers or 1, self.fleet.node_gpus)
@@ -227,9 +271,15 @@ class Stubs:
             if not waiting:
                 continue
             computed = [p for p in waiting if goes_up or number > ways[p][0]]
-            read_bytes = self.source_reads(computed) * self.costs.source_layer_bytes if number in self.plan.layers else 0.0
+            read_bytes = (
+                self.source_reads(computed) * self.costs.source_layer_bytes
+                if number in self.plan.layers
+                else 0.0
+            )
             part_bytes = len(waiting) * self.costs.part_bytes
-            ready = now + (read_bytes + (0 if goes_up else part_bytes)) * sharers / self.fleet.bandwidth
+            ready = (
+                now + (read_bytes + (0 if goes_up else part_bytes)) * sharers / self.fleet.bandwidth
+            )
             solved = ready + len(computed) * (self.costs.up_s if goes_up else self.costs.back_s)
             now = solved + 2 * part_bytes * sharers / self.fleet.bandwidth
             self.tally.bytes_read += read_bytes + (0 if goes_up else part_bytes)
@@ -238,7 +288,8 @@ class Stubs:
         return Attempt(task, now, computes, effects)
 
     def source_reads(self, parts: list[int]) -> float:
-        """How often one worker reads a layer of the source; a node's workers share what is read once per node."""
+        """How often one worker reads a layer of the source; a node's workers share what is read
+        once per node."""
         sharers = min(self.plan.config.run.capture_workers or 1, self.fleet.node_gpus)
         if not parts or self.fleet.reads == "shared":
             return bool(parts) / sharers
@@ -257,20 +308,33 @@ class Stubs:
                 self.leave_boundary("residual-gradients", number, p)
             if goes_up and number in self.plan.layers:
                 self.put(run_root.activation_part(number, p), self.costs.part_bytes)
-                self.store.put(run_root.activation_manifest(number, p), self.activation_record(number, p).to_json())
+                self.store.put(
+                    run_root.activation_manifest(number, p),
+                    self.activation_record(number, p).to_json(),
+                )
             if not goes_up and number in self.plan.layers:
                 self.put(run_root.gradient_part(number, p), self.costs.part_bytes)
                 facts = self.facts(number, p)
-                self.store.put(run_root.gradient_manifest(number, p), GradientPart(mean_square=1e-6, **facts).to_json())
+                self.store.put(
+                    run_root.gradient_manifest(number, p),
+                    GradientPart(mean_square=1e-6, **facts).to_json(),
+                )
 
     def activation_record(self, layer: int, part: int) -> ActivationPart:
         return ActivationPart(
-            amax_input=41.5, amax_intermediate=87.25, tokens_per_expert=tuple(self.routing[layer]), **self.facts(layer, part)
+            amax_input=41.5,
+            amax_intermediate=87.25,
+            tokens_per_expert=tuple(self.routing[layer]),
+            **self.facts(layer, part),
         )
 
     def facts(self, layer: int, part: int) -> dict[str, Any]:
         c = self.plan.config.calibration
-        sizes = {"num_tokens": c.sequences_per_part * c.sequence_length, "size_bytes": self.costs.part_bytes, "sha256": "0" * 64}
+        sizes = {
+            "num_tokens": c.sequences_per_part * c.sequence_length,
+            "size_bytes": self.costs.part_bytes,
+            "sha256": "0" * 64,
+        }
         return {
             "plan_digest": self.plan.digest,
             "layer": layer,
@@ -290,7 +354,13 @@ class CountingStore(MemoryStore):
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
         found = list(super().list(prefix))
-        self.counts.update({"listings": 1, "pages": max(1, math.ceil(len(found) / LISTED_AT_ONCE)), "keys": len(found)})
+        self.counts.update(
+            {
+                "listings": 1,
+                "pages": max(1, math.ceil(len(found) / LISTED_AT_ONCE)),
+                "keys": len(found),
+            }
+        )
         return iter(found)
 
     def head(self, key: str) -> ObjectInfo | None:
@@ -333,16 +403,27 @@ def sized(prepared: Prepared, fleet: Fleet, name: str, keep: str) -> Prepared:
     """The plan for this fleet (worker counts are free to change) on a store of its own."""
     config = prepared.plan.config
     streams = min(config.run.capture_workers or fleet.gpus, fleet.gpus)
-    run = config.run.model_copy(update={"num_workers": fleet.gpus, "capture_workers": streams, "keep": keep, "prefetch_units": 0})
-    plan: RunPlan = prepared.plan.model_copy(update={"config": config.model_copy(update={"run": run})})
+    run = config.run.model_copy(
+        update={
+            "num_workers": fleet.gpus,
+            "capture_workers": streams,
+            "keep": keep,
+            "prefetch_units": 0,
+        }
+    )
+    plan: RunPlan = prepared.plan.model_copy(
+        update={"config": config.model_copy(update={"run": run})}
+    )
     return dataclasses.replace(prepared, plan=plan, store=CountingStore(name))
 
 
 def simulate(prepared: Prepared, fleet: Fleet, costs: Costs) -> tuple[Outcome, SimulatedRay]:
-    """Capture, gradients and compress, or what the store lacks of them, by the real driver. Raises whatever the driver raises."""
+    """Capture, gradients and compress, or what the store lacks of them, by the real driver. Raises
+    whatever the driver raises."""
     stubs = Stubs(prepared, fleet, costs)
     sim = SimulatedRay(fleet, stubs)
-    clock: list[tuple[float, float]] = []  # (virtual time, the driver's own processor time) before and after
+    # (virtual time, the driver's own processor time) before and after
+    clock: list[tuple[float, float]] = []
 
     def mark() -> None:
         clock.append((sim.now, time.process_time() - sim.cpu_s))
@@ -358,7 +439,10 @@ def simulate(prepared: Prepared, fleet: Fleet, costs: Costs) -> tuple[Outcome, S
         mark()
         end, streamed = sim.now, sim.streamed
     (_, cpu_0), (_, cpu_1) = clock
-    paid_s = sum(max(0.0, (end if n.lost_at is None else n.lost_at) - n.paid_from) for n in sim.machines) * fleet.node_gpus
+    paid_s = (
+        sum(max(0.0, (end if n.lost_at is None else n.lost_at) - n.paid_from) for n in sim.machines)
+        * fleet.node_gpus
+    )
     t = sim.tally
     begun = max(1, len(t.attempts))
     outcome = Outcome(
@@ -393,7 +477,8 @@ def peak_bytes() -> int:
 
 
 def measure_driver(prepared: Prepared, fleet: Fleet, costs: Costs) -> dict[str, Any]:
-    """One undisturbed run, its report, a tick of progress, and a resume when half of it is there. To be called first: memory is the process's peak."""
+    """One undisturbed run, its report, a tick of progress, and a resume when half of it is there.
+    To be called first: memory is the process's peak."""
     facts: dict[str, Any] = {"prepare_peak_bytes": peak_bytes()}
     whole = sized(prepared, fleet, "fleet-driver", "all")
     store = whole.store
@@ -408,7 +493,10 @@ def measure_driver(prepared: Prepared, fleet: Fleet, costs: Costs) -> dict[str, 
     start = time.process_time()
     keys = {info.key for info in store.list(run_root.UNITS)}
     len({run_root.unit_manifest(u.id) for u in whole.plan.units} & keys)
-    facts |= {"tick_ms": 1000 * (time.process_time() - start), "tick_pages": math.ceil(len(keys) / LISTED_AT_ONCE)}
+    facts |= {
+        "tick_ms": 1000 * (time.process_time() - start),
+        "tick_pages": math.ceil(len(keys) / LISTED_AT_ONCE),
+    }
     for unit in whole.plan.units[::2]:
         for info in list(MemoryStore.list(store, f"{run_root.UNITS}{unit.id}/")):
             MemoryStore.delete(store, info.key)
@@ -428,7 +516,11 @@ def measure_driver(prepared: Prepared, fleet: Fleet, costs: Costs) -> dict[str, 
     start = time.perf_counter()
     with mock.patch.object(Stubs, "begin", noting):
         resumed, sim = simulate(whole, fleet, costs)
-    facts |= {"resume_s": sim.first_execute - start, "resume_counts": at_first, "resumed_repeats": resumed.units_repeated}
+    facts |= {
+        "resume_s": sim.first_execute - start,
+        "resume_counts": at_first,
+        "resumed_repeats": resumed.units_repeated,
+    }
     clear(store)
     return facts
 
@@ -453,34 +545,79 @@ class IdleWorker:
 
 def measure_ray(prepared: Prepared) -> dict[str, float]:
     """All units through RayRunner and a real Ray. Its threads in the driver's process count."""
-    run_settings = prepared.plan.config.run.model_copy(update={"num_workers": RAY_WORKERS, "threads_per_worker": 1, "gpus_per_worker": 0.0})
-    plan = prepared.plan.model_copy(update={"config": prepared.plan.config.model_copy(update={"run": run_settings})})
-    tasks = [Task(stage="compress", id=u.id, item=u, marker=run_root.unit_manifest(u.id), layer=u.layer, load=1.0) for u in plan.units]
-    with mock.patch.object(ray_runner, "WorkerProcess", IdleWorker), RayRunner(plan, "memory://fleet-ray", None) as runner:
-        assert all(r.is_done for r in runner.run(TaskList(tasks[: 2 * RAY_WORKERS])))  # workers are up
+    run_settings = prepared.plan.config.run.model_copy(
+        update={"num_workers": RAY_WORKERS, "threads_per_worker": 1, "gpus_per_worker": 0.0}
+    )
+    plan = prepared.plan.model_copy(
+        update={"config": prepared.plan.config.model_copy(update={"run": run_settings})}
+    )
+    tasks = [
+        Task(
+            stage="compress",
+            id=u.id,
+            item=u,
+            marker=run_root.unit_manifest(u.id),
+            layer=u.layer,
+            load=1.0,
+        )
+        for u in plan.units
+    ]
+    with (
+        mock.patch.object(ray_runner, "WorkerProcess", IdleWorker),
+        RayRunner(plan, "memory://fleet-ray", None) as runner,
+    ):
+        # workers are up
+        assert all(r.is_done for r in runner.run(TaskList(tasks[: 2 * RAY_WORKERS])))
         start, cpu = time.perf_counter(), time.process_time()
         done = sum(r.is_done for r in runner.run(TaskList(tasks)))
         cpu, wall = time.process_time() - cpu, time.perf_counter() - start
     assert done == len(tasks)
-    return {"ray_ms_per_task": 1000 * cpu / done, "ray_wall_ms_per_task": 1000 * wall / done, "ray_peak_bytes": peak_bytes()}
+    return {
+        "ray_ms_per_task": 1000 * cpu / done,
+        "ray_wall_ms_per_task": 1000 * wall / done,
+        "ray_peak_bytes": peak_bytes(),
+    }
 
 
 def assumptions(args: argparse.Namespace, c: Costs) -> list[str]:
     return [
-        f"A unit takes {c.loop_s:.0f} s of launches and {c.product_s:.0f} s of products at the mean {c.mean_load:,.0f} routed tokens (estimate_time.py's "
-        f"figures of one H100). Tokens per expert: lognormal popularity, sigma {POPULARITY_SIGMA}, not measured.",
-        f"A node's link {args.bandwidth:g} GB/s, SHA-256 {args.hash_rate:g} GB/s a process, {args.layers_held} layers held by a node. A layer's activations "
-        f"and gradients are {c.layer_bytes / 1e9:.1f} GB, a unit's experts {c.source_unit_bytes / 1e6:.0f} MB, its shard {c.unit_bytes / 1e6:.0f} MB.",
-        f"A node boots in {args.boot_s:g} s (paid), one in a lost one's place comes {args.replace_s:g} s later (not paid), a worker starts in "
-        f"{args.start_s:g} s. Losses: per {'GPU' if args.loss_per == 'gpu' else 'node'}-hour, exponential, whole nodes, no warning, seen after "
-        f"{args.detect_s:g} s. {args.price:g} a GPU-hour. Seed {args.seed}.",
-        "Reads 'shared': activations and gradients once per node and layer; source layers once per node and direction (DESIGN 9). "
-        "Reads 'own': every unit reads its layer's activations and gradients once; source layers once per worker and direction.",
-        f"Streaming: {c.up_s:.2f} s up and {c.back_s:.2f} s back for a part at a layer (assumed rate); read, compute and write one after the other; at most "
-        "run.capture_workers GPUs, and only the nodes that they need.",
-        "Not counted: units read ahead, reduce, verify, evaluate, the head node, storage, requests, limits of the store.",
-        "Driver: processor time of the real Job, RayRunner, Dispatcher, run_all, needs and collect, pickling included, the simulation's own taken off; "
-        "listings come from memory, Ray's own share is measured apart (--ray).",
+        (
+            f"A unit takes {c.loop_s:.0f} s of launches and {c.product_s:.0f} s of products at the"
+            f" mean {c.mean_load:,.0f} routed tokens (estimate_time.py's figures of one H100)."
+            f" Tokens per expert: lognormal popularity, sigma {POPULARITY_SIGMA}, not measured."
+        ),
+        (
+            f"A node's link {args.bandwidth:g} GB/s, SHA-256 {args.hash_rate:g} GB/s a process,"
+            f" {args.layers_held} layers held by a node. A layer's activations and gradients are"
+            f" {c.layer_bytes / 1e9:.1f} GB, a unit's experts {c.source_unit_bytes / 1e6:.0f} MB,"
+            f" its shard {c.unit_bytes / 1e6:.0f} MB."
+        ),
+        (
+            f"A node boots in {args.boot_s:g} s (paid), one in a lost one's place comes"
+            f" {args.replace_s:g} s later (not paid), a worker starts in {args.start_s:g} s."
+            f" Losses: per {'GPU' if args.loss_per == 'gpu' else 'node'}-hour, exponential, whole"
+            f" nodes, no warning, seen after {args.detect_s:g} s. {args.price:g} a GPU-hour. Seed"
+            f" {args.seed}."
+        ),
+        (
+            "Reads 'shared': activations and gradients once per node and layer; source layers once"
+            " per node and direction (DESIGN 9). Reads 'own': every unit reads its layer's"
+            " activations and gradients once; source layers once per worker and direction."
+        ),
+        (
+            f"Streaming: {c.up_s:.2f} s up and {c.back_s:.2f} s back for a part at a layer (assumed"
+            " rate); read, compute and write one after the other; at most run.capture_workers"
+            " GPUs, and only the nodes that they need."
+        ),
+        (
+            "Not counted: units read ahead, reduce, verify, evaluate, the head node, storage,"
+            " requests, limits of the store."
+        ),
+        (
+            "Driver: processor time of the real Job, RayRunner, Dispatcher, run_all, needs and"
+            " collect, pickling included, the simulation's own taken off; listings come from"
+            " memory, Ray's own share is measured apart (--ray)."
+        ),
     ]
 
 
@@ -503,31 +640,71 @@ COLUMNS = (
 
 
 def cells(o: Outcome, price: float) -> list[str]:
-    head = [str(o.gpus), str(o.gpus_per_node), f"{o.loss_rate:g}", o.reads, f"{o.hours:.1f}", f"{o.stream_hours:.2f}"]
-    work = [f"{o.gpu_hours:,.0f}", f"{o.gpu_hours * price:,.0f}", str(o.nodes_lost), str(o.units_repeated), str(o.layers_joined)]
-    return [*head, *work, f"{o.bytes_read / 1e12:,.1f}", f"{100 * o.idle_share:.0f} %", f"{o.driver_ms_per_unit:.2f}"]
+    head = [
+        str(o.gpus),
+        str(o.gpus_per_node),
+        f"{o.loss_rate:g}",
+        o.reads,
+        f"{o.hours:.1f}",
+        f"{o.stream_hours:.2f}",
+    ]
+    work = [
+        f"{o.gpu_hours:,.0f}",
+        f"{o.gpu_hours * price:,.0f}",
+        str(o.nodes_lost),
+        str(o.units_repeated),
+        str(o.layers_joined),
+    ]
+    return [
+        *head,
+        *work,
+        f"{o.bytes_read / 1e12:,.1f}",
+        f"{100 * o.idle_share:.0f} %",
+        f"{o.driver_ms_per_unit:.2f}",
+    ]
 
 
 def driver_lines(d: dict[str, Any]) -> list[str]:
     asked, run = d["resume_counts"], d["run_counts"]
-    mb = {key: f"{d[key] / 1e6:.0f} MB" for key in ("prepare_peak_bytes", "run_peak_bytes", "peak_bytes", "row_bytes")}
+    mb = {
+        key: f"{d[key] / 1e6:.0f} MB"
+        for key in ("prepare_peak_bytes", "run_peak_bytes", "peak_bytes", "row_bytes")
+    }
     lines = [
-        f"Driver, {d['gpus']} GPUs, {d['num_units']:,} units, {d['num_linears']:,} linears: {d['ms_per_unit']:.2f} ms of processor time a unit, capture and "
-        f"gradients included; the report {d['report_s']:.1f} s.",
-        f"Peak RSS: {mb['prepare_peak_bytes']} after planning, {mb['run_peak_bytes']} after compress, {mb['peak_bytes']} with the report; "
-        f"{mb['row_bytes']} of it are the store's objects, which a bucket holds elsewhere.",
-        f"A tick of progress, every {INTERVAL_S:g} s, lists units/: {d['tick_ms']:.0f} ms and {d['tick_pages']} pages at the end of the run.",
-        f"Resume of a half-done run root ({d['resume_keys']:,} keys, keep: all): listing and needs {d['needs_s']:.2f} s, {d['resume_units']:,} units open; "
-        f"from the start to the first unit handed out {d['resume_s']:.2f} s, in which the store was asked for {asked.get('listings', 0)} listings "
-        f"({asked.get('pages', 0)} pages of {LISTED_AT_ONCE:,} keys), {asked.get('heads', 0)} HEAD, {asked.get('gets', 0)} GET; "
-        f"units done twice: {d['resumed_repeats']}.",
-        f"Capture, gradients and compress ask for {run.get('listings', 0)} listings ({run.get('pages', 0):,} pages) besides ticks, {run.get('heads', 0)} HEAD, "
-        f"{run.get('gets', 0):,} GET.",
+        (
+            f"Driver, {d['gpus']} GPUs, {d['num_units']:,} units, {d['num_linears']:,} linears:"
+            f" {d['ms_per_unit']:.2f} ms of processor time a unit, capture and gradients included;"
+            f" the report {d['report_s']:.1f} s."
+        ),
+        (
+            f"Peak RSS: {mb['prepare_peak_bytes']} after planning, {mb['run_peak_bytes']} after"
+            f" compress, {mb['peak_bytes']} with the report; {mb['row_bytes']} of it are the"
+            " store's objects, which a bucket holds elsewhere."
+        ),
+        (
+            f"A tick of progress, every {INTERVAL_S:g} s, lists units/: {d['tick_ms']:.0f} ms and"
+            f" {d['tick_pages']} pages at the end of the run."
+        ),
+        (
+            f"Resume of a half-done run root ({d['resume_keys']:,} keys, keep: all): listing and"
+            f" needs {d['needs_s']:.2f} s, {d['resume_units']:,} units open; from the start to the"
+            f" first unit handed out {d['resume_s']:.2f} s, in which the store was asked for"
+            f" {asked.get('listings', 0)} listings ({asked.get('pages', 0)} pages of"
+            f" {LISTED_AT_ONCE:,} keys), {asked.get('heads', 0)} HEAD, {asked.get('gets', 0)} GET;"
+            f" units done twice: {d['resumed_repeats']}."
+        ),
+        (
+            f"Capture, gradients and compress ask for {run.get('listings', 0)} listings"
+            f" ({run.get('pages', 0):,} pages) besides ticks, {run.get('heads', 0)} HEAD,"
+            f" {run.get('gets', 0):,} GET."
+        ),
     ]
     if "ray_ms_per_task" in d:
         lines.append(
-            f"With a real Ray and {RAY_WORKERS} workers that do nothing: {d['ray_ms_per_task']:.2f} ms of the driver's processor time a task, RayRunner's "
-            f"included, and {d['ray_wall_ms_per_task']:.2f} ms of wall clock; peak RSS {d['ray_peak_bytes'] / 1e6:.0f} MB."
+            f"With a real Ray and {RAY_WORKERS} workers that do nothing: {d['ray_ms_per_task']:.2f}"
+            " ms of the driver's processor time a task, RayRunner's included, and"
+            f" {d['ray_wall_ms_per_task']:.2f} ms of wall clock; peak RSS"
+            f" {d['ray_peak_bytes'] / 1e6:.0f} MB."
         )
     return lines
 
@@ -547,12 +724,23 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--gpus-per-node", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--loss-rates", type=float, nargs="+", default=[0.0, 0.05, 0.2])
     parser.add_argument(
-        "--loss-per", choices=["gpu", "node"], default="gpu", help="a node of 8 GPUs is lost 8 times as often per GPU-hour rate"
+        "--loss-per",
+        choices=["gpu", "node"],
+        default="gpu",
+        help="a node of 8 GPUs is lost 8 times as often per GPU-hour rate",
     )
-    parser.add_argument("--own-gpus", type=int, nargs="*", default=[1, 8, 64], help="also with reads 'own', without losses")
+    parser.add_argument(
+        "--own-gpus",
+        type=int,
+        nargs="*",
+        default=[1, 8, 64],
+        help="also with reads 'own', without losses",
+    )
     parser.add_argument("--keep", choices=["all", "units"], default="units")
     parser.add_argument(
-        "--unit-seconds", type=float, help="of a unit with the mean number of tokens, instead of p48ray.estimate.duration's"
+        "--unit-seconds",
+        type=float,
+        help="of a unit with the mean number of tokens, instead of p48ray.estimate.duration's",
     )
     parser.add_argument("--bandwidth", type=float, default=2.5, help="of a node to the store, GB/s")
     parser.add_argument("--hash-rate", type=float, default=1.5, help="SHA-256 of one process, GB/s")
@@ -562,7 +750,11 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--start-s", type=float, default=30.0)
     parser.add_argument("--detect-s", type=float, default=15.0)
     parser.add_argument("--price", type=float, default=2.5, help="of a GPU-hour")
-    parser.add_argument("--ray", action="store_true", help="also measure the driver's share with a real Ray on this machine")
+    parser.add_argument(
+        "--ray",
+        action="store_true",
+        help="also measure the driver's share with a real Ray on this machine",
+    )
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args(arguments)
 
@@ -572,7 +764,9 @@ def main() -> None:
     logging.getLogger("p48ray").setLevel(logging.ERROR)  # every preemption is a warning
     with tempfile.TemporaryDirectory() as folder:
         write_kimi_k25_skeleton(folder)
-        config = load_config(args.config, (f"source.checkpoint={folder}", *args.overrides), "memory://fleet")
+        config = load_config(
+            args.config, (f"source.checkpoint={folder}", *args.overrides), "memory://fleet"
+        )
         prepared = prepare(config, is_dry=True)
     run(args, prepared, Console(width=160))
 
@@ -580,7 +774,10 @@ def main() -> None:
 def run(args: argparse.Namespace, prepared: Prepared, console: Console) -> None:
     costs = costs_of(prepared, args.unit_seconds)
     keys = ("layers_held", "replace_s", "boot_s", "start_s", "detect_s", "loss_per", "seed")
-    shared = {key: vars(args)[key] for key in keys} | {"bandwidth": args.bandwidth * 1e9, "hash_rate": args.hash_rate * 1e9}
+    shared = {key: vars(args)[key] for key in keys} | {
+        "bandwidth": args.bandwidth * 1e9,
+        "hash_rate": args.hash_rate * 1e9,
+    }
     widest = Fleet(gpus=max(args.gpus), gpus_per_node=max(args.gpus_per_node), **shared)
     driver = measure_driver(prepared, widest, costs)
     driver |= {"gpus": widest.gpus, "num_units": len(prepared.plan.units)}
@@ -593,7 +790,10 @@ def run(args: argparse.Namespace, prepared: Prepared, console: Console) -> None:
         for rate in args.loss_rates
         for gpus in args.gpus
     ]
-    fleets += [Fleet(gpus=gpus, gpus_per_node=min(gpus, max(args.gpus_per_node)), reads="own", **shared) for gpus in args.own_gpus]
+    fleets += [
+        Fleet(gpus=gpus, gpus_per_node=min(gpus, max(args.gpus_per_node)), reads="own", **shared)
+        for gpus in args.own_gpus
+    ]
     outcomes = []
     for fleet in dict.fromkeys(fleets):
         mine = sized(prepared, fleet, "fleet", args.keep)
@@ -608,7 +808,13 @@ def run(args: argparse.Namespace, prepared: Prepared, console: Console) -> None:
     for line in lines:
         console.print(line, soft_wrap=True, highlight=False)
     args.out.mkdir(parents=True, exist_ok=True)
-    facts = {"cores": os.cpu_count(), "price": args.price, "driver": driver, "costs": dataclasses.asdict(costs), "notes": lines}
+    facts = {
+        "cores": os.cpu_count(),
+        "price": args.price,
+        "driver": driver,
+        "costs": dataclasses.asdict(costs),
+        "notes": lines,
+    }
     facts["rows"] = [dataclasses.asdict(o) for o in outcomes]
     (args.out / "fleet.json").write_text(json.dumps(facts, indent=1))
     (args.out / "fleet.md").write_text(markdown(outcomes, lines, args.price))

@@ -1,4 +1,5 @@
-"""The tables that bench/job.py ends with: the most important last, because of a long output often only the end is kept."""
+"""The tables that bench/job.py ends with: the most important last, because of a long output often
+only the end is kept."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -13,18 +14,31 @@ WIDTH = 118
 def print_facts(facts: Mapping[str, Any]) -> None:
     """All tables of one measured job."""
     console = Console(width=WIDTH)
-    for table in (pairs("units", facts["units"]), pairs("peaks", facts["peaks"]), plan_table(facts["plan"]), *stage_tables(facts)):
+    for table in (
+        pairs("units", facts["units"]),
+        pairs("peaks", facts["peaks"]),
+        plan_table(facts["plan"]),
+        *stage_tables(facts),
+    ):
         console.print(table)
     killed = facts["killed"]
     if killed:
-        console.print(f"killed: {killed['what']} {killed['pid']} in {killed['stage']}, {killed['units']} units done")
-    console.print(f"{facts['tree']['commit']}: exit codes {facts['exit_codes']}, units' digest {facts['digest'][:16]}")
+        console.print(
+            f"killed: {killed['what']} {killed['pid']} in {killed['stage']}, {killed['units']}"
+            " units done"
+        )
+    console.print(
+        f"{facts['tree']['commit']}: exit codes {facts['exit_codes']}, units' digest"
+        f" {facts['digest'][:16]}"
+    )
 
 
 def stage_tables(facts: Mapping[str, Any]) -> Iterable[Table]:
     """Time, and bytes, of each stage and of the job by kind of span."""
     rows = {**facts["stages"], "job": facts["job"]}
-    seconds = new_table("seconds by stage, and summed over threads by kind", "", "from", "wall", "GPU busy")
+    seconds = new_table(
+        "seconds by stage, and summed over threads by kind", "", "from", "wall", "GPU busy"
+    )
     num_bytes = new_table("bytes by stage", "")
     kinds = sorted({kind for row in rows.values() for kind in row["host_seconds"]})
     moved = sorted({kind for row in rows.values() for kind in row["bytes"]})
@@ -33,9 +47,14 @@ def stage_tables(facts: Mapping[str, Any]) -> Iterable[Table]:
             table.add_column(kind, justify="right")
     for name, row in rows.items():
         busy = "-" if row["gpu_busy"] is None else f"{row['gpu_busy']:.0%}"
-        hosts = [f"{row['host_seconds'][kind]:.1f}" if kind in row["host_seconds"] else "" for kind in kinds]
+        hosts = [
+            f"{row['host_seconds'][kind]:.1f}" if kind in row["host_seconds"] else ""
+            for kind in kinds
+        ]
         seconds.add_row(name, f"{row['start_s']:.1f}", f"{row['seconds']:.1f}", busy, *hosts)
-        num_bytes.add_row(name, *(size(row["bytes"][kind]) if kind in row["bytes"] else "" for kind in moved))
+        num_bytes.add_row(
+            name, *(size(row["bytes"][kind]) if kind in row["bytes"] else "" for kind in moved)
+        )
     return ([num_bytes] if moved else []) + [seconds]
 
 
@@ -54,13 +73,19 @@ def pairs(title: str, values: Mapping[str, Any]) -> Table:
     for name, value in values.items():
         inner = value.items() if isinstance(value, Mapping) else None
         kind = name if inner is None or not name.endswith("_bytes") else "_bytes"
-        text = ", ".join(f"{key} {figure(kind, item)}" for key, item in inner) if inner is not None else figure(name, value)
+        text = (
+            ", ".join(f"{key} {figure(kind, item)}" for key, item in inner)
+            if inner is not None
+            else figure(name, value)
+        )
         table.add_row(name, text)
     return table
 
 
 def new_table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, min_width=len(title))
+    table = Table(
+        title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, min_width=len(title)
+    )
     for number, column in enumerate(columns):
         table.add_column(column, justify="right" if number else "left")
     return table

@@ -1,7 +1,9 @@
-"""What a job does to its machine while it runs, sampled from outside: GPUs, memory of its processes, its run root.
+"""What a job does to its machine while it runs, sampled from outside: GPUs, memory of its
+processes, its run root.
 
-A run root alone does not tell: with run.keep parts go as soon as their layer is done. So the watch reads manifests as they come,
-and remembers every object that it has seen, with its size. What comes and goes within a second is missed.
+A run root alone does not tell: with run.keep parts go as soon as their layer is done. So the watch
+reads manifests as they come, and remembers every object that it has seen, with its size. What comes
+and goes within a second is missed.
 """
 
 import json
@@ -28,16 +30,19 @@ def open_gpus() -> tuple[Any, list[Any]]:
         import pynvml
 
         pynvml.nvmlInit()
-        return pynvml, [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
+        return pynvml, [
+            pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())
+        ]
     except Exception:  # noqa: BLE001 (no module, no driver, no device: nothing to look at)
         return None, []
 
 
 @dataclass(slots=True)
 class Peaks:
-    """Largest values seen, in bytes. Private memory is resident less what is shared; host memory that a GPU's driver pinned for a
-    process is mapped from the device and shows in no figure of the kernel; `locked` and `pinned` are what it does know. It shows in
-    `host_used_bytes`: of the whole machine, other programs too, beyond what was in use at the start, page cache apart."""
+    """Largest values seen, in bytes. Private memory is resident less what is shared; host memory
+    that a GPU's driver pinned for a process is mapped from the device and shows in no figure of the
+    kernel; `locked` and `pinned` are what it does know. It shows in `host_used_bytes`: of the whole
+    machine, other programs too, beyond what was in use at the start, page cache apart."""
 
     gpu_bytes: int | None = None
     worker_private_bytes: int = 0
@@ -53,8 +58,11 @@ class Peaks:
 class Watch:
     """Samples from `start` to `stop`, over as many processes as `follow` names one after the other.
 
-    Args: root: the run root, a local folder. busy: (Unix time, mean utilization of all GPUs, 0 to 1).
-          parts: manifests by key. objects: sizes by key of all that were seen, bytes.
+    Args:
+        root: the run root, a local folder.
+        busy: (Unix time, mean utilization of all GPUs, 0 to 1).
+        parts: manifests by key.
+        objects: sizes by key of all that were seen, bytes.
     """
 
     root: Path
@@ -125,7 +133,11 @@ class Watch:
             if os.path.basename(key).startswith("."):  # a temporary file of the store
                 continue
             self.objects[key] = max(size_bytes, self.objects.get(key, 0))
-            is_part = key.startswith(PART_MANIFESTS) and key.endswith(".json") and not key.endswith("scales.json")
+            is_part = (
+                key.startswith(PART_MANIFESTS)
+                and key.endswith(".json")
+                and not key.endswith("scales.json")
+            )
             if is_part and key not in self.parts:
                 with suppress(OSError, ValueError):
                     self.parts[key] = json.loads(Path(path).read_bytes())
@@ -133,7 +145,8 @@ class Watch:
 
 
 def workers(driver: psutil.Process, is_busy: bool = False) -> list[psutil.Process]:
-    """The job's workers, by the title that Ray gives them; is_busy: those in the middle of a task."""
+    """The job's workers, by the title that Ray gives them; is_busy: those in the middle of a
+    task."""
     title = f"{WORKER_TITLE}.execute" if is_busy else WORKER_TITLE
     found = []
     with suppress(psutil.Error):
@@ -145,7 +158,8 @@ def workers(driver: psutil.Process, is_busy: bool = False) -> list[psutil.Proces
 
 
 def host_in_use() -> int:
-    """Bytes of the machine's memory that nobody else can have. A machine may grow, so what is available alone does not tell."""
+    """Bytes of the machine's memory that nobody else can have. A machine may grow, so what is
+    available alone does not tell."""
     memory = psutil.virtual_memory()
     return int(memory.total - memory.available)
 

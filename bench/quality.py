@@ -1,13 +1,18 @@
-"""Every solver on one model, with the same calibration and held-out text: perplexity, token accuracy, KL, errors, ratios to the one-shot baseline.
+"""Every solver on one model, with the same calibration and held-out text: perplexity, token
+accuracy, KL, errors, ratios to the one-shot baseline.
 
-    python bench/quality.py --out runs/quality                                 all calibration sequences of configs/tiny.yaml's text
-    python bench/quality.py --out runs/quality --sequences 6 12 24 100 384     3, 6, 12, 50 and about 190 tokens per input of gate and up, on the small model
+    python bench/quality.py --out runs/quality
+        all calibration sequences of configs/tiny.yaml's text
+    python bench/quality.py --out runs/quality --sequences 6 12 24 100 384
+        3, 6, 12, 50 and about 190 tokens per input of gate and up, on the small model
     python bench/quality.py --out runs/quality --solvers one_shot default --seeds 0 1 2
-    python bench/quality.py --out runs/quality --local --set run.gpus_per_worker=1     in this process, on its GPU, without Ray
+    python bench/quality.py --out runs/quality --local --set run.gpus_per_worker=1
+        in this process, on its GPU, without Ray
 
-Each row is a whole job under --out, so an interrupted table is resumed by the same command. Views of one checkpoint: W4A4 in groups of 16 (as served), in
-groups of 32 (the sparse kernels'), and with original activations (W4A16, as published tables have it). The error ladder's first rung, sparsity alone, has no
-checkpoint: its values are evaluated in memory.
+Each row is a whole job under --out, so an interrupted table is resumed by the same command. Views
+of one checkpoint: W4A4 in groups of 16 (as served), in groups of 32 (the sparse kernels'), and with
+original activations (W4A16, as published tables have it). The error ladder's first rung, sparsity
+alone, has no checkpoint: its values are evaluated in memory.
 """
 
 import argparse
@@ -56,7 +61,11 @@ SOLVERS: dict[str, dict[str, str]] = {
     "default": {"output_curvature": "true", "sweeps": "12", "refine_steps": "300"},
     "refined_600": {"output_curvature": "true", "sweeps": "12", "refine_steps": "600"},
 }
-VIEWS = {"W4A4/16": (), "W4A4/32": ("evaluation.activation_group=32",), "W4A16": ("evaluation.activations=original",)}
+VIEWS = {
+    "W4A4/16": (),
+    "W4A4/32": ("evaluation.activation_group=32",),
+    "W4A16": ("evaluation.activations=original",),
+}
 SPARSE_ONLY = "sparse only"  # view of the solvers in LADDER
 LADDER = ("one_shot", "one_shot_a16", "two_sided")
 
@@ -69,30 +78,60 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--solvers", nargs="+", choices=SOLVERS, default=list(SOLVERS))
     parser.add_argument("--set", dest="overrides", action="append", default=[])
-    parser.add_argument("--local", action="store_true", help="in this process instead of on Ray's workers")
+    parser.add_argument(
+        "--local", action="store_true", help="in this process instead of on Ray's workers"
+    )
     args = parser.parse_args()
     configure_logging()
-    rows = [row for n in args.sequences for seed in args.seeds for solver in args.solvers for row in measure(args, solver, n, seed)]
-    machine = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
-    (args.out / "quality.json").write_text(json.dumps({"machine": machine, "cores": os.cpu_count(), "rows": rows}, indent=1))
+    rows = [
+        row
+        for n in args.sequences
+        for seed in args.seeds
+        for solver in args.solvers
+        for row in measure(args, solver, n, seed)
+    ]
+    machine = (
+        torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else platform.processor() or platform.machine()
+    )
+    (args.out / "quality.json").write_text(
+        json.dumps({"machine": machine, "cores": os.cpu_count(), "rows": rows}, indent=1)
+    )
     print_table(rows, Console(width=160))
 
 
-def measure(args: argparse.Namespace, solver: str, sequences: int, seed: int) -> list[dict[str, Any]]:
+def measure(
+    args: argparse.Namespace, solver: str, sequences: int, seed: int
+) -> list[dict[str, Any]]:
     """All views of one solver's checkpoint."""
     rows = []
     names = {"sequences": sequences, "seed": seed, "solver": solver}
     root = args.out / f"{sequences}-{seed}-{solver}"
     compression = [f"compression.{key}={value}" for key, value in SOLVERS[solver].items()]
-    shared = (*compression, f"calibration.num_sequences={sequences}", f"calibration.seed={seed}", *args.overrides)
+    shared = (
+        *compression,
+        f"calibration.num_sequences={sequences}",
+        f"calibration.seed={seed}",
+        *args.overrides,
+    )
     for view, overrides in VIEWS.items():
         start = time.monotonic()
         config = load_config(args.config, (*shared, *overrides), str(root))
         rows.append(names | {"view": view} | describe(run(config, args.local)))
-        print(f"{sequences} {seed} {solver} {view}: KL {rows[-1]['kl']:.4f} in {time.monotonic() - start:.0f} s", flush=True)
+        print(
+            f"{sequences} {seed} {solver} {view}: KL {rows[-1]['kl']:.4f} in"
+            f" {time.monotonic() - start:.0f} s",
+            flush=True,
+        )
     if solver in LADDER:
         config = load_config(args.config, (*shared, *VIEWS["W4A16"]), str(root))
-        rows.append(names | {"view": SPARSE_ONLY} | sparsity_alone(config).model_dump() | {"worst_output_error": {}, "unit_seconds": 0.0})
+        rows.append(
+            names
+            | {"view": SPARSE_ONLY}
+            | sparsity_alone(config).model_dump()
+            | {"worst_output_error": {}, "unit_seconds": 0.0}
+        )
     return rows
 
 
@@ -106,33 +145,43 @@ def run(config: RunConfig, is_local: bool) -> Report:
         return run_job(prepare(config), lambda plan, uri: nullcontext(LocalRunner(plan, uri)))
     from p48ray.runner.ray_runner import RayRunner
 
-    return run_job(prepare(config), lambda plan, uri: RayRunner(plan, uri, os.environ.get("RAY_ADDRESS")))
+    return run_job(
+        prepare(config), lambda plan, uri: RayRunner(plan, uri, os.environ.get("RAY_ADDRESS"))
+    )
 
 
 def describe(report: Report) -> dict[str, Any]:
     assert report.quality is not None
     return report.quality.model_dump() | {
-        "worst_output_error": {name: errors.worst for name, errors in report.relative_output_error.items()},
+        "worst_output_error": {
+            name: errors.worst for name, errors in report.relative_output_error.items()
+        },
         "unit_seconds": sum(report.unit_seconds.values()),
     }
 
 
 @torch.no_grad()
 def sparsity_alone(config: RunConfig) -> EvaluationResult:
-    """A finished run's solver once more on its captured tokens, stopped before quantization; original activations in the evaluation."""
+    """A finished run's solver once more on its captured tokens, stopped before quantization;
+    original activations in the evaluation."""
     prepared = prepare(config)
     plan, settings = prepared.plan, prepared.plan.config.evaluation
     assert settings is not None
     context = open_context(plan, prepared.store)
     experts: dict[tuple[int, int], ExpertWeights] = {}
     for unit in plan.units:
-        experts |= {(unit.layer, expert): w for expert, w in zip(unit.experts, sparse_unit(context, unit), strict=True)}
+        experts |= {
+            (unit.layer, expert): w
+            for expert, w in zip(unit.experts, sparse_unit(context, unit), strict=True)
+        }
     key = run_root.evaluation_tokens(evaluation_digest(plan, settings))
     ids_NS = arrow.decode(prepared.store.get(key), key)["token_ids"]
     sums = []
     for part in cut(settings.num_sequences, settings.sequences_per_part):
         rows = slice(part.first_sequence, part.first_sequence + part.num_sequences)
-        sums.append(evaluate_part(context, lambda layer, expert: experts[layer, expert], ids_NS[rows], part))
+        sums.append(
+            evaluate_part(context, lambda layer, expert: experts[layer, expert], ids_NS[rows], part)
+        )
     return combine_parts(sums)
 
 
@@ -143,7 +192,9 @@ def sparse_unit(context: StageContext, unit: WorkUnit) -> list[ExpertWeights]:
     originals = split_weights(gate_up_NOI, down_NOI)
     tokens = fetched.tokens
     side = output_side(tokens, originals)
-    sparse_NOI = sparse_values(*solver_arguments(context, gate_up_NOI, gate_up_curvature(tokens, side)[0]))
+    sparse_NOI = sparse_values(
+        *solver_arguments(context, gate_up_NOI, gate_up_curvature(tokens, side)[0])
+    )
     intermediates = down_curvature(tokens, side, originals, sparse_NOI)[0]
     down_NHF = sparse_values(*solver_arguments(context, down_NOI, intermediates))
     return split_weights(sparse_NOI, down_NHF)
@@ -151,12 +202,20 @@ def sparse_unit(context: StageContext, unit: WorkUnit) -> list[ExpertWeights]:
 
 def split_weights(gate_up_NZH: Tensor, down_NHF: Tensor) -> list[ExpertWeights]:
     gates_and_ups = (w_ZH.chunk(2) for w_ZH in gate_up_NZH)
-    return [ExpertWeights(gate, up, down) for (gate, up), down in zip(gates_and_ups, down_NHF, strict=True)]
+    return [
+        ExpertWeights(gate, up, down)
+        for (gate, up), down in zip(gates_and_ups, down_NHF, strict=True)
+    ]
 
 
 def print_table(rows: list[dict[str, Any]], console: Console) -> None:
-    """KL and perplexity per solver and view, with the ratio to the one-shot baseline (W4A4/16) of the same sequences and seed."""
-    base = {(r["sequences"], r["seed"]): r["kl"] for r in rows if r["solver"] == "one_shot" and r["view"] == "W4A4/16"}
+    """KL and perplexity per solver and view, with the ratio to the one-shot baseline (W4A4/16) of
+    the same sequences and seed."""
+    base = {
+        (r["sequences"], r["seed"]): r["kl"]
+        for r in rows
+        if r["solver"] == "one_shot" and r["view"] == "W4A4/16"
+    }
     columns = (
         "sequences",
         "seed",
@@ -176,8 +235,21 @@ def print_table(rows: list[dict[str, Any]], console: Console) -> None:
         reference = base.get((r["sequences"], r["seed"]))
         ratio = f"{r['kl'] / reference:.3f}" if reference else ""
         worst = [f"{value:.3f}" for value in r["worst_output_error"].values()] or ["", "", ""]
-        quality = [f"{r['compressed_perplexity']:.4f}", f"{r['compressed_accuracy']:.4f}", f"{r['kl']:.4f}", ratio]
-        table.add_row(str(r["sequences"]), str(r["seed"]), r["solver"], r["view"], *quality, *worst, f"{r['unit_seconds']:.0f}")
+        quality = [
+            f"{r['compressed_perplexity']:.4f}",
+            f"{r['compressed_accuracy']:.4f}",
+            f"{r['kl']:.4f}",
+            ratio,
+        ]
+        table.add_row(
+            str(r["sequences"]),
+            str(r["seed"]),
+            r["solver"],
+            r["view"],
+            *quality,
+            *worst,
+            f"{r['unit_seconds']:.0f}",
+        )
     console.print(table)
 
 

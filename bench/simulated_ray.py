@@ -1,6 +1,8 @@
-"""The module `ray` as RayRunner sees it, in virtual time: nodes that come and go, workers on them, tasks that take as long as somebody says.
+"""The module `ray` as RayRunner sees it, in virtual time: nodes that come and go, workers on them,
+tasks that take as long as somebody says.
 
-A queue of events with a clock. `ray.wait` lets time pass; a node's loss reaches the caller as Ray's own RayActorError. See bench/fleet.py.
+A queue of events with a clock. `ray.wait` lets time pass; a node's loss reaches the caller as Ray's
+own RayActorError. See bench/fleet.py.
 """
 
 import math
@@ -22,7 +24,8 @@ from p48ray.stages.tasks import Task, TaskResult
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fleet:
-    """The machines of one simulation. `bandwidth` is a node's, in bytes a second; `loss_rate` is per hour of a GPU or of a node (`loss_per`)."""
+    """The machines of one simulation. `bandwidth` is a node's, in bytes a second; `loss_rate` is
+    per hour of a GPU or of a node (`loss_per`)."""
 
     gpus: int
     gpus_per_node: int = 8
@@ -68,7 +71,8 @@ class Tally:
 
 @dataclass(eq=False, slots=True)
 class Node:
-    """A machine. Its link is free for another read from `link_free` on; `layers`: when those it holds are (or will be) there."""
+    """A machine. Its link is free for another read from `link_free` on; `layers`: when those it
+    holds are (or will be) there."""
 
     id: str
     free: int
@@ -96,7 +100,8 @@ class Ref:
 
 @dataclass(slots=True)
 class Attempt:
-    """One execution of a task: when the GPU computes, and what it leaves in the store at which time."""
+    """One execution of a task: when the GPU computes, and what it leaves in the store at which
+    time."""
 
     task: Task
     end: float
@@ -127,7 +132,11 @@ class Actor:
         self.node: Node | None = None
         self.open: Ref | None = None
         self.attempt: Attempt | None = None
-        self.start, self.execute, self.close = Method(self.call_start), Method(self.call_execute), Method(self.call_close)
+        self.start, self.execute, self.close = (
+            Method(self.call_start),
+            Method(self.call_execute),
+            Method(self.call_close),
+        )
 
     def call_start(self) -> Ref:
         assert self.open is not None
@@ -154,7 +163,8 @@ class Factory:
 
 
 class SimulatedRay:
-    """The calls of the module `ray` that RayRunner makes, in virtual time. Their own processor time is kept apart in `cpu_s`."""
+    """The calls of the module `ray` that RayRunner makes, in virtual time. Their own processor time
+    is kept apart in `cpu_s`."""
 
     def __init__(self, fleet: Fleet, stubs: Bodies) -> None:
         self.fleet, self.stubs, self.tally = fleet, stubs, stubs.tally
@@ -174,7 +184,11 @@ class SimulatedRay:
 
     def nodes(self) -> list[dict[str, Any]]:
         with self.aside():
-            return [{"NodeID": n.id, "Alive": n.lost_at is None, "Resources": {"CPU": 1.0}} for n in self.machines if n.is_up]
+            return [
+                {"NodeID": n.id, "Alive": n.lost_at is None, "Resources": {"CPU": 1.0}}
+                for n in self.machines
+                if n.is_up
+            ]
 
     def available_resources(self) -> dict[str, float]:
         return {"GPU": float(sum(n.free for n in self.alive()))}
@@ -184,7 +198,9 @@ class SimulatedRay:
             raise RayActorError()
         return pickle.loads(ref.data)
 
-    def wait(self, refs: Sequence[Ref], num_returns: int, timeout: float) -> tuple[list[Ref], list[Ref]]:
+    def wait(
+        self, refs: Sequence[Ref], num_returns: int, timeout: float
+    ) -> tuple[list[Ref], list[Ref]]:
         """Lets virtual time pass until one of the references is ready, or the timeout."""
         with self.aside():
             deadline = self.now + timeout
@@ -234,7 +250,8 @@ class SimulatedRay:
             return actor
 
     def place(self) -> None:
-        """Pending actors on free GPUs, fullest node first; nodes for the rest, up to the fleet's number."""
+        """Pending actors on free GPUs, fullest node first; nodes for the rest, up to the fleet's
+        number."""
         for node in sorted(self.alive(), key=lambda n: n.free):
             while node.free and self.pending:
                 actor = self.pending.popleft()
@@ -250,14 +267,20 @@ class SimulatedRay:
     def launch(self) -> None:
         wait_s = self.fleet.replace_s if self.num_launched >= self.fleet.max_nodes else 0.0
         self.num_launched += 1
-        node = Node(id=f"node-{self.num_launched:04d}", free=self.fleet.node_gpus, paid_from=self.now + wait_s)
+        node = Node(
+            id=f"node-{self.num_launched:04d}",
+            free=self.fleet.node_gpus,
+            paid_from=self.now + wait_s,
+        )
         self.machines.append(node)
         self.at(node.paid_from + self.fleet.boot_s, lambda: self.arrive(node))
 
     def arrive(self, node: Node) -> None:
         node.is_up = True
         if self.fleet.losses_per_s:
-            self.at(self.now + self.random.expovariate(self.fleet.losses_per_s), lambda: self.lose(node))
+            self.at(
+                self.now + self.random.expovariate(self.fleet.losses_per_s), lambda: self.lose(node)
+            )
         self.place()
 
     def lose(self, node: Node) -> None:
@@ -277,7 +300,9 @@ class SimulatedRay:
             actor.attempt = None
 
     def account(self, attempt: Attempt) -> None:
-        self.tally.busy_s += sum(max(0.0, min(end, self.now) - start) for start, end in attempt.computes)
+        self.tally.busy_s += sum(
+            max(0.0, min(end, self.now) - start) for start, end in attempt.computes
+        )
 
     def fail(self, ref: Ref) -> None:
         ref.is_lost = ref.is_ready = True

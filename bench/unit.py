@@ -1,14 +1,22 @@
-"""Work units of Kimi-K2.5's width through the stage's own code, phase by phase: from a run root on this disk to stored shards.
+"""Work units of Kimi-K2.5's width through the stage's own code, phase by phase: from a run root on
+this disk to stored shards.
 
-    python bench/unit.py --json unit.json                              on a GPU: units of 8 experts, 43,690 tokens each, the configuration for Kimi-K2.5
-    python bench/unit.py --profile 25                                  the kernels that take most time, too
-    python bench/unit.py --set compression.refine_steps=0              with other settings
-    python bench/unit.py --experts 2 --tokens 1024 --parts 2 ...       something smaller; a CPU takes minutes an expert
+    python bench/unit.py --json unit.json
+        on a GPU: units of 8 experts, 43,690 tokens each, the configuration for Kimi-K2.5
+    python bench/unit.py --profile 25
+        the kernels that take most time, too
+    python bench/unit.py --set compression.refine_steps=0
+        with other settings
+    python bench/unit.py --experts 2 --tokens 1024 --parts 2 ...
+        something smaller; a CPU takes minutes an expert
 
-The checkpoint is that of bench/capture.py (one layer, random INT4 experts), tokens are those of bench/solver.py: correlated, with outlier channels. Every
-token goes to all experts of one unit, so that a unit sees as many slices of as many tokens as in a run, but reads parts that hold tokens of --units units and
-not of 48. The range of intermediates, which capture would have seen, is assumed (AMAX_INTERMEDIATE) and cuts some off: errors here compare runs of this
-script and tell nothing of quality. Units run one by one first, then as a worker runs them: the next is fetched while one is computed (run.prefetch_units).
+The checkpoint is that of bench/capture.py (one layer, random INT4 experts), tokens are those of
+bench/solver.py: correlated, with outlier channels. Every token goes to all experts of one unit, so
+that a unit sees as many slices of as many tokens as in a run, but reads parts that hold tokens of
+--units units and not of 48. The range of intermediates, which capture would have seen, is assumed
+(AMAX_INTERMEDIATE) and cuts some off: errors here compare runs of this script and tell nothing of
+quality. Units run one by one first, then as a worker runs them: the next is fetched while one is
+computed (run.prefetch_units).
 """
 
 import argparse
@@ -77,11 +85,20 @@ def prepare_units(args: argparse.Namespace, folder: Path) -> StageContext:
     return context
 
 
-def write_part(context: StageContext, writer: BlobWriter, part: SequencePart, ids_TK: Tensor, generator: torch.Generator) -> None:
-    """What capture and gradients would have left of one part; everything from the device, as they do."""
+def write_part(
+    context: StageContext,
+    writer: BlobWriter,
+    part: SequencePart,
+    ids_TK: Tensor,
+    generator: torch.Generator,
+) -> None:
+    """What capture and gradients would have left of one part; everything from the device, as they
+    do."""
     length, device = len(ids_TK), ids_TK.device
     x_TH = make_tokens(length, context.layout.hidden_size, str(device), seed=2 * part.part)
-    delta_TH = 1e-4 * make_tokens(length, context.layout.hidden_size, str(device), seed=2 * part.part + 1)
+    delta_TH = 1e-4 * make_tokens(
+        length, context.layout.hidden_size, str(device), seed=2 * part.part + 1
+    )
     router_TK = torch.rand(ids_TK.shape, generator=generator, device=device).softmax(1)
     seen = RoutedInputs(x_TH, ids_TK, router_TK, torch.tensor(AMAX_INTERMEDIATE, device=device))
     write_activations(context, writer, 0, part, seen, time.monotonic())
@@ -110,7 +127,9 @@ def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     errors = [record.relative_output_error for manifest in alone for record in manifest.linears]
     experts = args.units * args.experts
     return {
-        "device": torch.cuda.get_device_name() if is_cuda else platform.processor() or platform.machine(),
+        "device": (
+            torch.cuda.get_device_name() if is_cuda else platform.processor() or platform.machine()
+        ),
         "torch": torch.__version__,
         "units": args.units,
         "experts": args.experts,
@@ -118,9 +137,14 @@ def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "parts": args.parts,
         "settings": args.set,
         "ms_an_expert": phases(alone, args.experts) | {"all": round(1000 * alone_s / experts, 1)},
-        "ms_an_expert_ahead": phases(together, args.experts) | {"all": round(1000 * together_s / experts, 1)},
+        "ms_an_expert_ahead": (
+            phases(together, args.experts) | {"all": round(1000 * together_s / experts, 1)}
+        ),
         "peak_gpu_bytes": alone[-1].peak_gpu_bytes,
-        "peak_gpu_bytes_ahead": {phase: max(m.peak_gpu_bytes[phase] for m in together) for phase in together[0].peak_gpu_bytes},
+        "peak_gpu_bytes_ahead": {
+            phase: max(m.peak_gpu_bytes[phase] for m in together)
+            for phase in together[0].peak_gpu_bytes
+        },
         "same_bytes": [m.sha256 for m in alone] == [m.sha256 for m in together],
         "mean_output_error": sum(errors) / len(errors),
     }
@@ -139,11 +163,17 @@ def profile(context: StageContext, rows: int) -> None:
     context.store.delete(run_root.unit_manifest(context.plan.units[0].id))
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as recorded:
         compress_unit(context, context.plan.units[0])
-    print(recorded.key_averages().table(sort_by="self_cuda_time_total", row_limit=rows, max_name_column_width=70))
+    print(
+        recorded.key_averages().table(
+            sort_by="self_cuda_time_total", row_limit=rows, max_name_column_width=70
+        )
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--experts", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=43_696, help="of each expert")

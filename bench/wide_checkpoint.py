@@ -1,11 +1,15 @@
-"""A checkpoint in the release's layout with random weights, as many experts and layers of it as a benchmark needs, and texts.
+"""A checkpoint in the release's layout with random weights, as many experts and layers of it as a
+benchmark needs, and texts.
 
-    python bench/wide_checkpoint.py FOLDER --experts 48 --mixture-layers 2               Kimi-K2.5's own width: 4.0 GB
-    python bench/wide_checkpoint.py FOLDER --width small --experts 8 --mixture-layers 2  for a CPU: 5 MB
+    python bench/wide_checkpoint.py FOLDER --experts 48 --mixture-layers 2
+        Kimi-K2.5's own width: 4.0 GB
+    python bench/wide_checkpoint.py FOLDER --width small --experts 8 --mixture-layers 2
+        for a CPU: 5 MB
 
-Layer 0 is dense, mixtures follow, each layer a file; embedding, last norm and head are one more. A file's tensors lie in
-safetensors' own order. The embedding has outlier channels, as trained models have: without them eight bits and NVFP4 would have
-an easy time. Tokenizer and texts are the small trained model's; the texts go round again with sentences and lines shuffled.
+Layer 0 is dense, mixtures follow, each layer a file; embedding, last norm and head are one more. A
+file's tensors lie in safetensors' own order. The embedding has outlier channels, as trained models
+have: without them eight bits and NVFP4 would have an easy time. Tokenizer and texts are the small
+trained model's; the texts go round again with sentences and lines shuffled.
 """
 
 import argparse
@@ -33,7 +37,12 @@ from p48ray.checkpoint.skeleton import Spec
 from p48ray.checkpoint.tensors import tensor_bytes
 
 TINY = Path(__file__).resolve().parents[1] / "examples" / "tiny-kimi-k2.5"
-TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
+TOKENIZER = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "generation_config.json",
+)
 VOCAB = 2048  # of that tokenizer
 CHARACTERS_PER_TOKEN = 8  # of it, at most: so texts never run short
 SENTENCES = re.compile(r"(?<=\. )|(?<=\n)")
@@ -46,7 +55,8 @@ WIDTHS: Mapping[str, Mapping[str, int]] = MappingProxyType(
     {
         "kimi": {},
         "small": {
-            "HIDDEN": 256, "MOE_INTERMEDIATE": 128, "DENSE_INTERMEDIATE": 512, "HEADS": 4, "Q_LORA": 96, "KV_LORA": 64,
+            "HIDDEN": 256, "MOE_INTERMEDIATE": 128, "DENSE_INTERMEDIATE": 512, "HEADS": 4,
+            "Q_LORA": 96, "KV_LORA": 64,
             "NOPE": 32, "ROPE": 32, "V_HEAD": 32,
         },
     }
@@ -56,18 +66,21 @@ WIDTHS: Mapping[str, Mapping[str, int]] = MappingProxyType(
 
 @contextmanager
 def skeleton_sizes(**sizes: Any) -> Iterator[None]:
-    """Within it skeleton.layer_specs() and kimi_k25_config() speak of a model of other sizes (names of its constants, integers)."""
+    """Within it skeleton.layer_specs() and kimi_k25_config() speak of a model of other sizes (names
+    of its constants, integers)."""
     with mock.patch.multiple(skeleton, **sizes):
         yield
 
 
 def in_stored_order(specs: Iterable[Spec]) -> list[Spec]:
-    """As safetensors.torch.save_file would lay them out. Raises: KeyError for a dtype that no checkpoint of this module holds."""
+    """As safetensors.torch.save_file would lay them out. Raises: KeyError for a dtype that no
+    checkpoint of this module holds."""
     return sorted(specs, key=lambda spec: (DTYPE_ORDER[spec[1]], spec[0]))
 
 
 def write_shard(path: Path, specs: Iterable[Spec], make: Callable[[Spec], bytes]) -> int:
-    """One file, its tensors in safetensors' order. make: the bytes of one. Returns: bytes of data."""
+    """One file, its tensors in safetensors' order. make: the bytes of one. Returns: bytes of
+    data."""
     ordered, num_bytes = in_stored_order(specs), 0
     with path.open("wb") as file:
         file.write(encode_header(ordered))
@@ -99,10 +112,14 @@ def random_tensor(spec: Spec, generator: torch.Generator) -> Tensor:
     return values.to(torch.bfloat16).cpu()
 
 
-def write_checkpoint(folder: Path, width: str, experts: int, mixture_layers: int, device: str) -> int:
+def write_checkpoint(
+    folder: Path, width: str, experts: int, mixture_layers: int, device: str
+) -> int:
     """Config, index, weights and tokenizer, into a folder that is created; the index comes last.
 
-    Args:    width: of WIDTHS. device: where random numbers are drawn; another one draws others.
+    Args:
+        width: of WIDTHS.
+        device: where random numbers are drawn; another one draws others.
     Returns: bytes of tensors. Raises: OSError.
     """
     layers = 1 + mixture_layers
@@ -113,12 +130,18 @@ def write_checkpoint(folder: Path, width: str, experts: int, mixture_layers: int
         config = skeleton.kimi_k25_config()
         shards = [list(skeleton.layer_specs(layer)) for layer in range(layers)]
         prefix, hidden = "language_model.", skeleton.HIDDEN
-        ends = {"model.embed_tokens": (VOCAB, hidden), "model.norm": (hidden,), "lm_head": (VOCAB, hidden)}
+        ends = {
+            "model.embed_tokens": (VOCAB, hidden),
+            "model.norm": (hidden,),
+            "lm_head": (VOCAB, hidden),
+        }
         shards.append([(f"{prefix}{name}.weight", "BF16", shape) for name, shape in ends.items()])
         weight_map, num_bytes = {}, 0
         for number, specs in enumerate(shards, start=1):
             file = f"model-{number:05d}-of-{len(shards):06d}.safetensors"
-            num_bytes += write_shard(folder / file, specs, lambda spec: tensor_bytes(random_tensor(spec, generator)))
+            num_bytes += write_shard(
+                folder / file, specs, lambda spec: tensor_bytes(random_tensor(spec, generator))
+            )
             weight_map.update({name: file for name, _, _ in specs})
     ids = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
     config |= ids | {"media_placeholder_token_id": 3}
@@ -132,9 +155,12 @@ def write_checkpoint(folder: Path, width: str, experts: int, mixture_layers: int
 
 
 def write_texts(path: Path, num_tokens: int) -> None:
-    """The small model's calibration texts, and again with their sentences and lines in other orders, until there are that many tokens."""
+    """The small model's calibration texts, and again with their sentences and lines in other
+    orders, until there are that many tokens."""
     rng = random.Random(0)
-    texts = [json.loads(line)["text"] for line in (TINY / "calibration.jsonl").read_text().splitlines()]
+    texts = [
+        json.loads(line)["text"] for line in (TINY / "calibration.jsonl").read_text().splitlines()
+    ]
     wanted, is_first = CHARACTERS_PER_TOKEN * num_tokens, True
     with path.open("w") as file:
         while wanted > 0 or is_first:
@@ -148,14 +174,18 @@ def write_texts(path: Path, num_tokens: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--width", choices=WIDTHS, default="kimi")
     parser.add_argument("--experts", type=int, default=48)
     parser.add_argument("--mixture-layers", type=int, default=2)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
-    num_bytes = write_checkpoint(args.folder, args.width, args.experts, args.mixture_layers, args.device)
+    num_bytes = write_checkpoint(
+        args.folder, args.width, args.experts, args.mixture_layers, args.device
+    )
     print(f"{args.folder}: {num_bytes / 1e9:.2f} GB of tensors")
 
 

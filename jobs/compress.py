@@ -1,14 +1,17 @@
-"""The main job: compress a checkpoint as a configuration file says. Run the same command again to resume.
+"""The main job: compress a checkpoint as a configuration file says. Run the same command again to
+resume.
 
-    python jobs/compress.py --config configs/tiny.yaml
-    ray job submit --working-dir . -- python jobs/compress.py --config configs/tiny.yaml --run-root /abs/path
+    python jobs/compress.py --config configs/tiny.yaml ray job submit --working-dir . -- python
+    jobs/compress.py --config configs/tiny.yaml --run-root /abs/path
 
-Exit code 0 only if checkpoint/ is complete and verified; 2 for a mistake in what the user supplied; 1 otherwise.
+Exit code 0 only if checkpoint/ is complete and verified; 2 for a mistake in what the user supplied;
+1 otherwise.
 """
 
 import os
 
-os.environ.setdefault("RAY_DEDUP_LOGS", "0")  # read when Ray is imported: a line per finished unit is not to be folded into one of many
+# read when Ray is imported: a line per finished unit is not to be folded into one of many
+os.environ.setdefault("RAY_DEDUP_LOGS", "0")
 
 from pathlib import Path
 from typing import Annotated
@@ -26,21 +29,26 @@ from p48ray.runner.ray_runner import RayRunner
 from p48ray.stages.prepare import prepare
 from p48ray.store.open import scheme_of, writable_examples
 
-RAY_JOB_MARK = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray's job supervisor for the entrypoint it runs
+# set by Ray's job supervisor for the entrypoint it runs
+RAY_JOB_MARK = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 
 
 def check_run_root(path: Path, config: RunConfig) -> None:
-    """Something that can be written to; and under a Ray job nothing relative, which would land in Ray's temporary copy of the working directory, and be lost.
+    """Something that can be written to; and under a Ray job nothing relative, which would land in
+    Ray's temporary copy of the working directory, and be lost.
 
     Raises: ConfigError.
     """
     if not scheme_of(config.run.root).is_writable:
-        raise ConfigError(f"{path}: run.root: expected {writable_examples()}, found {config.run.root!r}")
+        raise ConfigError(
+            f"{path}: run.root: expected {writable_examples()}, found {config.run.root!r}"
+        )
     is_relative = scheme_of(config.run.root).is_path and not os.path.isabs(config.run.root)
     if RAY_JOB_MARK in os.environ and is_relative:
         raise ConfigError(
-            f"run.root: expected an absolute path under `ray job submit`, found {config.run.root!r}: it would lie in Ray's temporary copy of the "
-            "working directory; pass --run-root with an absolute path"
+            "run.root: expected an absolute path under `ray job submit`, found"
+            f" {config.run.root!r}: it would lie in Ray's temporary copy of the working directory;"
+            " pass --run-root with an absolute path"
         )
 
 
@@ -58,8 +66,15 @@ def compress(path: Path, config: RunConfig, dry_run: bool) -> None:
 def main(
     config: Annotated[Path, typer.Option(help="YAML configuration, see configs/.")],
     run_root: Annotated[str | None, typer.Option(help="Replaces run.root.")] = None,
-    set_: Annotated[list[str] | None, typer.Option("--set", help="dotted.key=value, replaces a key of the file; may be repeated.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Plan, print counts, bytes and estimates, and stop.")] = False,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", help="dotted.key=value, replaces a key of the file; may be repeated."
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Plan, print counts, bytes and estimates, and stop.")
+    ] = False,
 ) -> None:
     """Compress a mixture-of-experts checkpoint to paired-4:8 sparse NVFP4."""
     configure_logging()

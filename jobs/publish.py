@@ -1,9 +1,11 @@
-"""Publish a finished run's checkpoint on the Hugging Face Hub. Run the same command again to resume.
+"""Publish a finished run's checkpoint on the Hugging Face Hub. Run the same command again to
+resume.
 
     HF_TOKEN=... python jobs/publish.py --run-root runs/tiny --repo owner/name --private
 
-Exit code 0 only if the commit is on the Hub; 2 for a mistake in what the user supplied; 1 otherwise. The token comes from HF_TOKEN or from the
-login file (`hf auth login`). HF_ENDPOINT is honoured; HF_HUB_DISABLE_XET=1 takes plain LFS calls (the Xet path is untested).
+Exit code 0 only if the commit is on the Hub; 2 for a mistake in what the user supplied; 1
+otherwise. The token comes from HF_TOKEN or from the login file (`hf auth login`). HF_ENDPOINT is
+honoured; HF_HUB_DISABLE_XET=1 takes plain LFS calls (the Xet path is untested).
 """
 
 import os
@@ -25,9 +27,11 @@ from p48ray.runner.console import configure_logging
 from p48ray.runner.ray_tasks import RayTasks
 from p48ray.store.open import ENDPOINT_VARIABLES, open_store
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)  # pretty ones print locals, and the token is in some
+# pretty ones print locals, and the token is in some
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
-SHARED_SETTINGS = ("HF_HUB_DISABLE_XET", "HF_HUB_DISABLE_TELEMETRY", "HF_HUB_OFFLINE")  # of huggingface_hub, read when workers import it
+# of huggingface_hub, read when workers import it
+SHARED_SETTINGS = ("HF_HUB_DISABLE_XET", "HF_HUB_DISABLE_TELEMETRY", "HF_HUB_OFFLINE")
 
 
 def connect(repo: str, revision: str) -> Hub:
@@ -50,18 +54,34 @@ def print_states(states: list[FileState], hub: Hub) -> None:
         table.add_row(s.name, f"{s.size_bytes:,}", s.state)
     Console(width=None if os.isatty(1) else 160).print(table)
     to_send = sum(s.size_bytes for s in states if s.state == "to send")
-    print(f"{len(states)} files, {size(sum(s.size_bytes for s in states))}, to send at most {size(to_send)}; nothing was sent")
+    print(
+        f"{len(states)} files, {size(sum(s.size_bytes for s in states))}, to send at most"
+        f" {size(to_send)}; nothing was sent"
+    )
 
 
 @app.command()
 def main(
     run_root: Annotated[str, typer.Option(help="Folder or URI of a finished run.")],
     repo: Annotated[str, typer.Option(help="owner/name; made if it is not there.")],
-    private: Annotated[bool, typer.Option("--private", help="Make the repository private.")] = False,
+    private: Annotated[
+        bool, typer.Option("--private", help="Make the repository private.")
+    ] = False,
     revision: Annotated[str, typer.Option(help="Branch; made if it is not there.")] = "main",
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print files, bytes and what is there already, and stop.")] = False,
-    workers: Annotated[int, typer.Option(min=1, help="Shards on their way at once, each staged in its worker's TMPDIR.")] = 4,
-    endpoint_url: Annotated[str | None, typer.Option(envvar=ENDPOINT_VARIABLES, help="Of an S3 run root that is not on AWS.")] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Print files, bytes and what is there already, and stop."),
+    ] = False,
+    workers: Annotated[
+        int,
+        typer.Option(
+            min=1, help="Shards on their way at once, each staged in its worker's TMPDIR."
+        ),
+    ] = 4,
+    endpoint_url: Annotated[
+        str | None,
+        typer.Option(envvar=ENDPOINT_VARIABLES, help="Of an S3 run root that is not on AWS."),
+    ] = None,
 ) -> None:
     """Publish a finished run's checkpoint on the Hugging Face Hub."""
     configure_logging()
@@ -69,9 +89,18 @@ def main(
         hub, store = connect(repo, revision), open_store(run_root, endpoint_url)
         if dry_run:
             return print_states(rehearse(store, hub), hub)
-        is_shared = store.head(names.PLAN) is not None and RunPlan.load(store, names.PLAN).config.run.root_is_shared
+        is_shared = (
+            store.head(names.PLAN) is not None
+            and RunPlan.load(store, names.PLAN).config.run.root_is_shared
+        )
         settings = {name: os.environ[name] for name in SHARED_SETTINGS if name in os.environ}
-        tasks = RayTasks(what="publish", num_workers=workers, address=os.environ.get("RAY_ADDRESS"), settings=settings, is_shared=is_shared)
+        tasks = RayTasks(
+            what="publish",
+            num_workers=workers,
+            address=os.environ.get("RAY_ADDRESS"),
+            settings=settings,
+            is_shared=is_shared,
+        )
         publish(store, hub, private, RayUploads(tasks))
     except P48Error as error:
         typer.echo(f"error: {error}", err=True)

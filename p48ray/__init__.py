@@ -1,5 +1,5 @@
-"""Compress mixture-of-experts checkpoints to paired-4:8 sparse NVFP4 (W4A4) on a fleet of preemptible
-GPUs.
+"""Compress mixture-of-experts checkpoints to paired-4:8 sparse NVFP4 (W4A4) on a fleet of
+preemptible GPUs.
 
 Folders, from the bottom up; each imports only what stands before it:
     numerics, kernels    store    config    checkpoint    texts, model    run    estimate

@@ -1,4 +1,5 @@
-"""p48ray: questions about a run root or a checkpoint, answered from the bucket alone; no cluster is needed."""
+"""p48ray: questions about a run root or a checkpoint, answered from the bucket alone; no cluster is
+needed."""
 
 import json
 import os
@@ -18,15 +19,26 @@ from p48ray.report.status import print_status, read_status
 from p48ray.runner.console import configure_logging
 from p48ray.store.open import ENDPOINT_VARIABLES, open_store, scheme_of
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, pretty_exceptions_enable=False)
+app = typer.Typer(
+    add_completion=False, no_args_is_help=True, help=__doc__, pretty_exceptions_enable=False
+)
 console = Console()
 
-Endpoint = Annotated[str | None, typer.Option("--endpoint-url", envvar=ENDPOINT_VARIABLES, help="Of an S3 server that is not AWS.")]
-SourceEndpoint = Annotated[str | None, typer.Option("--source-endpoint-url", help="Of the source's; default: that of --endpoint-url.")]
+Endpoint = Annotated[
+    str | None,
+    typer.Option(
+        "--endpoint-url", envvar=ENDPOINT_VARIABLES, help="Of an S3 server that is not AWS."
+    ),
+]
+SourceEndpoint = Annotated[
+    str | None,
+    typer.Option("--source-endpoint-url", help="Of the source's; default: that of --endpoint-url."),
+]
 
 
 def guarded(action: Callable[[], bool]) -> None:
-    """Run; exit 0 if it returns True, 1 if False or for an internal error, 2 for a user's mistake."""
+    """Run; exit 0 if it returns True, 1 if False or for an internal error, 2 for a user's
+    mistake."""
     configure_logging(sys.stderr)
     try:
         is_good = action()
@@ -37,7 +49,10 @@ def guarded(action: Callable[[], bool]) -> None:
 
 
 @app.command()
-def status(run_root: Annotated[str, typer.Argument(help="Folder or URI of a run.")], endpoint_url: Endpoint = None) -> None:
+def status(
+    run_root: Annotated[str, typer.Argument(help="Folder or URI of a run.")],
+    endpoint_url: Endpoint = None,
+) -> None:
     """How far a run has come: each stage, each layer, and what failed."""
 
     def action() -> bool:
@@ -55,26 +70,46 @@ def status(run_root: Annotated[str, typer.Argument(help="Folder or URI of a run.
 def verify(
     checkpoint: Annotated[str, typer.Argument(help="Folder of a compressed checkpoint.")],
     source: Annotated[
-        str | None, typer.Option(help="The checkpoint it was made from: untouched tensors and weight errors are compared too.")
+        str | None,
+        typer.Option(
+            help=(
+                "The checkpoint it was made from: untouched tensors and weight errors are compared"
+                " too."
+            )
+        ),
     ] = None,
     workers: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Processes that read shards. Default: as many as the cluster at RAY_ADDRESS has CPUs; without one, this process."
+            min=1,
+            help=(
+                "Processes that read shards. Default: as many as the cluster at RAY_ADDRESS has"
+                " CPUs; without one, this process."
+            ),
         ),
     ] = None,
-    shared: Annotated[bool, typer.Option("--shared", help="Local paths are the same folder on every node of the cluster.")] = False,
+    shared: Annotated[
+        bool,
+        typer.Option(
+            "--shared", help="Local paths are the same folder on every node of the cluster."
+        ),
+    ] = False,
     endpoint_url: Endpoint = None,
     source_endpoint_url: SourceEndpoint = None,
 ) -> None:
-    """Re-read a checkpoint as a stranger and print what is wrong with it, as JSON; progress goes to the standard error. Exit 0 if nothing is, 1 otherwise."""
+    """Re-read a checkpoint as a stranger and print what is wrong with it, as JSON; progress goes to
+    the standard error. Exit 0 if nothing is, 1 otherwise."""
 
     def action() -> bool:
         from p48ray.finished.verifier import verify_folder
-        from p48ray.runner.ray_tasks import RayTasks  # here, because Ray takes a second to import and no other command needs it
+
+        # here, because Ray takes a second to import and no other command needs it
+        from p48ray.runner.ray_tasks import RayTasks
 
         address = os.environ.get("RAY_ADDRESS")
-        tasks = RayTasks(what="verify", num_workers=workers, address=address, is_shared=shared, shows_logs=False)
+        tasks = RayTasks(
+            what="verify", num_workers=workers, address=address, is_shared=shared, shows_logs=False
+        )
         verdict = verify_folder(
             open_store(checkpoint, endpoint_url),
             open_store(source, source_endpoint_url or endpoint_url) if source else None,
@@ -89,38 +124,67 @@ def verify(
 @app.command()
 def convert(
     checkpoint: Annotated[str, typer.Argument(help="Folder of a compressed checkpoint.")],
-    out: Annotated[str, typer.Argument(help="New folder, or one where the same conversion was interrupted.")],
-    storage: Annotated[Storage, typer.Option(help="What to write: sparse for the kernels of paired-4:8, dense for stock loaders.")],
+    out: Annotated[
+        str, typer.Argument(help="New folder, or one where the same conversion was interrupted.")
+    ],
+    storage: Annotated[
+        Storage,
+        typer.Option(
+            help="What to write: sparse for the kernels of paired-4:8, dense for stock loaders."
+        ),
+    ],
     workers: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Processes that convert shards. Default: as many as the cluster at RAY_ADDRESS has CPUs; without one, this process."
+            min=1,
+            help=(
+                "Processes that convert shards. Default: as many as the cluster at RAY_ADDRESS has"
+                " CPUs; without one, this process."
+            ),
         ),
     ] = None,
-    shared: Annotated[bool, typer.Option("--shared", help="Local paths are the same folder on every node of the cluster.")] = False,
+    shared: Annotated[
+        bool,
+        typer.Option(
+            "--shared", help="Local paths are the same folder on every node of the cluster."
+        ),
+    ] = False,
     endpoint_url: Endpoint = None,
     out_endpoint_url: Annotated[
-        str | None, typer.Option("--out-endpoint-url", help="Of OUT's S3 server; default: that of --endpoint-url.")
+        str | None,
+        typer.Option(
+            "--out-endpoint-url", help="Of OUT's S3 server; default: that of --endpoint-url."
+        ),
     ] = None,
 ) -> None:
-    """Write a checkpoint anew in sparse or dense storage, without loss either way. Progress goes to the standard error."""
+    """Write a checkpoint anew in sparse or dense storage, without loss either way. Progress goes to
+    the standard error."""
 
     def action() -> bool:
-        from p48ray.finished.converter import convert_folder  # here, because Ray takes a second to import
+        # here, because Ray takes a second to import
+        from p48ray.finished.converter import convert_folder
         from p48ray.runner.ray_tasks import RayTasks
 
         if not scheme_of(out).is_writable:
             raise ConfigError(f"OUT: expected a place that can be written to, found {out}")
         address = os.environ.get("RAY_ADDRESS")
-        tasks = RayTasks(what="convert", num_workers=workers, address=address, is_shared=shared, shows_logs=False)
+        tasks = RayTasks(
+            what="convert", num_workers=workers, address=address, is_shared=shared, shows_logs=False
+        )
         found = convert_folder(
             open_store(checkpoint, endpoint_url),
             open_store(out, out_endpoint_url or endpoint_url),
             storage,
             tasks if address or (workers or 1) > 1 else None,
         )
-        typer.echo(f"{'found' if found.is_done else 'wrote'} {out}: {storage} storage, {len(found.shards)} shards")
-        for what, (before, after) in (("experts", found.expert_bytes), ("all tensors", found.all_bytes)):
+        typer.echo(
+            f"{'found' if found.is_done else 'wrote'} {out}: {storage} storage, {len(found.shards)}"
+            " shards"
+        )
+        for what, (before, after) in (
+            ("experts", found.expert_bytes),
+            ("all tensors", found.all_bytes),
+        ):
             typer.echo(f"{what:<12} {before:,} -> {after:,} bytes ({after / before:.3f}x)")
         return True
 
@@ -130,8 +194,12 @@ def convert(
 @app.command()
 def inspect(
     checkpoint: Annotated[str, typer.Argument(help="Folder of a compressed checkpoint.")],
-    linear: Annotated[str | None, typer.Option(help="Module name of one expert linear; default: the first.")] = None,
-    source: Annotated[str | None, typer.Option(help="The checkpoint it was made from, for the weight error.")] = None,
+    linear: Annotated[
+        str | None, typer.Option(help="Module name of one expert linear; default: the first.")
+    ] = None,
+    source: Annotated[
+        str | None, typer.Option(help="The checkpoint it was made from, for the weight error.")
+    ] = None,
     endpoint_url: Endpoint = None,
     source_endpoint_url: SourceEndpoint = None,
 ) -> None:
@@ -139,19 +207,29 @@ def inspect(
 
     def action() -> bool:
         origin = open_store(source, source_endpoint_url or endpoint_url) if source else None
-        print_inspection(inspect_linear(open_store(checkpoint, endpoint_url), linear, origin), console)
+        print_inspection(
+            inspect_linear(open_store(checkpoint, endpoint_url), linear, origin), console
+        )
         return True
 
     guarded(action)
 
 
 @app.command()
-def skeleton(folder: Annotated[Path, typer.Argument(help="New folder; its sparse files take a few MB of disk.")]) -> None:
-    """Write a checkpoint of Kimi-K2.5's shape with headers and no data, to try plans on: jobs/compress.py --dry-run --set source.checkpoint=FOLDER."""
+def skeleton(
+    folder: Annotated[
+        Path, typer.Argument(help="New folder; its sparse files take a few MB of disk.")
+    ],
+) -> None:
+    """Write a checkpoint of Kimi-K2.5's shape with headers and no data, to try plans on:
+    jobs/compress.py --dry-run --set source.checkpoint=FOLDER."""
 
     def action() -> bool:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise ConfigError(f"{folder}: expected a new or empty folder, found something there; nothing was written")
+            raise ConfigError(
+                f"{folder}: expected a new or empty folder, found something there; nothing was"
+                " written"
+            )
         write_kimi_k25_skeleton(folder)
         typer.echo(f"wrote {folder}")
         return True

@@ -38,8 +38,8 @@ LIMITS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
 HEAD = """\
 # The configuration
 
-Made by `python -m p48ray.config_page > docs/CONFIG.md` from the models in `p48ray/config/__init__.py`
-and `p48ray/config_*.py` beside it. Change a description there and run it again; a test compares.
+Made by `python -m p48ray.config_page > docs/CONFIG.md` from the models in `p48ray/config/`.
+Change a description there and run it again; a test compares.
 
 One YAML file maps to this tree. A key that is not here is refused. Later sources win: the
 defaults, the file, `--set dotted.key=value`, `--run-root`. Examples: the files in `configs/`.
@@ -65,7 +65,9 @@ def section_of(annotation: object) -> type[Section] | None:
     return next((c for c in choices if isinstance(c, type) and issubclass(c, Section)), None)
 
 
-def all_settings(model: type[Section] = RunConfig, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+def all_settings(
+    model: type[Section] = RunConfig, prefix: str = ""
+) -> Iterator[tuple[str, FieldInfo]]:
     """Every key that holds a value: its dotted name and its field."""
     for name, field in model.model_fields.items():
         section = section_of(field.annotation)

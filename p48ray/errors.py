@@ -1,28 +1,35 @@
-"""Every error that p48ray raises on purpose. One base, positional arguments only, so that each crosses a Ray process boundary intact."""
+"""Every error that p48ray raises on purpose. One base, positional arguments only, so that each
+crosses a Ray process boundary intact."""
 
 
 class P48Error(Exception):
-    """Base of all errors raised on purpose. The message names the file and key, what was expected, what was found and what to do next."""
+    """Base of all errors raised on purpose. The message names the file and key, what was expected,
+    what was found and what to do next."""
 
 
 class UserError(P48Error):
-    """Something the user supplied is wrong: configuration, source checkpoint, texts, run root. The job exits with code 2."""
+    """Something the user supplied is wrong: configuration, source checkpoint, texts, run root. The
+    job exits with code 2."""
 
 
 class ConfigError(UserError):
-    """A configuration key is unknown or has a bad value, or a place can not be used for what it is named for. Names the key."""
+    """A configuration key is unknown or has a bad value, or a place can not be used for what it is
+    named for. Names the key."""
 
 
 class SourceError(UserError):
-    """The source checkpoint is missing something, is corrupt, or has a layout that is not supported. Names file and tensor."""
+    """The source checkpoint is missing something, is corrupt, or has a layout that is not
+    supported. Names file and tensor."""
 
 
 class CalibrationError(UserError):
-    """Calibration or evaluation texts are unusable, or the statistics gathered from them are not finite."""
+    """Calibration or evaluation texts are unusable, or the statistics gathered from them are not
+    finite."""
 
 
 class PlanMismatchError(UserError):
-    """The run root holds the plan of another run. Names the first setting that differs and both values."""
+    """The run root holds the plan of another run. Names the first setting that differs and both
+    values."""
 
 
 class ObjectMissingError(P48Error):
@@ -34,7 +41,8 @@ class ShardCorruptError(P48Error):
 
 
 class CorruptObjectError(ShardCorruptError):
-    """Something in the run root is not what its manifest says, and can be made anew. Arguments: the message, then the keys to delete for that."""
+    """Something in the run root is not what its manifest says, and can be made anew. Arguments: the
+    message, then the keys to delete for that."""
 
     def __str__(self) -> str:
         """The message alone."""
@@ -49,7 +57,8 @@ class CorruptObjectError(ShardCorruptError):
 class TransientStoreError(P48Error):
     """A store operation failed in a way that a retry may cure. The only error that runners retry.
 
-    Arguments: the message; then, where the service said so, the seconds after which it wants to be asked again.
+    Arguments: the message; then, where the service said so, the seconds after which it wants to be
+    asked again.
     """
 
     def __str__(self) -> str:
@@ -63,7 +72,8 @@ class TransientStoreError(P48Error):
 
 
 class GaveUpError(TransientStoreError):
-    """Tried as often as its policy says (store.retry). A runner may try the whole task again; no other policy does."""
+    """Tried as often as its policy says (store.retry). A runner may try the whole task again; no
+    other policy does."""
 
 
 class WorkerLostError(P48Error):
@@ -71,12 +81,15 @@ class WorkerLostError(P48Error):
 
 
 class NumericsError(P48Error):
-    """A solver's precondition does not hold: shape, finiteness, positive definiteness beyond the damping ladder."""
+    """A solver's precondition does not hold: shape, finiteness, positive definiteness beyond the
+    damping ladder."""
 
 
 class StageFailedError(P48Error):
-    """A stage ended with tasks that have no manifest. Lists them; their tracebacks lie under failures/ in the run root."""
+    """A stage ended with tasks that have no manifest. Lists them; their tracebacks lie under
+    failures/ in the run root."""
 
 
 class VerificationError(P48Error):
-    """The finished checkpoint does not hold what its plan and manifests promise. Lists what was found."""
+    """The finished checkpoint does not hold what its plan and manifests promise. Lists what was
+    found."""

@@ -1,8 +1,14 @@
-"""Where a worker's time goes, for benchmarks: one JSON line for each span of work, in the folder that P48RAY_TRACE names.
+"""Where a worker's time goes, for benchmarks: one JSON line for each span of work, in the folder
+that P48RAY_TRACE names.
 
-Without that variable a span costs an attribute lookup. A process writes a file of its own, `<pid>.jsonl`, so that no lock is shared:
-    {"kind": "hash", "stage": "capture", "start": 1764440000.123, "seconds": 0.41, "bytes": 1879048192, "thread": 140..., "what": "residuals/layer-002/..."}
-`start` is Unix time. Spans of one kind do not nest inside each other; spans of different threads lie beside each other.
+Without that variable a span costs an attribute lookup. A process writes a file of its own,
+`<pid>.jsonl`, so that no lock is shared:
+
+    {"kind": "hash", "stage": "capture", "start": 1764440000.123, "seconds": 0.41,
+     "bytes": 1879048192, "thread": 140..., "what": "residuals/layer-002/..."}
+
+`start` is Unix time. Spans of one kind do not nest inside each other; spans of different threads
+lie beside each other.
 """
 
 import json
@@ -58,7 +64,8 @@ def span(kind: Kind, num_bytes: int = 0, what: str = "") -> Iterator[None]:
 
 @contextmanager
 def task(stage: str, what: str) -> Iterator[None]:
-    """A task of a stage: spans of its process belong to that stage until the next task begins (a process works for one stage at a time)."""
+    """A task of a stage: spans of its process belong to that stage until the next task begins (a
+    process works for one stage at a time)."""
     global _stage
     _stage = stage
     with span("task", what=what):

@@ -1,4 +1,5 @@
-"""What all tests share: where things are, what a test's marks follow from, which process runs it, and a run that many tests look at."""
+"""What all tests share: where things are, what a test's marks follow from, which process runs it,
+and a run that many tests look at."""
 
 import os
 import re
@@ -18,10 +19,9 @@ REPO = Path(__file__).resolve().parents[1]
 TINY = REPO / "examples" / "tiny-kimi-k2.5"
 
 NEEDS = {
-    "ray_session": "ray", "site": "ray", "head": "ray",
-    "seaweedfs": "server", "moto_server": "server", "moto": "server", "bucket": "server", "hub": "server",
-    "chromium": "browser",
-    "local_run": "slow", "finished_once": "slow",
+    "ray_session": "ray", "site": "ray", "head": "ray", "seaweedfs": "server",
+    "moto_server": "server", "moto": "server", "bucket": "server", "hub": "server",
+    "chromium": "browser", "local_run": "slow", "finished_once": "slow",
 }  # fmt: skip
 """Fixture, or a fixture's parameter -> the mark of every test that uses it."""
 
@@ -37,29 +37,40 @@ LONGEST_FIRST = (
     "tests/finished/test_publish_on_ray.py",
     "finished: SmallRun",
 )
-"""Groups that two processes begin with (docs/CONTRIBUTING.md), so that none of them is alone at the end."""
+"""Groups that two processes begin with (docs/CONTRIBUTING.md), so that none of them is alone at the
+end."""
 
 
 @cache
 def group_of(file: str) -> str:
-    """Tests of one group run in one process, one after the other: those that share a cluster or the finished run, else those of a file.
+    """Tests of one group run in one process, one after the other: those that share a cluster or the
+    finished run, else those of a file.
 
-    Args: file: path from the repository on.
+    Args:
+        file: path from the repository on.
     """
     if file.startswith("tests/chaos/"):
         return "tests/chaos"
     text = (REPO / file).read_text()
-    return next((shared for shared in ("ray_session", "finished: SmallRun") if shared in text), file)
+    return next(
+        (shared for shared in ("ray_session", "finished: SmallRun") if shared in text), file
+    )
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks by fixtures, and groups in the order in which they are begun; tests of a group as they were."""
+    """Marks by fixtures, and groups in the order in which they are begun; tests of a group as they
+    were."""
     for item in items:
-        chosen = getattr(item, "callspec", None)  # a fixture's parameter may say which server it takes
+        # a fixture's parameter may say which server it takes
+        chosen = getattr(item, "callspec", None)
         used = {
             *getattr(item, "fixturenames", ()),
-            *(value for value in (chosen.params.values() if chosen else ()) if isinstance(value, str)),
+            *(
+                value
+                for value in (chosen.params.values() if chosen else ())
+                if isinstance(value, str)
+            ),
         }
         for mark in sorted({NEEDS[name] for name in used if name in NEEDS}):
             item.add_marker(mark)
@@ -69,7 +80,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
-    """Hands out groups. pytest-xdist's own marks for them are without effect under pytest 9.2 (findings/)."""
+    """Hands out groups. pytest-xdist's own marks for them are without effect under pytest 9.2
+    (findings/)."""
     from xdist.scheduler import LoadScopeScheduling
 
     class ByGroup(LoadScopeScheduling):  # type: ignore[misc]
@@ -89,22 +101,28 @@ def timeless(data: bytes) -> bytes:
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """Sums depend on the number of threads; tests that compare bytes must not depend on the machine's."""
+    """Sums depend on the number of threads; tests that compare bytes must not depend on the
+    machine's."""
     torch.set_num_threads(1)
     yield
 
 
 @pytest.fixture(autouse=True)
 def fast_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a real power cut does to a disk no test can see, and a run waits for the disk two hundred times. Other processes do wait."""
+    """What a real power cut does to a disk no test can see, and a run waits for the disk two
+    hundred times. Other processes do wait."""
     monkeypatch.setattr(os, "fsync", lambda handle: None)
 
 
 @pytest.fixture(autouse=True)
 def only_what_is_marked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """A test that starts Ray says so: `make test-fast` leaves such tests out."""
-    if request.node.get_closest_marker("ray") is None and find_spec("ray"):  # the serving clients' environment has none
-        monkeypatch.setattr("ray.init", lambda *_, **__: pytest.fail(f"{request.node.name} starts Ray without pytest.mark.ray"))
+    # the serving clients' environment has none
+    if request.node.get_closest_marker("ray") is None and find_spec("ray"):
+        monkeypatch.setattr(
+            "ray.init",
+            lambda *_, **__: pytest.fail(f"{request.node.name} starts Ray without pytest.mark.ray"),
+        )
 
 
 @pytest.fixture(scope="session")
@@ -117,5 +135,10 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> "SmallRun":
 
 @pytest.fixture(scope="session", autouse=True)
 def no_network() -> None:
-    """Nothing in the tests may ask a Hub, or tell Ray's makers. Ray's workers are what is waited for, so they are as important as the rest."""
-    os.environ |= {"HF_HUB_OFFLINE": "1", "RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
+    """Nothing in the tests may ask a Hub, or tell Ray's makers. Ray's workers are what is waited
+    for, so they are as important as the rest."""
+    os.environ |= {
+        "HF_HUB_OFFLINE": "1",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_worker_niceness": "0",
+    }

@@ -1,4 +1,5 @@
-"""The house's rules: imports run one way, ray stays at the edge, names say something, modules stay readable."""
+"""The house's rules: imports run one way, ray stays at the edge, names say something, modules stay
+readable."""
 
 import ast
 import re
@@ -55,14 +56,23 @@ def imports(path: Path) -> set[str]:
 
 
 def row(name: str) -> int | None:
-    return next((i for i, names in enumerate(ROWS) if any(name == n or name.startswith(f"{n}.") for n in names)), None)
+    return next(
+        (
+            i
+            for i, names in enumerate(ROWS)
+            if any(name == n or name.startswith(f"{n}.") for n in names)
+        ),
+        None,
+    )
 
 
 def folder(name: str) -> str:
     return ".".join(name.split(".")[:2])
 
 
-@pytest.mark.parametrize(("name", "path"), list(modules()), ids=lambda value: value if isinstance(value, str) else "")
+@pytest.mark.parametrize(
+    ("name", "path"), list(modules()), ids=lambda value: value if isinstance(value, str) else ""
+)
 def test_imports_run_downward(name: str, path: Path) -> None:
     if name == "p48ray":
         return
@@ -76,14 +86,30 @@ def test_imports_run_downward(name: str, path: Path) -> None:
 
 
 def test_ray_is_imported_by_runners_and_jobs_only() -> None:
-    users = {name for name, path in modules() if any(i == "ray" or i.startswith("ray.") for i in imports(path))}
-    runners = {f"p48ray.runner.{name}" for name in ("cluster", "metrics", "ray_runner", "ray_tasks")}
+    users = {
+        name
+        for name, path in modules()
+        if any(i == "ray" or i.startswith("ray.") for i in imports(path))
+    }
+    runners = {
+        f"p48ray.runner.{name}" for name in ("cluster", "metrics", "ray_runner", "ray_tasks")
+    }
     assert users == runners | {"p48ray.benchmarks.ray_server"}
 
 
 # What compiles kernels in a process of its own, with children.
 ITS_OWN_PROCESS = {
-    "p48ray.kernels.precompile": ("argparse", "fcntl", "logging", "os", "pathlib", "signal", "sys", "threading", "time"),
+    "p48ray.kernels.precompile": (
+        "argparse",
+        "fcntl",
+        "logging",
+        "os",
+        "pathlib",
+        "signal",
+        "sys",
+        "threading",
+        "time",
+    ),
 }
 
 
@@ -108,7 +134,11 @@ def test_numerics_need_only_torch() -> None:
             strangers = {i for i in imports(path) if not i.startswith(allowed)}
             assert strangers <= {"p48ray"}, f"{name} imports {strangers}"
         if name.startswith("p48ray.kernels"):
-            strangers = {i for i in imports(path) if not i.startswith((*allowed, "triton", *ITS_OWN_PROCESS.get(name, ())))}
+            strangers = {
+                i
+                for i in imports(path)
+                if not i.startswith((*allowed, "triton", *ITS_OWN_PROCESS.get(name, ())))
+            }
             assert strangers <= {"p48ray"}, f"{name} imports {strangers}"
 
 
@@ -118,7 +148,11 @@ def test_triton_is_imported_by_kernels_only_and_kernels_inside_functions_only() 
         if name.startswith("p48ray.kernels"):
             continue
         assert not any(i == "triton" or i.startswith("triton.") for i in imports(path)), name
-        top = [n for n in ast.parse(path.read_text()).body if isinstance(n, ast.ImportFrom | ast.Import)]
+        top = [
+            n
+            for n in ast.parse(path.read_text()).body
+            if isinstance(n, ast.ImportFrom | ast.Import)
+        ]
         assert not any("p48ray.kernels" in ast.unparse(n) for n in top), name
 
 
@@ -133,14 +167,22 @@ def test_modules_stay_under_400_lines() -> None:
 
 
 def test_jobs_stay_under_100_lines() -> None:
-    assert {str(p): n for p in (REPO / "jobs").glob("*.py") if (n := len(p.read_text().splitlines())) > 100} == {}
+    assert {
+        str(p): n
+        for p in (REPO / "jobs").glob("*.py")
+        if (n := len(p.read_text().splitlines())) > 100
+    } == {}
 
 
 def test_nothing_unpickles() -> None:
     """Sources and run roots are data: no pickle, no torch.load, no eval in the package."""
     for name, path in modules():
         assert not {"pickle", "dill", "cloudpickle", "joblib"} & imports(path), name
-        calls = {ast.unparse(node.func) for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)}
+        calls = {
+            ast.unparse(node.func)
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.Call)
+        }
         assert not {"torch.load", "eval", "exec"} & calls, name
 
 
@@ -149,7 +191,8 @@ NAMED_ELSEWHERE = {"seekable", "get_current_device", "get_current_stream", "get_
 
 
 def test_nothing_is_there_for_tests_alone() -> None:
-    """Every function and class is named a second time in the package, a job or a bench. What is decorated its decorator may call."""
+    """Every function and class is named a second time in the package, a job or a bench. What is
+    decorated its decorator may call."""
     folders = (PACKAGE, REPO / "jobs", REPO / "bench")
     sources = {path: path.read_text() for folder in folders for path in folder.rglob("*.py")}
     counts = Counter(word for text in sources.values() for word in re.findall(r"\w+", text))
@@ -157,7 +200,9 @@ def test_nothing_is_there_for_tests_alone() -> None:
         f"{path.relative_to(REPO)}: {node.name}"
         for path in PACKAGE.rglob("*.py")
         for node in ast.walk(ast.parse(sources[path]))
-        if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.decorator_list and not node.name.startswith("__")
+        if isinstance(node, ast.FunctionDef | ast.ClassDef)
+        and not node.decorator_list
+        and not node.name.startswith("__")
         if counts[node.name] < 2 and node.name not in NAMED_ELSEWHERE
     ]
     assert unused == []

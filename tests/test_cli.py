@@ -1,4 +1,5 @@
-"""p48ray's commands: exit codes and what they print. 0 for good news, 1 for damage, 2 for a mistake of the caller's."""
+"""p48ray's commands: exit codes and what they print. 0 for good news, 1 for damage, 2 for a mistake
+of the caller's."""
 
 import json
 import logging
@@ -60,7 +61,10 @@ def clean(finished: SmallRun) -> Folder:
 def test_status_of_a_finished_run_exits_0_and_says_so(finished: SmallRun) -> None:
     result = call("status", finished.root)
     assert result.exit_code == 0
-    assert f"{finished.prepared.plan.config.name}  plan {finished.prepared.plan.digest[:12]}  complete" in result.stdout
+    assert (
+        f"{finished.prepared.plan.config.name}  plan {finished.prepared.plan.digest[:12]}  complete"
+        in result.stdout
+    )
     for stage in ("capture", "compress", "reduce", "verify", "evaluate"):
         assert stage in result.stdout
 
@@ -75,9 +79,10 @@ def test_status_of_an_unfinished_run_exits_0_too(finished: SmallRun, tmp_path: P
 @pytest.mark.parametrize("place", ["nowhere", ".", "hf://owner/name", "ftp://host/run"])
 def test_status_of_a_place_that_is_no_run_root_exits_2(tmp_path: Path, place: str) -> None:
     path = place if "://" in place else str(tmp_path / place)
-    words = {"hf://owner/name": "found a repository on the Hub", "ftp://host/run": "unknown scheme ftp://"}.get(
-        place, "expected a run root with plan.json"
-    )
+    words = {
+        "hf://owner/name": "found a repository on the Hub",
+        "ftp://host/run": "unknown scheme ftp://",
+    }.get(place, "expected a run root with plan.json")
     refused(call("status", path), 2, path, words)
 
 
@@ -90,8 +95,12 @@ def test_status_of_a_damaged_plan_exits_1(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("with_source", [False, True])
-def test_verify_of_a_clean_checkpoint_exits_0_and_prints_its_verdict(finished: SmallRun, with_source: bool) -> None:
-    result = call("verify", finished.checkpoint, *(["--source", finished.source] if with_source else []))
+def test_verify_of_a_clean_checkpoint_exits_0_and_prints_its_verdict(
+    finished: SmallRun, with_source: bool
+) -> None:
+    result = call(
+        "verify", finished.checkpoint, *(["--source", finished.source] if with_source else [])
+    )
     assert result.exit_code == 0
     verdict = json.loads(result.stdout)
     assert verdict == {
@@ -103,15 +112,21 @@ def test_verify_of_a_clean_checkpoint_exits_0_and_prints_its_verdict(finished: S
     }
 
 
-def test_verify_of_a_damaged_checkpoint_exits_1_and_names_the_tensor(finished: SmallRun, clean: Folder, tmp_path: Path) -> None:
+def test_verify_of_a_damaged_checkpoint_exits_1_and_names_the_tensor(
+    finished: SmallRun, clean: Folder, tmp_path: Path
+) -> None:
     path = write(clean.with_bytes(f"{LINEAR}.weight_scale", 0, b"\x7f"), tmp_path / "damaged")
     for arguments in ((path,), (path, "--source", finished.source)):
         result = call("verify", *arguments)
         assert result.exit_code == 1
-        assert any(f"{LINEAR}.weight_scale" in problem for problem in json.loads(result.stdout)["problems"])
+        assert any(
+            f"{LINEAR}.weight_scale" in problem for problem in json.loads(result.stdout)["problems"]
+        )
 
 
-def test_verify_finds_an_untouched_byte_with_and_without_the_source(finished: SmallRun, clean: Folder, tmp_path: Path) -> None:
+def test_verify_finds_an_untouched_byte_with_and_without_the_source(
+    finished: SmallRun, clean: Folder, tmp_path: Path
+) -> None:
     name = "vision_tower.patch_embed.proj.weight"
     path = write(clean.flipped(name, 100, 0x40), tmp_path / "damaged")
     for source in ((), ("--source", finished.source)):
@@ -121,7 +136,9 @@ def test_verify_finds_an_untouched_byte_with_and_without_the_source(finished: Sm
 
 
 @pytest.mark.parametrize("damage", ["no shard", "no index", "truncated"])
-def test_verify_of_an_incomplete_checkpoint_exits_1_and_names_the_file(clean: Folder, tmp_path: Path, damage: str) -> None:
+def test_verify_of_an_incomplete_checkpoint_exits_1_and_names_the_file(
+    clean: Folder, tmp_path: Path, damage: str
+) -> None:
     shard = clean.shards[2]
     folders = {
         "no shard": (clean.without_file(shard), shard),
@@ -134,17 +151,30 @@ def test_verify_of_an_incomplete_checkpoint_exits_1_and_names_the_file(clean: Fo
     assert any(name in problem for problem in json.loads(result.stdout)["problems"])
 
 
-def test_verify_of_a_place_that_is_no_checkpoint_exits_2(finished: SmallRun, tmp_path: Path) -> None:
+def test_verify_of_a_place_that_is_no_checkpoint_exits_2(
+    finished: SmallRun, tmp_path: Path
+) -> None:
     for path in (tmp_path / "nowhere", tmp_path, finished.root, finished.source):
         refused(call("verify", path), 2, str(path), "p48ray.json")
 
 
-def test_verify_against_a_place_that_is_no_source_exits_2(finished: SmallRun, tmp_path: Path) -> None:
-    refused(call("verify", finished.checkpoint, "--source", tmp_path / "nowhere"), 2, "config.json", "nowhere")
+def test_verify_against_a_place_that_is_no_source_exits_2(
+    finished: SmallRun, tmp_path: Path
+) -> None:
+    refused(
+        call("verify", finished.checkpoint, "--source", tmp_path / "nowhere"),
+        2,
+        "config.json",
+        "nowhere",
+    )
 
 
 def test_verify_of_a_damaged_manifest_exits_1(clean: Folder, tmp_path: Path) -> None:
-    refused(call("verify", write(clean.with_file("p48ray.json", b"{}"), tmp_path / "damaged")), 1, "p48ray.json: not a CheckpointManifest")
+    refused(
+        call("verify", write(clean.with_file("p48ray.json", b"{}"), tmp_path / "damaged")),
+        1,
+        "p48ray.json: not a CheckpointManifest",
+    )
 
 
 # inspect
@@ -153,7 +183,13 @@ def test_verify_of_a_damaged_manifest_exits_1(clean: Folder, tmp_path: Path) -> 
 def test_inspect_prints_one_linear_and_its_error(finished: SmallRun) -> None:
     result = call("inspect", finished.checkpoint, "--linear", LINEAR, "--source", finished.source)
     assert result.exit_code == 0
-    for words in (f"{LINEAR}  128 x 256", "relative weight error", "pairs kept of four", "E4M3 scales", "E2M1 codes"):
+    for words in (
+        f"{LINEAR}  128 x 256",
+        "relative weight error",
+        "pairs kept of four",
+        "E4M3 scales",
+        "E2M1 codes",
+    ):
         assert words in result.stdout
     without = call("inspect", finished.checkpoint)
     assert without.exit_code == 0
@@ -162,7 +198,11 @@ def test_inspect_prints_one_linear_and_its_error(finished: SmallRun) -> None:
 
 def test_inspect_of_what_is_not_there_exits_2(finished: SmallRun, tmp_path: Path) -> None:
     refused(call("inspect", tmp_path / "nowhere"), 2, "config.json", "nowhere")
-    refused(call("inspect", finished.checkpoint, "--linear", "experts.99"), 2, "no compressed linear 'experts.99'")
+    refused(
+        call("inspect", finished.checkpoint, "--linear", "experts.99"),
+        2,
+        "no compressed linear 'experts.99'",
+    )
     refused(call("inspect", finished.source), 2, "expected compressed expert linears, found none")
     refused(call("inspect", finished.checkpoint, "--source", tmp_path), 2, "config.json")
 
@@ -170,10 +210,14 @@ def test_inspect_of_what_is_not_there_exits_2(finished: SmallRun, tmp_path: Path
 # convert
 
 
-def test_convert_there_and_back_exits_0_and_tells_the_sizes(finished: SmallRun, clean: Folder, tmp_path: Path) -> None:
+def test_convert_there_and_back_exits_0_and_tells_the_sizes(
+    finished: SmallRun, clean: Folder, tmp_path: Path
+) -> None:
     there = call("convert", finished.checkpoint, tmp_path / "sparse", "--storage", "sparse")
     assert there.exit_code == 0
-    assert there.stdout.startswith(f"wrote {tmp_path / 'sparse'}: sparse storage, 6 shards\nexperts ")
+    assert there.stdout.startswith(
+        f"wrote {tmp_path / 'sparse'}: sparse storage, 6 shards\nexperts "
+    )
     assert "(0.611x)" in there.stdout.splitlines()[1]
     back = call("convert", tmp_path / "sparse", tmp_path / "dense", "--storage", "dense")
     assert back.exit_code == 0 and "(1.636x)" in back.stdout.splitlines()[1]
@@ -182,17 +226,40 @@ def test_convert_there_and_back_exits_0_and_tells_the_sizes(finished: SmallRun, 
     assert again.exit_code == 0 and again.stdout.startswith("found ")
     assert call("verify", tmp_path / "sparse").exit_code == 0
     assert call("verify", tmp_path / "sparse", "--source", finished.source).exit_code == 0
-    dense, sparse = (call("inspect", tmp_path / storage, "--linear", LINEAR) for storage in ("dense", "sparse"))
+    dense, sparse = (
+        call("inspect", tmp_path / storage, "--linear", LINEAR) for storage in ("dense", "sparse")
+    )
     assert sparse.exit_code == 0 and sparse.stdout == dense.stdout
 
 
-def test_convert_of_what_it_can_not_read_or_write_exits_2(finished: SmallRun, tmp_path: Path) -> None:
+def test_convert_of_what_it_can_not_read_or_write_exits_2(
+    finished: SmallRun, tmp_path: Path
+) -> None:
     storage = ("--storage", "sparse")
-    refused(call("convert", tmp_path / "nowhere", tmp_path / "out", *storage), 2, "nowhere", "p48ray.json")
-    refused(call("convert", finished.checkpoint, tmp_path / "out", "--storage", "dense"), 2, "has dense storage already")
-    refused(call("convert", finished.checkpoint, finished.checkpoint, *storage), 2, "expected a new or empty folder")
-    refused(call("convert", finished.checkpoint, "hf://owner/name", *storage), 2, "OUT: expected a place that can be written to")
-    assert call("convert", finished.checkpoint, tmp_path / "out", "--storage", "thin").exit_code == 2
+    refused(
+        call("convert", tmp_path / "nowhere", tmp_path / "out", *storage),
+        2,
+        "nowhere",
+        "p48ray.json",
+    )
+    refused(
+        call("convert", finished.checkpoint, tmp_path / "out", "--storage", "dense"),
+        2,
+        "has dense storage already",
+    )
+    refused(
+        call("convert", finished.checkpoint, finished.checkpoint, *storage),
+        2,
+        "expected a new or empty folder",
+    )
+    refused(
+        call("convert", finished.checkpoint, "hf://owner/name", *storage),
+        2,
+        "OUT: expected a place that can be written to",
+    )
+    assert (
+        call("convert", finished.checkpoint, tmp_path / "out", "--storage", "thin").exit_code == 2
+    )
     assert not (tmp_path / "out").exists()
 
 
@@ -225,6 +292,8 @@ def test_help_lists_the_commands(arguments: list[str]) -> None:
         assert command in result.output
 
 
-@pytest.mark.parametrize("arguments", [["status"], ["verify"], ["unknown"], ["status", "a", "--loud"]])
+@pytest.mark.parametrize(
+    "arguments", [["status"], ["verify"], ["unknown"], ["status", "a", "--loud"]]
+)
 def test_wrong_arguments_exit_2(arguments: list[str]) -> None:
     assert call(*arguments).exit_code == 2

@@ -1,4 +1,5 @@
-"""What the tests' own arrangement promises: marks follow from what is used, and what shares a cluster stays in one process."""
+"""What the tests' own arrangement promises: marks follow from what is used, and what shares a
+cluster stays in one process."""
 
 from pathlib import Path
 
@@ -12,11 +13,16 @@ from tests.reference import narrow
 
 
 def test_ray_without_its_mark_is_a_failure() -> None:
-    with pytest.raises(pytest.fail.Exception, match=r"test_ray_without_its_mark_is_a_failure starts Ray without pytest\.mark\.ray"):
+    with pytest.raises(
+        pytest.fail.Exception,
+        match=r"test_ray_without_its_mark_is_a_failure starts Ray without pytest\.mark\.ray",
+    ):
         ray.init(address="local")
 
 
-def test_what_uses_a_cluster_a_server_or_a_browser_is_marked(request: pytest.FixtureRequest) -> None:
+def test_what_uses_a_cluster_a_server_or_a_browser_is_marked(
+    request: pytest.FixtureRequest,
+) -> None:
     for item in request.session.items:
         for fixture in set(getattr(item, "fixturenames", ())) & set(NEEDS):
             assert item.get_closest_marker(NEEDS[fixture]), f"{item.nodeid}: {fixture}"
@@ -53,7 +59,9 @@ def test_narrow_model_is_the_sample_but_for_its_widths() -> None:
     sample, ours = shapes(TINY), shapes(narrow_model())
     assert sample.keys() == ours.keys()
     smaller = {name for name in sample if sample[name] != ours[name]}
-    assert {name for name in sample if ".mlp.experts." in name and not name.endswith("_shape")} <= smaller
+    assert {
+        name for name in sample if ".mlp.experts." in name and not name.endswith("_shape")
+    } <= smaller
     gate = "language_model.model.layers.1.mlp.experts.0.gate_proj.weight_packed"
     assert ours[gate] == (narrow.INTERMEDIATE, narrow.HIDDEN // 8)
     assert not [name for name in smaller if name.startswith(("vision_tower", "mm_projector"))]

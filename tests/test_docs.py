@@ -105,17 +105,27 @@ def test_commands_of_a_page_exist(page: str) -> None:
 
 
 def options(path: Path) -> dict[str, set[str]]:
-    """Function of a file -> the options that typer makes of its arguments: those that are named in one, else the argument's own name."""
+    """Function of a file -> the options that typer makes of its arguments: those that are named in
+    one, else the argument's own name."""
     found = {}
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.FunctionDef):
-            named = [set(re.findall(r"['\"](--[a-z-]+)['\"]", ast.unparse(a))) or {f"--{a.arg.replace('_', '-')}"} for a in node.args.args]
+            named = [
+                set(re.findall(r"['\"](--[a-z-]+)['\"]", ast.unparse(a)))
+                or {f"--{a.arg.replace('_', '-')}"}
+                for a in node.args.args
+            ]
             found[node.name] = set().union(*named)
     return found
 
 
 def test_options_are_those_that_typer_makes() -> None:
-    assert options(REPO / "jobs" / "compress.py")["main"] == {"--config", "--run-root", "--set", "--dry-run"}
+    assert options(REPO / "jobs" / "compress.py")["main"] == {
+        "--config",
+        "--run-root",
+        "--set",
+        "--dry-run",
+    }
 
 
 @pytest.mark.parametrize("page", USER_PAGES)

@@ -1,4 +1,5 @@
-"""A solver is one record, a stage is one: what is registered here goes through everything that the program does with one."""
+"""A solver is one record, a stage is one: what is registered here goes through everything that the
+program does with one."""
 
 import hashlib
 import json
@@ -39,14 +40,27 @@ def unit_digests(root: Path) -> dict[str, str]:
 
 
 def test_unknown_solver_is_refused_with_those_there_are(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"compression\.solver: expected 'block_descent' or [^,]*, found 'throwaway'$"):
+    with pytest.raises(
+        ConfigError,
+        match=r"compression\.solver: expected 'block_descent' or [^,]*, found 'throwaway'$",
+    ):
         configure(TINY, tmp_path / "run", f"compression.solver={NAME}")
 
 
-def test_a_registered_solver_has_the_defaults_and_the_costs_of_its_record(registered: str, tmp_path: Path) -> None:
-    """Costs: of a plan with gradients and refinement, which the configuration refuses where the record does not allow them."""
-    own = ("compression.output_curvature=true", "compression.refine_steps=7", "compression.sweeps=3")
-    mine, known = (prepare(configure(TINY, tmp_path / "run", f"compression.solver={name}", *own)) for name in (NAME, "block_descent"))
+def test_a_registered_solver_has_the_defaults_and_the_costs_of_its_record(
+    registered: str, tmp_path: Path
+) -> None:
+    """Costs: of a plan with gradients and refinement, which the configuration refuses where the
+    record does not allow them."""
+    own = (
+        "compression.output_curvature=true",
+        "compression.refine_steps=7",
+        "compression.sweeps=3",
+    )
+    mine, known = (
+        prepare(configure(TINY, tmp_path / "run", f"compression.solver={name}", *own))
+        for name in (NAME, "block_descent")
+    )
     for cost in (loop_seconds, product_seconds):
         assert cost(mine.plan, mine.layout) == cost(known.plan, known.layout) > 0
     plain = replace(SOLVERS[NAME], uses_model_loss=False, descends=False, column_passes=1)
@@ -59,7 +73,9 @@ def test_a_registered_solver_has_the_defaults_and_the_costs_of_its_record(regist
 
 
 @pytest.mark.slow
-def test_a_registered_solver_runs_as_what_it_is(registered: str, finished: SmallRun, tmp_path: Path) -> None:
+def test_a_registered_solver_runs_as_what_it_is(
+    registered: str, finished: SmallRun, tmp_path: Path
+) -> None:
     """The same numbers under another name: units are byte for byte those of the finished run."""
     root = tmp_path / "run"
     report = run_locally(prepare(configure(finished.source, root, registered)))
@@ -79,7 +95,11 @@ def sign(context: StageContext, shard: str) -> None:
 
 def shards_to_sign(context: StageContext, shards: tuple[OutputShard, ...]) -> list[Task]:
     held = {info.key for info in context.store.list("signed/")}
-    return [Task(stage="sign", id=s.name, item=s.name) for s in shards if f"signed/{s.name}.txt" not in held]
+    return [
+        Task(stage="sign", id=s.name, item=s.name)
+        for s in shards
+        if f"signed/{s.name}.txt" not in held
+    ]
 
 
 SIGN = Stage(
@@ -96,7 +116,10 @@ SIGN = Stage(
 
 @pytest.mark.slow
 def test_a_registered_stage_is_run_resumed_counted_and_told(
-    finished: SmallRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    finished: SmallRun,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setitem(STAGES, SIGN.name, SIGN)
     root = tmp_path / "run"
@@ -109,17 +132,30 @@ def test_a_registered_stage_is_run_resumed_counted_and_told(
     caplog.set_level(logging.INFO, "p48ray.progress")
     report = run_locally(prepared)
     for name in names:
-        assert store.get(f"signed/{name}.txt") == str((root / "checkpoint" / name).stat().st_size).encode()
-    assert {s.stage: (s.done, s.total) for s in read_status(store).stages}["sign"] == (len(names), len(names))
+        assert (
+            store.get(f"signed/{name}.txt")
+            == str((root / "checkpoint" / name).stat().st_size).encode()
+        )
+    assert {s.stage: (s.done, s.total) for s in read_status(store).stages}["sign"] == (
+        len(names),
+        len(names),
+    )
     assert report.stage_seconds["sign"] >= 0
     assert "sign" in (root / "report" / "report.html").read_text()
     assert f"{len(names)} signatures" in caplog.text
-    estimated = replace(estimate(prepared.plan, prepared.source, prepared.layout, prepared.shards), verify_seconds=120.0)
+    estimated = replace(
+        estimate(prepared.plan, prepared.source, prepared.layout, prepared.shards),
+        verify_seconds=120.0,
+    )
     assert "signing 2 min 00 s" in time_words(estimated)
     (root / "signed" / f"{names[1]}.txt").unlink()
     with monkeypatch.context() as patch:  # one is missing, and one is made
         signed: list[str] = []
-        patch.setitem(STAGES, SIGN.name, replace(SIGN, body=lambda context, shard: (signed.append(shard), sign(context, shard))))
+        patch.setitem(
+            STAGES,
+            SIGN.name,
+            replace(SIGN, body=lambda context, shard: (signed.append(shard), sign(context, shard))),
+        )
         run_locally(prepare(configure(finished.source, root)))
         assert signed == [names[1]]
 

@@ -1,4 +1,5 @@
-"""Spans: nothing without a folder; with one, lines that can be read and say which stage they belong to."""
+"""Spans: nothing without a folder; with one, lines that can be read and say which stage they belong
+to."""
 
 import json
 import os
@@ -25,7 +26,9 @@ def lines(folder: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("value", [None, ""])
-def test_without_a_folder_nothing_is_written(value: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_folder_nothing_is_written(
+    value: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv(trace.TRACE_VARIABLE, raising=False)
     if value is not None:
@@ -40,8 +43,16 @@ def test_a_span_says_what_it_was_how_long_and_where(folder: Path) -> None:
         pass
     (line,) = lines(folder)
     assert set(line) == {"kind", "stage", "start", "seconds", "bytes", "thread", "what"}
-    assert (line["kind"], line["bytes"], line["what"]) == ("hash", 7, "residuals/layer-002/part-0000.arrow")
-    assert line["thread"] == threading.get_ident() and line["start"] > 1.6e9 and 0 <= line["seconds"] < 60
+    assert (line["kind"], line["bytes"], line["what"]) == (
+        "hash",
+        7,
+        "residuals/layer-002/part-0000.arrow",
+    )
+    assert (
+        line["thread"] == threading.get_ident()
+        and line["start"] > 1.6e9
+        and 0 <= line["seconds"] < 60
+    )
 
 
 def test_words_of_any_kind_stay_one_line(folder: Path) -> None:
@@ -82,10 +93,19 @@ def test_threads_of_a_task_belong_to_its_stage_and_do_not_mix_their_lines(folder
             thread.join()
     found = lines(folder)
     assert len(found) == 4 * 50 + 1 and {line["stage"] for line in found} == {"capture"}
-    assert sorted(line["bytes"] for line in found if line["kind"] == "write") == sorted(list(range(4)) * 50)
+    assert sorted(line["bytes"] for line in found if line["kind"] == "write") == sorted(
+        list(range(4)) * 50
+    )
 
 
 def test_a_span_that_fails_is_written_and_its_error_goes_on(folder: Path) -> None:
-    with pytest.raises(ValueError, match="no room"), trace.task("compress", "L001-E000-003"), trace.span("write", 3):
+    with (
+        pytest.raises(ValueError, match="no room"),
+        trace.task("compress", "L001-E000-003"),
+        trace.span("write", 3),
+    ):
         raise ValueError("no room")
-    assert [(line["kind"], line["stage"]) for line in lines(folder)] == [("write", "compress"), ("task", "compress")]
+    assert [(line["kind"], line["stage"]) for line in lines(folder)] == [
+        ("write", "compress"),
+        ("task", "compress"),
+    ]

@@ -1,6 +1,7 @@
 """lm-evaluation-harness as a process: one task against one server, its own results as they are.
 
-A process a task, because the harness may need another Python than ours, and what it has finished must not go with what fails later.
+A process a task, because the harness may need another Python than ours, and what it has finished
+must not go with what fails later.
 """
 
 import json
@@ -31,7 +32,11 @@ VERSION_CODE = "import importlib.metadata as m; print(m.version('lm_eval'))"
 class Harness:
     """The harness with what is the same for all tasks of one checkpoint.
 
-    Args: url: base URL of the server. model: the id under which it serves the checkpoint. tokenizer: folder or owner/name; revision: of the latter.
+    Args:
+        url: base URL of the server.
+        model: the id under which it serves the checkpoint.
+        tokenizer: folder or owner/name;
+        revision: of the latter.
     """
 
     config: BenchmarksConfig
@@ -57,28 +62,49 @@ class Harness:
         }
         return [
             *(c.harness_python or sys.executable, "-m", "lm_eval", "run"),
-            *("--model", "local-completions", "--model_args", *(f"{name}={value}" for name, value in arguments.items())),
-            *("--tasks", task.task, "--num_fewshot", str(task.shots), "--batch_size", str(c.batch_size)),
-            *(("--include_path", str(Path(c.include_path).expanduser().resolve())) if c.include_path else ()),
+            *(
+                "--model",
+                "local-completions",
+                "--model_args",
+                *(f"{name}={value}" for name, value in arguments.items()),
+            ),
+            *(
+                "--tasks",
+                task.task,
+                "--num_fewshot",
+                str(task.shots),
+                "--batch_size",
+                str(c.batch_size),
+            ),
+            *(
+                ("--include_path", str(Path(c.include_path).expanduser().resolve()))
+                if c.include_path
+                else ()
+            ),
             *(("--limit", str(c.limit)) if c.limit else ()),
             *("--output_path", output),
         ]
 
     def run(self, task: BenchmarkTask) -> dict[str, Any]:
-        """The harness's results of a task; now and then a line of how far it is. Raises: StageFailedError with its last lines."""
+        """The harness's results of a task; now and then a line of how far it is. Raises:
+        StageFailedError with its last lines."""
         with tempfile.TemporaryDirectory(prefix="p48ray-harness-") as folder:
             output, printed = f"{folder}/output", f"{folder}/log"
             code = follow(self.command(task, output), printed, task.label)
             found = sorted(Path(output).rglob("results_*.json"))
             if code or len(found) != 1:
                 last = "\n".join(tail(printed).splitlines()[-SHOWN_LINES:])
-                raise StageFailedError(f"{task.task}: lm-evaluation-harness ended with code {code} and {len(found)} results:\n{last}")
+                raise StageFailedError(
+                    f"{task.task}: lm-evaluation-harness ended with code {code} and {len(found)}"
+                    f" results:\n{last}"
+                )
             results: dict[str, Any] = json.loads(found[0].read_bytes())
             return results
 
 
 def follow(command: Sequence[str], printed: str, label: str) -> int:
-    """Run a command to its end, its output in the file `printed`; returns its exit code. It does not outlive this process."""
+    """Run a command to its end, its output in the file `printed`; returns its exit code. It does
+    not outlive this process."""
     with (
         open(printed, "wb") as out,
         subprocess.Popen(
@@ -95,7 +121,9 @@ def follow(command: Sequence[str], printed: str, label: str) -> int:
                 try:
                     return process.wait(REPORT_EVERY_S)
                 except subprocess.TimeoutExpired:
-                    log.info("evaluate  %s: %s", label, (tail(printed).splitlines() or [""])[-1][:160])
+                    log.info(
+                        "evaluate  %s: %s", label, (tail(printed).splitlines() or [""])[-1][:160]
+                    )
         finally:
             process.terminate()  # it takes the harness along
 
@@ -105,7 +133,13 @@ def check_harness(config: BenchmarksConfig) -> None:
     python = config.harness_python or sys.executable
     key = f"benchmarks.harness_python: {python}"
     try:
-        done = subprocess.run([python, "-c", VERSION_CODE], capture_output=True, text=True, check=False, timeout=VERSION_TIMEOUT_S)
+        done = subprocess.run(
+            [python, "-c", VERSION_CODE],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=VERSION_TIMEOUT_S,
+        )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise ConfigError(f"{key}: can not be run: {error}") from error
     found = done.stdout.strip()

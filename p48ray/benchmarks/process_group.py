@@ -1,11 +1,13 @@
 """Runs a command, and ends every process of its group when the command ends or whoever started this
 is gone: `python -m p48ray.benchmarks.process_group COMMAND...`
 
-    starter (a Ray worker)  >  launcher  >  guardian  >  command  >  its own processes            all but the starter in one session, led by the launcher
+    starter (a Ray worker)  >  launcher  >  guardian  >  command  >  its own processes
+                            all but the starter in one session, led by the launcher
 
-A server of a large model is many processes, and its front may end without ending those that hold the GPUs. The kernel tells a process of its parent's death
-(Linux). Two of them, because Ray kills what a lost worker has started, and only that, without warning: then the launcher is gone, and the guardian, which is
-told, ends the rest.
+A server of a large model is many processes, and its front may end without ending those that hold
+the GPUs. The kernel tells a process of its parent's death (Linux). Two of them, because Ray kills
+what a lost worker has started, and only that, without warning: then the launcher is gone, and the
+guardian, which is told, ends the rest.
 """
 
 import ctypes
@@ -18,12 +20,14 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-GRACE_S = float(os.environ.get("P48RAY_GRACE_S", "20"))  # between SIGTERM and SIGKILL; an engine lets go of its GPUs in some seconds
+# between SIGTERM and SIGKILL; an engine lets go of its GPUs in some seconds
+GRACE_S = float(os.environ.get("P48RAY_GRACE_S", "20"))
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def others_in_group() -> list[int]:
-    """Processes of this one's group that are not zombies, without this one and its launcher. Source: proc(5), /proc/PID/stat."""
+    """Processes of this one's group that are not zombies, without this one and its launcher.
+    Source: proc(5), /proc/PID/stat."""
     mine, not_counted, found = os.getpgrp(), (os.getpid(), os.getppid()), []
     for entry in Path("/proc").glob("[0-9]*"):
         try:

@@ -1,7 +1,9 @@
-"""An OpenAI-compatible server as a process of this machine, and the few questions that are put to any such server.
+"""An OpenAI-compatible server as a process of this machine, and the few questions that are put to
+any such server.
 
-The server gets a process group of its own, which is ended as a whole, also where this process dies without doing so (process_group): a server of a large
-model is many processes, and one that stays keeps its GPUs.
+The server gets a process group of its own, which is ended as a whole, also where this process dies
+without doing so (process_group): a server of a large model is many processes, and one that stays
+keeps its GPUs.
 """
 
 import json
@@ -40,7 +42,9 @@ class ServerState:
 class ServerProcess:
     """A server from its start to its end.
 
-    Args:   command: without --host and --port, which are added. host: the address to listen on; the port is a free one.
+    Args:
+        command: without --host and --port, which are added.
+        host: the address to listen on; the port is a free one.
     Raises: ConfigError when the command can not be started.
     """
 
@@ -49,7 +53,10 @@ class ServerProcess:
         self.log = tempfile.NamedTemporaryFile(prefix="p48ray-server-", suffix=".log")  # noqa: SIM115 (lives as long as the server)
         full = [*command, "--host", host, "--port", self.url.rpartition(":")[2]]
         if shutil.which(command[0]) is None:
-            raise ConfigError(f"benchmarks.server.command: {command[0]!r} can not be started: no such program on {socket.gethostname()}")
+            raise ConfigError(
+                f"benchmarks.server.command: {command[0]!r} can not be started: no such program on"
+                f" {socket.gethostname()}"
+            )
         self.process = subprocess.Popen(
             [sys.executable, "-m", "p48ray.benchmarks.process_group", *full],
             stdin=subprocess.DEVNULL,
@@ -74,7 +81,9 @@ class ServerProcess:
         for number in (signal.SIGTERM, signal.SIGKILL):
             signal_group(self.process.pid, number)
             deadline = time.monotonic() + END_TIMEOUT_S
-            while time.monotonic() < deadline and (self.process.poll() is None or signal_group(self.process.pid, 0)):
+            while time.monotonic() < deadline and (
+                self.process.poll() is None or signal_group(self.process.pid, 0)
+            ):
                 time.sleep(0.1)
             if self.process.poll() is not None and not signal_group(self.process.pid, 0):
                 return
@@ -113,7 +122,8 @@ def answers(url: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """A model as a server names it. `id`: for requests. `root`: the place that it was loaded from, where the server says so."""
+    """A model as a server names it. `id`: for requests. `root`: the place that it was loaded from,
+    where the server says so."""
 
     id: str
     root: str | None
@@ -122,12 +132,24 @@ class ServedModel:
 
 
 def served_models(url: str) -> list[ServedModel]:
-    """What the server at a base URL serves. Raises: ConfigError where no OpenAI-compatible server answers."""
+    """What the server at a base URL serves. Raises: ConfigError where no OpenAI-compatible server
+    answers."""
     try:
         data = ask_server(f"{url}/v1/models")["data"]
-        return [ServedModel(m["id"], m.get("root"), m.get("max_model_len"), m.get("owned_by") or "unknown server") for m in data]
+        return [
+            ServedModel(
+                m["id"],
+                m.get("root"),
+                m.get("max_model_len"),
+                m.get("owned_by") or "unknown server",
+            )
+            for m in data
+        ]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{url}/v1/models: expected the list of models of an OpenAI-compatible server, found {error!r}") from error
+        raise ConfigError(
+            f"{url}/v1/models: expected the list of models of an OpenAI-compatible server, found"
+            f" {error!r}"
+        ) from error
 
 
 def server_version(url: str, model: ServedModel) -> str:

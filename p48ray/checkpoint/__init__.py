@@ -1,4 +1,5 @@
-"""What a checkpoint is: headers and byte ranges, names by model family, decoding, the output's config.
+"""What a checkpoint is: headers and byte ranges, names by model family, decoding, the output's
+config.
 
 Belongs here: knowledge of files. Weights are read by range, never a file as a whole.
 

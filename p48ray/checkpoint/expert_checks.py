@@ -1,6 +1,8 @@
-"""Checks that a checkpoint holds exactly the routed experts that its config announces, before anything is spent on it.
+"""Checks that a checkpoint holds exactly the routed experts that its config announces, before
+anything is spent on it.
 
-Only headers are looked at. The first fault is reported with its file and key: a wrong source is wrong throughout.
+Only headers are looked at. The first fault is reported with its file and key: a wrong source is
+wrong throughout.
 """
 
 from collections.abc import Mapping
@@ -17,7 +19,13 @@ FLOATS = ("BF16", "F16", "F32")
 INTEGERS = ("I32", "I64")
 OUT_MULTIPLE = 8
 
-INT4_WEIGHTS: Mapping[str, Any] = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "dynamic": False}
+INT4_WEIGHTS: Mapping[str, Any] = {
+    "num_bits": 4,
+    "type": "int",
+    "symmetric": True,
+    "strategy": "group",
+    "dynamic": False,
+}
 """What the decoder can read, in compressed-tensors' words; the group size is the source's."""
 
 ExpertEntries = Mapping[tuple[int, int, str], Mapping[str, TensorEntry]]
@@ -25,88 +33,130 @@ ExpertEntries = Mapping[tuple[int, int, str], Mapping[str, TensorEntry]]
 
 
 def check_experts(layout: ModelLayout, found: ExpertEntries) -> None:
-    """Raises: SourceError unless every MoE layer has all its experts, with the tensors and shapes of the storage, and no others."""
+    """Raises: SourceError unless every MoE layer has all its experts, with the tensors and shapes
+    of
+    the storage, and no others."""
     expected_shapes = {projection: _tensor_shapes(layout, projection) for projection in PROJECTIONS}
     for layer in layout.moe_layers:
         for expert in range(layout.num_experts):
             for projection in PROJECTIONS:
                 name = layout.expert_linear_name(layer, expert, projection)
-                _check_linear(name, found.get((layer, expert, projection), {}), expected_shapes[projection])
+                _check_linear(
+                    name, found.get((layer, expert, projection), {}), expected_shapes[projection]
+                )
     num_expected = len(layout.moe_layers) * layout.num_experts * len(PROJECTIONS)
     if len(found) != num_expected:
         moe_layers = set(layout.moe_layers)
-        layer, expert, projection = next(key for key in found if key[0] not in moe_layers or key[1] >= layout.num_experts)
+        layer, expert, projection = next(
+            key for key in found if key[0] not in moe_layers or key[1] >= layout.num_experts
+        )
         entry = next(iter(found[layer, expert, projection].values()))
         raise SourceError(
-            f"{entry.file}: tensor {entry.name}: expected {layout.num_experts} experts in {len(layout.moe_layers)} layers "
-            f"({_span(layout.moe_layers)}) by {CONFIG_FILE}, found expert {expert} in layer {layer}"
+            f"{entry.file}: tensor {entry.name}: expected {layout.num_experts} experts in"
+            f" {len(layout.moe_layers)} layers ({_span(layout.moe_layers)}) by {CONFIG_FILE}, found"
+            f" expert {expert} in layer {layer}"
         )
 
 
 def check_divisibility(layout: ModelLayout, scale_span: int) -> None:
-    """Raises: SourceError unless inputs fill whole scale spans (16 or 32) and outputs are a multiple of 8, naming the first linear."""
+    """Raises: SourceError unless inputs fill whole scale spans (16 or 32) and outputs are a
+    multiple
+    of 8, naming the first linear."""
     for projection in PROJECTIONS:
         name = layout.expert_linear_name(layout.moe_layers[0], 0, projection)
         out_features, in_features = layout.linear_shape(projection)
         if in_features % scale_span:
-            raise SourceError(f"{name}: expected in_features divisible by {scale_span} (compression.scale_span), found {in_features}")
+            raise SourceError(
+                f"{name}: expected in_features divisible by {scale_span} (compression.scale_span),"
+                f" found {in_features}"
+            )
         if out_features % OUT_MULTIPLE:
-            raise SourceError(f"{name}: expected out_features divisible by {OUT_MULTIPLE}, found {out_features}")
+            raise SourceError(
+                f"{name}: expected out_features divisible by {OUT_MULTIPLE}, found {out_features}"
+            )
 
 
 def int4_group_size(config: Mapping[str, Any], text_config: Mapping[str, Any]) -> int:
-    """The group size of the source's INT4 experts, from the quantization_config in its text config or at its top level.
+    """The group size of the source's INT4 experts, from the quantization_config in its text config
+    or at its top level.
 
     Raises: SourceError if there is none, or if it is not what the decoder can read.
     """
     where = "quantization_config"
     found = text_config.get(where) or config.get(where)
     if not isinstance(found, dict):
-        raise SourceError(f"{CONFIG_FILE}: expected {where} for experts stored as weight_packed, found {found!r}")
+        raise SourceError(
+            f"{CONFIG_FILE}: expected {where} for experts stored as weight_packed, found {found!r}"
+        )
     method, groups = found.get("quant_method"), found.get("config_groups")
     if method != "compressed-tensors" or found.get("format") != "pack-quantized":
         raise SourceError(
-            f"{CONFIG_FILE}: {where}: expected compressed-tensors' pack-quantized, found {method!r} with format {found.get('format')!r}"
+            f"{CONFIG_FILE}: {where}: expected compressed-tensors' pack-quantized, found {method!r}"
+            f" with format {found.get('format')!r}"
         )
     if not isinstance(groups, dict) or len(groups) != 1:
         names = list(groups) if isinstance(groups, dict) else groups
-        raise SourceError(f"{CONFIG_FILE}: {where}.config_groups: expected one group, found {names!r}")
+        raise SourceError(
+            f"{CONFIG_FILE}: {where}.config_groups: expected one group, found {names!r}"
+        )
     (group_name, group), path = next(iter(groups.items())), f"{where}.config_groups"
     weights = group.get("weights") if isinstance(group, dict) else None
     if not isinstance(weights, dict):
-        raise SourceError(f"{CONFIG_FILE}: {path}.{group_name}.weights: expected an object, found {weights!r}")
+        raise SourceError(
+            f"{CONFIG_FILE}: {path}.{group_name}.weights: expected an object, found {weights!r}"
+        )
     for key, expected in INT4_WEIGHTS.items():
         if weights.get(key, False if key == "dynamic" else None) != expected:
-            raise SourceError(f"{CONFIG_FILE}: {path}.{group_name}.weights.{key}: expected {expected!r}, found {weights.get(key)!r}")
+            raise SourceError(
+                f"{CONFIG_FILE}: {path}.{group_name}.weights.{key}: expected {expected!r}, found"
+                f" {weights.get(key)!r}"
+            )
     size = weights.get("group_size")
     if type(size) is not int or size <= 0:
-        raise SourceError(f"{CONFIG_FILE}: {path}.{group_name}.weights.group_size: expected a positive integer, found {size!r}")
+        raise SourceError(
+            f"{CONFIG_FILE}: {path}.{group_name}.weights.group_size: expected a positive integer,"
+            f" found {size!r}"
+        )
     return size
 
 
 def check_untouched(index: CheckpointIndex, layout: ModelLayout) -> None:
-    """Raises: SourceError if tensors that pass through are packed: the output announces NVFP4 and could not say how to read them."""
+    """Raises: SourceError if tensors that pass through are packed: the output announces NVFP4 and
+    could not say how to read them."""
     for entry in index.tensors.values():
         if entry.name.endswith(".weight_packed") and not layout.is_expert_tensor(entry.name):
             raise SourceError(
-                f"{entry.file}: tensor {entry.name}: expected plain weights outside the routed experts of layers below "
-                f"{layout.num_layers}, found packed ones; sources quantized beyond those experts are not built yet"
+                f"{entry.file}: tensor {entry.name}: expected plain weights outside the routed"
+                f" experts of layers below {layout.num_layers}, found packed ones; sources"
+                " quantized beyond those experts are not built yet"
             )
 
 
-def _tensor_shapes(layout: ModelLayout, projection: str) -> dict[str, tuple[tuple[int, ...], tuple[str, ...]]]:
-    """suffix -> (shape, allowed dtypes) for one linear. Raises: SourceError if INT4 words or groups would be cut."""
+def _tensor_shapes(
+    layout: ModelLayout, projection: str
+) -> dict[str, tuple[tuple[int, ...], tuple[str, ...]]]:
+    """suffix -> (shape, allowed dtypes) for one linear. Raises: SourceError if INT4 words or groups
+    would be cut."""
     out_features, in_features = layout.linear_shape(projection)
     if layout.expert_storage == "fp8":
         assert layout.fp8_block is not None
         scales = scale_shape((out_features, in_features), layout.fp8_block)
-        return {"weight": ((out_features, in_features), (FP8_DTYPE,)), "weight_scale_inv": (scales, FP8_SCALE_DTYPES)}
+        return {
+            "weight": ((out_features, in_features), (FP8_DTYPE,)),
+            "weight_scale_inv": (scales, FP8_SCALE_DTYPES),
+        }
     if layout.int4_group_size is None:
         return {"weight": ((out_features, in_features), FLOATS)}
-    for multiple, what in ((CODES_PER_WORD, "codes a word"), (layout.int4_group_size, "weights a scale")):
+    for multiple, what in (
+        (CODES_PER_WORD, "codes a word"),
+        (layout.int4_group_size, "weights a scale"),
+    ):
         if in_features % multiple:
             name = layout.expert_linear_name(layout.moe_layers[0], 0, projection)
-            raise SourceError(f"{name}: expected in_features divisible by {multiple} ({what}), found {in_features}")
+            raise SourceError(
+                f"{name}: expected in_features divisible by {multiple} ({what}), found"
+                f" {in_features}"
+            )
     return {
         "weight_packed": ((out_features, in_features // CODES_PER_WORD), ("I32",)),
         "weight_scale": ((out_features, in_features // layout.int4_group_size), FLOATS),
@@ -114,21 +164,31 @@ def _tensor_shapes(layout: ModelLayout, projection: str) -> dict[str, tuple[tupl
     }
 
 
-def _check_linear(name: str, entries: Mapping[str, TensorEntry], expected: Mapping[str, tuple[tuple[int, ...], tuple[str, ...]]]) -> None:
+def _check_linear(
+    name: str,
+    entries: Mapping[str, TensorEntry],
+    expected: Mapping[str, tuple[tuple[int, ...], tuple[str, ...]]],
+) -> None:
     """Raises: SourceError unless one linear's tensors are exactly the expected ones."""
     if missing := sorted(expected.keys() - entries.keys()):
         files = ", ".join(sorted({entry.file for entry in entries.values()})) or "no file"
         found = ", ".join(sorted(entries)) or "none"
-        raise SourceError(f"{files}: tensor {name}.{missing[0]}: expected {', '.join(expected)} for this linear, found {found}")
+        raise SourceError(
+            f"{files}: tensor {name}.{missing[0]}: expected {', '.join(expected)} for this linear,"
+            f" found {found}"
+        )
     if extra := sorted(entries.keys() - expected.keys()):
         entry = entries[extra[0]]
-        raise SourceError(f"{entry.file}: tensor {entry.name}: expected only {', '.join(expected)} for this linear, found this one as well")
+        raise SourceError(
+            f"{entry.file}: tensor {entry.name}: expected only {', '.join(expected)} for this"
+            " linear, found this one as well"
+        )
     for suffix, (shape, dtypes) in expected.items():
         entry = entries[suffix]
         if entry.shape != shape or entry.dtype not in dtypes:
             raise SourceError(
-                f"{entry.file}: tensor {entry.name}: expected {' or '.join(dtypes)} {list(shape)} by {CONFIG_FILE}, "
-                f"found {entry.dtype} {list(entry.shape)}"
+                f"{entry.file}: tensor {entry.name}: expected {' or '.join(dtypes)} {list(shape)}"
+                f" by {CONFIG_FILE}, found {entry.dtype} {list(entry.shape)}"
             )
 
 

@@ -1,12 +1,14 @@
-"""FP8 sources: linears stored as E4M3 with one scale per block, which p48ray reads, runs and writes as BF16.
+"""FP8 sources: linears stored as E4M3 with one scale per block, which p48ray reads, runs and writes
+as BF16.
 
     w[o, i] = bfloat16(float32(weight[o, i]) * weight_scale_inv[o // 128, i // 128])
 
-A block at the lower or right edge may be cut. "inv" is historical: the stored number is multiplied. Source: config.json's
-quantization_config (quant_method fp8, fmt e4m3, weight_block_size) as DeepSeek-V3's releases have it. Here is what headers say; the
-decoder is in decode.
+A block at the lower or right edge may be cut. "inv" is historical: the stored number is multiplied.
+Source: config.json's quantization_config (quant_method fp8, fmt e4m3, weight_block_size) as
+DeepSeek-V3's releases have it. Here is what headers say; the decoder is in decode.
 
-No client reads two quantization methods in one model, so in the output even linears that are not compressed are BF16 (DESIGN 2.2).
+No client reads two quantization methods in one model, so in the output even linears that are not
+compressed are BF16 (DESIGN 2.2).
 """
 
 from collections.abc import Mapping
@@ -28,7 +30,8 @@ PLAIN_BYTES = 2
 
 @dataclass(frozen=True, slots=True)
 class Fp8Weight:
-    """A weight outside the compressed experts that the source stores in FP8. Its name, dtype, shape and size are those it has as BF16."""
+    """A weight outside the compressed experts that the source stores in FP8. Its name, dtype, shape
+    and size are those it has as BF16."""
 
     weight: TensorEntry
     scale_inv: TensorEntry
@@ -61,18 +64,27 @@ PlainTensor = TensorEntry | Fp8Weight
 
 def plain_tensors(index: CheckpointIndex, layout: ModelLayout) -> list[PlainTensor]:
     """Every tensor outside the compressed experts, in the source's order."""
-    return [tensor for entry in index.tensors.values() if (tensor := as_plain(index, layout, entry)) is not None]
+    return [
+        tensor
+        for entry in index.tensors.values()
+        if (tensor := as_plain(index, layout, entry)) is not None
+    ]
 
 
 def as_plain(index: CheckpointIndex, layout: ModelLayout, entry: TensorEntry) -> PlainTensor | None:
-    """A stored tensor as the output has it; None for those of compressed experts, and for the scales of FP8 weights, which go with these."""
+    """A stored tensor as the output has it; None for those of compressed experts, and for the
+    scales of FP8 weights, which go with these."""
     if layout.is_expert_tensor(entry.name):
         return None
     if layout.fp8_block is None:
         return entry
     if entry.name.endswith(SCALE):
         return None
-    return Fp8Weight(entry, index.tensors[scale_name(entry.name)], layout.fp8_block) if entry.dtype == FP8_DTYPE else entry
+    return (
+        Fp8Weight(entry, index.tensors[scale_name(entry.name)], layout.fp8_block)
+        if entry.dtype == FP8_DTYPE
+        else entry
+    )
 
 
 def scale_name(name: str) -> str:
@@ -87,8 +99,9 @@ def scale_shape(shape: tuple[int, int], block: tuple[int, int]) -> tuple[int, in
 def check_fp8(index: CheckpointIndex, text_config: Mapping[str, Any]) -> tuple[int, int] | None:
     """The block size of a source with FP8 weights, None for one without.
 
-    Raises: SourceError, naming file and tensor, for an FP8 tensor or a scale whose other half is missing or of another shape, and for FP8
-    weights that config.json does not announce in a form that can be read.
+    Raises: SourceError, naming file and tensor, for an FP8 tensor or a scale whose other half is
+        missing or of another shape, and for FP8 weights that config.json does not announce in a
+        form that can be read.
     """
     eights = [entry for entry in index.tensors.values() if entry.dtype.startswith("F8")]
     scales = [entry for name, entry in index.tensors.items() if name.endswith(SCALE)]
@@ -101,14 +114,20 @@ def check_fp8(index: CheckpointIndex, text_config: Mapping[str, Any]) -> tuple[i
         weight = entry.name.removesuffix(SCALE) + WEIGHT
         if weight not in index.tensors or index.tensors[weight].dtype != FP8_DTYPE:
             found = index.tensors[weight].dtype if weight in index.tensors else "none"
-            raise SourceError(f"{entry.file}: tensor {entry.name}: expected a weight {weight} in {FP8_DTYPE}, found {found}")
+            raise SourceError(
+                f"{entry.file}: tensor {entry.name}: expected a weight {weight} in {FP8_DTYPE},"
+                f" found {found}"
+            )
     return block
 
 
 def _check_weight(index: CheckpointIndex, entry: TensorEntry, block: tuple[int, int]) -> None:
     where = f"{entry.file}: tensor {entry.name}"
     if entry.dtype != FP8_DTYPE or not entry.name.endswith(WEIGHT) or len(entry.shape) != 2:
-        raise SourceError(f"{where}: expected FP8 in matrices called {WEIGHT}, as {FP8_DTYPE}, found {entry.dtype} {list(entry.shape)}")
+        raise SourceError(
+            f"{where}: expected FP8 in matrices called {WEIGHT}, as {FP8_DTYPE}, found"
+            f" {entry.dtype} {list(entry.shape)}"
+        )
     scale = index.tensors.get(scale_name(entry.name))
     if scale is None:
         raise SourceError(f"{where}: expected its scales in {scale_name(entry.name)}, found none")
@@ -116,13 +135,17 @@ def _check_weight(index: CheckpointIndex, entry: TensorEntry, block: tuple[int, 
     expected = scale_shape((rows, columns), block)
     if scale.shape != expected or scale.dtype not in FP8_SCALE_DTYPES:
         raise SourceError(
-            f"{scale.file}: tensor {scale.name}: expected {' or '.join(FP8_SCALE_DTYPES)} {list(expected)}, one per block of {block[0]} x "
-            f"{block[1]}, found {scale.dtype} {list(scale.shape)}"
+            f"{scale.file}: tensor {scale.name}: expected {' or '.join(FP8_SCALE_DTYPES)}"
+            f" {list(expected)}, one per block of {block[0]} x {block[1]}, found {scale.dtype}"
+            f" {list(scale.shape)}"
         )
 
 
-def fp8_block(config: Mapping[str, Any], text_config: Mapping[str, Any], first: TensorEntry) -> tuple[int, int]:
-    """The block size that config.json announces for FP8 weights. Raises: SourceError, naming the first such tensor, if it announces none."""
+def fp8_block(
+    config: Mapping[str, Any], text_config: Mapping[str, Any], first: TensorEntry
+) -> tuple[int, int]:
+    """The block size that config.json announces for FP8 weights. Raises: SourceError, naming the
+    first such tensor, if it announces none."""
     where = f"{CONFIG_FILE}: quantization_config"
     found = text_config.get("quantization_config") or config.get("quantization_config")
     cause = f"for {first.name} ({first.file}, {first.dtype})"
@@ -130,8 +153,16 @@ def fp8_block(config: Mapping[str, Any], text_config: Mapping[str, Any], first: 
         raise SourceError(f"{where}: expected quant_method 'fp8' {cause}, found {found!r}")
     for key, expected in (("quant_method", "fp8"), ("fmt", "e4m3")):
         if found.get(key) != expected:
-            raise SourceError(f"{where}.{key}: expected {expected!r} {cause}, found {found.get(key)!r}")
+            raise SourceError(
+                f"{where}.{key}: expected {expected!r} {cause}, found {found.get(key)!r}"
+            )
     size = found.get("weight_block_size")
-    if not isinstance(size, list) or len(size) != 2 or not all(type(n) is int and n > 0 for n in size):
-        raise SourceError(f"{where}.weight_block_size: expected two positive integers {cause}, found {size!r}")
+    if (
+        not isinstance(size, list)
+        or len(size) != 2
+        or not all(type(n) is int and n > 0 for n in size)
+    ):
+        raise SourceError(
+            f"{where}.weight_block_size: expected two positive integers {cause}, found {size!r}"
+        )
     return (size[0], size[1])

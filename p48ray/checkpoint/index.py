@@ -1,6 +1,8 @@
-"""A checkpoint folder as an index: its config, where every tensor lies, what else is there, which checkpoint it is. No weights are read.
+"""A checkpoint folder as an index: its config, where every tensor lies, what else is there, which
+checkpoint it is. No weights are read.
 
-Kimi-K2.5's 64 headers describe 207,000 tensors: entries are light, and files are read by a few threads because a bucket answers slowly.
+Kimi-K2.5's 64 headers describe 207,000 tensors: entries are light, and files are read by a few
+threads because a bucket answers slowly.
 """
 
 import hashlib
@@ -28,13 +30,25 @@ HEADER_THREADS = 8
 _PLAIN_FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*\.safetensors")
 _CARRIED = (".json", ".py", ".jinja", ".model", ".tiktoken", ".txt")
 _NOTICES = ("LICENSE", "LICENCE", "NOTICE", "THIRD_PARTY", "USE_POLICY")
-_OTHER_WEIGHTS = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
+_OTHER_WEIGHTS = (
+    ".safetensors",
+    ".index.json",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".ckpt",
+    ".gguf",
+    ".h5",
+    ".msgpack",
+    ".onnx",
+)
 """Not carried over: they hold or describe the weights of the uncompressed model."""
 
 
 @dataclass(frozen=True, slots=True)
 class CheckpointIndex:
-    """A checkpoint's headers. `files` are the weight files; `sidecars` the top-level files that go with the weights (tokenizer, code)."""
+    """A checkpoint's headers. `files` are the weight files; `sidecars` the top-level files that go
+    with the weights (tokenizer, code)."""
 
     store: Store
     config: dict[str, Any]
@@ -42,7 +56,8 @@ class CheckpointIndex:
     files: tuple[str, ...]
     sidecars: tuple[str, ...]
     fingerprint: str
-    """Identity without reading 595 GB: SHA-256 over config, index, all headers, and size, first and last 64 KiB of each file's data."""
+    """Identity without reading 595 GB: SHA-256 over config, index, all headers, and size, first and
+    last 64 KiB of each file's data."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +72,8 @@ class _Shard:
 def open_checkpoint(store: Store) -> CheckpointIndex:
     """Reads config, index and every header of a Hugging Face folder.
 
-    Raises: SourceError, naming file and key, if a file is missing or unsound, or if the index and the headers tell different stories.
+    Raises: SourceError, naming file and key, if a file is missing or unsound, or if the index and
+        the headers tell different stories.
     """
     config_raw = _read(store, CONFIG_FILE)
     config = json_object(CONFIG_FILE, config_raw, unique_keys=False)
@@ -70,33 +86,53 @@ def open_checkpoint(store: Store) -> CheckpointIndex:
         _check_agreement(weight_map, shards)
     tensors = {name: entry for shard in shards for name, entry in shard.tensors.items()}
     if not tensors:
-        raise SourceError(f"{store.uri}: expected weights, found no tensor in {', '.join(files[:MAX_LISTED]) or INDEX_FILE}")
-    fingerprint = _digest([config_raw, index_raw, *(part for shard in shards for part in (shard.file.encode(), shard.digest))])
+        raise SourceError(
+            f"{store.uri}: expected weights, found no tensor in"
+            f" {', '.join(files[:MAX_LISTED]) or INDEX_FILE}"
+        )
+    fingerprint = _digest(
+        [
+            config_raw,
+            index_raw,
+            *(part for shard in shards for part in (shard.file.encode(), shard.digest)),
+        ]
+    )
     return CheckpointIndex(store, config, tensors, files, _sidecars(store), fingerprint.hex())
 
 
 def _read(store: Store, file: str) -> bytes:
     if store.head(file) is None:
-        raise SourceError(f"{file}: expected in {store.uri}, found none; is this the folder of a Hugging Face checkpoint?")
+        raise SourceError(
+            f"{file}: expected in {store.uri}, found none; is this the folder of a Hugging Face"
+            " checkpoint?"
+        )
     return store.get(file)
 
 
 def _read_weight_map(store: Store) -> tuple[bytes, dict[str, str] | None]:
-    """The index's bytes and its tensor -> file map; no map for a checkpoint of one file. Raises: SourceError for names that are paths."""
+    """The index's bytes and its tensor -> file map; no map for a checkpoint of one file. Raises:
+    SourceError for names that are paths."""
     if store.head(INDEX_FILE) is None:
         if store.head(SINGLE_FILE) is None:
-            raise SourceError(f"expected {INDEX_FILE} or {SINGLE_FILE} in {store.uri}, found neither")
+            raise SourceError(
+                f"expected {INDEX_FILE} or {SINGLE_FILE} in {store.uri}, found neither"
+            )
         return b"", None
     raw = _read(store, INDEX_FILE)
     weight_map = json_object(INDEX_FILE, raw).get("weight_map")
     if not isinstance(weight_map, dict):
-        raise SourceError(f"{INDEX_FILE}: expected an object at weight_map, found {type(weight_map).__name__}")
+        raise SourceError(
+            f"{INDEX_FILE}: expected an object at weight_map, found {type(weight_map).__name__}"
+        )
     checked: set[str] = set()
     for name, file in weight_map.items():
         if isinstance(file, str) and file in checked:
             continue
         if not isinstance(file, str) or not _PLAIN_FILE.fullmatch(file) or ".." in file:
-            raise SourceError(f"{INDEX_FILE}: weight_map[{name!r}]: expected the plain name of a .safetensors file, found {file!r}")
+            raise SourceError(
+                f"{INDEX_FILE}: weight_map[{name!r}]: expected the plain name of a .safetensors"
+                f" file, found {file!r}"
+            )
         checked.add(file)
     return raw, weight_map
 
@@ -104,7 +140,9 @@ def _read_weight_map(store: Store) -> tuple[bytes, dict[str, str] | None]:
 def _check_presence(store: Store, files: Iterable[str]) -> None:
     missing = [file for file in files if store.head(file) is None]
     if missing:
-        raise SourceError(f"{INDEX_FILE} names files that are not in {store.uri}: {_some(missing)}; download them")
+        raise SourceError(
+            f"{INDEX_FILE} names files that are not in {store.uri}: {_some(missing)}; download them"
+        )
 
 
 def _read_shard(store: Store, file: str) -> _Shard:
@@ -113,25 +151,38 @@ def _read_shard(store: Store, file: str) -> _Shard:
     tensors = parse_header(file, raw, size_bytes)
     data_start = 8 + len(raw)
     edge_bytes = min(EDGE_BYTES, size_bytes - data_start)
-    edges = [store.get_range(file, start, edge_bytes) for start in (data_start, size_bytes - edge_bytes)]
+    edges = [
+        store.get_range(file, start, edge_bytes) for start in (data_start, size_bytes - edge_bytes)
+    ]
     return _Shard(file, tensors, _digest([raw, str(size_bytes).encode(), *edges]))
 
 
 def _check_agreement(weight_map: Mapping[str, str], shards: list[_Shard]) -> None:
-    """Raises: SourceError unless the index and the headers place the same tensors in the same files."""
+    """Raises: SourceError unless the index and the headers place the same tensors in the same
+    files."""
     unlisted: list[str] = []
     num_found = 0
     for shard in shards:
         placed = [name for name in shard.tensors if weight_map.get(name) == shard.file]
         num_found += len(placed)
         if len(placed) != len(shard.tensors):
-            unlisted += [f"{name} in {shard.file} (index: {weight_map.get(name)})" for name in shard.tensors.keys() - set(placed)]
+            unlisted += [
+                f"{name} in {shard.file} (index: {weight_map.get(name)})"
+                for name in shard.tensors.keys() - set(placed)
+            ]
     if num_found != len(weight_map):
         by_file = {shard.file: shard.tensors for shard in shards}
-        absent = [f"{name} in {file}" for name, file in weight_map.items() if name not in by_file[file]]
-        raise SourceError(f"{INDEX_FILE} names tensors that are not in the header of their file: {_some(absent)}")
+        absent = [
+            f"{name} in {file}" for name, file in weight_map.items() if name not in by_file[file]
+        ]
+        raise SourceError(
+            f"{INDEX_FILE} names tensors that are not in the header of their file: {_some(absent)}"
+        )
     if unlisted:
-        raise SourceError(f"{INDEX_FILE} does not place tensors where the files hold them: {_some(sorted(unlisted))}")
+        raise SourceError(
+            f"{INDEX_FILE} does not place tensors where the files hold them:"
+            f" {_some(sorted(unlisted))}"
+        )
 
 
 def _some(names: list[str]) -> str:
@@ -141,10 +192,19 @@ def _some(names: list[str]) -> str:
 
 
 def _sidecars(store: Store) -> tuple[str, ...]:
-    """Top-level files that serve the model: tokenizer, generation config, code, templates, licence. Not texts, nor other forms of the weights,
-    nor README.md: the compressed model gets a card of its own."""
-    names = [info.key for info in store.list() if "/" not in info.key and not info.key.startswith(".") and info.key != CONFIG_FILE]
-    return tuple(n for n in names if (n.endswith(_CARRIED) or n.startswith(_NOTICES)) and not n.endswith(_OTHER_WEIGHTS))
+    """Top-level files that serve the model: tokenizer, generation config, code, templates, licence.
+    Not texts, nor other forms of the weights, nor README.md: the compressed model gets a card of
+    its own."""
+    names = [
+        info.key
+        for info in store.list()
+        if "/" not in info.key and not info.key.startswith(".") and info.key != CONFIG_FILE
+    ]
+    return tuple(
+        n
+        for n in names
+        if (n.endswith(_CARRIED) or n.startswith(_NOTICES)) and not n.endswith(_OTHER_WEIGHTS)
+    )
 
 
 def _digest(parts: Iterable[bytes]) -> bytes:

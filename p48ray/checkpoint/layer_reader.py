@@ -1,7 +1,8 @@
 """The tensors of one decoder layer as stored, mapped rather than read where that is possible.
 
 a folder of this machine      the source's own files are mapped
-a bucket, with a node cache   the layer is fetched once for all processes of the node, the next one while this one runs
+a bucket, with a node cache   the layer is fetched once for all processes of the node, the next
+                              one while this one runs
 a bucket, without             the layer is read into this process (Kimi-K2.5: 9.7 GB)
 """
 
@@ -24,9 +25,13 @@ MAP_ALIGNMENT = 64
 
 
 class LayerReader:
-    """Reads layers of a checkpoint, one at a time. Tensors are read-only views; they stay valid for as long as they are held.
+    """Reads layers of a checkpoint, one at a time. Tensors are read-only views; they stay valid for
+    as long as they are held.
 
-    Args: index: the checkpoint. layer_prefix: what stands before a layer's number in a tensor's name. cache: of this node, if there is one.
+    Args:
+        index: the checkpoint.
+        layer_prefix: what stands before a layer's number in a tensor's name.
+        cache: of this node, if there is one.
     """
 
     def __init__(self, index: CheckpointIndex, layer_prefix: str, cache: NodeCache | None) -> None:
@@ -54,7 +59,8 @@ class LayerReader:
         return {e.name: view(data, e, places[e.name]) for e in entries}
 
     def prefetch(self, number: int) -> None:
-        """Begin to fetch a layer that will be asked for next. An error is not told here: whoever asks for the layer meets it again."""
+        """Begin to fetch a layer that will be asked for next. An error is not told here: whoever
+        asks for the layer meets it again."""
         if self.cache is None or self.is_local:
             return
 
@@ -84,13 +90,21 @@ class LayerReader:
         if self.cache is None:
             return None
         copies, _, num_bytes = placed(self.index, entries)
-        return self.cache.open(f"{self.index.fingerprint} layer {number}", num_bytes, lambda descriptor: fetch(copies, descriptor))
+        return self.cache.open(
+            f"{self.index.fingerprint} layer {number}",
+            num_bytes,
+            lambda descriptor: fetch(copies, descriptor),
+        )
 
 
-def placed(index: CheckpointIndex, entries: list[TensorEntry]) -> tuple[list[tuple[ByteRange, int]], dict[str, int], int]:
-    """How a layer is copied: ranges of the source with their places, the place of every tensor, and the copy's size.
+def placed(
+    index: CheckpointIndex, entries: list[TensorEntry]
+) -> tuple[list[tuple[ByteRange, int]], dict[str, int], int]:
+    """How a layer is copied: ranges of the source with their places, the place of every tensor, and
+    the copy's size.
 
-    Neighbours in a source file stay neighbours, with what lies between them, so that they travel in one request; alignment is as in the source.
+    Neighbours in a source file stay neighbours, with what lies between them, so that they travel in
+    one request; alignment is as in the source.
     """
     copies: list[tuple[ByteRange, int]] = []
     places: dict[str, int] = {}
@@ -112,5 +126,6 @@ def view(data: memoryview, entry: TensorEntry, start: int) -> Tensor:
     if start % dtype.itemsize or not entry.num_bytes:
         return from_bytes(piece, entry.dtype, entry.shape)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # torch warns that the bytes are read-only; nobody writes to them
+        # torch warns that the bytes are read-only; nobody writes to them
+        warnings.simplefilter("ignore", UserWarning)
         return torch.frombuffer(piece, dtype=torch.uint8).view(dtype).reshape(entry.shape)

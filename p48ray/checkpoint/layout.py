@@ -1,4 +1,5 @@
-"""How a model's weights are laid out: one frozen record, from which every name of a routed expert follows."""
+"""How a model's weights are laid out: one frozen record, from which every name of a routed expert
+follows."""
 
 import re
 from collections.abc import Mapping
@@ -12,21 +13,32 @@ PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 ExpertStorage = Literal["int4", "fp8", "bf16"]
 
 EXPERT_SUFFIXES: Mapping[ExpertStorage, tuple[str, ...]] = MappingProxyType(
-    {"int4": ("weight_packed", "weight_scale", "weight_shape"), "fp8": ("weight_scale_inv", "weight"), "bf16": ("weight",)}
+    {
+        "int4": ("weight_packed", "weight_scale", "weight_shape"),
+        "fp8": ("weight_scale_inv", "weight"),
+        "bf16": ("weight",),
+    }
 )
-"""The tensors of one expert linear, by storage; the first is one that no storage behind it has. "bf16" stands for any plain float: BF16, F16 or F32."""
+"""The tensors of one expert linear, by storage; the first is one that no storage behind it has.
+"bf16" stands for any plain float: BF16, F16 or F32."""
 
-EXPERT_NAME = re.compile(r"(.*\.|)layers\.(0|[1-9]\d*)\.mlp\.experts\.(0|[1-9]\d*)\.(gate_proj|up_proj|down_proj)\.(\w+)")
-"""(prefix, layer, expert, projection, suffix) of a routed expert's tensor; shared experts have no number and do not match."""
+EXPERT_NAME = re.compile(
+    r"(.*\.|)layers\.(0|[1-9]\d*)\.mlp\.experts\.(0|[1-9]\d*)\.(gate_proj|up_proj|down_proj)\.(\w+)"
+)
+"""(prefix, layer, expert, projection, suffix) of a routed expert's tensor; shared experts have no
+number and do not match."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelLayout:
-    """Names and sizes of one checkpoint, read from its config and headers. `int4_group_size` is None unless experts are INT4.
+    """Names and sizes of one checkpoint, read from its config and headers. `int4_group_size` is
+    None unless experts are INT4.
 
-    `fp8_block` is (outputs, inputs) that share a scale where any linear is stored in FP8, in or outside the experts; None without such.
-    `layer_prefix` ends before a layer's number ("language_model.model.layers."). `head_name` is the embedding's where they are tied.
-    `passthrough_expert_layers` are layers behind the last one (multi-token prediction) that hold experts too: they stay as they are.
+    `fp8_block` is (outputs, inputs) that share a scale where any linear is stored in FP8, in or
+    outside the experts; None without such. `layer_prefix` ends before a layer's number
+    ("language_model.model.layers."). `head_name` is the embedding's where they are tied.
+    `passthrough_expert_layers` are layers behind the last one (multi-token prediction) that hold
+    experts too: they stay as they are.
     """
 
     family: str
@@ -68,6 +80,11 @@ class ModelLayout:
         return (self.moe_intermediate_size, self.hidden_size)
 
     def is_expert_tensor(self, name: str) -> bool:
-        """True for the tensors that compression replaces: those of routed experts in the layers that the model runs."""
+        """True for the tensors that compression replaces: those of routed experts in the layers
+        that the model runs."""
         found = EXPERT_NAME.fullmatch(name)
-        return found is not None and f"{found[1]}layers." == self.layer_prefix and int(found[2]) < self.num_layers
+        return (
+            found is not None
+            and f"{found[1]}layers." == self.layer_prefix
+            and int(found[2]) < self.num_layers
+        )

@@ -1,8 +1,10 @@
-"""The config.json of the compressed checkpoint: the source's, with the NVFP4 quantization_config in place of any other.
+"""The config.json of the compressed checkpoint: the source's, with the NVFP4 quantization_config in
+place of any other.
 
-Targets have to hold under two naming schemes, because transformers renames modules ("language_model.model.layers" becomes
-"model.language_model.layers") and vLLM does not, and both match from the start of the name: hence one target that names the experts and
-begins with `.*`. Nothing else matches it, so nothing needs to be ignored but experts that stay plain.
+Targets have to hold under two naming schemes, because transformers renames modules
+("language_model.model.layers" becomes "model.language_model.layers") and vLLM does not, and both
+match from the start of the name: hence one target that names the experts and begins with `.*`.
+Nothing else matches it, so nothing needs to be ignored but experts that stay plain.
 """
 
 import json
@@ -17,7 +19,8 @@ NVFP4_FORMAT = "nvfp4-pack-quantized"
 
 
 def output_config(source_config: Mapping[str, Any], layout: ModelLayout) -> dict[str, Any]:
-    """A new config: the source's without its quantization_config, wherever that was, and with ours at the top level."""
+    """A new config: the source's without its quantization_config, wherever that was, and with ours
+    at the top level."""
     config = _without(source_config, CONFIG_KEY)
     assert isinstance(config, dict)
     config[CONFIG_KEY] = nvfp4_config(layout)
@@ -25,9 +28,14 @@ def output_config(source_config: Mapping[str, Any], layout: ModelLayout) -> dict
 
 
 def nvfp4_config(layout: ModelLayout) -> dict[str, Any]:
-    """W4A4 NVFP4 for the routed experts, plain JSON. Experts of layers behind the model's last one (MTP) are ignored: they stay as is."""
+    """W4A4 NVFP4 for the routed experts, plain JSON. Experts of layers behind the model's last one
+    (MTP) are ignored: they stay as is."""
     # Two seconds of every command's start otherwise, and of every worker's.
-    from compressed_tensors.quantization import QuantizationConfig, QuantizationStatus, preset_name_to_scheme
+    from compressed_tensors.quantization import (
+        QuantizationConfig,
+        QuantizationStatus,
+        preset_name_to_scheme,
+    )
 
     scheme = preset_name_to_scheme("NVFP4", [EXPERTS_TARGET])
     scheme.format = NVFP4_FORMAT
@@ -35,9 +43,12 @@ def nvfp4_config(layout: ModelLayout) -> dict[str, Any]:
         config_groups={"group_0": scheme},
         format=NVFP4_FORMAT,
         quantization_status=QuantizationStatus.COMPRESSED,
-        ignore=[rf"re:.*layers\.{layer}\.mlp\.experts\..*" for layer in layout.passthrough_expert_layers],
+        ignore=[
+            rf"re:.*layers\.{layer}\.mlp\.experts\..*" for layer in layout.passthrough_expert_layers
+        ],
     )
-    # Newer than most clients, and None here: older releases of compressed-tensors refuse keys that they do not know.
+    # Newer than most clients, and None here: older releases of compressed-tensors refuse keys that
+    # they do not know.
     dumped: dict[str, Any] = config.model_dump(mode="json", exclude={"moe_sparsity_config"})
     return dumped
 

@@ -1,7 +1,9 @@
-"""A checkpoint of Kimi-K2.5's real shape without its weights: true headers, data that is a hole in the file.
+"""A checkpoint of Kimi-K2.5's real shape without its weights: true headers, data that is a hole in
+the file.
 
-For dry runs and for measuring what planning costs at full scale: 64 files, 207,000 tensors, 69,120 expert linears, about 595 GB by their
-sizes and 51 MB on a disk that stores holes as holes. Tensors read as zeros, `weight_shape` too, so its experts do not decode.
+For dry runs and for measuring what planning costs at full scale: 64 files, 207,000 tensors, 69,120
+expert linears, about 595 GB by their sizes and 51 MB on a disk that stores holes as holes. Tensors
+read as zeros, `weight_shape` too, so its experts do not decode.
 """
 
 import json
@@ -28,7 +30,8 @@ Spec = tuple[str, str, tuple[int, ...]]
 
 
 def write_kimi_k25_skeleton(folder: str | Path) -> None:
-    """Writes the files into a folder, which is created. Takes seconds; needs a file system with sparse files."""
+    """Writes the files into a folder, which is created. Takes seconds; needs a file system with
+    sparse files."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     shards = _shards()
@@ -38,13 +41,17 @@ def write_kimi_k25_skeleton(folder: str | Path) -> None:
         file = f"model-{number:05d}-of-{len(shards):06d}.safetensors"
         total_bytes += _write_sparse(folder / file, specs)
         weight_map.update({name: file for name, _, _ in specs})
-    index = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
+    index = {
+        "metadata": {"total_size": total_bytes},
+        "weight_map": dict(sorted(weight_map.items())),
+    }
     (folder / INDEX_FILE).write_text(json.dumps(index, indent=0))
     (folder / CONFIG_FILE).write_text(json.dumps(kimi_k25_config(), indent=2))
 
 
 def kimi_k25_config() -> dict[str, Any]:
-    """config.json with the release's values, in the key names that transformers 5 uses (as examples/tiny-kimi-k2.5 has them)."""
+    """config.json with the release's values, in the key names that transformers 5 uses (as
+    examples/tiny-kimi-k2.5 has them)."""
     return {
         "architectures": ["KimiK25ForConditionalGeneration"],
         "model_type": "kimi_k25",
@@ -75,23 +82,27 @@ def kimi_k25_config() -> dict[str, Any]:
 
 def _text_config() -> dict[str, Any]:
     sizes = {
-        "vocab_size": VOCAB, "hidden_size": HIDDEN, "intermediate_size": DENSE_INTERMEDIATE, "moe_intermediate_size": MOE_INTERMEDIATE,
-        "num_hidden_layers": NUM_LAYERS, "num_attention_heads": HEADS, "num_key_value_heads": HEADS, "q_lora_rank": Q_LORA,
-        "kv_lora_rank": KV_LORA, "qk_nope_head_dim": NOPE, "qk_rope_head_dim": ROPE, "v_head_dim": V_HEAD,
-        "n_routed_experts": NUM_EXPERTS, "num_experts_per_tok": 8, "first_k_dense_replace": 1, "moe_layer_freq": 1,
-        "n_shared_experts": 1, "n_group": 1, "topk_group": 1, "num_nextn_predict_layers": 0, "max_position_embeddings": 262144,
+        "vocab_size": VOCAB, "hidden_size": HIDDEN, "intermediate_size": DENSE_INTERMEDIATE,
+        "moe_intermediate_size": MOE_INTERMEDIATE, "num_hidden_layers": NUM_LAYERS,
+        "num_attention_heads": HEADS, "num_key_value_heads": HEADS, "q_lora_rank": Q_LORA,
+        "kv_lora_rank": KV_LORA, "qk_nope_head_dim": NOPE, "qk_rope_head_dim": ROPE,
+        "v_head_dim": V_HEAD, "n_routed_experts": NUM_EXPERTS, "num_experts_per_tok": 8,
+        "first_k_dense_replace": 1, "moe_layer_freq": 1, "n_shared_experts": 1, "n_group": 1,
+        "topk_group": 1, "num_nextn_predict_layers": 0, "max_position_embeddings": 262144,
     }  # fmt: skip
     behaviour = {
-        "model_type": "kimi_k2", "architectures": ["DeepseekV3ForCausalLM"], "dtype": "bfloat16", "hidden_act": "silu",
-        "scoring_func": "sigmoid", "topk_method": "noaux_tc", "norm_topk_prob": True, "routed_scaling_factor": 2.827,
-        "rms_norm_eps": 1e-05, "attention_bias": False, "attention_dropout": 0.0, "initializer_range": 0.02, "ep_size": 1,
-        "use_cache": True, "tie_word_embeddings": False, "bos_token_id": 163584, "eos_token_id": 163585, "pad_token_id": 163839,
+        "model_type": "kimi_k2", "architectures": ["DeepseekV3ForCausalLM"], "dtype": "bfloat16",
+        "hidden_act": "silu", "scoring_func": "sigmoid", "topk_method": "noaux_tc",
+        "norm_topk_prob": True, "routed_scaling_factor": 2.827, "rms_norm_eps": 1e-05,
+        "attention_bias": False, "attention_dropout": 0.0, "initializer_range": 0.02, "ep_size": 1,
+        "use_cache": True, "tie_word_embeddings": False, "bos_token_id": 163584,
+        "eos_token_id": 163585, "pad_token_id": 163839,
     }  # fmt: skip
     rope = {
         "rope_theta": 50000.0,
         "rope_scaling": {
-            "type": "yarn", "factor": 64.0, "original_max_position_embeddings": 4096, "beta_fast": 32.0, "beta_slow": 1.0,
-            "mscale": 1.0, "mscale_all_dim": 1.0,
+            "type": "yarn", "factor": 64.0, "original_max_position_embeddings": 4096,
+            "beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0,
         },
     }  # fmt: skip
     return sizes | behaviour | rope | {"quantization_config": _int4_config()}
@@ -99,8 +110,9 @@ def _text_config() -> dict[str, Any]:
 
 def _int4_config() -> dict[str, Any]:
     weights = {
-        "num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": INT4_GROUP, "dynamic": False,
-        "observer": "minmax", "observer_kwargs": {}, "actorder": None, "block_structure": None,
+        "num_bits": 4, "type": "int", "symmetric": True, "strategy": "group",
+        "group_size": INT4_GROUP, "dynamic": False, "observer": "minmax", "observer_kwargs": {},
+        "actorder": None, "block_structure": None,
     }  # fmt: skip
     return {
         "quant_method": "compressed-tensors",
@@ -108,9 +120,19 @@ def _int4_config() -> dict[str, Any]:
         "quantization_status": "compressed",
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
-        "ignore": ["lm_head", "re:.*self_attn.*", "re:.*shared_experts.*", r"re:.*mlp\.(gate|up|gate_up|down)_proj.*"],
+        "ignore": [
+            "lm_head",
+            "re:.*self_attn.*",
+            "re:.*shared_experts.*",
+            r"re:.*mlp\.(gate|up|gate_up|down)_proj.*",
+        ],
         "config_groups": {
-            "group_0": {"targets": ["Linear"], "input_activations": None, "output_activations": None, "weights": weights},
+            "group_0": {
+                "targets": ["Linear"],
+                "input_activations": None,
+                "output_activations": None,
+                "weights": weights,
+            },
         },
     }
 
@@ -134,11 +156,17 @@ def _num_bytes(spec: Spec) -> int:
 
 
 def _shards() -> list[list[Spec]]:
-    """One file a layer, one each for embedding, head, and vision; wide types first, then by name, as the reference writer does."""
+    """One file a layer, one each for embedding, head, and vision; wide types first, then by name,
+    as the reference writer does."""
     prefix = "language_model."
     shards = [list(layer_specs(layer)) for layer in range(NUM_LAYERS)]
     shards.append([(f"{prefix}model.embed_tokens.weight", "BF16", (VOCAB, HIDDEN))])
-    shards.append([(f"{prefix}model.norm.weight", "BF16", (HIDDEN,)), (f"{prefix}lm_head.weight", "BF16", (VOCAB, HIDDEN))])
+    shards.append(
+        [
+            (f"{prefix}model.norm.weight", "BF16", (HIDDEN,)),
+            (f"{prefix}lm_head.weight", "BF16", (VOCAB, HIDDEN)),
+        ]
+    )
     shards.append([*_vision(), *_projector()])
     return [sorted(specs, key=lambda spec: (-DTYPE_BYTES[spec[1]], spec[0])) for specs in shards]
 
@@ -147,8 +175,9 @@ def layer_specs(layer: int) -> Iterator[Spec]:
     """Every tensor of one decoder layer."""
     prefix = f"language_model.model.layers.{layer}."
     attention = {
-        "q_a_proj": (Q_LORA, HIDDEN), "q_a_layernorm": (Q_LORA,), "q_b_proj": (HEADS * (NOPE + ROPE), Q_LORA),
-        "kv_a_proj_with_mqa": (KV_LORA + ROPE, HIDDEN), "kv_a_layernorm": (KV_LORA,), "kv_b_proj": (HEADS * (NOPE + V_HEAD), KV_LORA),
+        "q_a_proj": (Q_LORA, HIDDEN), "q_a_layernorm": (Q_LORA,),
+        "q_b_proj": (HEADS * (NOPE + ROPE), Q_LORA), "kv_a_proj_with_mqa": (KV_LORA + ROPE, HIDDEN),
+        "kv_a_layernorm": (KV_LORA,), "kv_b_proj": (HEADS * (NOPE + V_HEAD), KV_LORA),
         "o_proj": (HIDDEN, HEADS * V_HEAD),
     }  # fmt: skip
     for name, shape in attention.items():
@@ -162,7 +191,9 @@ def layer_specs(layer: int) -> Iterator[Spec]:
     yield f"{prefix}mlp.gate.e_score_correction_bias", "F32", (NUM_EXPERTS,)
     yield from _mlp(f"{prefix}mlp.shared_experts.", MOE_INTERMEDIATE)
     for expert in range(NUM_EXPERTS):
-        for name, _, (out_features, in_features) in _mlp(f"{prefix}mlp.experts.{expert}.", MOE_INTERMEDIATE):
+        for name, _, (out_features, in_features) in _mlp(
+            f"{prefix}mlp.experts.{expert}.", MOE_INTERMEDIATE
+        ):
             yield f"{name}_packed", "I32", (out_features, in_features // 8)
             yield f"{name}_scale", "BF16", (out_features, in_features // INT4_GROUP)
             yield f"{name}_shape", "I32", (2,)
@@ -177,8 +208,8 @@ def _mlp(prefix: str, intermediate: int) -> Iterator[tuple[str, str, tuple[int, 
 def _vision() -> Iterator[Spec]:
     hidden = VISION_HIDDEN
     linears = {
-        "mlp.fc0": (VISION_INTERMEDIATE, hidden), "mlp.fc1": (hidden, VISION_INTERMEDIATE), "wqkv": (3 * hidden, hidden),
-        "wo": (hidden, hidden),
+        "mlp.fc0": (VISION_INTERMEDIATE, hidden), "mlp.fc1": (hidden, VISION_INTERMEDIATE),
+        "wqkv": (3 * hidden, hidden), "wo": (hidden, hidden),
     }  # fmt: skip
     for block in range(VISION_BLOCKS):
         prefix = f"vision_tower.encoder.blocks.{block}."

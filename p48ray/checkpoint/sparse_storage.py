@@ -1,10 +1,14 @@
-"""The two storages of compressed experts, and how names, headers, tensors, config and index go from one to the other, each way without loss.
+"""The two storages of compressed experts, and how names, headers, tensors, config and index go from
+one to the other, each way without loss.
 
-    dense   weight_packed [out, in/2]                                           weight_scale [out, in/16]   stock loaders
-    sparse  weight_sparse_packed [out, in/4], weight_sparse_mask [out, in/16]   weight_scale [out, in/32]   kernels for paired-4:8
+    dense   weight_packed [out, in/2]
+            weight_scale [out, in/16]                                      stock loaders
+    sparse  weight_sparse_packed [out, in/4], weight_sparse_mask [out, in/16]
+            weight_scale [out, in/32]                                      kernels for paired-4:8
 
-Global scales are the same in both. The sparse one is what the public paired48 backend of vLLM reads (layout "pair-bitmask", version 1): its kernels apply
-one scale per 32 inputs, to weights and activations, so only scale span 32 can be stored like that.
+Global scales are the same in both. The sparse one is what the public paired48 backend of vLLM reads
+(layout "pair-bitmask", version 1): its kernels apply one scale per 32 inputs, to weights and
+activations, so only scale span 32 can be stored like that.
 """
 
 import copy
@@ -22,7 +26,12 @@ from p48ray.numerics import paired48
 Storage = Literal["dense", "sparse"]
 TensorRow = tuple[str, str, tuple[int, ...]]
 
-PACKED, KEPT, MASK, SCALE = "weight_packed", "weight_sparse_packed", "weight_sparse_mask", "weight_scale"
+PACKED, KEPT, MASK, SCALE = (
+    "weight_packed",
+    "weight_sparse_packed",
+    "weight_sparse_mask",
+    "weight_scale",
+)
 MARKER_KEY = "paired48_sparse"
 MARKER: Mapping[str, Any] = MappingProxyType({"layout": "pair-bitmask", "version": 1})
 GROUP_SIZE: Mapping[Storage, int] = MappingProxyType({"dense": 16, "sparse": 32})
@@ -30,13 +39,16 @@ QUANTIZERS = ("weights", "input_activations")
 
 
 def storage_of(config: Mapping[str, Any]) -> Storage:
-    """Which storage a checkpoint's config.json announces. Raises: SourceError for a sparse one that is not this layout and version."""
+    """Which storage a checkpoint's config.json announces. Raises: SourceError for a sparse one that
+    is not this layout and version."""
     quantization = config.get(CONFIG_KEY)
     marker = quantization.get(MARKER_KEY) if isinstance(quantization, dict) else None
     if marker is None:
         return "dense"
     if marker != MARKER:
-        raise SourceError(f"config.json: {CONFIG_KEY}.{MARKER_KEY}: expected {dict(MARKER)}, found {marker!r}")
+        raise SourceError(
+            f"config.json: {CONFIG_KEY}.{MARKER_KEY}: expected {dict(MARKER)}, found {marker!r}"
+        )
     return "sparse"
 
 
@@ -45,18 +57,29 @@ def stored_suffixes(suffix: str, storage: Storage) -> tuple[str, ...]:
     return (KEPT, MASK) if storage == "sparse" and suffix == PACKED else (suffix,)
 
 
-def linear_form(packed_shape: tuple[int, ...], storage: Storage) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Dtype and shape of a linear's codes, masks and scales, by suffix, from the shape of weight_packed or weight_sparse_packed."""
+def linear_form(
+    packed_shape: tuple[int, ...], storage: Storage
+) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Dtype and shape of a linear's codes, masks and scales, by suffix, from the shape of
+    weight_packed or weight_sparse_packed."""
     out, width = (*packed_shape, 0, 0)[:2]
     if storage == "dense":
         return {PACKED: ("U8", (out, width)), SCALE: ("F8_E4M3", (out, width // 8))}
-    return {KEPT: ("U8", (out, width)), MASK: ("U8", (out, width // 4)), SCALE: ("F8_E4M3", (out, width // 8))}
+    return {
+        KEPT: ("U8", (out, width)),
+        MASK: ("U8", (out, width // 4)),
+        SCALE: ("F8_E4M3", (out, width // 8)),
+    }
 
 
-def convert_rows(rows: Iterable[TensorRow], linears: Collection[str], to: Storage) -> list[TensorRow]:
-    """A file's header rows in the other storage, in the same order; a linear's mask directly follows its kept bytes.
+def convert_rows(
+    rows: Iterable[TensorRow], linears: Collection[str], to: Storage
+) -> list[TensorRow]:
+    """A file's header rows in the other storage, in the same order; a linear's mask directly
+    follows its kept bytes.
 
-    Args: linears: names of the linears to convert; every other tensor stays.
+    Args:
+        linears: names of the linears to convert; every other tensor stays.
     """
     return [new for row in rows for new in _convert_row(row, linears, to)]
 
@@ -72,19 +95,25 @@ def _convert_row(row: TensorRow, linears: Collection[str], to: Storage) -> list[
         return [(row[0], dtype, (out, width // 2 if to == "sparse" else width * 2))]
     if to == "dense":
         return [(f"{linear}.{PACKED}", dtype, (out, width * 2))]
-    return [(f"{linear}.{KEPT}", dtype, (out, width // 2)), (f"{linear}.{MASK}", dtype, (out, width // 8))]
+    return [
+        (f"{linear}.{KEPT}", dtype, (out, width // 2)),
+        (f"{linear}.{MASK}", dtype, (out, width // 8)),
+    ]
 
 
 def sparse_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Compressed linears' dense tensors, by full name, in sparse storage.
 
-    Raises: SourceError, naming the tensor, for a pattern that is not paired-4:8, or two scales that differ within 32 inputs.
+    Raises: SourceError, naming the tensor, for a pattern that is not paired-4:8, or two scales that
+        differ within 32 inputs.
     """
     found: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         linear, _, suffix = name.rpartition(".")
         if suffix == PACKED:
-            found[f"{linear}.{KEPT}"], found[f"{linear}.{MASK}"] = _named(name, paired48.pack_sparse, tensor)
+            found[f"{linear}.{KEPT}"], found[f"{linear}.{MASK}"] = _named(
+                name, paired48.pack_sparse, tensor
+            )
         elif suffix == SCALE:
             found[name] = _halved(name, tensor)
         else:
@@ -93,13 +122,16 @@ def sparse_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def dense_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The inverse of sparse_tensors. Raises: SourceError, naming the tensor, for a mask that is none."""
+    """The inverse of sparse_tensors. Raises: SourceError, naming the tensor, for a mask that is
+    none."""
     found: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         linear, _, suffix = name.rpartition(".")
         if suffix == KEPT:
             mask = f"{linear}.{MASK}"
-            found[f"{linear}.{PACKED}"] = _named(mask, paired48.unpack_sparse, tensor, tensors[mask])
+            found[f"{linear}.{PACKED}"] = _named(
+                mask, paired48.unpack_sparse, tensor, tensors[mask]
+            )
         elif suffix == SCALE:
             found[name] = tensor.view(torch.uint8).repeat_interleave(2, dim=-1).view(tensor.dtype)
         elif suffix != MASK:
@@ -116,18 +148,23 @@ def _named(name: str, act: Callable[..., Any], *tensors: Tensor) -> Any:
 
 def _halved(name: str, scale: Tensor) -> Tensor:
     if scale.shape[-1] % 2:
-        raise SourceError(f"{name}: expected scales for whole groups of 32 inputs, found {scale.shape[-1]} a row, one per 16")
+        raise SourceError(
+            f"{name}: expected scales for whole groups of 32 inputs, found {scale.shape[-1]} a row,"
+            " one per 16"
+        )
     first, second = scale.view(torch.uint8).unflatten(-1, (-1, 2)).unbind(-1)
     if num_differing := int((first != second).sum()):
         raise SourceError(
-            f"{name}: expected the two scales of every 32 inputs to be equal (compression.scale_span: 32), found {num_differing} pairs that "
-            "differ; sparse storage has one scale for them"
+            f"{name}: expected the two scales of every 32 inputs to be equal"
+            f" (compression.scale_span: 32), found {num_differing} pairs that differ; sparse"
+            " storage has one scale for them"
         )
     return first.contiguous().view(scale.dtype)
 
 
 def convert_config(config: Mapping[str, Any], to: Storage) -> dict[str, Any]:
-    """A checkpoint's config.json in the other storage: marker and group sizes. Raises: SourceError for groups of another size."""
+    """A checkpoint's config.json in the other storage: marker and group sizes. Raises: SourceError
+    for groups of another size."""
     found = copy.deepcopy(dict(config))
     quantization = found[CONFIG_KEY]
     if to == "sparse":
@@ -139,13 +176,16 @@ def convert_config(config: Mapping[str, Any], to: Storage) -> dict[str, Any]:
         for quantizer in QUANTIZERS:
             if (size := scheme[quantizer].get("group_size")) != before:
                 raise SourceError(
-                    f"config.json: {CONFIG_KEY}.config_groups.{group}.{quantizer}.group_size: expected {before}, found {size!r}"
+                    f"config.json: {CONFIG_KEY}.config_groups.{group}.{quantizer}.group_size:"
+                    f" expected {before}, found {size!r}"
                 )
             scheme[quantizer]["group_size"] = GROUP_SIZE[to]
     return found
 
 
-def convert_index(index: Mapping[str, Any], linears: Collection[str], to: Storage, total_bytes: int) -> dict[str, Any]:
+def convert_index(
+    index: Mapping[str, Any], linears: Collection[str], to: Storage, total_bytes: int
+) -> dict[str, Any]:
     """model.safetensors.index.json in the other storage. total_bytes: of all its tensors."""
     weight_map: dict[str, str] = {}
     for name, file in index["weight_map"].items():

@@ -1,7 +1,9 @@
-"""One unit of compressed experts from one storage to the other while a file is streamed: for whoever stitches, converts, verifies, evaluates or publishes.
+"""One unit of compressed experts from one storage to the other while a file is streamed: for
+whoever stitches, converts, verifies, evaluates or publishes.
 
-A unit is held in memory once in each storage, and no more of a checkpoint than that. What it is held against is always the SHA-256 of its dense form as
-a shard of its own, because that is what was verified.
+A unit is held in memory once in each storage, and no more of a checkpoint than that. What it is
+held against is always the SHA-256 of its dense form as a shard of its own, because that is what was
+verified.
 """
 
 import hashlib
@@ -21,7 +23,8 @@ from p48ray.store.base import Store
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredUnit:
-    """A unit's tensors where they lie, in its order, all in one file. sha256: of its dense form, as a shard of its own; named_in: what says so."""
+    """A unit's tensors where they lie, in its order, all in one file. sha256: of its dense form, as
+    a shard of its own; named_in: what says so."""
 
     id: str
     sha256: str
@@ -37,15 +40,16 @@ class StoredUnit:
 def recoded_unit(unit: StoredUnit, to: Storage) -> Iterator[bytes]:
     """The bytes of a unit's tensors in the other storage, in its order.
 
-    Raises: SourceError, naming the tensor, for what sparse storage can not hold; ShardCorruptError for bytes that are not those that were verified. Both
-            before the first byte is given out.
+    Raises: SourceError, naming the tensor, for what sparse storage can not hold; ShardCorruptError
+        for bytes that are not those that were verified. Both before the first byte is given out.
     """
     stored = read_tensors(unit.store, unit.entries)
     recoded = sparse_tensors(stored) if to == "sparse" else dense_tensors(stored)
     found = dense_sha256(stored if to == "sparse" else recoded)
     if found != unit.sha256:
         raise ShardCorruptError(
-            f"{unit.store.uri}/{unit.file}: unit {unit.id}: expected the bytes with SHA-256 {unit.sha256} that {unit.named_in} names, found {found}"
+            f"{unit.store.uri}/{unit.file}: unit {unit.id}: expected the bytes with SHA-256"
+            f" {unit.sha256} that {unit.named_in} names, found {found}"
         )
     for tensor in recoded.values():
         yield tensor_bytes(tensor)
@@ -54,12 +58,14 @@ def recoded_unit(unit: StoredUnit, to: Storage) -> Iterator[bytes]:
 def decoded_unit(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A unit's sparse tensors in dense storage, in its order.
 
-    Raises: SourceError, naming what is wrong, for bytes that no conversion writes: a mask that is none, or one over other zero bytes than the lowest,
-            which would decode to the same weights.
+    Raises: SourceError, naming what is wrong, for bytes that no conversion writes: a mask that is
+        none, or one over other zero bytes than the lowest, which would decode to the same weights.
     """
     dense = dense_tensors(stored)
     again = sparse_tensors(dense)
-    if header_of(again) != header_of(stored) or any(not is_same_bytes(again[name], tensor) for name, tensor in stored.items()):
+    if header_of(again) != header_of(stored) or any(
+        not is_same_bytes(again[name], tensor) for name, tensor in stored.items()
+    ):
         raise SourceError("a mask marks other zero bytes as kept than the lowest")
     return dense
 

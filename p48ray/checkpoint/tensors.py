@@ -1,4 +1,5 @@
-"""Tensors from and to safetensors bytes, by byte range: no file is ever read whole to get at a part of it."""
+"""Tensors from and to safetensors bytes, by byte range: no file is ever read whole to get at a part
+of it."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from math import prod
@@ -12,7 +13,8 @@ from p48ray.store import Store
 from p48ray.store.view import read_into
 
 MAX_GAP_BYTES = 1 * 2**20
-"""Unwanted bytes between two tensors that are read along with them. A request to a bucket takes as long as about 1 MiB of its bytes."""
+"""Unwanted bytes between two tensors that are read along with them. A request to a bucket takes as
+long as about 1 MiB of its bytes."""
 
 MAX_READ_BYTES = 256 * 2**20
 """A merged read stops growing here: it is held in memory beside the tensors cut from it."""
@@ -27,12 +29,15 @@ def read_tensors(store: Store, entries: Iterable[TensorEntry]) -> dict[str, Tens
         end = max(entry.start + entry.num_bytes for entry in run)
         data = memoryview(store.get_range(run[0].file, start, end - start))
         for entry in run:
-            found[entry.name] = from_bytes(data[entry.start - start :][: entry.num_bytes], entry.dtype, entry.shape)
+            found[entry.name] = from_bytes(
+                data[entry.start - start :][: entry.num_bytes], entry.dtype, entry.shape
+            )
     return {entry.name: found[entry.name] for entry in wanted}
 
 
 def read_together(store: Store, entries: Iterable[TensorEntry]) -> dict[str, Tensor]:
-    """As read_tensors, for tensors that are used and let go together: neighbours share the memory they were read into, without a copy."""
+    """As read_tensors, for tensors that are used and let go together: neighbours share the memory
+    they were read into, without a copy."""
     wanted = list(entries)
     found: dict[str, Tensor] = {}
     for run in merge_ranges(wanted):
@@ -43,14 +48,19 @@ def read_together(store: Store, entries: Iterable[TensorEntry]) -> dict[str, Ten
             at, dtype = entry.start - start, torch_dtype(entry.dtype)
             if entry.num_bytes and at % dtype.itemsize == 0:
                 count = entry.num_bytes // dtype.itemsize
-                found[entry.name] = torch.frombuffer(data, dtype=dtype, offset=at, count=count).reshape(entry.shape)
+                found[entry.name] = torch.frombuffer(
+                    data, dtype=dtype, offset=at, count=count
+                ).reshape(entry.shape)
             else:
-                found[entry.name] = from_bytes(memoryview(data)[at : at + entry.num_bytes], entry.dtype, entry.shape)
+                found[entry.name] = from_bytes(
+                    memoryview(data)[at : at + entry.num_bytes], entry.dtype, entry.shape
+                )
     return {entry.name: found[entry.name] for entry in wanted}
 
 
 def merge_ranges(entries: Iterable[TensorEntry]) -> Iterator[list[TensorEntry]]:
-    """Groups of tensors to read in one request each: same file, gaps up to MAX_GAP_BYTES, at most MAX_READ_BYTES (or one tensor)."""
+    """Groups of tensors to read in one request each: same file, gaps up to MAX_GAP_BYTES, at most
+    MAX_READ_BYTES (or one tensor)."""
     run: list[TensorEntry] = []
     end = 0
     for entry in sorted(entries, key=lambda entry: (entry.file, entry.start, entry.num_bytes)):
@@ -67,29 +77,35 @@ def merge_ranges(entries: Iterable[TensorEntry]) -> Iterator[list[TensorEntry]]:
 
 
 def from_bytes(data: bytes | memoryview, dtype: str, shape: Sequence[int]) -> Tensor:
-    """A new tensor with its own memory from stored bytes; `dtype` is safetensors' name. Raises: ShardCorruptError if the sizes differ."""
+    """A new tensor with its own memory from stored bytes; `dtype` is safetensors' name. Raises:
+    ShardCorruptError if the sizes differ."""
     target = torch_dtype(dtype)
     expected_bytes = prod(shape) * target.itemsize
     if expected_bytes != len(data):
-        raise ShardCorruptError(f"expected {expected_bytes} bytes for {dtype} {list(shape)}, found {len(data)}")
+        raise ShardCorruptError(
+            f"expected {expected_bytes} bytes for {dtype} {list(shape)}, found {len(data)}"
+        )
     if not expected_bytes:  # frombuffer refuses an empty buffer
         return torch.empty(tuple(shape), dtype=target)
     return torch.frombuffer(bytearray(data), dtype=torch.uint8).view(target).reshape(tuple(shape))
 
 
 def tensor_view(tensor: Tensor) -> memoryview:
-    """The same bytes as tensor_bytes gives, uncopied where the tensor lies in memory as a file holds it."""
+    """The same bytes as tensor_bytes gives, uncopied where the tensor lies in memory as a file
+    holds it."""
     view: memoryview = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
     return view
 
 
 def tensor_bytes(tensor: Tensor) -> bytes:
-    """The bytes that a safetensors file holds for the tensor, which may be on any device and of any strides."""
+    """The bytes that a safetensors file holds for the tensor, which may be on any device and of any
+    strides."""
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 class TensorFile:
-    """A safetensors file with the tensors in the mapping's order, as `store.base.Buffers`: they are written from where they lie.
+    """A safetensors file with the tensors in the mapping's order, as `store.base.Buffers`: they are
+    written from where they lie.
 
     Raises: P48Error for a dtype that files here do not hold.
     """
@@ -110,4 +126,6 @@ def serialize(tensors: Mapping[str, Tensor]) -> bytes:
 
 def header_of(tensors: Mapping[str, Tensor]) -> bytes:
     """The start of that file, up to the first tensor's bytes."""
-    return encode_header([(name, dtype_name(tensor.dtype), tuple(tensor.shape)) for name, tensor in tensors.items()])
+    return encode_header(
+        [(name, dtype_name(tensor.dtype), tuple(tensor.shape)) for name, tensor in tensors.items()]
+    )

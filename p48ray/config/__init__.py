@@ -24,17 +24,30 @@ from p48ray.config.section import Section, as_tuple
 from p48ray.errors import ConfigError
 from p48ray.store.open import scheme_of
 
-SIZE_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+SIZE_UNITS = {
+    "": 1,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "KIB": 2**10,
+    "MIB": 2**20,
+    "GIB": 2**30,
+}
 
 
 def parse_size(value: object) -> object:
     """'4.5GB', '512 MiB' or a number of bytes -> bytes."""
-    if isinstance(value, str) and (found := re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", value)):
+    if isinstance(value, str) and (
+        found := re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", value)
+    ):
         factor = SIZE_UNITS.get(found[2].upper())
         if factor is not None:
             return int(float(found[1]) * factor)
     if not isinstance(value, int):
-        raise ValueError(f"expected a size such as 5GB, 512MiB or a number of bytes (units: {', '.join(filter(None, SIZE_UNITS))})")
+        raise ValueError(
+            "expected a size such as 5GB, 512MiB or a number of bytes (units:"
+            f" {', '.join(filter(None, SIZE_UNITS))})"
+        )
     return value
 
 
@@ -45,20 +58,42 @@ class SourceConfig(Section):
     """Where the checkpoint to compress comes from."""
 
     checkpoint: str = Field(
-        min_length=1, description="Folder, s3://bucket/prefix, or hf://owner/name@revision. The files count, not where they lie."
+        min_length=1,
+        description=(
+            "Folder, s3://bucket/prefix, or hf://owner/name@revision. The files count, not where"
+            " they lie."
+        ),
     )
-    trust_remote_code: bool = Field(False, description="Allow the tokenizer code shipped with the source to run.")
+    trust_remote_code: bool = Field(
+        False, description="Allow the tokenizer code shipped with the source to run."
+    )
     endpoint_url: str | None = Field(
-        None, description="URL of the S3-compatible store that holds the source; null: as the environment says."
+        None,
+        description=(
+            "URL of the S3-compatible store that holds the source; null: as the environment says."
+        ),
     )
 
 
 class DocumentSource(Section):
-    """One source of texts in a mix: .jsonl or .parquet with a column text, messages or conversations."""
+    """One source of texts in a mix: .jsonl or .parquet with a column text, messages or
+    conversations."""
 
-    path: str = Field(min_length=1, description="File or folder, local or s3://, or hf://datasets/owner/name[@revision][/path].")
-    weight: float = Field(1.0, gt=0, description="[relative] Share of the sequences, as a proportion of the sum of all weights.")
-    endpoint_url: str | None = Field(None, description="URL of the S3-compatible store that holds it; null: as the environment says.")
+    path: str = Field(
+        min_length=1,
+        description=(
+            "File or folder, local or s3://, or hf://datasets/owner/name[@revision][/path]."
+        ),
+    )
+    weight: float = Field(
+        1.0,
+        gt=0,
+        description="[relative] Share of the sequences, as a proportion of the sum of all weights.",
+    )
+    endpoint_url: str | None = Field(
+        None,
+        description="URL of the S3-compatible store that holds it; null: as the environment says.",
+    )
 
 
 def as_mix(value: object) -> object:
@@ -73,27 +108,62 @@ class CalibrationConfig(Section):
     """The texts whose activations define the curvature, and how they are cut into work."""
 
     documents: Documents = Field(
-        description="A path, or a list of sources (entries below). Their bytes and weights change the checkpoint; where they lie does not."
+        description=(
+            "A path, or a list of sources (entries below). Their bytes and weights change the"
+            " checkpoint; where they lie does not."
+        )
     )
-    num_sequences: int = Field(gt=0, description="[sequences] How many are cut from the texts. Stored bytes and time grow with it.")
-    sequence_length: int = Field(gt=1, description="[tokens] Length of each sequence; at most the model's max_position_embeddings.")
-    seed: int = Field(0, description="Seed of the draw of sequences, and of the labels whose loss gives the gradients.")
+    num_sequences: int = Field(
+        gt=0,
+        description=(
+            "[sequences] How many are cut from the texts. Stored bytes and time grow with it."
+        ),
+    )
+    sequence_length: int = Field(
+        gt=1,
+        description=(
+            "[tokens] Length of each sequence; at most the model's max_position_embeddings."
+        ),
+    )
+    seed: int = Field(
+        0,
+        description=(
+            "Seed of the draw of sequences, and of the labels whose loss gives the gradients."
+        ),
+    )
     propagate: Literal["dense", "compressed"] = Field(
-        "dense", description="Which layers feed the next: the source's, or those compressed before it, one layer after the other."
+        "dense",
+        description=(
+            "Which layers feed the next: the source's, or those compressed before it, one layer"
+            " after the other."
+        ),
     )
     sequences_per_part: int = Field(
         8,
         gt=0,
-        description="[sequences] Size of a part, which is stored and resumed as a whole. It fixes the order of every sum.",
+        description=(
+            "[sequences] Size of a part, which is stored and resumed as a whole. It fixes the order"
+            " of every sum."
+        ),
     )
     sequences_per_micro_batch: int = Field(
-        4, gt=0, description="[sequences] Size of one call of attention. A larger one takes more memory."
+        4,
+        gt=0,
+        description="[sequences] Size of one call of attention. A larger one takes more memory.",
     )
     compute_dtype: Literal["float32", "bfloat16"] = Field(
-        "float32", description="Number format of the model's layers in capture and gradients. bfloat16 takes half the memory."
+        "float32",
+        description=(
+            "Number format of the model's layers in capture and gradients. bfloat16 takes half the"
+            " memory."
+        ),
     )
     stored_bits: Literal[16, 8] = Field(
-        16, description="[bits] Form of stored activations and gradients: bf16, or int8 with a scale per 16 values (9/16 of the bytes)."
+        16,
+        description=(
+            "[bits] Form of stored activations and gradients: bf16, or int8 with a scale per 16"
+            " values (9/16 of the bytes)."
+        ),
     )
 
 
@@ -101,13 +171,24 @@ class OutputConfig(Section):
     """The form of the finished checkpoint."""
 
     max_shard_size: SizeBytes = Field(
-        5 * 10**9, description="[bytes, or a text such as 5GB] Largest file of weights; with sparse storage files are 0.6 of that."
+        5 * 10**9,
+        description=(
+            "[bytes, or a text such as 5GB] Largest file of weights; with sparse storage files are"
+            " 0.6 of that."
+        ),
     )
-    storage: Literal["dense", "sparse"] = Field("dense", description="dense: for stock loaders; sparse: for the kernels of paired-4:8.")
+    storage: Literal["dense", "sparse"] = Field(
+        "dense", description="dense: for stock loaders; sparse: for the kernels of paired-4:8."
+    )
     base_model: str | None = Field(
-        None, description="owner/name of the source on the Hub, for the card; default: what an hf:// source says."
+        None,
+        description=(
+            "owner/name of the source on the Hub, for the card; default: what an hf:// source says."
+        ),
     )
-    base_revision: str | None = Field(None, description="Its commit there, for the card; default: what an hf:// source says.")
+    base_revision: str | None = Field(
+        None, description="Its commit there, for the card; default: what an hf:// source says."
+    )
 
 
 class EvaluationConfig(Section):
@@ -115,76 +196,159 @@ class EvaluationConfig(Section):
 
     documents: Documents = Field(description="Held-out texts, as calibration.documents has them.")
     num_sequences: int = Field(
-        gt=0, description="[sequences] How many are cut from the texts. The time of the stage evaluate grows with it."
+        gt=0,
+        description=(
+            "[sequences] How many are cut from the texts. The time of the stage evaluate grows"
+            " with it."
+        ),
     )
     sequence_length: int = Field(gt=1, description="[tokens] Length of each sequence.")
     seed: int = Field(0, description="Seed of the draw of sequences.")
-    sequences_per_part: int = Field(8, gt=0, description="[sequences] Size of a part, the piece of work that a worker takes.")
-    activations: Literal["nvfp4", "original"] = Field("nvfp4", description="What the compressed experts see: W4A4 as served, or W4A16.")
+    sequences_per_part: int = Field(
+        8, gt=0, description="[sequences] Size of a part, the piece of work that a worker takes."
+    )
+    activations: Literal["nvfp4", "original"] = Field(
+        "nvfp4", description="What the compressed experts see: W4A4 as served, or W4A16."
+    )
     activation_group: Literal[16, 32] | None = Field(
-        None, description="[inputs] How many share one activation scale; null: as compression.activation_group."
+        None,
+        description=(
+            "[inputs] How many share one activation scale; null: as compression.activation_group."
+        ),
     )
     baseline: bool = Field(
-        False, description="Also run the published one-shot baseline under run.root/baseline and report it beside the result."
+        False,
+        description=(
+            "Also run the published one-shot baseline under run.root/baseline and report it beside"
+            " the result."
+        ),
     )
 
 
 class RunSettings(Section):
-    """Where and how the work runs. Only the keys that fix the order of sums can change an output byte (see plan.SETTINGS)."""
+    """Where and how the work runs. Only the keys that fix the order of sums can change an output
+    byte (see plan.SETTINGS)."""
 
     root: str = Field(
-        min_length=1, description="Folder or s3://bucket/prefix that holds all of the run. On a cluster every node has to reach it."
+        min_length=1,
+        description=(
+            "Folder or s3://bucket/prefix that holds all of the run. On a cluster every node has to"
+            " reach it."
+        ),
     )
     endpoint_url: str | None = Field(
-        None, description="URL of the S3-compatible store that holds the run root; null: as the environment says."
+        None,
+        description=(
+            "URL of the S3-compatible store that holds the run root; null: as the environment says."
+        ),
     )
-    root_is_shared: bool = Field(False, description="Declares that a local run root is the same folder on every node.")
+    root_is_shared: bool = Field(
+        False, description="Declares that a local run root is the same folder on every node."
+    )
     experts_per_unit: int = Field(
-        8, gt=0, description="[experts] How many are compressed together. Fewer take less GPU memory and more time an expert."
+        8,
+        gt=0,
+        description=(
+            "[experts] How many are compressed together. Fewer take less GPU memory and more time"
+            " an expert."
+        ),
     )
-    num_workers: int = Field(1, gt=0, description="[workers] How many processes work at the same time, at most.")
+    num_workers: int = Field(
+        1, gt=0, description="[workers] How many processes work at the same time, at most."
+    )
     capture_workers: int | None = Field(
         None,
         gt=0,
-        description="[workers] How many may stream the model; null: num_workers. The nodes that hold them read the whole source.",
+        description=(
+            "[workers] How many may stream the model; null: num_workers. The nodes that hold them"
+            " read the whole source."
+        ),
     )
     threads_per_worker: int = Field(
-        1, gt=0, description="[threads] CPU threads of a worker, and CPUs asked of Ray. The rounding of matrix products depends on it."
+        1,
+        gt=0,
+        description=(
+            "[threads] CPU threads of a worker, and CPUs asked of Ray. The rounding of matrix"
+            " products depends on it."
+        ),
     )
     gpus_per_worker: float = Field(
-        0.0, ge=0, description="[GPUs] GPUs asked of Ray for a worker; 0: it computes on CPUs. Device models differ in bytes (DESIGN 5.2)."
+        0.0,
+        ge=0,
+        description=(
+            "[GPUs] GPUs asked of Ray for a worker; 0: it computes on CPUs. Device models differ in"
+            " bytes (DESIGN 5.2)."
+        ),
     )
     gpu_hour_price: float | None = Field(
-        None, gt=0, description="[money an hour] Price of a GPU-hour, for the cost in the plan, the report and `p48ray status`."
+        None,
+        gt=0,
+        description=(
+            "[money an hour] Price of a GPU-hour, for the cost in the plan, the report and `p48ray"
+            " status`."
+        ),
     )
     max_attempts: int = Field(
-        3, gt=0, description="[attempts] Tries at a task before it is set aside as failed. The loss of a node does not count."
+        3,
+        gt=0,
+        description=(
+            "[attempts] Tries at a task before it is set aside as failed. The loss of a node does"
+            " not count."
+        ),
     )
     prefetch_units: int = Field(
-        1, ge=0, description="[units] How many a worker reads for, or writes, beside the one that it computes. They share its memory."
+        1,
+        ge=0,
+        description=(
+            "[units] How many a worker reads for, or writes, beside the one that it computes. They"
+            " share its memory."
+        ),
     )
     layers: Annotated[tuple[int, ...], BeforeValidator(as_tuple)] | None = Field(
-        None, description="Compress only these layers, as a pilot without a checkpoint; null: all layers with experts."
+        None,
+        description=(
+            "Compress only these layers, as a pilot without a checkpoint; null: all layers with"
+            " experts."
+        ),
     )
     keep: Literal["all", "units", "checkpoint"] = Field(
-        "all", description="What stays in the run root. units: no activations, gradients or boundaries; checkpoint: no unit shards either."
+        "all",
+        description=(
+            "What stays in the run root. units: no activations, gradients or boundaries;"
+            " checkpoint: no unit shards either."
+        ),
     )
     boundary_every: int = Field(
-        1, gt=0, description="[layers] Unless all is kept, store every n-th layer boundary; the backward pass computes those between again."
+        1,
+        gt=0,
+        description=(
+            "[layers] Unless all is kept, store every n-th layer boundary; the backward pass"
+            " computes those between again."
+        ),
     )
     node_cache: str | None = Field(
         None,
-        description="Folder on a fast disk of every node, for what its workers read in common; null: the system's for temporary files.",
+        description=(
+            "Folder on a fast disk of every node, for what its workers read in common; null: the"
+            " system's for temporary files."
+        ),
     )
     node_cache_size: Annotated[int, BeforeValidator(parse_size), Field(ge=0)] | None = Field(
-        None, description="[bytes, or a text such as 500GB] Limit of run.node_cache; 0: no cache; null: half of what the disk has free."
+        None,
+        description=(
+            "[bytes, or a text such as 500GB] Limit of run.node_cache; 0: no cache; null: half of"
+            " what the disk has free."
+        ),
     )
 
 
 class RunConfig(Section):
     """The whole of one job's configuration."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Name of the run, and of the checkpoint in its card.")
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+        description="Name of the run, and of the checkpoint in its card.",
+    )
     source: SourceConfig
     calibration: CalibrationConfig
     compression: CompressionConfig = CompressionConfig()
@@ -195,27 +359,47 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def compression_fits_storage(self) -> "RunConfig":
-        """Sparse storage holds 2 of 4 pairs and one scale per 32 inputs, and nothing else (checkpoint.sparse_storage)."""
+        """Sparse storage holds 2 of 4 pairs and one scale per 32 inputs, and nothing else
+        (checkpoint.sparse_storage)."""
         if self.output.storage == "sparse":
             for key, expected in (("sparsity", "paired-4:8"), ("scale_span", 32)):
                 if (found := getattr(self.compression, key)) != expected:
-                    raise ValueError(f"output.storage: 'sparse' needs compression.{key} {expected!r}, found {found!r}")
+                    raise ValueError(
+                        f"output.storage: 'sparse' needs compression.{key} {expected!r}, found"
+                        f" {found!r}"
+                    )
         return self
 
 
 def baseline_config(config: RunConfig) -> RunConfig:
-    """The published one-shot reference on the same source and texts: SparseGPT masks and GPTQ, unweighted tokens, damping 0.1 (DESIGN 7.1)."""
-    one_shot = {"solver": "sparsegpt_gptq", "sparsity": "paired-4:8", "router_weight_exponent": 0.0, "damp": 0.1}
+    """The published one-shot reference on the same source and texts: SparseGPT masks and GPTQ,
+    unweighted tokens, damping 0.1 (DESIGN 7.1)."""
+    one_shot = {
+        "solver": "sparsegpt_gptq",
+        "sparsity": "paired-4:8",
+        "router_weight_exponent": 0.0,
+        "damp": 0.1,
+    }
     plain = {"output_curvature": False, "output_damp": "auto", "refine_steps": 0, "code_sweeps": 0}
     compression = config.compression.model_copy(update=one_shot | plain)
-    evaluation = config.evaluation.model_copy(update={"baseline": False}) if config.evaluation else None
+    evaluation = (
+        config.evaluation.model_copy(update={"baseline": False}) if config.evaluation else None
+    )
     root = config.run.root.rstrip("/")
     source = config.source
     if scheme_of(source.checkpoint).mirror:  # which the run has mirrored by then
-        source = source.model_copy(update={"checkpoint": f"{root}/source", "endpoint_url": config.run.endpoint_url})
+        source = source.model_copy(
+            update={"checkpoint": f"{root}/source", "endpoint_url": config.run.endpoint_url}
+        )
     run = config.run.model_copy(update={"root": f"{root}/baseline"})
     calibration = config.calibration.model_copy(update={"propagate": "dense"})
-    changed = {"source": source, "calibration": calibration, "compression": compression, "evaluation": evaluation, "run": run}
+    changed = {
+        "source": source,
+        "calibration": calibration,
+        "compression": compression,
+        "evaluation": evaluation,
+        "run": run,
+    }
     return config.model_copy(update={"name": f"{config.name}-baseline"} | changed)
 
 
@@ -231,23 +415,35 @@ def dotted_keys(model: type[BaseModel] = RunConfig, prefix: str = "") -> list[st
     """Every dotted key of the configuration tree; lists count as one key."""
     keys: list[str] = []
     for name, field in model.model_fields.items():
-        choices = get_args(field.annotation) if get_origin(field.annotation) in (Union, UnionType) else (field.annotation,)
+        choices = (
+            get_args(field.annotation)
+            if get_origin(field.annotation) in (Union, UnionType)
+            else (field.annotation,)
+        )
         section = next((c for c in choices if isinstance(c, type) and issubclass(c, Section)), None)
         keys += dotted_keys(section, f"{prefix}{name}.") if section else [f"{prefix}{name}"]
     return keys
 
 
-def load_config(path: str | Path, overrides: tuple[str, ...] = (), run_root: str | None = None) -> RunConfig:
+def load_config(
+    path: str | Path, overrides: tuple[str, ...] = (), run_root: str | None = None
+) -> RunConfig:
     """Read a configuration file.
 
-    Args:    path: YAML file. overrides: 'dotted.key=value' texts, values in YAML. run_root: replaces run.root.
-    Raises:  ConfigError naming the file, each dotted key, what was expected and what was found.
+    Args:
+        path: YAML file.
+        overrides: 'dotted.key=value' texts, values in YAML.
+        run_root: replaces run.root.
+    Raises: ConfigError naming the file, each dotted key, what was expected and what was found.
     """
     tree = read_yaml(Path(path))
     for override in overrides:
         key, sign, text = override.partition("=")
         if not sign or not key:
-            raise ConfigError(f"--set {override!r}: expected dotted.key=value, for instance --set compression.sweeps=2")
+            raise ConfigError(
+                f"--set {override!r}: expected dotted.key=value, for instance --set"
+                " compression.sweeps=2"
+            )
         assign(tree, key, parse_value(key, text))
     if run_root is not None:
         assign(tree, "run.root", run_root)
@@ -287,10 +483,15 @@ def assign(tree: dict[str, Any], dotted: str, value: object) -> None:
 
 
 def explain(error: ValidationError) -> list[str]:
-    """One line per problem: dotted key, expected, found, and the nearest known key where one was misspelt."""
+    """One line per problem: dotted key, expected, found, and the nearest known key where one was
+    misspelt."""
     lines = []
     for item in error.errors(include_url=False):
-        dotted = ".".join(str(part) for part in item["loc"] if part not in ("constrained-float", "literal['auto']", "tuple[int, ...]"))
+        dotted = ".".join(
+            str(part)
+            for part in item["loc"]
+            if part not in ("constrained-float", "literal['auto']", "tuple[int, ...]")
+        )
         if item["type"] == "extra_forbidden":
             near = difflib.get_close_matches(dotted, dotted_keys(), n=1)
             lines.append(f"{dotted}: unknown key" + (f"; did you mean {near[0]}?" if near else ""))
@@ -303,7 +504,9 @@ def explain(error: ValidationError) -> list[str]:
                 + ("" if isinstance(item["input"], dict) else f", found {shorten(item['input'])}")
             )
         else:
-            lines.append(f"{dotted or 'configuration'}: {item['msg']}, found {shorten(item['input'])}")
+            lines.append(
+                f"{dotted or 'configuration'}: {item['msg']}, found {shorten(item['input'])}"
+            )
     return lines
 
 

@@ -1,4 +1,5 @@
-"""The section `benchmarks`: which checkpoints are compared on which of lm-evaluation-harness's tasks, and who serves them."""
+"""The section `benchmarks`: which checkpoints are compared on which of lm-evaluation-harness's
+tasks, and who serves them."""
 
 from typing import Annotated, Literal, Self
 
@@ -15,9 +16,13 @@ class BenchmarkTask(Section):
 
     task: str = Field(min_length=1, description="The harness's name.")
     title: str | None = Field(None, description="Name in the table; null: the harness's.")
-    shots: int = Field(ge=0, description="[examples] How many are shown in the prompt before the question.")
+    shots: int = Field(
+        ge=0, description="[examples] How many are shown in the prompt before the question."
+    )
     metric: str = Field(min_length=1, description="The harness's name of the figure that counts.")
-    filter: str = Field("none", description="The harness's filter of the answers, by its name in the task's file.")
+    filter: str = Field(
+        "none", description="The harness's filter of the answers, by its name in the task's file."
+    )
 
     @property
     def label(self) -> str:
@@ -30,19 +35,36 @@ LEADERBOARD = (
     BenchmarkTask(task="mmlu", title="MMLU", shots=5, metric="acc"),
     BenchmarkTask(task="truthfulqa_mc2", title="TruthfulQA mc2", shots=0, metric="acc"),
     BenchmarkTask(task="winogrande", title="Winogrande", shots=5, metric="acc"),
-    BenchmarkTask(task="gsm8k", title="GSM8K", shots=5, metric="exact_match", filter="strict-match"),
+    BenchmarkTask(
+        task="gsm8k", title="GSM8K", shots=5, metric="exact_match", filter="strict-match"
+    ),
 )
-"""The Open LLM Leaderboard's first version. Its GSM8K took the number behind `####` and nothing else, which is the harness's filter strict-match."""
+"""The Open LLM Leaderboard's first version. Its GSM8K took the number behind `####` and nothing
+else, which is the harness's filter strict-match."""
 
 
 class ComparedCheckpoint(Section):
-    """One column of the table: a checkpoint to be served, or figures that somebody else has published of it."""
+    """One column of the table: a checkpoint to be served, or figures that somebody else has
+    published of it."""
 
     title: str | None = Field(None, description="Name in the table; null: what it is.")
-    checkpoint: str | None = Field(None, description="Folder, or hf://owner/name@revision; of `ours` null means run.root/checkpoint.")
-    figures: str | None = Field(None, description="YAML file with `source` and `figures` (task: per cent), in place of a checkpoint.")
+    checkpoint: str | None = Field(
+        None,
+        description=(
+            "Folder, or hf://owner/name@revision; of `ours` null means run.root/checkpoint."
+        ),
+    )
+    figures: str | None = Field(
+        None,
+        description=(
+            "YAML file with `source` and `figures` (task: per cent), in place of a checkpoint."
+        ),
+    )
     served_name: str | None = Field(
-        None, description="Id of the model at a server that is given with --server; null: the checkpoint's place."
+        None,
+        description=(
+            "Id of the model at a server that is given with --server; null: the checkpoint's place."
+        ),
     )
     flags: Annotated[tuple[str, ...], BeforeValidator(as_tuple)] | None = Field(
         None, description="Flags of the server, in place of those of the card."
@@ -56,32 +78,59 @@ class ComparedCheckpoint(Section):
 
 
 class ServerSettings(Section):
-    """The OpenAI-compatible server that is started where none is given. It is called with the checkpoint, the flags, --host and --port."""
+    """The OpenAI-compatible server that is started where none is given. It is called with the
+    checkpoint, the flags, --host and --port."""
 
     command: Annotated[tuple[str, ...], BeforeValidator(as_tuple), Field(min_length=1)] = Field(
         ("vllm", "serve"), description="The program and its first arguments."
     )
-    gpus: int = Field(4, ge=0, description="[GPUs] GPUs asked of Ray, and the server's --tensor-parallel-size.")
-    start_timeout_s: float = Field(3600.0, gt=0, description="[seconds] Time limit of its start, counted from when it has a node.")
+    gpus: int = Field(
+        4, ge=0, description="[GPUs] GPUs asked of Ray, and the server's --tensor-parallel-size."
+    )
+    start_timeout_s: float = Field(
+        3600.0,
+        gt=0,
+        description="[seconds] Time limit of its start, counted from when it has a node.",
+    )
 
 
 class BenchmarksConfig(Section):
-    """Benchmarks of the finished checkpoint beside its base and the one-shot baseline. Nothing here changes an output byte."""
+    """Benchmarks of the finished checkpoint beside its base and the one-shot baseline. Nothing here
+    changes an output byte."""
 
     base: ComparedCheckpoint | None = None
     baseline: ComparedCheckpoint | None = None
     ours: ComparedCheckpoint = ComparedCheckpoint()
-    tasks: Annotated[tuple[BenchmarkTask, ...], BeforeValidator(as_tuple), Field(min_length=1)] = Field(
-        LEADERBOARD, description="Rows of the table (entries below). Default: the tasks of the Open LLM Leaderboard's first version."
+    tasks: Annotated[tuple[BenchmarkTask, ...], BeforeValidator(as_tuple), Field(min_length=1)] = (
+        Field(
+            LEADERBOARD,
+            description=(
+                "Rows of the table (entries below). Default: the tasks of the Open LLM"
+                " Leaderboard's first version."
+            ),
+        )
     )
-    include_path: str | None = Field(None, description="Folder with tasks of one's own, in the harness's form.")
-    limit: int | None = Field(None, gt=0, description="[documents] How many of each task, for a trial; null: all.")
-    max_length: int = Field(8192, gt=0, description="[tokens] Longest request; the harness cuts longer ones off on the left.")
+    include_path: str | None = Field(
+        None, description="Folder with tasks of one's own, in the harness's form."
+    )
+    limit: int | None = Field(
+        None, gt=0, description="[documents] How many of each task, for a trial; null: all."
+    )
+    max_length: int = Field(
+        8192,
+        gt=0,
+        description="[tokens] Longest request; the harness cuts longer ones off on the left.",
+    )
     batch_size: int = Field(1, gt=0, description="[prompts] How many in one request.")
     concurrency: int = Field(32, gt=0, description="[requests] How many at the same time.")
     timeout_s: int = Field(1200, gt=0, description="[seconds] Time limit of one request.")
-    tokenizer: str | None = Field(None, description="Folder or owner/name on the Hub, for the harness; null: the checkpoint's.")
-    harness_python: str | None = Field(None, description="Python that has lm-evaluation-harness; null: the job's own.")
+    tokenizer: str | None = Field(
+        None,
+        description="Folder or owner/name on the Hub, for the harness; null: the checkpoint's.",
+    )
+    harness_python: str | None = Field(
+        None, description="Python that has lm-evaluation-harness; null: the job's own."
+    )
     server: ServerSettings = ServerSettings()
 
     @model_validator(mode="after")
@@ -99,5 +148,9 @@ class BenchmarksConfig(Section):
 
     def columns(self) -> dict[Role, ComparedCheckpoint]:
         """Those that are named, in the table's order."""
-        named: dict[Role, ComparedCheckpoint | None] = {"base": self.base, "baseline": self.baseline, "ours": self.ours}
+        named: dict[Role, ComparedCheckpoint | None] = {
+            "base": self.base,
+            "baseline": self.baseline,
+            "ours": self.ours,
+        }
         return {role: column for role, column in named.items() if column is not None}

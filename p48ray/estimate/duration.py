@@ -1,11 +1,14 @@
-"""How long a plan will take: the stages' FLOP, steps and bytes over measured rates. Arithmetic; every rate stands in `Rates`, nowhere else.
+"""How long a plan will take: the stages' FLOP, steps and bytes over measured rates. Arithmetic;
+every rate stands in `Rates`, nowhere else.
 
-    start | mirror | streams ......................... | units left | reduce | verify | evaluate          job_seconds
+    job_seconds:
+    start | mirror | streams ......................... | units left | reduce | verify | evaluate
                         units of layers that are complete, by the workers that do not stream
 
-A worker streams at the slowest of computing, reading, hashing and writing, which lie beside each other, once its first layer is through.
-A unit takes as long as its computation, or as fetching the next one where that is longer and units are read ahead. Transfers through a node's link are
-shared by the node's workers. Nothing is lost or repeated, and all units are alike.
+A worker streams at the slowest of computing, reading, hashing and writing, which lie beside each
+other, once its first layer is through. A unit takes as long as its computation, or as fetching the
+next one where that is longer and units are read ahead. Transfers through a node's link are shared
+by the node's workers. Nothing is lost or repeated, and all units are alike.
 """
 
 import math
@@ -36,20 +39,27 @@ class Rate(float):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rates:
-    """What the hardware does in a second, or how long a step takes. `_s`: seconds a step; others: FLOP, bytes or weights a second."""
+    """What the hardware does in a second, or how long a step takes. `_s`: seconds a step; others:
+    FLOP, bytes or weights a second."""
 
-    # The solver: a part that a unit pays whatever it holds, because columns wait for each other, and a part for every weight.
+    # The solver: a part that a unit pays whatever it holds, because columns wait for each other,
+    # and a part for every weight.
     column_step_s: Rate  # one column of a one-shot pass
     pair_group_step_s: Rate  # one pair_group of a descent sweep, of all rows or of a row group
-    weight_s: Rate  # one weight of a one-shot pass or of a one-sided sweep, with its share of what lies between them
+    # one weight of a one-shot pass or of a one-sided sweep, with its share of what lies between
+    # them
+    weight_s: Rate
     two_sided_weight_s: Rate  # one weight of a two-sided sweep
     code_step_s: Rate  # a pair_group of code descent, which is torch code
-    matmul_flops: Rate  # expert forwards and gradients in TF32, with all that lies between products in a unit
+    # expert forwards and gradients in TF32, with all that lies between products in a unit
+    matmul_flops: Rate
     moment_flops: Rate  # second moments, counted as whole squares
     factor_flops: Rate  # factors, counted as one cube
     refine_flops: Rate  # refinement
     # Streams
-    stream_begin_s: Rate  # until a stream's first write begins, imports and a GPU context included, and what is deleted at its end
+    # until a stream's first write begins, imports and a GPU context included, and what is deleted
+    # at its end
+    stream_begin_s: Rate
     stream_flops: Rate  # a worker's forwards and gradients through a layer
     decode_weights: Rate  # experts of a checkpoint decoded for the evaluation
     # Bytes: near is a folder of the node's own, far is a store that is read over the node's link
@@ -59,17 +69,22 @@ class Rates:
     link: Rate  # a node, each way
     far_copy: Rate  # a node's calls for copies inside a bucket: reduce
     hash_bytes: Rate  # a thread, SHA-256
-    gather_bytes: Rate  # a worker, a unit's own rows picked from mapped parts and brought to the device
+    # a worker, a unit's own rows picked from mapped parts and brought to the device
+    gather_bytes: Rate
     check_bytes: Rate  # a worker, what verification reads, decodes and compares
     # Once
     ray_start_s: Rate
-    worker_start_s: Rate  # imports, the source's headers, a GPU context, what is left of compiling kernels
+    # imports, the source's headers, a GPU context, what is left of compiling kernels
+    worker_start_s: Rate
     gpus_a_node: Rate  # GPUs that share a link
 
 
 HASHING_THREADS = 4  # of a streaming worker (stages.blobs.WRITERS)
 H200 = "one H200, bench/job.py, docs/PERFORMANCE.md"
-DISK = "a virtual disk beside one H200, fsync included, bench/job.py, docs/PERFORMANCE.md: yours may be faster"
+DISK = (
+    "a virtual disk beside one H200, fsync included, bench/job.py, docs/PERFORMANCE.md: yours may"
+    " be faster"
+)
 H100 = "one H100 80GB, 8 experts a unit, docs/PERFORMANCE.md"
 ASSUMED = "assumed, to be measured on a node of H200s"
 
@@ -78,7 +93,9 @@ H200_NODE = Rates(
     pair_group_step_s=Rate(3.5e-6, "s", H100),
     weight_s=Rate(1.0e-10, "s", H100),
     two_sided_weight_s=Rate(2.3e-10, "s", H100),
-    code_step_s=Rate(1.6e-3, "s", "five descent steps of that kind, by count of kernels: not measured"),
+    code_step_s=Rate(
+        1.6e-3, "s", "five descent steps of that kind, by count of kernels: not measured"
+    ),
     matmul_flops=Rate(1.75e14, "FLOP/s", H200),
     moment_flops=Rate(6.5e14, "FLOP/s", H100),
     factor_flops=Rate(2.8e13, "FLOP/s", H100),
@@ -102,7 +119,8 @@ H200_NODE = Rates(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bytes:
-    """What the stages move, all workers and nodes together; stream_read, of the source, a node. routed_token and unit_experts: of one."""
+    """What the stages move, all workers and nodes together; stream_read, of the source, a node.
+    routed_token and unit_experts: of one."""
 
     mirror: int
     stream_read: int
@@ -119,7 +137,8 @@ class Bytes:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Times:
-    """Seconds of wall clock by stage, each as if it had the workers for itself; job_seconds has the overlap. `_gpu_hours` are of computing alone."""
+    """Seconds of wall clock by stage, each as if it had the workers for itself; job_seconds has the
+    overlap. `_gpu_hours` are of computing alone."""
 
     start_seconds: float
     mirror_seconds: float
@@ -146,8 +165,18 @@ def num_nodes(workers: int, config: RunConfig, rates: Rates) -> int:
     return max(1, math.ceil(workers * config.run.gpus_per_worker / rates.gpus_a_node))
 
 
-def times(plan: RunPlan, layout: ModelLayout, moved: Bytes, layer_passes: float, dense_elements: int, rates: Rates = H200_NODE) -> Times:
-    """Args: layer_passes: of all layers, by the streams, a backward pass counted as two. dense_elements: weights of all layers outside the experts."""
+def times(
+    plan: RunPlan,
+    layout: ModelLayout,
+    moved: Bytes,
+    layer_passes: float,
+    dense_elements: int,
+    rates: Rates = H200_NODE,
+) -> Times:
+    """Args:
+    layer_passes: of all layers, by the streams, a backward pass counted as two.
+    dense_elements: weights of all layers outside the experts.
+    """
     run = plan.config.run
     workers = run.num_workers
     tokens = plan.config.calibration.num_sequences * plan.config.calibration.sequence_length
@@ -163,7 +192,14 @@ def times(plan: RunPlan, layout: ModelLayout, moved: Bytes, layer_passes: float,
     checkers = max(1, min(workers, moved.num_shards))
     verify = max(moved.verified / (read * nodes), moved.verified / (rates.check_bytes * checkers))
     evaluate = 0.0 if plan.is_pilot else evaluate_seconds(plan, layout, dense_elements, rates)
-    job = start + mirror + overlapped_seconds(plan, stream, moved, computed, rates) + reduce + verify + evaluate
+    job = (
+        start
+        + mirror
+        + overlapped_seconds(plan, stream, moved, computed, rates)
+        + reduce
+        + verify
+        + evaluate
+    )
     return Times(
         start_seconds=start,
         mirror_seconds=mirror,
@@ -197,29 +233,49 @@ def stream_seconds(plan: RunPlan, moved: Bytes, flops: float, rates: Rates) -> f
 def fetch_seconds(plan: RunPlan, layout_tokens: float, moved: Bytes, rates: Rates) -> float:
     """What one worker needs for one unit, without what waits for a shared link.
 
-    Hashing its share of the parts, where they come from afar (near ones were hashed by who wrote them); gathering rows; experts from near.
+    Hashing its share of the parts, where they come from afar (near ones were hashed by who wrote
+    them); gathering rows; experts from near.
     """
     is_hashed_by_writers = is_near(plan.config.run.root, plan.config.run.root_is_shared)
-    hashed = 0.0 if is_hashed_by_writers else moved.layer_tokens * len(plan.layers) / len(plan.units)
-    return hashed / rates.hash_bytes + layout_tokens * moved.routed_token / rates.gather_bytes + moved.unit_experts / rates.near_read
+    hashed = (
+        0.0 if is_hashed_by_writers else moved.layer_tokens * len(plan.layers) / len(plan.units)
+    )
+    return (
+        hashed / rates.hash_bytes
+        + layout_tokens * moved.routed_token / rates.gather_bytes
+        + moved.unit_experts / rates.near_read
+    )
 
 
 def tokens_of_unit(plan: RunPlan) -> float:
     """Routed tokens of a unit, on average."""
     c, source = plan.config.calibration, plan.source
-    return c.num_sequences * c.sequence_length * source.top_k / source.num_experts * plan.config.run.experts_per_unit
+    return (
+        c.num_sequences
+        * c.sequence_length
+        * source.top_k
+        / source.num_experts
+        * plan.config.run.experts_per_unit
+    )
 
 
-def unit_seconds(plan: RunPlan, moved: Bytes, computed: float, rates: Rates, units: int | None = None) -> float:
-    """Of all units (or so many of them) by all workers, and the first fetch, which nothing is computed beside.
+def unit_seconds(
+    plan: RunPlan, moved: Bytes, computed: float, rates: Rates, units: int | None = None
+) -> float:
+    """Of all units (or so many of them) by all workers, and the first fetch, which nothing is
+    computed beside.
 
-    Args: computed: seconds that all units compute, together.
+    Args:
+        computed: seconds that all units compute, together.
     """
     run, total = plan.config.run, len(plan.units)
     left = total if units is None else units
     if not left:
         return 0.0
-    near, nodes = is_near(run.root, run.root_is_shared), num_nodes(run.num_workers, plan.config, rates)
+    near, nodes = (
+        is_near(run.root, run.root_is_shared),
+        num_nodes(run.num_workers, plan.config, rates),
+    )
     one, fetch = computed / total, fetch_seconds(plan, tokens_of_unit(plan), moved, rates)
     each = max(one, fetch) if run.prefetch_units else one + fetch
     wall = math.ceil(left / run.num_workers) * each
@@ -230,11 +286,14 @@ def unit_seconds(plan: RunPlan, moved: Bytes, computed: float, rates: Rates, uni
     return wall + first
 
 
-def overlapped_seconds(plan: RunPlan, stream: float, moved: Bytes, computed: float, rates: Rates) -> float:
-    """Streams, and the units that are left when they end: workers that do not stream solve what is complete by then.
+def overlapped_seconds(
+    plan: RunPlan, stream: float, moved: Bytes, computed: float, rates: Rates
+) -> float:
+    """Streams, and the units that are left when they end: workers that do not stream solve what is
+    complete by then.
 
-    Layers come down from the top after the forward pass, a third of the streams' work, or with no backward pass as they are passed. Where the run goes layer by layer nothing
-    overlaps.
+    Layers come down from the top after the forward pass, a third of the streams' work, or with no
+    backward pass as they are passed. Where the run goes layer by layer nothing overlaps.
     """
     run, total = plan.config.run, len(plan.units)
     if plan.propagates:
@@ -247,28 +306,51 @@ def overlapped_seconds(plan: RunPlan, stream: float, moved: Bytes, computed: flo
     return stream + unit_seconds(plan, moved, computed, rates, max(total - done, last_layer))
 
 
-def evaluate_seconds(plan: RunPlan, layout: ModelLayout, dense_elements: int, rates: Rates) -> float:
-    """Source and result on held-out text, part by part; every part decodes every expert, of the result once a view of its activations."""
+def evaluate_seconds(
+    plan: RunPlan, layout: ModelLayout, dense_elements: int, rates: Rates
+) -> float:
+    """Source and result on held-out text, part by part; every part decodes every expert, of the
+    result once a view of its activations."""
     settings, c = plan.config.evaluation, plan.config.compression
     if settings is None:
         return 0.0
-    sees_both = settings.activations == "nvfp4" and c.sparsity == "paired-4:8" and c.scale_span == 32
+    sees_both = (
+        settings.activations == "nvfp4" and c.sparsity == "paired-4:8" and c.scale_span == 32
+    )
     models = 2 + (sees_both and (settings.activation_group or c.activation_group) == 16)
     parts = math.ceil(settings.num_sequences / settings.sequences_per_part)
     share = math.ceil(parts / min(plan.config.run.num_workers, parts)) / parts
-    flops = models * forward_flops(settings.num_sequences * settings.sequence_length, layout, dense_elements)
-    weights = models * parts * len(layout.moe_layers) * layout.num_experts * 3 * layout.hidden_size * layout.moe_intermediate_size
+    flops = models * forward_flops(
+        settings.num_sequences * settings.sequence_length, layout, dense_elements
+    )
+    weights = (
+        models
+        * parts
+        * len(layout.moe_layers)
+        * layout.num_experts
+        * 3
+        * layout.hidden_size
+        * layout.moe_intermediate_size
+    )
     return share * (flops / rates.stream_flops + weights / rates.decode_weights)
 
 
 def forward_flops(tokens: int, layout: ModelLayout, dense_elements: int) -> float:
-    """Two FLOP per weight that a token meets, layer weights outside the experts and top_k experts a layer."""
-    routed = len(layout.moe_layers) * layout.top_k * 3 * layout.hidden_size * layout.moe_intermediate_size
+    """Two FLOP per weight that a token meets, layer weights outside the experts and top_k experts a
+    layer."""
+    routed = (
+        len(layout.moe_layers)
+        * layout.top_k
+        * 3
+        * layout.hidden_size
+        * layout.moe_intermediate_size
+    )
     return 2.0 * tokens * (dense_elements + routed)
 
 
 def loop_seconds(plan: RunPlan, layout: ModelLayout, rates: Rates = H200_NODE) -> float:
-    """The column loops of all units: one-shot passes and descent sweeps of gate and up (hidden inputs) and of down (intermediate inputs)."""
+    """The column loops of all units: one-shot passes and descent sweeps of gate and up (hidden
+    inputs) and of down (intermediate inputs)."""
     c = plan.config.compression
     inputs = layout.hidden_size + layout.moe_intermediate_size
     row_groups = ROW_GROUPS if c.output_curvature else 1
@@ -276,7 +358,10 @@ def loop_seconds(plan: RunPlan, layout: ModelLayout, rates: Rates = H200_NODE) -
     solver = SOLVERS[c.solver]
     sweeps, code_sweeps = c.sweeps * solver.descends, c.code_sweeps * solver.descends
     passes = solver.column_passes
-    steps = sweeps * row_groups * rates.pair_group_step_s + code_sweeps * code_groups * rates.code_step_s
+    steps = (
+        sweeps * row_groups * rates.pair_group_step_s
+        + code_sweeps * code_groups * rates.code_step_s
+    )
     seconds_of_unit = inputs * (passes * rates.column_step_s + steps / INPUTS_IN_GROUP)
     weights = 3 * layout.hidden_size * layout.moe_intermediate_size
     sweep_s = rates.two_sided_weight_s if c.output_curvature else rates.weight_s
@@ -285,15 +370,23 @@ def loop_seconds(plan: RunPlan, layout: ModelLayout, rates: Rates = H200_NODE) -
 
 
 def product_seconds(plan: RunPlan, layout: ModelLayout, rates: Rates = H200_NODE) -> float:
-    """The products of all experts outside the loops: moments and expert forwards, factors, the gradients' side, refinement."""
+    """The products of all experts outside the loops: moments and expert forwards, factors, the
+    gradients' side, refinement."""
     h, f = layout.hidden_size, layout.moe_intermediate_size
     calibration, c = plan.config.calibration, plan.config.compression
-    routed = calibration.num_sequences * calibration.sequence_length * layout.top_k / layout.num_experts
+    routed = (
+        calibration.num_sequences * calibration.sequence_length * layout.top_k / layout.num_experts
+    )
     moments, forwards = 2 * routed * (h * h + 3 * f * f), 2 * routed * 6 * h * f
     if c.output_curvature:
         moments += 2 * routed * (4 * f * f + h * h)
         forwards += 2 * routed * 6 * h * f
     factors = (h**3 + f**3) * SOLVERS[c.solver].needs_hessian
     refinement = 24 * c.refine_steps * BATCH_TOKENS * h * f
-    seconds = moments / rates.moment_flops + forwards / rates.matmul_flops + factors / rates.factor_flops + refinement / rates.refine_flops
+    seconds = (
+        moments / rates.moment_flops
+        + forwards / rates.matmul_flops
+        + factors / rates.factor_flops
+        + refinement / rates.refine_flops
+    )
     return seconds * sum(u.num_experts for u in plan.units)

@@ -1,4 +1,5 @@
-"""Whether a worker's memory will do, said before hours are spent: what the plan needs at its peaks against what a card and a machine have."""
+"""Whether a worker's memory will do, said before hours are spent: what the plan needs at its peaks
+against what a card and a machine have."""
 
 import logging
 import os
@@ -24,22 +25,34 @@ def shortages(memory: Memory, gpu_bytes: float | None, host_bytes: float | None)
     """
     found = []
     if gpu_bytes is not None:
-        for work, needed, key in (("streaming", memory.gpu_stream, KEY_OF_STREAMS), ("a unit", memory.gpu_unit, KEY_OF_UNITS)):
+        for work, needed, key in (
+            ("streaming", memory.gpu_stream, KEY_OF_STREAMS),
+            ("a unit", memory.gpu_unit, KEY_OF_UNITS),
+        ):
             if needed > gpu_bytes:
-                found.append(f"{work} needs about {needed / GB:.0f} GB of GPU memory and a worker has {gpu_bytes / GB:.0f}: lower {key}")
+                found.append(
+                    f"{work} needs about {needed / GB:.0f} GB of GPU memory and a worker has"
+                    f" {gpu_bytes / GB:.0f}: lower {key}"
+                )
     if host_bytes is not None and memory.host > host_bytes:
         found.append(
-            f"a worker needs about {memory.host / GB:.0f} GB of memory and the machine has {host_bytes / GB:.0f}: lower {KEY_OF_UNITS}, "
-            f"or {KEY_OF_STREAMS}"
+            f"a worker needs about {memory.host / GB:.0f} GB of memory and the machine has"
+            f" {host_bytes / GB:.0f}: lower {KEY_OF_UNITS}, or {KEY_OF_STREAMS}"
         )
     return found
 
 
-def warn_of_memory(plan: RunPlan, index: CheckpointIndex, layout: ModelLayout, device: torch.device) -> None:
-    """Log what will not fit on this worker's card and machine. An estimate: nothing is refused for it."""
+def warn_of_memory(
+    plan: RunPlan, index: CheckpointIndex, layout: ModelLayout, device: torch.device
+) -> None:
+    """Log what will not fit on this worker's card and machine. An estimate: nothing is refused for
+    it."""
     if device.type != "cuda" or not torch.cuda.is_available():
         return
-    share = min(1.0, plan.config.run.gpus_per_worker) * torch.cuda.get_device_properties(device).total_memory
+    share = (
+        min(1.0, plan.config.run.gpus_per_worker)
+        * torch.cuda.get_device_properties(device).total_memory
+    )
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for line in shortages(memory_of(plan, index, layout), share, machine):
         log.warning("%s", line)

@@ -1,8 +1,12 @@
-"""How much memory a worker needs at its peak, on its GPU and beside it. Counts of copies are fitted to measured peaks (docs/PERFORMANCE.md).
+"""How much memory a worker needs at its peak, on its GPU and beside it. Counts of copies are fitted
+to measured peaks (docs/PERFORMANCE.md).
 
-    streaming, GPU    residual of the worker's tokens, so many copies of a wave's and of a part's, packed experts on their way, a layer's other weights
-    a unit, GPU       its tokens as stored (those read ahead too), so many copies of its weights and of its moments
-    host              CUDA and torch, a layer's packed experts and two boundaries of a part (pinned while they are copied), a unit's experts and shard
+    streaming, GPU    residual of the worker's tokens, so many copies of a wave's and of a part's,
+                      packed experts on their way, a layer's other weights
+    a unit, GPU       its tokens as stored (those read ahead too), so many copies of its weights and
+                      of its moments
+    host              CUDA and torch, a layer's packed experts and two boundaries of a part (pinned
+                      while they are copied), a unit's experts and shard
 
 On a CPU all of it is in the host's memory.
 """
@@ -17,16 +21,21 @@ from p48ray.run.output_layout import layer_of, unit_bytes, untouched_tensors
 from p48ray.run.plan import RunPlan
 
 WAVE_TOKENS = 2**18
-"""Tokens that a streaming worker takes through a layer together, unless one part has more (stages.streaming)."""
+"""Tokens that a streaming worker takes through a layer together, unless one part has more
+(stages.streaming)."""
 WAVE_COPIES = 6  # of (tokens of a wave, hidden)
 PART_COPIES_UP, PART_COPIES_BACK = (
     1,
     13,
-)  # of (tokens of a part, hidden) on top: 14.2 to 15.6 GB up, 18.0 to 36.3 GB back at 131k tokens, 4 parts to 1
+    # of (tokens of a part, hidden) on top: 14.2 to 15.6 GB up, 18.0 to 36.3 GB back at 131k tokens,
+    # 4 parts to 1
+)
 WRITES_BEHIND = 2  # blobs of a part's residual that wait to be written
 EXPERT_SLOTS = 10  # packed experts on the device: those on their way, one in use
-UNIT_WEIGHT_COPIES, UNIT_REFINE_COPIES = 6, 5  # of an expert's weights in float32: until it is solved, and more while it is refined
-UNIT_MOMENT_COPIES = 2.5  # of H, and of G where gradients are used, in float32: 31.2 GB for 8 experts of Kimi-K2.5
+# of an expert's weights in float32: until it is solved, and more while it is refined
+UNIT_WEIGHT_COPIES, UNIT_REFINE_COPIES = 6, 5
+# of H, and of G where gradients are used, in float32: 31.2 GB for 8 experts of Kimi-K2.5
+UNIT_MOMENT_COPIES = 2.5
 LIBRARIES_GPU, LIBRARIES_HOST = 10**9, 3 * 10**9  # a context and its libraries; CUDA and torch
 LIBRARIES_CPU = 7 * 10**8  # torch without CUDA
 
@@ -50,7 +59,8 @@ def row_bytes(width: int, bits: int) -> int:
 
 
 def routed_token_bytes(hidden_size: int, config: RunConfig) -> int:
-    """What a unit holds of one token of an expert: x, delta where gradients are used, router weight."""
+    """What a unit holds of one token of an expert: x, delta where gradients are used, router
+    weight."""
     each = row_bytes(hidden_size, config.calibration.stored_bits)
     return (1 + config.compression.output_curvature) * each + 4
 
@@ -58,12 +68,16 @@ def routed_token_bytes(hidden_size: int, config: RunConfig) -> int:
 def memory_of(plan: RunPlan, index: CheckpointIndex, layout: ModelLayout) -> Memory:
     """Peaks of one worker that streams and solves."""
     run = plan.config.run
-    packed = sum(e.num_bytes for e in index.tensors.values() if layout.is_expert_tensor(e.name)) // max(1, len(layout.moe_layers))
+    packed = sum(
+        e.num_bytes for e in index.tensors.values() if layout.is_expert_tensor(e.name)
+    ) // max(1, len(layout.moe_layers))
     outside: dict[int, int] = {}
     for e in untouched_tensors(index, layout):
         if (layer := layer_of(layout, e.name)) is not None:
             outside[layer] = outside.get(layer, 0) + e.num_bytes
-    stream = stream_bytes(plan, layout, packed // layout.num_experts, max(outside.values(), default=0))
+    stream = stream_bytes(
+        plan, layout, packed // layout.num_experts, max(outside.values(), default=0)
+    )
     unit = unit_peak_bytes(plan, layout)
     shard = max(unit_bytes(layout, u) for u in plan.units)
     staged = WRITES_BEHIND * part_tokens(plan) * layout.hidden_size * value_bytes(plan)
@@ -71,7 +85,9 @@ def memory_of(plan: RunPlan, index: CheckpointIndex, layout: ModelLayout) -> Mem
     host = packed + staged + (1 + run.prefetch_units) * experts + 2 * shard
     if not run.gpus_per_worker:
         return Memory(gpu_stream=0, gpu_unit=0, host=LIBRARIES_CPU + host + max(stream, unit))
-    return Memory(gpu_stream=stream + LIBRARIES_GPU, gpu_unit=unit + LIBRARIES_GPU, host=LIBRARIES_HOST + host)
+    return Memory(
+        gpu_stream=stream + LIBRARIES_GPU, gpu_unit=unit + LIBRARIES_GPU, host=LIBRARIES_HOST + host
+    )
 
 
 def value_bytes(plan: RunPlan) -> int:
@@ -93,15 +109,29 @@ def stream_bytes(plan: RunPlan, layout: ModelLayout, packed_expert: int, other_w
     copies = PART_COPIES_BACK if plan.uses_gradients else PART_COPIES_UP
     tokens = own + WAVE_COPIES * wave + (copies + WRITES_BEHIND) * part
     decoded = 3 * layout.hidden_size * layout.moe_intermediate_size * value_bytes(plan)
-    return tokens * layout.hidden_size * value_bytes(plan) + EXPERT_SLOTS * packed_expert + decoded + other_weights
+    return (
+        tokens * layout.hidden_size * value_bytes(plan)
+        + EXPERT_SLOTS * packed_expert
+        + decoded
+        + other_weights
+    )
 
 
 def unit_peak_bytes(plan: RunPlan, layout: ModelLayout) -> int:
     """Of a unit with the average number of tokens, and the tokens of those that are read ahead."""
-    c, run, h, f = plan.config.compression, plan.config.run, layout.hidden_size, layout.moe_intermediate_size
+    c, run, h, f = (
+        plan.config.compression,
+        plan.config.run,
+        layout.hidden_size,
+        layout.moe_intermediate_size,
+    )
     moments = h * h + 3 * f * f + c.output_curvature * (h * h + 4 * f * f)
     weights = (UNIT_WEIGHT_COPIES + UNIT_REFINE_COPIES * (c.refine_steps > 0)) * 3 * h * f
     calibration = plan.config.calibration
-    tokens = calibration.num_sequences * calibration.sequence_length * layout.top_k / layout.num_experts
-    held = (1 + run.prefetch_units) * tokens * routed_token_bytes(plan.source.hidden_size, plan.config)
+    tokens = (
+        calibration.num_sequences * calibration.sequence_length * layout.top_k / layout.num_experts
+    )
+    held = (
+        (1 + run.prefetch_units) * tokens * routed_token_bytes(plan.source.hidden_size, plan.config)
+    )
     return round(run.experts_per_unit * (held + 4 * (weights + UNIT_MOMENT_COPIES * moments)))

@@ -1,11 +1,21 @@
-"""What a plan will cost before it is run: bytes read, written and stored, time, memory. Arithmetic on the plan, nothing measured on the spot."""
+"""What a plan will cost before it is run: bytes read, written and stored, time, memory. Arithmetic
+on the plan, nothing measured on the spot."""
 
 from dataclasses import asdict, dataclass
 
 from p48ray.checkpoint.header import DTYPE_BYTES
 from p48ray.checkpoint.index import CheckpointIndex
 from p48ray.checkpoint.layout import ModelLayout
-from p48ray.estimate.duration import H200_NODE, Bytes, Rates, Times, is_near, num_nodes, times, tokens_of_unit
+from p48ray.estimate.duration import (
+    H200_NODE,
+    Bytes,
+    Rates,
+    Times,
+    is_near,
+    num_nodes,
+    times,
+    tokens_of_unit,
+)
 from p48ray.estimate.memory import Memory, memory_of, routed_token_bytes, row_bytes
 from p48ray.run.output_layout import OutputShard, layer_of, unit_bytes, untouched_tensors
 from p48ray.run.plan import RunPlan
@@ -17,8 +27,9 @@ ROUTING_BYTES = 2 + 4  # expert id and router weight of one routed token
 class Estimate(Times):
     """Bytes, seconds and memory of one plan.
 
-    `_read_bytes`: of streams a node, of units all workers together. `_seconds`: see duration.Times; `_gpu_hours` of computing alone, paid_gpu_hours
-    for as long as the job takes. memory: of one worker at its peaks.
+    `_read_bytes`: of streams a node, of units all workers together. `_seconds`: see duration.Times;
+    `_gpu_hours` of computing alone, paid_gpu_hours for as long as the job takes. memory: of one
+    worker at its peaks.
     """
 
     num_tokens: int
@@ -52,7 +63,11 @@ class Estimate(Times):
 
 
 def estimate(
-    plan: RunPlan, index: CheckpointIndex, layout: ModelLayout, shards: tuple[OutputShard, ...], rates: Rates = H200_NODE
+    plan: RunPlan,
+    index: CheckpointIndex,
+    layout: ModelLayout,
+    shards: tuple[OutputShard, ...],
+    rates: Rates = H200_NODE,
 ) -> Estimate:
     """Estimate a plan; of a pilot, its own layers. Manifests and headers are not counted."""
     c, moe = plan.config.calibration, len(plan.layers)
@@ -65,17 +80,32 @@ def estimate(
     source = sum(e.num_bytes for e in index.tensors.values())
     untouched = untouched_tensors(index, layout)
     untouched_bytes = sum(e.num_bytes for e in untouched)
-    experts_bytes = sum(e.num_bytes for e in index.tensors.values() if layout.is_expert_tensor(e.name))
+    experts_bytes = sum(
+        e.num_bytes for e in index.tensors.values() if layout.is_expert_tensor(e.name)
+    )
     checkpoint = sum(s.num_bytes for s in shards)
-    dense = sum(e.num_bytes // DTYPE_BYTES[e.dtype] for e in untouched if layer_of(layout, e.name) is not None)
-    # In the backward pass every layer is run again, then differentiated with respect to its activations.
+    dense = sum(
+        e.num_bytes // DTYPE_BYTES[e.dtype]
+        for e in untouched
+        if layer_of(layout, e.name) is not None
+    )
+    # In the backward pass every layer is run again, then differentiated with respect to its
+    # activations.
     directions = 3 if plan.uses_gradients else 0 if plan.propagates else 1
     streamed = plan.num_streamed_layers / layout.num_layers
     again = layers_run_again(plan)
-    in_turn = plan.propagates * (plan.layers[-1] + 1) / layout.num_layers  # each layer as the source has it, then compressed
+    # each layer as the source has it, then compressed
+    in_turn = plan.propagates * (plan.layers[-1] + 1) / layout.num_layers
     mirror = sum(f.size_bytes for f in plan.source.mirror)
-    stream_read = round(source * (streamed * min(directions, 2) + again / layout.num_layers + in_turn) + units * plan.propagates)
-    activations, residuals, gradients = moe * seen, (num_boundaries(plan) + again) * boundary, moe * felt + boundaries_back * boundary
+    stream_read = round(
+        source * (streamed * min(directions, 2) + again / layout.num_layers + in_turn)
+        + units * plan.propagates
+    )
+    activations, residuals, gradients = (
+        moe * seen,
+        (num_boundaries(plan) + again) * boundary,
+        moe * felt + boundaries_back * boundary,
+    )
     own_experts = experts_bytes * moe // len(layout.moe_layers)
     unit_read = own_experts + token_bytes_read(plan, moe * (seen + felt), rates)
     moved = Bytes(
@@ -104,25 +134,35 @@ def estimate(
         unit_bytes=units,
         untouched_bytes=untouched_bytes,
         checkpoint_bytes=checkpoint,
-        peak_stored_bytes=mirror + peak_stored_bytes(plan, boundary, moe * seen, moe * felt, units, checkpoint),
+        peak_stored_bytes=mirror
+        + peak_stored_bytes(plan, boundary, moe * seen, moe * felt, units, checkpoint),
         memory=memory_of(plan, index, layout),
         **asdict(times(plan, layout, moved, passes, dense, rates)),
     )
 
 
 def token_bytes_read(plan: RunPlan, stored: int, rates: Rates) -> int:
-    """What units read of the layers' tokens: from near each its own, from afar a node a layer once, for all its units (while its cache has room).
+    """What units read of the layers' tokens: from near each its own, from afar a node a layer once,
+    for all its units (while its cache has room).
 
-    Args: stored: all activations and gradients.
+    Args:
+        stored: all activations and gradients.
     """
     run = plan.config.run
     if is_near(run.root, run.root_is_shared):
-        return round(len(plan.units) * tokens_of_unit(plan) * routed_token_bytes(plan.source.hidden_size, plan.config))
-    return round(stored * max(1.0, num_nodes(run.num_workers, plan.config, rates) / len(plan.layers)))
+        return round(
+            len(plan.units)
+            * tokens_of_unit(plan)
+            * routed_token_bytes(plan.source.hidden_size, plan.config)
+        )
+    return round(
+        stored * max(1.0, num_nodes(run.num_workers, plan.config, rates) / len(plan.layers))
+    )
 
 
 def layers_run_again(plan: RunPlan) -> int:
-    """Layers that the backward pass runs up once more to get at boundaries that were not left to it (run.boundary_every)."""
+    """Layers that the backward pass runs up once more to get at boundaries that were not left to it
+    (run.boundary_every)."""
     if plan.config.run.keep == "all" or not plan.uses_gradients:
         return 0
     read = range(plan.layers[0] + 1, plan.source.num_layers + 1)
@@ -133,40 +173,66 @@ def layers_run_again(plan: RunPlan) -> int:
     return sum(segments.values())
 
 
-def peak_stored_bytes(plan: RunPlan, boundary: int, seen: int, felt: int, units: int, checkpoint: int) -> int:
-    """The most that the run root holds at a time under run.keep (run.cleanup), the mirror apart, which stays.
+def peak_stored_bytes(
+    plan: RunPlan, boundary: int, seen: int, felt: int, units: int, checkpoint: int
+) -> int:
+    """The most that the run root holds at a time under run.keep (run.cleanup), the mirror apart,
+    which stays.
 
-    With keep: all the sum of everything. Otherwise the largest over all states that streams and units can be in together: so many layers streamed (from the
-    top where there is a backward pass, else from the bottom), so many of them finished, whose tokens are gone, and units under way in as many more as there are
-    workers that do not stream. Last, unit shards beside the checkpoint.
+    With keep: all the sum of everything. Otherwise the largest over all states that streams and
+    units can be in together: so many layers streamed (from the top where there is a backward pass,
+    else from the bottom), so many of them finished, whose tokens are gone, and units under way in
+    as many more as there are workers that do not stream. Last, unit shards beside the checkpoint.
     """
     boundaries_back = plan.source.num_layers - plan.layers[0] if plan.uses_gradients else 0
     if plan.config.run.keep == "all":
-        return seen + num_boundaries(plan) * boundary + felt + boundaries_back * boundary + units + checkpoint
+        return (
+            seen
+            + num_boundaries(plan) * boundary
+            + felt
+            + boundaries_back * boundary
+            + units
+            + checkpoint
+        )
     if plan.propagates:
-        return max(peak_in_turn(plan, boundary, boundaries_back, seen, felt, units), units + checkpoint)
+        return max(
+            peak_in_turn(plan, boundary, boundaries_back, seen, felt, units), units + checkpoint
+        )
     layers, workers = len(plan.layers), plan.config.run.num_workers
     most = (
-        seen + (len(boundaries_held(plan, plan.source.num_layers)) + 1) * boundary if plan.uses_gradients else 0
+        seen + (len(boundaries_held(plan, plan.source.num_layers)) + 1) * boundary
+        if plan.uses_gradients
+        else 0
     )  # the head has answered with a first gradient
     for streamed in range(1, layers + 1):
         streams = boundaries_under_way(plan, streamed) * boundary
         solvers = workers - 1  # whoever does not stream, while anybody does
         for finished in range(streamed + 1 if solvers else 1):
-            tokens = seen * (layers - finished if plan.uses_gradients else streamed - finished) + felt * (streamed - finished)
+            tokens = seen * (
+                layers - finished if plan.uses_gradients else streamed - finished
+            ) + felt * (streamed - finished)
             begun = min(streamed, finished + solvers)
             most = max(most, (tokens + units * begun) // layers + streams)
     for finished in range(layers + 1):
-        most = max(most, ((seen + felt) * (layers - finished) + units * min(layers, finished + workers)) // layers)
+        most = max(
+            most,
+            ((seen + felt) * (layers - finished) + units * min(layers, finished + workers))
+            // layers,
+        )
     return max(most, units + checkpoint)
 
 
-def peak_in_turn(plan: RunPlan, boundary: int, boundaries_back: int, seen: int, felt: int, units: int) -> int:
-    """The same where the run goes layer by layer: first the gradients of all layers, then one layer's activations at a time beside those that still wait."""
+def peak_in_turn(
+    plan: RunPlan, boundary: int, boundaries_back: int, seen: int, felt: int, units: int
+) -> int:
+    """The same where the run goes layer by layer: first the gradients of all layers, then one
+    layer's activations at a time beside those that still wait."""
     layers = len(plan.layers)
     most = (boundaries_back + 1) * boundary if felt else 0
     for streamed in range(1, layers + 1 if felt else 1):
-        most = max(most, felt * streamed // layers + boundaries_under_way(plan, streamed) * boundary)
+        most = max(
+            most, felt * streamed // layers + boundaries_under_way(plan, streamed) * boundary
+        )
     for finished in range(layers):
         waiting = felt * (layers - finished)
         streaming = (waiting + units * finished) // layers + 2 * boundary
@@ -175,24 +241,27 @@ def peak_in_turn(plan: RunPlan, boundary: int, boundaries_back: int, seen: int, 
 
 
 def num_boundaries(plan: RunPlan) -> int:
-    """Of the residual stream: the source's own, unless it is not run, and those behind compressed layers."""
+    """Of the residual stream: the source's own, unless it is not run, and those behind compressed
+    layers."""
     is_run = not plan.propagates or plan.uses_gradients
     return is_run * len(plan.boundaries) + plan.propagates * plan.layers[-1]
 
 
 def boundaries_under_way(plan: RunPlan, streamed: int) -> int:
-    """Layer boundaries stored for each part that has just been through `streamed` of the planned layers.
+    """Layer boundaries stored for each part that has just been through `streamed` of the planned
+    layers.
 
-    Up: the one that the next layer starts from and the one that it writes. Back: a gradient in hand and the next one coming, and the boundaries that are
-    still to be read.
+    Up: the one that the next layer starts from and the one that it writes. Back: a gradient in hand
+    and the next one coming, and the boundaries that are still to be read.
     """
     held = boundaries_held(plan, plan.layers[-streamed]) if plan.uses_gradients else set()
     return len(held) + (1 if streamed == len(plan.layers) else 2)
 
 
 def boundaries_held(plan: RunPlan, number: int) -> set[int]:
-    """Boundaries that the backward pass holds when it comes to layer `number` (num_layers: the head): those that are left to it (run.boundary_every) up to there,
-    and of the segment that it is in those that are run again."""
+    """Boundaries that the backward pass holds when it comes to layer `number` (num_layers: the
+    head): those that are left to it (run.boundary_every) up to there, and of the segment that it is
+    in those that are run again."""
     lowest = plan.layers[0]
     if number <= lowest:
         return set()

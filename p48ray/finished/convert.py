@@ -1,10 +1,14 @@
-"""Convert a finished checkpoint between dense and sparse storage, shard by shard; the bytes of experts are re-ordered, nothing is computed anew.
+"""Convert a finished checkpoint between dense and sparse storage, shard by shard; the bytes of
+experts are re-ordered, nothing is computed anew.
 
-`survey_conversion` looks at everything but the data and makes one task a file; `convert_shard` streams one file, wherever it runs, and holds every unit
-against the digest in p48ray.json; `finish_conversion` writes the small files, the index last. A shard appears whole or not at all, and a note in the
-target says of which checkpoint it is the conversion: so the same call goes on where another was interrupted.
+`survey_conversion` looks at everything but the data and makes one task a file; `convert_shard`
+streams one file, wherever it runs, and holds every unit against the digest in p48ray.json;
+`finish_conversion` writes the small files, the index last. A shard appears whole or not at all, and
+a note in the target says of which checkpoint it is the conversion: so the same call goes on where
+another was interrupted.
 
-p48ray.json keeps the SHA-256 of every unit's dense form in both storages: it is what was verified, and what sparse bytes must decode to.
+p48ray.json keeps the SHA-256 of every unit's dense form in both storages: it is what was verified,
+and what sparse bytes must decode to.
 """
 
 import hashlib
@@ -18,10 +22,23 @@ from typing import Any, Literal
 from p48ray.checkpoint.header import TensorEntry, encode_header, torch_dtype
 from p48ray.checkpoint.index import CONFIG_FILE, INDEX_FILE
 from p48ray.checkpoint.output_config import config_json, index_json
-from p48ray.checkpoint.sparse_storage import Storage, TensorRow, convert_config, convert_index, convert_rows, storage_of
+from p48ray.checkpoint.sparse_storage import (
+    Storage,
+    TensorRow,
+    convert_config,
+    convert_index,
+    convert_rows,
+    storage_of,
+)
 from p48ray.checkpoint.storage_stream import StoredUnit, recoded_unit
 from p48ray.errors import ConfigError, ShardCorruptError, SourceError
-from p48ray.finished.verify_checkpoint import check_files, check_form, read_headers, read_manifest, units_of
+from p48ray.finished.verify_checkpoint import (
+    check_files,
+    check_form,
+    read_headers,
+    read_manifest,
+    units_of,
+)
 from p48ray.run.cleanup import ABANDONED_S
 from p48ray.run.manifest import MANIFEST_FILE, CheckpointManifest
 from p48ray.run.output_layout import unit_tensor_names
@@ -43,7 +60,8 @@ class ConversionNote(Record):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardConversion:
-    """One file to convert: a message for whoever does it. parts: in file order; a bare entry is copied."""
+    """One file to convert: a message for whoever does it. parts: in file order; a bare entry is
+    copied."""
 
     file: str
     size_bytes: int
@@ -57,7 +75,8 @@ class ShardConversion:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Conversion:
-    """All that is to be written. files: the small ones, by name, the index apart. Bytes of experts and of all tensors, before and after."""
+    """All that is to be written. files: the small ones, by name, the index apart. Bytes of experts
+    and of all tensors, before and after."""
 
     checkpoint: Store
     target: Store
@@ -74,28 +93,45 @@ class Conversion:
 def survey_conversion(checkpoint: Store, target: Store, to: Storage) -> Conversion:
     """Everything but the data. Writes nothing.
 
-    Raises: ConfigError where there is no finished checkpoint, where it has the storage already, or where the target holds anything else; SourceError,
-            naming the tensor, for what sparse storage can not hold; ShardCorruptError for a checkpoint that is not what its manifest says.
+    Raises: ConfigError where there is no finished checkpoint, where it has the storage already, or
+        where the target holds anything else; SourceError, naming the tensor, for what sparse
+        storage can not hold; ShardCorruptError for a checkpoint that is not what its manifest says.
     """
     manifest = read_manifest(checkpoint)
     refuse(checkpoint, check_index_files(checkpoint) or check_files(checkpoint, manifest))
     config, index = (json.loads(checkpoint.get(name)) for name in (CONFIG_FILE, INDEX_FILE))
     check_storage(checkpoint, manifest, config, to)
-    entries, problems = read_headers(checkpoint, manifest, sorted(set(index["weight_map"].values())))
+    entries, problems = read_headers(
+        checkpoint, manifest, sorted(set(index["weight_map"].values()))
+    )
     have: Storage = "dense" if to == "sparse" else "sparse"
     linears = manifest.relative_weight_errors
-    refuse(checkpoint, problems or [text for linear in linears for text in check_form(linear, entries, have)])
+    refuse(
+        checkpoint,
+        problems or [text for linear in linears for text in check_form(linear, entries, have)],
+    )
     shards = tuple(shard_conversions(checkpoint, target, manifest, entries, to))
-    before, after = (sizes_of(rows, linears) for rows in (all_rows(entries), convert_rows(all_rows(entries), linears, to)))
+    before, after = (
+        sizes_of(rows, linears)
+        for rows in (all_rows(entries), convert_rows(all_rows(entries), linears, to))
+    )
     files = {name: checkpoint.get(name) for name in manifest.file_sha256}
     files[CONFIG_FILE] = config_json(convert_config(config, to))
     files[INDEX_FILE] = index_json(convert_index(index, linears, to, after[0]))
-    check_restored(checkpoint, CONFIG_FILE, config_json(convert_config(json.loads(files[CONFIG_FILE]), have)))
-    check_restored(checkpoint, INDEX_FILE, index_json(convert_index(json.loads(files[INDEX_FILE]), linears, have, before[0])))
+    check_restored(
+        checkpoint, CONFIG_FILE, config_json(convert_config(json.loads(files[CONFIG_FILE]), have))
+    )
+    check_restored(
+        checkpoint,
+        INDEX_FILE,
+        index_json(convert_index(json.loads(files[INDEX_FILE]), linears, have, before[0])),
+    )
     changed = manifest.model_copy(
         update={
             "header_sha256": {s.file: hashlib.sha256(s.header).hexdigest() for s in shards},
-            "file_sha256": {name: hashlib.sha256(files[name]).hexdigest() for name in manifest.file_sha256},
+            "file_sha256": {
+                name: hashlib.sha256(files[name]).hexdigest() for name in manifest.file_sha256
+            },
         }
     ).sealed()
     note = ConversionNote(checkpoint_sha256=manifest.sha256, storage=to)
@@ -116,48 +152,77 @@ def survey_conversion(checkpoint: Store, target: Store, to: Storage) -> Conversi
 def check_restored(checkpoint: Store, name: str, restored: bytes) -> None:
     """Raises: SourceError unless converting a small file there and back gives its bytes."""
     if restored != checkpoint.get(name):
-        raise SourceError(f"{checkpoint.uri}/{name}: expected it as p48ray writes it, found another form, which could not be restored")
+        raise SourceError(
+            f"{checkpoint.uri}/{name}: expected it as p48ray writes it, found another form, which"
+            " could not be restored"
+        )
 
 
 def refuse(checkpoint: Store, problems: list[str]) -> None:
     """Raises: ShardCorruptError where there are any."""
     if problems:
-        more = f" (and {len(problems) - LISTED_PROBLEMS} more)" if len(problems) > LISTED_PROBLEMS else ""
-        raise ShardCorruptError(f"{checkpoint.uri}: can not be converted: {'; '.join(problems[:LISTED_PROBLEMS])}{more}")
+        more = (
+            f" (and {len(problems) - LISTED_PROBLEMS} more)"
+            if len(problems) > LISTED_PROBLEMS
+            else ""
+        )
+        raise ShardCorruptError(
+            f"{checkpoint.uri}: can not be converted: {'; '.join(problems[:LISTED_PROBLEMS])}{more}"
+        )
 
 
-def check_storage(checkpoint: Store, manifest: CheckpointManifest, config: Mapping[str, Any], to: Storage) -> None:
-    """Raises: ConfigError where nothing is to be converted, SourceError where the plan's settings rule sparse storage out."""
+def check_storage(
+    checkpoint: Store, manifest: CheckpointManifest, config: Mapping[str, Any], to: Storage
+) -> None:
+    """Raises: ConfigError where nothing is to be converted, SourceError where the plan's settings
+    rule
+    sparse storage out."""
     if storage_of(config) == to:
-        raise ConfigError(f"--storage {to}: {checkpoint.uri} has {to} storage already; nothing was written")
+        raise ConfigError(
+            f"--storage {to}: {checkpoint.uri} has {to} storage already; nothing was written"
+        )
     first = next(iter(manifest.relative_weight_errors), "no linear")
-    for key, found, expected in (("sparsity", manifest.sparsity, "paired-4:8"), ("scale_span", manifest.scale_span, 32)):
+    for key, found, expected in (
+        ("sparsity", manifest.sparsity, "paired-4:8"),
+        ("scale_span", manifest.scale_span, 32),
+    ):
         if found != expected:
             raise SourceError(
-                f"{checkpoint.uri}/{MANIFEST_FILE}: {key}: expected {expected} for sparse storage, found {found} (of {first} and all other linears)"
+                f"{checkpoint.uri}/{MANIFEST_FILE}: {key}: expected {expected} for sparse storage,"
+                f" found {found} (of {first} and all other linears)"
             )
 
 
 def check_target(target: Store, manifest: bytes, note: ConversionNote) -> bool:
-    """Whether the conversion is there already. Raises: ConfigError where the target holds anything but this conversion, finished or not."""
+    """Whether the conversion is there already. Raises: ConfigError where the target holds anything
+    but this conversion, finished or not."""
     held = {info.key for info in target.list()}
     if NOTE_FILE in held:
         found = ConversionNote.load(target, NOTE_FILE)
         if found == note:
             return False
         raise ConfigError(
-            f"{target.uri}: expected a new or empty folder, found an unfinished conversion to {found.storage} storage of another checkpoint "
-            f"({found.checkpoint_sha256[:12]}, not {note.checkpoint_sha256[:12]})"
+            f"{target.uri}: expected a new or empty folder, found an unfinished conversion to"
+            f" {found.storage} storage of another checkpoint ({found.checkpoint_sha256[:12]}, not"
+            f" {note.checkpoint_sha256[:12]})"
         )
     if held and not (held >= {MANIFEST_FILE, INDEX_FILE} and target.get(MANIFEST_FILE) == manifest):
-        raise ConfigError(f"{target.uri}: expected a new or empty folder, found {min(held)} in it; nothing was written")
+        raise ConfigError(
+            f"{target.uri}: expected a new or empty folder, found {min(held)} in it; nothing was"
+            " written"
+        )
     return bool(held)
 
 
 def shard_conversions(
-    checkpoint: Store, target: Store, manifest: CheckpointManifest, entries: Mapping[str, TensorEntry], to: Storage
+    checkpoint: Store,
+    target: Store,
+    manifest: CheckpointManifest,
+    entries: Mapping[str, TensorEntry],
+    to: Storage,
 ) -> Iterator[ShardConversion]:
-    """One a file, with header and size of what it becomes. Raises: SourceError for a file that is not laid out as p48ray lays it out."""
+    """One a file, with header and size of what it becomes. Raises: SourceError for a file that is
+    not laid out as p48ray lays it out."""
     have: Storage = "dense" if to == "sparse" else "sparse"
     linears = manifest.relative_weight_errors
     unit_names = {unit.id: unit_tensor_names(names, have) for unit, names in units_of(manifest)}
@@ -167,7 +232,8 @@ def shard_conversions(
         rows = [(e.name, e.dtype, e.shape) for e in in_order]
         if hashlib.sha256(encode_header(rows)).hexdigest() != manifest.header_sha256[file]:
             raise SourceError(
-                f"{checkpoint.uri}/{file}: header: expected it as p48ray writes it, found another form, which could not be restored"
+                f"{checkpoint.uri}/{file}: header: expected it as p48ray writes it, found another"
+                " form, which could not be restored"
             )
         parts: list[StoredUnit | TensorEntry] = []
         for unit, group in groupby(in_order, key=lambda e: unit_of.get(e.name)):
@@ -177,10 +243,15 @@ def shard_conversions(
                 continue
             if tuple(e.name for e in found) != tuple(unit_names[unit]):
                 raise SourceError(
-                    f"{checkpoint.uri}/{file}: unit {unit}: expected its tensors one after another in a unit's order, found another"
+                    f"{checkpoint.uri}/{file}: unit {unit}: expected its tensors one after another"
+                    " in a unit's order, found another"
                 )
             sha256 = manifest.unit_sha256.get(unit, "none")
-            parts.append(StoredUnit(id=unit, sha256=sha256, named_in=MANIFEST_FILE, store=checkpoint, entries=found))
+            parts.append(
+                StoredUnit(
+                    id=unit, sha256=sha256, named_in=MANIFEST_FILE, store=checkpoint, entries=found
+                )
+            )
         new_rows = convert_rows(rows, linears, to)
         header = encode_header(new_rows)
         yield ShardConversion(
@@ -196,16 +267,21 @@ def shard_conversions(
 
 
 def convert_shard(shard: ShardConversion) -> int:
-    """Write one file of the target, unless it is there; returns its size. One unit at a time is held in memory.
+    """Write one file of the target, unless it is there; returns its size. One unit at a time is
+    held in memory.
 
-    Raises: SourceError, naming the tensor, for what sparse storage can not hold; ShardCorruptError for bytes that are not those that were verified.
+    Raises: SourceError, naming the tensor, for what sparse storage can not hold; ShardCorruptError
+        for bytes that are not those that were verified.
     """
     held = shard.target.head(shard.file)
     if held is None or held.size_bytes != shard.result_bytes:
         written = shard.target.compose(shard.file, converted_pieces(shard))
         if written != shard.result_bytes:
             shard.target.delete(shard.file)
-            raise ShardCorruptError(f"{shard.target.uri}/{shard.file}: expected {shard.result_bytes} bytes, composed {written}")
+            raise ShardCorruptError(
+                f"{shard.target.uri}/{shard.file}: expected {shard.result_bytes} bytes, composed"
+                f" {written}"
+            )
     return shard.result_bytes
 
 
@@ -226,7 +302,8 @@ def begin_conversion(conversion: Conversion) -> None:
 
 
 def finish_conversion(conversion: Conversion, card: bytes | None) -> None:
-    """The files beside the shards; the index last, and then the note goes. card: README.md, where there is one."""
+    """The files beside the shards; the index last, and then the note goes. card: README.md, where
+    there is one."""
     small = {**conversion.files, **({"README.md": card} if card is not None else {})}
     for name, data in {**small, INDEX_FILE: conversion.index}.items():
         conversion.target.put(name, data)
@@ -239,7 +316,9 @@ def all_rows(entries: Mapping[str, TensorEntry]) -> list[TensorRow]:
 
 def sizes_of(rows: list[TensorRow], linears: Collection[str]) -> tuple[int, int]:
     """Bytes of all tensors, and of those linears' alone."""
-    return sum(map(size_of, rows)), sum(size_of(row) for row in rows if row[0].rpartition(".")[0] in linears)
+    return sum(map(size_of, rows)), sum(
+        size_of(row) for row in rows if row[0].rpartition(".")[0] in linears
+    )
 
 
 def size_of(row: TensorRow) -> int:

@@ -1,10 +1,18 @@
-"""Conversion of a checkpoint folder between storages by one process or by many: the same bytes, sooner."""
+"""Conversion of a checkpoint folder between storages by one process or by many: the same bytes,
+sooner."""
 
 import logging
 from collections.abc import Iterator
 
 from p48ray.checkpoint.index import CARD_FILE
-from p48ray.finished.convert import Conversion, Storage, begin_conversion, convert_shard, finish_conversion, survey_conversion
+from p48ray.finished.convert import (
+    Conversion,
+    Storage,
+    begin_conversion,
+    convert_shard,
+    finish_conversion,
+    survey_conversion,
+)
 from p48ray.report.plan_table import size
 from p48ray.report.storage_card import convert_card
 from p48ray.runner.progress import Amount, each_file
@@ -14,10 +22,14 @@ from p48ray.store.base import Store
 log = logging.getLogger("p48ray.progress")
 
 
-def convert_folder(checkpoint: Store, target: Store, to: Storage, tasks: RayTasks | None) -> Conversion:
-    """Write the checkpoint in the other storage to `target`, shard by shard, with progress in bytes. The same call goes on where it was interrupted.
+def convert_folder(
+    checkpoint: Store, target: Store, to: Storage, tasks: RayTasks | None
+) -> Conversion:
+    """Write the checkpoint in the other storage to `target`, shard by shard, with progress in
+    bytes. The same call goes on where it was interrupted.
 
-    Args:   tasks: where shards are converted; None for this process.
+    Args:
+        tasks: where shards are converted; None for this process.
     Raises: UserError, ShardCorruptError or StageFailedError; shards that were finished stay.
     """
     conversion = survey_conversion(checkpoint, target, to)
@@ -48,7 +60,8 @@ def convert_folder(checkpoint: Store, target: Store, to: Storage, tasks: RayTask
 
 
 def converted_card(conversion: Conversion) -> bytes | None:
-    """README.md of the target, None where the checkpoint has none. One that is not text is taken over as it is."""
+    """README.md of the target, None where the checkpoint has none. One that is not text is taken
+    over as it is."""
     if conversion.checkpoint.head(CARD_FILE) is None:
         return None
     card = conversion.checkpoint.get(CARD_FILE)

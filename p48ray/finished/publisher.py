@@ -1,9 +1,11 @@
 """The publishing job: what the Hub lacks is uploaded by Ray tasks, then the driver commits.
 
-The token travels to the tasks as a field of their argument, whose text leaves it out. Small arguments go in the task's own message from the driver to
-the worker: they are in no log, in no answer of Ray's dashboard or state API, and not in the object store, from which `ray.put` could spill it to a
-disk. `runtime_env` would show it in the dashboard, and an actor's constructor would keep it in Ray's control store. A worker's own HF_TOKEN
-or login file is not used, so the account that the driver has checked is the one that writes.
+The token travels to the tasks as a field of their argument, whose text leaves it out. Small
+arguments go in the task's own message from the driver to the worker: they are in no log, in no
+answer of Ray's dashboard or state API, and not in the object store, from which `ray.put` could
+spill it to a disk. `runtime_env` would show it in the dashboard, and an actor's constructor would
+keep it in Ray's control store. A worker's own HF_TOKEN or login file is not used, so the account
+that the driver has checked is the one that writes.
 """
 
 import logging
@@ -34,9 +36,11 @@ class FileState:
 
 
 def publish(store: Store, hub: Hub, is_private: bool, upload: UploadShards) -> str:
-    """Put a run root's checkpoint on the Hub; returns the commit that has it. What is there already is neither sent nor committed again.
+    """Put a run root's checkpoint on the Hub; returns the commit that has it. What is there already
+    is neither sent nor committed again.
 
-    Raises: UserError, StageFailedError; what was uploaded stays, and the same call goes on from there.
+    Raises: UserError, StageFailedError; what was uploaded stays, and the same call goes on from
+        there.
     """
     release = read_release(store)
     hub.check_access()
@@ -51,13 +55,25 @@ def publish(store: Store, hub: Hub, is_private: bool, upload: UploadShards) -> s
         if missing:
             uploader = Uploader(store, hub, MANIFEST_FILE, release.manifest.sha256)
             total, left = sum(release.shards.values()), sum(missing.values())
-            log.info("publish   %d shards, %s, to send at most %s", len(release.shards), size(total), size(left))
+            log.info(
+                "publish   %d shards, %s, to send at most %s",
+                len(release.shards),
+                size(total),
+                size(left),
+            )
             sent = ((record.path, record) for record in upload(uploader, missing))
             before = Amount(len(release.shards) - len(missing), total - left)
             records |= each_file("publish", sent, missing, before)
     commit = commit_release(hub, release, records)
-    log.info("publish   %s (%d files) is at %s/%s, commit %s", size(release.num_bytes), len(release.shards) + len(release.files),
-             hub.target.endpoint, hub.target.repo, commit)  # fmt: skip
+    num_files = len(release.shards) + len(release.files)
+    log.info(
+        "publish   %s (%d files) is at %s/%s, commit %s",
+        size(release.num_bytes),
+        num_files,
+        hub.target.endpoint,
+        hub.target.repo,
+        commit,
+    )
     return commit
 
 
@@ -69,8 +85,13 @@ def rehearse(store: Store, hub: Hub) -> list[FileState]:
     _, held = hub.state([*release.shards, *release.files])
     missing = set(lacking(release, records, held))
     states = []
-    for name, num_bytes in [*release.shards.items(), *((n, len(data)) for n, data in release.files.items())]:
-        state = "on the Hub" if name not in missing else "uploaded" if name in records else "to send"
+    for name, num_bytes in [
+        *release.shards.items(),
+        *((n, len(data)) for n, data in release.files.items()),
+    ]:
+        state = (
+            "on the Hub" if name not in missing else "uploaded" if name in records else "to send"
+        )
         states.append(FileState(name, num_bytes, state))
     return states
 
@@ -82,7 +103,8 @@ class RayUploads:
         self.tasks = tasks
 
     def __call__(self, uploader: Uploader, shards: Mapping[str, int]) -> Iterator[PublishedShard]:
-        """Yields records as shards are done, the largest started first. All that can be uploaded is, before a failure is raised."""
+        """Yields records as shards are done, the largest started first. All that can be uploaded
+        is, before a failure is raised."""
         largest_first = sorted(shards, key=lambda s: -shards[s])
         items = {shard: (uploader, shard, shards[shard]) for shard in largest_first}
         for _, record in self.tasks.run(upload_and_record, items, {"--run-root": uploader.store}):

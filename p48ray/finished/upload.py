@@ -1,4 +1,5 @@
-"""Upload: what a worker does with one shard of a checkpoint that is being published. It holds every byte against p48ray.json on the way.
+"""Upload: what a worker does with one shard of a checkpoint that is being published. It holds every
+byte against p48ray.json on the way.
 
 This module imports little, because the processes of a cluster that run it do nothing else.
 """
@@ -32,7 +33,8 @@ RANGE_BYTES = 32 * 2**20  # of a shard, in memory at once
 
 
 class CheckedRange:
-    """Bytes of a shard that p48ray.json has a digest of. `start` of the hash: what the digest covers besides."""
+    """Bytes of a shard that p48ray.json has a digest of. `start` of the hash: what the digest
+    covers besides."""
 
     def __init__(self, what: str, end: int, expected: str | None, start: bytes = b"") -> None:
         self.what, self.end, self.expected, self.digest = what, end, expected, hashlib.sha256(start)
@@ -49,9 +51,12 @@ class CheckedRange:
 
 
 class SparseRange(CheckedRange):
-    """A unit in sparse storage, whose digest is that of its dense form: it is held in memory until it is whole."""
+    """A unit in sparse storage, whose digest is that of its dense form: it is held in memory until
+    it is whole."""
 
-    def __init__(self, what: str, end: int, expected: str | None, rows: Sequence[TensorEntry]) -> None:
+    def __init__(
+        self, what: str, end: int, expected: str | None, rows: Sequence[TensorEntry]
+    ) -> None:
         super().__init__(what, end, expected)
         self.rows, self.data = rows, bytearray()
 
@@ -60,8 +65,12 @@ class SparseRange(CheckedRange):
 
     def found(self) -> str:
         held, start = memoryview(self.data), self.rows[0].start
-        self.data = bytearray()  # segments of a shard outlive their check, and together they would be the shard
-        stored = {e.name: from_bytes(held[e.start - start :][: e.num_bytes], e.dtype, e.shape) for e in self.rows}
+        # segments of a shard outlive their check, and together they would be the shard
+        self.data = bytearray()
+        stored = {
+            e.name: from_bytes(held[e.start - start :][: e.num_bytes], e.dtype, e.shape)
+            for e in self.rows
+        }
         try:
             return dense_sha256(decoded_unit(stored))
         except SourceError as error:
@@ -71,35 +80,53 @@ class SparseRange(CheckedRange):
 def changed(shard: str, what: str) -> ConfigError:
     verdict = run_root.shard_verdict(shard)
     return ConfigError(
-        f"{shard}: changed since it was verified: {what}; delete {run_root.checkpoint_file(shard)} and {verdict} and run jobs/compress.py again"
+        f"{shard}: changed since it was verified: {what}; delete {run_root.checkpoint_file(shard)}"
+        f" and {verdict} and run jobs/compress.py again"
     )
 
 
-def segments_of(shard: str, header_bytes: int, entries: Mapping[str, TensorEntry], manifest: CheckpointManifest) -> list[CheckedRange]:
-    """Header, units and untouched tensors in file order. Together they are the whole file, which the header's parser has seen to."""
+def segments_of(
+    shard: str, header_bytes: int, entries: Mapping[str, TensorEntry], manifest: CheckpointManifest
+) -> list[CheckedRange]:
+    """Header, units and untouched tensors in file order. Together they are the whole file, which
+    the header's parser has seen to."""
     header = CheckedRange("header", header_bytes, manifest.header_sha256.get(shard))
     units: dict[tuple[int, int], list[TensorEntry]] = {}
     found: list[CheckedRange] = []
     for entry in sorted(entries.values(), key=lambda e: e.start):
         expert = EXPERT_NAME.fullmatch(entry.name)
         if expert and entry.name.rpartition(".")[0] in manifest.relative_weight_errors:
-            units.setdefault((int(expert[2]), int(expert[3]) // manifest.experts_per_unit), []).append(entry)
+            units.setdefault(
+                (int(expert[2]), int(expert[3]) // manifest.experts_per_unit), []
+            ).append(entry)
         elif entry.num_bytes:
-            found.append(CheckedRange(entry.name, entry.start + entry.num_bytes, manifest.untouched_sha256.get(entry.name)))
+            found.append(
+                CheckedRange(
+                    entry.name,
+                    entry.start + entry.num_bytes,
+                    manifest.untouched_sha256.get(entry.name),
+                )
+            )
     for (layer, position), rows in units.items():
         num_experts = len({e.name.rpartition(".")[0] for e in rows}) // len(PROJECTIONS)
-        unit = WorkUnit(layer=layer, first_expert=position * manifest.experts_per_unit, num_experts=num_experts).id
+        unit = WorkUnit(
+            layer=layer, first_expert=position * manifest.experts_per_unit, num_experts=num_experts
+        ).id
         end = rows[-1].start + rows[-1].num_bytes
         if any(e.name.endswith(f".{KEPT}") for e in rows):
             found.append(SparseRange(f"unit {unit}", end, manifest.unit_sha256.get(unit), rows))
             continue
-        own_header = encode_header([(e.name, e.dtype, e.shape) for e in rows])  # of the unit's shard, whose digest is the promise
+        # of the unit's shard, whose digest is the promise
+        own_header = encode_header([(e.name, e.dtype, e.shape) for e in rows])
         found.append(CheckedRange(f"unit {unit}", end, manifest.unit_sha256.get(unit), own_header))
     return [header, *sorted(found, key=lambda s: s.end)]
 
 
-def stage_shard(checkpoint: Store, shard: str, size_bytes: int, manifest: CheckpointManifest, file: IO[bytes]) -> str:
-    """Copy a shard to a local file, range by range, and hold every byte against the manifest on the way. Returns its SHA-256.
+def stage_shard(
+    checkpoint: Store, shard: str, size_bytes: int, manifest: CheckpointManifest, file: IO[bytes]
+) -> str:
+    """Copy a shard to a local file, range by range, and hold every byte against the manifest on the
+    way. Returns its SHA-256.
 
     Raises: ConfigError if it is not the shard that was verified.
     """
@@ -130,14 +157,16 @@ def stage_shard(checkpoint: Store, shard: str, size_bytes: int, manifest: Checkp
 
 @contextmanager
 def unnamed_file(size_bytes: int) -> Iterator[tuple[IO[bytes], str]]:
-    """A file in TMPDIR, and a path to it. On Linux it has no name there, so that a worker that is killed leaves no 5 GB behind.
+    """A file in TMPDIR, and a path to it. On Linux it has no name there, so that a worker that is
+    killed leaves no 5 GB behind.
 
     Raises: StageFailedError where there is no room for it.
     """
     folder = tempfile.gettempdir()
     if (free := shutil.disk_usage(folder).free) < size_bytes:
         raise StageFailedError(
-            f"{folder} has {free} bytes free, a shard of {size_bytes} bytes was to lie there; set TMPDIR to another disk"
+            f"{folder} has {free} bytes free, a shard of {size_bytes} bytes was to lie there; set"
+            " TMPDIR to another disk"
         )
     is_linux = os.path.isdir("/proc/self/fd")
     with tempfile.TemporaryFile() if is_linux else tempfile.NamedTemporaryFile() as file:
@@ -146,7 +175,8 @@ def unnamed_file(size_bytes: int) -> Iterator[tuple[IO[bytes], str]]:
 
 @dataclass(frozen=True)
 class Uploader:
-    """What a worker needs to publish shards, in a kilobyte. `checkpoint_sha256`: of the manifest that the driver has read."""
+    """What a worker needs to publish shards, in a kilobyte. `checkpoint_sha256`: of the manifest
+    that the driver has read."""
 
     store: Store
     hub: Hub
@@ -158,7 +188,8 @@ class Uploader:
         found = CheckpointManifest.load(self.store, run_root.checkpoint_file(self.manifest_file))
         if found.sha256 != self.checkpoint_sha256:
             raise ConfigError(
-                f"{self.store.uri}: {self.manifest_file} was replaced while it was being published; run the same command again"
+                f"{self.store.uri}: {self.manifest_file} was replaced while it was being published;"
+                " run the same command again"
             )
         return found
 

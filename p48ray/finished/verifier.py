@@ -3,7 +3,12 @@
 import logging
 from collections.abc import Iterator
 
-from p48ray.finished.verify_checkpoint import CheckpointVerdict, check_shard, combine_findings, survey_checkpoint
+from p48ray.finished.verify_checkpoint import (
+    CheckpointVerdict,
+    check_shard,
+    combine_findings,
+    survey_checkpoint,
+)
 from p48ray.report.plan_table import size
 from p48ray.runner.progress import Amount, each_file
 from p48ray.runner.ray_tasks import RayTasks
@@ -12,16 +17,25 @@ from p48ray.store.base import Store
 log = logging.getLogger("p48ray.progress")
 
 
-def verify_folder(checkpoint: Store, source: Store | None, tasks: RayTasks | None) -> CheckpointVerdict:
+def verify_folder(
+    checkpoint: Store, source: Store | None, tasks: RayTasks | None
+) -> CheckpointVerdict:
     """Verify a checkpoint, shard by shard, with progress in bytes.
 
-    Args:   tasks: where shards are read; None for this process.
-    Raises: UserError, ShardCorruptError or StageFailedError when there can be no verdict; what is wrong with the checkpoint is in the verdict.
+    Args:
+        tasks: where shards are read; None for this process.
+    Raises: UserError, ShardCorruptError or StageFailedError when there can be no verdict; what is
+        wrong with the checkpoint is in the verdict.
     """
     survey = survey_checkpoint(checkpoint, source)
     checks = {check.file: check for check in survey.checks}
     sizes = {file: check.size_bytes for file, check in checks.items()}
-    log.info("verify    %d shards, %s%s", len(sizes), size(sum(sizes.values())), ", beside their source" if source else "")
+    log.info(
+        "verify    %d shards, %s%s",
+        len(sizes),
+        size(sum(sizes.values())),
+        ", beside their source" if source else "",
+    )
     done: Iterator[tuple[str, tuple[str, ...]]]
     if tasks is None:
         done = ((file, check_shard(check)) for file, check in checks.items())

@@ -1,7 +1,10 @@
-"""Verify a checkpoint folder on its own: what `p48ray verify` does. With the source at hand it proves what the job's own verification proves.
+"""Verify a checkpoint folder on its own: what `p48ray verify` does. With the source at hand it
+proves what the job's own verification proves.
 
-Three steps, so that the bytes may be read by many processes: `survey_checkpoint` looks at everything but the data (index, headers, manifest, the small files)
-and makes one check a file; `check_shard` reads one file through, wherever it runs; `combine_findings` puts the findings together, in the files' order.
+Three steps, so that the bytes may be read by many processes: `survey_checkpoint` looks at
+everything but the data (index, headers, manifest, the small files) and makes one check a file;
+`check_shard` reads one file through, wherever it runs; `combine_findings` puts the findings
+together, in the files' order.
 """
 
 import hashlib
@@ -46,7 +49,8 @@ class CheckpointVerdict(Record):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SourcedCheck:
-    """One planned shard beside its source. `source` and `promise` hold what this shard needs of them and no more: a message, not a model."""
+    """One planned shard beside its source. `source` and `promise` hold what this shard needs of
+    them and no more: a message, not a model."""
 
     file: str
     size_bytes: int
@@ -59,8 +63,9 @@ class SourcedCheck:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoneCheck:
-    """One file by the digests of the checkpoint's own manifest. units: those that lie in it, with their linears in shard order.
-    untouched: SHA-256 by tensor. storage: what sparse tensors decode to is what is checked."""
+    """One file by the digests of the checkpoint's own manifest. units: those that lie in it, with
+    their linears in shard order. untouched: SHA-256 by tensor. storage: what sparse tensors decode
+    to is what is checked."""
 
     file: str
     size_bytes: int
@@ -89,7 +94,8 @@ class Survey:
 
 
 def verify_checkpoint(checkpoint: Store, source: Store | None) -> CheckpointVerdict:
-    """Verify a folder in this process, against its source where one is given. Raises: as survey_checkpoint and check_shard."""
+    """Verify a folder in this process, against its source where one is given. Raises: as
+    survey_checkpoint and check_shard."""
     survey = survey_checkpoint(checkpoint, source)
     return combine_findings(survey, {check.file: check_shard(check) for check in survey.checks})
 
@@ -97,12 +103,14 @@ def verify_checkpoint(checkpoint: Store, source: Store | None) -> CheckpointVerd
 def survey_checkpoint(checkpoint: Store, source: Store | None) -> Survey:
     """Everything but the data.
 
-    Raises: ConfigError when the folder has no manifest, ShardCorruptError when that is unsound, SourceError for an unsound source; whatever is wrong
-            with the weights is in the survey.
+    Raises: ConfigError when the folder has no manifest, ShardCorruptError when that is unsound,
+        SourceError for an unsound source; whatever is wrong with the weights is in the survey.
     """
     manifest = read_manifest(checkpoint)
     storage = announced_storage(checkpoint)
-    sizes = {info.key: info.size_bytes for info in checkpoint.list() if info.key.endswith(".safetensors")}
+    sizes = {
+        info.key: info.size_bytes for info in checkpoint.list() if info.key.endswith(".safetensors")
+    }
     problems, checks = (
         survey_alone(checkpoint, manifest, sizes, storage)
         if source is None
@@ -115,21 +123,26 @@ def survey_checkpoint(checkpoint: Store, source: Store | None) -> Survey:
         num_linears=len(manifest.relative_weight_errors),
         checks=tuple(checks),
         problems=tuple(problems),
-        file_problems=tuple(check_files(checkpoint, manifest))
-        if checks or source is None
-        else (),  # another source's: nothing else is said
+        file_problems=(
+            tuple(check_files(checkpoint, manifest)) if checks or source is None else ()
+        ),  # another source's: nothing else is said
     )
 
 
 def read_manifest(checkpoint: Store) -> CheckpointManifest:
-    """p48ray.json. Raises: ConfigError where there is none, ShardCorruptError where it is unsound."""
+    """p48ray.json. Raises: ConfigError where there is none, ShardCorruptError where it is
+    unsound."""
     if checkpoint.head(MANIFEST_FILE) is None:
-        raise ConfigError(f"{checkpoint.uri}: expected the checkpoint/ folder of a p48ray run, found no {MANIFEST_FILE} in it")
+        raise ConfigError(
+            f"{checkpoint.uri}: expected the checkpoint/ folder of a p48ray run, found no"
+            f" {MANIFEST_FILE} in it"
+        )
     return CheckpointManifest.load(checkpoint, MANIFEST_FILE)
 
 
 def announced_storage(checkpoint: Store) -> Storage:
-    """By config.json; dense where that can not be read, which check_index_files reports. Raises: SourceError for an unknown sparse layout."""
+    """By config.json; dense where that can not be read, which check_index_files reports. Raises:
+    SourceError for an unknown sparse layout."""
     if check_index_files(checkpoint):
         return "dense"
     return storage_of(json.loads(checkpoint.get(CONFIG_FILE)))
@@ -138,7 +151,11 @@ def announced_storage(checkpoint: Store) -> Storage:
 def check_shard(check: ShardCheck) -> tuple[str, ...]:
     """Read one file of the checkpoint through; returns what is wrong with it, in words."""
     if isinstance(check, SourcedCheck):
-        return tuple(verify_shard(check.checkpoint, check.source, check.layout, check.shard, check.promise).problems)
+        return tuple(
+            verify_shard(
+                check.checkpoint, check.source, check.layout, check.shard, check.promise
+            ).problems
+        )
     problems = []
     with readers(check.size_bytes) as threads:
 
@@ -151,18 +168,25 @@ def check_shard(check: ShardCheck) -> tuple[str, ...]:
 
         for (unit, linears), stored in threads.in_order(read, check.units):
             firsts = range(0, len(linears), len(PROJECTIONS))
-            experts = [(dict(zip(PROJECTIONS, linears[at : at + len(PROJECTIONS)], strict=True)), None) for at in firsts]
-            problems += check_unit(check.file, unit.id, stored, experts, check.promise, check.storage, threads)
+            experts = [
+                (dict(zip(PROJECTIONS, linears[at : at + len(PROJECTIONS)], strict=True)), None)
+                for at in firsts
+            ]
+            problems += check_unit(
+                check.file, unit.id, stored, experts, check.promise, check.storage, threads
+            )
         for name, found in threads.in_order(digest_of, sorted(check.untouched)):
             if found != (digest := check.untouched[name]):
                 problems.append(
-                    f"{check.file}: {name}: bytes differ from those that were verified: expected SHA-256 {digest}, found {found}"
+                    f"{check.file}: {name}: bytes differ from those that were verified: expected"
+                    f" SHA-256 {digest}, found {found}"
                 )
     return tuple(problems)
 
 
 def combine_findings(survey: Survey, found: Mapping[str, tuple[str, ...]]) -> CheckpointVerdict:
-    """The verdict, the same in whatever order the files were read. found: problems of every file that was to be checked."""
+    """The verdict, the same in whatever order the files were read. found: problems of every file
+    that was to be checked."""
     of_shards = [problem for check in survey.checks for problem in found[check.file]]
     return CheckpointVerdict(
         checkpoint=survey.checkpoint,
@@ -173,27 +197,56 @@ def combine_findings(survey: Survey, found: Mapping[str, tuple[str, ...]]) -> Ch
     )
 
 
-def promise_of(manifest: CheckpointManifest, linears: Mapping[str, float], units: Mapping[str, str]) -> Promise:
+def promise_of(
+    manifest: CheckpointManifest, linears: Mapping[str, float], units: Mapping[str, str]
+) -> Promise:
     """What the manifest promises, for some linears and units."""
-    return Promise(is_sparse=manifest.sparsity == "paired-4:8", scale_span=manifest.scale_span, weight_errors=linears, unit_sha256=units)
+    return Promise(
+        is_sparse=manifest.sparsity == "paired-4:8",
+        scale_span=manifest.scale_span,
+        weight_errors=linears,
+        unit_sha256=units,
+    )
 
 
 def survey_beside(
-    checkpoint: Store, source: Store, manifest: CheckpointManifest, sizes: Mapping[str, int], storage: Storage
+    checkpoint: Store,
+    source: Store,
+    manifest: CheckpointManifest,
+    sizes: Mapping[str, int],
+    storage: Storage,
 ) -> tuple[list[str], list[SourcedCheck]]:
-    """Every planned byte: the plan follows from the source's headers, two settings in the manifest and the storage."""
+    """Every planned byte: the plan follows from the source's headers, two settings in the manifest
+    and the storage."""
     index = open_checkpoint(source)
     if index.fingerprint != manifest.source_fingerprint:
         expected, found = manifest.source_fingerprint[:12], index.fingerprint[:12]
-        return [f"{source.uri}: not the source of this checkpoint: expected fingerprint {expected}, found {found}"], []
+        return [
+            f"{source.uri}: not the source of this checkpoint: expected fingerprint {expected},"
+            f" found {found}"
+        ], []
     layout = describe_model(index)
-    shards = plan_output(plan_units(layout, manifest.experts_per_unit), manifest.max_shard_size, index, layout, storage)
-    checks = [sourced_check(checkpoint, index, layout, shard, manifest, sizes.get(shard.name, 0)) for shard in shards]
+    shards = plan_output(
+        plan_units(layout, manifest.experts_per_unit),
+        manifest.max_shard_size,
+        index,
+        layout,
+        storage,
+    )
+    checks = [
+        sourced_check(checkpoint, index, layout, shard, manifest, sizes.get(shard.name, 0))
+        for shard in shards
+    ]
     return check_index(checkpoint, shards, layout), checks
 
 
 def sourced_check(
-    checkpoint: Store, index: CheckpointIndex, layout: ModelLayout, shard: OutputShard, manifest: CheckpointManifest, size_bytes: int
+    checkpoint: Store,
+    index: CheckpointIndex,
+    layout: ModelLayout,
+    shard: OutputShard,
+    manifest: CheckpointManifest,
+    size_bytes: int,
 ) -> SourcedCheck:
     units = [s for s in shard.segments if isinstance(s, WorkUnit)]
     experts = [(u.layer, e) for u in units for e in u.experts]
@@ -218,13 +271,18 @@ def sourced_check(
 def survey_alone(
     checkpoint: Store, manifest: CheckpointManifest, sizes: Mapping[str, int], storage: Storage
 ) -> tuple[list[str], list[LoneCheck]]:
-    """Headers against the index, and every tensor of the manifest in some file's header, in a form that fits."""
+    """Headers against the index, and every tensor of the manifest in some file's header, in a form
+    that fits."""
     problems = check_index_files(checkpoint)
     is_index_readable = not problems
     entries, unsound = read_headers(checkpoint, manifest, sorted(sizes))
     problems += unsound
     if is_index_readable:
-        problems += compare_index(checkpoint, {e.name: e.file for e in entries.values()}, sum(e.num_bytes for e in entries.values()))
+        problems += compare_index(
+            checkpoint,
+            {e.name: e.file for e in entries.values()},
+            sum(e.num_bytes for e in entries.values()),
+        )
     units: dict[str, list[tuple[WorkUnit, tuple[str, ...]]]] = {file: [] for file in sizes}
     known: set[str] = set()
     for unit, linears in units_of(manifest):
@@ -236,15 +294,28 @@ def survey_alone(
         if len(files) == 1:
             units[files[0]].append((unit, tuple(linears)))
         elif files:
-            problems.append(f"unit {unit.id}: expected its tensors in one file, found them in {', '.join(files)}")
-    # experts behind the last layer (multi-token prediction) pass through, and are promised with the untouched tensors
-    stray = sorted(n for n in entries if EXPERT_NAME.fullmatch(n) and n not in known and n not in manifest.untouched_sha256)
+            problems.append(
+                f"unit {unit.id}: expected its tensors in one file, found them in"
+                f" {', '.join(files)}"
+            )
+    # experts behind the last layer (multi-token prediction) pass through, and are promised with the
+    # untouched tensors
+    stray = sorted(
+        n
+        for n in entries
+        if EXPERT_NAME.fullmatch(n) and n not in known and n not in manifest.untouched_sha256
+    )
     problems += [f"{name}: an expert tensor that the manifest does not know" for name in stray]
     problems += unexpected_tensors(manifest, entries, known)
-    return problems, [lone_check(checkpoint, manifest, file, sizes[file], entries, units[file], storage) for file in sorted(sizes)]
+    return problems, [
+        lone_check(checkpoint, manifest, file, sizes[file], entries, units[file], storage)
+        for file in sorted(sizes)
+    ]
 
 
-def read_headers(checkpoint: Store, manifest: CheckpointManifest, files: list[str]) -> tuple[dict[str, TensorEntry], list[str]]:
+def read_headers(
+    checkpoint: Store, manifest: CheckpointManifest, files: list[str]
+) -> tuple[dict[str, TensorEntry], list[str]]:
     """Tensors of every file with a sound header, and what is wrong with the others'."""
 
     def read(file: str) -> tuple[dict[str, TensorEntry], list[str]]:
@@ -254,7 +325,11 @@ def read_headers(checkpoint: Store, manifest: CheckpointManifest, files: list[st
         except DAMAGE as error:
             return {}, [str(error)]
         expected, digest = manifest.header_sha256.get(file), header_digest(raw)
-        return found, [] if digest == expected else [f"{file}: header: expected SHA-256 {expected}, found {digest}"]
+        return found, (
+            []
+            if digest == expected
+            else [f"{file}: header: expected SHA-256 {expected}, found {digest}"]
+        )
 
     with ThreadPoolExecutor(HEADER_THREADS) as pool:
         read_files = list(pool.map(read, files))
@@ -272,7 +347,11 @@ def lone_check(
     storage: Storage,
 ) -> LoneCheck:
     of_units = [name for _, linears in units for name in unit_tensor_names(linears, storage)]
-    untouched = {n: digest for n, digest in manifest.untouched_sha256.items() if n in entries and entries[n].file == file}
+    untouched = {
+        n: digest
+        for n, digest in manifest.untouched_sha256.items()
+        if n in entries and entries[n].file == file
+    }
     return LoneCheck(
         file=file,
         size_bytes=size_bytes,
@@ -280,12 +359,18 @@ def lone_check(
         entries={name: entries[name] for name in (*of_units, *untouched)},
         units=tuple(units),
         untouched=untouched,
-        promise=promise_of(manifest, {}, {u.id: manifest.unit_sha256[u.id] for u, _ in units if u.id in manifest.unit_sha256}),
+        promise=promise_of(
+            manifest,
+            {},
+            {u.id: manifest.unit_sha256[u.id] for u, _ in units if u.id in manifest.unit_sha256},
+        ),
         storage=storage,
     )
 
 
-def unexpected_tensors(manifest: CheckpointManifest, entries: Mapping[str, TensorEntry], compressed: set[str]) -> Iterator[str]:
+def unexpected_tensors(
+    manifest: CheckpointManifest, entries: Mapping[str, TensorEntry], compressed: set[str]
+) -> Iterator[str]:
     """Tensors that came over from the source: all there, and no other."""
     promised = manifest.untouched_sha256
     for name in sorted(promised.keys() - entries.keys()):
@@ -299,7 +384,10 @@ def check_files(checkpoint: Store, manifest: CheckpointManifest) -> list[str]:
     """The files beside the weights, and the manifest itself."""
     problems = []
     if manifest.sha256 != manifest.own_sha256():
-        problems.append(f"{MANIFEST_FILE}: does not have the SHA-256 that it states: changed since it was written")
+        problems.append(
+            f"{MANIFEST_FILE}: does not have the SHA-256 that it states: changed since it was"
+            " written"
+        )
     for name, digest in sorted(manifest.file_sha256.items()):
         if checkpoint.head(name) is None:
             problems.append(f"{name}: missing")
@@ -309,17 +397,28 @@ def check_files(checkpoint: Store, manifest: CheckpointManifest) -> list[str]:
 
 
 def units_of(manifest: CheckpointManifest) -> Iterator[tuple[WorkUnit, list[str]]]:
-    """Every unit with its linears in shard order, from the names and the unit size in the manifest."""
+    """Every unit with its linears in shard order, from the names and the unit size in the
+    manifest."""
     layers: dict[tuple[int, str], set[int]] = {}
     for name in manifest.relative_weight_errors:
         found = EXPERT_NAME.fullmatch(f"{name}.weight")
         if found is None:
-            raise ShardCorruptError(f"{MANIFEST_FILE}: relative_weight_errors: expected names of expert linears, found {name!r}")
+            raise ShardCorruptError(
+                f"{MANIFEST_FILE}: relative_weight_errors: expected names of expert linears, found"
+                f" {name!r}"
+            )
         layers.setdefault((int(found[2]), found[1]), set()).add(int(found[3]))
     for (layer, prefix), experts in sorted(layers.items()):
         for first, count in ranges(max(experts) + 1, manifest.experts_per_unit):
             unit = WorkUnit(layer=layer, first_expert=first, num_experts=count)
-            yield unit, [f"{prefix}layers.{layer}.mlp.experts.{e}.{p}" for e in unit.experts for p in PROJECTIONS]
+            yield (
+                unit,
+                [
+                    f"{prefix}layers.{layer}.mlp.experts.{e}.{p}"
+                    for e in unit.experts
+                    for p in PROJECTIONS
+                ],
+            )
 
 
 def check_form(linear: str, entries: Mapping[str, TensorEntry], storage: Storage) -> list[str]:
@@ -327,10 +426,15 @@ def check_form(linear: str, entries: Mapping[str, TensorEntry], storage: Storage
     names = unit_tensor_names([linear], storage)
     if missing := [f"{name}: missing" for name in names if name not in entries]:
         return missing
-    expected = linear_form(entries[f"{linear}.{KEPT if storage == 'sparse' else PACKED}"].shape, storage)
+    expected = linear_form(
+        entries[f"{linear}.{KEPT if storage == 'sparse' else PACKED}"].shape, storage
+    )
     problems = []
     for name in names:
-        wanted, found = expected.get(name.rpartition(".")[2], ("F32", (1,))), (entries[name].dtype, entries[name].shape)
+        wanted, found = (
+            expected.get(name.rpartition(".")[2], ("F32", (1,))),
+            (entries[name].dtype, entries[name].shape),
+        )
         if found != wanted:
             problems.append(f"{name}: expected {wanted}, found {found}")
     return problems

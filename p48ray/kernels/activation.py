@@ -14,7 +14,14 @@ GROUPS = 64  # of a program
 
 @triton.jit
 def _quantize_groups(
-    x, out, divisor_at, num_groups, GROUP: tl.constexpr, GROUPS: tl.constexpr, LEVEL_MAX: tl.constexpr, SCALE_MAX: tl.constexpr
+    x,
+    out,
+    divisor_at,
+    num_groups,
+    GROUP: tl.constexpr,
+    GROUPS: tl.constexpr,
+    LEVEL_MAX: tl.constexpr,
+    SCALE_MAX: tl.constexpr,
 ):
     groups = tl.program_id(0).to(tl.int64) * GROUPS + tl.arange(0, GROUPS)
     places = groups[:, None] * GROUP + tl.arange(0, GROUP)[None, :]

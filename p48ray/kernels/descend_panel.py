@@ -1,13 +1,18 @@
-"""One panel of columns of block descent (numerics.block_descent), one launch: every pair_group's six 4 x 4 solves in registers, corrections inside the panel.
+"""One panel of columns of block descent (numerics.block_descent), one launch: every pair_group's
+six 4 x 4 solves in registers, corrections inside the panel.
 
-    grid: (row tiles, experts); a program is one warp, a thread a row, and takes its rows through the panel's strips of 32 columns, left to right
+    grid: (row tiles, experts); a program is one warp, a thread a row, and takes its rows through
+    the panel's strips of 32 columns, left to right
 
     for each strip:   slopes of its 32 columns into registers
-        for each of its 4 pair_groups:  a = slope + Q_b H_bb       six candidates a_p inv(H_pp), the best gain, the current pattern wins ties
-                                        Q_b and pattern            slopes of the strip's later columns -= change H_b,later
-        slopes of the panel's later strips -= change H_strip,later by tensor cores (TF32, see numerics.products)
+        for each of its 4 pair_groups   a = slope + Q_b H_bb; six candidates a_p inv(H_pp), the best
+                                        gain, the current pattern wins ties: Q_b and pattern;
+                                        slopes of the strip's later columns -= change H_b,later
+        at the end                      slopes of the panel's later strips -= change H_strip,later
+                                        by tensor cores (TF32, see numerics.products)
 
-Legend: N experts, O out, I in, K pair_groups (I/8), B columns of the slope's column_block, R rows; in kernels: j column, r row, c a later column.
+Legend: N experts, O out, I in, K pair_groups (I/8), B columns of the slope's column_block, R rows;
+in kernels: j column, r row, c a later column.
 """
 
 import triton
@@ -22,7 +27,8 @@ PANEL = 256  # columns of a launch
 
 @triton.jit
 def _best_pattern(linear, solver, current):
-    """(pattern index, its four values) with the largest gain. solver: inverses of the six 4 x 4 blocks."""
+    """(pattern index, its four values) with the largest gain. solver: inverses of the six 4 x 4
+    blocks."""
     zero = linear[0] * 0.0
     best_gain = zero - float("inf")
     best = current
@@ -30,8 +36,15 @@ def _best_pattern(linear, solver, current):
     pattern = 0
     for first in tl.static_range(3):
         for second in tl.static_range(first + 1, 4):
-            a = (linear[2 * first], linear[2 * first + 1], linear[2 * second], linear[2 * second + 1])
-            v0, v1, v2, v3 = add_product_4((zero, zero, zero, zero), a, solver + pattern * 16, 4, 1.0, 4)
+            a = (
+                linear[2 * first],
+                linear[2 * first + 1],
+                linear[2 * second],
+                linear[2 * second + 1],
+            )
+            v0, v1, v2, v3 = add_product_4(
+                (zero, zero, zero, zero), a, solver + pattern * 16, 4, 1.0, 4
+            )
             gain = a[0] * v0 + a[1] * v1 + a[2] * v2 + a[3] * v3
             is_better = (gain > best_gain) | ((gain == best_gain) & (current == pattern))
             best_gain = tl.where(is_better, gain, best_gain)
@@ -44,26 +57,48 @@ def _best_pattern(linear, solver, current):
 
 @triton.jit
 def _spread(best, four, i: tl.constexpr):
-    """Value of input i of the pair_group: its place among the four kept ones, 0 where pattern `best` drops its pair. Patterns: 01 02 03 12 13 23."""
+    """Value of input i of the pair_group: its place among the four kept ones, 0 where pattern
+    `best` drops its pair. Patterns: 01 02 03 12 13 23."""
     low: tl.constexpr = i % 2
     if i // 2 == 0:
         return tl.where(best <= 2, four[low], 0.0)
     if i // 2 == 1:
-        return tl.where(best == 0, four[2 + low], tl.where((best == 3) | (best == 4), four[low], 0.0))
+        return tl.where(
+            best == 0, four[2 + low], tl.where((best == 3) | (best == 4), four[low], 0.0)
+        )
     if i // 2 == 2:
-        return tl.where((best == 1) | (best == 3), four[2 + low], tl.where(best == 5, four[low], 0.0))
+        return tl.where(
+            (best == 1) | (best == 3), four[2 + low], tl.where(best == 5, four[low], 0.0)
+        )
     return tl.where((best == 2) | (best == 4) | (best == 5), four[2 + low], 0.0)
 
 
 @triton.jit
-def _bring_near(strips, solver, values, hessian, num_inputs, num_rows, reach, first, stop, STRIP: tl.constexpr, PANEL: tl.constexpr):
-    """Loads of what the strip at column `first` will read, all at once and a strip early: waiting for memory one column at a time took most of the time."""
+def _bring_near(
+    strips,
+    solver,
+    values,
+    hessian,
+    num_inputs,
+    num_rows,
+    reach,
+    first,
+    stop,
+    STRIP: tl.constexpr,
+    PANEL: tl.constexpr,
+):
+    """Loads of what the strip at column `first` will read, all at once and a strip early: waiting
+    for memory one column at a time took most of the time."""
     columns = first + tl.arange(0, STRIP)
     width = tl.minimum(tl.maximum(stop - first, 0), STRIP)
     return (
         lines_of_rows(strips + first * STRIP, STRIP, 0, width, STRIP),
         lines_of_rows(solver + (first // 8) * 96, STRIP, 0, width // 8 * 3, STRIP),
-        tl.load(values[None, :] + columns[:, None] * num_rows, mask=columns[:, None] < reach[None, :], other=0.0),
+        tl.load(
+            values[None, :] + columns[:, None] * num_rows,
+            mask=columns[:, None] < reach[None, :],
+            other=0.0,
+        ),
         lines_of_rows(hessian + first, num_inputs, first + STRIP, stop, PANEL),
     )
 
@@ -71,13 +106,19 @@ def _bring_near(strips, solver, values, hessian, num_inputs, num_rows, reach, fi
 @triton.jit
 def _sum_near(near, STRIP: tl.constexpr, PANEL: tl.constexpr):
     """A number that nobody needs, but that needs those loads."""
-    return near[0] + near[1] + tl.sum(near[2], axis=1) + tl.sum(tl.reshape(near[3], [PANEL // STRIP, STRIP]), axis=0)
+    return (
+        near[0]
+        + near[1]
+        + tl.sum(near[2], axis=1)
+        + tl.sum(tl.reshape(near[3], [PANEL // STRIP, STRIP]), axis=0)
+    )
 
 
 @triton.jit
 def _descend_panel(
-    slope, change, values, pattern, hessian, strips, solver, num_inputs, num_strips, num_rows, slope_stride,
-    start, stop, slope_start, ROWS: tl.constexpr, STRIP: tl.constexpr, PANEL: tl.constexpr,
+    slope, change, values, pattern, hessian, strips, solver, num_inputs, num_strips, num_rows,
+    slope_stride, start, stop, slope_start, ROWS: tl.constexpr, STRIP: tl.constexpr,
+    PANEL: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     reach = tl.where(rows < num_rows, stop, 0)  # a row past the last has no columns
@@ -90,9 +131,27 @@ def _descend_panel(
     strips += expert * num_strips * STRIP * STRIP
     solver += expert * num_strips * (STRIP // 8) * 96
     inner = tl.arange(0, STRIP)
-    sink = _sum_near(_bring_near(strips, solver, values, hessian, num_inputs, num_rows, reach, start, stop, STRIP, PANEL), STRIP, PANEL)
+    sink = _sum_near(
+        _bring_near(
+            strips, solver, values, hessian, num_inputs, num_rows, reach, start, stop, STRIP, PANEL
+        ),
+        STRIP,
+        PANEL,
+    )
     for first in range(start, stop, STRIP):
-        near = _bring_near(strips, solver, values, hessian, num_inputs, num_rows, reach, first + STRIP, stop, STRIP, PANEL)
+        near = _bring_near(
+            strips,
+            solver,
+            values,
+            hessian,
+            num_inputs,
+            num_rows,
+            reach,
+            first + STRIP,
+            stop,
+            STRIP,
+            PANEL,
+        )
         at = first - slope_start
         strip = strips + first * STRIP
         for j in range(first, first + STRIP, 8):
@@ -112,12 +171,18 @@ def _descend_panel(
                 tl.store(change + (j - slope_start + i) * num_rows, new - old[i], mask=is_there)
             for c in range(j + 8, first + STRIP, 8):
                 place = slope + (c - slope_start) * num_rows
-                corrected = add_product_8(load_columns(place, num_rows, c, reach, 8), moved, own + c - j, STRIP, -1.0)
+                corrected = add_product_8(
+                    load_columns(place, num_rows, c, reach, 8), moved, own + c - j, STRIP, -1.0
+                )
                 for i in tl.static_range(8):
                     tl.store(place + i * num_rows, corrected[i], mask=reach > c)
         tl.debug_barrier()
         sink += _sum_near(near, STRIP, PANEL)
-        delta_CR = tl.load(change[None, :] + (at + inner)[:, None] * num_rows, mask=(first + inner)[:, None] < reach[None, :], other=0.0)
+        delta_CR = tl.load(
+            change[None, :] + (at + inner)[:, None] * num_rows,
+            mask=(first + inner)[:, None] < reach[None, :],
+            other=0.0,
+        )
         for later in range(first + STRIP, stop, STRIP):
             columns = later + inner
             factor_CC = tl.load(
@@ -128,9 +193,14 @@ def _descend_panel(
             places = slope[None, :] + (columns - slope_start)[:, None] * num_rows
             is_later = columns[:, None] < reach[None, :]
             slope_CR = tl.load(places, mask=is_later, other=0.0)
-            tl.store(places, slope_CR - tl.dot(factor_CC, delta_CR, input_precision="tf32"), mask=is_later)
+            tl.store(
+                places,
+                slope_CR - tl.dot(factor_CC, delta_CR, input_precision="tf32"),
+                mask=is_later,
+            )
         tl.debug_barrier()
-    tl.store(change - rows + inner, sink, mask=sink == float("inf"))  # never; without a use the compiler would drop the early loads
+    # never; without a use the compiler would drop the early loads
+    tl.store(change - rows + inner, sink, mask=sink == float("inf"))
 
 
 def descend_panel_(
@@ -146,17 +216,22 @@ def descend_panel_(
     stop: int,
     slope_start: int,
 ) -> None:
-    """Visit the pair_groups of columns start to stop; changes everything but H and what was made from it in place.
+    """Visit the pair_groups of columns start to stop; changes everything but H and what was made
+    from it in place.
 
-    Args:    slope_NBR: D H of the column_block that begins at slope_start; its columns from stop on are left to the caller. change_NBR: receives what the
-    values changed
-             by. pattern_NKR: uint8. strips_NSCC: pack_strips of H. solver_NK644: inverses of the 4 x 4 blocks, of 4 pair_groups a strip. start and
-             slope_start: multiples
-             of 32. All contiguous.
+    Args:
+        slope_NBR: D H of the column_block that begins at slope_start; its columns from stop on are
+            left to the caller.
+        change_NBR: receives what the values changed by.
+        pattern_NKR: uint8.
+        strips_NSCC: pack_strips of H.
+        solver_NK644: inverses of the 4 x 4 blocks, of 4 pair_groups a strip.
+        start and slope_start: multiples of 32. All contiguous.
     """
     n, b, r = slope_NBR.shape
     i = values_NIR.shape[1]
     _descend_panel[(triton.cdiv(r, ROWS), n)](
-        slope_NBR, change_NBR, values_NIR, pattern_NKR, hessian_NII, strips_NSCC, solver_NK644,
-        i, strips_NSCC.shape[1], r, b, start, stop, slope_start, ROWS=ROWS, STRIP=STRIP, PANEL=PANEL, num_warps=1, enable_fp_fusion=True,
+        slope_NBR, change_NBR, values_NIR, pattern_NKR, hessian_NII, strips_NSCC, solver_NK644, i,
+        strips_NSCC.shape[1], r, b, start, stop, slope_start, ROWS=ROWS, STRIP=STRIP, PANEL=PANEL,
+        num_warps=1, enable_fp_fusion=True,
     )  # fmt: skip

@@ -1,5 +1,7 @@
-"""The pass over all kept weights that a step of numerics.refine makes on a GPU, one launch a linear: Adam's step on the latents, and the values on the grid
-that come of it. It is bound by memory, so pruned weights are neither read nor written but for the gradient's neighbours in a cache line.
+"""The pass over all kept weights that a step of numerics.refine makes on a GPU, one launch a
+linear: Adam's step on the latents, and the values on the grid that come of it. It is bound by
+memory, so pruned weights are neither read nor written but for the gradient's neighbours in a cache
+line.
 
 Legend: N experts, O out, I in, G scale groups (I/16), P pairs (I/2), K kept weights of a linear.
 """
@@ -16,15 +18,21 @@ WEIGHTS = 1024  # kept ones of a program
 
 @triton.jit
 def _adam_step(
-    latent, gradient, first, second, grid, unit, scale, keep, rate, num_kept, num_weights, gradient_scale, correct_first, correct_second,
-    IS_SPARSE: tl.constexpr, BETA_1: tl.constexpr, BETA_2: tl.constexpr, EPSILON: tl.constexpr, WEIGHTS: tl.constexpr,
+    latent, gradient, first, second, grid, unit, scale, keep, rate, num_kept, num_weights,
+    gradient_scale, correct_first, correct_second, IS_SPARSE: tl.constexpr, BETA_1: tl.constexpr,
+    BETA_2: tl.constexpr, EPSILON: tl.constexpr, WEIGHTS: tl.constexpr,
 ):  # fmt: skip
     index = tl.program_id(0) * WEIGHTS + tl.arange(0, WEIGHTS)
     expert = tl.program_id(1).to(tl.int64)
     is_there = index < num_kept
-    if IS_SPARSE:  # four kept weights stand for a pair_group of eight: the lower kept pair, then the upper
+    # four kept weights stand for a pair_group of eight: the lower kept pair, then the upper
+    if IS_SPARSE:
         four = index // 4
-        flags = tl.load((keep + expert * (num_weights // 2)).to(tl.pointer_type(tl.int32)) + four, mask=is_there, other=257)
+        flags = tl.load(
+            (keep + expert * (num_weights // 2)).to(tl.pointer_type(tl.int32)) + four,
+            mask=is_there,
+            other=257,
+        )
         lower = tl.where((flags & 0x1) != 0, 0, tl.where((flags & 0x100) != 0, 1, 2))
         upper = tl.where((flags & 0x1000000) != 0, 3, tl.where((flags & 0x10000) != 0, 2, 1))
         place = four * 8 + tl.where(index % 4 < 2, lower, upper) * 2 + index % 2
@@ -48,20 +56,28 @@ def _adam_step(
 
 
 def adam_step_(
-    state: tuple[Tensor, Tensor, Tensor], gradient_NOI: Tensor, grid_NOI: Tensor, scales: tuple[Tensor, Tensor], keep_NOP: Tensor,
-    rate_N: Tensor, betas: tuple[float, float], step: int, gradient_scale: float,
+    state: tuple[Tensor, Tensor, Tensor], gradient_NOI: Tensor, grid_NOI: Tensor,
+    scales: tuple[Tensor, Tensor], keep_NOP: Tensor, rate_N: Tensor, betas: tuple[float, float],
+    step: int, gradient_scale: float,
 ) -> None:  # fmt: skip
-    """refine.adam_ on the latents with the gradient at the values, then refine.on_grid; state and grid change in place.
+    """refine.adam_ on the latents with the gradient at the values, then refine.on_grid; state and
+    grid change in place.
 
-    Args: state: latents and both moments, (N, K) float32. grid_NOI: zero where nothing is kept. scales: value of one E2M1 unit, and the E4M3 scale in float32,
-          per scale group. keep_NOP: bool, two of every four pairs or all. rate_N: of every expert. step: from 1 on. gradient_scale: what the gradient is
-          multiplied with. All contiguous.
+    Args:
+        state: latents and both moments, (N, K) float32.
+        grid_NOI: zero where nothing is kept.
+        scales: value of one E2M1 unit, and the E4M3 scale in float32, per scale group.
+        keep_NOP: bool, two of every four pairs or all.
+        rate_N: of every expert.
+        step: from 1 on.
+        gradient_scale: what the gradient is multiplied with. All contiguous.
     """
     latent_NK, first_NK, second_NK = state
     num_kept, num_weights = latent_NK.shape[1], grid_NOI[0].numel()
     assert num_kept in (num_weights, num_weights // 2)
     _adam_step[(triton.cdiv(num_kept, WEIGHTS), len(latent_NK))](
-        latent_NK, gradient_NOI, first_NK, second_NK, grid_NOI, *scales, keep_NOP.view(torch.uint8), rate_N, num_kept, num_weights, gradient_scale,
-        1.0 - betas[0] ** step, 1.0 - betas[1] ** step,
-        IS_SPARSE=num_kept < num_weights, BETA_1=betas[0], BETA_2=betas[1], EPSILON=1e-12, WEIGHTS=WEIGHTS, num_warps=4, enable_fp_fusion=True,
+        latent_NK, gradient_NOI, first_NK, second_NK, grid_NOI, *scales, keep_NOP.view(torch.uint8),
+        rate_N, num_kept, num_weights, gradient_scale, 1.0 - betas[0] ** step,
+        1.0 - betas[1] ** step, IS_SPARSE=num_kept < num_weights, BETA_1=betas[0], BETA_2=betas[1],
+        EPSILON=1e-12, WEIGHTS=WEIGHTS, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip

@@ -6,16 +6,21 @@ import triton.language as tl
 
 @triton.jit
 def round_to_e2m1(x):
-    """Nearest E2M1 value, ties to the even code, saturating at 6: adding and taking away 1.5 * 2^23 spacings leaves a multiple. -0 becomes +0."""
+    """Nearest E2M1 value, ties to the even code, saturating at 6: adding and taking away 1.5 * 2^23
+    spacings leaves a multiple. -0 becomes +0."""
     clipped = tl.minimum(tl.maximum(x, -6.0), 6.0)
-    power = (tl.maximum(tl.abs(clipped), 1.0).to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+    power = (tl.maximum(tl.abs(clipped), 1.0).to(tl.int32, bitcast=True) & 0x7F800000).to(
+        tl.float32, bitcast=True
+    )
     return (clipped + power * 6291456.0) - power * 6291456.0  # the spacing is power / 2
 
 
 @triton.jit
 def round_to_e4m3(x):
     """Nearest E4M3 value of 0 <= x <= 448, ties to even. Under 2^-6 the spacing stays 2^-9."""
-    power = (tl.maximum(x, 0.015625).to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+    power = (tl.maximum(x, 0.015625).to(tl.int32, bitcast=True) & 0x7F800000).to(
+        tl.float32, bitcast=True
+    )
     return (x + power * 1572864.0) - power * 1572864.0  # the spacing is power / 8
 
 

@@ -1,6 +1,7 @@
-"""What the panel kernels share. A strip is 32 columns: a thread holds its row's 32 values in registers and reads the strip's own 32 x 32 block of H or U as
-uniform
-8-byte loads, from a packed copy, so that a strip's block is 4 KiB in one piece and not 32 pieces of a matrix that no cache holds.
+"""What the panel kernels share. A strip is 32 columns: a thread holds its row's 32 values in
+registers and reads the strip's own 32 x 32 block of H or U as uniform 8-byte loads, from a packed
+copy, so that a strip's block is 4 KiB in one piece and not 32 pieces of a matrix that no cache
+holds.
 
 Legend: N experts, I in, S strips (I/32, rounded up).
 """
@@ -14,12 +15,19 @@ STRIP = 32
 
 
 def pack_strips(matrix_NII: Tensor, beyond: float) -> Tensor:
-    """The diagonal 32 x 32 blocks, (N, S, 32, 32), contiguous. Past the last column: zeros, `beyond` on the diagonal."""
+    """The diagonal 32 x 32 blocks, (N, S, 32, 32), contiguous. Past the last column: zeros,
+    `beyond` on the diagonal."""
     n, i, _ = matrix_NII.shape
     strips = -(-i // STRIP)
     packed_NSCC = torch.zeros(n, strips, STRIP, STRIP, device=matrix_NII.device)
     whole = i // STRIP
-    blocks = matrix_NII[:, : whole * STRIP, : whole * STRIP].unflatten(2, (-1, STRIP)).unflatten(1, (-1, STRIP)) if whole else None
+    blocks = (
+        matrix_NII[:, : whole * STRIP, : whole * STRIP]
+        .unflatten(2, (-1, STRIP))
+        .unflatten(1, (-1, STRIP))
+        if whole
+        else None
+    )
     if blocks is not None:
         packed_NSCC[:, :whole] = blocks.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)
     if whole < strips:
@@ -31,9 +39,12 @@ def pack_strips(matrix_NII: Tensor, beyond: float) -> Tensor:
 
 @triton.jit
 def uniform_2(place):
-    """Two consecutive values, the same for every row, as scalars: one 8-byte load. `place` must be a multiple of 8 bytes."""
+    """Two consecutive values, the same for every row, as scalars: one 8-byte load. `place` must be
+    a multiple of 8 bytes."""
     both = tl.load(place.to(tl.pointer_type(tl.int64)))
-    return both.to(tl.int32).to(tl.float32, bitcast=True), (both >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+    return both.to(tl.int32).to(tl.float32, bitcast=True), (both >> 32).to(tl.int32).to(
+        tl.float32, bitcast=True
+    )
 
 
 @triton.jit
@@ -55,7 +66,8 @@ def load_columns(place, stride, first, reach, COUNT: tl.constexpr):
 
 @triton.jit
 def lines_of_rows(place, stride, first, last, COUNT: tl.constexpr):
-    """One value of each of COUNT matrix rows from `first` on, as far as row `last`: brings the lines that hold them near before they are needed."""
+    """One value of each of COUNT matrix rows from `first` on, as far as row `last`: brings the
+    lines that hold them near before they are needed."""
     index = first + tl.arange(0, COUNT)
     return tl.load(place + index * stride, mask=index < last, other=0.0)
 
@@ -78,4 +90,6 @@ def add_product_4(total, factors, place, stride, SIGN: tl.constexpr, COUNT: tl.c
 def add_product_8(total, factors, place, stride, SIGN: tl.constexpr):
     """total (8 columns) + SIGN * factors (8) times the 8 x 8 matrix at `place`."""
     low, high = (total[0], total[1], total[2], total[3]), (total[4], total[5], total[6], total[7])
-    return add_product_4(low, factors, place, stride, SIGN, 8) + add_product_4(high, factors, place + 4, stride, SIGN, 8)
+    return add_product_4(low, factors, place, stride, SIGN, 8) + add_product_4(
+        high, factors, place + 4, stride, SIGN, 8
+    )

@@ -1,6 +1,8 @@
-"""One decoder layer at a time, with the modules that transformers has for the model: built empty, filled by byte range, run, dropped.
+"""One decoder layer at a time, with the modules that transformers has for the model: built empty,
+filled by byte range, run, dropped.
 
-Nothing here ever holds more than one layer. The routed experts are replaced by `RoutedExperts`, which is handed an expert when it is used.
+Nothing here ever holds more than one layer. The routed experts are replaced by `RoutedExperts`,
+which is handed an expert when it is used.
 """
 
 from importlib import import_module
@@ -30,43 +32,68 @@ class Architecture(NamedTuple):
 
 
 def architecture(family: Family) -> Architecture:
-    """The classes that a family's record names. Raises: P48Error, naming class and record, where transformers has none of that name."""
+    """The classes that a family's record names. Raises: P48Error, naming class and record, where
+    transformers has none of that name."""
     import transformers  # half a second and 100 MB: only where a model is run
 
     names = family.transformers
     try:
         module = import_module(names.module)
-        return Architecture(*(getattr(module, name) for name in (names.config, names.layer, names.rotary, names.norm)))
+        return Architecture(
+            *(
+                getattr(module, name)
+                for name in (names.config, names.layer, names.rotary, names.norm)
+            )
+        )
     except (ImportError, AttributeError) as error:
         raise P48Error(
-            f"family {family.model_type}: transformers {transformers.__version__} has not what its file names: {error}"
+            f"family {family.model_type}: transformers {transformers.__version__} has not what its"
+            f" file names: {error}"
         ) from error
 
 
 class Decoder:
-    """The model as a stream: embedding, layers on demand, final norm and head. Holds the configuration and file positions, and one layer as stored.
+    """The model as a stream: embedding, layers on demand, final norm and head. Holds the
+    configuration and file positions, and one layer as stored.
 
-    Args: index, layout: the source. device, dtype: where and in what precision layers run. cache: of this node, for sources in a bucket.
+    Args:
+        index, layout: the source.
+        device, dtype: where and in what precision layers run.
+        cache: of this node, for sources in a bucket.
     """
 
     def __init__(
-        self, index: CheckpointIndex, layout: ModelLayout, device: torch.device, dtype: torch.dtype, cache: NodeCache | None = None
+        self,
+        index: CheckpointIndex,
+        layout: ModelLayout,
+        device: torch.device,
+        dtype: torch.dtype,
+        cache: NodeCache | None = None,
     ) -> None:
         self.index, self.layout, self.device, self.dtype = index, layout, device, dtype
         self.reader = LayerReader(index, layout.layer_prefix, cache)
         self.family = FAMILIES[layout.family]
         self.arch = architecture(self.family)
         settings = {
-            k: v for k, v in layout.text_config.items() if k not in ("quantization_config", "model_type", "architectures", "auto_map")
+            k: v
+            for k, v in layout.text_config.items()
+            if k not in ("quantization_config", "model_type", "architectures", "auto_map")
         }
         self.config = self.arch.config.from_dict(settings)
         self.config._attn_implementation = "sdpa"
         self.rotary = self.arch.rotary(self.config).to(device)
 
     def read(self, name: str) -> Tensor:
-        tensor = as_plain(self.index, self.layout, self.index.tensors[name]) if name in self.index.tensors else None
+        tensor = (
+            as_plain(self.index, self.layout, self.index.tensors[name])
+            if name in self.index.tensors
+            else None
+        )
         if tensor is None:
-            raise SourceError(f"{self.index.store.uri}: tensor {name} is missing; the model can not run without it")
+            raise SourceError(
+                f"{self.index.store.uri}: tensor {name} is missing; the model can not run"
+                " without it"
+            )
         return read_plain(self.index.store, [tensor])[name]
 
     def embed(self, token_ids_BS: Tensor) -> Tensor:
@@ -75,7 +102,8 @@ class Decoder:
         return table_VH[token_ids_BS.long()].to(self.device, self.dtype)
 
     def layer(self, number: int, experts: RoutedExperts | None) -> Any:
-        """Layer `number`, a transformers decoder layer, filled with the source's weights; its routed experts replaced by `experts` (None for a dense layer).
+        """Layer `number`, a transformers decoder layer, filled with the source's weights; its
+        routed experts replaced by `experts` (None for a dense layer).
 
         Raises: SourceError naming the tensors that are missing or left over.
         """
@@ -86,12 +114,20 @@ class Decoder:
         prefix = f"{self.layout.layer_prefix}{number}."
         unused, stored = self.family.recomputed_tensors, self.reader.tensors(number)
         entries = [self.index.tensors[name] for name in stored if not name.endswith(unused)]
-        tensors = [tensor for entry in entries if (tensor := as_plain(self.index, self.layout, entry)) is not None]
-        state = {name.removeprefix(prefix): self.placed(name, t) for name, t in decode_plain(stored, tensors).items()}
+        tensors = [
+            tensor
+            for entry in entries
+            if (tensor := as_plain(self.index, self.layout, entry)) is not None
+        ]
+        state = {
+            name.removeprefix(prefix): self.placed(name, t)
+            for name, t in decode_plain(stored, tensors).items()
+        }
         wanted = set(module.state_dict())
         if wanted != set(state):
             raise SourceError(
-                f"{self.index.store.uri}: layer {number}: missing tensors {sorted(wanted - set(state))[:5]}, unexpected {sorted(set(state) - wanted)[:5]}"
+                f"{self.index.store.uri}: layer {number}: missing tensors"
+                f" {sorted(wanted - set(state))[:5]}, unexpected {sorted(set(state) - wanted)[:5]}"
             )
         module.load_state_dict(state, strict=True, assign=True)
         return module.eval().requires_grad_(False)
@@ -113,17 +149,23 @@ class Decoder:
         """Final norm and output projection: (..., H) -> (..., V) logits in the compute dtype."""
         with torch.device("meta"):
             norm = self.arch.norm(self.config.hidden_size, eps=self.config.rms_norm_eps)
-        norm.weight = nn.Parameter(self.placed("", self.read(self.layout.norm_name)), requires_grad=False)
+        norm.weight = nn.Parameter(
+            self.placed("", self.read(self.layout.norm_name)), requires_grad=False
+        )
         weight_VH = self.placed("", self.read(self.layout.head_name))
         projection = nn.Linear(weight_VH.shape[1], weight_VH.shape[0], bias=False, device="meta")
         projection.weight = nn.Parameter(weight_VH, requires_grad=False)
         return nn.Sequential(norm, projection)
 
 
-def run_layer(layer: Any, x_BSH: Tensor, positions: tuple[Tensor, Tensor], micro_batch: int) -> Tensor:
-    """One decoder layer on a part: attention by micro-batches of sequences, the mixture on all tokens of the part at once.
+def run_layer(
+    layer: Any, x_BSH: Tensor, positions: tuple[Tensor, Tensor], micro_batch: int
+) -> Tensor:
+    """One decoder layer on a part: attention by micro-batches of sequences, the mixture on all
+    tokens of the part at once.
 
-    The split is the same whoever runs the part, so the sums are too. Source: DeepseekV3DecoderLayer.forward of transformers.
+    The split is the same whoever runs the part, so the sums are too. Source:
+    DeepseekV3DecoderLayer.forward of transformers.
     """
     return mix(layer, [attend(layer, x_BSH, positions, micro_batch)])[0]
 
@@ -132,15 +174,21 @@ def attend(layer: Any, x_BSH: Tensor, positions: tuple[Tensor, Tensor], micro_ba
     """The first half of a layer: the residual stream after attention."""
     attended = []
     for x in x_BSH.split(micro_batch):
-        out, _ = layer.self_attn(hidden_states=layer.input_layernorm(x), position_embeddings=positions, attention_mask=None)
+        out, _ = layer.self_attn(
+            hidden_states=layer.input_layernorm(x),
+            position_embeddings=positions,
+            attention_mask=None,
+        )
         attended.append(x + out)
     return torch.cat(attended)
 
 
 def mix(layer: Any, attended: list[Tensor]) -> list[Tensor]:
-    """The second half, of several parts together: an expert of a mixture is decoded once for all of them.
+    """The second half, of several parts together: an expert of a mixture is decoded once for all of
+    them.
 
-    A block of transformers adds its shared experts to what the routed ones answer, so their zeros leave the shared experts' part, and the sum is the same.
+    A block of transformers adds its shared experts to what the routed ones answer, so their zeros
+    leave the shared experts' part, and the sum is the same.
     """
     experts = routed_experts(layer)
     if experts is None:

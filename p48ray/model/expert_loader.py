@@ -1,8 +1,10 @@
-"""The experts of a layer, decoded whenever one is asked for; on a GPU, while one is multiplied, the next ones are on their way.
+"""The experts of a layer, decoded whenever one is asked for; on a GPU, while one is multiplied, the
+next ones are on their way.
 
-What is stored (half a byte a weight for INT4) stays where the file is mapped: its pages are pinned for as long as the layer is
-open (model.pinned_pages), a stream of its own copies the next experts from them, and an expert is decoded on the device when it is
-asked for. Device memory: EXPERTS_AHEAD + 1 packed experts, and what the caller holds decoded.
+What is stored (half a byte a weight for INT4) stays where the file is mapped: its pages are pinned
+for as long as the layer is open (model.pinned_pages), a stream of its own copies the next experts
+from them, and an expert is decoded on the device when it is asked for. Device memory: EXPERTS_AHEAD
++ 1 packed experts, and what the caller holds decoded.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -27,10 +29,11 @@ GPU_ALIGNMENT = 256
 
 @contextmanager
 def layer_experts(decoder: Decoder, layer: int) -> Iterator[Callable[[int], ExpertWeights]]:
-    """Experts of one layer by their number, in the decoder's dtype, on its device, for as long as the context lasts.
+    """Experts of one layer by their number, in the decoder's dtype, on its device, for as long as
+    the context lasts.
 
-    They are kept as stored until one is asked for, mapped where they can be.
-    Raises (when called, not on a GPU: see check_layer): SourceError naming file and tensor that can not be decoded.
+    They are kept as stored until one is asked for, mapped where they can be. Raises (when called,
+    not on a GPU: see check_layer): SourceError naming file and tensor that can not be decoded.
     """
     stored, index, layout = decoder.reader.tensors(layer), decoder.index, decoder.layout
 
@@ -46,12 +49,21 @@ def layer_experts(decoder: Decoder, layer: int) -> Iterator[Callable[[int], Expe
         return {name: stored[name] for name in layout.expert_tensor_names(layer, expert)}
 
     def decode(expert: int, tensors: Mapping[str, Tensor]) -> ExpertWeights:
-        parts = [{s: tensors[f"{layout.expert_linear_name(layer, expert, p)}.{s}"] for s in layout.expert_suffixes} for p in PROJECTIONS]
+        parts = [
+            {
+                s: tensors[f"{layout.expert_linear_name(layer, expert, p)}.{s}"]
+                for s in layout.expert_suffixes
+            }
+            for p in PROJECTIONS
+        ]
         size, hidden = layout.moe_intermediate_size, layout.hidden_size
-        gate_up_ZH = torch.empty(2 * size, hidden, dtype=decoder.dtype, device=decoder.device)  # one product instead of two
+        # one product instead of two
+        gate_up_ZH = torch.empty(2 * size, hidden, dtype=decoder.dtype, device=decoder.device)
         for part, out_FH in zip(parts, gate_up_ZH.split(size), strict=False):
             decode_checked(part, layout, out_FH)
-        down_HF = decode_checked(parts[2], layout, torch.empty(hidden, size, dtype=decoder.dtype, device=decoder.device))
+        down_HF = decode_checked(
+            parts[2], layout, torch.empty(hidden, size, dtype=decoder.dtype, device=decoder.device)
+        )
         gate_FH, up_FH = gate_up_ZH.split(size)
         return ExpertWeights(gate_FH, up_FH, down_HF)
 
@@ -60,7 +72,8 @@ def layer_experts(decoder: Decoder, layer: int) -> Iterator[Callable[[int], Expe
 
 
 def check_layer(decoder: Decoder, layer: int) -> None:
-    """Look at every expert of a layer. A GPU's stream does not wait for this; what is not finite shows in what leaves the layer, and then this says why.
+    """Look at every expert of a layer. A GPU's stream does not wait for this; what is not finite
+    shows in what leaves the layer, and then this says why.
 
     Raises: SourceError naming file and tensor that can not be decoded.
     """
@@ -69,7 +82,8 @@ def check_layer(decoder: Decoder, layer: int) -> None:
 
 
 class Slot:
-    """Room for one packed expert on the device. Events: the copy is complete; the device is done with it."""
+    """Room for one packed expert on the device. Events: the copy is complete; the device is done
+    with it."""
 
     def __init__(self, num_bytes: int, device: torch.device) -> None:
         self.room = torch.empty(num_bytes, dtype=torch.uint8, device=device)
@@ -77,10 +91,13 @@ class Slot:
 
 
 class ExpertLoader:
-    """Calls `decode` with an expert's stored tensors on the device. As a context: at its end the stored pages are given back.
+    """Calls `decode` with an expert's stored tensors on the device. As a context: at its end the
+    stored pages are given back.
 
-    Args: stored: expert -> its tensors as stored, on the CPU. decode: those tensors on the device -> the expert.
-          num_experts: asked for in ascending order mostly, some perhaps not at all.
+    Args:
+        stored: expert -> its tensors as stored, on the CPU.
+        decode: those tensors on the device -> the expert.
+        num_experts: asked for in ascending order mostly, some perhaps not at all.
     """
 
     def __init__(
@@ -90,16 +107,28 @@ class ExpertLoader:
         decode: Callable[[int, Mapping[str, Tensor]], ExpertWeights],
         device: torch.device,
     ) -> None:
-        self.num_experts, self.stored, self.decode, self.device = num_experts, stored, decode, device
+        self.num_experts, self.stored, self.decode, self.device = (
+            num_experts,
+            stored,
+            decode,
+            device,
+        )
         self.coming: dict[int, tuple[Slot, dict[str, Tensor]]] = {}
         self.free: list[Slot] = []
         self.stream = torch.cuda.Stream(device)
-        self.pages = PinnedPages((t for expert in range(num_experts) for t in stored(expert).values()), device)
+        self.pages = PinnedPages(
+            (t for expert in range(num_experts) for t in stored(expert).values()), device
+        )
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
         self.close()
 
     def close(self) -> None:
@@ -128,7 +157,10 @@ class ExpertLoader:
         slot = self.free.pop(0) if self.free else Slot(size, self.device)
         if len(slot.room) < size:
             slot = Slot(size, self.device)
-        views = {n: slot.room[places[n] :][: t.nbytes].view(t.dtype).view(t.shape) for n, t in stored.items()}
+        views = {
+            n: slot.room[places[n] :][: t.nbytes].view(t.dtype).view(t.shape)
+            for n, t in stored.items()
+        }
         with torch.cuda.stream(self.stream):
             self.stream.wait_event(slot.used)  # by the decoding of what was there before
             for name, tensor in stored.items():

@@ -1,4 +1,5 @@
-"""Routed experts, one at a time: the forward of a mixture whose weights are decoded when they are used, with or without W4A4.
+"""Routed experts, one at a time: the forward of a mixture whose weights are decoded when they are
+used, with or without W4A4.
 
 Legend: T tokens, H hidden size, F expert intermediate size, K experts a token.
 """
@@ -46,7 +47,8 @@ class RoutedInputs(NamedTuple):
 
 
 class ActivationScales(NamedTuple):
-    """Input global scales of a layer (divisors, see manifest.LayerScales) and the group that shares a local scale."""
+    """Input global scales of a layer (divisors, see manifest.LayerScales) and the group that shares
+    a local scale."""
 
     gate_up: float
     down: float
@@ -54,7 +56,8 @@ class ActivationScales(NamedTuple):
 
 
 def intermediate(x_TH: Tensor, weights: ExpertWeights) -> Tensor:
-    """SwiGLU: silu(x gate^T) * (x up^T), (T, F). Source: Shazeer 2020, "GLU Variants Improve Transformer", equation 6."""
+    """SwiGLU: silu(x gate^T) * (x up^T), (T, F). Source: Shazeer 2020, "GLU Variants Improve
+    Transformer", equation 6."""
     return F.silu(F.linear(x_TH, weights.gate_FH)) * F.linear(x_TH, weights.up_FH)
 
 
@@ -67,13 +70,17 @@ class RoutedCall(NamedTuple):
 
 
 class RoutedExperts(nn.Module):
-    """Stands in for a transformers experts module: the same call, but weights come from a function of the expert id.
+    """Stands in for a transformers experts module: the same call, but weights come from a function
+    of the expert id.
 
-    Calls can be deferred, so that several parts of a stream meet an expert together and it is decoded once for all of them. Every part is multiplied on
-    its own, in the shapes that the plan gives it: what comes out does not depend on which parts share a worker.
+    Calls can be deferred, so that several parts of a stream meet an expert together and it is
+    decoded once for all of them. Every part is multiplied on its own, in the shapes that the plan
+    gives it: what comes out does not depend on which parts share a worker.
 
-    Args: weights: expert id -> ExpertWeights in the compute dtype. scales: emulate W4A4 activations when given.
-          observe: receives what the experts saw, after each call.
+    Args:
+        weights: expert id -> ExpertWeights in the compute dtype.
+        scales: emulate W4A4 activations when given.
+        observe: receives what the experts saw, after each call.
     """
 
     def __init__(
@@ -84,11 +91,19 @@ class RoutedExperts(nn.Module):
         observe: Callable[[RoutedInputs], None] | None = None,
     ) -> None:
         super().__init__()
-        self.num_experts, self.weights, self.scales, self.observe = num_experts, weights, scales, observe
+        self.num_experts, self.weights, self.scales, self.observe = (
+            num_experts,
+            weights,
+            scales,
+            observe,
+        )
         self.recorded: list[RoutedCall] | None = None
 
-    def forward(self, hidden_TH: Tensor, expert_ids_TK: Tensor, router_weights_TK: Tensor) -> Tensor:
-        """Sum over the routed experts of router weight times expert output, (T, H); zeros while calls are deferred."""
+    def forward(
+        self, hidden_TH: Tensor, expert_ids_TK: Tensor, router_weights_TK: Tensor
+    ) -> Tensor:
+        """Sum over the routed experts of router weight times expert output, (T, H); zeros while
+        calls are deferred."""
         call = RoutedCall(hidden_TH, expert_ids_TK, router_weights_TK)
         if self.recorded is None:
             return self.outputs([call])[0]
@@ -105,17 +120,26 @@ class RoutedExperts(nn.Module):
             self.recorded = None
 
     def outputs(self, calls: Sequence[RoutedCall]) -> list[Tensor]:
-        """What `forward` would have answered to each call. An expert is decoded once, if any token goes to it.
+        """What `forward` would have answered to each call. An expert is decoded once, if any token
+        goes to it.
 
-        Each expert adds to distinct tokens, so the result does not depend on the order of atomics on a GPU.
+        Each expert adds to distinct tokens, so the result does not depend on the order of atomics
+        on a GPU.
         """
         outs = [torch.zeros_like(call.hidden_TH) for call in calls]
-        amaxes = [torch.zeros((), dtype=torch.float32, device=call.hidden_TH.device) for call in calls]
-        inputs = [c.hidden_TH if self.scales is None else self.quantized(c.hidden_TH, self.scales.gate_up) for c in calls]
+        amaxes = [
+            torch.zeros((), dtype=torch.float32, device=call.hidden_TH.device) for call in calls
+        ]
+        inputs = [
+            c.hidden_TH if self.scales is None else self.quantized(c.hidden_TH, self.scales.gate_up)
+            for c in calls
+        ]
         fused = self.scales is None and is_fused(calls)
         for weights, position, rows, slots in self.visits(calls):
             if fused:
-                h_TF = kernels().swiglu(F.linear(inputs[position][rows], weights.gate_up_ZH), amaxes[position])
+                h_TF = kernels().swiglu(
+                    F.linear(inputs[position][rows], weights.gate_up_ZH), amaxes[position]
+                )
                 shares_T = calls[position].router_weights_TK[rows, slots]
                 kernels().add_rows(outs[position], rows, F.linear(h_TF, weights.down_HF), shares_T)
                 continue
@@ -123,7 +147,10 @@ class RoutedExperts(nn.Module):
             amaxes[position] = torch.maximum(amaxes[position], h_TF.abs().amax().float())
             if self.scales is not None:
                 h_TF = self.quantized(h_TF, self.scales.down)
-            y_TH = F.linear(h_TF, weights.down_HF) * calls[position].router_weights_TK[rows, slots, None]
+            y_TH = (
+                F.linear(h_TF, weights.down_HF)
+                * calls[position].router_weights_TK[rows, slots, None]
+            )
             outs[position].index_add_(0, rows, y_TH.to(outs[position].dtype))
         if self.observe is not None:
             for call, amax in zip(calls, amaxes, strict=True):
@@ -131,38 +158,57 @@ class RoutedExperts(nn.Module):
         return outs
 
     @torch.no_grad()
-    def gradients(self, calls: Sequence[RoutedCall], at_outputs: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
-        """For each call and the gradient at its output (T, H): those at its inputs (T, H) and at its router weights (T, K).
+    def gradients(
+        self, calls: Sequence[RoutedCall], at_outputs: Sequence[Tensor]
+    ) -> list[tuple[Tensor, Tensor]]:
+        """For each call and the gradient at its output (T, H): those at its inputs (T, H) and at
+        its router weights (T, K).
 
-        Autograd would hold every expert that a token met, decoded, until the backward pass; here each is decoded, used and let go. The mixture's output
-        itself is not needed. With u = g D:  dw = sum(h u),  dh = w u,  and dx = da A + db B (numerics.output_gradients has the chain rule).
+        Autograd would hold every expert that a token met, decoded, until the backward pass; here
+        each is decoded, used and let go. The mixture's output itself is not needed. With u = g D:
+        dw = sum(h u),  dh = w u,  and dx = da A + db B (numerics.output_gradients has the chain
+        rule).
         Raises: AssertionError under W4A4 emulation, through which no gradient is taken.
         """
         assert self.scales is None
-        found = [(torch.zeros_like(c.hidden_TH), torch.zeros_like(c.router_weights_TK)) for c in calls]
+        found = [
+            (torch.zeros_like(c.hidden_TH), torch.zeros_like(c.router_weights_TK)) for c in calls
+        ]
         fused = is_fused(calls)
         for weights, position, rows, slots in self.visits(calls):
             if fused:
                 u_TF = at_outputs[position][rows] @ weights.down_HF
                 ab_TZ = F.linear(calls[position].hidden_TH[rows], weights.gate_up_ZH)
-                dab_TZ, dw_T = kernels().swiglu_backward(ab_TZ, u_TF, calls[position].router_weights_TK[rows, slots])
+                dab_TZ, dw_T = kernels().swiglu_backward(
+                    ab_TZ, u_TF, calls[position].router_weights_TK[rows, slots]
+                )
                 found[position][1][rows, slots] = dw_T.to(found[position][1].dtype)
                 kernels().add_rows(found[position][0], rows, dab_TZ @ weights.gate_up_ZH)
                 continue
-            x_TH, w_T1 = calls[position].hidden_TH[rows], calls[position].router_weights_TK[rows, slots, None]
+            x_TH, w_T1 = (
+                calls[position].hidden_TH[rows],
+                calls[position].router_weights_TK[rows, slots, None],
+            )
             u_TF = at_outputs[position][rows] @ weights.down_HF
             a_TF, b_TF = F.linear(x_TH, weights.gate_FH), F.linear(x_TH, weights.up_FH)
             s_TF = torch.sigmoid(a_TF)
             silu_TF = a_TF * s_TF
             at_inputs_TH, at_weights_TK = found[position]
-            at_weights_TK[rows, slots] = (silu_TF * b_TF * u_TF).sum(1, dtype=torch.float32).to(at_weights_TK.dtype)
+            at_weights_TK[rows, slots] = (
+                (silu_TF * b_TF * u_TF).sum(1, dtype=torch.float32).to(at_weights_TK.dtype)
+            )
             u_TF = (u_TF * w_T1).to(u_TF.dtype)
-            dx_TH = (u_TF * b_TF * s_TF * (1 + a_TF * (1 - s_TF))) @ weights.gate_FH + (u_TF * silu_TF) @ weights.up_FH
+            dx_TH = (u_TF * b_TF * s_TF * (1 + a_TF * (1 - s_TF))) @ weights.gate_FH + (
+                u_TF * silu_TF
+            ) @ weights.up_FH
             at_inputs_TH.index_add_(0, rows, dx_TH)
         return found
 
-    def visits(self, calls: Sequence[RoutedCall]) -> Iterator[tuple[ExpertWeights, int, Tensor, Tensor]]:
-        """(an expert's weights, position of a call, rows and slots of the tokens that the call sends there), expert by expert."""
+    def visits(
+        self, calls: Sequence[RoutedCall]
+    ) -> Iterator[tuple[ExpertWeights, int, Tensor, Tensor]]:
+        """(an expert's weights, position of a call, rows and slots of the tokens that the call
+        sends there), expert by expert."""
         routes = [routes_by_expert(call.expert_ids_TK, self.num_experts) for call in calls]
         for expert in range(self.num_experts):
             meeting = [position for position, route in enumerate(routes) if len(route[expert][0])]
@@ -178,7 +224,12 @@ class RoutedExperts(nn.Module):
 
 def is_fused(calls: Sequence[RoutedCall]) -> bool:
     """Whether the elementwise steps have kernels for these tensors."""
-    return all(call.hidden_TH.is_cuda and call.hidden_TH.dtype == torch.bfloat16 and not call.hidden_TH.requires_grad for call in calls)
+    return all(
+        call.hidden_TH.is_cuda
+        and call.hidden_TH.dtype == torch.bfloat16
+        and not call.hidden_TH.requires_grad
+        for call in calls
+    )
 
 
 def kernels() -> ModuleType:
@@ -188,7 +239,8 @@ def kernels() -> ModuleType:
 
 
 def routes_by_expert(expert_ids_TK: Tensor, num_experts: int) -> list[tuple[Tensor, Tensor]]:
-    """(rows, slots) of every expert, rows ascending. One sort and one copy to the host, not one of each for every expert."""
+    """(rows, slots) of every expert, rows ascending. One sort and one copy to the host, not one of
+    each for every expert."""
     flat = expert_ids_TK.flatten().long()
     order = flat.argsort(stable=True)
     counts = torch.bincount(flat, minlength=num_experts).tolist()

@@ -3,13 +3,16 @@
     tensor a        tensor b                    tensor c
     |---------------|---------------------------|-------------|
         |<------------- whole pages inside -------------->|          pinned
-    ....                                                   .....     copied by the driver through memory of its own
+    ....                                                   .....
+    dotted: copied by the driver through memory of its own
 
-Only whole pages inside the range are pinned. CUDA refuses a copy of which one end is pinned and the other is not ("invalid
-argument"), so a page that the range shares with something else is left alone: a neighbour in the file, which other code copies,
-never touches pinned memory. Tensors of the range that begin or end outside are copied in pieces, cut at the ends of the pages.
+Only whole pages inside the range are pinned. CUDA refuses a copy of which one end is pinned and the
+other is not ("invalid argument"), so a page that the range shares with something else is left
+alone: a neighbour in the file, which other code copies, never touches pinned memory. Tensors of the
+range that begin or end outside are copied in pieces, cut at the ends of the pages.
 
-Source: CUDA runtime API, cudaHostRegister with cudaHostRegisterReadOnly (the mapping is read-only), cudaMemcpyAsync.
+Source: CUDA runtime API, cudaHostRegister with cudaHostRegisterReadOnly (the mapping is read-only),
+cudaMemcpyAsync.
 """
 
 import bisect
@@ -33,10 +36,12 @@ READ_ONLY = 8  # cudaHostRegisterReadOnly
 
 
 class PinnedPages:
-    """Pinned for as long as the context lasts, or until `close`. Every copy from the pages must be complete by then.
+    """Pinned for as long as the context lasts, or until `close`. Every copy from the pages must be
+    complete by then.
 
-    Where a range cannot be pinned, nothing is copied from the pages themselves: another's pinned range may begin anywhere in them.
-    Tensors are then copied to memory of their own first, and the caller waits.
+    Where a range cannot be pinned, nothing is copied from the pages themselves: another's pinned
+    range may begin anywhere in them. Tensors are then copied to memory of their own first, and the
+    caller waits.
     """
 
     def __init__(self, tensors: Iterable[Tensor], device: torch.device) -> None:
@@ -54,14 +59,24 @@ class PinnedPages:
             self.ranges.append((start, end))
             return
         self.is_complete = False
-        log.warning("%d bytes cannot be pinned (CUDA error %d): copies to the device are slower", end - start, code)
-        with suppress(RuntimeError):  # CUDA keeps the error for whoever asks next: that is to be nobody's kernel
+        log.warning(
+            "%d bytes cannot be pinned (CUDA error %d): copies to the device are slower",
+            end - start,
+            code,
+        )
+        # CUDA keeps the error for whoever asks next: that is to be nobody's kernel
+        with suppress(RuntimeError):
             torch.zeros(1, device=self.device)
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
         self.close()
 
     def close(self) -> None:
@@ -72,7 +87,8 @@ class PinnedPages:
         self.ranges = []
 
     def copy_(self, target: Tensor, source: Tensor) -> None:
-        """Copy a tensor into one of the same type and shape on the device, on the current stream, without waiting if its pages are pinned."""
+        """Copy a tensor into one of the same type and shape on the device, on the current stream,
+        without waiting if its pages are pinned."""
         if not self.is_complete:
             target.copy_(source.clone())
             return
@@ -82,9 +98,11 @@ class PinnedPages:
 
 
 def pieces(address: int, num_bytes: int, ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """A span of memory cut wherever a pinned range begins or ends inside it: (start, end) relative to the address.
+    """A span of memory cut wherever a pinned range begins or ends inside it: (start, end) relative
+    to the address.
 
-    Args: ranges: (start, end), ascending, apart from each other.
+    Args:
+        ranges: (start, end), ascending, apart from each other.
     """
     cuts = {0, num_bytes}
     for start, end in ranges[max(0, bisect.bisect_right(ranges, (address, 0)) - 1) :]:
@@ -96,12 +114,16 @@ def pieces(address: int, num_bytes: int, ranges: list[tuple[int, int]]) -> list[
 
 
 def page_ranges(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-    """(address, bytes) of tensors -> (start, end) of the whole pages inside, spans less than MAX_GAP_BYTES apart joined."""
+    """(address, bytes) of tensors -> (start, end) of the whole pages inside, spans less than
+    MAX_GAP_BYTES apart joined."""
     joined: list[tuple[int, int]] = []
     for start, num_bytes in sorted(spans):
         if joined and start <= joined[-1][1] + MAX_GAP_BYTES:
             joined[-1] = (joined[-1][0], max(start + num_bytes, joined[-1][1]))
         else:
             joined.append((start, start + num_bytes))
-    inside = [(-(-start // PAGE_BYTES) * PAGE_BYTES, end // PAGE_BYTES * PAGE_BYTES) for start, end in joined]
+    inside = [
+        (-(-start // PAGE_BYTES) * PAGE_BYTES, end // PAGE_BYTES * PAGE_BYTES)
+        for start, end in joined
+    ]
     return [(start, end) for start, end in inside if end > start]

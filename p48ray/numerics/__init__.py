@@ -1,5 +1,5 @@
-"""The numerics of p48ray: formats, curvature, solvers. Pure functions of torch tensors: no files, no
-logging, no environment.
+"""The numerics of p48ray: formats, curvature, solvers. Pure functions of torch tensors: no files,
+no logging, no environment.
 
 Read in this order (docs/DESIGN.md has the equations):
     e2m1, nvfp4, paired48, int4, block_int8     formats

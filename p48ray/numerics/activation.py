@@ -1,11 +1,13 @@
-"""NVFP4 activations as a server quantizes them on the fly: a static global scale, a fresh E4M3 scale per 16 (or 32) values of every token.
+"""NVFP4 activations as a server quantizes them on the fly: a static global scale, a fresh E4M3
+scale per 16 (or 32) values of every token.
 
-    s = e4m3(min(global * (amax / 6), 448))      x^ = e2m1(clip(x / (s / global), -6, 6)) * (s / global)      s = 0  ->  x^ = 0
+    s  = e4m3(min(global * (amax / 6), 448))
+    x^ = e2m1(clip(x / (s / global), -6, 6)) * (s / global)          s = 0  ->  x^ = 0
 
-Source: [vLLM] `ref_nvfp4_quant` and its NVFP4 emulation; compressed-tensors' dynamic `tensor_group` quantization is the same up to scales
-that round to 0.
-Departure: vLLM multiplies by the reciprocals of 6, of the global scale and of s; here every quotient is a true division of tensors (as in
-nvfp4), as the format is defined. The two differ where a quotient falls within an ulp of a rounding tie.
+Source: [vLLM] `ref_nvfp4_quant` and its NVFP4 emulation; compressed-tensors' dynamic `tensor_group`
+quantization is the same up to scales that round to 0. Departure: vLLM multiplies by the reciprocals
+of 6, of the global scale and of s; here every quotient is a true division of tensors (as in nvfp4),
+as the format is defined. The two differ where a quotient falls within an ulp of a rounding tie.
 
 Legend: T tokens, I inputs, G groups of the scale (I/16 or I/32), V values of a group.
 """
@@ -18,9 +20,16 @@ from torch import Tensor
 
 from p48ray.errors import NumericsError
 from p48ray.numerics.e2m1 import E2M1_MAX, round_to_e2m1
-from p48ray.numerics.nvfp4 import E4M3_MAX, SCALE_GROUP, SCALE_SPANS, global_scale_from_amax, round_to_e4m3
+from p48ray.numerics.nvfp4 import (
+    E4M3_MAX,
+    SCALE_GROUP,
+    SCALE_SPANS,
+    global_scale_from_amax,
+    round_to_e4m3,
+)
 
-CLIP_TOLERANCE = 1e-6  # relative: the amax that made a global scale is not itself counted as clipped
+# relative: the amax that made a global scale is not itself counted as clipped
+CLIP_TOLERANCE = 1e-6
 
 
 def input_global_scale(amax: float) -> float:
@@ -38,12 +47,16 @@ def quantize_activations(
 ) -> Float32[Tensor, "t i"]:
     """x^, what the W4A4 kernel multiplies with.
 
-    Args:    global_scale: 448 * 6 / amax of the layer's inputs; larger inputs saturate. group: values that share a scale, 16 (stock) or 32
-             (sparse MMA).
-    Raises:  NumericsError if group is neither 16 nor 32 or does not divide i.
+    Args:
+        global_scale: 448 * 6 / amax of the layer's inputs; larger inputs saturate.
+        group: values that share a scale, 16 (stock) or 32 (sparse MMA).
+    Raises: NumericsError if group is neither 16 nor 32 or does not divide i.
     """
     if group not in SCALE_SPANS or x.shape[1] % group:
-        raise NumericsError(f"quantize_activations: expected a group of 16 or 32 that divides the {x.shape[1]} inputs, found {group}")
+        raise NumericsError(
+            f"quantize_activations: expected a group of 16 or 32 that divides the {x.shape[1]}"
+            f" inputs, found {group}"
+        )
     divisor = _on_device(global_scale, x)
     if x.is_cuda:
         from p48ray.kernels import activation as kernel
@@ -58,8 +71,11 @@ def quantize_activations(
     return (level_TGV * unit_TG1).flatten(1)
 
 
-def count_clipped(x: Float[Tensor, "t i"], global_scale: Float32[Tensor, ""] | float) -> Int64[Tensor, ""]:
-    """How many |x| exceed what the global scale can represent, 448 * 6 / global, by more than rounding. Stays on the device."""
+def count_clipped(
+    x: Float[Tensor, "t i"], global_scale: Float32[Tensor, ""] | float
+) -> Int64[Tensor, ""]:
+    """How many |x| exceed what the global scale can represent, 448 * 6 / global, by more than
+    rounding. Stays on the device."""
     limit = _on_device(E4M3_MAX * E2M1_MAX, x) / _on_device(global_scale, x)
     return (x.float().abs() > limit * (1 + CLIP_TOLERANCE)).sum()
 

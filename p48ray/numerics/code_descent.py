@@ -1,22 +1,28 @@
-"""Code descent: masks, codes and scales of a quantized paired-4:8 linear by exact one-dimensional and small combinatorial steps under tr(G D H D^T).
+"""Code descent: masks, codes and scales of a quantized paired-4:8 linear by exact one-dimensional
+and small combinatorial steps under tr(G D H D^T).
 
-GPTQ rounds once, left to right, under H alone and towards values that descent had left free. This looks at every choice again, on the grid, with the rest
-fixed, and under G too. For one pair_group b of one row, with a the linear term of block_descent, the objective falls by
+GPTQ rounds once, left to right, under H alone and towards values that descent had left free. This
+looks at every choice again, on the grid, with the rest fixed, and under G too. For one pair_group b
+of one row, with a the linear term of block_descent, the objective falls by
 
     gain(v) = 2 a v^T - v H_bb v^T        for values v on the grid (codes times the scale)
 
-Candidates: for each of the 6 patterns its free optimum, rounded; and the current codes. Each candidate is polished by one pass of coordinate descent over its
-inputs: with the others fixed, the best grid point is the nearest to the one-dimensional optimum. The candidate with the largest gain is taken; the current
-one is among them, so no step raises the objective.
+Candidates: for each of the 6 patterns its free optimum, rounded; and the current codes. Each
+candidate is polished by one pass of coordinate descent over its inputs: with the others fixed, the
+best grid point is the nearest to the one-dimensional optimum. The candidate with the largest gain
+is taken; the current one is among them, so no step raises the objective.
 
-At the start of a span its scale is reconsidered with the codes fixed: along v the gain is a parabola in the scale, and the E4M3 value nearest to its top
-is taken if it beats the current one.
+At the start of a span its scale is reconsidered with the codes fixed: along v the gain is a
+parabola in the scale, and the E4M3 value nearest to its top is taken if it beats the current one.
 
-With G, rows are visited in random groups under the majorised target of two_sided; without, all at once.
+With G, rows are visited in random groups under the majorised target of two_sided; without, all at
+once.
 
-Source: this project's. Coordinate descent after GPTQ is known from QuantEase (Behdin et al. 2023); masks, scales and G are added here.
-Legend: N experts, O out, I in, G scale groups (I/16), P pairs, K pair_groups, R rows of a group, S = 16 or 32 inputs of a span, C candidates (7),
-8 inputs of a pair_group, 6 patterns.
+Source: this project's. Coordinate descent after GPTQ is known from QuantEase (Behdin et al. 2023);
+masks, scales and G are added here.
+
+Legend: N experts, O out, I in, G scale groups (I/16), P pairs, K pair_groups, R rows of a group, S
+= 16 or 32 inputs of a span, C candidates (7), 8 inputs of a pair_group, 6 patterns.
 """
 
 from dataclasses import dataclass
@@ -64,8 +70,10 @@ def code_descent(
 ) -> tuple[UInt8[Tensor, "n o i"], Float8e4m3fn[Tensor, "n o g"], Bool[Tensor, "n o p"]]:
     """Improve quantized weights; returns (codes, scale, keep), new tensors. The global scale stays.
 
-    Args:    span: inputs that share a scale, 16 or 32. sweeps: visits of every row. Everything else as in two_sided_descent.
-    Cost:    about eight times a sweep of block descent.
+    Args:
+        span: inputs that share a scale, 16 or 32.
+        sweeps: visits of every row. Everything else as in two_sided_descent.
+    Cost: about eight times a sweep of block descent.
     """
     values = nvfp4.dequantize(codes, scale, global_scale)
     state = _Grid(
@@ -81,8 +89,16 @@ def code_descent(
             _sweep_(state)
     else:
         for rows_R in row_partitions(target.shape[1], CODE_ROW_GROUPS, sweeps, target.device):
-            _sweep_rows_(state, rows_R, majorised_target(target, state.descent.values_NOI, output_hessian_damped, rows_R))
-    return e2m1.encode(state.level_NOI), state.scale_NOG.to(torch.float8_e4m3fn), state.descent.keep()
+            _sweep_rows_(
+                state,
+                rows_R,
+                majorised_target(target, state.descent.values_NOI, output_hessian_damped, rows_R),
+            )
+    return (
+        e2m1.encode(state.level_NOI),
+        state.scale_NOG.to(torch.float8_e4m3fn),
+        state.descent.keep(),
+    )
 
 
 def _sweep_rows_(state: _Grid, rows_R: Tensor, target_NRI: Tensor) -> None:
@@ -96,7 +112,10 @@ def _sweep_rows_(state: _Grid, rows_R: Tensor, target_NRI: Tensor) -> None:
         keep_C8=state.keep_C8,
     )
     _sweep_(group)
-    state.descent.values_NOI[:, rows_R], state.descent.pattern_NOK[:, rows_R] = group.descent.values_NOI, group.descent.pattern_NOK
+    state.descent.values_NOI[:, rows_R], state.descent.pattern_NOK[:, rows_R] = (
+        group.descent.values_NOI,
+        group.descent.pattern_NOK,
+    )
     state.level_NOI[:, rows_R], state.scale_NOG[:, rows_R] = group.level_NOI, group.scale_NOG
 
 
@@ -105,23 +124,31 @@ def _sweep_(state: _Grid) -> None:
     for start in range(0, num_inputs, DESCENT_BLOCK):
         stop = min(start + DESCENT_BLOCK, num_inputs)
         descent = state.descent
-        slope_NOC = (descent.target_NOI - descent.values_NOI) @ descent.hessian_NII[:, :, start:stop]
+        slope_NOC = (descent.target_NOI - descent.values_NOI) @ descent.hessian_NII[
+            :, :, start:stop
+        ]
         for j in range(start, stop, INPUTS_IN_GROUP):
             if j % state.span == 0:
                 _rescale_span_(state, slope_NOC, start, stop, j)
             _choose_codes_(state, slope_NOC, start, stop, j)
 
 
-def _move_(state: _Grid, slope_NOC: Tensor, start: int, stop: int, j: int, new_values: Tensor) -> None:
-    """Store new values of the columns from j on and correct the slope from there to the end of the column_block: what lies before is not read again."""
+def _move_(
+    state: _Grid, slope_NOC: Tensor, start: int, stop: int, j: int, new_values: Tensor
+) -> None:
+    """Store new values of the columns from j on and correct the slope from there to the end of the
+    column_block: what lies before is not read again."""
     values_NOI, end = state.descent.values_NOI, j + new_values.shape[2]
     change = new_values - values_NOI[:, :, j:end]
     values_NOI[:, :, j:end] = new_values
-    slope_NOC[:, :, j - start :].baddbmm_(change, state.descent.hessian_NII[:, j:end, j:stop], alpha=-1)
+    slope_NOC[:, :, j - start :].baddbmm_(
+        change, state.descent.hessian_NII[:, j:end, j:stop], alpha=-1
+    )
 
 
 def _rescale_span_(state: _Grid, slope_NOC: Tensor, start: int, stop: int, j: int) -> None:
-    """The best of the current scale and the E4M3 values beside the optimum along the current codes."""
+    """The best of the current scale and the E4M3 values beside the optimum along the current
+    codes."""
     end, group = j + state.span, j // SCALE_GROUP
     values_NOS = state.descent.values_NOI[:, :, j:end]
     curved_NOS = values_NOS @ state.descent.hessian_NII[:, j:end, j:end]
@@ -136,7 +163,14 @@ def _rescale_span_(state: _Grid, slope_NOC: Tensor, start: int, stop: int, j: in
     gain_NO = (factor_NO - 1) * (2 * linear_NO - (factor_NO + 1) * curvature_NO)
     scale_NO = torch.where(gain_NO > 0, scale_NO, current_NO)
     state.scale_NOG[:, :, group : group + state.span // SCALE_GROUP] = scale_NO[:, :, None]
-    _move_(state, slope_NOC, start, stop, j, state.level_NOI[:, :, j:end] * state.unit(group)[:, :, None])
+    _move_(
+        state,
+        slope_NOC,
+        start,
+        stop,
+        j,
+        state.level_NOI[:, :, j:end] * state.unit(group)[:, :, None],
+    )
 
 
 def _choose_codes_(state: _Grid, slope_NOC: Tensor, start: int, stop: int, j: int) -> None:
@@ -144,25 +178,50 @@ def _choose_codes_(state: _Grid, slope_NOC: Tensor, start: int, stop: int, j: in
     descent, k, end = state.descent, j // INPUTS_IN_GROUP, j + INPUTS_IN_GROUP
     hessian_N88 = descent.hessian_NII[:, j:end, j:end]
     unit_NO11 = state.unit(j // SCALE_GROUP)[:, :, None, None]
-    linear_NO8 = slope_NOC[:, :, j - start : end - start] + descent.values_NOI[:, :, j:end] @ hessian_N88
-    free_NO68 = (linear_NO8 @ descent.solver_NK848[:, k]).unflatten(2, (len(PATTERNS), INPUTS_IN_GROUP))
-    level_NOC8 = torch.cat([round_to_e2m1(free_NO68 / unit_NO11), state.level_NOI[:, :, None, j:end]], dim=2)
+    linear_NO8 = (
+        slope_NOC[:, :, j - start : end - start] + descent.values_NOI[:, :, j:end] @ hessian_N88
+    )
+    free_NO68 = (linear_NO8 @ descent.solver_NK848[:, k]).unflatten(
+        2, (len(PATTERNS), INPUTS_IN_GROUP)
+    )
+    level_NOC8 = torch.cat(
+        [round_to_e2m1(free_NO68 / unit_NO11), state.level_NOI[:, :, None, j:end]], dim=2
+    )
     pattern_NO = descent.pattern_NOK[:, :, k]
-    keep_NOC8 = torch.cat([state.keep_C8.expand(*pattern_NO.shape, -1, -1), state.keep_C8[pattern_NO][:, :, None]], dim=2)
+    keep_NOC8 = torch.cat(
+        [state.keep_C8.expand(*pattern_NO.shape, -1, -1), state.keep_C8[pattern_NO][:, :, None]],
+        dim=2,
+    )
     _polish_(level_NOC8, keep_NOC8, linear_NO8, hessian_N88, unit_NO11)
     values_NOC8 = level_NOC8 * unit_NO11
-    gain_NOC = (values_NOC8 * (2 * linear_NO8[:, :, None] - (values_NOC8.flatten(1, 2) @ hessian_N88).view_as(values_NOC8))).sum(-1)
+    gain_NOC = (
+        values_NOC8
+        * (
+            2 * linear_NO8[:, :, None]
+            - (values_NOC8.flatten(1, 2) @ hessian_N88).view_as(values_NOC8)
+        )
+    ).sum(-1)
     best_gain_NO, best_NO = gain_NOC[:, :, :-1].max(-1)
     is_better_NO = best_gain_NO > gain_NOC[:, :, -1]
     descent.pattern_NOK[:, :, k] = torch.where(is_better_NO, best_NO, pattern_NO)
-    choice_NO18 = torch.where(is_better_NO, best_NO, len(PATTERNS))[:, :, None, None].expand(-1, -1, 1, INPUTS_IN_GROUP)
+    choice_NO18 = torch.where(is_better_NO, best_NO, len(PATTERNS))[:, :, None, None].expand(
+        -1, -1, 1, INPUTS_IN_GROUP
+    )
     state.level_NOI[:, :, j:end] = level_NOC8.gather(2, choice_NO18)[:, :, 0]
     _move_(state, slope_NOC, start, stop, j, values_NOC8.gather(2, choice_NO18)[:, :, 0])
 
 
-def _polish_(level_NOC8: Tensor, keep_NOC8: Tensor, linear_NO8: Tensor, hessian_N88: Tensor, unit_NO11: Tensor) -> None:
+def _polish_(
+    level_NOC8: Tensor,
+    keep_NOC8: Tensor,
+    linear_NO8: Tensor,
+    hessian_N88: Tensor,
+    unit_NO11: Tensor,
+) -> None:
     """One pass of coordinate descent over the 8 inputs of every candidate."""
-    residue_NOC8 = linear_NO8[:, :, None] - ((level_NOC8 * unit_NO11).flatten(1, 2) @ hessian_N88).view_as(level_NOC8)
+    residue_NOC8 = linear_NO8[:, :, None] - (
+        (level_NOC8 * unit_NO11).flatten(1, 2) @ hessian_N88
+    ).view_as(level_NOC8)
     unit_NO1 = unit_NO11[..., 0]
     for i in range(INPUTS_IN_GROUP):
         pivot_N11 = hessian_N88[:, i, i, None, None]

@@ -1,19 +1,23 @@
-"""The factor of an inverse Hessian that the column loops read: U upper triangular with inv(H + damp) = U^T U.
+"""The factor of an inverse Hessian that the column loops read: U upper triangular with inv(H +
+damp) = U^T U.
 
-One Cholesky and one triangular inverse instead of the papers' three steps (Cholesky, inverse, Cholesky of the inverse). With J the reversal
-of rows:
+One Cholesky and one triangular inverse instead of the papers' three steps (Cholesky, inverse,
+Cholesky of the inverse). With J the reversal of rows:
 
-    J H J = L L^T   (L lower)      so  H = R R^T with R = J L J upper      so  inv(H) = R^-T R^-1 = U^T U with U = R^-1 = J L^-1 J
+    J H J = L L^T   (L lower)
+    so  H = R R^T with R = J L J upper
+    so  inv(H) = R^-T R^-1 = U^T U with U = R^-1 = J L^-1 J
 
-U is unique (positive diagonal), so it is the papers' factor. U_jj^-2 is the curvature of input j when those after it are free to
-compensate.
+U is unique (positive diagonal), so it is the papers' factor. U_jj^-2 is the curvature of input j
+when those after it are free to compensate.
 
 | paper ([Frantar2022gptq] algorithm 1) | here |
 |----------------------------------------|------|
 | Cholesky(H^-1)^T                       | `Factor.upper_NII` |
-| lambda = 0.01 mean diag                | `damp_rel`, raised tenfold per rung where Cholesky fails |
+| lambda = 0.01 mean diag                | `damp_rel`, times ten per rung where Cholesky fails |
 
-Source: [Frantar2022gptq] GPTQ, arXiv 2210.17323. Departure: the damping ladder; an expert that exhausts it is reported, never patched over.
+Source: [Frantar2022gptq] GPTQ, arXiv 2210.17323. Departure: the damping ladder; an expert that
+exhausts it is reported, never patched over.
 
 Legend: N experts, I in.
 """
@@ -35,7 +39,8 @@ _TRIANGULAR_LEAF = 256  # below this, one triangular solve is as fast as product
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Factor:
-    """U per expert. Where `failed`, U is the identity and `damp_rel` the last value tried (0 for a Hessian that is zero or not finite)."""
+    """U per expert. Where `failed`, U is the identity and `damp_rel` the last value tried (0 for a
+    Hessian that is zero or not finite)."""
 
     upper_NII: Tensor
     damp_rel: tuple[float, ...]
@@ -45,10 +50,12 @@ class Factor:
 def inverse_factor(hessian: Float32[Tensor, "n i i"], damp_rel: float | Sequence[float]) -> Factor:
     """U with inv(H + damp_rel * mean(diag H) * I) = U^T U, for every expert of the batch.
 
-    Args:    hessian: symmetric, (N, I, I). damp_rel: fraction of the mean diagonal, one for all or one per expert.
+    Args:
+        hessian: symmetric, (N, I, I).
+        damp_rel: fraction of the mean diagonal, one for all or one per expert.
     Returns: the factor, the damping that was needed and who failed all DAMP_RUNGS.
-    Cost:    I^3 / 3 for Cholesky, as much for the inverse, per rung (later rungs only for those that failed). One wait for the device per
-             rung.
+    Cost: I^3 / 3 for Cholesky, as much for the inverse, per rung (later rungs only for those that
+        failed). One wait for the device per rung.
     """
     n, i, _ = hessian.shape
     wanted = [damp_rel] * n if isinstance(damp_rel, int | float) else list(damp_rel)
@@ -64,7 +71,8 @@ def inverse_factor(hessian: Float32[Tensor, "n i i"], damp_rel: float | Sequence
         for k in pending:
             used[k] = wanted[k] * DAMP_STEP**rung
         flags = []
-        # One by one on a GPU: large factorizations gain nothing from a batch there, and its temporaries are several times the batch.
+        # One by one on a GPU: large factorizations gain nothing from a batch there, and its
+        # temporaries are several times the batch.
         for together in [[k] for k in pending] if hessian.is_cuda else [pending]:
             rel_N = torch.tensor([used[k] for k in together], device=hessian.device)
             index_N = torch.tensor(together, device=hessian.device)
@@ -81,7 +89,11 @@ def _factor(damped_NII: Tensor, eye_II: Tensor) -> tuple[Tensor, Tensor]:
     """(U, whether it exists and is finite), with U arbitrary where it does not."""
     lower_NII, info_N = torch.linalg.cholesky_ex(damped_NII.flip(-2, -1))
     is_positive_N = info_N == 0
-    upper_NII = invert_lower(torch.where(is_positive_N[:, None, None], lower_NII, eye_II)).flip(-2, -1).contiguous()
+    upper_NII = (
+        invert_lower(torch.where(is_positive_N[:, None, None], lower_NII, eye_II))
+        .flip(-2, -1)
+        .contiguous()
+    )
     return upper_NII, is_positive_N & torch.isfinite(upper_NII).all(-1).all(-1)
 
 
@@ -106,16 +118,26 @@ def invert_lower(lower: Float32[Tensor, "n i i"]) -> Float32[Tensor, "n i i"]:
 
 
 def _invert_lower_in_place(lower_NII: Tensor) -> Tensor:
-    """The same on a GPU: all leaves in one batched solve, every product into its place, in TF32 (numerics.products)."""
+    """The same on a GPU: all leaves in one batched solve, every product into its place, in TF32
+    (numerics.products)."""
     size, leaf = lower_NII.shape[-1], _TRIANGULAR_LEAF
     inverse_NII = torch.zeros_like(lower_NII)
     for first, last in ((0, size // leaf * leaf), (size // leaf * leaf, size)):
         if first < last:
             width = min(leaf, last - first)
-            blocks = [t[:, first:last, first:last].unflatten(2, (-1, width)).unflatten(1, (-1, width)) for t in (lower_NII, inverse_NII)]
-            lower_NLCC, inverse_NLCC = (b.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2) for b in blocks)
+            blocks = [
+                t[:, first:last, first:last].unflatten(2, (-1, width)).unflatten(1, (-1, width))
+                for t in (lower_NII, inverse_NII)
+            ]
+            lower_NLCC, inverse_NLCC = (
+                b.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2) for b in blocks
+            )
             eye_CC = torch.eye(width, device=lower_NII.device, dtype=lower_NII.dtype)
-            inverse_NLCC.copy_(torch.linalg.solve_triangular(lower_NLCC.contiguous(), eye_CC.expand_as(lower_NLCC), upper=False))
+            inverse_NLCC.copy_(
+                torch.linalg.solve_triangular(
+                    lower_NLCC.contiguous(), eye_CC.expand_as(lower_NLCC), upper=False
+                )
+            )
     with tensor_float_32():
         _join_inverses_(lower_NII, inverse_NII, 0, size)
     return inverse_NII
@@ -128,5 +150,9 @@ def _join_inverses_(lower_NII: Tensor, inverse_NII: Tensor, first: int, last: in
     middle = first + (-(-(last - first) // _TRIANGULAR_LEAF) + 1) // 2 * _TRIANGULAR_LEAF
     _join_inverses_(lower_NII, inverse_NII, first, middle)
     _join_inverses_(lower_NII, inverse_NII, middle, last)
-    left = torch.bmm(lower_NII[:, middle:last, first:middle], inverse_NII[:, first:middle, first:middle])
-    inverse_NII[:, middle:last, first:middle].baddbmm_(inverse_NII[:, middle:last, middle:last], left, beta=0, alpha=-1)
+    left = torch.bmm(
+        lower_NII[:, middle:last, first:middle], inverse_NII[:, first:middle, first:middle]
+    )
+    inverse_NII[:, middle:last, first:middle].baddbmm_(
+        inverse_NII[:, middle:last, middle:last], left, beta=0, alpha=-1
+    )

@@ -1,14 +1,19 @@
-"""From the loss's gradient at a mixture's routed output to the gradients at the outputs of one expert's linears.
+"""From the loss's gradient at a mixture's routed output to the gradients at the outputs of one
+expert's linears.
 
-    y = w D h,   h = silu(a) * b,   a = x A^T,   b = x B^T            (A gate, B up, D down, w the router's weight of the token)
+    y = w D h,   h = silu(a) * b,   a = x A^T,   b = x B^T
+    (A gate, B up, D down, w the router's weight of the token)
 
     at down's output           g = w delta
     at the intermediate        g_h = g D
-    at gate's and up's outputs g_a = g_h * b * silu'(a),   g_b = g_h * silu(a)       silu'(a) = s (1 + a (1 - s)),  s = sigmoid(a)
+    at gate's and up's outputs g_a = g_h * b * silu'(a),   g_b = g_h * silu(a)
+                               silu'(a) = s (1 + a (1 - s)),   s = sigmoid(a)
 
-So an expert recovers every gradient it needs from x, delta, w and its own original weights; nothing of it is ever stored.
+So an expert recovers every gradient it needs from x, delta, w and its own original weights; nothing
+of it is ever stored.
 
 Source: the chain rule; SwiGLU is Shazeer 2020, "GLU Variants Improve Transformer", equation 6.
+
 Legend: T tokens, H hidden size, F intermediate size, Z = 2 F (gate's outputs, then up's).
 """
 
@@ -27,8 +32,11 @@ def expert_gradients(
 ) -> tuple[Float32[Tensor, "t z"], Float32[Tensor, "t h"]]:
     """Gradients at the outputs of gate and up (stacked, z = 2 f) and of down, a row per token.
 
-    Args:    x: the expert's inputs. delta: gradient at the mixture's routed output. router_weight: of this expert for each token.
-    Cost:    6 T H F multiply-adds.
+    Args:
+        x: the expert's inputs.
+        delta: gradient at the mixture's routed output.
+        router_weight: of this expert for each token.
+    Cost: 6 T H F multiply-adds.
     """
     g_TH = delta * router_weight[:, None]
     g_TF = g_TH @ down
@@ -39,10 +47,14 @@ def expert_gradients(
 
 
 def norm_weights(gradient_norm: Float32[Tensor, "t"], clip: float) -> Float32[Tensor, "t"]:
-    """Token weights from gradient norms: |g| over its mean, at most `clip`. All ones where every gradient is zero.
+    """Token weights from gradient norms: |g| over its mean, at most `clip`. All ones where every
+    gradient is zero.
 
-    Source: DESIGN 7, w = |g| / mean |g|, at most 20: tokens on which the loss reacts strongly count more, and no single one dominates.
+    Source: DESIGN 7, w = |g| / mean |g|, at most 20: tokens on which the loss reacts strongly count
+    more, and no single one dominates.
     """
     mean = gradient_norm.mean()
     safe = torch.where(mean > 0, mean, torch.ones_like(mean))
-    return torch.where(mean > 0, (gradient_norm / safe).clamp_max(clip), torch.ones_like(gradient_norm))
+    return torch.where(
+        mean > 0, (gradient_norm / safe).clamp_max(clip), torch.ones_like(gradient_norm)
+    )

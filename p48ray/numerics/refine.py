@@ -1,23 +1,34 @@
-"""Refinement: the values of an expert's three linears together, masks and scales fixed, by gradient steps through SwiGLU and every quantizer.
+"""Refinement: the values of an expert's three linears together, masks and scales fixed, by gradient
+steps through SwiGLU and every quantizer.
 
-Block descent works on one linear at a time. Here the error of the whole expert is lowered, measured as the loss feels it:
+Block descent works on one linear at a time. Here the error of the whole expert is lowered, measured
+as the loss feels it:
 
-    minimise  L = sum_t w_t e_t M e_t^T / sum_t w_t y_t M y_t^T,        e = E_Q(x^) - y,   y = E(x),   E(x) = down(silu(gate x) * up x)
+    minimise  L = sum_t w_t e_t M e_t^T / sum_t w_t y_t M y_t^T
+              e = E_Q(x^) - y,   y = E(x),   E(x) = down(silu(gate x) * up x)
 
-with the metric M, G of down's output (without it, refinement undid part of what two-sided descent had gained on the small model, DESIGN 7.5). Rounding of
-weights and of the intermediate passes gradients straight through:
+with the metric M, G of down's output (without it, refinement undid part of what two-sided descent
+had gained on the small model, DESIGN 7.5). Rounding of weights and of the intermediate passes
+gradients straight through:
 
-    d = dL/de = 2 w e M / (sum_t ...)      dDown = d^T h^      dh = d Down      da = dh b silu'(a)      db = dh silu(a)      dGate = da^T x^      dUp = db^T x^
+    d = dL/de = 2 w e M / (sum_t ...)
+    dDown = d^T h^           dh = d Down
+    da = dh b silu'(a)       db = dh silu(a)
+    dGate = da^T x^          dUp = db^T x^
 
-Some tokens of each expert are held out; their loss is taken before the first step and now and then after; the best state counts, the start among them, so that
-no expert ends worse on them than it began.
+Some tokens of each expert are held out; their loss is taken before the first step and now and then
+after; the best state counts, the start among them, so that no expert ends worse on them than it
+began.
 
-Operands of the quantized expert are code values times E4M3 scales, six bits, global scales apart: exact in bf16, so that on a GPU, where all operands are
-bf16 and sums float32, its own outputs have no error but that of the sums. What is rounded there are y's inputs and intermediate, M, and the gradients.
+Operands of the quantized expert are code values times E4M3 scales, six bits, global scales apart:
+exact in bf16, so that on a GPU, where all operands are bf16 and sums float32, its own outputs have
+no error but that of the sums. What is rounded there are y's inputs and intermediate, M, and the
+gradients.
 
 Sources: straight-through estimator, Bengio et al. 2013; Adam, Kingma and Ba 2015.
-Legend: N experts, T tokens of a batch, H hidden size, F intermediate size, Z = 2 F (gate's rows, then up's), O out, I in, G scale groups, P pairs (I/2),
-K kept weights of a linear.
+
+Legend: N experts, T tokens of a batch, H hidden size, F intermediate size, Z = 2 F (gate's rows,
+then up's), O out, I in, G scale groups, P pairs (I/2), K kept weights of a linear.
 """
 
 import math
@@ -37,7 +48,8 @@ from p48ray.numerics.nvfp4 import SCALE_GROUP, effective_scale
 from p48ray.numerics.token_rows import TokenRows, joined
 
 BATCH_TOKENS = 256
-LEARNING_RATE_REL = 0.005  # of the root mean square of a linear's kept values: 2e-4 on weights of about 0.04
+# of the root mean square of a linear's kept values: 2e-4 on weights of about 0.04
+LEARNING_RATE_REL = 0.005
 BETAS = (0.9, 0.95)
 HELD_OUT_SHARE = 8  # every eighth token is held out
 MAX_HELD_OUT_TOKENS = 1024
@@ -47,7 +59,8 @@ CHECKS = 10  # held-out losses taken on the way
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QuantizedLinear:
-    """One linear of a batch of experts: codes (N, O, I), E4M3 scales (N, O, G), global scales (N,), kept pairs (N, O, P)."""
+    """One linear of a batch of experts: codes (N, O, I), E4M3 scales (N, O, G), global scales (N,),
+    kept pairs (N, O, P)."""
 
     codes_NOI: Tensor
     scale_NOG: Tensor
@@ -65,7 +78,8 @@ class ExpertTokens:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InputScales:
-    """Input global scales of gate and up, and of down; None for inputs that are not quantized. group: values that share an activation scale."""
+    """Input global scales of gate and up, and of down; None for inputs that are not quantized.
+    group: values that share an activation scale."""
 
     gate_up: float | None
     down: float | None
@@ -74,7 +88,8 @@ class InputScales:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Refined:
-    """Refined linears, and the held-out loss of every expert before and after, relative to the mean loss of a zero output."""
+    """Refined linears, and the held-out loss of every expert before and after, relative to the mean
+    loss of a zero output."""
 
     gate_up: QuantizedLinear
     down: QuantizedLinear
@@ -90,7 +105,8 @@ class Batch(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """With respect to the values of gate and up (N, Z, H) and of down (N, H, F), each to be divided by its input scale (or 1); of the operands' type."""
+    """With respect to the values of gate and up (N, Z, H) and of down (N, H, F), each to be divided
+    by its input scale (or 1); of the operands' type."""
 
     gate_up_NZH: Tensor
     down_NHF: Tensor
@@ -108,26 +124,42 @@ def refine(
 ) -> Refined:
     """Refine a batch of experts.
 
-    Args:    tokens: one entry per expert; one with fewer than MIN_TOKENS keeps its start. output_hessian: G of down, damped, symmetric. steps: of Adam, 256
-             tokens of each expert each, cosine rate.
-    Cost:    10 H F + 2 H^2 multiply-adds a token and step (original and quantized forward, gradients, the metric), and one pass over all weights a step.
+    Args:
+        tokens: one entry per expert; one with fewer than MIN_TOKENS keeps its start.
+        output_hessian: G of down, damped, symmetric.
+        steps: of Adam, 256 tokens of each expert each, cosine rate.
+    Cost: 10 H F + 2 H^2 multiply-adds a token and step (original and quantized forward, gradients,
+        the metric), and one pass over all weights a step.
     """
-    problem = _Refinement(tokens, gate_up_original, down_original, gate_up, down, output_hessian, scales)
+    problem = _Refinement(
+        tokens, gate_up_original, down_original, gate_up, down, output_hessian, scales
+    )
     return problem.run(steps)
 
 
 class ExpertLoss:
-    """L and its gradient for a batch of experts, from operands as they are multiplied: bf16 on a GPU, float32 (or what they are) elsewhere.
+    """L and its gradient for a batch of experts, from operands as they are multiplied: bf16 on a
+    GPU, float32 (or what they are) elsewhere.
 
-    Args: originals: gate and up (N, Z, H), down (N, H, F). metric: M, (N, H, H), symmetric. divisors: global scales of both quantized linears, (N,) each.
+    Args:
+        originals: gate and up (N, Z, H), down (N, H, F).
+        metric: M, (N, H, H), symmetric.
+        divisors: global scales of both quantized linears, (N,) each.
     """
 
-    def __init__(self, originals: Sequence[Tensor], metric: Tensor, divisors: Sequence[Tensor], scales: InputScales) -> None:
+    def __init__(
+        self,
+        originals: Sequence[Tensor],
+        metric: Tensor,
+        divisors: Sequence[Tensor],
+        scales: InputScales,
+    ) -> None:
         self.dtype = torch.bfloat16 if metric.is_cuda else metric.dtype
         self.gate_up_NZH, self.down_NHF = (self.operand(w) for w in originals)
         self.metric_NHH, self.scales = self.operand(metric), scales
         unit = (scales.gate_up or 1.0, scales.down or 1.0)
-        self.value_N11 = [1.0 / (d * u)[:, None, None] for d, u in zip(divisors, unit, strict=True)]  # of 1 in a product of operands
+        # of 1 in a product of operands
+        self.value_N11 = [1.0 / (d * u)[:, None, None] for d, u in zip(divisors, unit, strict=True)]
         self.down_value_N11 = 1.0 / divisors[1][:, None, None]
 
     def operand(self, values: Tensor) -> Tensor:
@@ -137,7 +169,11 @@ class ExpertLoss:
         """Inputs as the kernel will see them, times their global scale."""
         if scale is None:
             return self.operand(x_NTI)
-        return self.operand(quantize_activations(x_NTI.flatten(0, 1), scale, self.scales.group).mul_(scale).view_as(x_NTI))
+        return self.operand(
+            quantize_activations(x_NTI.flatten(0, 1), scale, self.scales.group)
+            .mul_(scale)
+            .view_as(x_NTI)
+        )
 
     def wanted(self, x_NTH: Tensor) -> Tensor:
         """y."""
@@ -147,11 +183,15 @@ class ExpertLoss:
     def loss(self, batch: Batch, grids: Sequence[Tensor]) -> Tensor:
         """L per expert, (N,). grids: both quantized linears as operands (see `on_grid`)."""
         wanted_NTH = self.wanted(batch.x_NTH)
-        a_NTF, b_NTF = (product(self.quantized(batch.x_NTH, self.scales.gate_up), grids[0].mT) * self.value_N11[0]).chunk(2, -1)
+        a_NTF, b_NTF = (
+            product(self.quantized(batch.x_NTH, self.scales.gate_up), grids[0].mT)
+            * self.value_N11[0]
+        ).chunk(2, -1)
         h_NTF = self.quantized(F.silu(a_NTF) * b_NTF, self.scales.down)
         error_NTH = product(h_NTF, grids[1].mT) * self.value_N11[1] - wanted_NTH
         error_N, scale_N = (
-            ((product(self.operand(v), self.metric_NHH) * v).sum(-1) * batch.weight_NT).sum(1) for v in (error_NTH, wanted_NTH)
+            ((product(self.operand(v), self.metric_NHH) * v).sum(-1) * batch.weight_NT).sum(1)
+            for v in (error_NTH, wanted_NTH)
         )
         return error_N / scale_N.clamp_min(torch.finfo(torch.float32).tiny)
 
@@ -166,8 +206,14 @@ class ExpertLoss:
         h_NTF = self.quantized(silu_NTF * b_NTF, self.scales.down)
         error_NTH = product(h_NTF, grids[1].mT) * self.value_N11[1] - wanted_NTH
         felt_NTH = product(self.operand(torch.cat([error_NTH, wanted_NTH], 1)), self.metric_NHH)
-        scale_N = ((felt_NTH[:, num_tokens:] * wanted_NTH).sum(-1) * batch.weight_NT).sum(1).clamp_min(torch.finfo(torch.float32).tiny)
-        d_NTH = self.operand(felt_NTH[:, :num_tokens] * (2 * batch.weight_NT / scale_N[:, None])[..., None])
+        scale_N = (
+            ((felt_NTH[:, num_tokens:] * wanted_NTH).sum(-1) * batch.weight_NT)
+            .sum(1)
+            .clamp_min(torch.finfo(torch.float32).tiny)
+        )
+        d_NTH = self.operand(
+            felt_NTH[:, :num_tokens] * (2 * batch.weight_NT / scale_N[:, None])[..., None]
+        )
         dh_NTF = product(d_NTH, grids[1]) * self.down_value_N11
         da_NTF = dh_NTF * b_NTF * (s_NTF * (1 + a_NTF * (1 - s_NTF)))
         dab_NTZ = self.operand(torch.cat([da_NTF, dh_NTF * silu_NTF], -1))
@@ -176,47 +222,71 @@ class ExpertLoss:
 
 def product(left: Tensor, right: Tensor) -> Tensor:
     """A batch of matrix products, summed in float32 (or in float64 where the operands are that)."""
-    return torch.bmm(left, right, out_dtype=torch.float32) if left.dtype == torch.bfloat16 else torch.bmm(left, right)
+    return (
+        torch.bmm(left, right, out_dtype=torch.float32)
+        if left.dtype == torch.bfloat16
+        else torch.bmm(left, right)
+    )
 
 
 class _Linear:
-    """Kept values of a linear as latents with Adam's moments, (N, K) in the order of the matrix, and the whole matrix on the grid as an operand."""
+    """Kept values of a linear as latents with Adam's moments, (N, K) in the order of the matrix,
+    and the whole matrix on the grid as an operand."""
 
     def __init__(self, start: QuantizedLinear, dtype: torch.dtype) -> None:
         self.start = start
-        self.unit_NOG = effective_scale(start.scale_NOG, start.global_scale_N).contiguous()  # value of one E2M1 unit
+        # value of one E2M1 unit
+        self.unit_NOG = effective_scale(start.scale_NOG, start.global_scale_N).contiguous()
         self.scale_NOG = start.scale_NOG.float()
         values_NOI = nvfp4.dequantize(start.codes_NOI, start.scale_NOG, start.global_scale_N)
         self.latent_NK = self.kept(values_NOI)
-        self.first_NK, self.second_NK = torch.zeros_like(self.latent_NK), torch.zeros_like(self.latent_NK)
+        self.first_NK, self.second_NK = (
+            torch.zeros_like(self.latent_NK),
+            torch.zeros_like(self.latent_NK),
+        )
         self.rate_N = LEARNING_RATE_REL * self.latent_NK.square().mean(1).sqrt()
         self.grid_NOI = on_grid(values_NOI, self.unit_NOG, self.scale_NOG).to(dtype)
 
     def step_(self, gradient_NOI: Tensor, gradient_scale: float, rate: float, step: int) -> None:
-        """One step of Adam with a rate per expert; gradient_scale: what the gradient is to be multiplied with."""
+        """One step of Adam with a rate per expert; gradient_scale: what the gradient is to be
+        multiplied with."""
         if self.latent_NK.is_cuda:
             from p48ray.kernels import refine_step as kernel
 
             kernel.adam_step_(
-                (self.latent_NK, self.first_NK, self.second_NK), gradient_NOI, self.grid_NOI, (self.unit_NOG, self.scale_NOG),
-                self.start.keep_NOP, self.rate_N * rate, BETAS, step, gradient_scale,
+                (self.latent_NK, self.first_NK, self.second_NK), gradient_NOI, self.grid_NOI,
+                (self.unit_NOG, self.scale_NOG), self.start.keep_NOP, self.rate_N * rate, BETAS,
+                step, gradient_scale,
             )  # fmt: skip
             return
         gradient_NK = self.kept(gradient_NOI).mul_(gradient_scale)
-        adam_(self.latent_NK, gradient_NK, self.first_NK, self.second_NK, (self.rate_N * rate)[:, None], step)
+        adam_(
+            self.latent_NK,
+            gradient_NK,
+            self.first_NK,
+            self.second_NK,
+            (self.rate_N * rate)[:, None],
+            step,
+        )
         self.grid_NOI = on_grid(self.whole(self.latent_NK), self.unit_NOG, self.scale_NOG)
 
     def kept(self, values_NOI: Tensor) -> Tensor:
         """(N, K): every expert keeps as many."""
-        return values_NOI.masked_select(self.start.keep_NOP.repeat_interleave(2, 2)).view(len(values_NOI), -1)
+        return values_NOI.masked_select(self.start.keep_NOP.repeat_interleave(2, 2)).view(
+            len(values_NOI), -1
+        )
 
     def whole(self, values_NK: Tensor) -> Tensor:
         """(N, O, I), zeros where nothing is kept."""
         keep_NOI = self.start.keep_NOP.repeat_interleave(2, 2)
-        return torch.zeros(keep_NOI.shape, device=keep_NOI.device).masked_scatter_(keep_NOI, values_NK)
+        return torch.zeros(keep_NOI.shape, device=keep_NOI.device).masked_scatter_(
+            keep_NOI, values_NK
+        )
 
     def finished(self, latent_NK: Tensor) -> QuantizedLinear:
-        level_NOGV = self.whole(latent_NK).unflatten(2, (-1, SCALE_GROUP)) / self.unit_NOG[..., None]
+        level_NOGV = (
+            self.whole(latent_NK).unflatten(2, (-1, SCALE_GROUP)) / self.unit_NOG[..., None]
+        )
         return replace(self.start, codes_NOI=e2m1.encode(level_NOGV.flatten(2)))
 
 
@@ -251,7 +321,9 @@ class _Refinement:
         for step in range(1, steps + 1):
             rate = 0.1 + 0.45 * (1 + math.cos(math.pi * (step - 1) / steps))
             gradients = self.loss.gradients(self.tokens.batch(drawn_STN[step - 1]), self.grids())
-            for linear, gradient, scale in zip(self.linears, gradients, self.gradient_scales, strict=True):
+            for linear, gradient, scale in zip(
+                self.linears, gradients, self.gradient_scales, strict=True
+            ):
                 linear.step_(gradient, scale, rate, step)
             if step % interval == 0 or step == steps:
                 now_N = self.loss.loss(held_out, self.grids())
@@ -259,17 +331,26 @@ class _Refinement:
                 best_N = torch.where(better_N, now_N, best_N)
                 for kept_NK, linear in zip(best, self.linears, strict=True):
                     kept_NK.copy_(torch.where(better_N[:, None], linear.latent_NK, kept_NK))
-        linears = [linear.finished(latent) for linear, latent in zip(self.linears, best, strict=True)]
-        return Refined(gate_up=linears[0], down=linears[1], loss_before=tuple(before_N.tolist()), loss_after=tuple(best_N.tolist()))
+        linears = [
+            linear.finished(latent) for linear, latent in zip(self.linears, best, strict=True)
+        ]
+        return Refined(
+            gate_up=linears[0],
+            down=linears[1],
+            loss_before=tuple(before_N.tolist()),
+            loss_after=tuple(best_N.tolist()),
+        )
 
     def grids(self) -> list[Tensor]:
         return [linear.grid_NOI for linear in self.linears]
 
 
 class _TokenTable:
-    """All experts' tokens one below the other, as stored, and a last row of zeros and weight 0 for an expert that has too few.
+    """All experts' tokens one below the other, as stored, and a last row of zeros and weight 0 for
+    an expert that has too few.
 
-    Every eighth token of an expert is held out, at most MAX_HELD_OUT_TOKENS of them; it learns from the others.
+    Every eighth token of an expert is held out, at most MAX_HELD_OUT_TOKENS of them; it learns from
+    the others.
     """
 
     def __init__(self, tokens: Sequence[ExpertTokens]) -> None:
@@ -280,7 +361,9 @@ class _TokenTable:
         )
         self.rows = joined([*(t.rows for t in tokens), zero])
         self.device = self.rows.values_TH.device
-        self.weight_T = torch.cat([*(t.weight_T for t in tokens), torch.zeros(1, device=self.device)])
+        self.weight_T = torch.cat(
+            [*(t.weight_T for t in tokens), torch.zeros(1, device=self.device)]
+        )
         self.train, self.held = [], []
         first, last = 0, len(self.rows) - 1
         for t in tokens:
@@ -289,18 +372,32 @@ class _TokenTable:
             is_held = (index - index[:1]) % HELD_OUT_SHARE == 0
             enough = len(index) >= HELD_OUT_SHARE
             self.train.append(index[~is_held] if enough else torch.tensor([last]))
-            self.held.append(index[is_held][:MAX_HELD_OUT_TOKENS] if enough else torch.tensor([last]))
+            self.held.append(
+                index[is_held][:MAX_HELD_OUT_TOKENS] if enough else torch.tensor([last])
+            )
 
     def draw(self, steps: int) -> Tensor:
-        """Rows of every step and expert to learn from, (S, N, BATCH_TOKENS); the same every time."""
+        """Rows of every step and expert to learn from, (S, N, BATCH_TOKENS); the same every
+        time."""
         generator = torch.Generator().manual_seed(0)
-        drawn = [[t[torch.randint(0, len(t), (BATCH_TOKENS,), generator=generator)] for t in self.train] for _ in range(steps)]
-        return torch.stack([torch.stack(rows) for rows in drawn]).to(self.device) if steps else torch.empty(0)
+        drawn = [
+            [t[torch.randint(0, len(t), (BATCH_TOKENS,), generator=generator)] for t in self.train]
+            for _ in range(steps)
+        ]
+        return (
+            torch.stack([torch.stack(rows) for rows in drawn]).to(self.device)
+            if steps
+            else torch.empty(0)
+        )
 
     def held_out(self) -> Batch:
         """Short experts are padded with the row of zeros."""
         longest = max(map(len, self.held))
-        return self.batch(torch.stack([F.pad(t, (0, longest - len(t)), value=len(self.rows) - 1) for t in self.held]).to(self.device))
+        return self.batch(
+            torch.stack(
+                [F.pad(t, (0, longest - len(t)), value=len(self.rows) - 1) for t in self.held]
+            ).to(self.device)
+        )
 
     def batch(self, index_NT: Tensor) -> Batch:
         x_TH = self.rows.pick(index_NT.flatten()).decoded(self.device)
@@ -308,12 +405,15 @@ class _TokenTable:
 
 
 def on_grid(values_NOI: Tensor, unit_NOG: Tensor, scale_NOG: Tensor) -> Tensor:
-    """Values on the grid, times the global scale: E2M1 value times E4M3 scale, (N, O, I). unit_NOG: value of one E2M1 unit."""
+    """Values on the grid, times the global scale: E2M1 value times E4M3 scale, (N, O, I). unit_NOG:
+    value of one E2M1 unit."""
     level_NOGV = round_to_e2m1(values_NOI.unflatten(2, (-1, SCALE_GROUP)) / unit_NOG[..., None])
     return (level_NOGV * scale_NOG[..., None]).flatten(2)
 
 
-def adam_(value: Tensor, gradient: Tensor, first: Tensor, second: Tensor, rate: Tensor, step: int) -> None:
+def adam_(
+    value: Tensor, gradient: Tensor, first: Tensor, second: Tensor, rate: Tensor, step: int
+) -> None:
     """One step of Adam with a rate per expert."""
     first.lerp_(gradient, 1 - BETAS[0])
     second.lerp_(gradient.square(), 1 - BETAS[1])

@@ -1,6 +1,7 @@
 """What a compressed linear costs: errors of weights and of outputs, per expert.
 
-Sums over whole matrices of weights run in float64, so that two devices agree on a claim to many digits. Ratios are of squares; 0 / 0 is 0.
+Sums over whole matrices of weights run in float64, so that two devices agree on a claim to many
+digits. Ratios are of squares; 0 / 0 is 0.
 
 Legend: N experts, O out, I in.
 """
@@ -12,15 +13,23 @@ from torch import Tensor
 from p48ray.numerics.products import tensor_float_32
 
 
-def hessian_loss(delta: Float32[Tensor, "n o i"], hessian: Float32[Tensor, "n i i"]) -> Float32[Tensor, "n"]:
-    """tr(D H D^T): with H a mean of x^T x, the mean squared output error, summed over outputs (GPTQ's objective, arXiv 2210.17323)."""
+def hessian_loss(
+    delta: Float32[Tensor, "n o i"], hessian: Float32[Tensor, "n i i"]
+) -> Float32[Tensor, "n"]:
+    """tr(D H D^T): with H a mean of x^T x, the mean squared output error, summed over outputs
+    (GPTQ's objective, arXiv 2210.17323)."""
     with tensor_float_32():
         return ((delta @ hessian) * delta).sum((1, 2), dtype=torch.float64).float()
 
 
-def relative_weight_error(w: Float32[Tensor, "n o i"], q: Float32[Tensor, "n o i"]) -> Float32[Tensor, "n"]:
+def relative_weight_error(
+    w: Float32[Tensor, "n o i"], q: Float32[Tensor, "n o i"]
+) -> Float32[Tensor, "n"]:
     """|w - q|^2 / |w|^2 (a ratio of squares)."""
-    return _ratio((w - q).square().sum((1, 2), dtype=torch.float64), w.square().sum((1, 2), dtype=torch.float64))
+    return _ratio(
+        (w - q).square().sum((1, 2), dtype=torch.float64),
+        w.square().sum((1, 2), dtype=torch.float64),
+    )
 
 
 def relative_output_error(

@@ -1,4 +1,5 @@
-"""What solvers take and give: settings, the problem of a batch, a draft of its codes, and the solution that a unit stores.
+"""What solvers take and give: settings, the problem of a batch, a draft of its codes, and the
+solution that a unit stores.
 
 Legend: N experts, O out, I in, P pairs (I/2), G scale groups (I/16), B packed bytes (I/2).
 """
@@ -21,9 +22,9 @@ NO_SPARSITY = "none"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SolverSettings:
-    """solver: a key of SOLVERS. sparsity: "paired-4:8" or "none". scale_span: 16 or 32 inputs a scale. damp: fraction of the mean diagonal,
-    None to take it from the token count. output_damp: the same for G. sweeps: of block descent. code_sweeps: of code
-    descent afterwards."""
+    """solver: a key of SOLVERS. sparsity: "paired-4:8" or "none". scale_span: 16 or 32 inputs a
+    scale. damp: fraction of the mean diagonal, None to take it from the token count. output_damp:
+    the same for G. sweeps: of block descent. code_sweeps: of code descent afterwards."""
 
     solver: str
     sparsity: str
@@ -36,9 +37,10 @@ class SolverSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Solution:
-    """Quantized weights of a batch. Per expert: outcome "solved", "one_shot" (block descent was no better) or "round_to_nearest" (no usable
-    Hessian); the reason for the latter two, else ""; damp_rel, the damping its factor needed, 0 without a factor. start: what block descent
-    began from, None for other solvers."""
+    """Quantized weights of a batch. Per expert: outcome "solved", "one_shot" (block descent was no
+    better) or "round_to_nearest" (no usable Hessian); the reason for the latter two, else "";
+    damp_rel, the damping its factor needed, 0 without a factor. start: what block descent began
+    from, None for other solvers."""
 
     packed_NOB: Tensor
     scale_NOG: Tensor
@@ -67,7 +69,8 @@ class Solution:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Problem:
-    """What a solver works on: a target and, unless it is round_to_nearest, a Hessian that can be used and its factor."""
+    """What a solver works on: a target and, unless it is round_to_nearest, a Hessian that can be
+    used and its factor."""
 
     target_NOI: Tensor
     hessian_NII: Tensor
@@ -76,7 +79,8 @@ class Problem:
     output_hessian_NOO: Tensor | None = None
 
     def loss(self, values_NOI: Tensor) -> Tensor:
-        """The objective per expert: tr((T - Q) H (T - Q)^T), with G in front where it is known. H undamped."""
+        """The objective per expert: tr((T - Q) H (T - Q)^T), with G in front where it is known. H
+        undamped."""
         delta_NOI = self.target_NOI - values_NOI
         if self.output_hessian_NOO is None:
             return hessian_loss(delta_NOI, self.hessian_NII)
@@ -104,5 +108,7 @@ class Draft:
             if field.name == "start":
                 continue
             mine, theirs = getattr(self, field.name), getattr(other, field.name)
-            taken[field.name] = torch.where(is_replaced_N.view(-1, *[1] * (mine.dim() - 1)), theirs, mine)
+            taken[field.name] = torch.where(
+                is_replaced_N.view(-1, *[1] * (mine.dim() - 1)), theirs, mine
+            )
         return replace(self, **taken)

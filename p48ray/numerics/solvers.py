@@ -1,17 +1,22 @@
-"""From a batch of weights and their curvature to NVFP4 codes: the solvers by name, and what happens where a Hessian cannot be used.
+"""From a batch of weights and their curvature to NVFP4 codes: the solvers by name, and what happens
+where a Hessian cannot be used.
 
     round_to_nearest   magnitude mask, searched scales, nearest codes; needs no curvature
     gptq               column loop with error feedback, dense ([Frantar2022gptq])
     sparsegpt_gptq     the same with the paired-4:8 mask chosen on the way ([Frantar2023sparsegpt])
-    block_descent      sparsegpt_gptq as the start -> block descent on the damped Hessian -> gptq of the descended values with their mask;
-                       per expert whichever of start and end has the lower tr(G (T - Q) H (T - Q)^T), H undamped, G damped or the identity
+    block_descent      sparsegpt_gptq as the start -> block descent on the damped Hessian -> gptq of
+                       the descended values with their mask; per expert whichever of start and end
+                       has the lower tr(G (T - Q) H (T - Q)^T), H undamped, G damped or the identity
 
-The global scale belongs to the whole (O, I) matrix of an expert: gate and up come stacked, so that they share it. Its amax is that of what
-is quantized. A solver never falls back in silence: `Solution.outcome` and `.reason` say per expert what was done.
+The global scale belongs to the whole (O, I) matrix of an expert: gate and up come stacked, so that
+they share it. Its amax is that of what is quantized. A solver never falls back in silence:
+`Solution.outcome` and `.reason` say per expert what was done.
 
-SOLVERS has one record a solver. Configuration, curvature, estimate, error ladder and report read it there; a new solver is a function and a record here.
+SOLVERS has one record a solver. Configuration, curvature, estimate, error ladder and report read it
+there; a new solver is a function and a record here.
 
 Sources: arXiv 2210.17323 (GPTQ), 2301.00774 (SparseGPT), DESIGN 7.
+
 Legend: N experts, O out, I in, P pairs (I/2), G scale groups (I/16), B packed bytes (I/2).
 """
 
@@ -30,7 +35,14 @@ from p48ray.numerics.curvature import damp, damp_from_tokens, mean_diagonal, out
 from p48ray.numerics.factor import Factor, inverse_factor
 from p48ray.numerics.paired48 import INPUTS_IN_GROUP, keep_top_pairs, pairs_to_inputs
 from p48ray.numerics.refine import QuantizedLinear
-from p48ray.numerics.solution import NO_SPARSITY, PAIRED_48, Draft, Problem, Solution, SolverSettings
+from p48ray.numerics.solution import (
+    NO_SPARSITY,
+    PAIRED_48,
+    Draft,
+    Problem,
+    Solution,
+    SolverSettings,
+)
 from p48ray.numerics.sparsegpt import prune_columns, quantize_columns
 from p48ray.numerics.two_sided import two_sided_descent
 
@@ -42,10 +54,13 @@ ONE_SHOT_DAMP = 0.1
 class Solver:
     """All that the program asks of a solver, apart from its numbers.
 
-    name: in the configuration. label: in the report. body: from a problem to codes. sparsities: that it can make. needs_hessian: it works on H and its
-    factor. descends: `sweeps` and `code_sweeps` are its own. uses_model_loss: takes G, a target that makes up for compressed inputs, and refinement, and
-    always borrows from its layer where tokens are few (a published one-shot solver stays what its paper describes). default_damp: where `damp` is auto;
-    None: from the token count. column_passes: column loops of a solve, for the estimate of time. last_step: its name in the error ladder, "" for `name`.
+    name: in the configuration. label: in the report. body: from a problem to codes. sparsities:
+    that it can make. needs_hessian: it works on H and its factor. descends: `sweeps` and
+    `code_sweeps` are its own. uses_model_loss: takes G, a target that makes up for compressed
+    inputs, and refinement, and always borrows from its layer where tokens are few (a published
+    one-shot solver stays what its paper describes). default_damp: where `damp` is auto; None: from
+    the token count. column_passes: column loops of a solve, for the estimate of time. last_step:
+    its name in the error ladder, "" for `name`.
     """
 
     name: str
@@ -75,18 +90,26 @@ def solve(
 ) -> Solution:
     """Quantize a batch of linears.
 
-    Args:    weight: the original weights. hessian: mean second moment of each expert's inputs, undamped. tokens_per_input: decides the
-             damping where settings.damp is None. target: what the values aim at (asymmetric.compensated_target), None for the weight
-             itself. output_hessian: G, mean second moment of the gradients at the outputs, undamped; block_descent then works on both sides.
-    Returns: new tensors on weight's device; values_NOI is what the codes decode to. An expert whose Hessian is zero, not finite or
-             indefinite beyond the damping ladder is rounded to nearest from its WEIGHT, because its target came from the same statistics.
-    Raises:  NumericsError for unknown or unfitting settings, bad shapes, weights or targets that are not finite.
+    Args:
+        weight: the original weights.
+        hessian: mean second moment of each expert's inputs, undamped.
+        tokens_per_input: decides the damping where settings.damp is None.
+        target: what the values aim at (asymmetric.compensated_target), None for the weight itself.
+        output_hessian: G, mean second moment of the gradients at the outputs, undamped;
+            block_descent then works on both sides.
+    Returns: new tensors on weight's device; values_NOI is what the codes decode to. An expert whose
+        Hessian is zero, not finite or indefinite beyond the damping ladder is rounded to nearest
+        from its WEIGHT, because its target came from the same statistics.
+    Raises: NumericsError for unknown or unfitting settings, bad shapes, weights or targets that are
+        not finite.
     """
     _check(weight, hessian, tokens_per_input, settings, target)
     aim_NOI = weight if target is None else target
     solver = SOLVERS[settings.solver]
     if not solver.needs_hessian:
-        draft = solver.body(Problem(target_NOI=aim_NOI, hessian_NII=hessian, factor=None, settings=settings))
+        draft = solver.body(
+            Problem(target_NOI=aim_NOI, hessian_NII=hessian, factor=None, settings=settings)
+        )
         return _solution(draft, ("",) * len(weight), (0.0,) * len(weight))
     problem = _problem(aim_NOI, hessian, tokens_per_input, settings, output_hessian)
     draft = solver.body(problem)
@@ -94,7 +117,12 @@ def solve(
     assert factor is not None
     if any(factor.failed):
         failed_N = torch.tensor(factor.failed, device=weight.device)
-        draft = draft.replaced(failed_N, _round_to_nearest(Problem(target_NOI=weight, hessian_NII=hessian, factor=None, settings=settings)))
+        draft = draft.replaced(
+            failed_N,
+            _round_to_nearest(
+                Problem(target_NOI=weight, hessian_NII=hessian, factor=None, settings=settings)
+            ),
+        )
     return _solution(draft, _failure_reasons(hessian, factor), factor.damp_rel)
 
 
@@ -106,36 +134,62 @@ def sparse_values(
     target: Float32[Tensor, "n o i"] | None = None,
     output_hessian: Float32[Tensor, "n o o"] | None = None,
 ) -> Float32[Tensor, "n o i"]:
-    """The paired-4:8 values that a solver would go on to quantize: bench/quality.py's row of sparsity alone. Arguments as for `solve`.
+    """The paired-4:8 values that a solver would go on to quantize: bench/quality.py's row of
+    sparsity alone. Arguments as for `solve`.
 
-    Raises: as `solve`; NumericsError too for a solver without sparsity or a Hessian without a factor.
+    Raises: as `solve`; NumericsError too for a solver without sparsity or a Hessian without a
+        factor.
     """
     _check(weight, hessian, tokens_per_input, settings, target)
     solver = SOLVERS[settings.solver]
     if PAIRED_48 not in solver.sparsities or not solver.needs_hessian:
-        raise NumericsError(f"sparse_values: expected a solver that chooses masks by a Hessian, found {settings.solver!r}")
-    problem = _problem(weight if target is None else target, hessian, tokens_per_input, settings, output_hessian)
+        raise NumericsError(
+            "sparse_values: expected a solver that chooses masks by a Hessian, found"
+            f" {settings.solver!r}"
+        )
+    problem = _problem(
+        weight if target is None else target, hessian, tokens_per_input, settings, output_hessian
+    )
     assert problem.factor is not None
     if any(problem.factor.failed):
-        raise NumericsError(f"sparse_values: {'; '.join(filter(None, _failure_reasons(hessian, problem.factor)))}")
+        raise NumericsError(
+            f"sparse_values: {'; '.join(filter(None, _failure_reasons(hessian, problem.factor)))}"
+        )
     values_NOI, keep_NOP = prune_columns(problem.target_NOI, problem.factor.upper_NII)
     return _descend(problem, values_NOI, keep_NOP)[0] if solver.descends else values_NOI
 
 
 def _problem(
-    target_NOI: Tensor, hessian_NII: Tensor, tokens_per_input: Sequence[float], settings: SolverSettings, output_hessian_NOO: Tensor | None
+    target_NOI: Tensor,
+    hessian_NII: Tensor,
+    tokens_per_input: Sequence[float],
+    settings: SolverSettings,
+    output_hessian_NOO: Tensor | None,
 ) -> Problem:
-    """Factor and damped G; a Hessian without a factor is replaced by the identity, so that the batch stays whole."""
-    damp_rel = [damp_from_tokens(t) if settings.damp is None else settings.damp for t in tokens_per_input]
+    """Factor and damped G; a Hessian without a factor is replaced by the identity, so that the
+    batch stays whole."""
+    damp_rel = [
+        damp_from_tokens(t) if settings.damp is None else settings.damp for t in tokens_per_input
+    ]
     factor = inverse_factor(hessian_NII, damp_rel)
     num_inputs, usable_NII = target_NOI.shape[2], hessian_NII
     if any(factor.failed):
         failed_N = torch.tensor(factor.failed, device=target_NOI.device)
-        usable_NII = torch.where(failed_N[:, None, None], torch.eye(num_inputs, device=target_NOI.device), hessian_NII)
+        usable_NII = torch.where(
+            failed_N[:, None, None], torch.eye(num_inputs, device=target_NOI.device), hessian_NII
+        )
     damped_NOO = None
     if output_hessian_NOO is not None:
-        damped_NOO = damped_output_hessian(output_hessian_NOO, tokens_per_input, num_inputs, settings.output_damp)
-    return Problem(target_NOI=target_NOI, hessian_NII=usable_NII, factor=factor, settings=settings, output_hessian_NOO=damped_NOO)
+        damped_NOO = damped_output_hessian(
+            output_hessian_NOO, tokens_per_input, num_inputs, settings.output_damp
+        )
+    return Problem(
+        target_NOI=target_NOI,
+        hessian_NII=usable_NII,
+        factor=factor,
+        settings=settings,
+        output_hessian_NOO=damped_NOO,
+    )
 
 
 def _round_to_nearest(problem: Problem) -> Draft:
@@ -149,7 +203,11 @@ def _round_to_nearest(problem: Problem) -> Draft:
     scale_NOG = nvfp4.choose_scales(masked_NOI, global_scale_N, settings.scale_span, search=True)
     codes_NOI = nvfp4.quantize(masked_NOI, scale_NOG, global_scale_N)
     return Draft(
-        codes_NOI=codes_NOI, scale_NOG=scale_NOG, global_scale_N=global_scale_N, keep_NOP=keep_NOP, is_start_N=_all_false(target_NOI)
+        codes_NOI=codes_NOI,
+        scale_NOG=scale_NOG,
+        global_scale_N=global_scale_N,
+        keep_NOP=keep_NOP,
+        is_start_N=_all_false(target_NOI),
     )
 
 
@@ -162,9 +220,14 @@ def _block_descent(problem: Problem) -> Draft:
     start_values_NOI = start.values()
     descended_NOI, keep_NOP = _descend(problem, start_values_NOI, start.keep_NOP)
     kept = QuantizedLinear(
-        codes_NOI=start.codes_NOI, scale_NOG=start.scale_NOG, global_scale_N=start.global_scale_N, keep_NOP=start.keep_NOP
+        codes_NOI=start.codes_NOI,
+        scale_NOG=start.scale_NOG,
+        global_scale_N=start.global_scale_N,
+        keep_NOP=start.keep_NOP,
     )
-    end = replace(_descend_codes(problem, _column_loop(problem, descended_NOI, keep_NOP)), start=kept)
+    end = replace(
+        _descend_codes(problem, _column_loop(problem, descended_NOI, keep_NOP)), start=kept
+    )
     is_worse_N = ~(problem.loss(end.values()) <= problem.loss(start_values_NOI))  # a NaN is worse
     marked = Draft(
         codes_NOI=start.codes_NOI,
@@ -178,15 +241,20 @@ def _block_descent(problem: Problem) -> Draft:
 
 def _damped(problem: Problem) -> Tensor:
     assert problem.factor is not None
-    return damp(problem.hessian_NII, torch.tensor(problem.factor.damp_rel, device=problem.target_NOI.device))
+    return damp(
+        problem.hessian_NII, torch.tensor(problem.factor.damp_rel, device=problem.target_NOI.device)
+    )
 
 
 def _descend(problem: Problem, values_NOI: Tensor, keep_NOP: Tensor) -> tuple[Tensor, Tensor]:
-    """Values and kept pairs after settings.sweeps of block descent, on both sides where G is known."""
+    """Values and kept pairs after settings.sweeps of block descent, on both sides where G is
+    known."""
     target_NOI, damped_NII, sweeps = problem.target_NOI, _damped(problem), problem.settings.sweeps
     if problem.output_hessian_NOO is None:
         return block_descent(target_NOI, values_NOI, keep_NOP, damped_NII, sweeps)
-    return two_sided_descent(target_NOI, values_NOI, keep_NOP, damped_NII, problem.output_hessian_NOO, sweeps)
+    return two_sided_descent(
+        target_NOI, values_NOI, keep_NOP, damped_NII, problem.output_hessian_NOO, sweeps
+    )
 
 
 def _descend_codes(problem: Problem, draft: Draft) -> Draft:
@@ -213,10 +281,19 @@ def _column_loop(problem: Problem, values_NOI: Tensor, keep_NOP: Tensor | None) 
     global_scale_N = _global_scale(values_NOI)
     is_sparse = settings.sparsity == PAIRED_48
     codes = quantize_columns(
-        values_NOI, problem.factor.upper_NII, global_scale_N, span=settings.scale_span, keep=keep_NOP, sparsity=is_sparse
+        values_NOI,
+        problem.factor.upper_NII,
+        global_scale_N,
+        span=settings.scale_span,
+        keep=keep_NOP,
+        sparsity=is_sparse,
     )
     return Draft(
-        codes_NOI=codes.codes, scale_NOG=codes.scale, global_scale_N=global_scale_N, keep_NOP=codes.keep, is_start_N=_all_false(values_NOI)
+        codes_NOI=codes.codes,
+        scale_NOG=codes.scale,
+        global_scale_N=global_scale_N,
+        keep_NOP=codes.keep,
+        is_start_N=_all_false(values_NOI),
     )
 
 
@@ -233,7 +310,13 @@ SOLVERS = {
             default_damp=None,
             column_passes=2,
         ),
-        Solver(name="sparsegpt_gptq", label="one-shot", body=_sparsegpt_gptq, sparsities=(PAIRED_48,), last_step="one_shot"),
+        Solver(
+            name="sparsegpt_gptq",
+            label="one-shot",
+            body=_sparsegpt_gptq,
+            sparsities=(PAIRED_48,),
+            last_step="one_shot",
+        ),
         Solver(name="gptq", label="GPTQ, dense", body=_sparsegpt_gptq, sparsities=(NO_SPARSITY,)),
         Solver(
             name="round_to_nearest",
@@ -249,15 +332,26 @@ SOLVERS = {
 
 
 def damped_output_hessian(
-    output_hessian: Float32[Tensor, "n o o"], tokens_per_input: Sequence[float], num_inputs: int, output_damp: float | None
+    output_hessian: Float32[Tensor, "n o o"],
+    tokens_per_input: Sequence[float],
+    num_inputs: int,
+    output_damp: float | None,
 ) -> Float32[Tensor, "n o o"]:
-    """G with its diagonal raised (output_damp, else from tokens per output); the identity for an expert whose G is zero or not finite."""
+    """G with its diagonal raised (output_damp, else from tokens per output); the identity for an
+    expert whose G is zero or not finite."""
     num_outputs = output_hessian.shape[1]
     automatic = [output_damp_from_tokens(t * num_inputs / num_outputs) for t in tokens_per_input]
     rels = automatic if output_damp is None else [output_damp] * len(automatic)
     damped_NOO = damp(output_hessian, torch.tensor(rels, device=output_hessian.device))
-    is_usable_N = torch.isfinite(output_hessian).all(-1).all(-1) & (mean_diagonal(output_hessian) > 0)
-    return torch.where(is_usable_N[:, None, None], damped_NOO, torch.eye(num_outputs, device=output_hessian.device), out=damped_NOO)
+    is_usable_N = torch.isfinite(output_hessian).all(-1).all(-1) & (
+        mean_diagonal(output_hessian) > 0
+    )
+    return torch.where(
+        is_usable_N[:, None, None],
+        damped_NOO,
+        torch.eye(num_outputs, device=output_hessian.device),
+        out=damped_NOO,
+    )
 
 
 def _global_scale(values_NOI: Tensor) -> Tensor:
@@ -270,7 +364,10 @@ def _all_false(values_NOI: Tensor) -> Tensor:
 
 def _solution(draft: Draft, failures: tuple[str, ...], damp_rel: tuple[float, ...]) -> Solution:
     kept_start = draft.is_start_N.tolist()
-    outcome = tuple("round_to_nearest" if f else "one_shot" if s else "solved" for f, s in zip(failures, kept_start, strict=True))
+    outcome = tuple(
+        "round_to_nearest" if f else "one_shot" if s else "solved"
+        for f, s in zip(failures, kept_start, strict=True)
+    )
     worse = "the quantized result of block descent had a higher loss than its one-shot start"
     reason = tuple(f or (worse if s else "") for f, s in zip(failures, kept_start, strict=True))
     return Solution(
@@ -293,23 +390,48 @@ def _failure_reasons(hessian_NII: Tensor, factor: Factor) -> tuple[str, ...]:
     finite = torch.isfinite(hessian_NII).all(-1).all(-1).tolist()
     positive = (mean_diagonal(hessian_NII) > 0).tolist()
     texts = []
-    for is_failed, is_finite, is_positive, rel in zip(factor.failed, finite, positive, factor.damp_rel, strict=True):
-        why = "is not finite" if not is_finite else "is zero" if not is_positive else f"has no Cholesky factor up to damping {rel:g}"
+    for is_failed, is_finite, is_positive, rel in zip(
+        factor.failed, finite, positive, factor.damp_rel, strict=True
+    ):
+        why = (
+            "is not finite"
+            if not is_finite
+            else "is zero"
+            if not is_positive
+            else f"has no Cholesky factor up to damping {rel:g}"
+        )
         texts.append(f"the Hessian {why}" if is_failed else "")
     return tuple(texts)
 
 
-def _check(weight: Tensor, hessian: Tensor, tokens_per_input: Sequence[float], settings: SolverSettings, target: Tensor | None) -> None:
+def _check(
+    weight: Tensor,
+    hessian: Tensor,
+    tokens_per_input: Sequence[float],
+    settings: SolverSettings,
+    target: Tensor | None,
+) -> None:
     solver = SOLVERS.get(settings.solver)
     if solver is None or settings.sparsity not in solver.sparsities:
         known = {s.name: s.sparsities for s in SOLVERS.values()}
-        raise NumericsError(f"solver {settings.solver!r} with sparsity {settings.sparsity!r}: expected one of {known}")
-    if settings.scale_span not in nvfp4.SCALE_SPANS or weight.shape[2] % settings.scale_span or weight.shape[2] % INPUTS_IN_GROUP:
-        raise NumericsError(f"solve: expected scale_span 16 or 32 dividing {weight.shape[2]} inputs, found {settings.scale_span}")
+        raise NumericsError(
+            f"solver {settings.solver!r} with sparsity {settings.sparsity!r}: expected one of"
+            f" {known}"
+        )
+    if (
+        settings.scale_span not in nvfp4.SCALE_SPANS
+        or weight.shape[2] % settings.scale_span
+        or weight.shape[2] % INPUTS_IN_GROUP
+    ):
+        raise NumericsError(
+            f"solve: expected scale_span 16 or 32 dividing {weight.shape[2]} inputs, found"
+            f" {settings.scale_span}"
+        )
     n, _, i = weight.shape
     if hessian.shape != (n, i, i) or len(tokens_per_input) != n:
         raise NumericsError(
-            f"solve: expected {n} Hessians of {i} inputs and as many token counts, found {tuple(hessian.shape)}, {len(tokens_per_input)}"
+            f"solve: expected {n} Hessians of {i} inputs and as many token counts, found"
+            f" {tuple(hessian.shape)}, {len(tokens_per_input)}"
         )
     for name, values in (("weight", weight), ("target", target)):
         if values is not None and not bool(torch.isfinite(values).all()):

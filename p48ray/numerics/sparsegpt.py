@@ -1,13 +1,19 @@
-"""One pass over the columns: choose pairs (SparseGPT), choose scales, round (GPTQ), let the columns to come make up for each error.
+"""One pass over the columns: choose pairs (SparseGPT), choose scales, round (GPTQ), let the columns
+to come make up for each error.
 
-For column j, with U upper and inv(H) = U^T U:          e = (w_j - q_j) / U_jj          w_k -= e U_jk   for all k > j
+For column j, with U upper and inv(H) = U^T U:
+
+    e = (w_j - q_j) / U_jj          w_k -= e U_jk   for all k > j
 
     columns   0 ............ start .... j .... stop ................ I
               done            [ column_block: ]   later columns get the whole
                               e pushed at once    column_block's e in one product
 
-    span      | pair_group | pair_group |    at a span's first column: masks of its pair_groups, provisional; then the E4M3 scale, searched.
-              at a pair_group's first column: its mask again, from weights that by now carry the errors of the columns before.
+    span      | pair_group | pair_group |
+
+At a span's first column: masks of its pair_groups, provisional; then the E4M3 scale, searched. At a
+pair_group's first column: its mask again, from weights that by now carry the errors of the columns
+before.
 
 | paper                                        | here                                        |
 |----------------------------------------------|---------------------------------------------|
@@ -16,12 +22,13 @@ For column j, with U upper and inv(H) = U^T U:          e = (w_j - q_j) / U_jj  
 | w^2 / [H^-1]_jj, saliency                    | pair score: sum of w^2 / U_jj^2 over the pair |
 | M, mask                                      | `keep_NPO`                                  |
 
-Sources: [Frantar2022gptq] GPTQ, arXiv 2210.17323, algorithm 1. [Frantar2023sparsegpt] SparseGPT, arXiv 2301.00774, algorithm 1, and its
-joint pruning and quantization.
-Deliberate departures: 2 pairs of 4 instead of 2 weights of 4; scales chosen inside the loop from masked, already corrected weights; no
-column reordering.
+Sources: [Frantar2022gptq] GPTQ, arXiv 2210.17323, algorithm 1. [Frantar2023sparsegpt] SparseGPT,
+arXiv 2301.00774, algorithm 1, and its joint pruning and quantization. Deliberate departures: 2
+pairs of 4 instead of 2 weights of 4; scales chosen inside the loop from masked, already corrected
+weights; no column reordering.
 
 Inside, the input dimension comes before the output dimension: a column is then contiguous memory.
+
 Legend: N experts, O out, I in, P pairs (I/2), G scale groups (I/16), C columns of the column_block.
 """
 
@@ -42,7 +49,8 @@ COLUMN_BLOCK = 128
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Codes:
-    """Quantized weights: E2M1 codes (N, O, I) uint8, E4M3 scales (N, O, G), kept pairs (N, O, P)."""
+    """Quantized weights: E2M1 codes (N, O, I) uint8, E4M3 scales (N, O, G), kept pairs (N, O,
+    P)."""
 
     codes: Tensor
     scale: Tensor
@@ -77,20 +85,35 @@ def quantize_columns(
 ) -> Codes:
     """Quantize to NVFP4 with error feedback; with `sparsity`, to paired-4:8.
 
-    Args:    weight: what to quantize. upper: U with inv(H) = U^T U (factor.inverse_factor). global_scale: the divisor. span: inputs per
-             scale, 16 or 32. keep: a mask to hold on to; None lets the pass choose it. sparsity: False keeps every pair (`keep` must then
-             be None).
-    Raises:  NumericsError if span is not 16 or 32, or does not divide i and column_block, or a mask comes without sparsity.
-    Cost:    O I^2 / 2 multiply-adds an expert, all but O I column_block / 2 of them in matrix products; no wait for the device.
+    Args:
+        weight: what to quantize.
+        upper: U with inv(H) = U^T U (factor.inverse_factor).
+        global_scale: the divisor.
+        span: inputs per scale, 16 or 32.
+        keep: a mask to hold on to; None lets the pass choose it.
+        sparsity: False keeps every pair (`keep` must then be None).
+    Raises: NumericsError if span is not 16 or 32, or does not divide i and column_block, or a mask
+        comes without sparsity.
+    Cost: O I^2 / 2 multiply-adds an expert, all but O I column_block / 2 of them in matrix
+        products; no wait for the device.
     """
     i = weight.shape[2]
     if span not in SCALE_SPANS or i % span or column_block % span:
         raise NumericsError(
-            f"quantize_columns: expected a span of 16 or 32 that divides {i} inputs and column_block {column_block}, found {span}"
+            f"quantize_columns: expected a span of 16 or 32 that divides {i} inputs and"
+            f" column_block {column_block}, found {span}"
         )
     if keep is not None and not sparsity:
         raise NumericsError("quantize_columns: a fixed mask needs sparsity=True")
-    state = _opened(weight, upper, keep, global_scale, span=span, picks_masks=sparsity and keep is None, rounds=True)
+    state = _opened(
+        weight,
+        upper,
+        keep,
+        global_scale,
+        span=span,
+        picks_masks=sparsity and keep is None,
+        rounds=True,
+    )
     if weight.is_cuda:
         return _one_shot_by_kernel(state)
     _pass_(state, column_block)
@@ -102,14 +125,20 @@ def quantize_columns(
 
 
 def prune_columns(
-    weight: Float32[Tensor, "n o i"], upper: Float32[Tensor, "n i i"], *, column_block: int = COLUMN_BLOCK
+    weight: Float32[Tensor, "n o i"],
+    upper: Float32[Tensor, "n i i"],
+    *,
+    column_block: int = COLUMN_BLOCK,
 ) -> tuple[Float32[Tensor, "n o i"], Bool[Tensor, "n o p"]]:
-    """SparseGPT alone: paired-4:8 masks with error feedback, kept values not rounded. No NVFP4 checkpoint holds these; they are the error ladder's first rung.
+    """SparseGPT alone: paired-4:8 masks with error feedback, kept values not rounded. No NVFP4
+    checkpoint holds these; they are the error ladder's first rung.
 
     Returns: values (0 where dropped) and kept pairs.
     """
     unused = torch.ones(len(weight), device=weight.device)
-    state = _opened(weight, upper, None, unused, span=INPUTS_IN_GROUP, picks_masks=True, rounds=False)
+    state = _opened(
+        weight, upper, None, unused, span=INPUTS_IN_GROUP, picks_masks=True, rounds=False
+    )
     if weight.is_cuda:
         values_NIO, _ = _pass_by_kernel(state)
         return values_NIO.mT.contiguous(), state.keep_NPO.mT.contiguous()
@@ -144,14 +173,24 @@ def _one_shot_by_kernel(state: _Pass) -> Codes:
 
 
 def _opened(
-    weight: Tensor, upper: Tensor, keep: Tensor | None, global_scale: Tensor, *, span: int, picks_masks: bool, rounds: bool
+    weight: Tensor,
+    upper: Tensor,
+    keep: Tensor | None,
+    global_scale: Tensor,
+    *,
+    span: int,
+    picks_masks: bool,
+    rounds: bool,
 ) -> _Pass:
     """Buffers of a new pass; all pairs are kept where no mask is given."""
     n, o, i = weight.shape
-    start_keep = torch.ones(n, o, i // 2, dtype=torch.bool, device=weight.device) if keep is None else keep
+    start_keep = (
+        torch.ones(n, o, i // 2, dtype=torch.bool, device=weight.device) if keep is None else keep
+    )
     return _Pass(
         work_NIO=weight.mT.clone(memory_format=torch.contiguous_format),
-        level_NIO=torch.empty(0 if weight.is_cuda else n, i, o, device=weight.device),  # kernels have an output of their own
+        # kernels have an output of their own
+        level_NIO=torch.empty(0 if weight.is_cuda else n, i, o, device=weight.device),
         keep_NPO=start_keep.mT.contiguous(),
         scales_NOG=[],
         upper_NII=upper,
@@ -170,11 +209,14 @@ def _pass_(state: _Pass, column_block: int) -> None:
         stop = min(start + column_block, i)
         error_NCO = _quantize_columns_(state, start, stop)
         if stop < i:
-            state.work_NIO[:, stop:].baddbmm_(state.upper_NII[:, start:stop, stop:].mT, error_NCO, alpha=-1)
+            state.work_NIO[:, stop:].baddbmm_(
+                state.upper_NII[:, start:stop, stop:].mT, error_NCO, alpha=-1
+            )
 
 
 def _quantize_columns_(state: _Pass, start: int, stop: int) -> Tensor:
-    """Quantize one column_block, correcting inside it as it goes. Returns its errors e (N, C, O)."""
+    """Quantize one column_block, correcting inside it as it goes. Returns its errors e (N, C,
+    O)."""
     work_NIO, upper_NII = state.work_NIO, state.upper_NII
     error_NCO = torch.empty_like(work_NIO[:, start:stop])
     pivot_NI = upper_NII.diagonal(dim1=-2, dim2=-1)
@@ -185,30 +227,40 @@ def _quantize_columns_(state: _Pass, start: int, stop: int) -> Tensor:
         elif j % INPUTS_IN_GROUP == 0 and state.picks_masks:
             _pick_masks_(state, j, j + INPUTS_IN_GROUP)
         level_NO = work_NIO[:, j] / unit_NO
-        level_NO = (round_to_e2m1(level_NO) if state.rounds else level_NO) * state.keep_NPO[:, j // 2]
+        level_NO = (round_to_e2m1(level_NO) if state.rounds else level_NO) * state.keep_NPO[
+            :, j // 2
+        ]
         state.level_NIO[:, j] = level_NO
         error_NO = error_NCO[:, j - start]
         torch.div(work_NIO[:, j] - level_NO * unit_NO, pivot_NI[:, j, None], out=error_NO)
         if j + 1 < stop:
-            work_NIO[:, j + 1 : stop].addcmul_(upper_NII[:, j, j + 1 : stop, None], error_NO[:, None], value=-1)
+            work_NIO[:, j + 1 : stop].addcmul_(
+                upper_NII[:, j, j + 1 : stop, None], error_NO[:, None], value=-1
+            )
     return error_NCO
 
 
 def _open_span_(state: _Pass, start: int) -> Tensor:
-    """Masks (provisional beyond the first pair_group) and scale of the span at `start`. Returns the value of one E2M1 unit, (N, O)."""
+    """Masks (provisional beyond the first pair_group) and scale of the span at `start`. Returns the
+    value of one E2M1 unit, (N, O)."""
     stop = start + state.span
     if state.picks_masks:
         _pick_masks_(state, start, stop)
     if not state.rounds:
         return torch.ones_like(state.work_NIO[:, start])
     keep_NOI = pairs_to_inputs(state.keep_NPO[:, start // 2 : stop // 2].mT)
-    scale_NOG = choose_scales(state.work_NIO[:, start:stop].mT * keep_NOI, state.global_scale_N, state.span, search=True)
+    scale_NOG = choose_scales(
+        state.work_NIO[:, start:stop].mT * keep_NOI, state.global_scale_N, state.span, search=True
+    )
     state.scales_NOG.append(scale_NOG)
     return effective_scale(scale_NOG[:, :, 0], state.global_scale_N)
 
 
 def _pick_masks_(state: _Pass, start: int, stop: int) -> None:
-    """Keep the 2 pairs of every 4 whose loss would raise the output error most: sum over the pair of w^2 / U_jj^2."""
-    importance_NIO = state.work_NIO[:, start:stop].square() * state.sharpness_NI[:, start:stop, None]
+    """Keep the 2 pairs of every 4 whose loss would raise the output error most: sum over the pair
+    of w^2 / U_jj^2."""
+    importance_NIO = (
+        state.work_NIO[:, start:stop].square() * state.sharpness_NI[:, start:stop, None]
+    )
     score_NPO = importance_NIO.unflatten(1, (-1, 2)).sum(2)
     state.keep_NPO[:, start // 2 : stop // 2] = keep_top_pairs(score_NPO.mT).mT

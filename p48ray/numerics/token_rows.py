@@ -1,6 +1,8 @@
-"""Rows of values, one a token, in the form in which parts store them: bf16, float32, or int8 codes with their scales (block_int8).
+"""Rows of values, one a token, in the form in which parts store them: bf16, float32, or int8 codes
+with their scales (block_int8).
 
-Rows are picked as they are stored, and decoded when they are used, so that what is held never grows beyond what was written.
+Rows are picked as they are stored, and decoded when they are used, so that what is held never grows
+beyond what was written.
 
 Legend: T tokens, H values of a token, G blocks of a row (H/16).
 """
@@ -26,7 +28,9 @@ class TokenRows:
 
     def mapped(self, function: Callable[[Tensor], Tensor]) -> "TokenRows":
         """The same rows with a function's results in place of their tensors."""
-        return TokenRows(function(self.values_TH), None if self.scale_TG is None else function(self.scale_TG))
+        return TokenRows(
+            function(self.values_TH), None if self.scale_TG is None else function(self.scale_TG)
+        )
 
     def pick(self, rows: Tensor | slice) -> "TokenRows":
         return self.mapped(lambda tensor: tensor[rows])
@@ -37,7 +41,11 @@ class TokenRows:
     def decoded(self, device: torch.device) -> Tensor:
         """(T, H) float32 on the device; the stored form is what travels there."""
         there = self.to(device)
-        return there.values_TH.float() if there.scale_TG is None else block_int8.decode(there.values_TH, there.scale_TG)
+        return (
+            there.values_TH.float()
+            if there.scale_TG is None
+            else block_int8.decode(there.values_TH, there.scale_TG)
+        )
 
 
 def joined(rows: Sequence[TokenRows]) -> TokenRows:

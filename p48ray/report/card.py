@@ -1,4 +1,5 @@
-"""The model card of a finished checkpoint, generated from the run: only what was done and measured, and how to do it again.
+"""The model card of a finished checkpoint, generated from the run: only what was done and measured,
+and how to do it again.
 
 Its front matter is in front_matter.py. Nothing in it depends on the clock or the machine, so that a
 checkpoint is the same however often it was interrupted.
@@ -24,7 +25,9 @@ from p48ray.store.hub.store import HubPlace
 from p48ray.store.open import scheme_of
 from p48ray.unit.context import StageContext
 
-VLLM_VERSION = "0.32"  # which reads no VLLM_USE_FLASHINFER_MOE_FP4 any more; the flags of a family's models are in its file
+# which reads no VLLM_USE_FLASHINFER_MOE_FP4 any more; the flags of a family's models are in its
+# file
+VLLM_VERSION = "0.32"
 SERVING_GPUS = 4
 MOE_BACKEND = "flashinfer_trtllm"  # of its NVFP4 backends the one that it tries first
 NOTICES = ("LICENSE", "LICENCE", "NOTICE", "THIRD_PARTY", "USE_POLICY")
@@ -37,14 +40,18 @@ def model_card(
     baseline: EvaluationResult | None,
     benchmarks: BenchmarkTable | None = None,
 ) -> str:
-    """README.md of the checkpoint. With sparse storage it is the dense one's with the note that a conversion puts in."""
+    """README.md of the checkpoint. With sparse storage it is the dense one's with the note that a
+    conversion puts in."""
     plan = context.plan
     sections = [
         f"# {plan.config.name}",
         summary(context),
         "## Compression",
         table(("", ""), [*origin_rows(context), *compression_rows(context), *size_rows(context)]),
-        "Per routed expert linear (`gate_proj`, `up_proj`, `down_proj`; the first two share both global scales):",
+        (
+            "Per routed expert linear (`gate_proj`, `up_proj`, `down_proj`; the first two share"
+            " both global scales):"
+        ),
         table(("key", "dtype", "shape", "meaning"), KEY_ROWS),
         "## Serving",
         serving(context),
@@ -56,14 +63,19 @@ def model_card(
         "## Reproduction",
         reproduction(context, units),
         "## Integrity",
-        "`p48ray verify <this folder>` checks every byte but this card against the digests in `p48ray.json`: SHA-256 of every unit of compressed "
-        "experts, of every untouched tensor, of every header and of the files beside them.",
+        (
+            "`p48ray verify <this folder>` checks every byte but this card against the digests in"
+            " `p48ray.json`: SHA-256 of every unit of compressed experts, of every untouched"
+            " tensor, of every header and of the files beside them."
+        ),
         "## Licence",
         licence(context),
     ]
     card = f"---\n{front_matter(context).to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n"
     if plan.config.output.storage == "sparse":
-        card = convert_card(card, "sparse", (expert_bytes(context, "dense"), expert_bytes(context, "sparse")))
+        card = convert_card(
+            card, "sparse", (expert_bytes(context, "dense"), expert_bytes(context, "sparse"))
+        )
     return card
 
 
@@ -76,20 +88,36 @@ def summary(context: StageContext) -> str:
     form = "paired-4:8 sparse and NVFP4 quantized" if c.sparsity == PAIRED_48 else "NVFP4 quantized"
     base = base_model(plan)
     origin = f"`{base}`" if base else "Its source checkpoint"
-    vision = " Calibrated on text only; the vision tower and its projector pass through untouched." if has_vision(context) else ""
+    vision = (
+        " Calibrated on text only; the vision tower and its projector pass through untouched."
+        if has_vision(context)
+        else ""
+    )
     return (
-        f"{origin} with its routed experts ({len(plan.layers)} layers x {plan.source.num_experts} experts) {form}, weights and activations (W4A4), in the "
-        f"compressed-tensors format `nvfp4-pack-quantized`. {everything_else(context)}{vision}"
+        f"{origin} with its routed experts ({len(plan.layers)} layers x {plan.source.num_experts}"
+        f" experts) {form}, weights and activations (W4A4), in the compressed-tensors format"
+        f" `nvfp4-pack-quantized`. {everything_else(context)}{vision}"
     )
 
 
 def everything_else(context: StageContext) -> str:
     """What became of the tensors that no unit made."""
     count = context.plan.source.num_fp8_outside_experts
-    fp8 = f", but for {count:,} weights that the source stores in FP8: they are BF16 here, because no client reads two quantizations in one model"
+    fp8 = (
+        f", but for {count:,} weights that the source stores in FP8: they are BF16 here, because no"
+        " client reads two quantizations in one model"
+    )
     behind = context.layout.passthrough_expert_layers
-    layers = f" Layer {', '.join(map(str, behind))} behind the last one (multi-token prediction) passes through under the same rule."
-    return "Everything else is byte for byte as in the source" + (fp8 if count else "") + "." + (layers if behind else "")
+    layers = (
+        f" Layer {', '.join(map(str, behind))} behind the last one (multi-token prediction) passes"
+        " through under the same rule."
+    )
+    return (
+        "Everything else is byte for byte as in the source"
+        + (fp8 if count else "")
+        + "."
+        + (layers if behind else "")
+    )
 
 
 def has_vision(context: StageContext) -> bool:
@@ -100,11 +128,17 @@ def has_vision(context: StageContext) -> bool:
 def origin_rows(context: StageContext) -> list[tuple[str, str]]:
     """From what it was made."""
     base, revision = base_model(context.plan), base_revision(context.plan)
-    named = f"[{base}](https://huggingface.co/{base})" if base else "a checkpoint without a name on the Hub"
-    at = f", revision `{revision}`" if revision else ""
-    stored = {"int4": "INT4 (compressed-tensors `pack-quantized`)", "fp8": "FP8 (blocks of 128 x 128)", "bf16": "plain floats"}.get(
-        context.layout.expert_storage
+    named = (
+        f"[{base}](https://huggingface.co/{base})"
+        if base
+        else "a checkpoint without a name on the Hub"
     )
+    at = f", revision `{revision}`" if revision else ""
+    stored = {
+        "int4": "INT4 (compressed-tensors `pack-quantized`)",
+        "fp8": "FP8 (blocks of 128 x 128)",
+        "bf16": "plain floats",
+    }.get(context.layout.expert_storage)
     return [
         ("source", f"{named}{at}; fingerprint `{context.plan.source.fingerprint}`"),
         ("its experts", stored or context.layout.expert_storage),
@@ -116,11 +150,19 @@ def size_rows(context: StageContext) -> list[tuple[str, str]]:
     layout, tensors = context.layout, context.source.tensors.values()
     before = sum(e.num_bytes for e in tensors if layout.is_expert_tensor(e.name))
     after = expert_bytes(context, "dense")
-    weights = 3 * layout.hidden_size * layout.moe_intermediate_size * sum(u.num_experts for u in context.plan.units)
+    weights = (
+        3
+        * layout.hidden_size
+        * layout.moe_intermediate_size
+        * sum(u.num_experts for u in context.plan.units)
+    )
     return [
         (
             "size of the experts",
-            f"{after:,} bytes, {8 * after / weights:.2f} bits a weight (source: {before:,}, {8 * before / weights:.2f})",
+            (
+                f"{after:,} bytes, {8 * after / weights:.2f} bits a weight (source: {before:,},"
+                f" {8 * before / weights:.2f})"
+            ),
         )
     ]
 
@@ -130,20 +172,51 @@ def compression_rows(context: StageContext) -> list[tuple[str, str]]:
     texts = plan.config.calibration
     documents = ", ".join(f"{place_name(d.path)} ({d.weight:g})" for d in texts.documents)
     method = f"`{c.solver}`" + (f", {c.sweeps} sweeps" if SOLVERS[c.solver].descends else "")
-    method += ", under the curvature of the model's own loss on the output side" if c.output_curvature else ""
-    method += f", then {c.refine_steps} steps of refinement with masks fixed" if c.refine_steps else ""
+    method += (
+        ", under the curvature of the model's own loss on the output side"
+        if c.output_curvature
+        else ""
+    )
+    method += (
+        f", then {c.refine_steps} steps of refinement with masks fixed" if c.refine_steps else ""
+    )
     return [
-        ("routed experts", f"{c.sparsity}, NVFP4 weights (E2M1 codes, one E4M3 scale per 16 inputs)"),
-        ("scale span", f"{c.scale_span} inputs" + (" (lossless in the sparse kernels' group-32 form)" if c.scale_span == 32 else "")),
+        (
+            "routed experts",
+            f"{c.sparsity}, NVFP4 weights (E2M1 codes, one E4M3 scale per 16 inputs)",
+        ),
+        (
+            "scale span",
+            f"{c.scale_span} inputs"
+            + (" (lossless in the sparse kernels' group-32 form)" if c.scale_span == 32 else ""),
+        ),
         ("activations", "NVFP4, local scales at run time, one global scale a layer and side"),
-        ("everything else", f"untouched; {fp8:,} FP8 weights as BF16" if (fp8 := plan.source.num_fp8_outside_experts) else "untouched"),
+        (
+            "everything else",
+            (
+                f"untouched; {fp8:,} FP8 weights as BF16"
+                if (fp8 := plan.source.num_fp8_outside_experts)
+                else "untouched"
+            ),
+        ),
         ("method", method),
-        ("calibration", f"{texts.num_sequences:,} x {texts.sequence_length:,} tokens, seed {texts.seed}: {documents}"),
+        (
+            "calibration",
+            (
+                f"{texts.num_sequences:,} x {texts.sequence_length:,} tokens, seed {texts.seed}:"
+                f" {documents}"
+            ),
+        ),
     ]
 
 
 KEY_ROWS = [
-    ("`weight_packed`", "U8", "[out, in/2]", "two E2M1 codes a byte, low nibble is the lower input; a dropped pair is a zero byte"),
+    (
+        "`weight_packed`",
+        "U8",
+        "[out, in/2]",
+        "two E2M1 codes a byte, low nibble is the lower input; a dropped pair is a zero byte",
+    ),
     ("`weight_scale`", "F8_E4M3", "[out, in/16]", "one scale per 16 inputs"),
     ("`weight_global_scale`", "F32", "[1]", "divisor: w = e2m1 * e4m3 / global"),
     ("`input_global_scale`", "F32", "[1]", "the layer's, of the linear's inputs"),
@@ -151,7 +224,8 @@ KEY_ROWS = [
 
 
 def serving_flags(family: str, num_gpus: int, is_nvfp4: bool = True) -> list[str]:
-    """vLLM's flags for a checkpoint of a family, each with its value. The source, which is not NVFP4, is served without a backend for that."""
+    """vLLM's flags for a checkpoint of a family, each with its value. The source, which is not
+    NVFP4, is served without a backend for that."""
     backend = [f"--moe-backend {MOE_BACKEND}"] if is_nvfp4 else []
     return [f"--tensor-parallel-size {num_gpus}", *FAMILIES[family].serving_flags, *backend]
 
@@ -159,19 +233,22 @@ def serving_flags(family: str, num_gpus: int, is_nvfp4: bool = True) -> list[str
 def serving(context: StageContext) -> str:
     newer, older = (
         " \\\n  ".join([f"vllm serve <this repository> {flags[0]}", *flags[1:]])
-        for flags in (serving_flags(context.plan.source.family, SERVING_GPUS, is_nvfp4) for is_nvfp4 in (True, False))
+        for flags in (
+            serving_flags(context.plan.source.family, SERVING_GPUS, is_nvfp4)
+            for is_nvfp4 in (True, False)
+        )
     )
     return (
-        "NVFP4 weights and activations want NVIDIA Blackwell GPUs; a model of Kimi-K2.5's size, 595 GB, takes four B200. "
-        f"For vLLM {VLLM_VERSION}:\n\n"
-        f"```\n{newer}\n```\n\n"
-        "Older versions that read it want a variable of the environment in place of `--moe-backend`:\n\n"
-        f"```\nVLLM_USE_FLASHINFER_MOE_FP4=1 {older}\n```\n\n"
-        "These commands were not run on such hardware by the job that made this checkpoint."
+        "NVFP4 weights and activations want NVIDIA Blackwell GPUs; a model of Kimi-K2.5's size,"
+        f" 595 GB, takes four B200. For vLLM {VLLM_VERSION}:\n\n```\n{newer}\n```\n\nOlder versions"
+        " that read it want a variable of the environment in place of"
+        f" `--moe-backend`:\n\n```\nVLLM_USE_FLASHINFER_MOE_FP4=1 {older}\n```\n\nThese commands"
+        " were not run on such hardware by the job that made this checkpoint."
     )
 
 
-TRANSFORMERS = """transformers 5.23 drops the global scales of per-expert NVFP4 weights; this loads them correctly, and does nothing once transformers does:
+TRANSFORMERS = """transformers 5.23 drops the global scales of per-expert NVFP4 weights; this \
+loads them correctly, and does nothing once transformers does:
 
 ```python
 from p48ray.integrations.transformers import load_model
@@ -181,17 +258,30 @@ model = load_model("<this repository>")
 
 
 def evaluation(
-    plan: RunPlan, quality: EvaluationResult | None, baseline: EvaluationResult | None, benchmarks: BenchmarkTable | None
+    plan: RunPlan,
+    quality: EvaluationResult | None,
+    baseline: EvaluationResult | None,
+    benchmarks: BenchmarkTable | None,
 ) -> str:
     settings = plan.config.evaluation
     if quality is None or settings is None:
         own = "on held-out text " if is_measured(benchmarks) else ""
         return f"Not evaluated {own}by the job that made it."
     rows = [("source", f"{quality.source_perplexity:.4f}", f"{quality.source_accuracy:.4f}", "0")]
-    results = (("one-shot reference (SparseGPT masks + GPTQ)", baseline), ("this checkpoint", quality))
+    results = (
+        ("one-shot reference (SparseGPT masks + GPTQ)", baseline),
+        ("this checkpoint", quality),
+    )
     for name, r in results:
         if r is not None:
-            rows.append((name, f"{r.compressed_perplexity:.4f}", f"{r.compressed_accuracy:.4f}", f"{r.kl:.4f}"))
+            rows.append(
+                (
+                    name,
+                    f"{r.compressed_perplexity:.4f}",
+                    f"{r.compressed_accuracy:.4f}",
+                    f"{r.kl:.4f}",
+                )
+            )
     if (other := quality.in_groups_of_32) is not None:
         rows.append(
             (
@@ -201,15 +291,20 @@ def evaluation(
                 f"{other.kl:.4f}",
             )
         )
-    how = "NVFP4 activations emulated" if settings.activations == "nvfp4" else "original activations"
-    return table(("", "perplexity", "token accuracy", "KL to source, nats a token"), rows) + (
-        f"\n\n{quality.num_tokens:,} held-out tokens in sequences of {settings.sequence_length:,}, {how}, by p48ray's own "
-        f"evaluation{'' if is_measured(benchmarks) else '; no other benchmark was run'}."
+    how = (
+        "NVFP4 activations emulated" if settings.activations == "nvfp4" else "original activations"
+    )
+    return (
+        table(("", "perplexity", "token accuracy", "KL to source, nats a token"), rows)
+        + f"\n\n{quality.num_tokens:,} held-out tokens in sequences of"
+        f" {settings.sequence_length:,}, {how}, by p48ray's own"
+        f" evaluation{'' if is_measured(benchmarks) else '; no other benchmark was run'}."
     )
 
 
 def is_measured(benchmarks: BenchmarkTable | None) -> bool:
-    """Whether there is any figure of this checkpoint; what others published of the base alone is no news here."""
+    """Whether there is any figure of this checkpoint; what others published of the base alone is no
+    news here."""
     ours = benchmarks.column("ours") if benchmarks else None
     return ours is not None and bool(ours.values)
 
@@ -223,11 +318,14 @@ def benchmark_parts(benchmarks: BenchmarkTable | None) -> list[str]:
 
 
 def reproduction(context: StageContext, units: Sequence[UnitManifest]) -> str:
-    """A configuration that makes the same plan of the same source and texts, and the command that takes it."""
+    """A configuration that makes the same plan of the same source and texts, and the command that
+    takes it."""
     plan = context.plan
     versions = ", ".join(f"{name} {version}" for name, version in sorted(units[0].versions.items()))
     devices = ", ".join(sorted({u.device for u in units}))
-    chosen = plan.config.model_dump(mode="json", include={"name", "calibration", "compression", "output"})
+    chosen = plan.config.model_dump(
+        mode="json", include={"name", "calibration", "compression", "output"}
+    )
     for document in chosen["calibration"]["documents"]:
         document["path"] = place_name(document["path"])
     base, revision = base_model(plan), base_revision(plan)
@@ -238,12 +336,15 @@ def reproduction(context: StageContext, units: Sequence[UnitManifest]) -> str:
         **chosen,
         "run": {"experts_per_unit": plan.config.run.experts_per_unit},
     }
+    beside = "" if base else " and the path of the source for SOURCE"
+    settings = json.dumps(chosen, indent=1)
     return (
-        f"p48ray {__version__}, numerics version {NUMERICS_VERSION} ({versions}), on {devices}. As `config.yaml`, with the calibration texts beside it"
-        f"{'' if base else ' and the path of the source for SOURCE'}:\n\n"
-        f"```yaml\n{json.dumps(chosen, indent=1)}\n```\n\n"
-        "```\npython jobs/compress.py --config config.yaml --run-root ROOT\n```\n\n"
-        f"The plan's digest is then `{plan.digest}`. The texts, with their weights, have the digest `{plan.documents_digest}`."
+        f"p48ray {__version__}, numerics version {NUMERICS_VERSION} ({versions}), on {devices}. As"
+        f" `config.yaml`, with the calibration texts beside it{beside}:\n\n```yaml\n{settings}\n"
+        "```\n\n```\npython"
+        " jobs/compress.py --config config.yaml --run-root ROOT\n```\n\nThe plan's digest is then"
+        f" `{plan.digest}`. The texts, with their weights, have the digest"
+        f" `{plan.documents_digest}`."
     )
 
 
@@ -257,9 +358,18 @@ def licence(context: StageContext) -> str:
     source, base = context.source, base_model(context.plan)
     found = carried_fields(source)
     notices = [name for name in source.sidecars if name.upper().startswith(NOTICES)]
-    stated = f"The base model's own: {found.get('license_name') or found['license']}." if found.get("license") else "The base model's own."
+    stated = (
+        f"The base model's own: {found.get('license_name') or found['license']}."
+        if found.get("license")
+        else "The base model's own."
+    )
     texts = f" Its text is in {', '.join(f'`{name}`' for name in notices)}." if notices else ""
-    credit = f" The weights are derived from [{base}](https://huggingface.co/{base}), whose authors took no part in this." if base else ""
+    credit = (
+        f" The weights are derived from [{base}](https://huggingface.co/{base}), whose authors took"
+        " no part in this."
+        if base
+        else ""
+    )
     return stated + texts + credit
 
 

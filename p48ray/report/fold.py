@@ -1,4 +1,5 @@
-"""What a page about a run needs, folded from its manifests once: records by layer and expert, who worked when, tokens of every expert."""
+"""What a page about a run needs, folded from its manifests once: records by layer and expert, who
+worked when, tokens of every expert."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,7 +16,8 @@ from p48ray.stages.table import COMPRESS_STAGE, stages_of
 from p48ray.store.base import Store
 from p48ray.unit.context import StageContext
 
-MERGED_SHARE = 0.004  # pieces of work that are nearer than this share of the whole time are drawn as one
+# pieces of work that are nearer than this share of the whole time are drawn as one
+MERGED_SHARE = 0.004
 
 Values = Mapping[str, object]
 """What a template of the page is given, by name."""
@@ -32,7 +34,8 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Facts:
-    """All that the page shows. `records[projection][row][expert]` with rows in the order of `layers`."""
+    """All that the page shows. `records[projection][row][expert]` with rows in the order of
+    `layers`."""
 
     context: StageContext
     report: Report
@@ -59,7 +62,10 @@ class Facts:
         return few_tokens(self.context.plan)
 
     def errors(self, projection: str) -> list[list[float | None]]:
-        return [[None if r is None else r.relative_output_error for r in row] for row in self.records[projection]]
+        return [
+            [None if r is None else r.relative_output_error for r in row]
+            for row in self.records[projection]
+        ]
 
     def units_by_layer(self) -> dict[int, list[UnitManifest]]:
         layer_of = {u.id: u.layer for u in self.context.plan.units}
@@ -69,7 +75,12 @@ class Facts:
         return found
 
 
-def gather_facts(context: StageContext, report: Report, units: Sequence[UnitManifest], baseline_store: Store | None) -> Facts:
+def gather_facts(
+    context: StageContext,
+    report: Report,
+    units: Sequence[UnitManifest],
+    baseline_store: Store | None,
+) -> Facts:
     """Read what the units' manifests do not hold, from the run root and the finished checkpoint."""
     plan, store = context.plan, context.store
     layer_of = {u.id: u.layer for u in plan.units}
@@ -99,10 +110,14 @@ def gather_facts(context: StageContext, report: Report, units: Sequence[UnitMani
     )
 
 
-def arrange(layers: Sequence[int], num_experts: int, units: Iterable[UnitManifest]) -> dict[str, list[list[LinearRecord | None]]]:
+def arrange(
+    layers: Sequence[int], num_experts: int, units: Iterable[UnitManifest]
+) -> dict[str, list[list[LinearRecord | None]]]:
     """Every record at its layer's row and its expert's column."""
     row_of = {layer: i for i, layer in enumerate(layers)}
-    found: dict[str, list[list[LinearRecord | None]]] = {p: [[None] * num_experts for _ in layers] for p in PROJECTIONS}
+    found: dict[str, list[list[LinearRecord | None]]] = {
+        p: [[None] * num_experts for _ in layers] for p in PROJECTIONS
+    }
     for unit in units:
         for record in unit.linears:
             name = EXPERT_NAME.fullmatch(f"{record.name}.weight")
@@ -112,7 +127,8 @@ def arrange(layers: Sequence[int], num_experts: int, units: Iterable[UnitManifes
 
 
 def merged_spans(spans: Iterable[Span], slack_s: float) -> list[tuple[float, float, int]]:
-    """(start, end, how many) of stretches in which something was worked on, with gaps up to `slack_s` closed."""
+    """(start, end, how many) of stretches in which something was worked on, with gaps up to
+    `slack_s` closed."""
     found: list[tuple[float, float, int]] = []
     for span in sorted(spans, key=lambda s: s.start):
         if found and span.start <= found[-1][1] + slack_s:
@@ -126,7 +142,9 @@ def merged_spans(spans: Iterable[Span], slack_s: float) -> list[tuple[float, flo
 def shared_seconds(some: Iterable[Span], others: Iterable[Span]) -> float:
     """For how long both kinds of work were under way at once."""
     stretches = [merged_spans(spans, 0.0) for spans in (some, others)]
-    return sum(max(0.0, min(a[1], b[1]) - max(a[0], b[0])) for a in stretches[0] for b in stretches[1])
+    return sum(
+        max(0.0, min(a[1], b[1]) - max(a[0], b[0])) for a in stretches[0] for b in stretches[1]
+    )
 
 
 def busy(spans: Iterable[Span], start: float, end: float, steps: int) -> list[float]:
@@ -146,7 +164,13 @@ def quantiles(values: Sequence[float]) -> tuple[float, float, float, float, floa
     """Least, tenth, half, nine tenths, most."""
     ordered = sorted(values)
     last = len(ordered) - 1
-    return ordered[0], ordered[round(0.1 * last)], ordered[round(0.5 * last)], ordered[round(0.9 * last)], ordered[last]
+    return (
+        ordered[0],
+        ordered[round(0.1 * last)],
+        ordered[round(0.5 * last)],
+        ordered[round(0.9 * last)],
+        ordered[last],
+    )
 
 
 def binned(values: Sequence[float], low: float, high: float, bins: int, is_log: bool) -> list[int]:

@@ -1,4 +1,5 @@
-"""One compressed linear up close: which pairs were kept, how the scales and codes are spread, how far the weights moved."""
+"""One compressed linear up close: which pairs were kept, how the scales and codes are spread, how
+far the weights moved."""
 
 from collections.abc import Mapping
 
@@ -40,18 +41,28 @@ class Inspection(Record):
 def inspect_linear(checkpoint: Store, linear: str | None, source: Store | None) -> Inspection:
     """Read one linear of a compressed checkpoint.
 
-    Args:   linear: module name, None for the first one. source: for the weight error.
-    Raises: ConfigError when the checkpoint has no such compressed linear, with the names that are near.
+    Args:
+        linear: module name, None for the first one.
+        source: for the weight error.
+    Raises: ConfigError when the checkpoint has no such compressed linear, with the names that are
+        near.
     """
     index = open_checkpoint(checkpoint)
     storage = storage_of(index.config)
     packed_name = KEPT if storage == "sparse" else PACKED
-    found_names = (n.removesuffix(f".{packed_name}") for n in index.tensors if is_compressed(n, packed_name, index.tensors))
+    found_names = (
+        n.removesuffix(f".{packed_name}")
+        for n in index.tensors
+        if is_compressed(n, packed_name, index.tensors)
+    )
     name = choose(sorted(found_names), linear, checkpoint.uri)
-    tensors = read_tensors(checkpoint, [index.tensors[stored] for stored in unit_tensor_names([name], storage)])
+    tensors = read_tensors(
+        checkpoint, [index.tensors[stored] for stored in unit_tensor_names([name], storage)]
+    )
     tensors = dense_tensors(tensors) if storage == "sparse" else tensors
     packed, scale, divisor, divisor_in = (
-        tensors[f"{name}.{s}"] for s in ("weight_packed", "weight_scale", "weight_global_scale", "input_global_scale")
+        tensors[f"{name}.{s}"]
+        for s in ("weight_packed", "weight_scale", "weight_global_scale", "input_global_scale")
     )
     codes = e2m1.unpack(packed)
     values = nvfp4.dequantize(codes[None], scale[None], divisor)
@@ -63,13 +74,17 @@ def inspect_linear(checkpoint: Store, linear: str | None, source: Store | None) 
         weights = read_expert(original, describe_model(original), int(found[2]), int(found[3]))
         error = relative_weight_error(weights[found[4]].float()[None], values).item()
     counts = codes.flatten().bincount(minlength=16).tolist()
-    signed = {code_name(c): counts[c] for c in (*range(15, 8, -1), *([8] if counts[8] else []), *range(8))}
+    signed = {
+        code_name(c): counts[c] for c in (*range(15, 8, -1), *([8] if counts[8] else []), *range(8))
+    }
     return Inspection(
         name=name,
         shape=(codes.shape[0], codes.shape[1]),
         weight_global_scale=divisor.item(),
         input_global_scale=divisor_in.item(),
-        patterns=dict(zip(pattern_names(), paired48.pattern_histogram(packed).tolist(), strict=True)),
+        patterns=dict(
+            zip(pattern_names(), paired48.pattern_histogram(packed).tolist(), strict=True)
+        ),
         illegal_groups=int(paired48.find_illegal(packed).sum()),
         scales=scale_histogram(scale.float()),
         codes=signed,
@@ -85,12 +100,17 @@ def is_compressed(name: str, packed_name: str, tensors: Mapping[str, TensorEntry
 
 def choose(names: list[str], wanted: str | None, uri: str) -> str:
     if not names:
-        raise ConfigError(f"{uri}: expected compressed expert linears, found none; is this the checkpoint/ folder of a p48ray run?")
+        raise ConfigError(
+            f"{uri}: expected compressed expert linears, found none; is this the checkpoint/ folder"
+            " of a p48ray run?"
+        )
     if wanted is None:
         return names[0]
     if wanted not in names:
         near = [n for n in names if wanted in n][:3] or names[:1]
-        raise ConfigError(f"--linear: {uri} has no compressed linear {wanted!r}; for instance {', '.join(near)}")
+        raise ConfigError(
+            f"--linear: {uri} has no compressed linear {wanted!r}; for instance {', '.join(near)}"
+        )
     return wanted
 
 
@@ -105,7 +125,8 @@ def code_name(code: int) -> str:
 
 
 def scale_histogram(scale_OG: Tensor) -> dict[str, int]:
-    """Counts of E4M3 scales by power of two, largest last; scales that a sound checkpoint does not hold come first, as one count."""
+    """Counts of E4M3 scales by power of two, largest last; scales that a sound checkpoint does not
+    hold come first, as one count."""
     is_sound_OG = torch.isfinite(scale_OG) & (scale_OG > 0)
     unsound = int((~is_sound_OG).sum())
     counted = {"not above 0": unsound} if unsound else {}
@@ -121,13 +142,20 @@ def print_inspection(found: Inspection, console: Console) -> None:
     """The inspection as bars."""
     console.print(f"{found.name}  {found.shape[0]} x {found.shape[1]}", soft_wrap=True)
     console.print(
-        f"weight_global_scale {found.weight_global_scale:.6g}, input_global_scale {found.input_global_scale:.6g}, zeros {found.zero_share:.1%}"
+        f"weight_global_scale {found.weight_global_scale:.6g}, input_global_scale"
+        f" {found.input_global_scale:.6g}, zeros {found.zero_share:.1%}"
     )
     if found.relative_weight_error is not None:
         console.print(f"relative weight error |W - Q|^2 / |W|^2: {found.relative_weight_error:.5f}")
     if found.illegal_groups:
-        console.print(f"{found.illegal_groups} groups of 8 inputs keep more than 2 of 4 pairs: not paired-4:8")
-    for title, counts in (("pairs kept of four", found.patterns), ("E4M3 scales", found.scales), ("E2M1 codes", found.codes)):
+        console.print(
+            f"{found.illegal_groups} groups of 8 inputs keep more than 2 of 4 pairs: not paired-4:8"
+        )
+    for title, counts in (
+        ("pairs kept of four", found.patterns),
+        ("E4M3 scales", found.scales),
+        ("E2M1 codes", found.codes),
+    ):
         console.print(text_bars(title, counts))
 
 

@@ -73,4 +73,6 @@ def kl_steps(facts: Facts) -> list[Step]:
     ours = ("this checkpoint", "s1")
     if r.baseline is None:
         return ladder_bars([ours], [r.quality.kl])
-    return ladder_bars([("one-shot, as published", STEP_COLOURS[ONE_SHOT]), ours], [r.baseline.kl, r.quality.kl])
+    return ladder_bars(
+        [("one-shot, as published", STEP_COLOURS[ONE_SHOT]), ours], [r.baseline.kl, r.quality.kl]
+    )

@@ -31,7 +31,8 @@ class ProjectionErrors(Record):
 
 
 class LadderMean(Record):
-    """Errors of experts' linears after one step of their solve: means over the expert that each unit has measured."""
+    """Errors of experts' linears after one step of their solve: means over the expert that each
+    unit has measured."""
 
     step: str
     experts: int
@@ -40,7 +41,8 @@ class LadderMean(Record):
 
 
 class Report(Record):
-    """report/report.json. few_tokens: an expert with fewer calibration tokens counts among experts_with_few_tokens, or among those without."""
+    """report/report.json. few_tokens: an expert with fewer calibration tokens counts among
+    experts_with_few_tokens, or among those without."""
 
     schema_version: Literal[1] = 1
     name: str
@@ -82,7 +84,8 @@ def build_report(
     quality: EvaluationResult | None,
     stage_seconds: dict[str, float],
 ) -> Report:
-    """Fold manifests into one record. `stage_seconds` are this driver's; `unit_seconds` are summed over all units, whoever did them."""
+    """Fold manifests into one record. `stage_seconds` are this driver's; `unit_seconds` are summed
+    over all units, whoever did them."""
     plan = context.plan
     records = [r for u in units for r in u.linears]
     gates = [r for r in records if r.name.endswith("gate_proj")]
@@ -104,7 +107,8 @@ def build_report(
         experts_without_tokens=sum(r.tokens == 0 for r in gates),
         experts_with_few_tokens=sum(0 < r.tokens < few for r in gates),
         few_tokens=few,
-        calibration_tokens=plan.config.calibration.num_sequences * plan.config.calibration.sequence_length,
+        calibration_tokens=plan.config.calibration.num_sequences
+        * plan.config.calibration.sequence_length,
         relative_output_error={p: projection_errors(records, p) for p in PROJECTIONS},
         ladder=mean_ladder(units),
         clipped_input_share=sum(u.clipped_input_share for u in units) / len(units),
@@ -112,9 +116,17 @@ def build_report(
         storage=plan.config.output.storage,
         checkpoint_bytes=sum(s.num_bytes for s in shards),
         source_bytes=sum(e.num_bytes for e in context.source.tensors.values()),
-        expert_bytes=sum(unit_bytes(context.layout, u, plan.config.output.storage) for u in plan.units),
+        expert_bytes=sum(
+            unit_bytes(context.layout, u, plan.config.output.storage) for u in plan.units
+        ),
         quality=quality,
-        pilot=extrapolate(plan, read_work(plan, context.store, {info.key for info in context.store.list()})) if plan.is_pilot else None,
+        pilot=(
+            extrapolate(
+                plan, read_work(plan, context.store, {info.key for info in context.store.list()})
+            )
+            if plan.is_pilot
+            else None
+        ),
         stage_seconds=stage_seconds,
         unit_seconds={name: round(value, 1) for name, value in phases.items()},
         devices=dict(Counter(u.device for u in units)),
@@ -123,13 +135,17 @@ def build_report(
 
 
 def few_tokens(plan: RunPlan) -> int:
-    """An expert with fewer calibration tokens than this is under-calibrated: FEW_TOKENS_SHARE of what an expert has on average in this plan."""
+    """An expert with fewer calibration tokens than this is under-calibrated: FEW_TOKENS_SHARE of
+    what an expert has on average in this plan."""
     c, source = plan.config.calibration, plan.source
-    return math.ceil(FEW_TOKENS_SHARE * c.num_sequences * c.sequence_length * source.top_k / source.num_experts)
+    return math.ceil(
+        FEW_TOKENS_SHARE * c.num_sequences * c.sequence_length * source.top_k / source.num_experts
+    )
 
 
 def mean_ladder(units: list[UnitManifest]) -> tuple[LadderMean, ...]:
-    """Step by step, over the units whose manifests have the steps of the first one that has any (a run has one solver)."""
+    """Step by step, over the units whose manifests have the steps of the first one that has any (a
+    run has one solver)."""
     ladders = [u.ladder for u in units if u.ladder]
     names = [s.step for s in ladders[0]] if ladders else []
     ladders = [ladder for ladder in ladders if [s.step for s in ladder] == names]
@@ -159,38 +175,63 @@ def print_report(report: Report, console: Console) -> None:
     """The report as tables for a person."""
     if report.quality is not None:
         q = report.quality
-        table = Table(title=f"{report.name}: quality on {q.num_tokens:,} held-out tokens (W4A4 emulated)", title_justify="left")
+        table = Table(
+            title=f"{report.name}: quality on {q.num_tokens:,} held-out tokens (W4A4 emulated)",
+            title_justify="left",
+        )
         for column in ("", "perplexity", "token accuracy", "KL to source"):
             table.add_column(column, justify="left" if not column else "right")
         table.add_row("source", f"{q.source_perplexity:.4f}", f"{q.source_accuracy:.4f}", "0")
         if report.baseline is not None:
             b = report.baseline
-            table.add_row("one-shot baseline", f"{b.compressed_perplexity:.4f}", f"{b.compressed_accuracy:.4f}", f"{b.kl:.4f}")
+            table.add_row(
+                "one-shot baseline",
+                f"{b.compressed_perplexity:.4f}",
+                f"{b.compressed_accuracy:.4f}",
+                f"{b.kl:.4f}",
+            )
         table.add_row(
-            f"{report.solver}, {report.sparsity}", f"{q.compressed_perplexity:.4f}", f"{q.compressed_accuracy:.4f}", f"{q.kl:.4f}"
+            f"{report.solver}, {report.sparsity}",
+            f"{q.compressed_perplexity:.4f}",
+            f"{q.compressed_accuracy:.4f}",
+            f"{q.kl:.4f}",
         )
         if (other := q.in_groups_of_32) is not None:
-            table.add_row("the same, activations in groups of 32", f"{other.perplexity:.4f}", f"{other.accuracy:.4f}", f"{other.kl:.4f}")
+            table.add_row(
+                "the same, activations in groups of 32",
+                f"{other.perplexity:.4f}",
+                f"{other.accuracy:.4f}",
+                f"{other.kl:.4f}",
+            )
         console.print(table)
     if report.quality is not None and report.baseline is not None and report.baseline.kl > 0:
-        console.print(f"KL ratio to the one-shot baseline: {report.quality.kl / report.baseline.kl:.3f}")
+        console.print(
+            f"KL ratio to the one-shot baseline: {report.quality.kl / report.baseline.kl:.3f}"
+        )
     table = Table(title="expert linears", title_justify="left")
     for column in ("", "mean relative output error", "worst", "of"):
         table.add_column(column, justify="left" if column in ("", "of") else "right")
     for projection, errors in report.relative_output_error.items():
         table.add_row(projection, f"{errors.mean:.4f}", f"{errors.worst:.4f}", errors.worst_linear)
     console.print(table)
-    outcomes = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in sorted(report.outcomes.items()))
+    outcomes = ", ".join(
+        f"{count} {name.replace('_', ' ')}" for name, count in sorted(report.outcomes.items())
+    )
     console.print(f"{report.num_linears} linears: {outcomes}")
     console.print(
-        f"experts without calibration tokens: {report.experts_without_tokens}, with few (under {report.few_tokens:,}, "
-        f"{FEW_TOKENS_SHARE:.0%} of the average): {report.experts_with_few_tokens}"
+        f"experts without calibration tokens: {report.experts_without_tokens}, with few (under"
+        f" {report.few_tokens:,}, {FEW_TOKENS_SHARE:.0%} of the average):"
+        f" {report.experts_with_few_tokens}"
     )
     console.print(
-        f"activations clipped: {report.clipped_input_share:.2e} of inputs, {report.clipped_intermediate_share:.2e} of intermediates"
+        f"activations clipped: {report.clipped_input_share:.2e} of inputs,"
+        f" {report.clipped_intermediate_share:.2e} of intermediates"
     )
     storage = f" in {report.storage} storage" if report.storage != "dense" else ""
-    console.print(f"size: {report.checkpoint_bytes:,} bytes (source {report.source_bytes:,}), experts {report.expert_bytes:,}{storage}")
+    console.print(
+        f"size: {report.checkpoint_bytes:,} bytes (source {report.source_bytes:,}), experts"
+        f" {report.expert_bytes:,}{storage}"
+    )
     spent = ", ".join(f"{name} {value:.0f} s" for name, value in report.stage_seconds.items())
     console.print(f"time: {spent}")
     if report.pilot is None:

@@ -127,7 +127,8 @@ def layer_segments(
     start: float,
     whole: float,
 ) -> list[charts.TimelineBar]:
-    """A layer's stretches of work. `stages`: see timed_stages. `start` and `whole`: of the timeline, seconds."""
+    """A layer's stretches of work. `stages`: see timed_stages. `start` and `whole`: of the
+    timeline, seconds."""
     found = []
     for stage, css in stages:
         own = [s for s in spans if s.layer == layer and s.stage == stage]

@@ -1,7 +1,9 @@
-"""A bounded look into a finished checkpoint: masks and scales of some rows of some linears a layer, and the one-shot's masks beside them.
+"""A bounded look into a finished checkpoint: masks and scales of some rows of some linears a layer,
+and the one-shot's masks beside them.
 
-Manifests say how far the outputs moved, not which pairs were kept. To tell, some rows from the middle of some experts' linears are read by byte range:
-at Kimi-K2.5's size 180 linears and 60 MB, whatever the model weighs.
+Manifests say how far the outputs moved, not which pairs were kept. To tell, some rows from the
+middle of some experts' linears are read by byte range: at Kimi-K2.5's size 180 linears and 60 MB,
+whatever the model weighs.
 
 Legend: O out (the rows read), B packed bytes, G scale groups.
 """
@@ -16,7 +18,14 @@ from torch import Tensor
 from p48ray.checkpoint.header import TensorEntry
 from p48ray.checkpoint.index import INDEX_FILE, SINGLE_FILE, CheckpointIndex, open_checkpoint
 from p48ray.checkpoint.layout import PROJECTIONS
-from p48ray.checkpoint.sparse_storage import GROUP_SIZE, PACKED, SCALE, dense_tensors, storage_of, stored_suffixes
+from p48ray.checkpoint.sparse_storage import (
+    GROUP_SIZE,
+    PACKED,
+    SCALE,
+    dense_tensors,
+    storage_of,
+    stored_suffixes,
+)
 from p48ray.checkpoint.tensors import read_tensors
 from p48ray.numerics import paired48
 from p48ray.numerics.solution import PAIRED_48
@@ -35,7 +44,8 @@ READS_AT_ONCE = 16
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinearSample:
-    """Some rows of one linear. `overlap`: share of its kept pairs that the one-shot's checkpoint keeps too, None without one."""
+    """Some rows of one linear. `overlap`: share of its kept pairs that the one-shot's checkpoint
+    keeps too, None without one."""
 
     layer: int
     expert: int
@@ -65,12 +75,19 @@ def sample_checkpoint(context: StageContext, baseline_store: Store | None) -> li
 
 def opened(store: Store) -> CheckpointIndex | None:
     folder = SubStore(store, run_root.CHECKPOINT)
-    return open_checkpoint(folder) if any(folder.head(name) for name in (INDEX_FILE, SINGLE_FILE)) else None
+    return (
+        open_checkpoint(folder)
+        if any(folder.head(name) for name in (INDEX_FILE, SINGLE_FILE))
+        else None
+    )
 
 
 def chosen(layers: Sequence[int], num_experts: int) -> Iterator[tuple[int, int, str]]:
-    """(layer, expert, projection) of what is looked at: the same for every run of the same shape."""
-    count = min(num_experts, SAMPLED_EXPERTS, max(1, SAMPLED_LINEARS // (len(PROJECTIONS) * len(layers))))
+    """(layer, expert, projection) of what is looked at: the same for every run of the same
+    shape."""
+    count = min(
+        num_experts, SAMPLED_EXPERTS, max(1, SAMPLED_LINEARS // (len(PROJECTIONS) * len(layers)))
+    )
     for position, layer in enumerate(layers):
         for i in range(count):
             expert = (position * EXPERT_STEP + i * num_experts // count) % num_experts
@@ -78,12 +95,21 @@ def chosen(layers: Sequence[int], num_experts: int) -> Iterator[tuple[int, int, 
 
 
 def sample_linear(
-    context: StageContext, ours: CheckpointIndex, theirs: CheckpointIndex | None, layer: int, expert: int, projection: str
+    context: StageContext,
+    ours: CheckpointIndex,
+    theirs: CheckpointIndex | None,
+    layer: int,
+    expert: int,
+    projection: str,
 ) -> LinearSample:
     name = context.layout.expert_linear_name(layer, expert, projection)
     packed_OB, scale_OG = middle_rows(ours, name, PACKED), middle_rows(ours, name, SCALE)
     is_sparse = context.plan.config.compression.sparsity == PAIRED_48
-    patterns = dict(zip(pattern_names(), paired48.pattern_histogram(packed_OB).tolist(), strict=True)) if is_sparse else {}
+    patterns = (
+        dict(zip(pattern_names(), paired48.pattern_histogram(packed_OB).tolist(), strict=True))
+        if is_sparse
+        else {}
+    )
     overlap = None
     if is_sparse and theirs is not None and f"{name}.{SCALE}" in theirs.tensors:
         overlap = mask_overlap(packed_OB, middle_rows(theirs, name, PACKED))
@@ -99,8 +125,8 @@ def sample_linear(
 
 
 def middle_rows(index: CheckpointIndex, linear: str, suffix: str) -> Tensor:
-    """Consecutive rows from the middle of a linear's codes or scales, in dense storage, read by byte range from either: as many as SAMPLED_BYTES of dense
-    codes are."""
+    """Consecutive rows from the middle of a linear's codes or scales, in dense storage, read by
+    byte range from either: as many as SAMPLED_BYTES of dense codes are."""
     storage = storage_of(index.config)
     scales = index.tensors[f"{linear}.{SCALE}"]
     codes_in_row = scales.shape[1] * GROUP_SIZE[storage] // 2  # bytes
@@ -118,19 +144,25 @@ def rows_of(entry: TensorEntry, count: int) -> TensorEntry:
 
 
 def mask_overlap(packed_OB: Tensor, other_OB: Tensor) -> float:
-    """Share of the kept pairs of one that the other keeps; two random paired-4:8 masks share a half."""
+    """Share of the kept pairs of one that the other keeps; two random paired-4:8 masks share a
+    half."""
     ours, theirs = (paired48.keep_top_pairs((p != 0).float()) for p in (packed_OB, other_OB))
     return float((ours & theirs).sum() / ours.sum())
 
 
 def total(samples: Sequence[LinearSample], projection: str, what: str) -> dict[str, int]:
-    """`patterns` or `scales` of all samples of a projection, in the order of the names (powers of two by size)."""
+    """`patterns` or `scales` of all samples of a projection, in the order of the names (powers of
+    two by size)."""
     counts: Counter[str] = Counter()
     for sample in samples:
         if sample.projection == projection:
             counts.update(getattr(sample, what))
     return (
-        dict(sorted(counts.items(), key=lambda item: (not item[0].startswith("not"), exponent(item[0]))))
+        dict(
+            sorted(
+                counts.items(), key=lambda item: (not item[0].startswith("not"), exponent(item[0]))
+            )
+        )
         if what == "scales"
         else dict(counts)
     )

@@ -7,7 +7,15 @@ from rich.console import Console
 from rich.table import Table
 
 from p48ray.errors import ConfigError
-from p48ray.report.work import Extrapolation, Work, duration, extrapolate, gpu_hours, pilot_words, read_work
+from p48ray.report.work import (
+    Extrapolation,
+    Work,
+    duration,
+    extrapolate,
+    gpu_hours,
+    pilot_words,
+    read_work,
+)
 from p48ray.run import run_root
 from p48ray.run.manifest import Failure
 from p48ray.run.output_layout import shard_count, shard_names
@@ -52,13 +60,22 @@ def read_status(store: Store) -> RunStatus:
     plan = RunPlan.load(store, run_root.PLAN)
     sizes = {info.key: info.size_bytes for info in store.list()}
     keys = set(sizes)
-    parts = Counter(n for n in plan.layers for p in plan.parts if run_root.activation_manifest(n, p.part) in keys)
+    parts = Counter(
+        n
+        for n in plan.layers
+        for p in plan.parts
+        if run_root.activation_manifest(n, p.part) in keys
+    )
     units = Counter(u.layer for u in plan.units if run_root.unit_manifest(u.id) in keys)
-    shards = shard_names(next((n for k in keys if (n := shard_count(k.removeprefix(run_root.CHECKPOINT)))), 0))
+    shards = shard_names(
+        next((n for k in keys if (n := shard_count(k.removeprefix(run_root.CHECKPOINT)))), 0)
+    )
     work = read_work(plan, store, keys)
     price = plan.config.run.gpu_hour_price
     counts = count_markers(plan, keys, shards)
-    stages = tuple(StageStatus(stage=name, done=done, total=total) for name, (done, total) in counts.items())
+    stages = tuple(
+        StageStatus(stage=name, done=done, total=total) for name, (done, total) in counts.items()
+    )
     failures = sorted(k for k in keys if k.startswith(run_root.FAILURES))
     return RunStatus(
         name=plan.config.name,
@@ -68,9 +85,14 @@ def read_status(store: Store) -> RunStatus:
         gpu_hours=gpu_hours(plan, work),
         cost=gpu_hours(plan, work) * price if price else None,
         layers=tuple((n, parts[n], units[n]) for n in plan.layers),
-        pilot=extrapolate(plan, work) if plan.is_pilot and all(w.done == w.total for w in work) else None,
+        pilot=(
+            extrapolate(plan, work)
+            if plan.is_pilot and all(w.done == w.total for w in work)
+            else None
+        ),
         failures=tuple(
-            f"{k.removeprefix(run_root.FAILURES)}: {f.error}" for k, f in zip(failures, Failure.load_all(store, failures), strict=True)
+            f"{k.removeprefix(run_root.FAILURES)}: {f.error}"
+            for k, f in zip(failures, Failure.load_all(store, failures), strict=True)
         ),
         stored_bytes=sum(sizes.values()),
         is_complete=run_root.REPORT in keys,
@@ -80,18 +102,29 @@ def read_status(store: Store) -> RunStatus:
 def print_status(status: RunStatus, console: Console) -> None:
     """Stages, layers that are not finished, failures."""
     state = "complete" if status.is_complete else "not complete"
-    console.print(f"{status.name}  plan {status.plan_digest[:12]}  {state}  {status.stored_bytes:,} bytes stored")
+    console.print(
+        f"{status.name}  plan {status.plan_digest[:12]}  {state}  {status.stored_bytes:,} bytes"
+        " stored"
+    )
     table = Table("stage", "done", "of")
     for stage in status.stages:
-        table.add_row(stage.stage, str(stage.done), str(stage.total) if stage.total else "not known yet")
+        table.add_row(
+            stage.stage, str(stage.done), str(stage.total) if stage.total else "not known yet"
+        )
     console.print(table)
     for w in status.work:
         if w.done < w.total and w.per_minute is not None and w.seconds_left is not None:
-            console.print(f"{w.stage}: {w.per_minute:g} a minute of late, {duration(w.seconds_left)} left at that rate")
+            console.print(
+                f"{w.stage}: {w.per_minute:g} a minute of late, {duration(w.seconds_left)} left at"
+                " that rate"
+            )
     worked = duration(sum(w.worker_seconds for w in status.work))
     spent = f", {status.gpu_hours:.1f} GPU-hours" if status.gpu_hours else ""
     price = f", {status.cost:,.2f} spent on them" if status.cost is not None else ""
-    console.print(f"finished work: {worked} of workers' time{spent}{price} (waiting and lost attempts not counted)")
+    console.print(
+        f"finished work: {worked} of workers' time{spent}{price} (waiting and lost attempts not"
+        " counted)"
+    )
     if status.pilot is not None:
         console.print(pilot_words(status.pilot), soft_wrap=True)
     layers = Table("layer", "activation parts", "units")

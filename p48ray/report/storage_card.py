@@ -1,4 +1,5 @@
-"""What the model card says about sparse storage: put in where a checkpoint is converted to it, and taken out again without a trace."""
+"""What the model card says about sparse storage: put in where a checkpoint is converted to it, and
+taken out again without a trace."""
 
 import re
 
@@ -6,27 +7,35 @@ from p48ray.checkpoint.sparse_storage import Storage
 
 BEGIN, END = "<!-- p48ray: sparse storage -->\n", "<!-- p48ray: end -->\n\n"
 BEFORE = "## Serving\n"
-NOTE = """## Sparse storage
+NOTE = """\
+## Sparse storage
 
-These are the same weights in sparse storage, and what this section says takes the place of what the others say of keys, sizes, serving and transformers. Per
+These are the same weights in sparse storage, and what this section says takes \
+the place of what the others say of keys, sizes, serving and transformers. Per
 routed expert linear:
 
 | key | dtype | shape | meaning |
 | --- | --- | --- | --- |
-| `weight_sparse_packed` | U8 | [out, in/4] | of every 4 bytes of `weight_packed` the 2 that are kept, in order |
-| `weight_sparse_mask` | U8 | [out, in/16] | 4 bits per 4 bytes, bit i: byte i is kept; low nibble is the lower inputs |
+| `weight_sparse_packed` | U8 | [out, in/4] | of every 4 bytes of `weight_packed` the 2 \
+that are kept, in order |
+| `weight_sparse_mask` | U8 | [out, in/16] | 4 bits per 4 bytes, bit i: byte i is kept; \
+low nibble is the lower inputs |
 | `weight_scale` | F8_E4M3 | [out, in/32] | one scale per 32 inputs |
 | `weight_global_scale`, `input_global_scale` | F32 | [1] | as below |
 
-The experts take {after:,} bytes, {ratio:.3f} times their {before:,} in dense storage. Neither stock vLLM nor transformers reads this; it was laid out for the
-public paired48 backend of vLLM, which quantizes activations per 32 inputs, and it was not served by the job that made it. `p48ray convert <this folder> OUT
---storage dense` restores the dense form byte for byte, `p48ray verify <this folder>` checks this one.
+The experts take {after:,} bytes, {ratio:.3f} times their {before:,} in dense storage. \
+Neither stock vLLM nor transformers reads this; it was laid out for the
+public paired48 backend of vLLM, which quantizes activations per 32 inputs, and it was not served \
+by the job that made it. `p48ray convert <this folder> OUT
+--storage dense` restores the dense form byte for byte, `p48ray verify <this folder>` checks this \
+one.
 
 """
 
 
 def convert_card(card: str, to: Storage, expert_bytes: tuple[int, int]) -> str:
-    """The card with the note before "Serving" (or at its end), or without it. expert_bytes: before and after."""
+    """The card with the note before "Serving" (or at its end), or without it. expert_bytes: before
+    and after."""
     if to == "dense":
         return re.sub(re.escape(BEGIN) + ".*?" + re.escape(END), "", card, count=1, flags=re.DOTALL)
     before, after = expert_bytes

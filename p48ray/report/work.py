@@ -1,6 +1,8 @@
-"""What a run has cost so far, from its manifests: seconds that workers spent, how fast things get done, and what the rest will take.
+"""What a run has cost so far, from its manifests: seconds that workers spent, how fast things get
+done, and what the rest will take.
 
-Seconds are those of finished work; attempts that were lost, workers that waited and stages after compression are not among them.
+Seconds are those of finished work; attempts that were lost, workers that waited and stages after
+compression are not among them.
 """
 
 from collections.abc import Sequence
@@ -26,7 +28,8 @@ class Work(Record):
 
 
 class Extrapolation(Record):
-    """What a pilot of some layers says about the whole model. `wall_hours` with the configured numbers of workers, none idle."""
+    """What a pilot of some layers says about the whole model. `wall_hours` with the configured
+    numbers of workers, none idle."""
 
     layers: int
     of_layers: int
@@ -45,7 +48,13 @@ def read_work(plan: RunPlan, store: Store, keys: set[str]) -> tuple[Work, ...]:
     for stage in stages_of(plan):
         if stage.manifest is not None and stage.markers is not None:
             names = stage.markers(plan, ())
-            found.append(measure_work(stage.name, stage.manifest.load_all(store, [k for k in names if k in keys]), len(names)))
+            found.append(
+                measure_work(
+                    stage.name,
+                    stage.manifest.load_all(store, [k for k in names if k in keys]),
+                    len(names),
+                )
+            )
     return tuple(found)
 
 
@@ -64,11 +73,14 @@ def measure_work(stage: str, manifests: Manifests, total: int) -> Work:
 
 
 def seconds_of(manifest: ActivationPart | GradientPart | UnitManifest) -> float:
-    return sum(manifest.seconds.values()) if isinstance(manifest, UnitManifest) else manifest.seconds
+    return (
+        sum(manifest.seconds.values()) if isinstance(manifest, UnitManifest) else manifest.seconds
+    )
 
 
 def per_second(finished_at: Sequence[float]) -> float | None:
-    """How many a second, over the RECENT_S before the last one; None while there are not two to compare."""
+    """How many a second, over the RECENT_S before the last one; None while there are not two to
+    compare."""
     recent = [t for t in finished_at if t > max(finished_at) - RECENT_S]
     span = max(recent) - min(recent) if recent else 0.0
     return (len(recent) - 1) / span if span > 0 else None
@@ -99,8 +111,9 @@ def pilot_words(p: Extrapolation) -> str:
     on_gpus = f", {p.gpu_hours:.1f} GPU-hours" if p.gpu_hours else ""
     price = f", {p.cost:,.2f} at the configured price" if p.cost is not None else ""
     return (
-        f"pilot of {p.layers} layers, no checkpoint; all {p.of_layers} would take {duration(3600 * p.worker_hours)} of workers' time"
-        f"{on_gpus}{price}, {duration(3600 * p.wall_hours)} with the configured workers and none idle"
+        f"pilot of {p.layers} layers, no checkpoint; all {p.of_layers} would take"
+        f" {duration(3600 * p.worker_hours)} of workers' time{on_gpus}{price},"
+        f" {duration(3600 * p.wall_hours)} with the configured workers and none idle"
     )
 
 

@@ -1,4 +1,5 @@
-"""The run root: all that is state. Records of what will be done and what was done, and where they lie.
+"""The run root: all that is state. Records of what will be done and what was done, and where they
+lie.
 
 Belongs here: a stored record, the name of an object, and pure functions of both. Nothing computes.
 

@@ -1,12 +1,17 @@
-"""Tensors of one row per token as Arrow IPC: readable by anything that speaks Arrow, and back into torch without a copy.
+"""Tensors of one row per token as Arrow IPC: readable by anything that speaks Arrow, and back into
+torch without a copy.
 
-A 2-D tensor becomes a FixedSizeList column, a 1-D tensor a plain one. bf16 has no Arrow type, so its bits travel as uint16; the
-field's metadata says so. The schema's metadata says what the file is: its kind, layer, part and plan.
+A 2-D tensor becomes a FixedSizeList column, a 1-D tensor a plain one. bf16 has no Arrow type, so
+its bits travel as uint16; the field's metadata says so. The schema's metadata says what the file
+is: its kind, layer, part and plan.
 
-    [magic][schema][where the columns lie][column][column] ... [footer]        the brackets without a column are made by pyarrow
+    [magic][schema][where the columns lie][column][column] ... [footer]
 
-Encoding makes only what lies around the columns. Their own bytes are handed to the store from where they are: a column on a GPU
-leaves it piece by piece, while the piece before is hashed and written (unit.staging).
+The brackets without a column are made by pyarrow.
+
+Encoding makes only what lies around the columns. Their own bytes are handed to the store from where
+they are: a column on a GPU leaves it piece by piece, while the piece before is hashed and written
+(unit.staging).
 """
 
 import mmap
@@ -33,7 +38,8 @@ ARROW_TYPES = {
 }
 
 Chunks = Callable[[Tensor], Iterator[memoryview]]
-"""The bytes of a contiguous tensor, in order; each piece is valid until the next one is asked for."""
+"""The bytes of a contiguous tensor, in order; each piece is valid until the next one is asked for.
+"""
 
 
 def host_chunks(tensor: Tensor) -> Iterator[memoryview]:
@@ -42,7 +48,8 @@ def host_chunks(tensor: Tensor) -> Iterator[memoryview]:
 
 
 class ArrowFile:
-    """One Arrow IPC file, as `store.base.Buffers`: what pyarrow wrote around the columns, and the columns where they are."""
+    """One Arrow IPC file, as `store.base.Buffers`: what pyarrow wrote around the columns, and the
+    columns where they are."""
 
     def __init__(self, pieces: list[bytes | Tensor], chunks: Chunks) -> None:
         self.pieces, self.chunks = pieces, chunks
@@ -61,7 +68,8 @@ class ArrowFile:
 
 
 class Sink:
-    """What pyarrow writes a file to. Placeholders for columns are told by their addresses, everything else is kept as it comes."""
+    """What pyarrow writes a file to. Placeholders for columns are told by their addresses,
+    everything else is kept as it comes."""
 
     closed = False
 
@@ -89,18 +97,29 @@ class Sink:
         pass
 
 
-def encode(columns: Mapping[str, Tensor], facts: Mapping[str, str] | None = None, chunks: Chunks = host_chunks) -> ArrowFile:
+def encode(
+    columns: Mapping[str, Tensor],
+    facts: Mapping[str, str] | None = None,
+    chunks: Chunks = host_chunks,
+) -> ArrowFile:
     """Columns of equal length -> one Arrow IPC file with one record batch.
 
-    Args: columns: on any device that `chunks` can read; kept, not copied. facts: what the file is, as text.
+    Args:
+        columns: on any device that `chunks` can read; kept, not copied.
+        facts: what the file is, as text.
     """
     fields, arrays, places = [], [], dict[int, Tensor]()
     for name, tensor in columns.items():
         plain = tensor.detach().contiguous()
         values = pa.Array.from_buffers(
-            ARROW_TYPES[BITS.get(plain.dtype, plain.dtype)], plain.numel(), [None, placeholder(plain, places)], null_count=0
+            ARROW_TYPES[BITS.get(plain.dtype, plain.dtype)],
+            plain.numel(),
+            [None, placeholder(plain, places)],
+            null_count=0,
         )
-        array = values if plain.ndim == 1 else pa.FixedSizeListArray.from_arrays(values, plain.shape[1])
+        array = (
+            values if plain.ndim == 1 else pa.FixedSizeListArray.from_arrays(values, plain.shape[1])
+        )
         arrays.append(array)
         metadata = {TORCH_DTYPE: str(plain.dtype).removeprefix("torch.")}
         fields.append(pa.field(name, array.type, nullable=False, metadata=metadata))
@@ -114,7 +133,8 @@ def encode(columns: Mapping[str, Tensor], facts: Mapping[str, str] | None = None
 
 
 def placeholder(tensor: Tensor, places: dict[int, Tensor]) -> pa.Buffer:
-    """Address space as large as the tensor, which nobody touches and which so takes no memory; `places` notes whose it is."""
+    """Address space as large as the tensor, which nobody touches and which so takes no memory;
+    `places` notes whose it is."""
     if not tensor.nbytes:
         return pa.py_buffer(b"")
     buffer = pa.py_buffer(mmap.mmap(-1, tensor.nbytes, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ))
@@ -122,13 +142,18 @@ def placeholder(tensor: Tensor, places: dict[int, Tensor]) -> pa.Buffer:
     return buffer
 
 
-def decode(data: bytes | memoryview, where: str, facts: Mapping[str, str] | None = None) -> dict[str, Tensor]:
+def decode(
+    data: bytes | memoryview, where: str, facts: Mapping[str, str] | None = None
+) -> dict[str, Tensor]:
     """Inverse of `encode`; the tensors are read-only views of `data`.
 
-    Only bytes that were held against a digest may come here: a flipped bit in a file's offsets can take the process along.
+    Only bytes that were held against a digest may come here: a flipped bit in a file's offsets can
+    take the process along.
 
-    Args:   facts: what the file must say that it is.
-    Raises: ShardCorruptError naming the object when it is not what `encode` writes, or says that it is something else.
+    Args:
+        facts: what the file must say that it is.
+    Raises: ShardCorruptError naming the object when it is not what `encode` writes, or says that it
+        is something else.
     """
     try:
         with pa.ipc.open_file(pa.py_buffer(data)) as reader:
@@ -138,15 +163,21 @@ def decode(data: bytes | memoryview, where: str, facts: Mapping[str, str] | None
         raise ShardCorruptError(f"{where}: not an Arrow IPC file: {error}") from None
     for name, expected in (facts or {}).items():
         if said.get(name) != expected:
-            raise ShardCorruptError(f"{where}: {name}: expected {expected!r}, found {said.get(name)!r}")
-    return {field.name: column_tensor(field, column) for field, column in zip(batch.schema, batch.columns, strict=True)}
+            raise ShardCorruptError(
+                f"{where}: {name}: expected {expected!r}, found {said.get(name)!r}"
+            )
+    return {
+        field.name: column_tensor(field, column)
+        for field, column in zip(batch.schema, batch.columns, strict=True)
+    }
 
 
 def column_tensor(field: pa.Field, column: pa.Array) -> Tensor:
     width = field.type.list_size if pa.types.is_fixed_size_list(field.type) else None
     values = column.flatten() if width else column
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # torch warns that the view is read-only; that is what we promise
+        # torch warns that the view is read-only; that is what we promise
+        warnings.simplefilter("ignore", UserWarning)
         tensor = torch.from_numpy(values.to_numpy(zero_copy_only=True))
     dtype = getattr(torch, (field.metadata or {}).get(TORCH_DTYPE, b"").decode(), tensor.dtype)
     tensor = tensor.view(dtype) if dtype in BITS else tensor

@@ -15,7 +15,8 @@ Outcome = Literal["solved", "one_shot", "round_to_nearest"]
 
 
 class StoreFacts(Record):
-    """What a bucket was seen to do when the run began (store.probe); every process opens it accordingly."""
+    """What a bucket was seen to do when the run began (store.probe); every process opens it
+    accordingly."""
 
     schema_version: Literal[1] = 1
     range_copy: bool = Field(description="Byte ranges are copied on the store's side.")
@@ -55,13 +56,21 @@ class PartManifest(Record):
     num_tokens: int
     size_bytes: int
     sha256: str
-    seconds: float = Field(description="That the stream took for the part at this layer, a share of what its parts did together included.")
-    write_seconds: float = Field(description="That a thread beside it took to hash and write the blob.")
+    seconds: float = Field(
+        description=(
+            "That the stream took for the part at this layer, a share of what its parts did"
+            " together included."
+        )
+    )
+    write_seconds: float = Field(
+        description="That a thread beside it took to hash and write the blob."
+    )
     finished_at: float = Field(description="Unix time, seconds, when the blob was durable.")
 
 
 class BoundaryPart(PartManifest):
-    """A layer boundary: the residual stream that enters a layer, or the gradient with respect to it."""
+    """A layer boundary: the residual stream that enters a layer, or the gradient with respect to
+    it."""
 
     kind: Literal["residuals", "compressed-residuals", "residual-gradients"]
 
@@ -70,8 +79,12 @@ class ActivationPart(PartManifest):
     """One part of one layer's captured expert inputs."""
 
     kind: Literal["activations"] = "activations"
-    amax_input: float = Field(ge=0, description="Largest |x| over the MoE inputs, as stored (bf16).")
-    amax_intermediate: float = Field(ge=0, description="Largest |h| over all routed experts' intermediates, original weights.")
+    amax_input: float = Field(
+        ge=0, description="Largest |x| over the MoE inputs, as stored (bf16)."
+    )
+    amax_intermediate: float = Field(
+        ge=0, description="Largest |h| over all routed experts' intermediates, original weights."
+    )
     tokens_per_expert: tuple[int, ...]
 
 
@@ -83,7 +96,8 @@ class GradientPart(PartManifest):
 
 
 class LayerScales(Record):
-    """The two input global scales of a complete layer (DESIGN 2.2: one scale for all experts of a layer, so that units stay independent)."""
+    """The two input global scales of a complete layer (DESIGN 2.2: one scale for all experts of a
+    layer, so that units stay independent)."""
 
     schema_version: Literal[1] = 1
     plan_digest: str
@@ -102,19 +116,35 @@ class LinearRecord(Record):
     tokens: int
     outcome: Outcome
     reason: str
-    damp: float = Field(description="Fraction of the Hessian's mean diagonal that was added; 0 where no factor was needed.")
-    shrinkage: float = Field(description="Weight of the layer's statistics in this expert's, 0 to 1.")
+    damp: float = Field(
+        description=(
+            "Fraction of the Hessian's mean diagonal that was added; 0 where no factor was needed."
+        )
+    )
+    shrinkage: float = Field(
+        description="Weight of the layer's statistics in this expert's, 0 to 1."
+    )
     relative_weight_error: float = Field(description="|W - Q|^2 / |W|^2.")
-    relative_output_error: float = Field(description="Mean |W h - Q h'|^2 / mean |W h|^2 over the calibration tokens (see unit.compress).")
+    relative_output_error: float = Field(
+        description=(
+            "Mean |W h - Q h'|^2 / mean |W h|^2 over the calibration tokens (see unit.compress)."
+        )
+    )
 
 
 class LadderStep(Record):
-    """Error of one expert's linears after one step of its solve (unit.ladder), by "gate_up" and "down"."""
+    """Error of one expert's linears after one step of its solve (unit.ladder), by "gate_up" and
+    "down"."""
 
     step: str
-    output_error: dict[str, float] = Field(description="Mean |W h - Q h'|^2 / mean |W h|^2 over the calibration tokens.")
+    output_error: dict[str, float] = Field(
+        description="Mean |W h - Q h'|^2 / mean |W h|^2 over the calibration tokens."
+    )
     loss_error: dict[str, float] = Field(
-        description="The same in the metric of the model's own loss, which the solver lowers; empty without gradients."
+        description=(
+            "The same in the metric of the model's own loss, which the solver lowers; empty without"
+            " gradients."
+        )
     )
 
 
@@ -129,18 +159,23 @@ class UnitManifest(Record):
     sha256: str
     data_offset: int = Field(description="Where the tensors begin in the shard, after its header.")
     linears: tuple[LinearRecord, ...]
-    ladder: tuple[LadderStep, ...] = Field((), description="Of one of the experts, step by step; empty in manifests of before.")
+    ladder: tuple[LadderStep, ...] = Field(
+        (), description="Of one of the experts, step by step; empty in manifests of before."
+    )
     clipped_input_share: float
     clipped_intermediate_share: float
     seconds: dict[str, float]
-    peak_gpu_bytes: dict[str, int] = Field(default_factory=dict, description="Largest allocated GPU memory by phase; empty on a CPU.")
+    peak_gpu_bytes: dict[str, int] = Field(
+        default_factory=dict, description="Largest allocated GPU memory by phase; empty on a CPU."
+    )
     finished_at: float = Field(description="Unix time, seconds.")
     device: str
     versions: dict[str, str]
 
 
 class CheckpointManifest(Record):
-    """p48ray.json beside the weights: what the checkpoint claims to be, so that it can be verified without its run root."""
+    """p48ray.json beside the weights: what the checkpoint claims to be, so that it can be verified
+    without its run root."""
 
     schema_version: Literal[1] = 1
     plan_digest: str
@@ -150,14 +185,25 @@ class CheckpointManifest(Record):
     activation_group: int
     experts_per_unit: int
     max_shard_size: int
-    relative_weight_errors: dict[str, float] = Field(description="|W - Q|^2 / |W|^2 of every compressed linear, by module name.")
-    unit_sha256: dict[str, str] = Field(
-        description="SHA-256 of every unit's shard, by unit id; its tensors lie here byte for byte, or in sparse storage decode to it."
+    relative_weight_errors: dict[str, float] = Field(
+        description="|W - Q|^2 / |W|^2 of every compressed linear, by module name."
     )
-    untouched_sha256: dict[str, str] = Field(description="SHA-256 of every other tensor's bytes, by name.")
-    header_sha256: dict[str, str] = Field(description="SHA-256 of every safetensors file's header, length included, by file.")
+    unit_sha256: dict[str, str] = Field(
+        description=(
+            "SHA-256 of every unit's shard, by unit id; its tensors lie here byte for byte, or in"
+            " sparse storage decode to it."
+        )
+    )
+    untouched_sha256: dict[str, str] = Field(
+        description="SHA-256 of every other tensor's bytes, by name."
+    )
+    header_sha256: dict[str, str] = Field(
+        description="SHA-256 of every safetensors file's header, length included, by file."
+    )
     file_sha256: dict[str, str] = Field(
-        description="SHA-256 of the files beside them; not of the card, which people edit, nor of this one."
+        description=(
+            "SHA-256 of the files beside them; not of the card, which people edit, nor of this one."
+        )
     )
     sha256: str = Field("", description="Of this record's canonical JSON with this field empty.")
 
@@ -166,7 +212,9 @@ class CheckpointManifest(Record):
         return self.model_copy(update={"sha256": self.own_sha256()})
 
     def own_sha256(self) -> str:
-        return hashlib.sha256(canonical_json(self.model_dump(mode="json") | {"sha256": ""})).hexdigest()
+        return hashlib.sha256(
+            canonical_json(self.model_dump(mode="json") | {"sha256": ""})
+        ).hexdigest()
 
 
 class ShardVerdict(Record):
@@ -219,7 +267,10 @@ class PublishedShard(Record):
     size_bytes: int
     sha256: str
     checkpoint_sha256: str = Field(
-        description="Of the p48ray.json that names every byte of the shard; under another one the record is void."
+        description=(
+            "Of the p48ray.json that names every byte of the shard; under another one the record is"
+            " void."
+        )
     )
     finished_at: float = Field(description="Unix time, seconds.")
 

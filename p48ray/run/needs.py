@@ -1,12 +1,17 @@
-"""What a run root still lacks, from one listing: the whole of resuming, as a pure function of the plan and the keys that are there.
+"""What a run root still lacks, from one listing: the whole of resuming, as a pure function of the
+plan and the keys that are there.
 
-A layer is open while one of its units has no manifest. Only open layers need activations and gradients, so what `run.keep` deleted is not made again unless a
-unit has to be. A part of the calibration sequences goes up from the highest stored boundary that serves, and back down from the lowest.
+A layer is open while one of its units has no manifest. Only open layers need activations and
+gradients, so what `run.keep` deleted is not made again unless a unit has to be. A part of the
+calibration sequences goes up from the highest stored boundary that serves, and back down from the
+lowest.
 
-Where compressed layers feed the next (calibration.propagate), the run goes layer by layer: only the lowest open one can be captured, because those below it are all
-compressed. The source's own forward pass then serves the backward pass alone.
+Where compressed layers feed the next (calibration.propagate), the run goes layer by layer: only the
+lowest open one can be captured, because those below it are all compressed. The source's own forward
+pass then serves the backward pass alone.
 
-Boundary n is what enters layer n; boundary num_layers is what enters the head. The gradient at a mixture's output is that at the boundary above it.
+Boundary n is what enters layer n; boundary num_layers is what enters the head. The gradient at a
+mixture's output is that at the boundary above it.
 """
 
 from collections.abc import Iterable
@@ -44,7 +49,8 @@ class Needs:
         return tuple(sorted({u.layer for u in self.missing_units}))
 
     def activation_layers(self, part: int) -> list[int]:
-        """Open layers whose activations of this part are not there in full, lowest first; none where they are not the source's to give."""
+        """Open layers whose activations of this part are not there in full, lowest first; none
+        where they are not the source's to give."""
         if self.plan.propagates:
             return []
         return [n for n in self.open_layers if not self.has_activations(n, part)]
@@ -56,9 +62,11 @@ class Needs:
         return [n for n in self.open_layers if not self.has_gradients(n, part)]
 
     def is_complete(self, layer: int) -> bool:
-        """Whether all is there that units of a layer read. Keys of the layer's own folders are enough to know."""
+        """Whether all is there that units of a layer read. Keys of the layer's own folders are
+        enough to know."""
         return all(
-            self.has_activations(layer, p.part) and (not self.plan.uses_gradients or self.has_gradients(layer, p.part))
+            self.has_activations(layer, p.part)
+            and (not self.plan.uses_gradients or self.has_gradients(layer, p.part))
             for p in self.plan.parts
         )
 
@@ -75,30 +83,49 @@ class Needs:
 
     def with_residuals(self, made: Iterable[tuple[int, int]]) -> "Needs":
         """The same with boundaries (boundary, part) that are there now."""
-        keys = {key for place in made for key in (run_root.blob("residuals", *place), run_root.blob_manifest("residuals", *place))}
+        keys = {
+            key
+            for place in made
+            for key in (
+                run_root.blob("residuals", *place),
+                run_root.blob_manifest("residuals", *place),
+            )
+        }
         return Needs(self.plan, self.keys | keys)
 
     def backward_layers(self, part: int) -> range:
-        """Layers (num_layers stands for the head) that the backward pass still visits with this part, lowest first; empty when it is done.
+        """Layers (num_layers stands for the head) that the backward pass still visits with this
+        part, lowest first; empty when it is done.
 
-        At each layer above the lowest the stored residual is read and the gradient taken one boundary down; the lowest only gets its gradient written.
+        At each layer above the lowest the stored residual is read and the gradient taken one
+        boundary down; the lowest only gets its gradient written.
         """
         wanted = self.gradient_layers(part)
         if not wanted:
             return range(0)
         top = self.plan.source.num_layers
-        stored = (b for b in range(wanted[-1] + 1, top + 1) if self.has_blob("residual-gradients", b, part))
+        stored = (
+            b
+            for b in range(wanted[-1] + 1, top + 1)
+            if self.has_blob("residual-gradients", b, part)
+        )
         return range(wanted[0], next(stored, top + 1))
 
     def start_of(self, boundary: int, part: int) -> int:
-        """The boundary from which the backward pass gets at this one: the highest stored at or below it, down to its base, which is answered in any case."""
+        """The boundary from which the backward pass gets at this one: the highest stored at or
+        below it, down to its base, which is answered in any case."""
         base = self.plan.base_of(boundary)
-        return next((b for b in range(boundary, base, -1) if self.has_blob("residuals", b, part)), base)
+        return next(
+            (b for b in range(boundary, base, -1) if self.has_blob("residuals", b, part)), base
+        )
 
     def forward_layers(self, part: int) -> range:
         """Layers that capture still runs with this part; empty when it is done."""
         starts = {self.start_of(b, part) for b in self.backward_layers(part)[1:]}
-        layers = {*self.activation_layers(part), *(b - 1 for b in starts if b and not self.has_blob("residuals", b, part))}
+        layers = {
+            *self.activation_layers(part),
+            *(b - 1 for b in starts if b and not self.has_blob("residuals", b, part)),
+        }
         if not layers:
             return range(0)
         first = min(layers)
@@ -107,14 +134,18 @@ class Needs:
 
     @property
     def next_layer(self) -> int | None:
-        """The layer that is to be captured and compressed next where the run goes layer by layer; None when all are done."""
+        """The layer that is to be captured and compressed next where the run goes layer by layer;
+        None when all are done."""
         return self.open_layers[0] if self.open_layers else None
 
     def layers_up_to(self, layer: int, part: int) -> range:
-        """Layers that this part still passes for the activations of `layer`, itself the last; empty when they are there. Those below are compressed."""
+        """Layers that this part still passes for the activations of `layer`, itself the last; empty
+        when they are there. Those below are compressed."""
         if self.has_activations(layer, part):
             return range(0)
-        entry = next((b for b in range(layer, 0, -1) if self.has_blob("compressed-residuals", b, part)), 0)
+        entry = next(
+            (b for b in range(layer, 0, -1) if self.has_blob("compressed-residuals", b, part)), 0
+        )
         return range(entry, layer + 1)
 
 

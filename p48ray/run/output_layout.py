@@ -1,11 +1,14 @@
 """Where every byte of the output lies: a pure function of the plan and the source's headers.
 
-Shards are filled layer by layer, tensors outside the layers last. Within a shard the units come first, each contiguous and in the order of its own
-shard (so that a unit is one range copy), then source tensors, widest element first. Every unit is a multiple of 8 bytes, so no tensor is misaligned.
-Source tensors are byte ranges of the source, but for weights that it stores in FP8: these are BF16 here.
+Shards are filled layer by layer, tensors outside the layers last. Within a shard the units come
+first, each contiguous and in the order of its own shard (so that a unit is one range copy), then
+source tensors, widest element first. Every unit is a multiple of 8 bytes, so no tensor is
+misaligned. Source tensors are byte ranges of the source, but for weights that it stores in FP8:
+these are BF16 here.
 
-Sparse storage (output.storage) changes names, shapes and sizes of the units' tensors, not which unit or tensor lies in which shard: shards are filled by
-dense sizes, so that a checkpoint that is stitched sparse and one that is converted are the same files.
+Sparse storage (output.storage) changes names, shapes and sizes of the units' tensors, not which
+unit or tensor lies in which shard: shards are filled by dense sizes, so that a checkpoint that is
+stitched sparse and one that is converted are the same files.
 """
 
 import re
@@ -22,12 +25,14 @@ from p48ray.run.plan import WorkUnit
 
 HeaderRow = tuple[str, str, tuple[int, ...]]
 Segment = WorkUnit | PlainTensor
-TENSOR_SUFFIXES = ("weight_global_scale", "input_global_scale", "weight_scale", "weight_packed")  # widest element first
+# widest element first
+TENSOR_SUFFIXES = ("weight_global_scale", "input_global_scale", "weight_scale", "weight_packed")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OutputShard:
-    """One safetensors file of the result: whole units, then source tensors, in file order. num_bytes: of its tensors, in their storage."""
+    """One safetensors file of the result: whole units, then source tensors, in file order.
+    num_bytes: of its tensors, in their storage."""
 
     name: str
     segments: tuple[Segment, ...]
@@ -36,7 +41,8 @@ class OutputShard:
 
 
 def unit_rows(layout: ModelLayout, unit: WorkUnit, storage: Storage = "dense") -> list[HeaderRow]:
-    """Names, dtypes and shapes of a unit's tensors in shard order. A unit's own shard is always dense."""
+    """Names, dtypes and shapes of a unit's tensors in shard order. A unit's own shard is always
+    dense."""
     rows: list[HeaderRow] = []
     for suffix in TENSOR_SUFFIXES:
         for expert in unit.experts:
@@ -46,12 +52,24 @@ def unit_rows(layout: ModelLayout, unit: WorkUnit, storage: Storage = "dense") -
                     "weight_packed": ("U8", (out, inputs // 2)),
                     "weight_scale": ("F8_E4M3", (out, inputs // 16)),
                 }.get(suffix, ("F32", (1,)))
-                rows.append((f"{layout.expert_linear_name(unit.layer, expert, projection)}.{suffix}", dtype, shape))
-    linears = {layout.expert_linear_name(unit.layer, expert, projection) for expert in unit.experts for projection in PROJECTIONS}
+                rows.append(
+                    (
+                        f"{layout.expert_linear_name(unit.layer, expert, projection)}.{suffix}",
+                        dtype,
+                        shape,
+                    )
+                )
+    linears = {
+        layout.expert_linear_name(unit.layer, expert, projection)
+        for expert in unit.experts
+        for projection in PROJECTIONS
+    }
     return convert_rows(rows, linears, storage) if storage == "sparse" else rows
 
 
-def unit_entries(layout: ModelLayout, unit: WorkUnit, file: str, start: int) -> tuple[TensorEntry, ...]:
+def unit_entries(
+    layout: ModelLayout, unit: WorkUnit, file: str, start: int
+) -> tuple[TensorEntry, ...]:
     """Where a unit's tensors lie in its own shard. start: of the first one."""
     entries: list[TensorEntry] = []
     for name, dtype, shape in unit_rows(layout, unit):
@@ -63,7 +81,12 @@ def unit_entries(layout: ModelLayout, unit: WorkUnit, file: str, start: int) -> 
 
 def unit_tensor_names(linears: Sequence[str], storage: Storage = "dense") -> list[str]:
     """Names of a unit's tensors in shard order, from its linears in theirs."""
-    return [f"{linear}.{stored}" for suffix in TENSOR_SUFFIXES for linear in linears for stored in stored_suffixes(suffix, storage)]
+    return [
+        f"{linear}.{stored}"
+        for suffix in TENSOR_SUFFIXES
+        for linear in linears
+        for stored in stored_suffixes(suffix, storage)
+    ]
 
 
 def layer_of(layout: ModelLayout, name: str) -> int | None:
@@ -75,12 +98,17 @@ def layer_of(layout: ModelLayout, name: str) -> int | None:
 def unit_bytes(layout: ModelLayout, unit: WorkUnit, storage: Storage = "dense") -> int:
     """Data bytes of a unit, headers apart; dense is what its own shard holds."""
     weights = 3 * layout.moe_intermediate_size * layout.hidden_size
-    stored = weights // 2 + weights // 16 if storage == "dense" else weights // 4 + weights // 16 + weights // 32
+    stored = (
+        weights // 2 + weights // 16
+        if storage == "dense"
+        else weights // 4 + weights // 16 + weights // 32
+    )
     return unit.num_experts * (stored + 3 * 2 * 4)
 
 
 def untouched_tensors(index: CheckpointIndex, layout: ModelLayout) -> list[PlainTensor]:
-    """Tensors that no unit makes, in output order: the source's byte for byte, or its FP8 weights as BF16."""
+    """Tensors that no unit makes, in output order: the source's byte for byte, or its FP8 weights
+    as BF16."""
     outside = layout.num_layers + 10**6
 
     def order(entry: PlainTensor) -> tuple[int, int, str]:
@@ -91,9 +119,14 @@ def untouched_tensors(index: CheckpointIndex, layout: ModelLayout) -> list[Plain
 
 
 def plan_output(
-    units: Sequence[WorkUnit], max_shard_bytes: int, index: CheckpointIndex, layout: ModelLayout, storage: Storage = "dense"
+    units: Sequence[WorkUnit],
+    max_shard_bytes: int,
+    index: CheckpointIndex,
+    layout: ModelLayout,
+    storage: Storage = "dense",
 ) -> tuple[OutputShard, ...]:
-    """Fill shards in order up to `max_shard_bytes` of dense storage; a unit or tensor larger than that gets a shard of its own."""
+    """Fill shards in order up to `max_shard_bytes` of dense storage; a unit or tensor larger than
+    that gets a shard of its own."""
     filled: list[list[Segment]] = [[]]
     sizes = [0]
     for segment in ordered_segments(units, index, layout):
@@ -105,21 +138,32 @@ def plan_output(
         sizes[-1] += size
     names = shard_names(len(filled))
     return tuple(
-        OutputShard(name=name, segments=aligned(segments), num_bytes=segment_bytes(segments, layout, storage), storage=storage)
+        OutputShard(
+            name=name,
+            segments=aligned(segments),
+            num_bytes=segment_bytes(segments, layout, storage),
+            storage=storage,
+        )
         for name, segments in zip(names, filled, strict=True)
     )
 
 
 def segment_bytes(segments: Sequence[Segment], layout: ModelLayout, storage: Storage) -> int:
-    return sum(unit_bytes(layout, s, storage) if isinstance(s, WorkUnit) else s.num_bytes for s in segments)
+    return sum(
+        unit_bytes(layout, s, storage) if isinstance(s, WorkUnit) else s.num_bytes for s in segments
+    )
 
 
 def aligned(segments: list[Segment]) -> tuple[Segment, ...]:
     """Units, then the other tensors by falling element width; otherwise as given."""
-    return tuple(sorted(segments, key=lambda s: -16 if isinstance(s, WorkUnit) else -DTYPE_BYTES[s.dtype]))
+    return tuple(
+        sorted(segments, key=lambda s: -16 if isinstance(s, WorkUnit) else -DTYPE_BYTES[s.dtype])
+    )
 
 
-def ordered_segments(units: Sequence[WorkUnit], index: CheckpointIndex, layout: ModelLayout) -> list[Segment]:
+def ordered_segments(
+    units: Sequence[WorkUnit], index: CheckpointIndex, layout: ModelLayout
+) -> list[Segment]:
     by_layer: dict[int, list[WorkUnit]] = {}
     for unit in units:
         by_layer.setdefault(unit.layer, []).append(unit)
@@ -128,7 +172,9 @@ def ordered_segments(units: Sequence[WorkUnit], index: CheckpointIndex, layout: 
     for layer in range(layout.num_layers):
         segments += by_layer.get(layer, [])
         segments += [e for e in untouched if layer_of(layout, e.name) == layer]
-    return segments + [e for e in untouched if (n := layer_of(layout, e.name)) is None or n >= layout.num_layers]
+    return segments + [
+        e for e in untouched if (n := layer_of(layout, e.name)) is None or n >= layout.num_layers
+    ]
 
 
 def shard_rows(shard: OutputShard, layout: ModelLayout) -> list[HeaderRow]:
@@ -136,7 +182,9 @@ def shard_rows(shard: OutputShard, layout: ModelLayout) -> list[HeaderRow]:
     rows: list[HeaderRow] = []
     for segment in shard.segments:
         rows += (
-            unit_rows(layout, segment, shard.storage) if isinstance(segment, WorkUnit) else [(segment.name, segment.dtype, segment.shape)]
+            unit_rows(layout, segment, shard.storage)
+            if isinstance(segment, WorkUnit)
+            else [(segment.name, segment.dtype, segment.shape)]
         )
     return rows
 

@@ -1,7 +1,9 @@
-"""What will be done: a pure function of the configuration and the checkpoint's headers. No weight is read to make a plan.
+"""What will be done: a pure function of the configuration and the checkpoint's headers. No weight
+is read to make a plan.
 
-The plan's digest covers everything that can change an output byte. `SETTINGS` says for every configuration key whether it is covered; a run root that
-holds a plan with another digest is refused by the name of the first setting that differs.
+The plan's digest covers everything that can change an output byte. `SETTINGS` says for every
+configuration key whether it is covered; a run root that holds a plan with another digest is refused
+by the name of the first setting that differs.
 """
 
 import hashlib
@@ -26,10 +28,12 @@ NUMERICS_VERSION = 3  # bumped by whoever changes a number that reaches an outpu
 
 Effect = Literal["digest", "free"]
 
-# Every configuration key: does it belong to the digest, or may it change on resume? (free: who works, where, and what is measured afterwards)
+# Every configuration key: does it belong to the digest, or may it change on resume? (free: who
+# works, where, and what is measured afterwards)
 SETTINGS: dict[str, Effect] = {
     "name": "digest",  # stands in the checkpoint's README
-    "source.checkpoint": "free",  # the fingerprint counts, not the place; of two hf:// sources the commit too (check_plan)
+    # the fingerprint counts, not the place; of two hf:// sources the commit too (check_plan)
+    "source.checkpoint": "free",
     "source.trust_remote_code": "free",
     "source.endpoint_url": "free",
     "calibration.documents": "free",  # their bytes and weights count (documents_digest)
@@ -57,7 +61,9 @@ SETTINGS: dict[str, Effect] = {
     "output.max_shard_size": "digest",
     "output.storage": "digest",
     "output.base_model": "digest",  # stands in the card
-    "output.base_revision": "free",  # so does this, but the source's fingerprint says more, and run roots of before keep their digest
+    # so does this, but the source's fingerprint says more, and run roots of before keep their
+    # digest
+    "output.base_revision": "free",
     "evaluation.documents": "free",  # evaluation results lie under a digest of their own
     "evaluation.num_sequences": "free",
     "evaluation.sequence_length": "free",
@@ -72,11 +78,14 @@ SETTINGS: dict[str, Effect] = {
     "run.root": "free",
     "run.endpoint_url": "free",
     "run.root_is_shared": "free",
-    "run.experts_per_unit": "digest",  # experts of a unit are solved as one batch, and lie together in the output
+    # experts of a unit are solved as one batch, and lie together in the output
+    "run.experts_per_unit": "digest",
     "run.num_workers": "free",
     "run.capture_workers": "free",
-    "run.threads_per_worker": "digest",  # a matrix product's rounding depends on how many threads share it
-    "run.gpus_per_worker": "free",  # across device models: within tolerance; manifests record the device
+    # a matrix product's rounding depends on how many threads share it
+    "run.threads_per_worker": "digest",
+    # across device models: within tolerance; manifests record the device
+    "run.gpus_per_worker": "free",
     "run.gpu_hour_price": "free",
     "run.max_attempts": "free",
     "run.prefetch_units": "free",
@@ -89,7 +98,8 @@ SETTINGS: dict[str, Effect] = {
 
 
 class WorkUnit(Record):
-    """Some experts of one layer: gate, up and down of each, since down needs the compressed gate and up."""
+    """Some experts of one layer: gate, up and down of each, since down needs the compressed gate
+    and up."""
 
     layer: int
     first_expert: int
@@ -97,7 +107,8 @@ class WorkUnit(Record):
 
     @property
     def id(self) -> str:
-        return f"L{self.layer:03d}-E{self.first_expert:03d}-{self.first_expert + self.num_experts - 1:03d}"
+        last = self.first_expert + self.num_experts - 1
+        return f"L{self.layer:03d}-E{self.first_expert:03d}-{last:03d}"
 
     @property
     def experts(self) -> range:
@@ -113,7 +124,8 @@ class SequencePart(Record):
 
 
 class MirroredFile(Record):
-    """A file of the source's repository that is copied into the run root, with the digest that the Hub lists for it."""
+    """A file of the source's repository that is copied into the run root, with the digest that the
+    Hub lists for it."""
 
     path: str
     size_bytes: int
@@ -122,7 +134,8 @@ class MirroredFile(Record):
 
 
 class SourceRecord(Record):
-    """The source as the plan saw it. `mirror`: what is copied of a hf:// source, from which every worker then reads; of others nothing is."""
+    """The source as the plan saw it. `mirror`: what is copied of a hf:// source, from which every
+    worker then reads; of others nothing is."""
 
     fingerprint: str
     family: str
@@ -133,14 +146,20 @@ class SourceRecord(Record):
     hidden_size: int
     moe_intermediate_size: int
     expert_storage: str
-    num_fp8_outside_experts: int = Field(0, description="Weights that the output holds as BF16, because no client reads two quantizations.")
+    num_fp8_outside_experts: int = Field(
+        0,
+        description=(
+            "Weights that the output holds as BF16, because no client reads two quantizations."
+        ),
+    )
     mirror: tuple[MirroredFile, ...] = ()
 
 
 class RunPlan(Record):
     """Everything that will be done. `digest` is SHA-256 over `digest_facts`.
 
-    `revisions`: the commit of every hf:// place that the user named, as it was found when the run was first planned. `config` names those commits.
+    `revisions`: the commit of every hf:// place that the user named, as it was found when the run
+    was first planned. `config` names those commits.
     """
 
     schema_version: Literal[1] = 1
@@ -158,7 +177,11 @@ class RunPlan(Record):
     @property
     def layers(self) -> tuple[int, ...]:
         """Mixtures that are compressed: all of them, or those of a pilot (run.layers)."""
-        return self.source.moe_layers if self.config.run.layers is None else tuple(sorted(set(self.config.run.layers)))
+        return (
+            self.source.moe_layers
+            if self.config.run.layers is None
+            else tuple(sorted(set(self.config.run.layers)))
+        )
 
     @property
     def is_pilot(self) -> bool:
@@ -167,7 +190,8 @@ class RunPlan(Record):
 
     @property
     def uses_gradients(self) -> bool:
-        """Solvers weigh errors by the loss's gradients, so there is a backward pass (compression.output_curvature)."""
+        """Solvers weigh errors by the loss's gradients, so there is a backward pass
+        (compression.output_curvature)."""
         return self.config.compression.output_curvature
 
     @property
@@ -177,18 +201,22 @@ class RunPlan(Record):
 
     @property
     def num_streamed_layers(self) -> int:
-        """Layers that capture runs: up to the last one compressed, or all of them where gradients come back from the head."""
+        """Layers that capture runs: up to the last one compressed, or all of them where gradients
+        come back from the head."""
         return self.source.num_layers if self.uses_gradients else self.layers[-1] + 1
 
     @property
     def boundaries(self) -> range:
-        """Layers before which the residual stream is stored; num_layers stands for what enters the head."""
+        """Layers before which the residual stream is stored; num_layers stands for what enters the
+        head."""
         return range(1, self.num_streamed_layers + self.uses_gradients)
 
     def base_of(self, boundary: int) -> int:
-        """The boundary, at or below this one, that the forward pass leaves to the backward pass for it; 0 stands for the embedding.
+        """The boundary, at or below this one, that the forward pass leaves to the backward pass for
+        it; 0 stands for the embedding.
 
-        With run.boundary_every every n-th is left, and those above the last of them, which the backward pass reads first.
+        With run.boundary_every every n-th is left, and those above the last of them, which the
+        backward pass reads first.
         """
         every = self.config.run.boundary_every
         last = (self.source.num_layers - 1) // every * every
@@ -206,18 +234,25 @@ def make_plan(
 ) -> RunPlan:
     """Plan a run. Checks every shape the work will meet.
 
-    Args:   config: its hf:// places are at commits. mirror, revisions: as SourceRecord and RunPlan hold them.
-    Raises: SourceError for shapes that do not divide, ConfigError for settings that do not fit the checkpoint.
+    Args:
+        config: its hf:// places are at commits.
+        mirror, revisions: as SourceRecord and RunPlan hold them.
+    Raises: SourceError for shapes that do not divide, ConfigError for settings that do not fit the
+        checkpoint.
     """
-    check_divisibility(layout, max(config.compression.scale_span, config.compression.activation_group))
+    check_divisibility(
+        layout, max(config.compression.scale_span, config.compression.activation_group)
+    )
     if config.run.experts_per_unit > layout.num_experts:
         raise ConfigError(
-            f"run.experts_per_unit: expected at most the model's {layout.num_experts} experts, found {config.run.experts_per_unit}"
+            f"run.experts_per_unit: expected at most the model's {layout.num_experts} experts,"
+            f" found {config.run.experts_per_unit}"
         )
     longest = layout.text_config.get("max_position_embeddings")
     if longest is not None and config.calibration.sequence_length > longest:
         raise ConfigError(
-            f"calibration.sequence_length: expected at most max_position_embeddings = {longest}, found {config.calibration.sequence_length}"
+            f"calibration.sequence_length: expected at most max_position_embeddings = {longest},"
+            f" found {config.calibration.sequence_length}"
         )
     source = SourceRecord(
         fingerprint=index.fingerprint,
@@ -229,7 +264,9 @@ def make_plan(
         hidden_size=layout.hidden_size,
         moe_intermediate_size=layout.moe_intermediate_size,
         expert_storage=layout.expert_storage,
-        num_fp8_outside_experts=sum(isinstance(tensor, Fp8Weight) for tensor in plain_tensors(index, layout)),
+        num_fp8_outside_experts=sum(
+            isinstance(tensor, Fp8Weight) for tensor in plain_tensors(index, layout)
+        ),
         mirror=mirror,
     )
     plan = RunPlan(
@@ -244,10 +281,14 @@ def make_plan(
         revisions=dict(revisions),
         digest="",
     )
-    return plan.model_copy(update={"digest": hashlib.sha256(canonical_json(digest_facts(plan))).hexdigest()})
+    return plan.model_copy(
+        update={"digest": hashlib.sha256(canonical_json(digest_facts(plan))).hexdigest()}
+    )
 
 
-def plan_units(layout: ModelLayout, experts_per_unit: int, layers: tuple[int, ...] | None = None) -> tuple[WorkUnit, ...]:
+def plan_units(
+    layout: ModelLayout, experts_per_unit: int, layers: tuple[int, ...] | None = None
+) -> tuple[WorkUnit, ...]:
     """Every expert of every layer that is compressed, in units of consecutive experts.
 
     Raises: ConfigError when run.layers names a layer that holds no experts.
@@ -256,10 +297,15 @@ def plan_units(layout: ModelLayout, experts_per_unit: int, layers: tuple[int, ..
     strange = [n for n in wanted if n not in layout.moe_layers]
     if strange or not wanted:
         raise ConfigError(
-            f"run.layers: expected some of the layers with experts ({layout.moe_layers[0]} to {layout.moe_layers[-1]}), found {strange or 'none'}"
+            f"run.layers: expected some of the layers with experts ({layout.moe_layers[0]} to"
+            f" {layout.moe_layers[-1]}), found {strange or 'none'}"
         )
     slices = ranges(layout.num_experts, experts_per_unit)
-    return tuple(WorkUnit(layer=n, first_expert=first, num_experts=count) for n in wanted for first, count in slices)
+    return tuple(
+        WorkUnit(layer=n, first_expert=first, num_experts=count)
+        for n in wanted
+        for first, count in slices
+    )
 
 
 def ranges(total: int, size: int) -> list[tuple[int, int]]:
@@ -269,12 +315,16 @@ def ranges(total: int, size: int) -> list[tuple[int, int]]:
 
 def cut(num_sequences: int, per_part: int) -> tuple[SequencePart, ...]:
     slices = enumerate(ranges(num_sequences, per_part))
-    return tuple(SequencePart(part=i, first_sequence=first, num_sequences=count) for i, (first, count) in slices)
+    return tuple(
+        SequencePart(part=i, first_sequence=first, num_sequences=count)
+        for i, (first, count) in slices
+    )
 
 
 def digest_facts(plan: RunPlan) -> dict[str, JsonValue]:
     """Every fact that can change an output byte, by name."""
-    facts: dict[str, JsonValue] = {key: lookup(plan.config, key) for key, effect in SETTINGS.items() if effect == "digest"}  # type: ignore[misc]
+    changing = [key for key, effect in SETTINGS.items() if effect == "digest"]
+    facts: dict[str, JsonValue] = {key: lookup(plan.config, key) for key in changing}  # type: ignore[misc]
     return facts | {
         "numerics version": plan.numerics_version,
         "format version": plan.format_version,
@@ -285,7 +335,8 @@ def digest_facts(plan: RunPlan) -> dict[str, JsonValue]:
 
 
 def check_plan(plan: RunPlan, store: Store) -> bool:
-    """Compare with the plan that the run root holds, if any. Returns whether the run root already has this plan.
+    """Compare with the plan that the run root holds, if any. Returns whether the run root already
+    has this plan.
 
     Raises: PlanMismatchError naming the first setting that differs, and both values.
     """
@@ -293,15 +344,25 @@ def check_plan(plan: RunPlan, store: Store) -> bool:
         return False
     held = RunPlan.load(store, run_root.PLAN)
     ours, theirs = digest_facts(plan), digest_facts(held)
-    if plan.source.mirror and held.source.mirror:  # the fingerprint does not cover the small files, which are mirrored and carried over too
-        ours, theirs = ({"source.checkpoint": p.config.source.checkpoint, **facts} for p, facts in ((plan, ours), (held, theirs)))
+    # the fingerprint does not cover the small files, which are mirrored and carried over too
+    if plan.source.mirror and held.source.mirror:
+        ours, theirs = (
+            {"source.checkpoint": p.config.source.checkpoint, **facts}
+            for p, facts in ((plan, ours), (held, theirs))
+        )
     if held.digest == plan.digest and ours == theirs:
         return True
     differing = [name for name in ours if ours[name] != theirs.get(name)]
     name = differing[0] if differing else "plan digest"
-    instead = "; `p48ray convert` makes the other storage of a finished checkpoint" if differing == ["output.storage"] else ""
+    instead = (
+        "; `p48ray convert` makes the other storage of a finished checkpoint"
+        if differing == ["output.storage"]
+        else ""
+    )
+    more = f" and {len(differing) - 1} more differences" if len(differing) > 1 else ""
     raise PlanMismatchError(
-        f"{store.uri}/{run_root.PLAN}: this run root belongs to another plan: {name}: expected {ours.get(name, plan.digest)!r} (this run), "
-        f"found {theirs.get(name, held.digest)!r}{f' and {len(differing) - 1} more differences' if len(differing) > 1 else ''}; "
-        f"take the old setting back, or another --run-root{instead}"
+        f"{store.uri}/{run_root.PLAN}: this run root belongs to another plan: {name}: expected"
+        f" {ours.get(name, plan.digest)!r} (this run), found"
+        f" {theirs.get(name, held.digest)!r}{more};"
+        f" take the old setting back, or another --run-root{instead}"
     )

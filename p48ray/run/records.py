@@ -30,7 +30,9 @@ class Record(BaseModel):
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             field = ".".join(str(part) for part in first["loc"]) or "(whole object)"
-            raise ShardCorruptError(f"{where}: not a {cls.__name__}: {field}: {first['msg']}") from None
+            raise ShardCorruptError(
+                f"{where}: not a {cls.__name__}: {field}: {first['msg']}"
+            ) from None
 
     @classmethod
     def load(cls, store: Store, key: str) -> Self:
@@ -38,11 +40,14 @@ class Record(BaseModel):
 
     @classmethod
     def load_all(cls, store: Store, keys: Iterable[str]) -> list[Self]:
-        """Many records at once, in order; a bucket answers each in tens of milliseconds, so they are asked for side by side."""
+        """Many records at once, in order; a bucket answers each in tens of milliseconds, so they
+        are asked for side by side."""
         with ThreadPoolExecutor(LOADS_AT_ONCE) as pool:
             return list(pool.map(lambda key: cls.load(store, key), keys))
 
 
 def canonical_json(value: object) -> bytes:
     """One spelling per value, so that digests of equal values are equal."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False).encode()
+    return json.dumps(
+        value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False
+    ).encode()

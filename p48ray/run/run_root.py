@@ -1,28 +1,49 @@
-"""The name of every object in a run root. The layout is public: operators read it, tests assert it, it is the only state. A blob (.arrow) is done when
-its manifest (.json) is there, which holds its digest.
+"""The name of every object in a run root. The layout is public: operators read it, tests assert it,
+it is the only state. A blob (.arrow) is done when its manifest (.json) is there, which holds its
+digest.
 
-store.json                                           what the bucket was seen to be able to do (buckets only)
-plan.json                                            written first of what belongs to the run
-source/                                              copy of a hf:// source;  mirror/config.json.json once a file is there and was held against its digest
-calibration/tokens.arrow (+ .json)                   packed token ids of the calibration sequences
-residuals/layer-007/part-0003.arrow (+ .json)        what enters layer 7
-compressed-residuals/layer-007/part-0003.arrow (+ .json)  the same where the layers below are the compressed ones (calibration.propagate)
-activations/layer-007/part-0003.arrow (+ .json)      what its experts see;  scales.json once the layer is complete
-gradients/layer-007/part-0003.arrow (+ .json)        the loss's gradient at its routed output, rows as in activations
-residual-gradients/layer-007/part-0003.arrow (+ .json)  the gradient with respect to what enters layer 7, for resume
-units/L007-E048-055/<attempt>/shard.safetensors      one attempt's output;  units/L007-E048-055/manifest.json names the one that counts
-failures/<stage>/<task>/<attempt>.json               traceback and input of every failed attempt
-checkpoint/                                          the Hugging Face folder
-verification/model-00001-of-00003.json               verdict per output shard
-evaluation/<digest>/part-0003.json                   sums over held-out sequences;  tokens.arrow (+ .json): their packed token ids
-benchmarks/<digest>/result.json                      a task's figure for one checkpoint, beside the harness's own harness.json;  table.json: what is shown
+store.json
+    what the bucket was seen to be able to do (buckets only)
+plan.json
+    written first of what belongs to the run
+source/
+    copy of a hf:// source; mirror/config.json.json once a file is there and was held against its
+    digest
+calibration/tokens.arrow (+ .json)
+    packed token ids of the calibration sequences
+residuals/layer-007/part-0003.arrow (+ .json)
+    what enters layer 7
+compressed-residuals/layer-007/part-0003.arrow (+ .json)
+    the same where the layers below are the compressed ones (calibration.propagate)
+activations/layer-007/part-0003.arrow (+ .json)
+    what its experts see; scales.json once the layer is complete
+gradients/layer-007/part-0003.arrow (+ .json)
+    the loss's gradient at its routed output, rows as in activations
+residual-gradients/layer-007/part-0003.arrow (+ .json)
+    the gradient with respect to what enters layer 7, for resume
+units/L007-E048-055/<attempt>/shard.safetensors
+    one attempt's output; units/L007-E048-055/manifest.json names the one that counts
+failures/<stage>/<task>/<attempt>.json
+    traceback and input of every failed attempt
+checkpoint/
+    the Hugging Face folder
+verification/model-00001-of-00003.json
+    verdict per output shard
+evaluation/<digest>/part-0003.json
+    sums over held-out sequences; tokens.arrow (+ .json): their packed token ids
+benchmarks/<digest>/result.json
+    a task's figure for one checkpoint, beside the harness's own harness.json; table.json: what is
+    shown
 report/report.json, report/report.html
-publish/<digest>/model-00001-of-00003.json           a shard that the Hub has; digest of endpoint, repository and branch
+publish/<digest>/model-00001-of-00003.json
+    a shard that the Hub has; digest of endpoint, repository and branch
 """
 
 from typing import Literal
 
-BlobKind = Literal["activations", "gradients", "residuals", "compressed-residuals", "residual-gradients"]
+BlobKind = Literal[
+    "activations", "gradients", "residuals", "compressed-residuals", "residual-gradients"
+]
 """What streams leave, one blob a layer and part. The name is also the folder's."""
 
 STORE = "store.json"
@@ -78,7 +99,8 @@ def blob_manifest(kind: BlobKind, layer: int, part: int) -> str:
 
 
 def manifest_of(blob_key: str) -> str:
-    """The manifest beside a blob, which comes last when it is made and goes first when it is deleted."""
+    """The manifest beside a blob, which comes last when it is made and goes first when it is
+    deleted."""
     return f"{blob_key.removesuffix('.arrow')}.json"
 
 

@@ -64,24 +64,28 @@ class Counted:
 
 
 class Runner(Protocol):
-    """Runs tasks in some processes. Order of results is the order in which they finish. It asks the source for tasks; whoever takes the results tells the
-    source what is done (run_all), which happens before the runner asks again.
+    """Runs tasks in some processes. Order of results is the order in which they finish. It asks the
+    source for tasks; whoever takes the results tells the source what is done (run_all), which
+    happens before the runner asks again.
 
-    Tasks without a layer go before those with one: streams are never held up by the units that follow from them.
+    Tasks without a layer go before those with one: streams are never held up by the units that
+    follow from them.
     """
 
     def run(self, source: WorkSource) -> Iterator[TaskResult]: ...
 
 
 class RedoError(P48Error):
-    """Corrupt objects were found and deleted; the stages that make them have to run again. Never leaves the pipeline."""
+    """Corrupt objects were found and deleted; the stages that make them have to run again. Never
+    leaves the pipeline."""
 
 
 def run_all(runner: Runner, source: WorkSource, store: Store) -> None:
     """Run a source's tasks to the end: all that can be done of them.
 
-    Raises: an error that lists what failed: of the kind of the user's mistake if one stopped a task; RedoError if corrupt objects of the run
-            root are all that stopped the rest; else StageFailedError. Corrupt objects are deleted in any case.
+    Raises: an error that lists what failed: of the kind of the user's mistake if one stopped a
+        task; RedoError if corrupt objects of the run root are all that stopped the rest; else
+        StageFailedError. Corrupt objects are deleted in any case.
     """
     failed: list[TaskResult] = []
     handed: Counter[str] = Counter()
@@ -94,13 +98,36 @@ def run_all(runner: Runner, source: WorkSource, store: Store) -> None:
         return
     for result in failed:
         if result.redo:
-            log.warning("%s %s: %s; deleting %s, made anew next", result.task.stage, result.task.id, result.error, ", ".join(result.redo))
+            log.warning(
+                "%s %s: %s; deleting %s, made anew next",
+                result.task.stage,
+                result.task.id,
+                result.error,
+                ", ".join(result.redo),
+            )
         for key in result.redo:
             store.delete(key)
     stages = dict.fromkeys(result.task.stage for result in failed)
-    mistakes = [error for error in (result.as_exception() for result in failed) if isinstance(error, UserError)]
-    kind = type(mistakes[0]) if mistakes else RedoError if all(result.redo for result in failed) else StageFailedError
-    raise kind("\n".join(describe_failures(stage, [r for r in failed if r.task.stage == stage], handed[stage], store) for stage in stages))
+    mistakes = [
+        error
+        for error in (result.as_exception() for result in failed)
+        if isinstance(error, UserError)
+    ]
+    kind = (
+        type(mistakes[0])
+        if mistakes
+        else RedoError
+        if all(result.redo for result in failed)
+        else StageFailedError
+    )
+    raise kind(
+        "\n".join(
+            describe_failures(
+                stage, [r for r in failed if r.task.stage == stage], handed[stage], store
+            )
+            for stage in stages
+        )
+    )
 
 
 def describe_failures(stage: str, failed: Sequence[TaskResult], handed: int, store: Store) -> str:
@@ -108,14 +135,16 @@ def describe_failures(stage: str, failed: Sequence[TaskResult], handed: int, sto
     lines = [f"  {r.task.id}: {r.error_type}: {r.error}" for r in failed[:LISTED_FAILURES]]
     rest = f"\n  and {len(failed) - LISTED_FAILURES} more" if len(failed) > LISTED_FAILURES else ""
     return (
-        f"{stage}: {len(failed)} of {handed} tasks failed; tracebacks under {store.uri}/failures/{stage}/; run the same command again to resume\n"
+        f"{stage}: {len(failed)} of {handed} tasks failed; tracebacks under"
+        f" {store.uri}/failures/{stage}/; run the same command again to resume\n"
         + "\n".join(lines)
         + rest
     )
 
 
 def is_done_by_another(store: Store, task: Task) -> bool:
-    """Two drivers may work on one run root: what failed here because the other was faster (and cleaned up) is done all the same."""
+    """Two drivers may work on one run root: what failed here because the other was faster (and
+    cleaned up) is done all the same."""
     try:
         return task.marker is not None and store.head(task.marker) is not None
     except TransientStoreError:

@@ -1,4 +1,5 @@
-"""The connection to Ray: to the cluster at an address, or to a Ray of this machine that ends with it."""
+"""The connection to Ray: to the cluster at an address, or to a Ray of this machine that ends with
+it."""
 
 import logging
 import re
@@ -85,12 +86,17 @@ def check_reachable(address: str | None) -> None:
 def check_shared(key: str, place: str, is_shared: bool, remedy: str) -> None:
     """A local path means another folder on every node, unless the user says that it does not.
 
-    Args:   key: of the configuration or the command. remedy: besides a bucket.
+    Args:
+        key: of the configuration or the command.
+        remedy: besides a bucket.
     Raises: ConfigError on a cluster of several nodes.
     """
     nodes = [n for n in ray.nodes() if n["Alive"] and n["Resources"].get("CPU")]
     if len(nodes) > 1 and scheme_of(place).is_local and not is_shared:
-        raise ConfigError(f"{key}: {place} is a local path and the cluster has {len(nodes)} nodes; use a bucket, or {remedy}")
+        raise ConfigError(
+            f"{key}: {place} is a local path and the cluster has {len(nodes)} nodes; use a bucket,"
+            f" or {remedy}"
+        )
 
 
 def first_line(error: Exception) -> str:

@@ -1,4 +1,5 @@
-"""Logging of a process, configured once by jobs and workers: progress to people, one JSON line a unit to logs."""
+"""Logging of a process, configured once by jobs and workers: progress to people, one JSON line a
+unit to logs."""
 
 import logging
 import sys
@@ -6,9 +7,12 @@ from typing import TextIO
 
 
 def configure_logging(stream: TextIO | None = None) -> None:
-    """Progress and warnings always; everything else only where nobody watches (a file, a job's log).
+    """Progress and warnings always; everything else only where nobody watches (a file, a job's
+    log).
 
-    Args: stream: where to; None for the standard output, which a command that prints JSON there wants for itself.
+    Args:
+        stream: where to; None for the standard output, which a command that prints JSON there wants
+            for itself.
     """
     target = stream or sys.stdout
     handler = logging.StreamHandler(target)
@@ -28,4 +32,8 @@ class PlainFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         text = super().format(record)
-        return text if record.levelno < logging.WARNING else f"{text[:9]}{record.levelname}: {text[9:]}"
+        return (
+            text
+            if record.levelno < logging.WARNING
+            else f"{text[:9]}{record.levelname}: {text[9:]}"
+        )

@@ -1,4 +1,5 @@
-"""Who does what next: streams before all else, then tasks that share a layer's activations to the same node, heaviest first.
+"""Who does what next: streams before all else, then tasks that share a layer's activations to the
+same node, heaviest first.
 
 Among tasks of one call those without a layer are streams, beside units, which have one. Streams are
 what layers' units wait for, so a unit that waits never holds one up, nor the next attempt at one.
@@ -16,7 +17,8 @@ from p48ray.stages.tasks import Task
 
 
 class Dispatcher:
-    """Waiting tasks. Within a layer by falling load; tasks without a layer belong to everybody and go first."""
+    """Waiting tasks. Within a layer by falling load; tasks without a layer belong to everybody and
+    go first."""
 
     def __init__(self, tasks: Iterable[Task]) -> None:
         self.waiting: dict[int | None, list[Task]] = defaultdict(list)
@@ -32,7 +34,8 @@ class Dispatcher:
         return sum(len(queue) for queue in self.waiting.values())
 
     def put_back(self, task: Task) -> None:
-        """A task whose attempt failed; it waits behind the rest of its layer, so that a poison unit does not hold up the others."""
+        """A task whose attempt failed; it waits behind the rest of its layer, so that a poison unit
+        does not hold up the others."""
         self.waiting[task.layer].insert(0, task)
 
     def forget(self, node: str) -> None:
@@ -48,9 +51,14 @@ class Dispatcher:
         return None if layer is None else self.take_of(layer, node)
 
     def take_ahead(self, node: str, isolated: Container[str]) -> Task | None:
-        """What `take` would give a worker on `node`, for one that has a task already. None for what has no layer, and for ids in `isolated`."""
+        """What `take` would give a worker on `node`, for one that has a task already. None for what
+        has no layer, and for ids in `isolated`."""
         layer = None if self.waiting[None] else self.layer_for(node)
-        return None if layer is None or self.waiting[layer][-1].id in isolated else self.take_of(layer, node)
+        return (
+            None
+            if layer is None or self.waiting[layer][-1].id in isolated
+            else self.take_of(layer, node)
+        )
 
     def take_of(self, layer: int, node: str) -> Task:
         self.nodes[layer].add(node)
@@ -58,14 +66,17 @@ class Dispatcher:
 
     def layer_for(self, node: str) -> int | None:
         """The layer of a node's next task; None when none has any."""
-        open_layers = [layer for layer, queue in self.waiting.items() if layer is not None and queue]
+        open_layers = [
+            layer for layer, queue in self.waiting.items() if layer is not None and queue
+        ]
         if not open_layers:
             return None
         mine = [layer for layer in open_layers if node in self.nodes[layer]]
         return max(mine or open_layers, key=lambda n: (self.weight(n), -n))
 
     def weight(self, layer: int) -> tuple[bool, float]:
-        """An unowned layer before every shared one; then waiting load for each node on the layer, one more that would join it included."""
+        """An unowned layer before every shared one; then waiting load for each node on the layer,
+        one more that would join it included."""
         load = float(sum(task.load for task in self.waiting[layer]) + len(self.waiting[layer]))
         owners = len(self.nodes[layer])
         return (not owners, load / (1 + owners))

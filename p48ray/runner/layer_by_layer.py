@@ -1,8 +1,10 @@
-"""Layer by layer (calibration.propagate: compressed): a layer is captured behind the compressed layers below it, then compressed, then the next.
+"""Layer by layer (calibration.propagate: compressed): a layer is captured behind the compressed
+layers below it, then compressed, then the next.
 
-First the source's own stream, where gradients are wanted: up for its boundaries, and back (see Overlap). Then, from the lowest open layer up, its activations
-by the workers that stream, its units by all workers. Between the two everybody waits for the last: the price of inputs as they will be, which the report
-shows as idle time.
+First the source's own stream, where gradients are wanted: up for its boundaries, and back (see
+Overlap). Then, from the lowest open layer up, its activations by the workers that stream, its units
+by all workers. Between the two everybody waits for the last: the price of inputs as they will be,
+which the report shows as idle time.
 """
 
 import time
@@ -27,7 +29,9 @@ class LayerByLayer:
     Args: needs: what the run root lacks now. clock: monotonic seconds.
     """
 
-    def __init__(self, context: StageContext, needs: Needs, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, context: StageContext, needs: Needs, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self.plan, self.store = context.plan, context.store
         self.streams, self.units = Streams(self.plan, needs), LayerUnits(context)
         self.spans = Spans(clock)
@@ -70,10 +74,13 @@ class LayerByLayer:
     def name_tasks(self, needs: Needs, layer: int) -> list[Task]:
         missing = [p.part for p in self.plan.parts if needs.layers_up_to(layer, p.part)]
         tasks = [
-            Task(stage=PROPAGATE_STAGE.name, id=f"layer-{layer:03d}-{name_of(s)}", item=(layer, s)) for s in slices(self.plan, missing)
+            Task(stage=PROPAGATE_STAGE.name, id=f"layer-{layer:03d}-{name_of(s)}", item=(layer, s))
+            for s in slices(self.plan, missing)
         ]
         self.open_captures = len(tasks)
-        tasks = tasks or self.units.tasks(layer, read_needs(self.plan, self.store, [run_root.UNITS]))
+        tasks = tasks or self.units.tasks(
+            layer, read_needs(self.plan, self.store, [run_root.UNITS])
+        )
         self.ready += tasks
         return tasks
 

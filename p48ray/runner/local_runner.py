@@ -1,4 +1,5 @@
-"""Everything in this process, one task after the other: for tests, debuggers and machines without Ray."""
+"""Everything in this process, one task after the other: for tests, debuggers and machines without
+Ray."""
 
 from collections.abc import Iterator
 
@@ -9,7 +10,8 @@ from p48ray.stages.workplace import Workplace
 
 
 class LocalRunner:
-    """Runs tasks in the calling process, in the order in which they are named, those without a layer first.
+    """Runs tasks in the calling process, in the order in which they are named, those without a
+    layer first.
 
     Transient failures are retried run.max_attempts times in all.
     """
@@ -21,7 +23,9 @@ class LocalRunner:
     def run(self, source: WorkSource) -> Iterator[TaskResult]:
         waiting = list(source.next(False))
         while True:
-            waiting = sorted([*waiting, *source.next(not waiting)], key=lambda task: task.layer is not None)
+            waiting = sorted(
+                [*waiting, *source.next(not waiting)], key=lambda task: task.layer is not None
+            )
             if not waiting:
                 return
             task = waiting.pop(0)

@@ -1,4 +1,5 @@
-"""What a worker tells Ray's metrics, from where Prometheus reads it: tasks, seconds by phase, tokens, bytes, and the GPU's memory.
+"""What a worker tells Ray's metrics, from where Prometheus reads it: tasks, seconds by phase,
+tokens, bytes, and the GPU's memory.
 
 Metrics are for watching. What counts is in the bucket, and `p48ray status` reads it there.
 """
@@ -26,7 +27,9 @@ class WorkerMetrics:
         self.failed = Counter("p48ray_tasks_failed", "Attempts that failed.", ("stage", "error"))
         self.seconds = Counter("p48ray_task_seconds", "Seconds spent in tasks.", stage)
         self.phases = Counter("p48ray_unit_seconds", "Seconds of units by phase.", ("phase",))
-        self.tokens = Counter("p48ray_unit_tokens", "Routed tokens of the experts that were compressed.")
+        self.tokens = Counter(
+            "p48ray_unit_tokens", "Routed tokens of the experts that were compressed."
+        )
         self.read = Counter("p48ray_store_read_bytes", "Bytes read from source and run root.")
         self.written = Counter("p48ray_store_written_bytes", "Bytes written to the run root.")
         self.memory = Gauge("p48ray_gpu_peak_bytes", "Largest GPU memory allocated so far.")
@@ -53,8 +56,13 @@ class WorkerMetrics:
         add(self.written, now[1] - self.seen[1], {})
         self.seen = now
         if torch.cuda.is_available():
-            # A unit starts the device's own count anew with every phase, and says itself what was most.
-            self.peak_gpu_bytes = max(self.peak_gpu_bytes, torch.cuda.max_memory_allocated(), result.facts.get("peak_gpu_bytes", 0.0))
+            # A unit starts the device's own count anew with every phase, and says itself what was
+            # most.
+            self.peak_gpu_bytes = max(
+                self.peak_gpu_bytes,
+                torch.cuda.max_memory_allocated(),
+                result.facts.get("peak_gpu_bytes", 0.0),
+            )
             self.memory.set(self.peak_gpu_bytes)
 
 

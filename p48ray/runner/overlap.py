@@ -1,7 +1,10 @@
-"""Capture, gradients and compress as one piece of work: what can be done by now, asked again and again while it is done.
+"""Capture, gradients and compress as one piece of work: what can be done by now, asked again and
+again while it is done.
 
-A slice of the calibration sequences goes up the layers, then back down, whatever other slices do. A layer's units can be solved once all slices have passed
-it: in the backward pass, from the top where there is a backward pass, else in the forward pass. So of many workers a few stream, and the others solve what the stream left.
+A slice of the calibration sequences goes up the layers, then back down, whatever other slices do. A
+layer's units can be solved once all slices have passed it: in the backward pass, from the top where
+there is a backward pass, else in the forward pass. So of many workers a few stream, and the others
+solve what the stream left.
 """
 
 import logging
@@ -56,7 +59,9 @@ class Overlap:
     Args: needs: what the run root lacks now. clock: monotonic seconds.
     """
 
-    def __init__(self, context: StageContext, needs: Needs, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, context: StageContext, needs: Needs, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self.context, self.plan, self.store = context, context.plan, context.store
         self.clock = clock
         # Open layers as streams complete them.

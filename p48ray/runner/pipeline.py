@@ -1,4 +1,5 @@
-"""The job: the stages of stages.table, then the report, of a prepared plan on whatever runner it is given. Every stage does what the bucket lacks."""
+"""The job: the stages of stages.table, then the report, of a prepared plan on whatever runner it is
+given. Every stage does what the bucket lacks."""
 
 import json
 import logging
@@ -40,7 +41,8 @@ RunnerFactory = Callable[[RunPlan, str], AbstractContextManager[Runner]]
 def run_job(prepared: Prepared, make_runner: RunnerFactory) -> Report:
     """Run what is missing, from the first stage to the report.
 
-    Raises: UserError, StageFailedError or VerificationError; whatever was finished stays, and the same call goes on from there.
+    Raises: UserError, StageFailedError or VerificationError; whatever was finished stays, and the
+        same call goes on from there.
     """
     start = time.monotonic()
     plan, store = prepared.plan, prepared.store
@@ -66,43 +68,64 @@ def run_job(prepared: Prepared, make_runner: RunnerFactory) -> Report:
 
 
 def write_report(context: StageContext, report: Report, units: Sequence[UnitManifest]) -> None:
-    """The card, the page and the report itself, which comes last: a run root with it is complete."""
+    """The card, the page and the report itself, which comes last: a run root with it is
+    complete."""
     store = context.store
     if not context.plan.is_pilot:
         card = model_card(context, units, report.quality, report.baseline, report.benchmarks)
         store.put(run_root.checkpoint_file("README.md"), card.encode())
-    page = report_html(context, report, units, SubStore(store, run_root.BASELINE) if report.baseline else None)
+    page = report_html(
+        context, report, units, SubStore(store, run_root.BASELINE) if report.baseline else None
+    )
     store.put(run_root.REPORT_PAGE, page.encode())
     store.put(run_root.REPORT, report.to_json())
 
 
 def run_stages(job: "Job") -> EvaluationResult | None:
-    """All stages in order. Objects found corrupt on the way are deleted, and the stages run again from the first that misses one."""
+    """All stages in order. Objects found corrupt on the way are deleted, and the stages run again
+    from the first that misses one."""
     rounds = job.plan.config.run.max_attempts
     for left in reversed(range(rounds)):
         try:
             return job.run()
         except RedoError as error:
             if not left:
-                raise StageFailedError(f"objects were found corrupt {rounds} times in a row: {error}") from error
+                raise StageFailedError(
+                    f"objects were found corrupt {rounds} times in a row: {error}"
+                ) from error
             write_inputs(job.prepared)  # the packed texts may be among what was deleted
     raise AssertionError
 
 
 class Job:
-    """The stages of one run. Each method does what its stage lacks and returns when the stage is complete.
+    """The stages of one run. Each method does what its stage lacks and returns when the stage is
+    complete.
 
-    Args: seconds: taken by each stage, added to. clock: monotonic seconds.
+    Args:
+        seconds: taken by each stage, added to.
+        clock: monotonic seconds.
     """
 
-    def __init__(self, prepared: Prepared, runner: Runner, seconds: dict[str, float], clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        prepared: Prepared,
+        runner: Runner,
+        seconds: dict[str, float],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.prepared = prepared
         self.plan, self.store, self.shards = prepared.plan, prepared.store, prepared.shards
-        self.context, self.runner, self.seconds, self.clock = prepared.context, runner, seconds, clock
+        self.context, self.runner, self.seconds, self.clock = (
+            prepared.context,
+            runner,
+            seconds,
+            clock,
+        )
         self.units: list[UnitManifest] = []  # of all units, once they are done
 
     def run(self) -> EvaluationResult | None:
-        """Stages that stream go on beside each other, the others one after the other. Returns: what evaluation comes to, if the plan has any."""
+        """Stages that stream go on beside each other, the others one after the other. Returns: what
+        evaluation comes to, if the plan has any."""
         results: dict[str, object] = {}
         for streams, stages in groupby(stages_of(self.plan), lambda stage: stage.work is None):
             if streams:
@@ -115,7 +138,8 @@ class Job:
         return result
 
     def run_stage(self, stage: Stage) -> object:
-        """A stage's tasks. Progress, and whether it is complete, is how many of its markers are there."""
+        """A stage's tasks. Progress, and whether it is complete, is how many of its markers are
+        there."""
         assert stage.work is not None
         tasks = stage.work(self.context, self.shards)
         start = time.monotonic()
@@ -132,13 +156,16 @@ class Job:
 
     def progress(self, stage: Stage, markers: Sequence[str]) -> Progress:
         expected = set(markers)
-        return Progress(stage.name, stage.noun, len(expected), lambda: len(expected & self.keys(stage.prefix)))
+        return Progress(
+            stage.name, stage.noun, len(expected), lambda: len(expected & self.keys(stage.prefix))
+        )
 
     def end(self, progress: Progress, seconds: float) -> None:
         """Raises: StageFailedError when a stage that came to its end is not complete."""
         if progress.final != progress.total:
             raise StageFailedError(
-                f"{progress.stage}: expected {progress.total} {progress.noun} in {self.store.uri}, found {progress.final}"
+                f"{progress.stage}: expected {progress.total} {progress.noun} in {self.store.uri},"
+                f" found {progress.final}"
             )
         self.seconds[progress.stage] = round(self.seconds.get(progress.stage, 0.0) + seconds, 1)
 
@@ -146,13 +173,20 @@ class Job:
         return {info.key for info in self.store.list(prefix)}
 
     def compress(self) -> None:
-        """Capture, gradients and compress, each layer's units as soon as its parts are there (runner.overlap), or layer by layer (runner.layer_by_layer)."""
+        """Capture, gradients and compress, each layer's units as soon as its parts are there
+        (runner.overlap), or layer by layer (runner.layer_by_layer)."""
         needs = read_needs(self.plan, self.store)
         kind = LayerByLayer if self.plan.propagates else Overlap
         work = kind(self.context, needs, self.clock)
-        done = {key for n in self.plan.layers if n not in needs.open_layers for key in layer_markers(self.plan, n)}
+        done = {
+            key
+            for n in self.plan.layers
+            if n not in needs.open_layers
+            for key in layer_markers(self.plan, n)
+        }
         shown = []
-        for stage in (stage for stage in stages_of(self.plan) if stage.work is None):  # of layers that are done, what is gone is not missed
+        # of layers that are done, what is gone is not missed
+        for stage in (stage for stage in stages_of(self.plan) if stage.work is None):
             markers = [key for key in self.markers(stage) if key not in done or key in needs.keys]
             shown.append(self.progress(stage, markers))
         with ExitStack() as stack:
@@ -161,7 +195,8 @@ class Job:
             run_all(self.runner, work, self.store)
         for progress in shown:
             self.end(progress, work.spans.seconds(progress.stage))
-        for layer in self.plan.layers:  # one that was complete long ago may have lost its scales, which evaluation reads
+        # one that was complete long ago may have lost its scales, which evaluation reads
+        for layer in self.plan.layers:
             finish_layer(self.context, layer)
         delete_lost_attempts(self.plan, self.store)
         self.units = read_units(self.context)
@@ -170,7 +205,11 @@ class Job:
 
 def layer_markers(plan: RunPlan, layer: int) -> list[str]:
     """Of what streams leave of a layer."""
-    return [name(layer, p.part) for name in (run_root.activation_manifest, run_root.gradient_manifest) for p in plan.parts]
+    return [
+        name(layer, p.part)
+        for name in (run_root.activation_manifest, run_root.gradient_manifest)
+        for p in plan.parts
+    ]
 
 
 def read_units(run: Prepared | StageContext) -> list[UnitManifest]:
@@ -189,5 +228,6 @@ def check_fallbacks(plan: RunPlan, units: Sequence[UnitManifest]) -> None:
     if len(rounded) > limit * len(records):
         reasons = json.dumps([f"{r.name}: {r.reason}" for r in rounded[:3]])
         raise StageFailedError(
-            f"compress: {len(rounded)} of {len(records)} linears fell back to rounding, more than compression.max_fallback_share = {limit:g} allows: {reasons}"
+            f"compress: {len(rounded)} of {len(records)} linears fell back to rounding, more than"
+            f" compression.max_fallback_share = {limit:g} allows: {reasons}"
         )

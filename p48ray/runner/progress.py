@@ -1,9 +1,9 @@
 """How far a stage is: a line per change with counts, rate and time left, the same in a terminal and
 in a log file.
 
-Tasks of a run are counted by their done-markers, as the bucket tells them (`Progress`): many workers
-write them, and a driver that was started again knows no other count. Files of a finished checkpoint
-are counted as they come back, by their bytes (`each_file`).
+Tasks of a run are counted by their done-markers, as the bucket tells them (`Progress`): many
+workers write them, and a driver that was started again knows no other count. Files of a finished
+checkpoint are counted as they come back, by their bytes (`each_file`).
 """
 
 import logging
@@ -38,7 +38,9 @@ class Amount:
         return Amount(self.items + items, (self.num_bytes or 0) + num_bytes)
 
 
-def progress_line(label: str, noun: str, first: Amount, done: Amount, total: Amount, elapsed_s: float) -> str:
+def progress_line(
+    label: str, noun: str, first: Amount, done: Amount, total: Amount, elapsed_s: float
+) -> str:
     """How far, how fast and how long yet.
 
     Args:
@@ -74,7 +76,14 @@ class Progress:
         interval_s: seconds between two counts.
     """
 
-    def __init__(self, stage: str, noun: str, total: int, count: Callable[[], int], interval_s: float = INTERVAL_S) -> None:
+    def __init__(
+        self,
+        stage: str,
+        noun: str,
+        total: int,
+        count: Callable[[], int],
+        interval_s: float = INTERVAL_S,
+    ) -> None:
         self.stage, self.noun, self.total = stage, noun, total
         self.count, self.interval_s = count, interval_s
         self.stopped = threading.Event()
@@ -129,7 +138,9 @@ class Progress:
         return progress_line(self.stage, self.noun, *amounts, elapsed_s)
 
 
-def each_file(stage: str, done: Iterable[tuple[str, T]], sizes: Mapping[str, int], before: Amount) -> Iterator[tuple[str, T]]:
+def each_file(
+    stage: str, done: Iterable[tuple[str, T]], sizes: Mapping[str, int], before: Amount
+) -> Iterator[tuple[str, T]]:
     """`done` as it comes, with a line in the log for each file.
 
     Args:

@@ -1,15 +1,20 @@
-"""Tasks on a Ray cluster: one actor per worker holds the opened source and, on a GPU, its CUDA context; tasks and results are ids and a few numbers.
+"""Tasks on a Ray cluster: one actor per worker holds the opened source and, on a GPU, its CUDA
+context; tasks and results are ids and a few numbers.
 
 What becomes of a task that fails:
-    an error of ours        deterministic, so it is set aside at once
-    a transient store error tried again, run.max_attempts times in all
-    a foreign exception     tried again as often, in a fresh process: the old one (its GPU context, its memory) may be unsound
-    its worker died         the same
-    its node died           (or is out of reach) tried again; preemption is nobody's fault and counts apart, up to MAX_PREEMPTIONS
-A worker that computes a unit gets the next one (run.prefetch_units) while there is one for every worker, to read for it meanwhile.
-When it dies with several in hand, nobody knows whose fault it was, and the attempt counts for none; whatever failed or was lost
-once has a worker for itself from then on.
-Every failed attempt leaves its traceback under failures/, and the rest of the stage goes on.
+    an error of ours         deterministic, so it is set aside at once
+    a transient store error  tried again, run.max_attempts times in all
+    a foreign exception      tried again as often, in a fresh process: the old one (its GPU context,
+                             its memory) may be unsound
+    its worker died          the same
+    its node died            (or is out of reach) tried again; preemption is nobody's fault and
+                             counts apart, up to MAX_PREEMPTIONS
+
+A worker that computes a unit gets the next one (run.prefetch_units) while there is one for every
+worker, to read for it meanwhile. When it dies with several in hand, nobody knows whose fault it
+was, and the attempt counts for none; whatever failed or was lost once has a worker for itself from
+then on. Every failed attempt leaves its traceback under failures/, and the rest of the stage goes
+on.
 """
 
 import logging
@@ -50,10 +55,13 @@ class WorkerProcess:
         self.plan_json, self.store_uri = plan_json, store_uri
 
     def start(self) -> str | P48Error:
-        """Open what there is. Returns this worker's node, or what is wrong instead of raising it, which would reach the driver as a dead actor."""
+        """Open what there is. Returns this worker's node, or what is wrong instead of raising it,
+        which would reach the driver as a dead actor."""
         node = str(ray.get_runtime_context().get_node_id())
         try:
-            self.workplace = Workplace(RunPlan.from_json(self.plan_json, "the driver's plan"), self.store_uri, node)
+            self.workplace = Workplace(
+                RunPlan.from_json(self.plan_json, "the driver's plan"), self.store_uri, node
+            )
         except P48Error as error:
             return error
         self.metrics = WorkerMetrics(lambda: self.workplace.traffic)
@@ -83,8 +91,10 @@ class Worker:
 class RayRunner:
     """Runs tasks on `num_workers` actors.
 
-    Args: plan: with run.num_workers, run.gpus_per_worker, run.threads_per_worker. store_uri: the run root.
-          address: of a running cluster; None starts a Ray on this machine and stops it at the end.
+    Args:
+        plan: with run.num_workers, run.gpus_per_worker, run.threads_per_worker.
+        store_uri: the run root.
+        address: of a running cluster; None starts a Ray on this machine and stops it at the end.
     """
 
     def __init__(self, plan: RunPlan, store_uri: str, address: str | None) -> None:
@@ -96,11 +106,13 @@ class RayRunner:
         self.store: Store = open_run_root(plan, store_uri)
         self.failures: Counter[str] = Counter()  # attempts that failed, by task
         self.preemptions: Counter[str] = Counter()
-        self.isolated: set[str] = set()  # tasks that failed or were lost: they share no worker any more
+        # tasks that failed or were lost: they share no worker any more
+        self.isolated: set[str] = set()
         self.failed_starts = 0
 
     def __enter__(self) -> Self:
-        """Raises: ConfigError for an address without a cluster, or a local run root on several nodes."""
+        """Raises: ConfigError for an address without a cluster, or a local run root on several
+        nodes."""
         run = self.settings
         own_cpus = run.num_workers * run.threads_per_worker
         with ExitStack() as opened:
@@ -116,22 +128,32 @@ class RayRunner:
             self.opened = opened.pop_all()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        # Those that are starting, and those that are busy, go first: one that is in its node's cache
-        # would keep the last of the others from removing it.
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        # Those that are starting, and those that are busy, go first: one that is in its node's
+        # cache would keep the last of the others from removing it.
         for actor in [*self.starting.values(), *(worker.actor for worker in self.assigned())]:
             ray.kill(actor)
         if self.starting:
             ray.wait([*self.starting], num_returns=len(self.starting), timeout=CLOSE_TIMEOUT_S)
         # A node without an idle worker leaves its cache to the next run's sweep.
         if self.idle:
-            ray.wait([worker.actor.close.remote() for worker in self.idle], num_returns=len(self.idle), timeout=CLOSE_TIMEOUT_S)
+            ray.wait(
+                [worker.actor.close.remote() for worker in self.idle],
+                num_returns=len(self.idle),
+                timeout=CLOSE_TIMEOUT_S,
+            )
         for worker in self.idle:
             ray.kill(worker.actor)
         self.opened.close()
 
     def run(self, source: WorkSource) -> Iterator[TaskResult]:
-        """Hand each task to an idle worker; yield results as they finish. Workers stay for the next stage."""
+        """Hand each task to an idle worker; yield results as they finish. Workers stay for the next
+        stage."""
         waiting = Dispatcher(source.next(False))
         self.failures.clear()
         self.preemptions.clear()
@@ -154,16 +176,21 @@ class RayRunner:
                     else:
                         yield from self.handle_result(ref, waiting)
         finally:
-            for worker in self.assigned():  # only left when the caller stopped listening: nobody would read these results
+            # only left when the caller stopped listening: nobody would read these results
+            for worker in self.assigned():
                 ray.kill(worker.actor)
             self.running.clear()
 
     def dispatch(self, waiting: Dispatcher) -> None:
-        """Give tasks to idle workers; start workers while there are fewer than wanted and tasks that none of those that are starting will take."""
+        """Give tasks to idle workers; start workers while there are fewer than wanted and tasks
+        that none of those that are starting will take."""
         while self.idle and (task := waiting.take(self.idle[-1].node)):
             self.assign(self.idle.pop(), task)
         assigned = self.assigned()
-        while len(waiting) > len(self.starting) and len(self.starting) + len(assigned) < self.settings.num_workers:
+        while (
+            len(waiting) > len(self.starting)
+            and len(self.starting) + len(assigned) < self.settings.num_workers
+        ):
             self.start_worker()
         self.assign_ahead(waiting, assigned)
 
@@ -172,17 +199,23 @@ class RayRunner:
         self.starting[actor.start.remote()] = actor
 
     def assign_ahead(self, waiting: Dispatcher, assigned: Mapping[Worker, Sequence[Task]]) -> None:
-        """One more unit for workers that compute one, while there is one for every worker, those that are starting included.
+        """One more unit for workers that compute one, while there is one for every worker, those
+        that are starting included.
 
-        So the last units are read ahead like all others, and a worker is idle beside one that has two only if that one is a whole unit behind.
+        So the last units are read ahead like all others, and a worker is idle beside one that has
+        two only if that one is a whole unit behind.
         """
         workers = len(assigned) + len(self.starting)
         ahead = sum(len(tasks) - 1 for tasks in assigned.values())
         for held in range(1, 1 + self.settings.prefetch_units):
             for worker, tasks in assigned.items():
-                if len(tasks) > held or any(task.layer is None or task.id in self.isolated for task in tasks):
+                if len(tasks) > held or any(
+                    task.layer is None or task.id in self.isolated for task in tasks
+                ):
                     continue
-                if len(waiting) + ahead >= held * workers and (task := waiting.take_ahead(worker.node, self.isolated)):
+                if len(waiting) + ahead >= held * workers and (
+                    task := waiting.take_ahead(worker.node, self.isolated)
+                ):
                     self.assign(worker, task)
                     ahead += 1
 
@@ -217,7 +250,9 @@ class RayRunner:
             raise found
         self.failed_starts += 1
         if self.failed_starts >= self.settings.max_attempts * self.settings.num_workers:
-            raise StageFailedError(f"workers can not start ({self.failed_starts} tries): {found}") from found
+            raise StageFailedError(
+                f"workers can not start ({self.failed_starts} tries): {found}"
+            ) from found
         log.warning("a worker could not start: %s", first_line(found))
 
     def handle_result(self, ref: Any, waiting: Dispatcher) -> Iterator[TaskResult]:
@@ -226,7 +261,8 @@ class RayRunner:
         try:
             result: TaskResult = ray.get(ref)
         except RayError as error:
-            ray.kill(worker.actor)  # one that is only out of reach would keep its place in the cluster
+            # one that is only out of reach would keep its place in the cluster
+            ray.kill(worker.actor)
             yield from self.handle_loss(worker, task, error, waiting)
             return
         if result.is_foreign:
@@ -239,11 +275,14 @@ class RayRunner:
         else:
             yield result
 
-    def handle_loss(self, worker: Worker, task: Task, error: RayError, waiting: Dispatcher) -> Iterator[TaskResult]:
+    def handle_loss(
+        self, worker: Worker, task: Task, error: RayError, waiting: Dispatcher
+    ) -> Iterator[TaskResult]:
         """Tasks whose worker died under them, alone or with its node."""
         tasks = [task, *self.unassign(worker)]
         loss = WorkerLostError(first_line(error))
-        # A worker that died on a living node is reported as dead; one that can not be reached is on a node that Ray has not given up yet.
+        # A worker that died on a living node is reported as dead; one that can not be reached is on
+        # a node that Ray has not given up yet.
         is_out_of_reach = isinstance(error, ActorUnavailableError)
         if is_out_of_reach or worker.node not in {n["NodeID"] for n in ray.nodes() if n["Alive"]}:
             waiting.forget(worker.node)
@@ -255,7 +294,9 @@ class RayRunner:
         else:
             yield from self.handle_death(task, loss, waiting)
 
-    def handle_preemption(self, task: Task, loss: WorkerLostError, waiting: Dispatcher) -> Iterator[TaskResult]:
+    def handle_preemption(
+        self, task: Task, loss: WorkerLostError, waiting: Dispatcher
+    ) -> Iterator[TaskResult]:
         """A task whose node is gone; that counts against it only when it has happened too often."""
         self.preemptions[task.id] += 1
         if self.preemptions[task.id] > MAX_PREEMPTIONS:
@@ -264,15 +305,25 @@ class RayRunner:
         log.warning("%s %s: its node is gone, it goes to another: %s", task.stage, task.id, loss)
         waiting.put_back(task)
 
-    def handle_death(self, task: Task, loss: WorkerLostError, waiting: Dispatcher) -> Iterator[TaskResult]:
+    def handle_death(
+        self, task: Task, loss: WorkerLostError, waiting: Dispatcher
+    ) -> Iterator[TaskResult]:
         """A task whose worker died of it, for all that is known."""
         record_failure(self.store, task, loss)
-        yield from self.try_again(task, TaskResult(task=task, error_type=WorkerLostError.__name__, error=str(loss)), waiting)
+        yield from self.try_again(
+            task,
+            TaskResult(task=task, error_type=WorkerLostError.__name__, error=str(loss)),
+            waiting,
+        )
 
     def isolate(self, tasks: Sequence[Task], waiting: Dispatcher) -> None:
         """Back to the queue, without a failed attempt: tasks that shared a worker which is gone."""
         for task in tasks:
-            log.warning("%s %s: its worker is gone, with several units in hand; it goes to one of its own", task.stage, task.id)
+            log.warning(
+                "%s %s: its worker is gone, with several units in hand; it goes to one of its own",
+                task.stage,
+                task.id,
+            )
             self.isolated.add(task.id)
             waiting.put_back(task)
 
@@ -282,19 +333,33 @@ class RayRunner:
             ray.kill(worker.actor)
             self.idle.remove(worker)
 
-    def try_again(self, task: Task, result: TaskResult, waiting: Dispatcher) -> Iterator[TaskResult]:
+    def try_again(
+        self, task: Task, result: TaskResult, waiting: Dispatcher
+    ) -> Iterator[TaskResult]:
         """Back to the queue, or given up after run.max_attempts."""
         self.failures[task.id] += 1
         self.isolated.add(task.id)
         attempt = self.failures[task.id]
         if attempt < self.settings.max_attempts:
             log.warning(
-                "%s %s: attempt %d failed, it will be tried again: %s: %s", task.stage, task.id, attempt, result.error_type, result.error
+                "%s %s: attempt %d failed, it will be tried again: %s: %s",
+                task.stage,
+                task.id,
+                attempt,
+                result.error_type,
+                result.error,
             )
             waiting.put_back(task)
         else:
             yield result
 
     def warn_no_capacity(self) -> None:
-        wanted = f"{self.settings.threads_per_worker} CPU and {self.settings.gpus_per_worker:g} GPU a worker"
-        log.warning("waiting for workers: %s wanted, the cluster has %s free", wanted, ray.available_resources())
+        wanted = (
+            f"{self.settings.threads_per_worker} CPU and {self.settings.gpus_per_worker:g} GPU a"
+            " worker"
+        )
+        log.warning(
+            "waiting for workers: %s wanted, the cluster has %s free",
+            wanted,
+            ray.available_resources(),
+        )

@@ -1,9 +1,11 @@
-"""A function over many items as Ray tasks, for commands that need no more of a cluster than that: publishing, verifying.
+"""A function over many items as Ray tasks, for commands that need no more of a cluster than that:
+publishing, verifying.
 
 What becomes of a task that fails:
     a user's mistake        ends everything
     another error of ours   is set aside, the rest goes on
-    a transient store error, a worker or its node lost, or what is not ours: tried again, MAX_ATTEMPTS times in all
+    a transient store error, a worker or its node lost, or what is not ours
+                            tried again, MAX_ATTEMPTS times in all
 """
 
 import functools
@@ -16,7 +18,13 @@ from typing import Any, TypeVar
 import ray
 from ray.exceptions import RayError
 
-from p48ray.errors import P48Error, StageFailedError, TransientStoreError, UserError, WorkerLostError
+from p48ray.errors import (
+    P48Error,
+    StageFailedError,
+    TransientStoreError,
+    UserError,
+    WorkerLostError,
+)
 from p48ray.runner.base import LISTED_FAILURES
 from p48ray.runner.cluster import START_TIMEOUT_S, Cluster, check_shared, first_line
 from p48ray.store.base import Store
@@ -33,9 +41,13 @@ Body = Callable[..., T]
 class RayTasks:
     """Tasks of one CPU each.
 
-    Args: what: names them in messages. num_workers: how many at once; None for as many as the cluster has CPUs. address: of a running cluster;
-          None starts a Ray on this machine and stops it at the end. settings: environment variables of the tasks on a cluster, no secrets among
-          them. is_shared: a local path is the same folder on every node. shows_logs: what workers print comes out here.
+    Args:
+        what: names them in messages.
+        num_workers: how many at once; None for as many as the cluster has CPUs.
+        address: of a running cluster; None starts a Ray on this machine and stops it at the end.
+        settings: environment variables of the tasks on a cluster, no secrets among them.
+        is_shared: a local path is the same folder on every node.
+        shows_logs: what workers print comes out here.
     """
 
     what: str
@@ -45,10 +57,15 @@ class RayTasks:
     is_shared: bool = False
     shows_logs: bool = True
 
-    def run(self, body: Body[T], items: Mapping[str, Sequence[Any]], stores: Mapping[str, Store]) -> Iterator[tuple[str, T]]:
-        """Yields (name, result) as items are done. All that can be done is, before a failure is raised.
+    def run(
+        self, body: Body[T], items: Mapping[str, Sequence[Any]], stores: Mapping[str, Store]
+    ) -> Iterator[tuple[str, T]]:
+        """Yields (name, result) as items are done. All that can be done is, before a failure is
+        raised.
 
-        Args: items: arguments by name, in the order in which they start. stores: those that tasks will open, by the option that names them.
+        Args:
+            items: arguments by name, in the order in which they start.
+            stores: those that tasks will open, by the option that names them.
         """
         with Cluster(self.address, self.num_workers or 1, self.shows_logs) as cluster:
             for option, store in stores.items():
@@ -58,7 +75,11 @@ class RayTasks:
             yield from self.run_tasks(body, items, count, options)
 
     def run_tasks(
-        self, body: Body[T], items: Mapping[str, Sequence[Any]], count: int, options: Mapping[str, Any]
+        self,
+        body: Body[T],
+        items: Mapping[str, Sequence[Any]],
+        count: int,
+        options: Mapping[str, Any],
     ) -> Iterator[tuple[str, T]]:
         task = ray.remote(returning_errors(body)).options(num_cpus=1, max_retries=0, **options)
         waiting = list(items)[::-1]
@@ -84,7 +105,13 @@ class RayTasks:
                 attempts[name] += 1
                 may_pass = isinstance(found, TransientStoreError | WorkerLostError)
                 if may_pass and attempts[name] < MAX_ATTEMPTS:
-                    log.warning("%s %s: attempt %d failed, it will be tried again: %s", self.what, name, attempts[name], found)
+                    log.warning(
+                        "%s %s: attempt %d failed, it will be tried again: %s",
+                        self.what,
+                        name,
+                        attempts[name],
+                        found,
+                    )
                     waiting.append(name)
                 else:
                     failed[name] = found
@@ -92,13 +119,18 @@ class RayTasks:
             for ref in running:
                 ray.cancel(ref, force=True)
         if failed:
-            lines = [f"  {name}: {type(error).__name__}: {first_line(error)}" for name, error in list(failed.items())[:LISTED_FAILURES]]
+            lines = [
+                f"  {name}: {type(error).__name__}: {first_line(error)}"
+                for name, error in list(failed.items())[:LISTED_FAILURES]
+            ]
             raise StageFailedError(
-                f"{self.what}: {len(failed)} of {len(items)} shards failed; run the same command again to go on\n" + "\n".join(lines)
+                f"{self.what}: {len(failed)} of {len(items)} shards failed; run the same command"
+                " again to go on\n" + "\n".join(lines)
             )
 
     def warn_no_capacity(self) -> None:
-        """Nothing has ended for a while: that may be a long task, or a cluster that has no place for one."""
+        """Nothing has ended for a while: that may be a long task, or a cluster that has no place
+        for one."""
         if ray.cluster_resources().get("CPU", 0) < 1:
             log.warning("%s: waiting for a node with CPUs, the cluster has none", self.what)
 
@@ -118,7 +150,8 @@ def returning_errors(body: Body[T]) -> Callable[..., T | P48Error]:
 
 
 def outcome(ref: Any) -> Any:
-    """A finished task's result, or what went wrong. A process that died, or that raised what is not ours, may be replaced."""
+    """A finished task's result, or what went wrong. A process that died, or that raised what is not
+    ours, may be replaced."""
     try:
         return ray.get(ref)
     except RayError as error:

@@ -1,7 +1,7 @@
 """Forward and backward pass of the source through its layers, the second where gradients are used.
 
-Each slice of the calibration sequences is one task forward and one backward; the backward pass follows from the
-forward pass of the same slice, whatever other slices do.
+Each slice of the calibration sequences is one task forward and one backward; the backward pass
+follows from the forward pass of the same slice, whatever other slices do.
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,11 @@ class Streams:
         self.ready: list[Task] = []
         self.backward_tasks: dict[str, Task] = {}  # id of the forward pass -> what follows it
         self.num_open = 0
-        parts = [p.part for p in plan.parts if needs.forward_layers(p.part) or needs.backward_layers(p.part)]
+        parts = [
+            p.part
+            for p in plan.parts
+            if needs.forward_layers(p.part) or needs.backward_layers(p.part)
+        ]
         for share in slices(plan, parts):
             self.begin(needs, share)
 
@@ -42,7 +46,8 @@ class Streams:
         return found
 
     def done(self, task: Task) -> bool:
-        """What follows a forward pass is ready now. Returns whether this was the last of all passes."""
+        """What follows a forward pass is ready now. Returns whether this was the last of all
+        passes."""
         back = self.backward_tasks.pop(task.id, None) if task.stage == CAPTURE_STAGE.name else None
         if back is not None:
             self.ready.append(back)

@@ -1,8 +1,10 @@
-"""Blobs: what streams leave in the run root, an Arrow file of one part at one layer, and a manifest with its digest beside it.
+"""Blobs: what streams leave in the run root, an Arrow file of one part at one layer, and a manifest
+with its digest beside it.
 
-A blob is done when its manifest is there, which comes last. Its way to the store is one pass: columns leave the GPU in pieces, and a
-piece is hashed and written while the next one is copied (unit.staging). Threads beside the computation do that, so a stream goes on
-while what it left is still on its way, up to BEHIND_BYTES; nothing is deleted before what replaces it is durable.
+A blob is done when its manifest is there, which comes last. Its way to the store is one pass:
+columns leave the GPU in pieces, and a piece is hashed and written while the next one is copied
+(unit.staging). Threads beside the computation do that, so a stream goes on while what it left is
+still on its way, up to BEHIND_BYTES; nothing is deleted before what replaces it is durable.
 """
 
 import logging
@@ -31,15 +33,17 @@ log = logging.getLogger(__name__)
 WRITERS = 4
 """Threads that write. One hashes and writes about 0.8 GB/s."""
 BEHIND_BYTES = 6 * 10**9
-"""Of columns that wait to be written, or are being written: on the device where they were made. A single larger blob goes alone."""
+"""Of columns that wait to be written, or are being written: on the device where they were made. A
+single larger blob goes alone."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Blob:
     """One part at one layer, to be stored.
 
-    record, values: its manifest, and the fields that it has of its own, as small tensors that may still be on their way.
-    columns: one row a token; must not change any more. seconds: that the stream took for the part at this layer.
+    record, values: its manifest, and the fields that it has of its own, as small tensors that may
+    still be on their way. columns: one row a token; must not change any more. seconds: that the
+    stream took for the part at this layer.
     """
 
     record: type[PartManifest]
@@ -56,10 +60,12 @@ class Blob:
 
 
 class BlobWriter:
-    """Writes blobs beside the computation. As a context: at its end everything that was submitted is durable, or an error is raised.
+    """Writes blobs beside the computation. As a context: at its end everything that was submitted
+    is durable, or an error is raised.
 
-    Raises (from submit, drain and at the context's end): the first error that a writer met. What was not begun by then is given up; after
-            an error of the computation everything that was submitted is still written, for whoever resumes.
+    Raises (from submit, drain and at the context's end): the first error that a writer met. What
+            was not begun by then is given up; after an error of the computation everything that was
+            submitted is still written, for whoever resumes.
     """
 
     def __init__(self, context: StageContext) -> None:
@@ -69,34 +75,54 @@ class BlobWriter:
         self.room = threading.Condition()
         self.behind_bytes = 0
         self.submitted: list[tuple[int, Future[PartManifest]]] = []  # with the part
-        self.leaving: list[tuple[list[Future[PartManifest]], list[str]]] = []  # keys to delete, once these are durable
+        # keys to delete, once these are durable
+        self.leaving: list[tuple[list[Future[PartManifest]], list[str]]] = []
         self.deleting: list[Future[None]] = []
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
         try:
             if error is None:
                 self.drain()
         finally:
-            has_failed = any(future.done() and not future.cancelled() and future.exception() for _, future in self.submitted)
+            has_failed = any(
+                future.done() and not future.cancelled() and future.exception()
+                for _, future in self.submitted
+            )
             self.pool.shutdown(wait=True, cancel_futures=has_failed)
 
     def submit(self, blob: Blob) -> None:
         """Have a blob written; returns once there is room for it behind those on their way."""
         self.raise_first_error()
         ready = None
-        blob = replace(blob, columns={name: tensor.contiguous() for name, tensor in blob.columns.items()})
+        blob = replace(
+            blob, columns={name: tensor.contiguous() for name, tensor in blob.columns.items()}
+        )
         if self.context.device.type == "cuda":
-            blob = replace(blob, values={name: value.to("cpu", non_blocking=True) for name, value in blob.values.items()})
+            blob = replace(
+                blob,
+                values={
+                    name: value.to("cpu", non_blocking=True) for name, value in blob.values.items()
+                },
+            )
             ready = torch.cuda.Event()
             ready.record(torch.cuda.current_stream(self.context.device))
         num_bytes = blob.num_bytes
         with trace.span("wait"), self.room:
-            self.room.wait_for(lambda: self.behind_bytes + num_bytes <= BEHIND_BYTES or not self.behind_bytes)
+            self.room.wait_for(
+                lambda: self.behind_bytes + num_bytes <= BEHIND_BYTES or not self.behind_bytes
+            )
             self.behind_bytes += num_bytes
-        self.delete_replaced()  # before the next is written, so that the disk holds no more than what is behind beside what a resume needs
+        # before the next is written, so that the disk holds no more than what is behind beside what
+        # a resume needs
+        self.delete_replaced()
         future = self.pool.submit(self.write, blob, ready)
         future.add_done_callback(lambda _: self.release(num_bytes))
         self.submitted.append((blob.part, future))
@@ -113,7 +139,8 @@ class BlobWriter:
         self.delete_replaced()
 
     def flush(self) -> list[PartManifest]:
-        """Wait for everything, and for the end of what it replaces. Returns: the manifests since the last drain, as they were submitted."""
+        """Wait for everything, and for the end of what it replaces. Returns: the manifests since
+        the last drain, as they were submitted."""
         with trace.span("wait"):
             found = [future.result() for _, future in self.submitted]
         self.delete_replaced()
@@ -135,7 +162,8 @@ class BlobWriter:
                 future.result()
 
     def delete_replaced(self) -> None:
-        """Hand to the writers what may be deleted by now: to take a large file out of the page cache takes half a second."""
+        """Hand to the writers what may be deleted by now: to take a large file out of the page
+        cache takes half a second."""
         waiting = []
         for futures, keys in self.leaving:
             if all(f.done() and not f.cancelled() and f.exception() is None for f in futures):
@@ -149,9 +177,11 @@ class BlobWriter:
             self.context.store.delete(key)
 
     def write(self, blob: Blob, ready: torch.cuda.Event | None) -> PartManifest:
-        """Body of a writer: the blob, then its manifest. One that is there already is kept if it is what this one would be.
+        """Body of a writer: the blob, then its manifest. One that is there already is kept if it is
+        what this one would be.
 
-        Args: ready: when the device has made the columns and values.
+        Args:
+            ready: when the device has made the columns and values.
         """
         if ready is not None:
             with trace.span("wait"):
@@ -159,7 +189,9 @@ class BlobWriter:
         start, owner = time.monotonic(), self.context.plan.digest
         with trace.span("encode"):
             chunks = arrow.host_chunks if ready is None else partial(self.leave, ready)
-            file = arrow.encode(blob.columns, blob_facts(blob.kind, blob.layer, blob.part, owner), chunks)
+            file = arrow.encode(
+                blob.columns, blob_facts(blob.kind, blob.layer, blob.part, owner), chunks
+            )
         written = store_once(self.context, run_root.blob(blob.kind, blob.layer, blob.part), file)
         manifest = blob.record(
             plan_digest=owner,
@@ -194,15 +226,24 @@ def blob_facts(kind: BlobKind, layer: int, part: int, plan_digest: str) -> dict[
 def store_once(context: StageContext, key: str, file: arrow.ArrowFile) -> Written:
     """Store a blob that is never replaced once its manifest is there.
 
-    Before that, a manifest without a blob is an orphan and goes, and a blob without a manifest (its writer died, or is about to name
-    it) counts if it is byte for byte what this one is; else it is replaced.
+    Before that, a manifest without a blob is an orphan and goes, and a blob without a manifest (its
+    writer died, or is about to name it) counts if it is byte for byte what this one is; else it is
+    replaced.
     """
     store, manifest_key = context.store, run_root.manifest_of(key)
     if store.head(key) is None:
         store.delete(manifest_key)
     written = store.write_once(key, file)
-    if not written.is_ours and store.head(manifest_key) is None and context.digest_of(key) != written.sha256:
-        log.warning("%s/%s: there is another file, and no manifest that knows it; it is replaced", store.uri, key)
+    if (
+        not written.is_ours
+        and store.head(manifest_key) is None
+        and context.digest_of(key) != written.sha256
+    ):
+        log.warning(
+            "%s/%s: there is another file, and no manifest that knows it; it is replaced",
+            store.uri,
+            key,
+        )
         store.delete(key)
         written = store.write_once(key, file)
     if written.is_ours:

@@ -1,7 +1,9 @@
-"""Capture: what the experts of every layer see. Layers are streamed one at a time, straight from the source's packed experts.
+"""Capture: what the experts of every layer see. Layers are streamed one at a time, straight from
+the source's packed experts.
 
-A capture task owns some parts of the calibration sequences and carries their residual stream up the layers. Everything it writes is named by layer and
-part, so a task that died is repeated from the last boundary of each of its parts, by whoever takes it, to the same bytes.
+A capture task owns some parts of the calibration sequences and carries their residual stream up the
+layers. Everything it writes is named by layer and part, so a task that died is repeated from the
+last boundary of each of its parts, by whoever takes it, to the same bytes.
 """
 
 import time
@@ -25,13 +27,15 @@ from p48ray.stages.streaming import opened_layer, waves
 from p48ray.unit.context import StageContext
 from p48ray.unit.token_columns import to_columns
 
-# Compressed gate and up change the intermediate's range, so down's input scale leaves room above what the original weights gave (DESIGN 2.2).
+# Compressed gate and up change the intermediate's range, so down's input scale leaves room above
+# what the original weights gave (DESIGN 2.2).
 INTERMEDIATE_MARGIN = 1.25
 
 
 @torch.no_grad()
 def capture_parts(context: StageContext, parts: Sequence[int]) -> list[ActivationPart]:
-    """Run the given parts up the layers, writing activations and boundaries that are missing. Returns the manifests of activations."""
+    """Run the given parts up the layers, writing activations and boundaries that are missing.
+    Returns the manifests of activations."""
     plan = context.plan
     decoder = context.decoder()
     needs = read_needs(plan, context.store)
@@ -51,7 +55,13 @@ def capture_parts(context: StageContext, parts: Sequence[int]) -> list[Activatio
                 for wave in waves(plan, waiting):
                     start = time.monotonic()
                     seen.clear()
-                    leaving = mix(layer, [attend(layer, stream.take(number, part), positions, micro_batch) for part in wave])
+                    leaving = mix(
+                        layer,
+                        [
+                            attend(layer, stream.take(number, part), positions, micro_batch)
+                            for part in wave
+                        ],
+                    )
                     share = (time.monotonic() - start) / len(wave)
                     for part in wave:
                         start = time.monotonic() - share
@@ -67,20 +77,28 @@ def capture_parts(context: StageContext, parts: Sequence[int]) -> list[Activatio
         return [manifest for manifest in writer.drain() if isinstance(manifest, ActivationPart)]
 
 
-def check_finite(decoder: Decoder, plan: RunPlan, number: int, part: SequencePart, x_BSH: Tensor) -> None:
+def check_finite(
+    decoder: Decoder, plan: RunPlan, number: int, part: SequencePart, x_BSH: Tensor
+) -> None:
     """Raises: SourceError naming the tensor at fault, where one is; else CalibrationError."""
     if not bool(torch.isfinite(x_BSH).all()):
         if number in plan.source.moe_layers:
             check_layer(decoder, number)
-        raise CalibrationError(f"layer {number}, part {part.part}: the model's own activations are not finite; is the source corrupt?")
+        raise CalibrationError(
+            f"layer {number}, part {part.part}: the model's own activations are not finite; is the"
+            " source corrupt?"
+        )
 
 
 class ResidualStream:
-    """The residual stream of some parts: in memory between layers, in the run root at every boundary."""
+    """The residual stream of some parts: in memory between layers, in the run root at every
+    boundary."""
 
     kind: BlobKind = "residuals"
 
-    def __init__(self, context: StageContext, decoder: Decoder, needs: Needs, writer: BlobWriter) -> None:
+    def __init__(
+        self, context: StageContext, decoder: Decoder, needs: Needs, writer: BlobWriter
+    ) -> None:
         self.context, self.decoder, self.needs, self.writer = context, decoder, needs, writer
         self.held: dict[int, tuple[int, Tensor]] = {}  # part -> (layer it enters, values)
 
@@ -95,9 +113,11 @@ class ResidualStream:
         return x_TH.reshape(part.num_sequences, -1, x_TH.shape[-1])
 
     def put(self, number: int, part: SequencePart, x_BSH: Tensor, start: float) -> None:
-        """Keep what enters layer `number`; in the run root too where a later stage or a resume may start from it.
+        """Keep what enters layer `number`; in the run root too where a later stage or a resume may
+        start from it.
 
-        Args: start: when the layer below began with this part, by the monotonic clock.
+        Args:
+            start: when the layer below began with this part, by the monotonic clock.
         """
         self.held[part.part] = (number, x_BSH)
         if self.is_stored(number):
@@ -107,13 +127,23 @@ class ResidualStream:
         return number in self.context.plan.boundaries
 
     def delete_boundary(self, number: int, part: SequencePart) -> None:
-        """Delete a boundary that neither a resume nor the backward pass will read, once the next one is stored, and all that this layer leaves."""
-        is_read_again = number in {self.context.plan.base_of(b) for b in self.needs.backward_layers(part.part)[1:]}
-        if self.context.plan.config.run.keep != "all" and self.is_stored(number + 1) and not is_read_again:
+        """Delete a boundary that neither a resume nor the backward pass will read, once the next
+        one is stored, and all that this layer leaves."""
+        is_read_again = number in {
+            self.context.plan.base_of(b) for b in self.needs.backward_layers(part.part)[1:]
+        }
+        if (
+            self.context.plan.config.run.keep != "all"
+            and self.is_stored(number + 1)
+            and not is_read_again
+        ):
             self.delete(number, part)
 
     def delete(self, number: int, part: SequencePart) -> None:
-        keys = [run_root.blob_manifest(self.kind, number, part.part), run_root.blob(self.kind, number, part.part)]
+        keys = [
+            run_root.blob_manifest(self.kind, number, part.part),
+            run_root.blob(self.kind, number, part.part),
+        ]
         self.writer.delete_after(part.part, keys)
 
     def token_ids(self, part: SequencePart) -> Tensor:
@@ -121,27 +151,54 @@ class ResidualStream:
         return ids_NS[part.first_sequence : part.first_sequence + part.num_sequences]
 
 
-def write_boundary(writer: BlobWriter, kind: BlobKind, number: int, part: SequencePart, values_BSH: Tensor, start: float) -> None:
+def write_boundary(
+    writer: BlobWriter,
+    kind: BlobKind,
+    number: int,
+    part: SequencePart,
+    values_BSH: Tensor,
+    start: float,
+) -> None:
     """Have what enters a layer, or the gradient with respect to it, stored: one row a token."""
     seconds = round(time.monotonic() - start, 3)
     columns = {"values": values_BSH.flatten(0, 1)}
-    writer.submit(Blob(record=BoundaryPart, kind=kind, layer=number, part=part.part, columns=columns, seconds=seconds))
+    writer.submit(
+        Blob(
+            record=BoundaryPart,
+            kind=kind,
+            layer=number,
+            part=part.part,
+            columns=columns,
+            seconds=seconds,
+        )
+    )
 
 
 def write_activations(
-    context: StageContext, writer: BlobWriter, layer: int, part: SequencePart, observed: RoutedInputs, start: float
+    context: StageContext,
+    writer: BlobWriter,
+    layer: int,
+    part: SequencePart,
+    observed: RoutedInputs,
+    start: float,
 ) -> None:
-    """Have one part of what the experts of a layer saw stored. `start`: when this layer began with it, by the monotonic clock.
+    """Have one part of what the experts of a layer saw stored. `start`: when this layer began with
+    it, by the monotonic clock.
 
     The largest value is that of bf16, in whatever form the part is stored.
     """
     hidden_TH = observed.hidden_TH.to(torch.bfloat16)
     columns = to_columns("hidden", observed.hidden_TH, context.plan.config.calibration.stored_bits)
-    columns |= {"expert_ids": observed.expert_ids_TK.to(torch.int16), "router_weights": observed.router_weights_TK.float()}
+    columns |= {
+        "expert_ids": observed.expert_ids_TK.to(torch.int16),
+        "router_weights": observed.router_weights_TK.float(),
+    }
     values = {
         "amax_input": hidden_TH.abs().amax().float(),
         "amax_intermediate": observed.amax_intermediate,
-        "tokens_per_expert": torch.bincount(observed.expert_ids_TK.flatten(), minlength=context.layout.num_experts),
+        "tokens_per_expert": torch.bincount(
+            observed.expert_ids_TK.flatten(), minlength=context.layout.num_experts
+        ),
     }
 
     seconds = round(time.monotonic() - start, 3)
@@ -182,7 +239,8 @@ def combine_scales(context: StageContext, layer: int, parts: list[ActivationPart
     amax_intermediate = max(p.amax_intermediate for p in parts)
     if not (0 < amax_input < float("inf") and 0 < amax_intermediate < float("inf")):
         raise CalibrationError(
-            f"layer {layer}: expected finite activations above 0, found maxima {amax_input} (input), {amax_intermediate} (intermediate)"
+            f"layer {layer}: expected finite activations above 0, found maxima {amax_input}"
+            f" (input), {amax_intermediate} (intermediate)"
         )
     return LayerScales(
         plan_digest=context.plan.digest,
@@ -191,5 +249,7 @@ def combine_scales(context: StageContext, layer: int, parts: list[ActivationPart
         amax_intermediate=amax_intermediate,
         gate_up=input_global_scale(amax_input),
         down=input_global_scale(INTERMEDIATE_MARGIN * amax_intermediate),
-        tokens_per_expert=tuple(sum(counts) for counts in zip(*(p.tokens_per_expert for p in parts), strict=True)),
+        tokens_per_expert=tuple(
+            sum(counts) for counts in zip(*(p.tokens_per_expert for p in parts), strict=True)
+        ),
     )

@@ -1,4 +1,5 @@
-"""Evaluate: held-out text through the source and through the finished checkpoint, side by side, one layer at a time.
+"""Evaluate: held-out text through the source and through the finished checkpoint, side by side, one
+layer at a time.
 
 The compressed model's experts are decoded from the written files and their inputs quantized to
 NVFP4 as the server does (W4A4 emulation, with the scales of scales.json, from which the units took
@@ -75,42 +76,71 @@ def evaluation_digest(plan: RunPlan, settings: EvaluationConfig) -> str:
     return hashlib.sha256(canonical_json(facts)).hexdigest()[:16]
 
 
-def compressed_expert(index: CheckpointIndex, context: StageContext, layer: int, expert: int) -> ExpertWeights:
+def compressed_expert(
+    index: CheckpointIndex, context: StageContext, layer: int, expert: int
+) -> ExpertWeights:
     """One expert of the written checkpoint, in either storage, decoded, float32."""
     storage = storage_of(index.config)
-    stored = read_tensors(index.store, [index.tensors[name] for name in compressed_names(context, layer, expert, storage)])
-    return decode_compressed(context, layer, expert, dense_tensors(stored) if storage == "sparse" else stored)
+    stored = read_tensors(
+        index.store,
+        [index.tensors[name] for name in compressed_names(context, layer, expert, storage)],
+    )
+    return decode_compressed(
+        context, layer, expert, dense_tensors(stored) if storage == "sparse" else stored
+    )
 
 
-def compressed_names(context: StageContext, layer: int, expert: int, storage: Storage = "dense") -> list[str]:
+def compressed_names(
+    context: StageContext, layer: int, expert: int, storage: Storage = "dense"
+) -> list[str]:
     """Tensors that hold the weights of one compressed expert; those of a unit's shard are dense."""
     names = (context.layout.expert_linear_name(layer, expert, p) for p in PROJECTIONS)
-    return [f"{name}.{stored}" for name in names for suffix in WEIGHT_SUFFIXES for stored in stored_suffixes(suffix, storage)]
+    return [
+        f"{name}.{stored}"
+        for name in names
+        for suffix in WEIGHT_SUFFIXES
+        for stored in stored_suffixes(suffix, storage)
+    ]
 
 
-def decode_compressed(context: StageContext, layer: int, expert: int, tensors: Mapping[str, Tensor]) -> ExpertWeights:
+def decode_compressed(
+    context: StageContext, layer: int, expert: int, tensors: Mapping[str, Tensor]
+) -> ExpertWeights:
     """One expert from its stored tensors, decoded, float32, on the context's device."""
 
     def decode(name: str) -> Tensor:
-        packed, scale, divisor = (tensors[f"{name}.{suffix}"].to(context.device) for suffix in WEIGHT_SUFFIXES)
+        packed, scale, divisor = (
+            tensors[f"{name}.{suffix}"].to(context.device) for suffix in WEIGHT_SUFFIXES
+        )
         return nvfp4.dequantize(e2m1.unpack(packed)[None], scale[None], divisor)[0]
 
-    return ExpertWeights(*(decode(context.layout.expert_linear_name(layer, expert, p)) for p in ("gate_proj", "up_proj", "down_proj")))
+    return ExpertWeights(
+        *(
+            decode(context.layout.expert_linear_name(layer, expert, p))
+            for p in ("gate_proj", "up_proj", "down_proj")
+        )
+    )
 
 
 def check_length(plan: RunPlan, settings: EvaluationConfig, longest: int | None) -> None:
     if longest is not None and settings.sequence_length > longest:
         raise ConfigError(
-            f"evaluation.sequence_length: expected at most max_position_embeddings = {longest}, found {settings.sequence_length}"
+            f"evaluation.sequence_length: expected at most max_position_embeddings = {longest},"
+            f" found {settings.sequence_length}"
         )
 
 
 @torch.no_grad()
-def evaluate_part(context: StageContext, compressed: CompressedExperts, token_ids_BS: Tensor, part: SequencePart) -> EvaluationPart:
+def evaluate_part(
+    context: StageContext, compressed: CompressedExperts, token_ids_BS: Tensor, part: SequencePart
+) -> EvaluationPart:
     """Sums of loss, correct next tokens and KL(source || compressed) over some held-out sequences.
 
-    Args: compressed: (layer, expert) -> that expert's weights after compression, decoded, in any float dtype.
-          token_ids_BS: (sequences of the part, sequence_length + 1); the last column is only predicted.
+    Args:
+        compressed: (layer, expert) -> that expert's weights after compression, decoded, in any
+            float dtype.
+        token_ids_BS: (sequences of the part, sequence_length + 1); the last column is only
+            predicted.
     """
     decoder = context.decoder()
     inputs_BS, labels_BS = token_ids_BS[:, :-1], token_ids_BS[:, 1:].to(context.device).long()
@@ -119,7 +149,9 @@ def evaluate_part(context: StageContext, compressed: CompressedExperts, token_id
     micro_batch = context.plan.config.calibration.sequences_per_micro_batch
     for number in range(context.plan.source.num_layers):
         is_mixture = number in context.plan.source.moe_layers
-        with mixtures(context, decoder, compressed, number) if is_mixture else nullcontext() as experts:
+        with (
+            mixtures(context, decoder, compressed, number) if is_mixture else nullcontext()
+        ) as experts:
             layer = decoder.layer(number, experts[0] if experts else None)
             for k, x_BSH in enumerate(streams):
                 if experts:
@@ -145,25 +177,37 @@ def evaluate_part(context: StageContext, compressed: CompressedExperts, token_id
         compressed_loss=loss,
         compressed_correct=int(correct),
         kl=kl,
-        in_groups_of_32=CompressedSums(loss=other[0], correct=int(other[1]), kl=other[2]) if other else None,
+        in_groups_of_32=(
+            CompressedSums(loss=other[0], correct=int(other[1]), kl=other[2]) if other else None
+        ),
     )
 
 
 @contextmanager
-def mixtures(context: StageContext, decoder: Decoder, compressed: CompressedExperts, number: int) -> Iterator[list[RoutedExperts]]:
-    """The source's experts as they are, then the compressed ones, once for every view of the activations."""
+def mixtures(
+    context: StageContext, decoder: Decoder, compressed: CompressedExperts, number: int
+) -> Iterator[list[RoutedExperts]]:
+    """The source's experts as they are, then the compressed ones, once for every view of the
+    activations."""
     count, scales = context.layout.num_experts, context.layer_scales(number)
 
     def smaller(expert: int) -> ExpertWeights:
         return ExpertWeights(*(w.to(decoder.dtype) for w in compressed(number, expert)))
 
-    seen = [None if group is None else ActivationScales(scales.gate_up, scales.down, group) for group in views(context.plan.config)]
+    seen = [
+        None if group is None else ActivationScales(scales.gate_up, scales.down, group)
+        for group in views(context.plan.config)
+    ]
     with layer_experts(decoder, number) as originals:
-        yield [RoutedExperts(count, originals), *(RoutedExperts(count, smaller, view) for view in seen)]
+        yield [
+            RoutedExperts(count, originals),
+            *(RoutedExperts(count, smaller, view) for view in seen),
+        ]
 
 
 def views(config: RunConfig) -> list[int | None]:
-    """How the compressed experts' inputs are quantized under evaluation, the served way first: values that share a scale; None for original activations."""
+    """How the compressed experts' inputs are quantized under evaluation, the served way first:
+    values that share a scale; None for original activations."""
     settings = config.evaluation
     if settings is not None and settings.activations == "original":
         return [None]
@@ -172,19 +216,30 @@ def views(config: RunConfig) -> list[int | None]:
 
 def served_group(config: RunConfig) -> int:
     settings = config.evaluation
-    return settings.activation_group if settings is not None and settings.activation_group else config.compression.activation_group
+    return (
+        settings.activation_group
+        if settings is not None and settings.activation_group
+        else config.compression.activation_group
+    )
 
 
 def sees_both_groups(config: RunConfig) -> bool:
-    """Whether activations in groups of 32 are looked at beside the served groups of 16: kernels that run paired-4:8 as sparse apply one scale to 32 inputs of
-    both operands, so that this is what the same checkpoint is on them."""
+    """Whether activations in groups of 32 are looked at beside the served groups of 16: kernels
+    that run paired-4:8 as sparse apply one scale to 32 inputs of both operands, so that this is
+    what the same checkpoint is on them."""
     compression, settings = config.compression, config.evaluation
     is_for_them = compression.sparsity == "paired-4:8" and compression.scale_span == 32
-    return is_for_them and settings is not None and settings.activations == "nvfp4" and served_group(config) == 16
+    return (
+        is_for_them
+        and settings is not None
+        and settings.activations == "nvfp4"
+        and served_group(config) == 16
+    )
 
 
 def compare_logits(source_TV: Tensor, *compressed_TV: Tensor, labels_T: Tensor) -> Tensor:
-    """Summed over tokens, float64: the source's loss and correct tokens, then loss, correct tokens and KL from the source for each of the others."""
+    """Summed over tokens, float64: the source's loss and correct tokens, then loss, correct tokens
+    and KL from the source for each of the others."""
     p_TV = F.log_softmax(source_TV.float(), -1)
     sums = [F.nll_loss(p_TV, labels_T, reduction="sum"), (p_TV.argmax(-1) == labels_T).sum()]
     for logits_TV in compressed_TV:
@@ -205,18 +260,21 @@ def combine_parts(parts: list[EvaluationPart]) -> EvaluationResult:
         compressed_perplexity=math.exp(sum(p.compressed_loss for p in parts) / tokens),
         compressed_accuracy=sum(p.compressed_correct for p in parts) / tokens,
         kl=sum(p.kl for p in parts) / tokens,
-        in_groups_of_32=CompressedQuality(
-            perplexity=math.exp(sum(o.loss for o in others) / tokens),
-            accuracy=sum(o.correct for o in others) / tokens,
-            kl=sum(o.kl for o in others) / tokens,
-        )
-        if len(others) == len(parts)
-        else None,
+        in_groups_of_32=(
+            CompressedQuality(
+                perplexity=math.exp(sum(o.loss for o in others) / tokens),
+                accuracy=sum(o.correct for o in others) / tokens,
+                kl=sum(o.kl for o in others) / tokens,
+            )
+            if len(others) == len(parts)
+            else None
+        ),
     )
 
 
 def held_out_parts(context: StageContext) -> tuple[str, tuple[SequencePart, ...]]:
-    """(digest of what the figures depend on, parts of the held-out sequences); no parts where nothing is evaluated.
+    """(digest of what the figures depend on, parts of the held-out sequences); no parts where
+    nothing is evaluated.
 
     The texts are looked at once: hours later, when all sums are there, they may be elsewhere.
     """
@@ -251,5 +309,7 @@ def evaluate_and_record(context: StageContext, item: tuple[str, SequencePart]) -
     context.store.put(run_root.evaluation_part(digest, part.part), sums.to_json())
 
 
-def finish_evaluation(context: StageContext, shards: tuple[OutputShard, ...], units: Sequence[UnitManifest]) -> EvaluationResult:
+def finish_evaluation(
+    context: StageContext, shards: tuple[OutputShard, ...], units: Sequence[UnitManifest]
+) -> EvaluationResult:
     return combine_parts(EvaluationPart.load_all(context.store, evaluation_markers(context)))

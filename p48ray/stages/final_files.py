@@ -15,11 +15,17 @@ from p48ray.unit.context import StageContext
 
 
 def finish_checkpoint(
-    context: StageContext, shards: tuple[OutputShard, ...], verdicts: Sequence[ShardVerdict], units: Sequence[UnitManifest]
+    context: StageContext,
+    shards: tuple[OutputShard, ...],
+    verdicts: Sequence[ShardVerdict],
+    units: Sequence[UnitManifest],
 ) -> None:
-    """Everything but shards and card: sidecar files, config, the checkpoint's own manifest, and last the index.
+    """Everything but shards and card: sidecar files, config, the checkpoint's own manifest, and
+    last the index.
 
-    Args: verdicts: of all shards; whoever read them through has hashed what lies in them. units: manifests of all the plan's units.
+    Args:
+        verdicts: of all shards; whoever read them through has hashed what lies in them.
+        units: manifests of all the plan's units.
     """
     files = {name: context.source.store.get(name) for name in context.source.sidecars}
     config = output_config(context.source.config, context.layout)
@@ -29,19 +35,33 @@ def finish_checkpoint(
     index = index_json(shard_index(context, shards))
     for name, data in files.items():
         context.store.put(run_root.checkpoint_file(name), data)
-    digests = {name: hashlib.sha256(data).hexdigest() for name, data in {**files, INDEX_FILE: index}.items()}
-    context.store.put(run_root.checkpoint_file(MANIFEST_FILE), checkpoint_manifest(context, verdicts, units, digests).to_json())
+    digests = {
+        name: hashlib.sha256(data).hexdigest()
+        for name, data in {**files, INDEX_FILE: index}.items()
+    }
+    context.store.put(
+        run_root.checkpoint_file(MANIFEST_FILE),
+        checkpoint_manifest(context, verdicts, units, digests).to_json(),
+    )
     context.store.put(run_root.checkpoint_file(INDEX_FILE), index)
 
 
 def shard_index(context: StageContext, shards: tuple[OutputShard, ...]) -> dict[str, Any]:
     """model.safetensors.index.json: which shard holds which tensor."""
-    weight_map = {name: shard.name for shard in shards for name, _, _ in shard_rows(shard, context.layout)}
-    return {"metadata": {"total_size": sum(s.num_bytes for s in shards)}, "weight_map": dict(sorted(weight_map.items()))}
+    weight_map = {
+        name: shard.name for shard in shards for name, _, _ in shard_rows(shard, context.layout)
+    }
+    return {
+        "metadata": {"total_size": sum(s.num_bytes for s in shards)},
+        "weight_map": dict(sorted(weight_map.items())),
+    }
 
 
 def checkpoint_manifest(
-    context: StageContext, verdicts: Sequence[ShardVerdict], units: Sequence[UnitManifest], files: dict[str, str]
+    context: StageContext,
+    verdicts: Sequence[ShardVerdict],
+    units: Sequence[UnitManifest],
+    files: dict[str, str],
 ) -> CheckpointManifest:
     plan = context.plan
     compression = plan.config.compression
@@ -55,7 +75,9 @@ def checkpoint_manifest(
         max_shard_size=plan.config.output.max_shard_size,
         relative_weight_errors={r.name: r.relative_weight_error for u in units for r in u.linears},
         unit_sha256={u.unit: u.sha256 for u in units},
-        untouched_sha256={name: digest for v in verdicts for name, digest in v.untouched_sha256.items()},
+        untouched_sha256={
+            name: digest for v in verdicts for name, digest in v.untouched_sha256.items()
+        },
         header_sha256={v.shard: v.header_sha256 for v in verdicts},
         file_sha256=files,
     ).sealed()

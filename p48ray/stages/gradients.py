@@ -1,10 +1,14 @@
-"""Gradients: the same stream backwards. What the model's own loss says about an error at each mixture's output.
+"""Gradients: the same stream backwards. What the model's own loss says about an error at each
+mixture's output.
 
-At the head one label a position is sampled from the model's own distribution, so that the mean of g g^T over tokens is the Fisher information and not
-the empirical one (Kunstner et al. 2019, "Limitations of the empirical Fisher approximation"). The gradient of the summed cross-entropy then goes down layer by
-layer: each is recomputed from its stored boundary and differentiated with respect to its activations only; one layer's weights are held at a time.
+At the head one label a position is sampled from the model's own distribution, so that the mean of g
+g^T over tokens is the Fisher information and not the empirical one (Kunstner et al. 2019,
+"Limitations of the empirical Fisher approximation"). The gradient of the summed cross-entropy then
+goes down layer by layer: each is recomputed from its stored boundary and differentiated with
+respect to its activations only; one layer's weights are held at a time.
 
-A mixture's routed output is added to the residual stream, so the gradient there, delta, is the gradient with respect to what leaves the layer.
+A mixture's routed output is added to the residual stream, so the gradient there, delta, is the
+gradient with respect to what leaves the layer.
 
 Legend: B sequences, S positions, T = B S tokens, H hidden size, V vocabulary.
 """
@@ -35,18 +39,22 @@ from p48ray.unit.context import StageContext
 from p48ray.unit.token_columns import to_columns
 
 TOKENS_PER_HEAD_GRADIENT = 2048  # tokens whose logits exist at once
-LABEL_SEED_STRIDE = 2**20  # parts of one calibration seed never share a stream of labels with another seed's
+# parts of one calibration seed never share a stream of labels with another seed's
+LABEL_SEED_STRIDE = 2**20
 
 
 def gradient_parts(context: StageContext, parts: Sequence[int]) -> list[GradientPart]:
-    """Take the given parts from the head down to the lowest open mixture, writing what is missing. Returns the manifests of gradients."""
+    """Take the given parts from the head down to the lowest open mixture, writing what is missing.
+    Returns the manifests of gradients."""
     plan = context.plan
     decoder = context.decoder()
     needs = read_needs(plan, context.store)
     ways = {p: needs.backward_layers(p) for p in parts}
     with BlobWriter(context) as writer:
         stream = GradientStream(context, writer)
-        descent = Descent(context, decoder, stream, ways, {p: needs.gradient_layers(p) for p in parts})
+        descent = Descent(
+            context, decoder, stream, ways, {p: needs.gradient_layers(p) for p in parts}
+        )
         for number in range(plan.source.num_layers, -1, -1):
             waiting = [plan.parts[p] for p in parts if number in ways[p]]
             if not waiting:
@@ -55,7 +63,9 @@ def gradient_parts(context: StageContext, parts: Sequence[int]) -> list[Gradient
             if stepping:
                 start = time.monotonic()
                 if not all(needs.has_blob("residuals", number, p) for p in stepping):
-                    writer.flush()  # what is run again has a writer of its own: one of them at a time holds blobs, and what is replaced is gone
+                    # what is run again has a writer of its own: one of them at a time holds blobs,
+                    # and what is replaced is gone
+                    writer.flush()
                 needs = remake_boundaries(context, decoder, needs, stepping, number)
                 for p in stepping:
                     descent.spent[p] += (time.monotonic() - start) / len(stepping)  # type: ignore[assignment]
@@ -70,18 +80,21 @@ def gradient_parts(context: StageContext, parts: Sequence[int]) -> list[Gradient
 
 @dataclass(slots=True)
 class Descent:
-    """The backward pass of some parts. `wanted`: layers whose gradient is still to be written, by part."""
+    """The backward pass of some parts. `wanted`: layers whose gradient is still to be written, by
+    part."""
 
     context: StageContext
     decoder: Decoder
     stream: "GradientStream"
     ways: dict[int, range]
     wanted: dict[int, list[int]]
-    # Seconds since a part's last manifest: the head and layers that want no gradient count for the next that does.
+    # Seconds since a part's last manifest: the head and layers that want no gradient count for the
+    # next that does.
     spent: Counter[int] = field(default_factory=Counter)
 
     def step(self, number: int, module: nn.Module | None, wave: list[SequencePart]) -> None:
-        """Write the gradients wanted at a layer's output, and take parts that go further down through it."""
+        """Write the gradients wanted at a layer's output, and take parts that go further down
+        through it."""
         is_head = number == self.context.plan.source.num_layers
         above: dict[int, Tensor] = {}
         for part in wave:
@@ -99,7 +112,14 @@ class Descent:
         if stepping:
             assert module is not None
             entering = [self.stream.boundary(number, part) for part in stepping]
-            below = step_down(self.context, self.decoder, module, entering, [above.get(part.part) for part in stepping], stepping)
+            below = step_down(
+                self.context,
+                self.decoder,
+                module,
+                entering,
+                [above.get(part.part) for part in stepping],
+                stepping,
+            )
             for part, gradient_BSH in zip(stepping, below, strict=True):
                 self.stream.put(number, part, gradient_BSH, start)
         for part in wave:
@@ -109,7 +129,8 @@ class Descent:
 
 @contextmanager
 def layer_or_head(context: StageContext, decoder: Decoder, number: int) -> Iterator[nn.Module]:
-    """The only weights held at a time: a layer's, or the head's, which stands above the last layer."""
+    """The only weights held at a time: a layer's, or the head's, which stands above the last
+    layer."""
     if number == context.plan.source.num_layers:
         yield decoder.head()
         return
@@ -125,23 +146,34 @@ def step_down(
     above: list[Tensor | None],
     parts: list[SequencePart],
 ) -> list[Tensor]:
-    """Gradients with respect to what enters a layer, or the head where nothing comes from above; (B, S, H) for each part."""
+    """Gradients with respect to what enters a layer, or the head where nothing comes from above;
+    (B, S, H) for each part."""
     calibration = context.plan.config.calibration
     gradients = [gradient for gradient in above if gradient is not None]
     if not gradients:
         seeds = (calibration.seed * LABEL_SEED_STRIDE + part.part for part in parts)
-        return [head_gradient(module, x, torch.Generator().manual_seed(s)) for x, s in zip(entering, seeds, strict=True)]
+        return [
+            head_gradient(module, x, torch.Generator().manual_seed(s))
+            for x, s in zip(entering, seeds, strict=True)
+        ]
     positions = decoder.positions(calibration.sequence_length)
     return step_back(module, entering, gradients, positions, calibration.sequences_per_micro_batch)
 
 
 def step_back(
-    layer: nn.Module, entering: list[Tensor], gradients: list[Tensor], positions: tuple[Tensor, Tensor], micro_batch: int
+    layer: nn.Module,
+    entering: list[Tensor],
+    gradients: list[Tensor],
+    positions: tuple[Tensor, Tensor],
+    micro_batch: int,
 ) -> list[Tensor]:
-    """Gradients with respect to what enters a layer, given those with respect to what leaves it; one part each.
+    """Gradients with respect to what enters a layer, given those with respect to what leaves it;
+    one part each.
 
-    Both halves of the layer are recomputed, the upper one first. The mixture's experts are differentiated by hand (RoutedExperts.gradients), all parts
-    together, and their share enters autograd at the router's weights and the normalised inputs. So no graph holds an expert, and none more than a part.
+    Both halves of the layer are recomputed, the upper one first. The mixture's experts are
+    differentiated by hand (RoutedExperts.gradients), all parts together, and their share enters
+    autograd at the router's weights and the normalised inputs. So no graph holds an expert, and
+    none more than a part.
     Cost: attention runs twice forward; the routed experts' outputs are never needed.
     """
     with torch.no_grad():
@@ -152,11 +184,14 @@ def step_back(
 
 
 def through_mixture(layer: Any, attended: list[Tensor], gradients: list[Tensor]) -> list[Tensor]:
-    """Gradients with respect to the residual stream between attention and mixture (or dense block)."""
+    """Gradients with respect to the residual stream between attention and mixture (or dense
+    block)."""
     experts = routed_experts(layer)
     if experts is None:
         return [
-            vector_jacobian_product(x, (g,), lambda leaf: [leaf + layer.mlp(layer.post_attention_layernorm(leaf))])
+            vector_jacobian_product(
+                x, (g,), lambda leaf: [leaf + layer.mlp(layer.post_attention_layernorm(leaf))]
+            )
             for x, g in zip(attended, gradients, strict=True)
         ]
     with torch.no_grad(), experts.deferred() as calls:
@@ -169,25 +204,41 @@ def through_mixture(layer: Any, attended: list[Tensor], gradients: list[Tensor])
             out = leaf + layer.mlp(layer.post_attention_layernorm(leaf))
         return [out, again[0].hidden_TH, again[0].router_weights_TK]
 
-    return [vector_jacobian_product(x, (g, *r), outputs) for x, g, r in zip(attended, gradients, routed, strict=True)]
+    return [
+        vector_jacobian_product(x, (g, *r), outputs)
+        for x, g, r in zip(attended, gradients, routed, strict=True)
+    ]
 
 
-def through_attention(layer: Any, entering_BSH: Tensor, gradient_BSH: Tensor, positions: tuple[Tensor, Tensor], micro_batch: int) -> Tensor:
+def through_attention(
+    layer: Any,
+    entering_BSH: Tensor,
+    gradient_BSH: Tensor,
+    positions: tuple[Tensor, Tensor],
+    micro_batch: int,
+) -> Tensor:
     """The rest of the way, by micro-batches of sequences, which are independent."""
     pairs = zip(entering_BSH.split(micro_batch), gradient_BSH.split(micro_batch), strict=True)
     with same_bits_every_time(entering_BSH.device):
         return torch.cat(
-            [vector_jacobian_product(x, (gradient,), lambda leaf: [attend(layer, leaf, positions, micro_batch)]) for x, gradient in pairs]
+            [
+                vector_jacobian_product(
+                    x, (gradient,), lambda leaf: [attend(layer, leaf, positions, micro_batch)]
+                )
+                for x, gradient in pairs
+            ]
         )
 
 
 @contextmanager
 def same_bits_every_time(device: torch.device) -> Iterator[None]:
-    """On a GPU attention's backward pass adds up the queries' gradients in whatever order its blocks end, unless it is told not to.
+    """On a GPU attention's backward pass adds up the queries' gradients in whatever order its
+    blocks end, unless it is told not to.
 
-    The switch is the process's; a process that streams does nothing else. cuBLAS is the same every time as it is used here, on one
-    stream, but PyTorch wants to be told: the workspace named is its own default on these cards.
-    Source: PyTorch, torch.use_deterministic_algorithms; scaled_dot_product_attention's notes.
+    The switch is the process's; a process that streams does nothing else. cuBLAS is the same every
+    time as it is used here, on one stream, but PyTorch wants to be told: the workspace named is its
+    own default on these cards. Source: PyTorch, torch.use_deterministic_algorithms;
+    scaled_dot_product_attention's notes.
     """
     if device.type != "cuda":
         yield
@@ -196,7 +247,8 @@ def same_bits_every_time(device: torch.device) -> Iterator[None]:
     settings: Any = torch.utils.deterministic
     before = torch.are_deterministic_algorithms_enabled(), settings.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
-    settings.fill_uninitialized_memory = False  # which only helps to find reads of what nobody wrote
+    # which only helps to find reads of what nobody wrote
+    settings.fill_uninitialized_memory = False
     try:
         yield
     finally:
@@ -205,36 +257,48 @@ def same_bits_every_time(device: torch.device) -> Iterator[None]:
 
 
 @torch.enable_grad()
-def vector_jacobian_product(at: Tensor, gradients: Sequence[Tensor], function: Callable[[Tensor], list[Tensor]]) -> Tensor:
-    """The vector-Jacobian product of `function`, which has one output for each gradient, at a point."""
+def vector_jacobian_product(
+    at: Tensor, gradients: Sequence[Tensor], function: Callable[[Tensor], list[Tensor]]
+) -> Tensor:
+    """The vector-Jacobian product of `function`, which has one output for each gradient, at a
+    point."""
     leaf = at.detach().requires_grad_(True)
     return torch.autograd.grad(function(leaf), leaf, list(gradients))[0]
 
 
 @torch.enable_grad()
 def head_gradient(head: nn.Module, entering_BSH: Tensor, generator: torch.Generator) -> Tensor:
-    """Gradient of the summed cross-entropy with sampled labels with respect to what enters the head: through the norm from softmax(logits) - one_hot(label)."""
+    """Gradient of the summed cross-entropy with sampled labels with respect to what enters the
+    head: through the norm from softmax(logits) - one_hot(label)."""
     gradients = []
     for x_TH in entering_BSH.flatten(0, 1).split(TOKENS_PER_HEAD_GRADIENT):
         leaf = x_TH.detach().requires_grad_(True)
         logits_TV = head(leaf)
         probabilities_TV = logits_TV.detach().float().softmax(-1)
         labels_T = sample(probabilities_TV, generator)
-        residue_TV = probabilities_TV.scatter_add(1, labels_T[:, None], -torch.ones_like(labels_T, dtype=torch.float32)[:, None])
+        residue_TV = probabilities_TV.scatter_add(
+            1, labels_T[:, None], -torch.ones_like(labels_T, dtype=torch.float32)[:, None]
+        )
         gradients.append(torch.autograd.grad(logits_TV, leaf, residue_TV.to(logits_TV.dtype))[0])
     return torch.cat(gradients).reshape(entering_BSH.shape)
 
 
 def sample(probabilities_TV: Tensor, generator: torch.Generator) -> Tensor:
-    """One index a row by inverse transform; the uniform numbers come from the CPU, so that labels do not depend on the device's generator."""
+    """One index a row by inverse transform; the uniform numbers come from the CPU, so that labels
+    do not depend on the device's generator."""
     cumulative_TV = probabilities_TV.double().cumsum(-1)
-    uniform_T = torch.rand(len(probabilities_TV), generator=generator, dtype=torch.float64).to(cumulative_TV.device)
-    labels_T1 = torch.searchsorted(cumulative_TV, (uniform_T * cumulative_TV[:, -1])[:, None], right=True)
+    uniform_T = torch.rand(len(probabilities_TV), generator=generator, dtype=torch.float64).to(
+        cumulative_TV.device
+    )
+    labels_T1 = torch.searchsorted(
+        cumulative_TV, (uniform_T * cumulative_TV[:, -1])[:, None], right=True
+    )
     return labels_T1[:, 0].clamp_max(probabilities_TV.shape[1] - 1)
 
 
 class GradientStream:
-    """Gradients of some parts at layer boundaries: in memory between layers, in the run root at every boundary."""
+    """Gradients of some parts at layer boundaries: in memory between layers, in the run root at
+    every boundary."""
 
     def __init__(self, context: StageContext, writer: BlobWriter) -> None:
         self.context, self.writer = context, writer
@@ -256,26 +320,44 @@ class GradientStream:
         return self.read("residual-gradients", number, part)
 
     def put(self, number: int, part: SequencePart, gradient_BSH: Tensor, start: float) -> None:
-        """Keep the gradient with respect to what enters layer `number`. start: when the layer began with it, by the monotonic clock."""
+        """Keep the gradient with respect to what enters layer `number`. start: when the layer began
+        with it, by the monotonic clock."""
         self.held[part.part] = (number, gradient_BSH)
         write_boundary(self.writer, "residual-gradients", number, part, gradient_BSH, start)
 
     def delete_boundary(self, number: int, part: SequencePart) -> None:
-        """Delete both boundaries that this layer was the last to read, once what it leaves is stored."""
+        """Delete both boundaries that this layer was the last to read, once what it leaves is
+        stored."""
         if self.context.plan.config.run.keep != "all":
-            places: list[tuple[BlobKind, int]] = [("residuals", number), ("residual-gradients", number + 1)]
-            keys = [key(kind, n, part.part) for kind, n in places for key in (run_root.blob_manifest, run_root.blob)]
+            places: list[tuple[BlobKind, int]] = [
+                ("residuals", number),
+                ("residual-gradients", number + 1),
+            ]
+            keys = [
+                key(kind, n, part.part)
+                for kind, n in places
+                for key in (run_root.blob_manifest, run_root.blob)
+            ]
             self.writer.delete_after(part.part, keys)
 
 
-def write_gradients(context: StageContext, writer: BlobWriter, layer: int, part: SequencePart, delta_TH: Tensor, start: float) -> None:
+def write_gradients(
+    context: StageContext,
+    writer: BlobWriter,
+    layer: int,
+    part: SequencePart,
+    delta_TH: Tensor,
+    start: float,
+) -> None:
     """Have one part of a layer's gradients stored.
 
     Raises: CalibrationError when a gradient is not finite.
     """
     mean_square = delta_TH.float().square().sum(1).mean()
     if not bool(mean_square < float("inf")):
-        raise CalibrationError(f"layer {layer}, part {part.part}: the gradients are not finite; is the source corrupt?")
+        raise CalibrationError(
+            f"layer {layer}, part {part.part}: the gradients are not finite; is the source corrupt?"
+        )
     writer.submit(
         Blob(
             record=GradientPart,

@@ -16,10 +16,13 @@ from p48ray.texts.sequences import load_sequences, load_tokenizer
 
 
 def open_run_root(plan: RunPlan, store_uri: str) -> Store:
-    """The run root as its probe found it: where ranges can not be copied on the store's side, they are streamed."""
+    """The run root as its probe found it: where ranges can not be copied on the store's side, they
+    are streamed."""
     store = open_store(store_uri, plan.config.run.endpoint_url)
     if scheme_of(store_uri).must_be_probed and store.head(run_root.STORE) is not None:
-        found = Capabilities(**StoreFacts.load(store, run_root.STORE).model_dump(exclude={"schema_version"}))
+        found = Capabilities(
+            **StoreFacts.load(store, run_root.STORE).model_dump(exclude={"schema_version"})
+        )
         return open_store(store_uri, plan.config.run.endpoint_url, server_copy=found.server_copy)
     return store
 
@@ -43,7 +46,8 @@ def check_run_root(prepared: Prepared) -> bool:
 
 
 def write_inputs(prepared: Prepared) -> None:
-    """plan.json first, then the packed texts; the texts are read before either is written, so that a bad one leaves nothing behind."""
+    """plan.json first, then the packed texts; the texts are read before either is written, so that
+    a bad one leaves nothing behind."""
     plan, store = prepared.plan, prepared.store
     is_ours = check_run_root(prepared)
     packed: list[tuple[str, TokensManifest, bytes]] = []
@@ -53,14 +57,38 @@ def write_inputs(prepared: Prepared) -> None:
     ]
     if e is not None:
         digest = evaluation_digest(plan, e)
-        wanted.append((run_root.evaluation_tokens(digest), e, e.sequence_length + 1, "evaluation", digest))
-    missing = [w for w in wanted if store.head(w[0]) is None or store.head(run_root.manifest_of(w[0])) is None]
-    tokenizer = load_tokenizer(prepared.source, plan.config.source.trust_remote_code) if missing else None
+        wanted.append(
+            (run_root.evaluation_tokens(digest), e, e.sequence_length + 1, "evaluation", digest)
+        )
+    missing = [
+        w
+        for w in wanted
+        if store.head(w[0]) is None or store.head(run_root.manifest_of(w[0])) is None
+    ]
+    tokenizer = (
+        load_tokenizer(prepared.source, plan.config.source.trust_remote_code) if missing else None
+    )
     vocab_size = prepared.layout.text_config["vocab_size"]
     for key, section, length, name, owner in missing:
-        ids_NS = load_sequences(section.documents, tokenizer, section.num_sequences, length, section.seed, vocab_size, name)
+        ids_NS = load_sequences(
+            section.documents,
+            tokenizer,
+            section.num_sequences,
+            length,
+            section.seed,
+            vocab_size,
+            name,
+        )
         data = arrow.encode({"token_ids": ids_NS}, {"kind": "tokens", "owner": owner}).to_bytes()
-        packed.append((key, TokensManifest(owner=owner, size_bytes=len(data), sha256=hashlib.sha256(data).hexdigest()), data))
+        packed.append(
+            (
+                key,
+                TokensManifest(
+                    owner=owner, size_bytes=len(data), sha256=hashlib.sha256(data).hexdigest()
+                ),
+                data,
+            )
+        )
     if not is_ours and not store.put_if_absent(run_root.PLAN, plan.to_json()):
         check_plan(plan, store)  # another driver was faster: fine if its plan is ours
     for key, manifest, data in packed:

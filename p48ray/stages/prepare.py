@@ -1,4 +1,5 @@
-"""Prepare: open the source, check every input, plan. Nothing is written, so that a mistake leaves nothing behind."""
+"""Prepare: open the source, check every input, plan. Nothing is written, so that a mistake leaves
+nothing behind."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +30,8 @@ DRY_RUN_STORE = "dry-run"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prepared:
-    """A run whose every input has been checked, before anything is written. `source`: as it can be read now, a hf:// source from the Hub."""
+    """A run whose every input has been checked, before anything is written. `source`: as it can be
+    read now, a hf:// source from the Hub."""
 
     plan: RunPlan
     store: Store
@@ -41,13 +43,21 @@ class Prepared:
     def context(self) -> StageContext:
         """For stages after the mirror: a hf:// source is read from there."""
         source = mirrored(self.source, self.store) if self.plan.source.mirror else self.source
-        return StageContext(plan=self.plan, store=self.store, source=source, layout=self.layout, device=torch.device("cpu"))
+        return StageContext(
+            plan=self.plan,
+            store=self.store,
+            source=source,
+            layout=self.layout,
+            device=torch.device("cpu"),
+        )
 
 
 def prepare(config: RunConfig, is_dry: bool = False) -> Prepared:
     """Open the source, check it, and plan. Nothing is written.
 
-    Args:   is_dry: the texts and the run root may lie where this machine can not reach them; they are not touched.
+    Args:
+        is_dry: the texts and the run root may lie where this machine can not reach them; they are
+            not touched.
     Raises: UserError of some kind for whatever the user must mend.
     """
     config = absolute(config)
@@ -57,22 +67,39 @@ def prepare(config: RunConfig, is_dry: bool = False) -> Prepared:
     config, commits = resolve(config, held.revisions if held else {}, is_dry)
     source, mirror = open_planned_source(config, store, held)
     layout = describe_model(source)
-    documents = digest_documents(config.calibration.documents, "calibration.documents") if not is_dry else "not read"
+    documents = (
+        digest_documents(config.calibration.documents, "calibration.documents")
+        if not is_dry
+        else "not read"
+    )
     plan = make_plan(config, source, layout, documents, digest_tokenizer(source), mirror, commits)
     if config.evaluation is not None:
         check_length(plan, config.evaluation, layout.text_config.get("max_position_embeddings"))
     output = config.output
-    shards = () if plan.is_pilot else plan_output(plan.units, output.max_shard_size, source, layout, output.storage)
+    shards = (
+        ()
+        if plan.is_pilot
+        else plan_output(plan.units, output.max_shard_size, source, layout, output.storage)
+    )
     return Prepared(plan=plan, store=store, source=source, layout=layout, shards=shards)
 
 
-def open_planned_source(config: RunConfig, store: Store, held: RunPlan | None) -> tuple[CheckpointIndex, tuple[MirroredFile, ...]]:
-    """The source, and what is to be mirrored of it. A mirror that is complete is read instead of the Hub.
+def open_planned_source(
+    config: RunConfig, store: Store, held: RunPlan | None
+) -> tuple[CheckpointIndex, tuple[MirroredFile, ...]]:
+    """The source, and what is to be mirrored of it. A mirror that is complete is read instead of
+    the Hub.
 
-    Raises: ConfigError for a hf:// source that is no model's whole repository; SourceError for one that is not sound.
+    Raises: ConfigError for a hf:// source that is no model's whole repository; SourceError for one
+        that is not sound.
     """
     place = config.source.checkpoint
-    if held is not None and held.source.mirror and held.config.source.checkpoint == place and mirror_state(held, store).is_complete:
+    if (
+        held is not None
+        and held.source.mirror
+        and held.config.source.checkpoint == place
+        and mirror_state(held, store).is_complete
+    ):
         return open_checkpoint(SubStore(store, run_root.SOURCE)), held.source.mirror
     try:
         opened = mirror_source(place)
@@ -91,4 +118,9 @@ def absolute(config: RunConfig) -> RunConfig:
         return str(Path(path).expanduser().resolve()) if scheme_of(path).is_path else path
 
     source = config.source.model_copy(update={"checkpoint": full(config.source.checkpoint)})
-    return config.model_copy(update={"source": source, "run": config.run.model_copy(update={"root": full(config.run.root)})})
+    return config.model_copy(
+        update={
+            "source": source,
+            "run": config.run.model_copy(update={"root": full(config.run.root)}),
+        }
+    )

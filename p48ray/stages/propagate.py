@@ -1,9 +1,12 @@
-"""Propagate: what the experts of a layer will see in the finished model, where every mixture below them is the compressed one.
+"""Propagate: what the experts of a layer will see in the finished model, where every mixture below
+them is the compressed one.
 
-With `calibration.propagate: compressed` the run goes layer by layer. A layer's inputs come from a stream through the layers below: their experts decoded from the shards
-that the units' manifests name, their inputs quantized as the server will (W4A4, the layer's own scales), everything else as in the source. Then a
-layer runs with the source's experts, whose outputs nobody uses: they say how large intermediates get. The stream is stored at every boundary, under a prefix
-of its own, so each step passes two layers: the one that was just compressed, and its own.
+With `calibration.propagate: compressed` the run goes layer by layer. A layer's inputs come from a
+stream through the layers below: their experts decoded from the shards that the units' manifests
+name, their inputs quantized as the server will (W4A4, the layer's own scales), everything else as
+in the source. Then a layer runs with the source's experts, whose outputs nobody uses: they say how
+large intermediates get. The stream is stored at every boundary, under a prefix of its own, so each
+step passes two layers: the one that was just compressed, and its own.
 
 Mixtures that the plan does not compress (run.layers) stay the source's.
 """
@@ -36,10 +39,13 @@ HEADER_LENGTH_BYTES = 8  # of a safetensors file, before its header
 
 @torch.no_grad()
 def propagate_parts(context: StageContext, item: tuple[int, list[int]]) -> list[ActivationPart]:
-    """Take parts to a layer, from the highest boundary stored for each, and write the layer's activations. Returns the manifests it wrote.
+    """Take parts to a layer, from the highest boundary stored for each, and write the layer's
+    activations. Returns the manifests it wrote.
 
-    Args:   item: the layer that is next, and the parts.
-    Raises: CorruptObjectError naming what to make anew when a boundary or the shard of a unit below is not what was written.
+    Args:
+        item: the layer that is next, and the parts.
+    Raises: CorruptObjectError naming what to make anew when a boundary or the shard of a unit below
+        is not what was written.
     """
     layer, parts = item
     plan, decoder = context.plan, context.decoder()
@@ -58,17 +64,26 @@ def propagate_parts(context: StageContext, item: tuple[int, list[int]]) -> list[
             with (
                 opened_compressed(context, decoder, number)
                 if is_compressed
-                else opened_layer(context, decoder, number, seen.append) as module
-            ):
+                else opened_layer(context, decoder, number, seen.append)
+            ) as module:
                 for wave in waves(plan, waiting):
                     start = time.monotonic()
                     seen.clear()
-                    leaving = mix(module, [attend(module, stream.take(number, part), positions, micro_batch) for part in wave])
+                    leaving = mix(
+                        module,
+                        [
+                            attend(module, stream.take(number, part), positions, micro_batch)
+                            for part in wave
+                        ],
+                    )
                     share = (time.monotonic() - start) / len(wave)
                     for part, x_BSH in zip(wave, leaving, strict=True):
                         start = time.monotonic() - share
                         if not bool(torch.isfinite(x_BSH).all()):
-                            raise CalibrationError(f"layer {number}, part {part.part}: activations behind compressed layers are not finite")
+                            raise CalibrationError(
+                                f"layer {number}, part {part.part}: activations behind compressed"
+                                " layers are not finite"
+                            )
                         if number < layer:
                             stream.put(number + 1, part, x_BSH, start)
                             stream.delete_boundary(number, part)
@@ -101,12 +116,17 @@ def opened_compressed(context: StageContext, decoder: Decoder, layer: int) -> It
 def compressed_experts(context: StageContext, decoder: Decoder, layer: int) -> RoutedExperts:
     """A finished layer's experts as a server will run them."""
     scales, settings = context.layer_scales(layer), context.plan.config.compression
-    seen = ActivationScales(scales.gate_up, scales.down, settings.activation_group) if settings.activation_quantization else None
+    seen = (
+        ActivationScales(scales.gate_up, scales.down, settings.activation_group)
+        if settings.activation_quantization
+        else None
+    )
     return RoutedExperts(context.layout.num_experts, UnitShards(context, decoder, layer), seen)
 
 
 class UnitShards:
-    """Experts of a finished layer by their number, in the decoder's dtype, decoded when asked for. One unit's shard is held at a time."""
+    """Experts of a finished layer by their number, in the decoder's dtype, decoded when asked for.
+    One unit's shard is held at a time."""
 
     def __init__(self, context: StageContext, decoder: Decoder, layer: int) -> None:
         self.context, self.decoder, self.layer = context, decoder, layer
@@ -119,18 +139,31 @@ class UnitShards:
         if unit != self.held:
             self.held, self.key, self.data = None, *read_unit_shard(self.context, unit)
             (length,) = struct.unpack("<Q", self.data[:HEADER_LENGTH_BYTES])
-            self.entries = parse_header(self.key, bytes(self.data[HEADER_LENGTH_BYTES:][:length]), len(self.data))
+            self.entries = parse_header(
+                self.key, bytes(self.data[HEADER_LENGTH_BYTES:][:length]), len(self.data)
+            )
             self.held = unit
         wanted = [self.entries[name] for name in compressed_names(self.context, self.layer, expert)]
-        tensors = {e.name: from_bytes(self.data[e.start :][: e.num_bytes], e.dtype, e.shape) for e in wanted}
-        return ExpertWeights(*(w.to(self.decoder.dtype) for w in decode_compressed(self.context, self.layer, expert, tensors)))
+        tensors = {
+            e.name: from_bytes(self.data[e.start :][: e.num_bytes], e.dtype, e.shape)
+            for e in wanted
+        }
+        return ExpertWeights(
+            *(
+                w.to(self.decoder.dtype)
+                for w in decode_compressed(self.context, self.layer, expert, tensors)
+            )
+        )
 
 
 def read_unit_shard(context: StageContext, unit: WorkUnit) -> tuple[str, memoryview]:
-    """Key and bytes of the attempt that a unit's manifest names, after a check of owner, size and digest: once a node where there is a cache."""
+    """Key and bytes of the attempt that a unit's manifest names, after a check of owner, size and
+    digest: once a node where there is a cache."""
     done = context.finished_unit(unit)
     manifest, manifest_key, key = done.manifest, done.manifest_key, done.shard_key
     try:
-        return key, memoryview(context.checked(key, manifest.size_bytes, manifest.sha256, (manifest_key, key)))
+        return key, memoryview(
+            context.checked(key, manifest.size_bytes, manifest.sha256, (manifest_key, key))
+        )
     except CorruptObjectError as error:
         raise CorruptObjectError(f"{error} ({manifest_key} names it)", manifest_key, key) from error

@@ -1,7 +1,9 @@
-"""What verification reads, ahead of what it computes: bytes come and are hashed in threads, findings are taken in the order of the shard.
+"""What verification reads, ahead of what it computes: bytes come and are hashed in threads,
+findings are taken in the order of the shard.
 
-Files and SHA-256 leave the interpreter to other threads while they are at it. Two segments of a shard are looked at while a third is computed with, so
-that three units at most are in memory, and of an untouched tensor a few chunks.
+Files and SHA-256 leave the interpreter to other threads while they are at it. Two segments of a
+shard are looked at while a third is computed with, so that three units at most are in memory, and
+of an untouched tensor a few chunks.
 """
 
 import hashlib
@@ -28,18 +30,21 @@ from p48ray.store.base import Store
 
 COMPARE_CHUNK_BYTES = 16 * 2**20
 SEGMENTS_AHEAD = 2
-"""Segments that are looked at beside the one in hand, each in a thread that reads, hashes and compares."""
+"""Segments that are looked at beside the one in hand, each in a thread that reads, hashes and
+compares."""
 READ_THREADS = 4
 """For the next chunk of either side of each of them."""
 INLINE_BYTES = 16 * 2**20
-"""Shards up to this size are looked at in the thread that computes: handing them over would take longer than reading them."""
+"""Shards up to this size are looked at in the thread that computes: handing them over would take
+longer than reading them."""
 
 Item = TypeVar("Item")
 Found = TypeVar("Found")
 
 
 class Readers:
-    """The threads of one shard's verification. Those of `reads` wait for nobody, so that those of `segments` may wait for them."""
+    """The threads of one shard's verification. Those of `reads` wait for nobody, so that those of
+    `segments` may wait for them."""
 
     def __init__(self, num_bytes: int) -> None:
         """Args: num_bytes: of the shard."""
@@ -47,8 +52,11 @@ class Readers:
         self.segments = ThreadPoolExecutor(SEGMENTS_AHEAD, thread_name_prefix="verify")
         self.reads = ThreadPoolExecutor(READ_THREADS, thread_name_prefix="verify-read")
 
-    def in_order(self, look: Callable[[Item], Found], items: Iterable[Item]) -> Iterator[tuple[Item, Found]]:
-        """Each item with what `look` found in it, SEGMENTS_AHEAD of them in hand beside the one given out. Raises: what `look` raised, in its turn."""
+    def in_order(
+        self, look: Callable[[Item], Found], items: Iterable[Item]
+    ) -> Iterator[tuple[Item, Found]]:
+        """Each item with what `look` found in it, SEGMENTS_AHEAD of them in hand beside the one
+        given out. Raises: what `look` raised, in its turn."""
         if self.is_inline:
             yield from ((item, look(item)) for item in items)
             return
@@ -71,7 +79,8 @@ def _taken(pending: deque[tuple[Item, Future[Found]]]) -> tuple[Item, Found]:
 def readers(num_bytes: int) -> Iterator[Readers]:
     """Threads for a shard of `num_bytes` bytes.
 
-    Where the body raises, what had not begun never does, and what had begun ends first: nothing reads on behind an error.
+    Where the body raises, what had not begun never does, and what had begun ends first: nothing
+    reads on behind an error.
     """
     threads = Readers(num_bytes)
     try:
@@ -83,7 +92,8 @@ def readers(num_bytes: int) -> Iterator[Readers]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReadUnit:
-    """A unit as stored, the packed originals of its experts where there is a source, and the SHA-256 of dense tensors (None for sparse ones)."""
+    """A unit as stored, the packed originals of its experts where there is a source, and the
+    SHA-256 of dense tensors (None for sparse ones)."""
 
     stored: Mapping[str, Tensor]
     originals: Mapping[str, Tensor]
@@ -95,22 +105,36 @@ class ReadUnit:
         return decoded_unit(there) if storage == "sparse" else there
 
 
-def read_unit(checkpoint: Store, entries: list[TensorEntry], storage: Storage, originals: Callable[[], Mapping[str, Tensor]]) -> ReadUnit:
+def read_unit(
+    checkpoint: Store,
+    entries: list[TensorEntry],
+    storage: Storage,
+    originals: Callable[[], Mapping[str, Tensor]],
+) -> ReadUnit:
     """Raises: what the stores raise for bytes that are not there."""
     with trace.span("read", sum(entry.num_bytes for entry in entries)):
         stored = read_together(checkpoint, entries)
-    return ReadUnit(stored=stored, digest=dense_sha256(stored) if storage == "dense" else None, originals=originals())
+    return ReadUnit(
+        stored=stored,
+        digest=dense_sha256(stored) if storage == "dense" else None,
+        originals=originals(),
+    )
 
 
-def read_originals(source: CheckpointIndex, layout: ModelLayout, unit: WorkUnit) -> dict[str, Tensor]:
+def read_originals(
+    source: CheckpointIndex, layout: ModelLayout, unit: WorkUnit
+) -> dict[str, Tensor]:
     """The source's tensors of a unit's experts, as stored."""
     entries = expert_entries(source, layout, unit.layer, unit.experts)
     with trace.span("read", sum(entry.num_bytes for entry in entries)):
         return read_together(source.store, entries)
 
 
-def compare_bytes(left: Store, a: TensorEntry, right: Store, b: TensorEntry, reads: ThreadPoolExecutor) -> tuple[bool, str]:
-    """Whether two tensors' bytes are the same, and the left one's SHA-256; read in chunks, the next of both while this one is hashed."""
+def compare_bytes(
+    left: Store, a: TensorEntry, right: Store, b: TensorEntry, reads: ThreadPoolExecutor
+) -> tuple[bool, str]:
+    """Whether two tensors' bytes are the same, and the left one's SHA-256; read in chunks, the next
+    of both while this one is hashed."""
     digest, is_same = hashlib.sha256(), a.num_bytes == b.num_bytes
     theirs = chunks(right, b, reads)
     for data in chunks(left, a, reads):
@@ -130,14 +154,22 @@ def tensor_digest(store: Store, entry: TensorEntry, reads: ThreadPoolExecutor) -
 
 
 def chunks(store: Store, entry: TensorEntry, reads: ThreadPoolExecutor) -> Iterator[bytes]:
-    """A tensor's bytes in pieces, the next one on its way while one is used. What a chunk's read raises comes in its turn."""
+    """A tensor's bytes in pieces, the next one on its way while one is used. What a chunk's read
+    raises comes in its turn."""
     if entry.num_bytes <= COMPARE_CHUNK_BYTES:
         if entry.num_bytes:
             yield store.get_range(entry.file, entry.start, entry.num_bytes)
         return
     pending: deque[Future[bytes]] = deque()
     for at in range(0, entry.num_bytes, COMPARE_CHUNK_BYTES):
-        pending.append(reads.submit(store.get_range, entry.file, entry.start + at, min(COMPARE_CHUNK_BYTES, entry.num_bytes - at)))
+        pending.append(
+            reads.submit(
+                store.get_range,
+                entry.file,
+                entry.start + at,
+                min(COMPARE_CHUNK_BYTES, entry.num_bytes - at),
+            )
+        )
         if len(pending) > 1:
             yield pending.popleft().result()
     while pending:

@@ -1,6 +1,8 @@
-"""Boundaries that the forward pass did not leave to the backward pass (run.boundary_every), run again from the one below, a segment of layers at a time.
+"""Boundaries that the forward pass did not leave to the backward pass (run.boundary_every), run
+again from the one below, a segment of layers at a time.
 
-The same parts go through the same layers by the same calls as in capture, so what comes out is what was there, bit for bit.
+The same parts go through the same layers by the same calls as in capture, so what comes out is what
+was there, bit for bit.
 """
 
 import time
@@ -17,10 +19,13 @@ from p48ray.unit.context import StageContext
 
 
 @torch.no_grad()
-def remake_boundaries(context: StageContext, decoder: Decoder, needs: Needs, parts: Sequence[int], boundary: int) -> Needs:
+def remake_boundaries(
+    context: StageContext, decoder: Decoder, needs: Needs, parts: Sequence[int], boundary: int
+) -> Needs:
     """Run those of the parts that lack a boundary up to it, storing it and those on the way.
 
-    Returns: needs with what is there now. Raises: CorruptObjectError naming the boundary that a part would have started from.
+    Returns: needs with what is there now. Raises: CorruptObjectError naming the boundary that a
+        part would have started from.
     """
     plan = context.plan
     lacking = [p for p in parts if not needs.has_blob("residuals", boundary, p)]
@@ -35,7 +40,10 @@ def remake_boundaries(context: StageContext, decoder: Decoder, needs: Needs, par
                 decoder.prefetch(number + 1)
                 for wave in waves(plan, waiting):
                     start = time.monotonic()
-                    entering = [attend(layer, stream.take(number, part), positions, micro_batch) for part in wave]
+                    entering = [
+                        attend(layer, stream.take(number, part), positions, micro_batch)
+                        for part in wave
+                    ]
                     for part, x_BSH in zip(wave, mix(layer, entering), strict=True):
                         stream.put(number + 1, part, x_BSH, start)
             del layer  # it goes before the one above is read

@@ -1,7 +1,9 @@
-"""Revisions: every hf:// place of a configuration at one commit, looked up once in the life of a run.
+"""Revisions: every hf:// place of a configuration at one commit, looked up once in the life of a
+run.
 
-A branch may move between a run and its resume. The plan in the run root says which commit each place stood at when it was first planned, and the same words
-mean the same commit for as long as that plan is there.
+A branch may move between a run and its resume. The plan in the run root says which commit each
+place stood at when it was first planned, and the same words mean the same commit for as long as
+that plan is there.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,7 +17,10 @@ from p48ray.store.open import scheme_of
 
 def hub_places(config: RunConfig) -> list[str]:
     """Every hf:// text of a configuration, in order, each once."""
-    texts = (*config.calibration.documents, *(config.evaluation.documents if config.evaluation else ()))
+    texts = (
+        *config.calibration.documents,
+        *(config.evaluation.documents if config.evaluation else ()),
+    )
     places = [config.source.checkpoint, *(d.path for d in texts)]
     return list(dict.fromkeys(place for place in places if scheme_of(place).revisions))
 
@@ -25,11 +30,15 @@ def read_held_plan(store: Store) -> RunPlan | None:
     return RunPlan.load(store, run_root.PLAN) if store.head(run_root.PLAN) is not None else None
 
 
-def resolve(config: RunConfig, known: Mapping[str, str], is_dry: bool) -> tuple[RunConfig, dict[str, str]]:
+def resolve(
+    config: RunConfig, known: Mapping[str, str], is_dry: bool
+) -> tuple[RunConfig, dict[str, str]]:
     """The configuration with a commit in each hf:// place, and which.
 
-    Args:    known: commit by place; these are not asked for again. is_dry: texts are left as they are, because a dry run does not touch them.
-    Raises:  ConfigError for a repository or revision that is not there or may not be read.
+    Args:
+        known: commit by place; these are not asked for again.
+        is_dry: texts are left as they are, because a dry run does not touch them.
+    Raises: ConfigError for a repository or revision that is not there or may not be read.
     """
     source = config.source.checkpoint
     asked = [place for place in hub_places(config) if not is_dry or place == source]
@@ -50,8 +59,12 @@ def with_places(config: RunConfig, change: Callable[[str], str]) -> RunConfig:
 
     changed = {
         "source": config.source.model_copy(update={"checkpoint": change(config.source.checkpoint)}),
-        "calibration": config.calibration.model_copy(update={"documents": texts(config.calibration.documents)}),
+        "calibration": config.calibration.model_copy(
+            update={"documents": texts(config.calibration.documents)}
+        ),
     }
     if config.evaluation is not None:
-        changed["evaluation"] = config.evaluation.model_copy(update={"documents": texts(config.evaluation.documents)})
+        changed["evaluation"] = config.evaluation.model_copy(
+            update={"documents": texts(config.evaluation.documents)}
+        )
     return config.model_copy(update=changed)

@@ -33,11 +33,20 @@ from p48ray.numerics import nvfp4, paired48
 from p48ray.numerics.relative_errors import relative_weight_error
 from p48ray.run.output_layout import TENSOR_SUFFIXES, OutputShard, shard_rows, unit_rows
 from p48ray.run.plan import WorkUnit
-from p48ray.stages.read_ahead import Readers, ReadUnit, compare_bytes, read_originals, read_unit, readers, tensor_digest
+from p48ray.stages.read_ahead import (
+    Readers,
+    ReadUnit,
+    compare_bytes,
+    read_originals,
+    read_unit,
+    readers,
+    tensor_digest,
+)
 from p48ray.store.base import Store
 from p48ray.store.view import local_path
 
-CLAIM_TOLERANCE = 1e-3  # relative; the manifest's error was summed on the solver's device, this one here
+# relative; the manifest's error was summed on the solver's device, this one here
+CLAIM_TOLERANCE = 1e-3
 CPU = torch.device("cpu")
 DAMAGE = (
     SourceError,
@@ -48,7 +57,8 @@ DAMAGE = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Promise:
-    """What a checkpoint's linears are held to. `weight_errors` by module name, `unit_sha256` by unit id; what is in neither claims nothing."""
+    """What a checkpoint's linears are held to. `weight_errors` by module name, `unit_sha256` by
+    unit id; what is in neither claims nothing."""
 
     is_sparse: bool
     scale_span: int
@@ -58,7 +68,8 @@ class Promise:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Findings:
-    """What was found in one output shard: problems in words, and digests for the checkpoint's own manifest."""
+    """What was found in one output shard: problems in words, and digests for the checkpoint's own
+    manifest."""
 
     problems: list[str]
     header_sha256: str = ""
@@ -66,12 +77,21 @@ class Findings:
 
 
 def verify_shard(
-    checkpoint: Store, source: CheckpointIndex, layout: ModelLayout, shard: OutputShard, promise: Promise, device: torch.device = CPU
+    checkpoint: Store,
+    source: CheckpointIndex,
+    layout: ModelLayout,
+    shard: OutputShard,
+    promise: Promise,
+    device: torch.device = CPU,
 ) -> Findings:
-    """Read one output shard through, beside its source. `checkpoint` is rooted at the checkpoint folder.
+    """Read one output shard through, beside its source. `checkpoint` is rooted at the checkpoint
+    folder.
 
-    Args: device: where units and their originals are decoded and compared; what travels there is what is stored. Hashes are made on the CPU.
-    Cost: memory for three units and the packed originals of their experts. Threads that read and hash, beside the one that computes.
+    Args:
+        device: where units and their originals are decoded and compared; what travels there is what
+            is stored. Hashes are made on the CPU.
+    Cost: memory for three units and the packed originals of their experts. Threads that read and
+        hash, beside the one that computes.
     """
     try:
         raw, size_bytes = read_header_bytes(checkpoint, shard.name)
@@ -88,8 +108,15 @@ def verify_shard(
         def look(segment: WorkUnit | PlainTensor) -> ReadUnit | ReadPlain:
             if isinstance(segment, WorkUnit):
                 stored = [entries[name] for name, _, _ in unit_rows(layout, segment, shard.storage)]
-                return read_unit(checkpoint, stored, shard.storage, partial(read_originals, source, layout, segment))
-            return read_plain_tensor(checkpoint, entries[segment.name], source.store, segment, threads)
+                return read_unit(
+                    checkpoint,
+                    stored,
+                    shard.storage,
+                    partial(read_originals, source, layout, segment),
+                )
+            return read_plain_tensor(
+                checkpoint, entries[segment.name], source.store, segment, threads
+            )
 
         for segment, found in threads.in_order(look, shard.segments):
             if isinstance(segment, WorkUnit):
@@ -101,7 +128,9 @@ def verify_shard(
                     )
                     for e in segment.experts
                 )
-                problems += check_unit(shard.name, segment.id, found, experts, promise, shard.storage, threads, device)
+                problems += check_unit(
+                    shard.name, segment.id, found, experts, promise, shard.storage, threads, device
+                )
                 continue
             assert isinstance(found, ReadPlain)
             digests[segment.name] = found.digest
@@ -109,31 +138,42 @@ def verify_shard(
                 there = {name: tensor.to(device) for name, tensor in found.stored.items()}
                 expected = tensor_view(decode_plain(there, [segment])[segment.name])
                 if found.digest != hashlib.sha256(expected).hexdigest():
-                    problems.append(f"{shard.name}: {segment.name}: values differ from the source's FP8 weight as BF16 ({segment.file})")
+                    problems.append(
+                        f"{shard.name}: {segment.name}: values differ from the source's FP8 weight"
+                        f" as BF16 ({segment.file})"
+                    )
             elif not found.is_same:
-                problems.append(f"{shard.name}: {segment.name}: bytes differ from the source's ({segment.file})")
+                problems.append(
+                    f"{shard.name}: {segment.name}: bytes differ from the source's ({segment.file})"
+                )
     return Findings(problems=problems, header_sha256=header_digest(raw), untouched_sha256=digests)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReadPlain:
-    """A tensor outside the experts: its SHA-256, whether its bytes are the source's, or for FP8 what the source stores."""
+    """A tensor outside the experts: its SHA-256, whether its bytes are the source's, or for FP8
+    what the source stores."""
 
     digest: str
     is_same: bool = False
     stored: Mapping[str, Tensor] = field(default_factory=dict)
 
 
-def read_plain_tensor(checkpoint: Store, entry: TensorEntry, source: Store, original: PlainTensor, threads: Readers) -> ReadPlain:
+def read_plain_tensor(
+    checkpoint: Store, entry: TensorEntry, source: Store, original: PlainTensor, threads: Readers
+) -> ReadPlain:
     if isinstance(original, Fp8Weight):
         digest = tensor_digest(checkpoint, entry, threads.reads)
-        return ReadPlain(digest=digest, stored=read_together(source, [original.weight, original.scale_inv]))
+        return ReadPlain(
+            digest=digest, stored=read_together(source, [original.weight, original.scale_inv])
+        )
     is_same, digest = compare_bytes(checkpoint, entry, source, original, threads.reads)
     return ReadPlain(digest=digest, is_same=is_same)
 
 
 def header_digest(raw: bytes) -> str:
-    """SHA-256 of a safetensors header as it lies in the file: eight bytes of length, then the JSON."""
+    """SHA-256 of a safetensors header as it lies in the file: eight bytes of length, then the
+    JSON."""
     return hashlib.sha256(len(raw).to_bytes(8, "little") + raw).hexdigest()
 
 
@@ -147,24 +187,39 @@ def check_unit(
     threads: Readers,
     device: torch.device = CPU,
 ) -> list[str]:
-    """Every check of one unit. First, the bytes are those that the unit stored: the weight error alone can not tell, because one wrong code in a million
-    moves it by less than rounding.
+    """Every check of one unit. First, the bytes are those that the unit stored: the weight error
+    alone can not tell, because one wrong code in a million moves it by less than rounding.
 
-    Args: found: as read, in the order of unit_rows, so that dense tensors serialize to the unit's own shard. experts: see check_expert_tensors.
+    Args:
+        found: as read, in the order of unit_rows, so that dense tensors serialize to the unit's own
+            shard.
+        experts: see check_expert_tensors.
     """
     try:
         tensors = found.dense(storage, device)
     except SourceError as error:
         return [f"{file}: unit {unit_id}: {error}"]
-    digest: Future[str] | None = threads.segments.submit(dense_sha256, tensors) if found.digest is None else None
+    digest: Future[str] | None = (
+        threads.segments.submit(dense_sha256, tensors) if found.digest is None else None
+    )
     problems = check_expert_tensors(experts, tensors, promise)
     sha256, claim = digest.result() if digest else found.digest, promise.unit_sha256.get(unit_id)
     if sha256 == claim:
         return problems
-    return [f"{file}: unit {unit_id}: expected the bytes with SHA-256 {claim} that its manifest names, found {sha256}", *problems]
+    return [
+        (
+            f"{file}: unit {unit_id}: expected the bytes with SHA-256 {claim} that its manifest"
+            f" names, found {sha256}"
+        ),
+        *problems,
+    ]
 
 
-def compare_rows(shard: OutputShard, rows: list[tuple[str, str, tuple[int, ...]]], found: Mapping[str, TensorEntry]) -> Iterator[str]:
+def compare_rows(
+    shard: OutputShard,
+    rows: list[tuple[str, str, tuple[int, ...]]],
+    found: Mapping[str, TensorEntry],
+) -> Iterator[str]:
     planned = {name: (dtype, shape) for name, dtype, shape in rows}
     for name in sorted(planned.keys() - found.keys()):
         yield f"{shard.name}: {name}: missing"
@@ -172,13 +227,20 @@ def compare_rows(shard: OutputShard, rows: list[tuple[str, str, tuple[int, ...]]
         yield f"{shard.name}: {name}: not planned"
     for name in planned.keys() & found.keys():
         if planned[name] != (found[name].dtype, tuple(found[name].shape)):
-            yield f"{shard.name}: {name}: expected {planned[name]}, found {(found[name].dtype, tuple(found[name].shape))}"
+            yield (
+                f"{shard.name}: {name}: expected {planned[name]}, found"
+                f" {(found[name].dtype, tuple(found[name].shape))}"
+            )
 
 
-def second_opinion(checkpoint: Store, file: str, entries: Mapping[str, TensorEntry]) -> Iterator[str]:
-    """What the library that servers load with says of the header, where the shard is a file of this machine.
+def second_opinion(
+    checkpoint: Store, file: str, entries: Mapping[str, TensorEntry]
+) -> Iterator[str]:
+    """What the library that servers load with says of the header, where the shard is a file of this
+    machine.
 
-    Args: entries: tensors as this package reads them.
+    Args:
+        entries: tensors as this package reads them.
     """
     path = local_path(checkpoint, file)
     if path is None:
@@ -200,11 +262,16 @@ def second_opinion(checkpoint: Store, file: str, entries: Mapping[str, TensorEnt
 
 
 def check_expert_tensors(
-    experts: Iterable[tuple[Mapping[str, str], Mapping[str, Tensor] | None]], tensors: Mapping[str, Tensor], promise: Promise
+    experts: Iterable[tuple[Mapping[str, str], Mapping[str, Tensor] | None]],
+    tensors: Mapping[str, Tensor],
+    promise: Promise,
 ) -> list[str]:
-    """Every check of a unit's experts, computed where the tensors are and brought to the CPU in one transfer.
+    """Every check of a unit's experts, computed where the tensors are and brought to the CPU in one
+    transfer.
 
-    Args: experts: for each, projection -> module name, and projection -> the source's weight where that is to be compared; asked for one at a time.
+    Args:
+        experts: for each, projection -> module name, and projection -> the source's weight where
+            that is to be compared; asked for one at a time.
     """
     named: list[tuple[Mapping[str, str], bool]] = []
     measured: list[Tensor] = []
@@ -212,8 +279,14 @@ def check_expert_tensors(
         named.append((names, originals is not None))
         for projection, name in names.items():
             linear = {suffix: tensors[f"{name}.{suffix}"] for suffix in TENSOR_SUFFIXES}
-            measured.append(measure_linear(linear, originals[projection] if originals is not None else None, promise))
-    facts = iter([LinearFacts(*values) for values in torch.stack(measured).tolist()] if measured else [])
+            measured.append(
+                measure_linear(
+                    linear, originals[projection] if originals is not None else None, promise
+                )
+            )
+    facts = iter(
+        [LinearFacts(*values) for values in torch.stack(measured).tolist()] if measured else []
+    )
     problems: list[str] = []
     for names, is_compared in named:
         problems += expert_problems(names, {p: next(facts) for p in names}, is_compared, promise)
@@ -222,7 +295,8 @@ def check_expert_tensors(
 
 @dataclass(frozen=True, slots=True)
 class LinearFacts:
-    """What the checks of one linear go by, as numbers of a device in float64, which holds each of them exactly. Flags are 0 or 1."""
+    """What the checks of one linear go by, as numbers of a device in float64, which holds each of
+    them exactly. Flags are 0 or 1."""
 
     weight_global_scale: float
     input_global_scale: float
@@ -233,24 +307,33 @@ class LinearFacts:
     weight_error: float
 
 
-def measure_linear(linear: Mapping[str, Tensor], original: Tensor | None, promise: Promise) -> Tensor:
-    """LinearFacts as a tensor (7,) on the linear's device: nothing here waits for that. original: the source's weight, or None (error 0)."""
+def measure_linear(
+    linear: Mapping[str, Tensor], original: Tensor | None, promise: Promise
+) -> Tensor:
+    """LinearFacts as a tensor (7,) on the linear's device: nothing here waits for that. original:
+    the source's weight, or None (error 0)."""
     scale_OG, packed_OB = linear["weight_scale"].float(), linear["weight_packed"]
     yes, none = torch.ones((), device=packed_OB.device), torch.zeros((), device=packed_OB.device)
     facts = [linear[suffix].reshape(()) for suffix in ("weight_global_scale", "input_global_scale")]
     facts.append((torch.isfinite(scale_OG) & (scale_OG > 0)).all())
-    facts.append((scale_OG[:, 0::2] == scale_OG[:, 1::2]).all() if promise.scale_span == 32 else yes)
+    facts.append(
+        (scale_OG[:, 0::2] == scale_OG[:, 1::2]).all() if promise.scale_span == 32 else yes
+    )
     facts.append(((packed_OB & 0x0F) == 0x08).any() | ((packed_OB & 0xF0) == 0x80).any())
     facts.append(paired48.find_illegal(packed_OB).count_nonzero() if promise.is_sparse else none)
     if original is None:
         facts.append(none)
     else:
-        values = nvfp4.dequantize_packed(packed_OB[None], linear["weight_scale"][None], linear["weight_global_scale"])
+        values = nvfp4.dequantize_packed(
+            packed_OB[None], linear["weight_scale"][None], linear["weight_global_scale"]
+        )
         facts.append(relative_weight_error(original.float()[None], values).reshape(()))
     return torch.stack([fact.double() for fact in facts])
 
 
-def expert_problems(names: Mapping[str, str], facts: Mapping[str, LinearFacts], is_compared: bool, promise: Promise) -> Iterator[str]:
+def expert_problems(
+    names: Mapping[str, str], facts: Mapping[str, LinearFacts], is_compared: bool, promise: Promise
+) -> Iterator[str]:
     """What is wrong with one expert, in words. is_compared: with the source."""
     for projection, name in names.items():
         found = [f"{name}.{text}" for text in linear_problems(facts[projection])]
@@ -285,11 +368,17 @@ def linear_problems(facts: LinearFacts) -> Iterator[str]:
     if facts.has_minus_zero:
         yield "weight_packed: holds code 8 (minus zero)"
     if facts.num_illegal:
-        yield f"weight_packed: {int(facts.num_illegal)} groups of 8 inputs keep more than 2 of 4 pairs"
+        yield (
+            f"weight_packed: {int(facts.num_illegal)} groups of 8 inputs keep more than 2 of 4"
+            " pairs"
+        )
 
 
-def check_index(checkpoint: Store, shards: tuple[OutputShard, ...], layout: ModelLayout) -> list[str]:
-    """The index names exactly the planned tensors in their shards; no other safetensors file lies beside them; no old quantization config is left."""
+def check_index(
+    checkpoint: Store, shards: tuple[OutputShard, ...], layout: ModelLayout
+) -> list[str]:
+    """The index names exactly the planned tensors in their shards; no other safetensors file lies
+    beside them; no old quantization config is left."""
     problems = check_index_files(checkpoint)
     if problems:
         return problems
@@ -300,13 +389,21 @@ def check_index(checkpoint: Store, shards: tuple[OutputShard, ...], layout: Mode
 
 
 def compare_index(checkpoint: Store, expected: Mapping[str, str], total: int) -> list[str]:
-    """The index (which check_index_files has found readable) against tensor -> file and the sum of all tensors' bytes."""
+    """The index (which check_index_files has found readable) against tensor -> file and the sum of
+    all tensors' bytes."""
     index = json.loads(checkpoint.get(INDEX_FILE))
     found, metadata = index["weight_map"], index.get("metadata")
     differing = sorted(n for n in expected.keys() | found.keys() if expected.get(n) != found.get(n))
-    problems = [f"{INDEX_FILE}: {n}: expected {expected.get(n)}, found {found.get(n)}" for n in differing[:5]]
+    problems = [
+        f"{INDEX_FILE}: {n}: expected {expected.get(n)}, found {found.get(n)}"
+        for n in differing[:5]
+    ]
     stated = metadata.get("total_size") if isinstance(metadata, dict) else None
-    return problems if stated == total else [*problems, f"{INDEX_FILE}: metadata.total_size: expected {total}, found {stated}"]
+    return (
+        problems
+        if stated == total
+        else [*problems, f"{INDEX_FILE}: metadata.total_size: expected {total}, found {stated}"]
+    )
 
 
 def check_index_files(checkpoint: Store) -> list[str]:
@@ -319,12 +416,20 @@ def check_index_files(checkpoint: Store) -> list[str]:
             parsed[name] = json.loads(checkpoint.get(name))
         except ValueError as error:
             return [f"{name}: not JSON: {error}"]
-    weight_map = parsed[INDEX_FILE].get("weight_map") if isinstance(parsed[INDEX_FILE], dict) else None
+    weight_map = (
+        parsed[INDEX_FILE].get("weight_map") if isinstance(parsed[INDEX_FILE], dict) else None
+    )
     if not isinstance(weight_map, dict) or not isinstance(parsed[CONFIG_FILE], dict):
         return [f"{INDEX_FILE}: expected an object with a weight_map"]
     files = {str(v) for v in weight_map.values()}
-    missing = sorted(f for f in files if not re.fullmatch(r"\w[\w.-]*\.safetensors", f) or checkpoint.head(f) is None)
-    return [f"{INDEX_FILE}: names {f!r}, which is not there" for f in missing] + check_config(parsed[CONFIG_FILE])
+    missing = sorted(
+        f
+        for f in files
+        if not re.fullmatch(r"\w[\w.-]*\.safetensors", f) or checkpoint.head(f) is None
+    )
+    return [f"{INDEX_FILE}: names {f!r}, which is not there" for f in missing] + check_config(
+        parsed[CONFIG_FILE]
+    )
 
 
 def check_config(config: dict) -> list[str]:
@@ -333,7 +438,10 @@ def check_config(config: dict) -> list[str]:
     found = quantization.get("format") if isinstance(quantization, dict) else None
     problems = []
     if found != "nvfp4-pack-quantized":
-        problems.append(f"config.json: quantization_config.format: expected 'nvfp4-pack-quantized', found {found!r}")
+        problems.append(
+            "config.json: quantization_config.format: expected 'nvfp4-pack-quantized', found"
+            f" {found!r}"
+        )
     for key, value in config.items():
         if isinstance(value, dict) and "quantization_config" in value:
             problems.append(f"config.json: {key}.quantization_config: left over from the source")

@@ -1,7 +1,8 @@
-"""What the stages that walk through the layers share: the experts of a layer, and how many tokens meet them at once.
+"""What the stages that walk through the layers share: the experts of a layer, and how many tokens
+meet them at once.
 
-A worker's parts go through a layer together, in waves of bounded size, so that an expert is decoded once a wave. How the parts are grouped changes no
-number: every product is taken part by part.
+A worker's parts go through a layer together, in waves of bounded size, so that an expert is decoded
+once a wave. How the parts are grouped changes no number: every product is taken part by part.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +21,9 @@ def waves(plan: RunPlan, parts: Sequence[SequencePart]) -> Iterator[list[Sequenc
     """Parts in order, in groups of at most WAVE_TOKENS tokens (or one part)."""
     wave: list[SequencePart] = []
     for part in parts:
-        tokens = sum(p.num_sequences for p in (*wave, part)) * plan.config.calibration.sequence_length
+        tokens = (
+            sum(p.num_sequences for p in (*wave, part)) * plan.config.calibration.sequence_length
+        )
         if wave and tokens > WAVE_TOKENS:
             yield wave
             wave = []
@@ -31,11 +34,17 @@ def waves(plan: RunPlan, parts: Sequence[SequencePart]) -> Iterator[list[Sequenc
 
 @contextmanager
 def opened_layer(
-    context: StageContext, decoder: Decoder, number: int, observe: Callable[[RoutedInputs], None] | None = None
+    context: StageContext,
+    decoder: Decoder,
+    number: int,
+    observe: Callable[[RoutedInputs], None] | None = None,
 ) -> Iterator[Any]:
-    """Layer `number` for as long as the context lasts; its routed experts stay packed as the source stores them until they are used."""
+    """Layer `number` for as long as the context lasts; its routed experts stay packed as the source
+    stores them until they are used."""
     if number not in context.plan.source.moe_layers:
         yield decoder.layer(number, None)
         return
     with layer_experts(decoder, number) as experts:
-        yield decoder.layer(number, RoutedExperts(context.layout.num_experts, experts, observe=observe))
+        yield decoder.layer(
+            number, RoutedExperts(context.layout.num_experts, experts, observe=observe)
+        )

@@ -2,8 +2,8 @@
 
 Runner, status, timeline, report and plan read them here. Stages that go on beside each other
 (capture or propagate, gradients, compress) have no `work`: their tasks follow from each other and
-are named by a WorkSource (runner.overlap, runner.layer_by_layer). Every other names what is missing of it,
-all at once. docs/EXTENDING.md says how to add one.
+are named by a WorkSource (runner.overlap, runner.layer_by_layer). Every other names what is missing
+of it, all at once. docs/EXTENDING.md says how to add one.
 """
 
 from collections import Counter
@@ -16,7 +16,12 @@ from p48ray.run.manifest import ActivationPart, GradientPart, UnitManifest
 from p48ray.run.output_layout import OutputShard
 from p48ray.run.plan import RunPlan, cut
 from p48ray.stages.capture import capture_parts
-from p48ray.stages.evaluate import evaluate_and_record, evaluation_markers, finish_evaluation, parts_to_evaluate
+from p48ray.stages.evaluate import (
+    evaluate_and_record,
+    evaluation_markers,
+    finish_evaluation,
+    parts_to_evaluate,
+)
 from p48ray.stages.gradients import gradient_parts
 from p48ray.stages.mirror import files_to_copy, mirror_file
 from p48ray.stages.propagate import propagate_parts
@@ -34,14 +39,16 @@ StageManifest = type[ActivationPart] | type[GradientPart] | type[UnitManifest]
 class Stage:
     """All that the program asks of a stage.
 
-    name: in logs, status and report, and of its tasks. noun: what its markers count.
-    body: does one task, (StageContext, item); (Store, item) where it does not open the source (opens_source).
-    is_used: by a plan. markers: keys that are there once a plan's work is done, given the names of the output shards (none while nobody knows them);
-    None where more than the plan is needed: then markers_in gives them from what a job has open, and count tells how many of how many keys there are.
-    prefix: of all markers. work: (context, output shards) -> tasks for what is missing; None for a stage that streams.
-    finish: (context, output shards, manifests of all units) -> what the stage comes to, once all its markers are there.
-    manifest: of a marker that says who worked how long on which layer, for the timeline and the costs. colour: there.
-    cost: a word, and the field of Estimate that has its seconds.
+    name: in logs, status and report, and of its tasks. noun: what its markers count. body: does one
+    task, (StageContext, item); (Store, item) where it does not open the source (opens_source).
+    is_used: by a plan. markers: keys that are there once a plan's work is done, given the names of
+    the output shards (none while nobody knows them); None where more than the plan is needed: then
+    markers_in gives them from what a job has open, and count tells how many of how many keys there
+    are. prefix: of all markers. work: (context, output shards) -> tasks for what is missing; None
+    for a stage that streams. finish: (context, output shards, manifests of all units) -> what the
+    stage comes to, once all its markers are there. manifest: of a marker that says who worked how
+    long on which layer, for the timeline and the costs. colour: there. cost: a word, and the field
+    of Estimate that has its seconds.
     """
 
     name: str
@@ -62,7 +69,9 @@ class Stage:
 
 def of_parts(name: Callable[[int, int], str]) -> Callable[[RunPlan, Sequence[str]], list[str]]:
     """A marker a layer and part of the calibration sequences."""
-    return lambda plan, shards: [name(layer, part.part) for layer in plan.layers for part in plan.parts]
+    return lambda plan, shards: [
+        name(layer, part.part) for layer in plan.layers for part in plan.parts
+    ]
 
 
 def has_checkpoint(plan: RunPlan) -> bool:
@@ -70,7 +79,8 @@ def has_checkpoint(plan: RunPlan) -> bool:
 
 
 def count_evaluated(plan: RunPlan, keys: set[str]) -> tuple[int, int]:
-    """Of the evaluation that has come furthest: which one is the newest only its texts could tell."""
+    """Of the evaluation that has come furthest: which one is the newest only its texts could
+    tell."""
     settings = plan.config.evaluation
     total = len(cut(settings.num_sequences, settings.sequences_per_part)) if settings else 0
     parts = (k for k in keys if k.startswith(run_root.EVALUATION) and "/part-" in k)
@@ -87,7 +97,9 @@ MIRROR_STAGE = Stage(
     noun="files of the source",
     body=mirror_file,
     prefix=run_root.MIRROR,
-    markers=lambda plan, shards: [run_root.mirror_manifest(file.path) for file in plan.source.mirror],
+    markers=lambda plan, shards: [
+        run_root.mirror_manifest(file.path) for file in plan.source.mirror
+    ],
     is_used=lambda plan: bool(plan.source.mirror),
     opens_source=False,
     work=files_to_copy,
@@ -104,7 +116,9 @@ CAPTURE_STAGE = Stage(
     colour="s3",
 )
 # The same markers, as the compressed model below sees its inputs.
-PROPAGATE_STAGE = replace(CAPTURE_STAGE, name="propagate", body=propagate_parts, is_used=lambda plan: plan.propagates)
+PROPAGATE_STAGE = replace(
+    CAPTURE_STAGE, name="propagate", body=propagate_parts, is_used=lambda plan: plan.propagates
+)
 GRADIENTS_STAGE = Stage(
     name="gradients",
     noun="gradient parts",
@@ -164,7 +178,16 @@ EVALUATE_STAGE = Stage(
 # Those that stream stand together: they are one step of the job.
 STAGES = {
     stage.name: stage
-    for stage in (MIRROR_STAGE, CAPTURE_STAGE, PROPAGATE_STAGE, GRADIENTS_STAGE, COMPRESS_STAGE, REDUCE_STAGE, VERIFY_STAGE, EVALUATE_STAGE)
+    for stage in (
+        MIRROR_STAGE,
+        CAPTURE_STAGE,
+        PROPAGATE_STAGE,
+        GRADIENTS_STAGE,
+        COMPRESS_STAGE,
+        REDUCE_STAGE,
+        VERIFY_STAGE,
+        EVALUATE_STAGE,
+    )
 }
 
 
@@ -173,7 +196,9 @@ def stages_of(plan: RunPlan) -> list[Stage]:
     return [stage for stage in STAGES.values() if stage.is_used(plan)]
 
 
-def count_markers(plan: RunPlan, keys: Iterable[str], shards: Sequence[str]) -> dict[str, tuple[int, int]]:
+def count_markers(
+    plan: RunPlan, keys: Iterable[str], shards: Sequence[str]
+) -> dict[str, tuple[int, int]]:
     """Stage -> (markers that are there, markers of the plan)."""
     held, found = set(keys), {}
     for stage in stages_of(plan):

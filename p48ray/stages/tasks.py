@@ -1,4 +1,5 @@
-"""The unit of dispatch: a stage's name and one item of its work, how it ended, and the record that a failure leaves."""
+"""The unit of dispatch: a stage's name and one item of its work, how it ended, and the record that
+a failure leaves."""
 
 import logging
 import time
@@ -22,7 +23,8 @@ log = logging.getLogger(__name__)
 class Task:
     """One item of a stage's work: `item` is small and picklable, ids and positions, never weights.
 
-    `marker`: the key whose presence means that it is done, whoever did it. `layer`, `load`: what runners dispatch by.
+    `marker`: the key whose presence means that it is done, whoever did it. `layer`, `load`: what
+    runners dispatch by.
     """
 
     stage: str
@@ -35,9 +37,11 @@ class Task:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TaskResult:
-    """How a task ended. `error_type` is the name of a class of p48ray.errors, or of any other exception.
+    """How a task ended. `error_type` is the name of a class of p48ray.errors, or of any other
+    exception.
 
-    `redo`: keys of corrupt objects, to be deleted so that they are made anew. `facts`: what a unit's manifest says that metrics count.
+    `redo`: keys of corrupt objects, to be deleted so that they are made anew. `facts`: what a
+    unit's manifest says that metrics count.
     """
 
     task: Task
@@ -70,18 +74,27 @@ class TaskResult:
         kind = getattr(errors, self.error_type or "", None)
         if isinstance(kind, type) and issubclass(kind, P48Error):
             return kind(self.error)
-        return errors.StageFailedError(f"{self.task.stage} {self.task.id}: {self.error_type}: {self.error}")
+        return errors.StageFailedError(
+            f"{self.task.stage} {self.task.id}: {self.error_type}: {self.error}"
+        )
 
 
 def attempt(store: Store, task: Task, work: Callable[[], object]) -> TaskResult:
-    """Do the work of one task; a failure is recorded in the bucket and returned, never raised, so that the rest of the stage goes on."""
+    """Do the work of one task; a failure is recorded in the bucket and returned, never raised, so
+    that the rest of the stage goes on."""
     start = time.monotonic()
     try:
         made = work()
     except Exception as error:  # noqa: BLE001 (the one boundary: whatever a stage raises becomes a record with its traceback)
         record_failure(store, task, error)
         redo = error.keys if isinstance(error, CorruptObjectError) else ()
-        return TaskResult(task=task, error_type=type(error).__name__, error=str(error), redo=redo, seconds=time.monotonic() - start)
+        return TaskResult(
+            task=task,
+            error_type=type(error).__name__,
+            error=str(error),
+            redo=redo,
+            seconds=time.monotonic() - start,
+        )
     return TaskResult(task=task, seconds=time.monotonic() - start, facts=facts_of(made))
 
 
@@ -91,7 +104,9 @@ def facts_of(made: object) -> dict[str, float]:
         return {}
     tokens = sum(record.tokens for record in made.linears) / len(PROJECTIONS)
     peak = max(made.peak_gpu_bytes.values(), default=0)
-    return {"tokens": tokens, "peak_gpu_bytes": peak} | {f"{phase}_s": seconds for phase, seconds in made.seconds.items()}
+    return {"tokens": tokens, "peak_gpu_bytes": peak} | {
+        f"{phase}_s": seconds for phase, seconds in made.seconds.items()
+    }
 
 
 def record_failure(store: Store, task: Task, error: Exception) -> None:

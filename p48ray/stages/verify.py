@@ -1,4 +1,5 @@
-"""Verify, shard by shard: what is left to look at, the verdict that each look leaves, and what all of them come to."""
+"""Verify, shard by shard: what is left to look at, the verdict that each look leaves, and what all
+of them come to."""
 
 from collections.abc import Sequence
 
@@ -18,7 +19,8 @@ LISTED_PROBLEMS = 20
 
 
 def shards_to_verify(context: StageContext, shards: tuple[OutputShard, ...]) -> list[Task]:
-    """A verdict that found problems is not the last word: its shard may have been mended since. It goes, and its shard is looked at again."""
+    """A verdict that found problems is not the last word: its shard may have been mended since. It
+    goes, and its shard is looked at again."""
     held = {info.key for info in context.store.list(run_root.VERIFICATION)}
     for key in sorted(held):
         if ShardVerdict.load(context.store, key).problems:
@@ -40,7 +42,10 @@ def verify_and_record(context: StageContext, shard: OutputShard) -> None:
     checkpoint = SubStore(context.store, run_root.CHECKPOINT)
     compression = context.plan.config.compression
     promise = Promise(
-        is_sparse=compression.sparsity == "paired-4:8", scale_span=compression.scale_span, weight_errors=claims, unit_sha256=digests
+        is_sparse=compression.sparsity == "paired-4:8",
+        scale_span=compression.scale_span,
+        weight_errors=claims,
+        unit_sha256=digests,
     )
     found = verify_shard(checkpoint, context.source, context.layout, shard, promise, context.device)
     held = checkpoint.head(shard.name)
@@ -57,14 +62,19 @@ def verify_and_record(context: StageContext, shard: OutputShard) -> None:
     context.store.put(run_root.shard_verdict(shard.name), verdict.to_json())
 
 
-def finish_verification(context: StageContext, shards: tuple[OutputShard, ...], units: Sequence[UnitManifest]) -> None:
-    """Write what is known only now (index, config, p48ray.json) and hold the index against the shards.
+def finish_verification(
+    context: StageContext, shards: tuple[OutputShard, ...], units: Sequence[UnitManifest]
+) -> None:
+    """Write what is known only now (index, config, p48ray.json) and hold the index against the
+    shards.
 
     Raises: VerificationError with all problems.
     """
     store = context.store
     verdicts = ShardVerdict.load_all(store, [run_root.shard_verdict(s.name) for s in shards])
-    problems = [p if p.startswith(v.shard) else f"{v.shard}: {p}" for v in verdicts for p in v.problems]
+    problems = [
+        p if p.startswith(v.shard) else f"{v.shard}: {p}" for v in verdicts for p in v.problems
+    ]
     if not problems:
         finish_checkpoint(context, shards, verdicts, units)
         problems += check_index(SubStore(store, run_root.CHECKPOINT), shards, context.layout)
@@ -73,8 +83,8 @@ def finish_verification(context: StageContext, shards: tuple[OutputShard, ...], 
         unlisted = len(problems) - LISTED_PROBLEMS
         rest = f"\n  and {unlisted} more" if unlisted > 0 else ""
         raise VerificationError(
-            f"{store.uri}/{run_root.CHECKPOINT}: {len(problems)} problems; delete the files named here and "
-            f"run the same command again to have them made anew\n{listed}{rest}"
+            f"{store.uri}/{run_root.CHECKPOINT}: {len(problems)} problems; delete the files named"
+            f" here and run the same command again to have them made anew\n{listed}{rest}"
         )
     if context.plan.config.run.keep == "checkpoint":
         delete_unit_shards(store)

@@ -1,4 +1,5 @@
-"""What one process works with: the run root and the source, opened once, and the bodies of the stages."""
+"""What one process works with: the run root and the source, opened once, and the bodies of the
+stages."""
 
 import threading
 from contextlib import suppress
@@ -27,7 +28,9 @@ from p48ray.unit.context import StageContext
 def open_context(plan: RunPlan, store: Store, node: str | None = None) -> StageContext:
     """Open the source in this process, and fix what could change a sum: threads and precision.
 
-    Args:   node: name of this node among those that share a disk; without one the process caches nothing.
+    Args:
+        node: name of this node among those that share a disk; without one the process caches
+            nothing.
     Raises: SourceError when the source is not the one that was planned.
     """
     torch.set_num_threads(plan.config.run.threads_per_worker)
@@ -49,7 +52,8 @@ def open_context(plan: RunPlan, store: Store, node: str | None = None) -> StageC
 
 
 def open_cache(context: StageContext, node: str) -> NodeCache:
-    """This node's folder: a cache of what is read from afar, which holds nothing where nothing is, and notes of what was checked.
+    """This node's folder: a cache of what is read from afar, which holds nothing where nothing is,
+    and notes of what was checked.
 
     What killed workers of other runs left behind goes first.
     """
@@ -60,20 +64,26 @@ def open_cache(context: StageContext, node: str) -> NodeCache:
 
 
 def warm_up(context: StageContext) -> None:
-    """What the first task on a GPU would wait for, while the driver packs texts: transformers' import and a CUDA context, seconds each."""
+    """What the first task on a GPU would wait for, while the driver packs texts: transformers'
+    import and a CUDA context, seconds each."""
     with suppress(Exception):  # whoever needs it meets the error again, and says where
         torch.zeros(1, device=context.device)
         architecture(FAMILIES[context.layout.family])
 
 
 class Workplace:
-    """What one process works with: the run root at once, the source when the first task comes that reads it.
+    """What one process works with: the run root at once, the source when the first task comes that
+    reads it.
 
-    The tasks of the mirror come before there is a source to open. A process that starts after them opens everything at its start.
+    The tasks of the mirror come before there is a source to open. A process that starts after them
+    opens everything at its start.
     """
 
     def __init__(self, plan: RunPlan, store_uri: str, node: str | None = None) -> None:
-        """Args: node: see open_context. Raises: SourceError when the source is not the one that was planned."""
+        """Args:
+        node: see open_context. Raises: SourceError when the source is not the one that was
+            planned.
+        """
         self.plan, self.store, self.node = plan, open_run_root(plan, store_uri), node
         self.opened: StageContext | None = None
         self.opening = threading.Lock()  # two tasks may be the first
@@ -86,7 +96,9 @@ class Workplace:
             if self.opened is None:
                 opened = open_context(self.plan, self.store, self.node)
                 warn_of_memory(self.plan, opened.source, opened.layout, opened.device)
-                self.opened = replace(opened, compiling=start_compiling(self.plan, opened.layout, opened.device))
+                self.opened = replace(
+                    opened, compiling=start_compiling(self.plan, opened.layout, opened.device)
+                )
                 if opened.device.type == "cuda":
                     threading.Thread(target=warm_up, args=(opened,), daemon=True).start()
             return self.opened
@@ -101,12 +113,18 @@ class Workplace:
     @property
     def traffic(self) -> list[Traffic]:
         """Counters of what this process has opened so far."""
-        source = [self.opened.source.store.traffic] if self.opened is not None and not self.plan.source.mirror else []
+        source = (
+            [self.opened.source.store.traffic]
+            if self.opened is not None and not self.plan.source.mirror
+            else []
+        )
         return [self.store.traffic, *source]
 
     def execute(self, task: Task) -> TaskResult:
-        """Run one task; see `attempt`. From any thread: units of several can be under way at once, and compute one at a time (StageContext.compute_lock)."""
-        torch.set_num_threads(self.plan.config.run.threads_per_worker)  # which OpenMP keeps for every thread apart
+        """Run one task; see `attempt`. From any thread: units of several can be under way at once,
+        and compute one at a time (StageContext.compute_lock)."""
+        # which OpenMP keeps for every thread apart
+        torch.set_num_threads(self.plan.config.run.threads_per_worker)
         with trace.task(task.stage, task.id):
             return attempt(self.store, task, lambda: self.work(task))
 

@@ -1,8 +1,11 @@
-"""LocalStore: objects as files under a folder, on a local disk or a file system shared by all nodes.
+"""LocalStore: objects as files under a folder, on a local disk or a file system shared by all
+nodes.
 
-An object is written to a temporary file beside its place, checked for size, flushed to disk, and renamed: a killed writer leaves at most
-a hidden temporary file, never a part of an object. The first writer of `put_if_absent` is decided by `link`, which fails if the name is
-taken (NFS keeps both promises too). Links to files are followed (the Hub's cache is made of them), links to folders are not listed.
+An object is written to a temporary file beside its place, checked for size, flushed to disk, and
+renamed: a killed writer leaves at most a hidden temporary file, never a part of an object. The
+first writer of `put_if_absent` is decided by `link`, which fails if the name is taken (NFS keeps
+both promises too). Links to files are followed (the Hub's cache is made of them), links to folders
+are not listed.
 """
 
 import errno
@@ -34,11 +37,13 @@ COPY_BYTES = 16 * 2**20
 
 _ABSENT = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 _RETRIABLE = frozenset({errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN})
-"""What a shared file system answers when a server restarts or a handle went stale; everything else (full, forbidden) will not pass."""
+"""What a shared file system answers when a server restarts or a handle went stale; everything else
+(full, forbidden) will not pass."""
 
 
 class LocalStore:
-    """Objects are files under `root`, which is created by the first write; until then the store reads as empty."""
+    """Objects are files under `root`, which is created by the first write; until then the store
+    reads as empty."""
 
     def __init__(self, root: str | Path) -> None:
         """Args: root: folder; a relative one is resolved now, against the current folder."""
@@ -55,7 +60,8 @@ class LocalStore:
         return f"LocalStore({self.root!r})"
 
     def path(self, key: str) -> str:
-        """The file of an object, for readers that map files into memory. Raises: P48Error for a bad key."""
+        """The file of an object, for readers that map files into memory. Raises: P48Error for a bad
+        key."""
         return os.path.join(self.root, check_key(key))
 
     def get(self, key: str) -> bytes:
@@ -115,7 +121,8 @@ class LocalStore:
         return self._write(path, (data,), _link)[1]
 
     def write_once(self, key: str, buffers: Buffers) -> Written:
-        """See Store.write_once. Where there is an object already the bytes are hashed and nothing is written."""
+        """See Store.write_once. Where there is an object already the bytes are hashed and nothing
+        is written."""
         path, hashing = self.path(key), Hashing(buffers)
         if os.path.lexists(path):
             for _ in hashing:
@@ -125,24 +132,32 @@ class LocalStore:
         return hashing.written(is_ours, inode)
 
     def compose(self, key: str, pieces: Iterable[Piece]) -> int:
-        """See Store.compose. Pieces of other LocalStores are copied by the kernel, which shares blocks where the file system can."""
+        """See Store.compose. Pieces of other LocalStores are copied by the kernel, which shares
+        blocks where the file system can."""
         return self._write(self.path(key), pieces, _replace)[0]
 
     def delete(self, key: str) -> None:
-        """See Store.delete. Folders stay: removing an empty one would race with a writer who just made it."""
+        """See Store.delete. Folders stay: removing an empty one would race with a writer who just
+        made it."""
         path = self.path(key)
         with _errors_name(path), suppress(FileNotFoundError, NotADirectoryError):
             os.unlink(path)
 
     def sweep(self, older_than_s: float, prefix: str = "") -> int:
-        """See Store.sweep. The age of a file is that of its last write. A prefix inside a folder's name finds the folder's files only."""
+        """See Store.sweep. The age of a file is that of its last write. A prefix inside a folder's
+        name finds the folder's files only."""
         start = os.path.join(self.root, check_prefix(prefix))
         with _errors_name(self.root):
-            found = [path for path in self._temp_files(os.path.dirname(start)) if path.startswith(start)]
+            found = [
+                path for path in self._temp_files(os.path.dirname(start)) if path.startswith(start)
+            ]
             return sum(_remove_if_older(path, older_than_s) for path in found)
 
-    def _write(self, path: str, pieces: Iterable[Piece | memoryview], publish: Callable[[str, str], bool]) -> tuple[int, bool, int]:
-        """Writes the pieces to a temporary file and gives it its name. Returns: (size in bytes, whether `publish` took effect, inode)."""
+    def _write(
+        self, path: str, pieces: Iterable[Piece | memoryview], publish: Callable[[str, str], bool]
+    ) -> tuple[int, bool, int]:
+        """Writes the pieces to a temporary file and gives it its name. Returns: (size in bytes,
+        whether `publish` took effect, inode)."""
         folder = os.path.dirname(path)
         temp = os.path.join(folder, f"{TEMP_PREFIX}{os.getpid()}-{uuid.uuid4().hex}")
         with _errors_name(path):
@@ -155,7 +170,8 @@ class LocalStore:
                     found = os.fstat(file.fileno())
                 if found.st_size != size_bytes:
                     raise ShardCorruptError(
-                        f"{path}: wrote {size_bytes} bytes, the file system holds {found.st_size}; nothing was replaced"
+                        f"{path}: wrote {size_bytes} bytes, the file system holds {found.st_size};"
+                        " nothing was replaced"
                     )
                 is_published = publish(temp, path)
             finally:
@@ -165,15 +181,21 @@ class LocalStore:
         return size_bytes, is_published, found.st_ino
 
     def _write_piece(self, target: int, piece: Piece | memoryview) -> int:
-        """Appends one piece to an open file. Returns its size. Raises: ShardCorruptError or ObjectMissingError if it is not all there."""
+        """Appends one piece to an open file. Returns its size. Raises: ShardCorruptError or
+        ObjectMissingError if it is not all there."""
         if isinstance(piece, ByteRange) and isinstance(piece.store, LocalStore):
             return _copy_from_file(target, piece, piece.store)
-        num_bytes = _write_streamed(target, piece) if isinstance(piece, ByteRange) else _write_all(target, piece)
+        num_bytes = (
+            _write_streamed(target, piece)
+            if isinstance(piece, ByteRange)
+            else _write_all(target, piece)
+        )
         self.traffic.add(bytes_written=num_bytes, requests=1)
         return num_bytes
 
     def _make_folder(self, folder: str) -> None:
-        """Creates a folder under the root, and makes the new names durable: a manifest must not vanish with its folder."""
+        """Creates a folder under the root, and makes the new names durable: a manifest must not
+        vanish with its folder."""
         if os.path.isdir(folder):
             return
         os.makedirs(folder, exist_ok=True)
@@ -184,7 +206,8 @@ class LocalStore:
                 break
 
     def _walk(self, folder: str) -> Iterator[ObjectInfo]:
-        """All objects under one folder of the store, in any order. A folder that is not there, or vanishes meanwhile, is empty."""
+        """All objects under one folder of the store, in any order. A folder that is not there, or
+        vanishes meanwhile, is empty."""
         try:
             entries = list(os.scandir(os.path.join(self.root, folder)))
         except (FileNotFoundError, NotADirectoryError):
@@ -223,7 +246,10 @@ def _errors_name(path: str) -> Iterator[None]:
         yield
     except OSError as error:
         kind = TransientStoreError if error.errno in _RETRIABLE else P48Error
-        raise kind(f"{path}: {error.strerror or error} ({errno.errorcode.get(error.errno or 0, 'no errno')})") from error
+        raise kind(
+            f"{path}: {error.strerror or error}"
+            f" ({errno.errorcode.get(error.errno or 0, 'no errno')})"
+        ) from error
 
 
 def _remove_if_older(path: str, older_than_s: float) -> bool:
@@ -242,7 +268,8 @@ def _replace(temp: str, path: str) -> bool:
 
 
 def _link(temp: str, path: str) -> bool:
-    """Publishes only if the name is free: of several callers, in any process, the kernel lets one pass."""
+    """Publishes only if the name is free: of several callers, in any process, the kernel lets one
+    pass."""
     try:
         os.link(temp, path)
     except FileExistsError:
@@ -259,25 +286,40 @@ def _write_streamed(target: int, piece: ByteRange) -> int:
 
 
 def _copy_from_file(target: int, piece: ByteRange, store: LocalStore) -> int:
-    """Appends a range of another file, inside the kernel where it can (Linux; not across some file systems), through memory otherwise."""
+    """Appends a range of another file, inside the kernel where it can (Linux; not across some file
+    systems), through memory otherwise."""
     path = store.path(piece.key)
-    with _errors_name(path), store._missing_is_named(piece.key), open(path, "rb", buffering=0) as source:
+    with (
+        _errors_name(path),
+        store._missing_is_named(piece.key),
+        open(path, "rb", buffering=0) as source,
+    ):
         check_range(piece.key, piece.start, piece.num_bytes, os.fstat(source.fileno()).st_size)
         copied = _copy_in_kernel(target, source.fileno(), piece.start, piece.num_bytes)
         while copied < piece.num_bytes:
             num_bytes = min(COPY_BYTES, piece.num_bytes - copied)
-            copied += _write_all(target, _read_exactly(source.fileno(), piece.key, piece.start + copied, num_bytes))
+            copied += _write_all(
+                target, _read_exactly(source.fileno(), piece.key, piece.start + copied, num_bytes)
+            )
     return copied
 
 
 def _copy_in_kernel(target: int, source: int, start: int, num_bytes: int) -> int:
-    """Bytes copied before the kernel declined, which may be none. A full disk is no reason to try another way."""
+    """Bytes copied before the kernel declined, which may be none. A full disk is no reason to try
+    another way."""
     copied = 0
     while copied < num_bytes and hasattr(os, "copy_file_range"):
         try:
             step = os.copy_file_range(source, target, num_bytes - copied, start + copied)
         except OSError as error:
-            if error.errno in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF):
+            if error.errno in (
+                errno.EXDEV,
+                errno.EINVAL,
+                errno.ENOSYS,
+                errno.EOPNOTSUPP,
+                errno.EPERM,
+                errno.EBADF,
+            ):
                 break
             raise
         if step == 0:
@@ -287,7 +329,8 @@ def _copy_in_kernel(target: int, source: int, start: int, num_bytes: int) -> int
 
 
 def _read_exactly(source: int, key: str, start: int, num_bytes: int) -> bytes:
-    """One system call moves at most 2 GiB, and may move less. Raises: ShardCorruptError if the file was cut meanwhile."""
+    """One system call moves at most 2 GiB, and may move less. Raises: ShardCorruptError if the file
+    was cut meanwhile."""
     parts: list[bytes] = []
     missing = num_bytes
     while missing:
@@ -300,7 +343,9 @@ def _read_exactly(source: int, key: str, start: int, num_bytes: int) -> bytes:
 
 
 def _cut(key: str, start: int, num_bytes: int, found: int) -> ShardCorruptError:
-    return ShardCorruptError(f"{key}: asked for {num_bytes} bytes from byte {start} on, found {found}: cut while read")
+    return ShardCorruptError(
+        f"{key}: asked for {num_bytes} bytes from byte {start} on, found {found}: cut while read"
+    )
 
 
 def _write_all(target: int, data: bytes | memoryview) -> int:
@@ -313,7 +358,8 @@ def _write_all(target: int, data: bytes | memoryview) -> int:
 
 
 def _sync_folder(folder: str) -> None:
-    """Makes the names in a folder durable. Where one cannot be flushed, names are as durable as the file system makes them."""
+    """Makes the names in a folder durable. Where one cannot be flushed, names are as durable as the
+    file system makes them."""
     with suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:

@@ -1,11 +1,22 @@
-"""MemoryStore: objects in a dictionary of this process, for tests and dry runs. `memory://name` names the same store everywhere in it."""
+"""MemoryStore: objects in a dictionary of this process, for tests and dry runs. `memory://name`
+names the same store everywhere in it."""
 
 import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from p48ray.errors import ObjectMissingError
-from p48ray.store.base import Buffers, Hashing, ObjectInfo, Piece, Traffic, Written, check_key, check_prefix, check_range
+from p48ray.store.base import (
+    Buffers,
+    Hashing,
+    ObjectInfo,
+    Piece,
+    Traffic,
+    Written,
+    check_key,
+    check_prefix,
+    check_range,
+)
 
 
 @dataclass(slots=True)
@@ -64,7 +75,11 @@ class MemoryStore:
         """See Store.list. The listing is of the moment of the call."""
         check_prefix(prefix)
         with self._objects.lock:
-            found = [ObjectInfo(key, len(data)) for key, data in self._objects.by_key.items() if key.startswith(prefix)]
+            found = [
+                ObjectInfo(key, len(data))
+                for key, data in self._objects.by_key.items()
+                if key.startswith(prefix)
+            ]
         return iter(sorted(found, key=lambda info: info.key.encode()))
 
     def put(self, key: str, data: bytes) -> None:
@@ -94,7 +109,12 @@ class MemoryStore:
         """See Store.compose."""
         check_key(key)
         data = b"".join(
-            piece if isinstance(piece, bytes) else piece.store.get_range(piece.key, piece.start, piece.num_bytes) for piece in pieces
+            (
+                piece
+                if isinstance(piece, bytes)
+                else piece.store.get_range(piece.key, piece.start, piece.num_bytes)
+            )
+            for piece in pieces
         )
         self.put(key, data)
         return len(data)

@@ -1,12 +1,16 @@
-"""What several processes of one node read, fetched once: files in a folder of the node, made by whichever process comes first and mapped by all.
+"""What several processes of one node read, fetched once: files in a folder of the node, made by
+whichever process comes first and mapped by all.
 
-Eight workers of a node walk through the same 9.5 GB of a layer, and compress units from the same 60 GB of its tokens. A file lock decides who fetches; the
-others wait for it and map the finished file, so its pages are in memory once. A process that is killed takes nothing along: its lock goes with it, and
-whoever comes next fetches anew. Nothing here is state: a node that is lost loses a copy.
+Eight workers of a node walk through the same 9.5 GB of a layer, and compress units from the same 60
+GB of its tokens. A file lock decides who fetches; the others wait for it and map the finished file,
+so its pages are in memory once. A process that is killed takes nothing along: its lock goes with
+it, and whoever comes next fetches anew. Nothing here is state: a node that is lost loses a copy.
 
-The folder also holds the notes of store.checked_files: which files of the node were hashed. So a node has one even where nothing is cached.
+The folder also holds the notes of store.checked_files: which files of the node were hashed. So a
+node has one even where nothing is cached.
 
-Files go least recently used first when the next one would not fit. One that is still mapped keeps its bytes until the last reader lets go (POSIX unlink).
+Files go least recently used first when the next one would not fit. One that is still mapped keeps
+its bytes until the last reader lets go (POSIX unlink).
 """
 
 import contextlib
@@ -41,21 +45,26 @@ _ALIVE = "in-use"
 class NodeCache:
     """Files shared by the processes of a node.
 
-    Args: folder: on a disk of the node; made if it is not there. limit_bytes: of all files together; None: half of what the disk has free.
+    Args:
+        folder: on a disk of the node; made if it is not there.
+        limit_bytes: of all files together; None: half of what the disk has free.
     """
 
     def __init__(self, folder: str | Path, limit_bytes: int | None = None) -> None:
         self.folder = Path(folder)
         self.alive = join_folder(self.folder)
         self.limit_bytes = (
-            limit_bytes if limit_bytes is not None else int(FREE_SHARE * (shutil.disk_usage(folder).free + self.held_bytes()))
+            limit_bytes
+            if limit_bytes is not None
+            else int(FREE_SHARE * (shutil.disk_usage(folder).free + self.held_bytes()))
         )
 
     def open(self, name: str, num_bytes: int, fill: Callable[[int], None]) -> memoryview | None:
-        """The file of that name, mapped read-only; made by `fill`, which gets a file descriptor to write `num_bytes` bytes to, if no process has made it yet.
+        """The file of that name, mapped read-only; made by `fill`, which gets a file descriptor to
+        write `num_bytes` bytes to, if no process has made it yet.
 
         Returns: None where it has no room; the caller then reads for itself.
-        Raises:  whatever `fill` raises; the next caller tries again.
+        Raises: whatever `fill` raises; the next caller tries again.
         """
         path = self.path(name)
         if (found := map_file(path, num_bytes)) is not None:
@@ -87,7 +96,8 @@ class NodeCache:
         return sum(size for _, size, _ in self.files())
 
     def files(self) -> list[tuple[float, int, Path]]:
-        """(last use, bytes, path), least recently used first. Unfinished files count with the bytes they will have."""
+        """(last use, bytes, path), least recently used first. Unfinished files count with the bytes
+        they will have."""
         found = []
         for path in (*self.folder.glob("*.data"), *self.folder.glob("*.unfinished")):
             with contextlib.suppress(FileNotFoundError):
@@ -102,16 +112,22 @@ class NodeCache:
         if num_bytes > self.limit_bytes:
             return False
         for _, size, path in files:
-            if held + num_bytes <= self.limit_bytes and shutil.disk_usage(self.folder).free > num_bytes:
+            if (
+                held + num_bytes <= self.limit_bytes
+                and shutil.disk_usage(self.folder).free > num_bytes
+            ):
                 break
             if path.suffix == ".data":
                 path.unlink(missing_ok=True)
                 held -= size
-        return held + num_bytes <= self.limit_bytes and shutil.disk_usage(self.folder).free > num_bytes
+        return (
+            held + num_bytes <= self.limit_bytes and shutil.disk_usage(self.folder).free > num_bytes
+        )
 
     @contextlib.contextmanager
     def locked(self, path: Path) -> Iterator[None]:
-        """An exclusive lock between processes (and between threads: every call opens the file anew)."""
+        """An exclusive lock between processes (and between threads: every call opens the file
+        anew)."""
         descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o600)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -132,7 +148,8 @@ class NodeCache:
 
 
 def join_folder(folder: Path) -> int:
-    """Make the folder, if it is not there, and hold its `in-use` file under a shared lock. Returns the descriptor."""
+    """Make the folder, if it is not there, and hold its `in-use` file under a shared lock. Returns
+    the descriptor."""
     while True:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         with contextlib.suppress(FileNotFoundError):  # somebody removes the folder at this moment
@@ -178,7 +195,8 @@ def sweep(folder: Path) -> bool:
 
 
 def reserve_file(path: Path, num_bytes: int) -> None:
-    """An empty file of its final size, its blocks taken now: a full disk says so here, and not as a bus error in a mapping."""
+    """An empty file of its final size, its blocks taken now: a full disk says so here, and not as a
+    bus error in a mapping."""
     descriptor = os.open(path, os.O_CREAT | os.O_RDWR | os.O_TRUNC, 0o600)
     try:
         if num_bytes:
@@ -193,19 +211,30 @@ def map_file(path: Path, num_bytes: int) -> memoryview | None:
         with open(path, "rb") as file:
             os.utime(path, (time.time(), time.time()))
             if os.fstat(file.fileno()).st_size != num_bytes:
-                raise ValueError(f"{path}: expected {num_bytes} bytes, found {os.fstat(file.fileno()).st_size}")
-            return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if num_bytes else b"")
+                raise ValueError(
+                    f"{path}: expected {num_bytes} bytes, found {os.fstat(file.fileno()).st_size}"
+                )
+            return memoryview(
+                mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if num_bytes else b""
+            )
     except FileNotFoundError:
         return None
 
 
 def fetch(ranges: Iterable[tuple[ByteRange, int]], descriptor: int) -> None:
-    """Copy ranges of a store to their places (byte offsets) in a file, several at once, FETCH_BYTES each at most in memory.
+    """Copy ranges of a store to their places (byte offsets) in a file, several at once, FETCH_BYTES
+    each at most in memory.
 
     Raises: what Store.get_range raises.
     """
     pieces = [
-        (whole.store, whole.key, whole.start + first, min(FETCH_BYTES, whole.num_bytes - first), place + first)
+        (
+            whole.store,
+            whole.key,
+            whole.start + first,
+            min(FETCH_BYTES, whole.num_bytes - first),
+            place + first,
+        )
         for whole, place in ranges
         for first in range(0, whole.num_bytes, FETCH_BYTES)
     ]

@@ -23,7 +23,8 @@ from p48ray.store.memory import MemoryStore
 from p48ray.store.s3.store import S3Store
 
 ENDPOINT_VARIABLES = ["AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"]
-"""Where commands look for an endpoint, as boto3 itself does; given to S3Store, it also decides how a bucket is addressed, and it travels to other processes."""
+"""Where commands look for an endpoint, as boto3 itself does; given to S3Store, it also decides how
+a bucket is addressed, and it travels to other processes."""
 
 
 def first_part(place: str) -> tuple[str, str]:
@@ -170,7 +171,8 @@ UNKNOWN = Scheme(name="?", noun="nothing known", example="", open=_open_unknown,
 
 
 def scheme_of(place: str) -> Scheme:
-    """What is known of a place's kind of store; UNKNOWN for a stranger. Args: place: or a store's uri."""
+    """What is known of a place's kind of store; UNKNOWN for a stranger. Args: place: or a store's
+    uri."""
     found = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", place)
     return SCHEMES.get(found[1].lower(), UNKNOWN) if found else LOCAL_PATH
 
@@ -178,7 +180,9 @@ def scheme_of(place: str) -> Scheme:
 def open_store(uri: str | Path, endpoint_url: str | None = None, server_copy: bool = True) -> Store:
     """The store that a path or a uri names, see SCHEMES. Opening touches nothing.
 
-    Args: endpoint_url, server_copy: of an S3 server that is not AWS, see S3Store; other stores have no use for them.
+    Args:
+        endpoint_url, server_copy: of an S3 server that is not AWS, see S3Store; other stores have
+            no use for them.
     Raises: ConfigError for anything unknown.
     """
     place = str(uri)

@@ -1,4 +1,5 @@
-"""What a store can do, tried out rather than believed: servers that speak S3 differ in just the operations that a run rests on."""
+"""What a store can do, tried out rather than believed: servers that speak S3 differ in just the
+operations that a run rests on."""
 
 import hashlib
 import logging
@@ -15,15 +16,20 @@ from p48ray.store.view import SubStore
 PROBE_FOLDER = "probe"
 NUM_RACERS = 8
 NUM_BYTES = 2 * MIN_PART_BYTES + 2**20
-"""Of the scratch object: a range is copied from an object over 5 MB only, and parts but the last have 5 MiB."""
-NEEDED = "a run needs writes that succeed only if the key is free (PutObject with If-None-Match: *), because the first manifest must win"
+"""Of the scratch object: a range is copied from an object over 5 MB only, and parts but the last
+have 5 MiB."""
+NEEDED = (
+    "a run needs writes that succeed only if the key is free (PutObject with If-None-Match: *),"
+    " because the first manifest must win"
+)
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Capabilities:
-    """What a store was seen to do. A conditional put is not among them: without it there is no run."""
+    """What a store was seen to do. A conditional put is not among them: without it there is no
+    run."""
 
     range_copy: bool
     """Byte ranges of objects are copied on the store's side."""
@@ -42,7 +48,8 @@ def probe(store: Store) -> Capabilities:
     """Tries the store out under `probe/<random>/`, and cleans up.
 
     Cost: about 35 requests, 22 MiB written and 16 MiB read for S3, nothing to speak of elsewhere.
-    Raises: ConfigError if the store cannot be written, or lets a second writer replace the first; what the store raises when out of reach.
+    Raises: ConfigError if the store cannot be written, or lets a second writer replace the first;
+        what the store raises when out of reach.
     """
     scratch = SubStore(store, f"{PROBE_FOLDER}/{uuid.uuid4().hex}/")
     try:
@@ -70,15 +77,24 @@ def _check_conditional_put(scratch: SubStore) -> None:
         is_first = scratch.put_if_absent("manifest", b"first")
         is_second = scratch.put_if_absent("manifest", b"second")
         with ThreadPoolExecutor(NUM_RACERS) as racers:
-            won = list(racers.map(lambda number: scratch.put_if_absent("race", b"%d" % number), range(NUM_RACERS)))
+            won = list(
+                racers.map(
+                    lambda number: scratch.put_if_absent("race", b"%d" % number), range(NUM_RACERS)
+                )
+            )
     except (UserError, TransientStoreError):
         raise
     except P48Error as error:
         raise ConfigError(f"{scratch.uri}: {NEEDED}; this store refuses it: {error}") from error
     if (is_first, is_second, scratch.get("manifest")) != (True, False, b"first"):
-        raise ConfigError(f"{scratch.uri}: {NEEDED}; this store let the second writer of a key replace the first")
+        raise ConfigError(
+            f"{scratch.uri}: {NEEDED}; this store let the second writer of a key replace the first"
+        )
     if sum(won) != 1:
-        raise ConfigError(f"{scratch.uri}: {NEEDED}; of {NUM_RACERS} writers at once {sum(won)} were told that they were first")
+        raise ConfigError(
+            f"{scratch.uri}: {NEEDED}; of {NUM_RACERS} writers at once {sum(won)} were told that"
+            " they were first"
+        )
 
 
 def _behind(scratch: SubStore) -> tuple[Store, str]:
@@ -96,7 +112,9 @@ def _joins(store: S3Store, key: str, data: bytes, *, is_copied: bool) -> bool:
     try:
         with store.upload(key) as upload:
             if is_copied:
-                upload.add_copy(store.copy_source(key.rpartition("/")[0] + "/source"), 1, MIN_PART_BYTES + 1)
+                upload.add_copy(
+                    store.copy_source(key.rpartition("/")[0] + "/source"), 1, MIN_PART_BYTES + 1
+                )
                 expected = data[1 : MIN_PART_BYTES + 2]
             else:
                 upload.add_bytes(data[: MIN_PART_BYTES + 1])
@@ -108,5 +126,10 @@ def _joins(store: S3Store, key: str, data: bytes, *, is_copied: bool) -> bool:
     except (UserError, TransientStoreError):
         raise
     except P48Error as error:
-        log.info("%s: %s is not possible: %s", store.uri, "copying ranges" if is_copied else "joining unequal parts", error)
+        log.info(
+            "%s: %s is not possible: %s",
+            store.uri,
+            "copying ranges" if is_copied else "joining unequal parts",
+            error,
+        )
         return False

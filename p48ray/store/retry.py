@@ -5,8 +5,8 @@
 
 An attempt says by its error whether another one is worth it: TransientStoreError, and nothing else.
 Only GaveUpError is not tried again, though it is one: its attempts are used up, and no policy
-around it begins anew. Loops that wait for a condition (a server that starts, a process that ends) and the
-runners' attempts at a task are another thing, and not here.
+around it begins anew. Loops that wait for a condition (a server that starts, a process that ends)
+and the runners' attempts at a task are another thing, and not here.
 """
 
 import logging
@@ -56,7 +56,8 @@ S3 = Policy(attempts=10, base_s=0.2, cap_s=20.0)
 HUB = Policy(attempts=8, base_s=1.0, cap_s=60.0, told_cap_s=330.0)
 """A question to the Hub. It counts requests in windows of five minutes: more is not believed."""
 HUB_COMMIT = Policy(attempts=5, base_s=1.0, cap_s=60.0, factor=4.0, jitter=False, told_cap_s=330.0)
-"""A commit on the Hub. A gateway gives up on one that may yet be made: it gets time, then one looks."""
+"""A commit on the Hub. A gateway gives up on one that may yet be made: it gets time, then one
+looks."""
 
 
 def nothing() -> None:

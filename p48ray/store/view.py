@@ -3,7 +3,17 @@
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
-from p48ray.store.base import Buffers, ByteRange, ObjectInfo, Piece, Store, Traffic, Written, check_key, check_prefix
+from p48ray.store.base import (
+    Buffers,
+    ByteRange,
+    ObjectInfo,
+    Piece,
+    Store,
+    Traffic,
+    Written,
+    check_key,
+    check_prefix,
+)
 from p48ray.store.local import LocalStore
 
 
@@ -61,12 +71,18 @@ class SubStore:
         """A range of a view as a range of the store behind it, which that store may copy faster."""
         while isinstance(piece, ByteRange) and isinstance(piece.store, SubStore):
             view = piece.store
-            piece = ByteRange(store=view.store, key=view.full(piece.key), start=piece.start, num_bytes=piece.num_bytes)
+            piece = ByteRange(
+                store=view.store,
+                key=view.full(piece.key),
+                start=piece.start,
+                num_bytes=piece.num_bytes,
+            )
         return piece
 
 
 def read_into(store: Store, key: str, start: int, target: memoryview) -> None:
-    """Fills `target` with the object's bytes from `start` on; straight from the file where it lies in a folder. Raises: as Store.get_range."""
+    """Fills `target` with the object's bytes from `start` on; straight from the file where it lies
+    in a folder. Raises: as Store.get_range."""
     while isinstance(store, SubStore):
         key, store = store.full(key), store.store
     if isinstance(store, LocalStore):
@@ -76,7 +92,8 @@ def read_into(store: Store, key: str, start: int, target: memoryview) -> None:
 
 
 def local_path(store: Store, key: str) -> str | None:
-    """The file behind an object, for readers that map files into memory; None where it lies in no folder of this machine."""
+    """The file behind an object, for readers that map files into memory; None where it lies in no
+    folder of this machine."""
     while isinstance(store, SubStore):
         key, store = store.full(key), store.store
     return store.path(key) if isinstance(store, LocalStore) else None

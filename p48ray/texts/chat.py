@@ -1,4 +1,5 @@
-"""From a record to its document: the text itself, or a chat in the words of the tokenizer's own template."""
+"""From a record to its document: the text itself, or a chat in the words of the tokenizer's own
+template."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -28,27 +29,37 @@ def document_text(row: Row, tokenizer: Any) -> str:
     if column == "text":
         text = value
         if not isinstance(text, str):
-            raise CalibrationError(f"{row.where}: 'text' should be a string, found {type(text).__name__}")
+            raise CalibrationError(
+                f"{row.where}: 'text' should be a string, found {type(text).__name__}"
+            )
     else:
         messages = _messages(row, value) if column == "messages" else _turns(row, value)
         text = _rendered(row, column, messages, tokenizer)
     try:
-        text.encode("utf-8")  # JSON can spell half a surrogate pair (\ud83d alone), which is no text and stops tokenizers
+        # JSON can spell half a surrogate pair (\ud83d alone), which is no text and stops tokenizers
+        text.encode("utf-8")
     except UnicodeEncodeError as error:
         found = f"a lone surrogate at character {error.start}"
-        raise CalibrationError(f"{row.where}: expected a {column!r} that is Unicode, found {found}") from None
+        raise CalibrationError(
+            f"{row.where}: expected a {column!r} that is Unicode, found {found}"
+        ) from None
     return text
 
 
 def _messages(row: Row, value: Any) -> list[dict[str, Any]]:
     """[{role, content}, ...], content a string or parts with a text each."""
     turns = _list_of_objects(row, "messages", value)
-    return [{"role": _string(row, f"messages[{i}].role", t.get("role")), "content": _content(row, i, t)} for i, t in enumerate(turns)]
+    return [
+        {"role": _string(row, f"messages[{i}].role", t.get("role")), "content": _content(row, i, t)}
+        for i, t in enumerate(turns)
+    ]
 
 
 def _content(row: Row, number: int, turn: Mapping[str, Any]) -> str:
     content = turn.get("content")
-    if isinstance(content, list) and all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in content):
+    if isinstance(content, list) and all(
+        isinstance(part, dict) and isinstance(part.get("text"), str) for part in content
+    ):
         return "".join(part["text"] for part in content)
     return _string(row, f"messages[{number}].content", content)
 
@@ -61,20 +72,32 @@ def _turns(row: Row, value: Any) -> list[dict[str, Any]]:
     for i, turn in enumerate(_list_of_objects(row, "conversations", value)):
         speaker = _string(row, f"conversations[{i}].from", turn.get("from"))
         if speaker not in ROLES:
-            raise CalibrationError(f"{row.where}: conversations[{i}].from: expected one of {', '.join(sorted(ROLES))}, found {speaker!r}")
-        messages.append({"role": ROLES[speaker], "content": _string(row, f"conversations[{i}].value", turn.get("value"))})
+            raise CalibrationError(
+                f"{row.where}: conversations[{i}].from: expected one of {', '.join(sorted(ROLES))},"
+                f" found {speaker!r}"
+            )
+        messages.append(
+            {
+                "role": ROLES[speaker],
+                "content": _string(row, f"conversations[{i}].value", turn.get("value")),
+            }
+        )
     return messages
 
 
 def _list_of_objects(row: Row, column: str, value: Any) -> list[Mapping[str, Any]]:
     if not isinstance(value, list) or not all(isinstance(turn, dict) for turn in value):
-        raise CalibrationError(f"{row.where}: {column!r} should be a list of objects, found {type(value).__name__}")
+        raise CalibrationError(
+            f"{row.where}: {column!r} should be a list of objects, found {type(value).__name__}"
+        )
     return value
 
 
 def _string(row: Row, name: str, value: Any) -> str:
     if not isinstance(value, str):
-        raise CalibrationError(f"{row.where}: {name} should be a string, found {type(value).__name__}")
+        raise CalibrationError(
+            f"{row.where}: {name} should be a string, found {type(value).__name__}"
+        )
     return value
 
 
@@ -84,13 +107,15 @@ def _rendered(row: Row, column: str, messages: list[dict[str, Any]], tokenizer: 
         return ""
     if getattr(tokenizer, "chat_template", None) is None:
         raise CalibrationError(
-            f"{row.where}: {column!r} holds a chat, and the source's tokenizer has no chat template; use a 'text' column"
+            f"{row.where}: {column!r} holds a chat, and the source's tokenizer has no chat"
+            " template; use a 'text' column"
         )
     try:
         text = tokenizer.apply_chat_template(messages, tokenize=False)
     except Exception as error:
         raise CalibrationError(
-            f"{row.where}: {column!r}: the tokenizer's chat template refuses it: {type(error).__name__}: {error}"
+            f"{row.where}: {column!r}: the tokenizer's chat template refuses it:"
+            f" {type(error).__name__}: {error}"
         ) from error
     bos = getattr(tokenizer, "bos_token", None)
     return str(text).removeprefix(bos) if bos else str(text)

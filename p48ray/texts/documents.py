@@ -1,10 +1,14 @@
-"""Where texts lie and which of them are read: files and folders on a disk, in a bucket, or in a data set on the Hub.
+"""Where texts lie and which of them are read: files and folders on a disk, in a bucket, or in a
+data set on the Hub.
 
-Texts of up to WHOLE_BYTES (as stored, all files of one source) are read whole, in the order of their names. Of more than that no more is read than a
-sample needs: the files, in an order drawn by the seed, give one part each in turn (parts of a file in a drawn order too: a row group, or 16 MiB of a
-.jsonl), and a part gives its documents until they have VISIT_CHARACTERS; when every part has been visited, each gives twice as many from where it
-was left, and so on to the end. A document longer than VISIT_CHARACTERS is cut there. So a sample is spread over the whole, depends on nothing but the
-seed and the files, and costs memory for one document. Who changes any of this changes calibration tokens, and bumps plan.NUMERICS_VERSION.
+Texts of up to WHOLE_BYTES (as stored, all files of one source) are read whole, in the order of
+their names. Of more than that no more is read than a sample needs: the files, in an order drawn by
+the seed, give one part each in turn (parts of a file in a drawn order too: a row group, or 16 MiB
+of a .jsonl), and a part gives its documents until they have VISIT_CHARACTERS; when every part has
+been visited, each gives twice as many from where it was left, and so on to the end. A document
+longer than VISIT_CHARACTERS is cut there. So a sample is spread over the whole, depends on nothing
+but the seed and the files, and costs memory for one document. Who changes any of this changes
+calibration tokens, and bumps plan.NUMERICS_VERSION.
 """
 
 import hashlib
@@ -30,7 +34,8 @@ RANGE_BYTES = 16 * 2**20
 
 @dataclass(frozen=True, slots=True)
 class Texts:
-    """The files of one source of a mix, in the order of their names. `is_one`: the path names a file, not a folder."""
+    """The files of one source of a mix, in the order of their names. `is_one`: the path names a
+    file, not a folder."""
 
     path: str
     files: tuple[TextFile, ...]
@@ -48,14 +53,20 @@ class Texts:
 def open_texts(source: DocumentSource, key: str) -> Texts:
     """The files that a source's path names, with their sizes; no text is read.
 
-    Args:   key: dotted configuration key, for messages.
-    Raises: ConfigError when there are none, or their place can not be reached with what the user has set.
+    Args:
+        key: dotted configuration key, for messages.
+    Raises: ConfigError when there are none, or their place can not be reached with what the user
+        has set.
     """
     path = source.path.rstrip("/") or source.path
     scheme = scheme_of(path)
     if scheme.is_local:
         path = str(Path(path).expanduser()) if scheme.is_path else open_store(path).uri
-        return _stored(open_store(path), "", path, key) if Path(path).is_dir() else _one_local(path, key)
+        return (
+            _stored(open_store(path), "", path, key)
+            if Path(path).is_dir()
+            else _one_local(path, key)
+        )
     try:
         root, prefix = scheme.split(path)
         return _stored(open_store(root, source.endpoint_url), prefix, path, key)
@@ -71,7 +82,9 @@ def _one_local(path: str, key: str) -> Texts:
             size_bytes = file.stat().st_size
     except OSError as error:
         raise ConfigError(f"{key}: {path}: can not be read: {error.strerror}") from None
-    return Texts(path, (TextFile(open_store(str(file.parent)), file.name, size_bytes, path),), is_one=True)
+    return Texts(
+        path, (TextFile(open_store(str(file.parent)), file.name, size_bytes, path),), is_one=True
+    )
 
 
 def _stored(store: Store, prefix: str, path: str, key: str) -> Texts:
@@ -83,19 +96,33 @@ def _stored(store: Store, prefix: str, path: str, key: str) -> Texts:
     def shown(info: ObjectInfo) -> str:
         return f"{path}{'' if held else '/' + info.key.removeprefix(folder).lstrip('/')}"
 
-    names = [i for i in infos if held or (i.key.endswith(TEXT_SUFFIXES) and not any(p.startswith(".") for p in i.key.split("/")))]
+    names = [
+        i
+        for i in infos
+        if held
+        or (i.key.endswith(TEXT_SUFFIXES) and not any(p.startswith(".") for p in i.key.split("/")))
+    ]
     if not names:
         found = ", ".join(i.key for i in infos[:3]) or "nothing"
         where = f"{key}: {path}" if scheme_of(path).is_local else path
-        raise ConfigError(f"{where}: expected a file, or a folder with {' or '.join(TEXT_SUFFIXES)} files in it, found {found}")
-    return Texts(path, tuple(TextFile(store, i.key, i.size_bytes, shown(i)) for i in names), is_one=held is not None)
+        raise ConfigError(
+            f"{where}: expected a file, or a folder with {' or '.join(TEXT_SUFFIXES)} files in it,"
+            f" found {found}"
+        )
+    return Texts(
+        path,
+        tuple(TextFile(store, i.key, i.size_bytes, shown(i)) for i in names),
+        is_one=held is not None,
+    )
 
 
 def digest_documents(documents: Sequence[DocumentSource], key: str) -> str:
-    """SHA-256 over the weights and the identity of every file, in the order of the mix: the identity of the texts, wherever they lie.
+    """SHA-256 over the weights and the identity of every file, in the order of the mix: the
+    identity of the texts, wherever they lie.
 
-    Of a single file that is read whole, and of every local file, its bytes; of others in a bucket or on the Hub, name, size, and the digest that the
-    store keeps (SHA-256, git's, or an ETag), because tens of gigabytes are not read for it.
+    Of a single file that is read whole, and of every local file, its bytes; of others in a bucket
+    or on the Hub, name, size, and the digest that the store keeps (SHA-256, git's, or an ETag),
+    because tens of gigabytes are not read for it.
     """
     digest = hashlib.sha256()
     for document in documents:
@@ -109,12 +136,15 @@ def digest_documents(documents: Sequence[DocumentSource], key: str) -> str:
         digest.update(f"{document.weight!r} {len(texts.files)} files\n".encode())
         for file in texts.files:
             name = file.where.removeprefix(texts.path).lstrip("/")
-            digest.update(f"{name} {file.size_bytes} {_identity(file, texts.is_whole, key)}\n".encode())
+            digest.update(
+                f"{name} {file.size_bytes} {_identity(file, texts.is_whole, key)}\n".encode()
+            )
     return digest.hexdigest()
 
 
 def _identity(file: TextFile, is_whole: bool, key: str) -> str:
-    """SHA-256 of a file's bytes, as the store tells it or counted here; for what is too large to be read whole, whatever the store tells."""
+    """SHA-256 of a file's bytes, as the store tells it or counted here; for what is too large to be
+    read whole, whatever the store tells."""
     scheme = scheme_of(file.store.uri)
     if (scheme.lists_digests or not is_whole) and (found := scheme.identity(file.store, file.key)):
         return found
@@ -132,10 +162,14 @@ def _stream(file: TextFile, key: str) -> Iterator[bytes]:
         raise ConfigError(f"{key}: {file.where}: can not be read: {error}") from error
 
 
-def read_documents(source: DocumentSource, key: str, seed: int = 0, tokenizer: Any = None) -> Iterator[str]:
-    """The texts of one source, empty ones skipped: all of them, or of more than WHOLE_BYTES in the order of the sample that this module describes.
+def read_documents(
+    source: DocumentSource, key: str, seed: int = 0, tokenizer: Any = None
+) -> Iterator[str]:
+    """The texts of one source, empty ones skipped: all of them, or of more than WHOLE_BYTES in the
+    order of the sample that this module describes.
 
-    Args:   tokenizer: renders chats; without one they are refused.
+    Args:
+        tokenizer: renders chats; without one they are refused.
     Raises: CalibrationError naming file, line or row, and column.
     """
     texts = open_texts(source, key)
@@ -164,7 +198,8 @@ def _sampled(texts: Texts, key: str, seed: int, tokenizer: Any) -> Iterator[str]
 
 
 def _rotation(files: Sequence[TextFile], key: str, seed: int) -> Iterator[tuple[TextFile, int]]:
-    """Every part of every file, one of each file in turn. A file is looked into when its first turn comes."""
+    """Every part of every file, one of each file in turn. A file is looked into when its first turn
+    comes."""
     generator = torch.Generator().manual_seed(seed)
     waiting = [files[i] for i in torch.randperm(len(files), generator=generator).tolist()]
     queues: list[tuple[TextFile, list[int]]] = []
@@ -179,7 +214,9 @@ def _rotation(files: Sequence[TextFile], key: str, seed: int) -> Iterator[tuple[
             queues[at] = (file, parts[1:])
 
 
-def _window(file: TextFile, part: int, start: int, end: int, key: str, tokenizer: Any) -> Iterator[str]:
+def _window(
+    file: TextFile, part: int, start: int, end: int, key: str, tokenizer: Any
+) -> Iterator[str]:
     """Documents of a part that begin at character `start` of it or later, and before `end`."""
     position = 0
     for row in read_part(file, part, key):
@@ -193,9 +230,12 @@ def _window(file: TextFile, part: int, start: int, end: int, key: str, tokenizer
             return
 
 
-def too_little(source: DocumentSource, key: str, share: int, length: int, found: int) -> CalibrationError:
+def too_little(
+    source: DocumentSource, key: str, share: int, length: int, found: int
+) -> CalibrationError:
     """The error of a source that holds less text than its share of the mix."""
     section = key.removesuffix(".documents")
     return CalibrationError(
-        f"{key}: {source.path}: expected text for {share} sequences of {length} tokens, found {found}; add text or lower {section}.num_sequences"
+        f"{key}: {source.path}: expected text for {share} sequences of {length} tokens, found"
+        f" {found}; add text or lower {section}.num_sequences"
     )

@@ -1,8 +1,10 @@
-"""Calibration and held-out texts: read, tokenize, pack into sequences of one length, draw a seeded sample.
+"""Calibration and held-out texts: read, tokenize, pack into sequences of one length, draw a seeded
+sample.
 
-Documents are packed as `bos document bos document ...` per source and cut into chunks; a document may span several chunks. Chunks are drawn without
-replacement by a seeded permutation, each source giving its share of a weighted mix: from all its chunks, or, of a source that is too large to be read
-whole (texts.documents), from the first SPREAD times its share.
+Documents are packed as `bos document bos document ...` per source and cut into chunks; a document
+may span several chunks. Chunks are drawn without replacement by a seeded permutation, each source
+giving its share of a weighted mix: from all its chunks, or, of a source that is too large to be
+read whole (texts.documents), from the first SPREAD times its share.
 """
 
 import hashlib
@@ -25,9 +27,18 @@ from p48ray.store.open import scheme_of
 from p48ray.texts.documents import open_texts, read_documents, too_little
 
 SPREAD = 4
-"""Of a large source so many times its share is packed before the draw, so that neighbours in the draw rarely are neighbours in a document."""
+"""Of a large source so many times its share is packed before the draw, so that neighbours in the
+draw rarely are neighbours in a document."""
 TOKENIZER_CONFIG = "tokenizer_config.json"
-TOKENIZER_FILES = ("tokenizer", "special_tokens_map", "added_tokens", "vocab", "merges", "tiktoken", "chat_template")
+TOKENIZER_FILES = (
+    "tokenizer",
+    "special_tokens_map",
+    "added_tokens",
+    "vocab",
+    "merges",
+    "tiktoken",
+    "chat_template",
+)
 
 
 def digest_tokenizer(index: CheckpointIndex) -> str:
@@ -42,33 +53,41 @@ def digest_tokenizer(index: CheckpointIndex) -> str:
 
 
 def load_tokenizer(index: CheckpointIndex, trust_remote_code: bool) -> Any:
-    """The source's own tokenizer through transformers. Code from the folder runs only with trust_remote_code.
+    """The source's own tokenizer through transformers. Code from the folder runs only with
+    trust_remote_code.
 
     Raises: SourceError with the reason when transformers can not build it.
     """
-    from transformers import CONFIG_MAPPING, AutoTokenizer, PreTrainedConfig  # half a second and 100 MB: only where text is read
+    # half a second and 100 MB: only where text is read
+    from transformers import CONFIG_MAPPING, AutoTokenizer, PreTrainedConfig
 
-    # For a model type that it does not know (Kimi-K2's) transformers fills a bare config with all keys, and fails on them; tokenizers need none.
-    blank = {} if index.config.get("model_type") in CONFIG_MAPPING else {"config": PreTrainedConfig()}
+    # For a model type that it does not know (Kimi-K2's) transformers fills a bare config with all
+    # keys, and fails on them; tokenizers need none.
+    blank = (
+        {} if index.config.get("model_type") in CONFIG_MAPPING else {"config": PreTrainedConfig()}
+    )
     if not trust_remote_code and (name := own_class(index)):
         raise SourceError(
-            f"{index.store.uri}: the tokenizer can not be loaded: {TOKENIZER_CONFIG} names {name}, which is code of this checkpoint"
-            f"{hint(None, trust_remote_code)}"
+            f"{index.store.uri}: the tokenizer can not be loaded: {TOKENIZER_CONFIG} names {name},"
+            f" which is code of this checkpoint{hint(None, trust_remote_code)}"
         )
     with tokenizer_folder(index) as folder:
         try:
-            return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True, **blank)
+            return AutoTokenizer.from_pretrained(
+                folder, trust_remote_code=trust_remote_code, local_files_only=True, **blank
+            )
         except Exception as error:
             raise SourceError(
-                f"{index.store.uri}: the tokenizer can not be loaded: {type(error).__name__}: {error}{hint(error, trust_remote_code)}"
+                f"{index.store.uri}: the tokenizer can not be loaded: {type(error).__name__}:"
+                f" {error}{hint(error, trust_remote_code)}"
             ) from error
 
 
 def own_class(index: CheckpointIndex) -> str | None:
     """The tokenizer's class, where only the checkpoint's own code has it.
 
-    transformers would otherwise make do with what it finds: from a file of tiktoken ranks alone it builds a tokenizer that cuts words in another way,
-    without special tokens, and says nothing.
+    transformers would otherwise make do with what it finds: from a file of tiktoken ranks alone it
+    builds a tokenizer that cuts words in another way, without special tokens, and says nothing.
     """
     import transformers
 
@@ -83,15 +102,21 @@ def own_class(index: CheckpointIndex) -> str | None:
 def hint(error: Exception | None, trust_remote_code: bool) -> str:
     """What the user may do about a tokenizer that does not load."""
     if not trust_remote_code:
-        return "; if it ships its own tokenizer code that you trust, set source.trust_remote_code: true"
+        return (
+            "; if it ships its own tokenizer code that you trust, set source.trust_remote_code:"
+            " true"
+        )
     if isinstance(error, ImportError) and "tiktoken" in str(error):
-        return "; its code needs tiktoken, which is not installed here: pip install 'tiktoken>=0.14'"
+        return (
+            "; its code needs tiktoken, which is not installed here: pip install 'tiktoken>=0.14'"
+        )
     return ""
 
 
 @contextmanager
 def tokenizer_folder(index: CheckpointIndex) -> Iterator[str]:
-    """Where the source's small files are on this machine: the source itself, or copies of a bucket's, for as long as they are read."""
+    """Where the source's small files are on this machine: the source itself, or copies of a
+    bucket's, for as long as they are read."""
     if scheme_of(index.store.uri).is_local:
         yield index.store.uri
         return
@@ -101,10 +126,14 @@ def tokenizer_folder(index: CheckpointIndex) -> Iterator[str]:
         yield folder
 
 
-def pack_sequences(texts: Iterator[str], tokenizer: Any, length: int, most: int | None = None) -> Tensor:
-    """Token ids of all texts, bos before each, cut into rows of `length`; the rest is dropped. Returns (rows, length) int32.
+def pack_sequences(
+    texts: Iterator[str], tokenizer: Any, length: int, most: int | None = None
+) -> Tensor:
+    """Token ids of all texts, bos before each, cut into rows of `length`; the rest is dropped.
+    Returns (rows, length) int32.
 
-    Args: most: rows after which no further text is asked for.
+    Args:
+        most: rows after which no further text is asked for.
     """
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     ids = array("i")
@@ -117,30 +146,50 @@ def pack_sequences(texts: Iterator[str], tokenizer: Any, length: int, most: int 
 
 
 def load_sequences(
-    documents: Sequence[DocumentSource], tokenizer: Any, num_sequences: int, length: int, seed: int, vocab_size: int, key: str
+    documents: Sequence[DocumentSource],
+    tokenizer: Any,
+    num_sequences: int,
+    length: int,
+    seed: int,
+    vocab_size: int,
+    key: str,
 ) -> Tensor:
     """A seeded sample of packed sequences from a weighted mix.
 
-    Args:    key: dotted configuration key of the section, for messages. vocab_size: ids at or above it are refused.
+    Args:
+        key: dotted configuration key of the section, for messages.
+        vocab_size: ids at or above it are refused.
     Returns: (num_sequences, length) int32.
-    Raises:  CalibrationError when a source is empty or holds fewer sequences than its share.
+    Raises: CalibrationError when a source is empty or holds fewer sequences than its share.
     """
     generator, name = torch.Generator().manual_seed(seed), f"{key}.documents"
     drawn = []
-    for document, share in zip(documents, shares([d.weight for d in documents], num_sequences), strict=True):
+    for document, share in zip(
+        documents, shares([d.weight for d in documents], num_sequences), strict=True
+    ):
         most = None if open_texts(document, name).is_whole else SPREAD * share
-        rows = pack_sequences(read_documents(document, name, seed, tokenizer), tokenizer, length, most)
+        rows = pack_sequences(
+            read_documents(document, name, seed, tokenizer), tokenizer, length, most
+        )
         if len(rows) < share:
             raise too_little(document, name, share, length, len(rows))
         drawn.append(rows[torch.randperm(len(rows), generator=generator)[:share]])
     sequences = torch.cat(drawn)
     if int(sequences.max()) >= vocab_size:
-        raise SourceError(f"{key}: the tokenizer gave id {int(sequences.max())}, but the model's vocab_size is {vocab_size}")
-    return sequences if len(drawn) == 1 else sequences[torch.randperm(num_sequences, generator=generator)]
+        raise SourceError(
+            f"{key}: the tokenizer gave id {int(sequences.max())}, but the model's vocab_size is"
+            f" {vocab_size}"
+        )
+    return (
+        sequences
+        if len(drawn) == 1
+        else sequences[torch.randperm(num_sequences, generator=generator)]
+    )
 
 
 def shares(weights: Sequence[float], total: int) -> list[int]:
-    """Split `total` in proportion to the weights, exactly (largest remainders first, ties to the earlier source)."""
+    """Split `total` in proportion to the weights, exactly (largest remainders first, ties to the
+    earlier source)."""
     ideal = [total * w / sum(weights) for w in weights]
     result = [int(x) for x in ideal]
     order = sorted(range(len(ideal)), key=lambda i: (result[i] - ideal[i], i))

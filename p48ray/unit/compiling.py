@@ -1,7 +1,8 @@
-"""A worker's kernels are compiled in a process beside it, while it streams or fetches; its first unit waits for what is left.
+"""A worker's kernels are compiled in a process beside it, while it streams or fetches; its first
+unit waits for what is left.
 
-One worker of a node compiles, the others find the results on its disk (kernels.precompile). Nothing here can fail a task: what was not compiled ahead is
-compiled by whoever launches it first.
+One worker of a node compiles, the others find the results on its disk (kernels.precompile). Nothing
+here can fail a task: what was not compiled ahead is compiled by whoever launches it first.
 """
 
 import logging
@@ -40,18 +41,26 @@ class Compiling:
         )
 
     def wait(self) -> None:
-        """Until all is compiled, at most patience_s. From any thread; at once when it was waited for before."""
+        """Until all is compiled, at most patience_s. From any thread; at once when it was waited
+        for before."""
         if self.is_over:
             return
         start = time.monotonic()
         try:
             code = self.process.wait(self.patience_s)
             if code:
-                log.warning("kernels could not be compiled ahead (exit code %d): the first units compile them", code)
+                log.warning(
+                    "kernels could not be compiled ahead (exit code %d): the first units compile"
+                    " them",
+                    code,
+                )
             elif (waited := time.monotonic() - start) > 1:
                 log.info("waited %.1f s for kernels to be compiled", waited)
         except subprocess.TimeoutExpired:
-            log.warning("kernels are not compiled after %.0f s: the first units compile what is missing", self.patience_s)
+            log.warning(
+                "kernels are not compiled after %.0f s: the first units compile what is missing",
+                self.patience_s,
+            )
         self.is_over = True
 
     def close(self) -> None:
@@ -67,7 +76,8 @@ class Compiling:
 
 
 def start_compiling(plan: RunPlan, layout: ModelLayout, device: torch.device) -> Compiling | None:
-    """Begin to compile what this plan launches on this device; None on a CPU, or where no process can be started."""
+    """Begin to compile what this plan launches on this device; None on a CPU, or where no process
+    can be started."""
     if device.type != "cuda" or not torch.cuda.is_available():
         return None
     try:
@@ -97,4 +107,12 @@ def command(plan: RunPlan, layout: ModelLayout, capability: tuple[int, int]) -> 
         streams=plan.config.calibration.compute_dtype == "bfloat16",
     )
     arch = 10 * capability[0] + capability[1]
-    return [sys.executable, "-m", "p48ray.kernels.precompile", "--arch", str(arch), "--ends-with-input", *launches.arguments()]
+    return [
+        sys.executable,
+        "-m",
+        "p48ray.kernels.precompile",
+        "--arch",
+        str(arch),
+        "--ends-with-input",
+        *launches.arguments(),
+    ]

@@ -1,9 +1,12 @@
-"""Compress one unit: fetch its experts, gather their tokens, curvature, masks, codes, shard, manifest.
+"""Compress one unit: fetch its experts, gather their tokens, curvature, masks, codes, shard,
+manifest.
 
-Units are independent: any order, any machine, any number of times. Gate and up share inputs, curvature and global scale and are solved as one stacked
-matrix. down_proj comes second: its inputs are recomputed from the compressed gate and up, its target from the original weights (DESIGN 7.4).
+Units are independent: any order, any machine, any number of times. Gate and up share inputs,
+curvature and global scale and are solved as one stacked matrix. down_proj comes second: its inputs
+are recomputed from the compressed gate and up, its target from the original weights (DESIGN 7.4).
 
-Legend: N experts of the unit, T tokens of one expert in one part, H hidden size, F intermediate size.
+Legend: N experts of the unit, T tokens of one expert in one part, H hidden size, F intermediate
+size.
 """
 
 import json
@@ -37,7 +40,13 @@ from p48ray.run.plan import WorkUnit
 from p48ray.unit.compute_lock import idle_seconds
 from p48ray.unit.context import StageContext
 from p48ray.unit.ladder import Ladder
-from p48ray.unit.moments import Curvature, RoutedTokens, down_curvature, gate_up_curvature, output_side
+from p48ray.unit.moments import (
+    Curvature,
+    RoutedTokens,
+    down_curvature,
+    gate_up_curvature,
+    output_side,
+)
 from p48ray.unit.refinement import refine_experts
 
 log = logging.getLogger(__name__)
@@ -47,7 +56,8 @@ LIBRARIES = ("torch", "transformers", "compressed-tensors")
 
 @dataclass(slots=True)
 class Clock:
-    """Seconds and a GPU's peak memory by phase. A phase lasts until the device has done what was asked of it, or the next one would pay for it."""
+    """Seconds and a GPU's peak memory by phase. A phase lasts until the device has done what was
+    asked of it, or the next one would pay for it."""
 
     device: torch.device
     seconds: dict[str, float] = field(default_factory=dict)
@@ -62,14 +72,17 @@ class Clock:
             yield
             if is_gpu:
                 torch.cuda.synchronize(self.device)
-                self.peak_gpu_bytes[name] = max(self.peak_gpu_bytes.get(name, 0), torch.cuda.max_memory_allocated(self.device))
+                self.peak_gpu_bytes[name] = max(
+                    self.peak_gpu_bytes.get(name, 0), torch.cuda.max_memory_allocated(self.device)
+                )
         finally:
             self.seconds[name] = round(self.seconds.get(name, 0.0) + time.perf_counter() - start, 4)
 
 
 @dataclass(frozen=True, slots=True)
 class Fetched:
-    """What a unit is computed from: its experts and its tokens, both as stored. Tokens may lie on the device already."""
+    """What a unit is computed from: its experts and its tokens, both as stored. Tokens may lie on
+    the device already."""
 
     scales: LayerScales
     experts: dict[str, Tensor]
@@ -90,15 +103,19 @@ class Solved:
 def compress_unit(context: StageContext, unit: WorkUnit) -> UnitManifest:
     """Compress the experts of one unit and store them.
 
-    Only one computes at a time: other threads of the process may read what their units need, or write what theirs came to, meanwhile. So the
-    seconds of "fetch" are those in which the device had nothing to compute (the wait for kernels that are being compiled too), and decoding the originals.
+    Only one computes at a time: other threads of the process may read what their units need, or
+    write what theirs came to, meanwhile. So the seconds of "fetch" are those in which the device
+    had nothing to compute (the wait for kernels that are being compiled too), and decoding the
+    originals.
     Returns: the manifest that counts: ours, or that of an attempt that was faster.
-    Raises:  SourceError, CalibrationError or NumericsError with the unit's input at fault; ShardCorruptError when what was stored differs.
+    Raises: SourceError, CalibrationError or NumericsError with the unit's input at fault;
+        ShardCorruptError when what was stored differs.
     """
     clock, begun_at = Clock(context.device), time.perf_counter()
     fetched = fetch_unit(context, unit)
     if context.compiling is not None:
-        context.compiling.wait()  # counted with "fetch"; a second process would only compile the same once more
+        # counted with "fetch"; a second process would only compile the same once more
+        context.compiling.wait()
     fetched_at = time.perf_counter()
     with context.compute_lock.held() as free_since:
         clock.seconds["fetch"] = round(idle_seconds(begun_at, fetched_at, free_since), 4)
@@ -120,7 +137,10 @@ def solve_unit(context: StageContext, unit: WorkUnit, fetched: Fetched, clock: C
     with clock.phase("fetch"):
         gate_up_NOI, down_NOI = decode_originals(context, unit, fetched.experts)
     size = context.layout.moe_intermediate_size
-    originals = [ExpertWeights(w_ZH[:size], w_ZH[size:], down_HF) for w_ZH, down_HF in zip(gate_up_NOI, down_NOI, strict=True)]
+    originals = [
+        ExpertWeights(w_ZH[:size], w_ZH[size:], down_HF)
+        for w_ZH, down_HF in zip(gate_up_NOI, down_NOI, strict=True)
+    ]
     with clock.phase("curvature"):
         side = output_side(tokens, originals)
         inputs, clipped_input = gate_up_curvature(tokens, side)
@@ -129,30 +149,45 @@ def solve_unit(context: StageContext, unit: WorkUnit, fetched: Fetched, clock: C
     with clock.phase("ladder"):
         gate_up = ladder.solved("gate_up", gate_up_NOI, gate_up, inputs)
     with clock.phase("curvature"):
-        intermediates, clipped_intermediate = down_curvature(tokens, side, originals, gate_up.values_NOI)
+        intermediates, clipped_intermediate = down_curvature(
+            tokens, side, originals, gate_up.values_NOI
+        )
     with clock.phase("solve"):
         down = solve_batch(context, down_NOI, intermediates)
     with clock.phase("ladder"):
         down = ladder.solved("down", down_NOI, down, intermediates)
     if context.plan.config.compression.refine_steps:
         with clock.phase("refine"):
-            refined = refine_experts(tokens, side, (gate_up_NOI, down_NOI), gate_up, down, intermediates)
+            refined = refine_experts(
+                tokens, side, (gate_up_NOI, down_NOI), gate_up, down, intermediates
+            )
             gate_up, down = gate_up.with_codes(refined.gate_up), down.with_codes(refined.down)
-            intermediates, clipped_intermediate = down_curvature(tokens, side, originals, gate_up.values_NOI)
+            intermediates, clipped_intermediate = down_curvature(
+                tokens, side, originals, gate_up.values_NOI
+            )
         with clock.phase("ladder"):
             ladder.refined("gate_up", gate_up_NOI, gate_up, inputs)
             ladder.refined("down", down_NOI, down, intermediates)
     with clock.phase("describe"):
-        records = describe_linears(context, unit, (gate_up_NOI, gate_up, inputs), (down_NOI, down, intermediates))
+        records = describe_linears(
+            context, unit, (gate_up_NOI, gate_up, inputs), (down_NOI, down, intermediates)
+        )
         tensors = pack_unit(context, unit, fetched.scales, gate_up, down)
     return Solved(tensors, records, ladder.steps(), (clipped_input, clipped_intermediate))
 
 
-def decode_originals(context: StageContext, unit: WorkUnit, stored: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Gate above up (N, 2 F, H), and down (N, H, F), of all experts of the unit, float32 on the device."""
+def decode_originals(
+    context: StageContext, unit: WorkUnit, stored: Mapping[str, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Gate above up (N, 2 F, H), and down (N, H, F), of all experts of the unit, float32 on the
+    device."""
     layout, n = context.layout, unit.num_experts
-    gate_up_NOI = torch.empty(n, 2 * layout.moe_intermediate_size, layout.hidden_size, device=context.device)
-    down_NOI = torch.empty(n, layout.hidden_size, layout.moe_intermediate_size, device=context.device)
+    gate_up_NOI = torch.empty(
+        n, 2 * layout.moe_intermediate_size, layout.hidden_size, device=context.device
+    )
+    down_NOI = torch.empty(
+        n, layout.hidden_size, layout.moe_intermediate_size, device=context.device
+    )
     for gate_up_OI, down_OI, expert in zip(gate_up_NOI, down_NOI, unit.experts, strict=True):
         gate_FH, up_FH, down_HF = context.decoded(unit.layer, expert, stored)
         torch.cat([gate_FH.float(), up_FH.float()], out=gate_up_OI)
@@ -167,7 +202,8 @@ def solve_batch(context: StageContext, weight_NOI: Tensor, curvature: list[Curva
 def solver_arguments(
     context: StageContext, weight_NOI: Tensor, curvature: list[Curvature]
 ) -> tuple[Tensor, Tensor, list[float], SolverSettings, Tensor | None, Tensor | None]:
-    """What solvers.solve takes, as the configuration asks for it: weight, H, tokens per input, settings, target, G."""
+    """What solvers.solve takes, as the configuration asks for it: weight, H, tokens per input,
+    settings, target, G."""
     settings = context.plan.config.compression
     hessian_NII = torch.stack([c.hessian_II for c in curvature])
     target_NOI = None
@@ -177,7 +213,9 @@ def solver_arguments(
         target_NOI = compensated_target(weight_NOI, hessian_NII, cross_NII)
     output_hessian_NOO = None
     if settings.output_curvature:
-        output_hessian_NOO = torch.stack([c.output_hessian_OO for c in curvature if c.output_hessian_OO is not None])
+        output_hessian_NOO = torch.stack(
+            [c.output_hessian_OO for c in curvature if c.output_hessian_OO is not None]
+        )
     asked = SolverSettings(
         solver=settings.solver,
         sparsity=settings.sparsity,
@@ -194,10 +232,16 @@ def solver_arguments(
 SolvedLinears = tuple[Tensor, Solution, list[Curvature]]
 
 
-def describe_linears(context: StageContext, unit: WorkUnit, gate_up: SolvedLinears, down: SolvedLinears) -> tuple[LinearRecord, ...]:
+def describe_linears(
+    context: StageContext, unit: WorkUnit, gate_up: SolvedLinears, down: SolvedLinears
+) -> tuple[LinearRecord, ...]:
     """One record per linear: tokens, outcome, damping and both errors."""
     size = context.layout.moe_intermediate_size
-    rows = {"gate_proj": (gate_up, slice(0, size)), "up_proj": (gate_up, slice(size, 2 * size)), "down_proj": (down, slice(None))}
+    rows = {
+        "gate_proj": (gate_up, slice(0, size)),
+        "up_proj": (gate_up, slice(size, 2 * size)),
+        "down_proj": (down, slice(None)),
+    }
     records = []
     for projection in PROJECTIONS:
         (weight_NOI, solution, curvature), of = rows[projection]
@@ -221,21 +265,31 @@ def describe_linears(context: StageContext, unit: WorkUnit, gate_up: SolvedLinea
 
 
 def output_error(w_NOI: Tensor, q_NOI: Tensor, curvature: list[Curvature]) -> Tensor:
-    """E|W h - Q h'|^2 / E|W h|^2 with h' what the compressed linear will see; without cross moments both sides see h'. Shape (N,)."""
+    """E|W h - Q h'|^2 / E|W h|^2 with h' what the compressed linear will see; without cross moments
+    both sides see h'. Shape (N,)."""
     hessian_NII = torch.stack([c.hessian_II for c in curvature])
     if curvature[0].cross_II is None:
         return relative_output_error(w_NOI, q_NOI, hessian_NII)
     cross_NII = torch.stack([c.cross_II for c in curvature if c.cross_II is not None])
     energy_NII = torch.stack([c.energy_II for c in curvature if c.energy_II is not None])
     kept_N = ((w_NOI @ energy_NII) * w_NOI).sum((1, 2))
-    error_N = kept_N - 2 * ((w_NOI @ cross_NII) * q_NOI).sum((1, 2)) + ((q_NOI @ hessian_NII) * q_NOI).sum((1, 2))
+    error_N = (
+        kept_N
+        - 2 * ((w_NOI @ cross_NII) * q_NOI).sum((1, 2))
+        + ((q_NOI @ hessian_NII) * q_NOI).sum((1, 2))
+    )
     return error_N.clamp_min(0) / kept_N.clamp_min(torch.finfo(torch.float32).tiny)
 
 
-def pack_unit(context: StageContext, unit: WorkUnit, scales: LayerScales, gate_up: Solution, down: Solution) -> dict[str, Tensor]:
+def pack_unit(
+    context: StageContext, unit: WorkUnit, scales: LayerScales, gate_up: Solution, down: Solution
+) -> dict[str, Tensor]:
     """The unit's shard: tensors on the CPU, in the order of output_layout.unit_rows."""
     size = context.layout.moe_intermediate_size
-    parts = {"gate_proj": (gate_up, slice(0, size), scales.gate_up), "up_proj": (gate_up, slice(size, 2 * size), scales.gate_up)}
+    parts = {
+        "gate_proj": (gate_up, slice(0, size), scales.gate_up),
+        "up_proj": (gate_up, slice(size, 2 * size), scales.gate_up),
+    }
     parts["down_proj"] = (down, slice(None), scales.down)
     tensors: dict[str, Tensor] = {}
     for n, expert in enumerate(unit.experts):
@@ -261,7 +315,8 @@ def store_unit(context: StageContext, unit: WorkUnit, solved: Solved, clock: Clo
     stored = context.store.head(key)
     if stored is None or stored.size_bytes != shard.size_bytes:
         raise ShardCorruptError(
-            f"{context.store.uri}/{key}: expected {shard.size_bytes} bytes, found {stored.size_bytes if stored else 'nothing'}"
+            f"{context.store.uri}/{key}: expected {shard.size_bytes} bytes, found"
+            f" {stored.size_bytes if stored else 'nothing'}"
         )
     manifest = UnitManifest(
         plan_digest=context.plan.digest,
@@ -277,11 +332,16 @@ def store_unit(context: StageContext, unit: WorkUnit, solved: Solved, clock: Clo
         seconds=clock.seconds,
         peak_gpu_bytes=clock.peak_gpu_bytes,
         finished_at=round(time.time(), 3),
-        device=torch.cuda.get_device_name(context.device) if context.device.type == "cuda" else context.device.type,
+        device=(
+            torch.cuda.get_device_name(context.device)
+            if context.device.type == "cuda"
+            else context.device.type
+        ),
         versions={"p48ray": __version__} | {name: library_version(name) for name in LIBRARIES},
     )
     if not context.store.put_if_absent(run_root.unit_manifest(unit.id), manifest.to_json()):
-        context.store.delete(key)  # an attempt that was faster counts; ours is referenced by nothing
+        # an attempt that was faster counts; ours is referenced by nothing
+        context.store.delete(key)
         return UnitManifest.load(context.store, run_root.unit_manifest(unit.id))
     log.info(unit_line(manifest))
     return manifest
@@ -302,8 +362,13 @@ def unit_line(manifest: UnitManifest) -> str:
             "attempt": manifest.attempt,
             "seconds": manifest.seconds,
             "tokens": sum(r.tokens for r in linears) // len(PROJECTIONS),
-            "outcomes": {o: sum(r.outcome == o for r in linears) for o in sorted({r.outcome for r in linears})},
-            "worst_relative_output_error": round(max((r.relative_output_error for r in linears), default=0.0), 5),
+            "outcomes": {
+                o: sum(r.outcome == o for r in linears)
+                for o in sorted({r.outcome for r in linears})
+            },
+            "worst_relative_output_error": round(
+                max((r.relative_output_error for r in linears), default=0.0), 5
+            ),
             "peak_gpu_bytes": manifest.peak_gpu_bytes,
         }
     )

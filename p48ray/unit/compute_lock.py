@@ -15,7 +15,8 @@ class ComputeLock:
 
     @contextmanager
     def held(self) -> Iterator[float]:
-        """Waits until nothing else computes. Yields when the computation before ended, in time.perf_counter's seconds; -inf if there was none."""
+        """Waits until nothing else computes. Yields when the computation before ended, in
+        time.perf_counter's seconds; -inf if there was none."""
         with self.lock:
             try:
                 yield self.free_since

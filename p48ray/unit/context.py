@@ -1,4 +1,5 @@
-"""What every stage function gets besides its item of work: the plan, the run root, the opened source, and where to compute."""
+"""What every stage function gets besides its item of work: the plan, the run root, the opened
+source, and where to compute."""
 
 import hashlib
 import mmap
@@ -18,7 +19,15 @@ from p48ray.errors import CorruptObjectError, ObjectMissingError, ShardCorruptEr
 from p48ray.model.decoder import Decoder
 from p48ray.model.experts import ExpertWeights
 from p48ray.run import arrow, run_root
-from p48ray.run.manifest import ActivationPart, BoundaryPart, GradientPart, LayerScales, PartManifest, TokensManifest, UnitManifest
+from p48ray.run.manifest import (
+    ActivationPart,
+    BoundaryPart,
+    GradientPart,
+    LayerScales,
+    PartManifest,
+    TokensManifest,
+    UnitManifest,
+)
 from p48ray.run.plan import RunPlan, WorkUnit
 from p48ray.run.run_root import BlobKind
 from p48ray.store.base import CHUNK_BYTES, ByteRange, Store, Written
@@ -44,9 +53,10 @@ class FinishedUnit:
 class StageContext:
     """Read-only handles, opened once per process and passed to each stage function.
 
-    `cache`: what this node's workers read in common, if it comes from afar. `files`: which files of the node were hashed already.
-    `compute_lock`: held by the one unit of a process that computes. `compiling`: a GPU's kernels, on their way.
-    `known`: what stages of this process have found out once, by their names.
+    `cache`: what this node's workers read in common, if it comes from afar. `files`: which files of
+    the node were hashed already. `compute_lock`: held by the one unit of a process that computes.
+    `compiling`: a GPU's kernels, on their way. `known`: what stages of this process have found out
+    once, by their names.
     """
 
     plan: RunPlan
@@ -67,18 +77,23 @@ class StageContext:
 
     @property
     def store_is_near(self) -> bool:
-        """The run root is a folder of this node's own: a copy on another of its disks would gain nothing."""
+        """The run root is a folder of this node's own: a copy on another of its disks would gain
+        nothing."""
         return scheme_of(self.store.uri).is_local and not self.plan.config.run.root_is_shared
 
     def decoder(self) -> Decoder:
         return Decoder(self.source, self.layout, self.device, self.compute_dtype, self.cache)
 
     def decoded(self, layer: int, expert: int, stored: Mapping[str, Tensor]) -> ExpertWeights:
-        """An expert of the source out of fetched tensors, decoded on the context's device in the source's float dtype; what is stored is what travels there.
+        """An expert of the source out of fetched tensors, decoded on the context's device in the
+        source's float dtype; what is stored is what travels there.
 
         Raises: SourceError, naming file and tensor, for weights that are not finite.
         """
-        there = {name: stored[name].to(self.device) for name in self.layout.expert_tensor_names(layer, expert)}
+        there = {
+            name: stored[name].to(self.device)
+            for name in self.layout.expert_tensor_names(layer, expert)
+        }
         linears = decode_expert(self.source, self.layout, layer, expert, there)
         return ExpertWeights(*(linears[p] for p in PROJECTIONS))
 
@@ -98,7 +113,8 @@ class StageContext:
         return scales
 
     def activation_parts(self, layer: int) -> Iterator[dict[str, Tensor]]:
-        """The captured parts of a layer, in the plan's order: hidden, expert_ids, router_weights; delta where gradients are used.
+        """The captured parts of a layer, in the plan's order: hidden, expert_ids, router_weights;
+        delta where gradients are used.
 
         Columns are stored as in token_rows, and mapped: what a caller does not touch is not read.
         Raises: ShardCorruptError when a part is not what its manifest says.
@@ -109,35 +125,55 @@ class StageContext:
                 columns |= self.blob(GradientPart, "gradients", layer, part.part)
             yield columns
 
-    def blob(self, record: type[PartManifest], kind: BlobKind, layer: int, part: int) -> dict[str, Tensor]:
-        """Columns of a blob, read-only and on the CPU, after a check of what it is: kind, layer, part, plan, size and digest.
+    def blob(
+        self, record: type[PartManifest], kind: BlobKind, layer: int, part: int
+    ) -> dict[str, Tensor]:
+        """Columns of a blob, read-only and on the CPU, after a check of what it is: kind, layer,
+        part, plan, size and digest.
 
-        Raises: CorruptObjectError, naming what to delete so that it is made again, when it is gone or another; ShardCorruptError for
-                a manifest of another plan.
+        Raises: CorruptObjectError, naming what to delete so that it is made again, when it is gone
+            or another; ShardCorruptError for a manifest of another plan.
         """
-        key, manifest_key = run_root.blob(kind, layer, part), run_root.blob_manifest(kind, layer, part)
+        key, manifest_key = (
+            run_root.blob(kind, layer, part),
+            run_root.blob_manifest(kind, layer, part),
+        )
         where = f"{self.store.uri}/{key}"
         try:
             manifest = record.load(self.store, manifest_key)
         except (ObjectMissingError, ShardCorruptError) as error:
-            raise CorruptObjectError(f"{where}: its manifest is gone or unreadable: {error}", manifest_key, key) from error
+            raise CorruptObjectError(
+                f"{where}: its manifest is gone or unreadable: {error}", manifest_key, key
+            ) from error
         self.check_owner(manifest.plan_digest, manifest_key)
         found, expected = (manifest.kind, manifest.layer, manifest.part), (kind, layer, part)
         if found != expected:
             raise CorruptObjectError(
-                f"{self.store.uri}/{manifest_key}: expected kind, layer, part {expected}, found {found}", manifest_key, key
+                f"{self.store.uri}/{manifest_key}: expected kind, layer, part {expected}, found"
+                f" {found}",
+                manifest_key,
+                key,
             )
         data = self.checked(key, manifest.size_bytes, manifest.sha256, (manifest_key, key))
         try:
-            return arrow.decode(data, where, {"kind": kind, "layer": str(layer), "part": str(part), "plan": self.plan.digest})
+            return arrow.decode(
+                data,
+                where,
+                {"kind": kind, "layer": str(layer), "part": str(part), "plan": self.plan.digest},
+            )
         except ShardCorruptError as error:
             raise CorruptObjectError(str(error), manifest_key, key) from error
 
-    def checked(self, key: str, size_bytes: int, sha256: str, made_of: tuple[str, ...]) -> bytes | memoryview:
-        """The bytes of an object whose digest is known: mapped where the run root or the node's cache is a file of this node.
+    def checked(
+        self, key: str, size_bytes: int, sha256: str, made_of: tuple[str, ...]
+    ) -> bytes | memoryview:
+        """The bytes of an object whose digest is known: mapped where the run root or the node's
+        cache is a file of this node.
 
-        They are hashed once a node and file (store.checked_files), once a call where they come from afar and are not cached.
-        Args:   made_of: what to delete so that the object is made again.
+        They are hashed once a node and file (store.checked_files), once a call where they come from
+        afar and are not cached.
+        Args:
+            made_of: what to delete so that the object is made again.
         Raises: CorruptObjectError when it is gone, or not what its manifest says.
         """
         expected = f"expected {size_bytes} bytes with SHA-256 {sha256[:12]} as its manifest says"
@@ -146,7 +182,9 @@ class StageContext:
             with trace.span("hash", len(data), key):
                 is_same = len(data) == size_bytes and hashlib.sha256(data).hexdigest() == sha256
             if not is_same:
-                raise CorruptObjectError(f"{self.store.uri}/{key}: {expected}, found {len(data)} others", *made_of)
+                raise CorruptObjectError(
+                    f"{self.store.uri}/{key}: {expected}, found {len(data)} others", *made_of
+                )
 
         def fill(descriptor: int) -> None:
             with trace.span("read", size_bytes, key):
@@ -157,7 +195,11 @@ class StageContext:
         try:
             if self.store_is_near and (path := local_path(self.store, key)) is not None:
                 return self.mapped(path, key, sha256, check)
-            if self.cache is not None and (held := self.cache.open(f"{self.store.uri}/{key} {sha256}", size_bytes, fill)) is not None:
+            if (
+                self.cache is not None
+                and (held := self.cache.open(f"{self.store.uri}/{key} {sha256}", size_bytes, fill))
+                is not None
+            ):
                 return held
             with trace.span("read", size_bytes, key):
                 data = self.store.get(key)
@@ -166,19 +208,27 @@ class StageContext:
         check(data)
         return data
 
-    def mapped(self, path: str, key: str, sha256: str, check: Callable[[memoryview], None]) -> memoryview:
-        """A file of the run root, mapped; checked unless this node did that before. Raises: ObjectMissingError; what `check` raises."""
+    def mapped(
+        self, path: str, key: str, sha256: str, check: Callable[[memoryview], None]
+    ) -> memoryview:
+        """A file of the run root, mapped; checked unless this node did that before. Raises:
+        ObjectMissingError; what `check` raises."""
         try:
             with open(path, "rb") as file:
                 facts = os.fstat(file.fileno())
-                data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if facts.st_size else b"")
+                data = memoryview(
+                    mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if facts.st_size else b""
+                )
         except OSError as error:
-            raise ObjectMissingError(f"{key}: cannot be read in {self.store.uri}: {error.strerror}") from error
+            raise ObjectMissingError(
+                f"{key}: cannot be read in {self.store.uri}: {error.strerror}"
+            ) from error
         self.files.check_once(facts, sha256, lambda: check(data))
         return data
 
     def trust(self, key: str, written: Written) -> None:
-        """Note that this process wrote an object and hashed it meanwhile, so that its node need not hash it again."""
+        """Note that this process wrote an object and hashed it meanwhile, so that its node need not
+        hash it again."""
         path = local_path(self.store, key) if self.store_is_near else None
         if path is not None and written.inode is not None:
             with suppress(OSError):  # another driver may have deleted it already
@@ -191,7 +241,9 @@ class StageContext:
         try:
             for start in range(0, info.size_bytes if info else 0, CHUNK_BYTES):
                 assert info is not None
-                digest.update(self.store.get_range(key, start, min(CHUNK_BYTES, info.size_bytes - start)))
+                digest.update(
+                    self.store.get_range(key, start, min(CHUNK_BYTES, info.size_bytes - start))
+                )
         except (ObjectMissingError, ShardCorruptError):
             return None
         return None if info is None else digest.hexdigest()
@@ -199,25 +251,40 @@ class StageContext:
     def boundary(self, kind: BlobKind, layer: int, part: int) -> Tensor:
         """What a stream left at a layer's boundary, on the context's device, one row a token.
 
-        Raises: CorruptObjectError when it is gone or not what was written; whoever owned the part takes it up again from further away.
+        Raises: CorruptObjectError when it is gone or not what was written; whoever owned the part
+            takes it up again from further away.
         """
         return to_device(self.blob(BoundaryPart, kind, layer, part), self.device)["values"]
 
     def tokens(self, key: str, owner: str) -> Tensor:
-        """Token ids (N, S) of the calibration sequences, or of an evaluation. owner: the plan's digest, or the evaluation's.
+        """Token ids (N, S) of the calibration sequences, or of an evaluation. owner: the plan's
+        digest, or the evaluation's.
 
-        Raises: CorruptObjectError when they are not what was written: the driver packs the texts again.
+        Raises: CorruptObjectError when they are not what was written: the driver packs the texts
+            again.
         """
         manifest_key = run_root.manifest_of(key)
         try:
             manifest = TokensManifest.load(self.store, manifest_key)
         except (ObjectMissingError, ShardCorruptError) as error:
-            raise CorruptObjectError(f"{self.store.uri}/{key}: its manifest is gone or unreadable: {error}", manifest_key, key) from error
+            raise CorruptObjectError(
+                f"{self.store.uri}/{key}: its manifest is gone or unreadable: {error}",
+                manifest_key,
+                key,
+            ) from error
         if manifest.owner != owner:
-            raise ShardCorruptError(f"{self.store.uri}/{manifest_key}: expected tokens of {owner[:12]}, found {manifest.owner[:12]}")
+            raise ShardCorruptError(
+                f"{self.store.uri}/{manifest_key}: expected tokens of {owner[:12]}, found"
+                f" {manifest.owner[:12]}"
+            )
         data = self.checked(key, manifest.size_bytes, manifest.sha256, (manifest_key, key))
-        return arrow.decode(data, f"{self.store.uri}/{key}", {"kind": "tokens", "owner": owner})["token_ids"]
+        return arrow.decode(data, f"{self.store.uri}/{key}", {"kind": "tokens", "owner": owner})[
+            "token_ids"
+        ]
 
     def check_owner(self, digest: str, key: str) -> None:
         if digest != self.plan.digest:
-            raise ShardCorruptError(f"{self.store.uri}/{key}: expected plan digest {self.plan.digest[:12]}, found {digest[:12]}")
+            raise ShardCorruptError(
+                f"{self.store.uri}/{key}: expected plan digest {self.plan.digest[:12]}, found"
+                f" {digest[:12]}"
+            )

@@ -1,8 +1,10 @@
 """What a unit's experts see, folded into second moments: the curvature that the solvers work with.
 
-An expert with few tokens borrows from its layer: its moments are shrunk towards those of a sample of all the layer's tokens, the more the fewer it has.
+An expert with few tokens borrows from its layer: its moments are shrunk towards those of a sample
+of all the layer's tokens, the more the fewer it has.
 
-Legend: N experts of the unit, T tokens, K experts a token, H hidden size, F intermediate size, I either of the two.
+Legend: N experts of the unit, T tokens, K experts a token, H hidden size, F intermediate size, I
+either of the two.
 """
 
 from collections.abc import Iterator
@@ -26,30 +28,35 @@ from p48ray.run.plan import WorkUnit
 from p48ray.unit.context import StageContext
 from p48ray.unit.token_columns import DeviceRoom, HostRoom, Room, of_columns, reserve_spill
 
-LAYER_SAMPLE_TOKENS = 8192  # tokens of the whole layer that stand in for what an expert saw too little of
-# Tokens per input at which the layer's statistics weigh as much as the expert's own (DESIGN 7.6). By a
-# prototype with 6 tokens per input of gate and up, a quarter was best for their H, a half for down's;
-# at 0 tokens only the layer is left.
+# tokens of the whole layer that stand in for what an expert saw too little of
+LAYER_SAMPLE_TOKENS = 8192
+# Tokens per input at which the layer's statistics weigh as much as the expert's own (DESIGN 7.6).
+# By a prototype with 6 tokens per input of gate and up, a quarter was best for their H, a half for
+# down's; at 0 tokens only the layer is left.
 GATE_UP_HALF_TOKENS = 2.0
 DOWN_HALF_TOKENS = 12.0
-# The same for G, in tokens per input of gate and up: at 6 of them three quarters were best for down's.
+# The same for G, in tokens per input of gate and up: at 6 of them three quarters were best for
+# down's.
 GATE_UP_OUTPUT_HALF_TOKENS = 2.0
 DOWN_OUTPUT_HALF_TOKENS = 18.0
 GRADIENT_NORM_CLIP = 20.0  # times the mean; DESIGN 7
-# One-shot solvers know no shrinkage, except for experts with fewer tokens than inputs, whose Hessian alone has no full rank.
+# One-shot solvers know no shrinkage, except for experts with fewer tokens than inputs, whose
+# Hessian alone has no full rank.
 MIN_TOKENS_PER_INPUT = 1.0
-# Routed tokens kept in a worker's memory, those of units read ahead included (a unit of Kimi-K2.5, 2.1 M tokens in all: 10 GB in bf16, 5.6 GB in int8);
-# a unit that passes its share has them in a file of the node.
+# Routed tokens kept in a worker's memory, those of units read ahead included (a unit of Kimi-K2.5,
+# 2.1 M tokens in all: 10 GB in bf16, 5.6 GB in int8); a unit that passes its share has them in a
+# file of the node.
 GATHERED_BYTES = 16 * 10**9
 DEVICE_SHARE = 0.3  # of a GPU's memory for routed tokens, those of units read ahead included
 
 
 @dataclass(slots=True)
 class Curvature:
-    """Second moments of one expert's linear. `tokens` counts its own routed tokens, `shrinkage` is the layer's weight in `hessian_II`.
+    """Second moments of one expert's linear. `tokens` counts its own routed tokens, `shrinkage` is
+    the layer's weight in `hessian_II`.
 
-    For down: `cross_II` = mean of (original intermediate)^T (compressed one), `energy_II` that of the originals.
-    `output_hessian_OO`: G, where gradients are used.
+    For down: `cross_II` = mean of (original intermediate)^T (compressed one), `energy_II` that of
+    the originals. `output_hessian_OO`: G, where gradients are used.
     """
 
     hessian_II: Tensor
@@ -61,7 +68,8 @@ class Curvature:
 
 
 class StoredSlice(NamedTuple):
-    """The tokens of one expert in one part: x as stored, router weights, and delta as stored where gradients are used."""
+    """The tokens of one expert in one part: x as stored, router weights, and delta as stored where
+    gradients are used."""
 
     position: int
     x: TokenRows
@@ -87,7 +95,8 @@ class LayerRows(NamedTuple):
 
 
 class LayerSample(NamedTuple):
-    """Some tokens of the whole layer, whatever experts they went to; router_T is the root mean square of a token's router weights."""
+    """Some tokens of the whole layer, whatever experts they went to; router_T is the root mean
+    square of a token's router weights."""
 
     x_TH: Tensor
     router_T: Tensor
@@ -97,9 +106,10 @@ class LayerSample(NamedTuple):
 class RoutedTokens:
     """The tokens of a unit's experts, in the plan's order, and a sample of the whole layer's.
 
-    One pass over the layer's parts takes both. The tokens are kept as stored: on a GPU where they fit the unit's share of DEVICE_SHARE, else in memory, and
-    where they pass the unit's share of GATHERED_BYTES in a mapped file of this node. `gathered` is None where its disk has no room: then every pass reads the
-    layer's parts again.
+    One pass over the layer's parts takes both. The tokens are kept as stored: on a GPU where they
+    fit the unit's share of DEVICE_SHARE, else in memory, and where they pass the unit's share of
+    GATHERED_BYTES in a mapped file of this node. `gathered` is None where its disk has no room:
+    then every pass reads the layer's parts again.
     """
 
     def __init__(self, context: StageContext, unit: WorkUnit, scales: LayerScales) -> None:
@@ -117,7 +127,11 @@ class RoutedTokens:
             num_tokens = len(part["hidden"])
             some = torch.arange(0, num_tokens, max(1, num_tokens // share))[:share]
             delta = of_columns(part, "delta").pick(some) if self.settings.output_curvature else None
-            self.sampled.append(LayerRows(of_columns(part, "hidden").pick(some), part["router_weights"][some], delta))
+            self.sampled.append(
+                LayerRows(
+                    of_columns(part, "hidden").pick(some), part["router_weights"][some], delta
+                )
+            )
             if self.gathered is not None:
                 self.gathered += self.routed(part, room)
         room.synchronize()
@@ -126,11 +140,19 @@ class RoutedTokens:
         """Where to keep so many bytes; None where there is no place for them."""
         units = 1 + self.context.plan.config.run.prefetch_units
         device = self.context.device
-        if device.type == "cuda" and num_bytes <= DEVICE_SHARE * torch.cuda.get_device_properties(device).total_memory / units:
+        if (
+            device.type == "cuda"
+            and num_bytes
+            <= DEVICE_SHARE * torch.cuda.get_device_properties(device).total_memory / units
+        ):
             return DeviceRoom(num_bytes, num_tensors, device)
         if num_bytes <= GATHERED_BYTES // units:
             return HostRoom()
-        return reserve_spill(num_bytes, num_tensors, None if self.context.cache is None else self.context.cache.folder)
+        return reserve_spill(
+            num_bytes,
+            num_tensors,
+            None if self.context.cache is None else self.context.cache.folder,
+        )
 
     @cached_property
     def sample(self) -> LayerSample:
@@ -139,21 +161,30 @@ class RoutedTokens:
         x_TH = torch.cat([rows.x.decoded(device) for rows in self.sampled])
         router_TK = torch.cat([rows.router_TK.to(device) for rows in self.sampled])
         deltas = [rows.delta.decoded(device) for rows in self.sampled if rows.delta is not None]
-        return LayerSample(x_TH, router_TK.square().mean(1).sqrt(), torch.cat(deltas) if deltas else None)
+        return LayerSample(
+            x_TH, router_TK.square().mean(1).sqrt(), torch.cat(deltas) if deltas else None
+        )
 
     def routed(self, part: dict[str, Tensor], room: Room) -> Iterator[StoredSlice]:
-        """Slices of a part, one for every expert that has tokens in it. Only their rows of hidden and delta are read."""
+        """Slices of a part, one for every expert that has tokens in it. Only their rows of hidden
+        and delta are read."""
         hidden = of_columns(part, "hidden")
         delta = of_columns(part, "delta") if self.settings.output_curvature else None
         ids_TK, router_E = part["expert_ids"], part["router_weights"].reshape(-1)
         first, last = self.unit.experts[0], self.unit.experts[-1]
-        places_E = torch.nonzero(((ids_TK >= first) & (ids_TK <= last)).reshape(-1)).reshape(-1)  # of the unit's experts, row by row
+        # of the unit's experts, row by row
+        places_E = torch.nonzero(((ids_TK >= first) & (ids_TK <= last)).reshape(-1)).reshape(-1)
         experts_E = ids_TK.reshape(-1)[places_E]
         for n, expert in enumerate(self.unit.experts):
             own_R = places_E[experts_E == expert]
             if len(own_R):
                 taken = partial(take, room, own_R // ids_TK.shape[1])
-                yield StoredSlice(n, hidden.mapped(taken), room.copy_rows(router_E, own_R), None if delta is None else delta.mapped(taken))
+                yield StoredSlice(
+                    n,
+                    hidden.mapped(taken),
+                    room.copy_rows(router_E, own_R),
+                    None if delta is None else delta.mapped(taken),
+                )
 
     def stored(self) -> Iterator[StoredSlice]:
         """As `routed`, over all parts; the same order every time."""
@@ -167,14 +198,20 @@ class RoutedTokens:
         """The same, in float32 on the context's device."""
         device = self.context.device
         for s in self.stored():
-            yield RoutedSlice(s.position, s.x.decoded(device), s.router_T.to(device), None if s.delta is None else s.delta.decoded(device))
+            yield RoutedSlice(
+                s.position,
+                s.x.decoded(device),
+                s.router_T.to(device),
+                None if s.delta is None else s.delta.decoded(device),
+            )
 
     def exact_scale(self, global_scale: float) -> float:
         """The factor under which `quantized` values are exact in bf16 (SecondMoment.add_)."""
         return global_scale if self.settings.activation_quantization else 1.0
 
     def quantized(self, values: Tensor, global_scale: float) -> Tensor:
-        """Values as the kernel will see them (compression.activation_quantization), else as they are."""
+        """Values as the kernel will see them (compression.activation_quantization), else as they
+        are."""
         if not self.settings.activation_quantization:
             return values
         return quantize_activations(values, global_scale, self.settings.activation_group)
@@ -186,7 +223,8 @@ def take(room: Room, rows_R: Tensor, source: Tensor) -> Tensor:
 
 @dataclass(slots=True)
 class OutputSide:
-    """G of every expert, and the token weights of every slice in the order of RoutedTokens; G is None where gradients are not used."""
+    """G of every expert, and the token weights of every slice in the order of RoutedTokens; G is
+    None where gradients are not used."""
 
     gate_up: list[Tensor | None]
     down: list[Tensor | None]
@@ -195,28 +233,39 @@ class OutputSide:
 
 
 def output_side(tokens: RoutedTokens, originals: list[ExpertWeights]) -> OutputSide:
-    """What the gradients say: both G per expert, shrunk towards the layer's, and token weights from gradient norms. Router weights where there are none."""
+    """What the gradients say: both G per expert, shrunk towards the layer's, and token weights from
+    gradient norms. Router weights where there are none."""
     if not tokens.settings.output_curvature:
         weights = [s.router_T**tokens.settings.router_weight_exponent for s in tokens]
         return OutputSide([None] * len(originals), [None] * len(originals), weights, weights)
     hidden, size = originals[0].down_HF.shape
     device = tokens.context.device
-    own = [(SecondMoment.zeros(2 * size, device), SecondMoment.zeros(hidden, device)) for _ in originals]
+    own = [
+        (SecondMoment.zeros(2 * size, device), SecondMoment.zeros(hidden, device))
+        for _ in originals
+    ]
     norms: list[tuple[int, Tensor, Tensor]] = []
     for s in tokens:
         assert s.delta_TH is not None
         with tensor_float_32():
-            inner_TZ, outer_TH = expert_gradients(s.x_TH, s.delta_TH, s.router_T, *originals[s.position])
+            inner_TZ, outer_TH = expert_gradients(
+                s.x_TH, s.delta_TH, s.router_T, *originals[s.position]
+            )
         for moment, gradient in zip(own[s.position], (inner_TZ, outer_TH), strict=True):
             moment.add_(gradient, None)
         norms.append((s.position, inner_TZ.norm(dim=1), outer_TH.norm(dim=1)))
-    return OutputSide(*shrunk_output_hessians(tokens, originals, own), *token_weights(tokens, norms))
+    return OutputSide(
+        *shrunk_output_hessians(tokens, originals, own), *token_weights(tokens, norms)
+    )
 
 
 def shrunk_output_hessians(
-    tokens: RoutedTokens, originals: list[ExpertWeights], own: list[tuple[SecondMoment, SecondMoment]]
+    tokens: RoutedTokens,
+    originals: list[ExpertWeights],
+    own: list[tuple[SecondMoment, SecondMoment]],
 ) -> tuple[list[Tensor | None], list[Tensor | None]]:
-    """G of gate and up towards the expert's response to the layer's sample, G of down towards the sample's own."""
+    """G of gate and up towards the expert's response to the layer's sample, G of down towards the
+    sample's own."""
     x_TH, router_T, delta_TH = tokens.sample
     assert delta_TH is not None
     pool_down = SecondMoment.zeros(delta_TH.shape[1], delta_TH.device)
@@ -228,33 +277,50 @@ def shrunk_output_hessians(
         pool_inner = SecondMoment.zeros(inner.sum_II.shape[0], x_TH.device)
         with tensor_float_32():
             pool_inner.add_(expert_gradients(x_TH, delta_TH, router_T, *weights)[0], None)
-        gate_up.append(shrink_towards(inner, pool_inner, shrinkage_from_tokens(per_input, GATE_UP_OUTPUT_HALF_TOKENS)))
-        down.append(shrink_towards(outer, pool_down, shrinkage_from_tokens(per_input, DOWN_OUTPUT_HALF_TOKENS)))
+        gate_up.append(
+            shrink_towards(
+                inner, pool_inner, shrinkage_from_tokens(per_input, GATE_UP_OUTPUT_HALF_TOKENS)
+            )
+        )
+        down.append(
+            shrink_towards(
+                outer, pool_down, shrinkage_from_tokens(per_input, DOWN_OUTPUT_HALF_TOKENS)
+            )
+        )
     return gate_up, down
 
 
-def token_weights(tokens: RoutedTokens, norms: list[tuple[int, Tensor, Tensor]]) -> tuple[list[Tensor], list[Tensor]]:
+def token_weights(
+    tokens: RoutedTokens, norms: list[tuple[int, Tensor, Tensor]]
+) -> tuple[list[Tensor], list[Tensor]]:
     """Clipped gradient norms over each expert's mean, for every slice."""
     result: tuple[list[Tensor], list[Tensor]] = ([], [])
     for side in range(2):
         weights: dict[int, list[Tensor]] = {}
         for n in range(tokens.unit.num_experts):
-            mine = [(inner if side == 0 else outer) for position, inner, outer in norms if position == n]
+            mine = [
+                (inner if side == 0 else outer) for position, inner, outer in norms if position == n
+            ]
             if mine:
-                weights[n] = list(norm_weights(torch.cat(mine), GRADIENT_NORM_CLIP).split([len(m) for m in mine]))
+                weights[n] = list(
+                    norm_weights(torch.cat(mine), GRADIENT_NORM_CLIP).split([len(m) for m in mine])
+                )
         for entry in norms:
             result[side].append(weights[entry[0]].pop(0))
     return result
 
 
 def gate_up_curvature(tokens: RoutedTokens, side: OutputSide) -> tuple[list[Curvature], float]:
-    """H of every expert's quantized inputs, shrunk towards the layer's; and the share of input values clipped."""
+    """H of every expert's quantized inputs, shrunk towards the layer's; and the share of input
+    values clipped."""
     scale, sample_TH = tokens.scales.gate_up, tokens.sample.x_TH
     hidden = sample_TH.shape[1]
     own = [SecondMoment.zeros(hidden, sample_TH.device) for _ in tokens.unit.experts]
     clipped, seen = torch.zeros((), dtype=torch.int64, device=sample_TH.device), 0
     for s, weights_T in zip(tokens, side.gate_up_weights, strict=True):
-        own[s.position].add_(tokens.quantized(s.x_TH, scale), weights_T, x_scale=tokens.exact_scale(scale))
+        own[s.position].add_(
+            tokens.quantized(s.x_TH, scale), weights_T, x_scale=tokens.exact_scale(scale)
+        )
         clipped += count_clipped(s.x_TH, scale)
         seen += s.x_TH.numel()
     pool = SecondMoment.zeros(hidden, sample_TH.device)
@@ -263,16 +329,27 @@ def gate_up_curvature(tokens: RoutedTokens, side: OutputSide) -> tuple[list[Curv
     for output_hessian in side.gate_up:
         moment = own.pop(0)  # gone once it is blended: 0.2 GB each for Kimi-K2.5
         share = shrinkage(tokens, moment.num_tokens, hidden, GATE_UP_HALF_TOKENS)
-        result.append(Curvature(shrink_towards(moment, pool, share), moment.num_tokens, share, output_hessian_OO=output_hessian))
+        result.append(
+            Curvature(
+                shrink_towards(moment, pool, share),
+                moment.num_tokens,
+                share,
+                output_hessian_OO=output_hessian,
+            )
+        )
     return result, clipped.item() / max(1, seen)
 
 
 def down_curvature(
     tokens: RoutedTokens, side: OutputSide, originals: list[ExpertWeights], gate_up_NOI: Tensor
 ) -> tuple[list[Curvature], float]:
-    """Moments of the intermediates: compressed-and-quantized ones (hessian), original times those (cross), originals (energy)."""
+    """Moments of the intermediates: compressed-and-quantized ones (hessian), original times those
+    (cross), originals (energy)."""
     size, sample_TH = originals[0].gate_FH.shape[0], tokens.sample.x_TH
-    compressed = [ExpertWeights(w[:size], w[size:], o.down_HF) for w, o in zip(gate_up_NOI, originals, strict=True)]
+    compressed = [
+        ExpertWeights(w[:size], w[size:], o.down_HF)
+        for w, o in zip(gate_up_NOI, originals, strict=True)
+    ]
     own = [[SecondMoment.zeros(size, sample_TH.device) for _ in range(3)] for _ in originals]
     clipped, seen = torch.zeros((), dtype=torch.int64, device=sample_TH.device), 0
     down_scale = tokens.exact_scale(tokens.scales.down)
@@ -297,13 +374,21 @@ def down_curvature(
         elsewhere = [SecondMoment.zeros(size, sample_TH.device) for _ in range(3)]
         if share:
             add(elsewhere, n, sample_TH, None)
-        blended = [shrink_towards(m, p, share, by=(moments[0], elsewhere[0])) for m, p in zip(moments, elsewhere, strict=True)]
-        result.append(Curvature(blended[0], moments[0].num_tokens, share, blended[1], blended[2], side.down[n]))
+        blended = [
+            shrink_towards(m, p, share, by=(moments[0], elsewhere[0]))
+            for m, p in zip(moments, elsewhere, strict=True)
+        ]
+        result.append(
+            Curvature(
+                blended[0], moments[0].num_tokens, share, blended[1], blended[2], side.down[n]
+            )
+        )
     return result, clipped.item() / max(1, seen)
 
 
 def shrinkage(tokens: RoutedTokens, num_tokens: int, in_features: int, half_tokens: float) -> float:
-    """Weight of the layer's statistics for an expert that saw `num_tokens` (see GATE_UP_HALF_TOKENS)."""
+    """Weight of the layer's statistics for an expert that saw `num_tokens` (see
+    GATE_UP_HALF_TOKENS)."""
     per_input = num_tokens / in_features
     if not SOLVERS[tokens.settings.solver].uses_model_loss and per_input >= MIN_TOKENS_PER_INPUT:
         return 0.0

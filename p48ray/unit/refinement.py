@@ -1,4 +1,5 @@
-"""Refinement of a unit: gathers each expert's tokens and hands them, with the solved linears, to numerics.refine."""
+"""Refinement of a unit: gathers each expert's tokens and hands them, with the solved linears, to
+numerics.refine."""
 
 import torch
 from torch import Tensor
@@ -13,9 +14,15 @@ MAX_TOKENS = 65_536  # per expert; a step sees 256 of them
 
 
 def refine_experts(
-    tokens: RoutedTokens, side: OutputSide, originals: tuple[Tensor, Tensor], gate_up: Solution, down: Solution, curvature: list[Curvature]
+    tokens: RoutedTokens,
+    side: OutputSide,
+    originals: tuple[Tensor, Tensor],
+    gate_up: Solution,
+    down: Solution,
+    curvature: list[Curvature],
 ) -> Refined:
-    """Refine all experts of a unit together, in down's G (the identity where gradients are not used). originals: gate above up, and down, of all experts."""
+    """Refine all experts of a unit together, in down's G (the identity where gradients are not
+    used). originals: gate above up, and down, of all experts."""
     settings = tokens.settings
     gate_up_NOI, down_NOI = originals
     num_experts, hidden, size = down_NOI.shape
@@ -23,7 +30,9 @@ def refine_experts(
     if settings.output_curvature:
         output_damp = None if settings.output_damp == "auto" else settings.output_damp
         metric_NHH = damped_output_hessian(
-            torch.stack([c.output_hessian_OO for c in curvature if c.output_hessian_OO is not None]),
+            torch.stack(
+                [c.output_hessian_OO for c in curvature if c.output_hessian_OO is not None]
+            ),
             [c.tokens / size for c in curvature],
             size,
             output_damp,
@@ -46,7 +55,9 @@ def refine_experts(
     )
 
 
-def gather_tokens(tokens: RoutedTokens, side: OutputSide, num_experts: int, hidden: int) -> list[ExpertTokens]:
+def gather_tokens(
+    tokens: RoutedTokens, side: OutputSide, num_experts: int, hidden: int
+) -> list[ExpertTokens]:
     """The first MAX_TOKENS tokens of every expert as they are stored, in the plan's order."""
     device = tokens.context.device
     none = TokenRows(torch.zeros(0, hidden, device=device))
@@ -60,7 +71,8 @@ def gather_tokens(tokens: RoutedTokens, side: OutputSide, num_experts: int, hidd
             room[s.position] -= len(x)
     return [
         ExpertTokens(
-            rows=joined([x for x, _ in mine] or [none]), weight_T=torch.cat([w for _, w in mine]) if mine else torch.zeros(0, device=device)
+            rows=joined([x for x, _ in mine] or [none]),
+            weight_T=torch.cat([w for _, w in mine]) if mine else torch.zeros(0, device=device),
         )
         for mine in slices
     ]

@@ -1,7 +1,10 @@
-"""Pinned memory between a GPU and what is stored: a few pieces that are filled and emptied in turn, so that large tensors pass without lying in host memory.
+"""Pinned memory between a GPU and what is stored: a few pieces that are filled and emptied in turn,
+so that large tensors pass without lying in host memory.
 
-    GPU ──copy──▶ [piece 1][piece 2][piece 3] ──hash, write──▶ store        the next pieces are copied while one is written
-    mapped file ──gather──▶ [piece 1][piece 2][piece 3] ──copy──▶ GPU       the next one is gathered while one is copied
+    GPU ──copy──▶ [piece 1][piece 2][piece 3] ──hash, write──▶ store
+        the next pieces are copied while one is written
+    mapped file ──gather──▶ [piece 1][piece 2][piece 3] ──copy──▶ GPU
+        the next one is gathered while one is copied
 
 One thread uses a Staging at a time.
 """
@@ -20,27 +23,36 @@ PIECES = 3
 
 
 class Staging:
-    """PIECES of pinned memory, a stream of their own, and for each piece the end of the last copy that touched it."""
+    """PIECES of pinned memory, a stream of their own, and for each piece the end of the last copy
+    that touched it."""
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.stream = device, torch.cuda.Stream(device)
-        self.rooms = [torch.empty(PIECE_BYTES, dtype=torch.uint8, pin_memory=True) for _ in range(PIECES)]
+        self.rooms = [
+            torch.empty(PIECE_BYTES, dtype=torch.uint8, pin_memory=True) for _ in range(PIECES)
+        ]
         self.copied = [torch.cuda.Event() for _ in range(PIECES)]
 
     def pieces(self, tensor: Tensor, ready: torch.cuda.Event) -> Iterator[memoryview]:
-        """The bytes of a contiguous tensor on the GPU, piece by piece. ready: when the tensor is what it is to be.
+        """The bytes of a contiguous tensor on the GPU, piece by piece. ready: when the tensor is
+        what it is to be.
 
         The tensor must not change until the last piece was asked for.
         """
         flat = tensor.reshape(-1).view(torch.uint8)
         self.stream.wait_event(ready)
-        spans = [(start, min(start + PIECE_BYTES, len(flat))) for start in range(0, len(flat), PIECE_BYTES)]
+        spans = [
+            (start, min(start + PIECE_BYTES, len(flat)))
+            for start in range(0, len(flat), PIECE_BYTES)
+        ]
         for n in range(min(PIECES - 1, len(spans))):
             self.copy_piece(flat, spans, n)
         for n, (start, end) in enumerate(spans):
             with trace.span("copy", end - start):
                 self.copied[n % PIECES].synchronize()
-            if n + PIECES - 1 < len(spans):  # into the room that was handed out before this one, whose bytes nobody looks at any more
+            # into the room that was handed out before this one, whose bytes nobody looks at any
+            # more
+            if n + PIECES - 1 < len(spans):
                 self.copy_piece(flat, spans, n + PIECES - 1)
             yield self.rooms[n % PIECES][: end - start].numpy().data
 
@@ -51,16 +63,24 @@ class Staging:
             self.copied[n % PIECES].record(self.stream)
 
     def gather(self, source: Tensor, rows: Tensor, out: Tensor) -> None:
-        """Rows of a tensor on the CPU into a tensor on the GPU, whose copies are complete once `synchronize` was called.
+        """Rows of a tensor on the CPU into a tensor on the GPU, whose copies are complete once
+        `synchronize` was called.
 
-        Args: source: (T, ...) contiguous. rows: (R,) int64 on the CPU. out: (R, ...) contiguous, of the source's type.
+        Args:
+            source: (T, ...) contiguous.
+            rows: (R,) int64 on the CPU.
+            out: (R, ...) contiguous, of the source's type.
         """
         row_bytes = max(1, source.nbytes // max(1, len(source)))
         step = max(1, PIECE_BYTES // row_bytes)
         for n, first in enumerate(range(0, len(rows), step)):
             some, event = rows[first : first + step], self.copied[n % PIECES]
             event.synchronize()
-            room = self.rooms[n % PIECES][: len(some) * row_bytes].view(source.dtype).view(len(some), *source.shape[1:])
+            room = (
+                self.rooms[n % PIECES][: len(some) * row_bytes]
+                .view(source.dtype)
+                .view(len(some), *source.shape[1:])
+            )
             with trace.span("gather", room.nbytes):
                 torch.index_select(source, 0, some, out=room)
             with torch.cuda.stream(self.stream):
@@ -79,11 +99,17 @@ class Staging:
 
 
 def to_device(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    """Tensors of a mapped file on a device. A GPU copies from the file's own pages, which are pinned meanwhile."""
+    """Tensors of a mapped file on a device. A GPU copies from the file's own pages, which are
+    pinned meanwhile."""
     if device.type != "cuda":
         return {name: tensor.to(device) for name, tensor in tensors.items()}
-    found = {name: torch.empty(t.shape, dtype=t.dtype, device=device) for name, t in tensors.items()}
-    with PinnedPages(tensors.values(), device) as pages, trace.span("copy", sum(t.nbytes for t in tensors.values())):
+    found = {
+        name: torch.empty(t.shape, dtype=t.dtype, device=device) for name, t in tensors.items()
+    }
+    with (
+        PinnedPages(tensors.values(), device) as pages,
+        trace.span("copy", sum(t.nbytes for t in tensors.values())),
+    ):
         for name, tensor in tensors.items():
             pages.copy_(found[name], tensor)
         torch.cuda.current_stream(device).synchronize()

@@ -1,6 +1,8 @@
-"""Rows of values, one a token, as columns of a part (calibration.stored_bits): bf16, or int8 codes with their scales.
+"""Rows of values, one a token, as columns of a part (calibration.stored_bits): bf16, or int8 codes
+with their scales.
 
-And rooms for rows that a unit takes out of parts: in memory, in a file of the node, on a GPU. Parts are mapped, so only those rows are read.
+And rooms for rows that a unit takes out of parts: in memory, in a file of the node, on a GPU. Parts
+are mapped, so only those rows are read.
 """
 
 import logging
@@ -58,14 +60,20 @@ class HostRoom:
 
 
 class Spill:
-    """Room for tensors in an unnamed file of this node, mapped: they are written once, and the kernel keeps of them in memory what there is room for."""
+    """Room for tensors in an unnamed file of this node, mapped: they are written once, and the
+    kernel keeps of them in memory what there is room for."""
 
     ALIGNMENT = 64
 
     def __init__(self, num_bytes: int, folder: str | os.PathLike[str] | None) -> None:
-        """Args: num_bytes: of all tensors. folder: where; None: the system's for temporary files. Raises: OSError when the disk has no room."""
+        """Args:
+        num_bytes: of all tensors.
+        folder: where; None: the system's for temporary files. Raises: OSError when the disk has
+            no room.
+        """
         with tempfile.TemporaryFile(dir=folder) as file:
-            os.posix_fallocate(file.fileno(), 0, num_bytes)  # a full disk is an error here, and a killed process later
+            # a full disk is an error here, and a killed process later
+            os.posix_fallocate(file.fileno(), 0, num_bytes)
             self.data = mmap.mmap(file.fileno(), num_bytes)
         self.end = 0
 
@@ -76,7 +84,9 @@ class Spill:
         start = -(-self.end // self.ALIGNMENT) * self.ALIGNMENT
         count = len(rows_R) * (source.numel() // len(source))
         self.end = start + count * source.itemsize
-        copy = torch.frombuffer(self.data, dtype=source.dtype, count=count, offset=start).view(shape)
+        copy = torch.frombuffer(self.data, dtype=source.dtype, count=count, offset=start).view(
+            shape
+        )
         return torch.index_select(source, 0, rows_R, out=copy)
 
     def synchronize(self) -> None:
@@ -84,14 +94,18 @@ class Spill:
 
 
 class DeviceRoom:
-    """Room for tensors on a GPU, filled beside what is computed there, through pinned memory and by a stream of its own."""
+    """Room for tensors on a GPU, filled beside what is computed there, through pinned memory and by
+    a stream of its own."""
 
     ALIGNMENT = 256
 
     def __init__(self, num_bytes: int, num_tensors: int, device: torch.device) -> None:
-        self.data = torch.empty(num_bytes + num_tensors * self.ALIGNMENT, dtype=torch.uint8, device=device)
+        self.data = torch.empty(
+            num_bytes + num_tensors * self.ALIGNMENT, dtype=torch.uint8, device=device
+        )
         self.staging, self.end = Staging(device), 0
-        self.staging.stream.wait_stream(torch.cuda.default_stream(device))  # which may still use what lay there before
+        # which may still use what lay there before
+        self.staging.stream.wait_stream(torch.cuda.default_stream(device))
 
     def copy_rows(self, source: Tensor, rows_R: Tensor) -> Tensor:
         shape = (len(rows_R), *source.shape[1:])
@@ -106,12 +120,18 @@ class DeviceRoom:
         self.staging.synchronize()
 
 
-def reserve_spill(num_bytes: int, num_tensors: int, folder: str | os.PathLike[str] | None) -> Spill | None:
-    """A spill for so many bytes in so many tensors; None, and a warning, where the disk has no room for it."""
+def reserve_spill(
+    num_bytes: int, num_tensors: int, folder: str | os.PathLike[str] | None
+) -> Spill | None:
+    """A spill for so many bytes in so many tensors; None, and a warning, where the disk has no room
+    for it."""
     try:
         return Spill(num_bytes + num_tensors * Spill.ALIGNMENT, folder)
     except OSError as error:
         log.warning(
-            "%s: no room for %d bytes of tokens (%s); every pass over them reads their parts again", folder, num_bytes, error.strerror
+            "%s: no room for %d bytes of tokens (%s); every pass over them reads their parts again",
+            folder,
+            num_bytes,
+            error.strerror,
         )
         return None

@@ -1,9 +1,13 @@
-"""A process of its own that takes tokens through a layer of Kimi-K2.5's width under a hard limit of memory, up or back.
+"""A process of its own that takes tokens through a layer of Kimi-K2.5's width under a hard limit of
+memory, up or back.
 
-    python -m tests.bench.layer_under_limit FOLDER up|back --sequences 2 --length 128 [--limit BYTES] [--leaky]
+    python -m tests.bench.layer_under_limit FOLDER up|back --sequences 2 --length 128 [--limit
+    BYTES] [--leaky]
 
-The limit is RLIMIT_DATA: what the process may write to, beyond what it had once everything was imported and before it opened the checkpoint. Mapped files
-do not count, so the packed layer comes on top. Prints JSON with the peak, as a thread saw it every 2 ms. `--leaky` keeps every expert once decoded.
+The limit is RLIMIT_DATA: what the process may write to, beyond what it had once everything was
+imported and before it opened the checkpoint. Mapped files do not count, so the packed layer comes
+on top. Prints JSON with the peak, as a thread saw it every 2 ms. `--leaky` keeps every expert once
+decoded.
 """
 
 import argparse
@@ -29,7 +33,9 @@ SAMPLE_S = 0.002
 def writable_bytes() -> int:
     """What RLIMIT_DATA counts of this process."""
     status = Path("/proc/self/status").read_text()
-    return 1024 * int(next(line for line in status.splitlines() if line.startswith("VmData")).split()[1])
+    return 1024 * int(
+        next(line for line in status.splitlines() if line.startswith("VmData")).split()[1]
+    )
 
 
 @contextmanager
@@ -67,7 +73,9 @@ def main() -> None:
         before = writable_bytes()
         if args.limit is not None:
             resource.setrlimit(resource.RLIMIT_DATA, (before + args.limit, before + args.limit))
-        bench = LayerBench(args.folder, torch.device("cpu"), torch.float32, args.parts, args.sequences, args.length)
+        bench = LayerBench(
+            args.folder, torch.device("cpu"), torch.float32, args.parts, args.sequences, args.length
+        )
         decode, met = bench.experts.weights, set[int]()
         decode = cache(decode) if args.leaky else decode
 
@@ -78,7 +86,12 @@ def main() -> None:
         bench.experts.weights = weights
         results = bench.up() if args.direction == "up" else bench.back()
         finite = all(bool(torch.isfinite(x).all()) for x in results)
-        sys.stdout.write(json.dumps({"peak_bytes": peak() - before, "is_finite": finite, "experts_met": len(met)}) + "\n")
+        sys.stdout.write(
+            json.dumps(
+                {"peak_bytes": peak() - before, "is_finite": finite, "experts_met": len(met)}
+            )
+            + "\n"
+        )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""The fleet simulation: the product's own driver, the same answer for the same seed, and no unit lost whatever the losses."""
+"""The fleet simulation: the product's own driver, the same answer for the same seed, and no unit
+lost whatever the losses."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -32,10 +33,14 @@ STORMY = replace(CALM, loss_rate=30.0, loss_per="node", detect_s=2.0)
 def planned() -> Iterator[Prepared]:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(REPO)
-        yield prepare(load_config(REPO / "configs" / "tiny.yaml", SMALL, "memory://fleet-test"), is_dry=True)
+        yield prepare(
+            load_config(REPO / "configs" / "tiny.yaml", SMALL, "memory://fleet-test"), is_dry=True
+        )
 
 
-def simulated(planned: Prepared, chosen: Fleet, keep: str = "all") -> tuple[fleet.Outcome, SimulatedRay, Prepared]:
+def simulated(
+    planned: Prepared, chosen: Fleet, keep: str = "all"
+) -> tuple[fleet.Outcome, SimulatedRay, Prepared]:
     mine = fleet.sized(planned, chosen, "fleet-test", keep)
     fleet.clear(mine.store)  # type: ignore[arg-type]
     return *fleet.simulate(mine, chosen, fleet.costs_of(mine, unit_seconds=60.0)), mine
@@ -47,21 +52,31 @@ def timeless(outcome: fleet.Outcome) -> fleet.Outcome:
 
 
 def test_same_seed_same_outcome(planned: Prepared) -> None:
-    first, again, other = (simulated(planned, f)[0] for f in (STORMY, STORMY, replace(STORMY, seed=1)))
+    first, again, other = (
+        simulated(planned, f)[0] for f in (STORMY, STORMY, replace(STORMY, seed=1))
+    )
     assert timeless(first) == timeless(again)
     assert first.hours != other.hours
     assert first.nodes_lost > 0
 
 
-@pytest.mark.parametrize("chosen", [CALM, STORMY, replace(STORMY, reads="own")], ids=["calm", "stormy", "own"])
+@pytest.mark.parametrize(
+    "chosen", [CALM, STORMY, replace(STORMY, reads="own")], ids=["calm", "stormy", "own"]
+)
 @pytest.mark.parametrize("keep", ["all", "units"])
-def test_every_unit_ends_with_one_manifest_and_its_shard(planned: Prepared, chosen: Fleet, keep: str) -> None:
+def test_every_unit_ends_with_one_manifest_and_its_shard(
+    planned: Prepared, chosen: Fleet, keep: str
+) -> None:
     outcome, _, mine = simulated(planned, chosen, keep)
     keys = {info.key for info in mine.store.list()}
     manifests = pipeline.read_units(mine)
     assert [m.unit for m in manifests] == [u.id for u in mine.plan.units]
-    assert {len(m.linears) for m in manifests} == {mine.plan.config.run.experts_per_unit * len(PROJECTIONS)}
-    expected = {run_root.unit_shard(m.unit, m.attempt) for m in manifests} | {run_root.unit_manifest(m.unit) for m in manifests}
+    assert {len(m.linears) for m in manifests} == {
+        mine.plan.config.run.experts_per_unit * len(PROJECTIONS)
+    }
+    expected = {run_root.unit_shard(m.unit, m.attempt) for m in manifests} | {
+        run_root.unit_manifest(m.unit) for m in manifests
+    }
     assert {k for k in keys if k.startswith(run_root.UNITS)} == expected
     assert any(k.endswith(".arrow") for k in keys) == (keep == "all")
     assert outcome.layers_joined >= len(mine.plan.layers)
@@ -74,7 +89,13 @@ def test_time_and_money_add_up_when_nothing_is_lost(planned: Prepared) -> None:
     mine = fleet.sized(planned, chosen, "fleet-test", "all")
     costs = fleet.costs_of(mine, unit_seconds=60.0)
     outcome = simulated(planned, chosen)[0]
-    work = sum(costs.unit_s(sum(r.tokens for r in m.linears) / len(PROJECTIONS)) for m in pipeline.read_units(mine)) / 3600
+    work = (
+        sum(
+            costs.unit_s(sum(r.tokens for r in m.linears) / len(PROJECTIONS))
+            for m in pipeline.read_units(mine)
+        )
+        / 3600
+    )
     assert outcome.hours == outcome.gpu_hours
     assert work < outcome.hours - outcome.stream_hours < 1.02 * work
     assert outcome.layer_loads == outcome.layers_joined == len(mine.plan.layers)
@@ -89,7 +110,9 @@ def test_a_run_that_stopped_is_resumed_where_it_was(planned: Prepared) -> None:
     outcome, sim = fleet.simulate(mine, CALM, fleet.costs_of(mine))
     assert set(sim.tally.attempts) == {u.id for u in gone}
     assert outcome.stream_hours == 0
-    assert isinstance(UnitManifest.load(mine.store, run_root.unit_manifest(gone[0].id)), UnitManifest)
+    assert isinstance(
+        UnitManifest.load(mine.store, run_root.unit_manifest(gone[0].id)), UnitManifest
+    )
 
 
 def test_driver_is_the_product(planned: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,13 +140,36 @@ def test_driver_is_the_product(planned: Prepared, monkeypatch: pytest.MonkeyPatc
     ]:
         watch(owner, name)
     simulated(planned, STORMY, "units")
-    assert used == {"compress", "handle_loss", "take", "forget", "run_all", "read_needs", "delete_layer_data", "finish_layer"}
+    assert used == {
+        "compress",
+        "handle_loss",
+        "take",
+        "forget",
+        "run_all",
+        "read_needs",
+        "delete_layer_data",
+        "finish_layer",
+    }
     assert (fleet.Job, fleet.RayRunner) == (pipeline.Job, ray_runner.RayRunner)
 
 
-def test_measures_and_markdown(planned: Prepared, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_measures_and_markdown(
+    planned: Prepared, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The command's own path, on the small plan."""
-    args = fleet.parse(["--out", str(tmp_path), "--gpus", "2", "--gpus-per-node", "2", "--loss-rates", "0", "--own-gpus"])
+    args = fleet.parse(
+        [
+            "--out",
+            str(tmp_path),
+            "--gpus",
+            "2",
+            "--gpus-per-node",
+            "2",
+            "--loss-rates",
+            "0",
+            "--own-gpus",
+        ]
+    )
     fleet.run(args, planned, Console(width=200))
     assert "units done twice: 0" in (tmp_path / "fleet.md").read_text()
     assert (tmp_path / "fleet.json").stat().st_size > 0

@@ -1,4 +1,5 @@
-"""The benchmark of the whole job, on a CPU: every stage has its time, and a process that is killed changes no byte."""
+"""The benchmark of the whole job, on a CPU: every stage has its time, and a process that is killed
+changes no byte."""
 
 import json
 import subprocess
@@ -16,7 +17,14 @@ from tests.conftest import REPO
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 EXPERTS, MIXTURES, EXPERTS_PER_UNIT = 8, 2, 4
-SIZES = ["--width=small", "--device=cpu", f"--experts={EXPERTS}", f"--mixture-layers={MIXTURES}", "--sequences=8", "--length=64"]
+SIZES = [
+    "--width=small",
+    "--device=cpu",
+    f"--experts={EXPERTS}",
+    f"--mixture-layers={MIXTURES}",
+    "--sequences=8",
+    "--length=64",
+]
 SETTINGS = ["--set=compression.refine_steps=1", "--set=compression.sweeps=1"]
 
 
@@ -28,8 +36,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def measure(folder: Path, *more: str) -> tuple[dict[str, Any], str]:
     """What the benchmark wrote, and what it printed."""
     out = folder / "job.json"
-    command = [sys.executable, "bench/job.py", *SIZES, *SETTINGS, f"--folder={folder}", "--keep-source", f"--json={out}", *more]
-    ended = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=500, check=False)
+    command = [
+        sys.executable,
+        "bench/job.py",
+        *SIZES,
+        *SETTINGS,
+        f"--folder={folder}",
+        "--keep-source",
+        f"--json={out}",
+        *more,
+    ]
+    ended = subprocess.run(
+        command, cwd=REPO, capture_output=True, text=True, timeout=500, check=False
+    )
     assert ended.returncode == 0, ended.stdout + ended.stderr
     return json.loads(out.read_text()), ended.stdout
 
@@ -64,12 +83,16 @@ def test_units_memory_and_plan_are_told(undisturbed: tuple[dict[str, Any], str])
     assert facts["peaks"]["worker_private_bytes"] > 50e6
     assert facts["peaks"]["run_root_bytes"] >= facts["objects_bytes"]["checkpoint"]
     plan = {row["name"]: row for row in facts["plan"]}
-    assert {f.name for f in fields(Estimate) if f.name.endswith("_bytes") and f.name.endswith(PLANNED)} <= set(plan)
+    assert {
+        f.name for f in fields(Estimate) if f.name.endswith("_bytes") and f.name.endswith(PLANNED)
+    } <= set(plan)
     for name in ("unit_bytes", "checkpoint_bytes"):
         assert plan[name]["actual"] == pytest.approx(plan[name]["planned"], rel=0.05), name
 
 
-def test_killed_worker_changes_no_byte(undisturbed: tuple[dict[str, Any], str], folder: Path) -> None:
+def test_killed_worker_changes_no_byte(
+    undisturbed: tuple[dict[str, Any], str], folder: Path
+) -> None:
     killed, _ = measure(folder, "--kill=worker", "--kill-in=compress")
     assert killed["killed"]["what"] == "worker"
     assert killed["killed"]["units"] < killed["units"]["count"]

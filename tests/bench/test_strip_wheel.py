@@ -33,13 +33,18 @@ def test_what_stays(wheel: str, path: str, expected: bool) -> None:
 
 
 def test_what_is_left_is_a_wheel_that_pip_installs(tmp_path: Path) -> None:
-    source, target = tmp_path / "ray-1.0-py3-none-any.whl", tmp_path / "out" / "ray-1.0-py3-none-any.whl"
+    source, target = (
+        tmp_path / "ray-1.0-py3-none-any.whl",
+        tmp_path / "out" / "ray-1.0-py3-none-any.whl",
+    )
     target.parent.mkdir()
     files = {
         "ray/__init__.py": b"x = 1\n",
         "ray/jars/a.jar": b"jar",
         "ray-1.0.dist-info/METADATA": b"Metadata-Version: 2.1\nName: ray\nVersion: 1.0\n",
-        "ray-1.0.dist-info/WHEEL": b"Wheel-Version: 1.0\nGenerator: a test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        "ray-1.0.dist-info/WHEEL": (
+            b"Wheel-Version: 1.0\nGenerator: a test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        ),
         "ray-1.0.dist-info/RECORD": b"ray/jars/a.jar,,\n",
     }
     with zipfile.ZipFile(source, "w") as wheel:
@@ -47,7 +52,9 @@ def test_what_is_left_is_a_wheel_that_pip_installs(tmp_path: Path) -> None:
             wheel.writestr(name, data)
     write_stripped(source, target)
     with zipfile.ZipFile(target) as wheel:
-        record = [line.split(",") for line in wheel.read("ray-1.0.dist-info/RECORD").decode().splitlines()]
+        record = [
+            line.split(",") for line in wheel.read("ray-1.0.dist-info/RECORD").decode().splitlines()
+        ]
         assert [r[0] for r in record] == wheel.namelist() == [n for n in files if "jars" not in n]
         for name, digest, size in record[:-1]:
             data = wheel.read(name)
@@ -62,6 +69,10 @@ def test_every_package_of_the_bundle_has_a_pin() -> None:
     script = (REPO / "bench" / "device_bundle.sh").read_text()
     listed = script.split("PACKAGES=(\n")[1].split("\n)")[0]
     packages = [name for line in listed.splitlines() for name in line.split("#")[0].split()]
-    pins = {line.split("==")[0] for line in (REPO / "constraints.txt").read_text().splitlines() if "==" in line}
+    pins = {
+        line.split("==")[0]
+        for line in (REPO / "constraints.txt").read_text().splitlines()
+        if "==" in line
+    }
     assert "ray" in packages
     assert set(packages) <= pins

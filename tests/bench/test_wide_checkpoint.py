@@ -1,4 +1,5 @@
-"""The benchmarks' checkpoints: tensors lie as safetensors' own writer lays them, the job can read them, texts suffice."""
+"""The benchmarks' checkpoints: tensors lie as safetensors' own writer lays them, the job can read
+them, texts suffice."""
 
 import json
 import struct
@@ -31,7 +32,10 @@ def data_order(path: Path) -> list[tuple[str, str]]:
     data = path.read_bytes()
     (length,) = struct.unpack("<Q", data[:8])
     header = {n: r for n, r in json.loads(data[8 : 8 + length]).items() if n != "__metadata__"}
-    return [(name, r["dtype"]) for name, r in sorted(header.items(), key=lambda item: item[1]["data_offsets"])]
+    return [
+        (name, r["dtype"])
+        for name, r in sorted(header.items(), key=lambda item: item[1]["data_offsets"])
+    ]
 
 
 def assert_in_safetensors_order(path: Path, again: Path) -> None:
@@ -50,7 +54,13 @@ def test_shards_are_in_the_order_of_safetensors_own_writer(small: Path, tmp_path
 
 
 def test_the_bench_layer_is_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, size in {"HIDDEN": 256, "MOE_INTERMEDIATE": 128, "HEADS": 4, "Q_LORA": 96, "KV_LORA": 64}.items():
+    for name, size in {
+        "HIDDEN": 256,
+        "MOE_INTERMEDIATE": 128,
+        "HEADS": 4,
+        "Q_LORA": 96,
+        "KV_LORA": 64,
+    }.items():
         monkeypatch.setattr(skeleton, name, size)
     capture.write_layer(tmp_path, EXPERTS)
     assert_in_safetensors_order(tmp_path / "model.safetensors", tmp_path / "again.safetensors")
@@ -65,7 +75,9 @@ def test_sizes_are_those_asked_for_and_only_while_writing(small: Path) -> None:
 
 
 def test_embedding_has_outlier_channels_and_no_scale_is_negative(small: Path) -> None:
-    tensors = {name: t for shard in small.glob("*.safetensors") for name, t in load_file(shard).items()}
+    tensors = {
+        name: t for shard in small.glob("*.safetensors") for name, t in load_file(shard).items()
+    }
     strength = tensors["language_model.model.embed_tokens.weight"].float().square().mean(0).sqrt()
     assert strength[::128].min() > 10 * strength[1:128].max()
     assert all(bool((t > 0).all()) for name, t in tensors.items() if name.endswith("_scale"))
@@ -77,7 +89,9 @@ def test_texts_suffice(small: Path, tmp_path: Path) -> None:
     tokenizer = load_tokenizer(open_checkpoint(LocalStore(small)), trust_remote_code=False)
     for num_tokens, rounds in ((1, 1), (300_000, 2)):
         write_texts(tmp_path / "texts.jsonl", num_tokens)
-        texts = [json.loads(line)["text"] for line in (tmp_path / "texts.jsonl").read_text().splitlines()]
+        texts = [
+            json.loads(line)["text"] for line in (tmp_path / "texts.jsonl").read_text().splitlines()
+        ]
         once = len(texts) // rounds
         assert once == len((TINY / "calibration.jsonl").read_text().splitlines())
         assert len(set(texts)) > 0.9 * len(texts)

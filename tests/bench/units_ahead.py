@@ -1,9 +1,12 @@
 """Units a minute of one worker, with and without reading ahead, in turn, on one run root.
 
-    python -m tests.bench.units_ahead FOLDER [--latency-ms 100 | --local] [--repeats 3] [--set KEY=VALUE ...]
+    python -m tests.bench.units_ahead FOLDER [--latency-ms 100 | --local] [--repeats 3] [--set
+    KEY=VALUE ...]
 
-Source and run root lie on a SeaweedFS server of this machine behind a proxy that answers every request late; with --local in folders. Two layers of the small
-model are captured once; then their units are done again and again by Ray workers, of which one is up when the clock starts. Prints a line of JSON a repeat.
+Source and run root lie on a SeaweedFS server of this machine behind a proxy that answers every
+request late; with --local in folders. Two layers of the small model are captured once; then their
+units are done again and again by Ray workers, of which one is up when the clock starts. Prints a
+line of JSON a repeat.
 """
 
 import argparse
@@ -54,7 +57,11 @@ def late_server(latency_ms: float) -> Iterator[tuple[str, str]]:
 
 def captured(settings: dict[str, str], root: str) -> Prepared:
     """A pilot that is done, units and all."""
-    prepared = prepare(load_config(REPO / "configs" / "tiny.yaml", tuple(f"{k}={v}" for k, v in settings.items()), root))
+    prepared = prepare(
+        load_config(
+            REPO / "configs" / "tiny.yaml", tuple(f"{k}={v}" for k, v in settings.items()), root
+        )
+    )
     run_job(prepared, lambda plan, uri: nullcontext(LocalRunner(plan, uri)))
     return prepared
 
@@ -63,12 +70,26 @@ def changed(plan: RunPlan, ahead: int, endpoint_url: str | None) -> RunPlan:
     config = plan.config
     run = config.run.model_copy(update={"prefetch_units": ahead, "endpoint_url": endpoint_url})
     source = config.source.model_copy(update={"endpoint_url": endpoint_url})
-    return plan.model_copy(update={"config": config.model_copy(update={"run": run, "source": source})})
+    return plan.model_copy(
+        update={"config": config.model_copy(update={"run": run, "source": source})}
+    )
 
 
 def tasks_of(plan: RunPlan, store: Store) -> list[Task]:
-    loads = {layer: LayerScales.load(store, run_root.layer_scales(layer)).tokens_per_expert for layer in plan.layers}
-    return [Task(stage="compress", id=u.id, item=u, layer=u.layer, load=sum(loads[u.layer][e] for e in u.experts)) for u in plan.units]
+    loads = {
+        layer: LayerScales.load(store, run_root.layer_scales(layer)).tokens_per_expert
+        for layer in plan.layers
+    }
+    return [
+        Task(
+            stage="compress",
+            id=u.id,
+            item=u,
+            layer=u.layer,
+            load=sum(loads[u.layer][e] for e in u.experts),
+        )
+        for u in plan.units
+    ]
 
 
 def measure(plan: RunPlan, store: Store) -> dict[str, float]:
@@ -82,7 +103,10 @@ def measure(plan: RunPlan, store: Store) -> dict[str, float]:
         assert all(r.is_done for r in runner.run(TaskList(tasks)))
         wall = time.perf_counter() - start
     seconds = [UnitManifest.load(store, run_root.unit_manifest(u.id)).seconds for u in plan.units]
-    phases = {phase: round(sum(s.get(phase, 0.0) for s in seconds) / len(seconds), 3) for phase in seconds[0]}
+    phases = {
+        phase: round(sum(s.get(phase, 0.0) for s in seconds) / len(seconds), 3)
+        for phase in seconds[0]
+    }
     return {"units_a_minute": round(60 * len(tasks) / wall, 2), "wall_s": round(wall, 2)} | phases
 
 
@@ -95,19 +119,27 @@ def main() -> None:
     parser.add_argument("--set", nargs="*", default=[])
     args = parser.parse_args()
     settings = SETTINGS | dict(item.split("=", 1) for item in args.set)
-    places: contextmanager[tuple[str, str]] = nullcontext((None, None)) if args.local else late_server(args.latency_ms)
+    places: contextmanager[tuple[str, str]] = (
+        nullcontext((None, None)) if args.local else late_server(args.latency_ms)
+    )
     with places as (direct, late):
         root = str(args.folder / "run") if args.local else f"s3://{BUCKET}/units-ahead"
         if direct is not None:
             source = open_store(f"s3://{BUCKET}/units-ahead-source", direct)
             for path in TINY.iterdir():
                 source.put(path.name, path.read_bytes())
-            settings |= {"source.checkpoint": source.uri, "source.endpoint_url": direct, "run.endpoint_url": direct}
+            settings |= {
+                "source.checkpoint": source.uri,
+                "source.endpoint_url": direct,
+                "run.endpoint_url": direct,
+            }
         prepared = captured(settings, root)
         for repeat in range(args.repeats):
             for ahead in (0, 1) if repeat % 2 == 0 else (1, 0):
                 facts = measure(changed(prepared.plan, ahead, late), prepared.store)
-                sys.stdout.write(json.dumps({"repeat": repeat, "prefetch_units": ahead} | facts) + "\n")
+                sys.stdout.write(
+                    json.dumps({"repeat": repeat, "prefetch_units": ahead} | facts) + "\n"
+                )
                 sys.stdout.flush()
 
 

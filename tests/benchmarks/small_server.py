@@ -1,6 +1,8 @@
-"""A server process with an OpenAI-compatible server's list of models, and no model: `python -m tests.benchmarks.small_server [MODEL] [--flag ...]`.
+"""A server process with an OpenAI-compatible server's list of models, and no model: `python -m
+tests.benchmarks.small_server [MODEL] [--flag ...]`.
 
---fail: says something and ends with code 3. --never-healthy. --stubborn: it and its child outlive SIGTERM. Its child process's pid goes to the file of --child.
+--fail: says something and ends with code 3. --never-healthy. --stubborn: it and its child outlive
+SIGTERM. Its child process's pid goes to the file of --child.
 """
 
 import argparse
@@ -25,7 +27,11 @@ def main() -> None:
     if asked.stubborn:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if asked.child:
-        ignoring = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); " if asked.stubborn else ""
+        ignoring = (
+            "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
+            if asked.stubborn
+            else ""
+        )
         child = subprocess.Popen([sys.executable, "-c", f"{ignoring}import time; time.sleep(600)"])
         asked.child.write_text(str(child.pid))
     sys.stdout.write("looking for a GPU\n")
@@ -33,8 +39,15 @@ def main() -> None:
     if asked.fail:
         sys.stdout.write("there is no GPU\n")
         sys.exit(3)
-    model = {"id": asked.model, "root": asked.model, "owned_by": "small", "max_model_len": asked.max_length}
-    answers = {"/v1/models": {"data": [model]}, "/version": {"version": "1.5"}} | ({} if asked.never_healthy else {"/health": {}})
+    model = {
+        "id": asked.model,
+        "root": asked.model,
+        "owned_by": "small",
+        "max_model_len": asked.max_length,
+    }
+    answers = {"/v1/models": {"data": [model]}, "/version": {"version": "1.5"}} | (
+        {} if asked.never_healthy else {"/health": {}}
+    )
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:

@@ -1,4 +1,5 @@
-"""Server processes, here and as Ray actors: they come up, say why they do not, and leave nothing behind."""
+"""Server processes, here and as Ray actors: they come up, say why they do not, and leave nothing
+behind."""
 
 import signal
 import subprocess
@@ -43,7 +44,8 @@ def child(tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def in_the_repository(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Servers are modules of the tests. They are looked at often, and the stubborn are not given long."""
+    """Servers are modules of the tests. They are looked at often, and the stubborn are not given
+    long."""
     monkeypatch.setenv("PYTHONPATH", str(REPO))
     monkeypatch.setenv("P48RAY_GRACE_S", "1")
     monkeypatch.setattr(ray_server, "POLL_S", 0.1)
@@ -65,7 +67,9 @@ def test_server_comes_up_says_what_it_serves_and_ends_with_its_children(child: P
     assert not server.state().is_healthy
 
 
-def test_server_that_ignores_the_request_is_killed(child: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_server_that_ignores_the_request_is_killed(
+    child: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(server_process, "END_TIMEOUT_S", 0.5)
     server = ServerProcess([*COMMAND, "--stubborn", "--child", str(child)])
     try:
@@ -77,14 +81,18 @@ def test_server_that_ignores_the_request_is_killed(child: Path, monkeypatch: pyt
 
 
 @pytest.mark.parametrize("flags", [[], ["--stubborn"]], ids=["willing", "stubborn"])
-def test_server_ends_with_its_children_when_whoever_started_it_is_killed(child: Path, flags: list[str]) -> None:
+def test_server_ends_with_its_children_when_whoever_started_it_is_killed(
+    child: Path, flags: list[str]
+) -> None:
     """Its front alone would leave the processes that hold the GPUs."""
     command = [*COMMAND, "--child", str(child), *flags]
     code = (
         "import time; from p48ray.benchmarks.server_process import ServerProcess; "
         f"s = ServerProcess({command!r}); print(s.process.pid, flush=True); time.sleep(600)"
     )
-    starter = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=REPO)
+    starter = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=REPO
+    )
     assert starter.stdout is not None
     pid = int(starter.stdout.readline())
     wait_for(lambda: child.is_file() and child.read_text() != "")
@@ -111,17 +119,30 @@ def test_children_of_a_server_that_ended_by_itself_are_ended(child: Path) -> Non
 
 
 def test_command_that_is_not_there_is_a_mistake_of_the_configuration() -> None:
-    with pytest.raises(ConfigError, match=r"benchmarks.server.command: 'no-such-server' can not be started: no such program on "):
+    with pytest.raises(
+        ConfigError,
+        match=(
+            r"benchmarks.server.command: 'no-such-server' can not be started: no such program on "
+        ),
+    ):
         ServerProcess(["no-such-server", "serve"])
 
 
 def test_place_without_a_server_is_named() -> None:
-    with pytest.raises(ConfigError, match=r"http://127.0.0.1:9/v1/models: expected the list of models of an OpenAI-compatible server"):
+    with pytest.raises(
+        ConfigError,
+        match=(
+            r"http://127.0.0.1:9/v1/models: expected the list of models of an OpenAI-compatible"
+            r" server"
+        ),
+    ):
         served_models("http://127.0.0.1:9")
 
 
 @pytest.mark.ray
-def test_actor_gives_the_url_of_a_healthy_server_and_ends_it(ray_session: None, child: Path) -> None:
+def test_actor_gives_the_url_of_a_healthy_server_and_ends_it(
+    ray_session: None, child: Path
+) -> None:
     with RayServer([*COMMAND, "--child", str(child)], NO_GPUS, None) as url:
         assert [m.id for m in served_models(url)] == ["a/model"]
         pid = int(child.read_text())
@@ -140,7 +161,10 @@ def test_actor_of_a_cluster_listens_on_its_nodes_address(ray_session: None) -> N
 
 @pytest.mark.ray
 def test_actor_ends_its_server_when_what_it_was_for_fails(ray_session: None, child: Path) -> None:
-    with pytest.raises(ZeroDivisionError), RayServer([*COMMAND, "--child", str(child)], NO_GPUS, None):
+    with (
+        pytest.raises(ZeroDivisionError),
+        RayServer([*COMMAND, "--child", str(child)], NO_GPUS, None),
+    ):
         raise ZeroDivisionError
     assert is_gone(int(child.read_text()))
 
@@ -161,7 +185,11 @@ def test_server_that_never_answers_is_given_up_and_ended(ray_session: None, chil
     settings = ServerSettings(gpus=0, start_timeout_s=3)
     with (
         pytest.raises(
-            StageFailedError, match=r"not healthy within benchmarks.server.start_timeout_s = 3; its last lines:\nlooking for a GPU"
+            StageFailedError,
+            match=(
+                r"not healthy within benchmarks.server.start_timeout_s = 3; its last"
+                r" lines:\nlooking for a GPU"
+            ),
         ),
         RayServer([*COMMAND, "--never-healthy", "--child", str(child)], settings, None),
     ):
@@ -172,7 +200,9 @@ def test_server_that_never_answers_is_given_up_and_ended(ray_session: None, chil
 @pytest.mark.ray
 def test_actors_mistakes_of_the_configuration_stay_what_they_are(ray_session: None) -> None:
     with (
-        pytest.raises(ConfigError, match=r"benchmarks.server.command: 'no-such-server' can not be started"),
+        pytest.raises(
+            ConfigError, match=r"benchmarks.server.command: 'no-such-server' can not be started"
+        ),
         RayServer(["no-such-server"], NO_GPUS, None),
     ):
         pytest.fail("it never came up")
@@ -181,7 +211,9 @@ def test_actors_mistakes_of_the_configuration_stay_what_they_are(ray_session: No
 @pytest.mark.ray
 def test_gpus_that_this_machine_has_not_are_a_mistake(ray_session: None) -> None:
     with (
-        pytest.raises(ConfigError, match=r"benchmarks.server.gpus: expected 64 GPUs on this machine"),
+        pytest.raises(
+            ConfigError, match=r"benchmarks.server.gpus: expected 64 GPUs on this machine"
+        ),
         RayServer(COMMAND, ServerSettings(gpus=64), None),
     ):
         pytest.fail("it never came up")

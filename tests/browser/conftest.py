@@ -15,15 +15,23 @@ from tests.stages.small_run import SmallRun
 
 @pytest.fixture(scope="session")
 def units(finished: SmallRun) -> list[UnitManifest]:
-    return [UnitManifest.load(finished.prepared.store, run_root.unit_manifest(u.id)) for u in finished.prepared.plan.units]
+    return [
+        UnitManifest.load(finished.prepared.store, run_root.unit_manifest(u.id))
+        for u in finished.prepared.plan.units
+    ]
 
 
 @pytest.fixture(scope="session")
-def page_url(finished: SmallRun, units: list[UnitManifest], tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The page with all it can show: a baseline's quality, and masks beside another checkpoint's."""
+def page_url(
+    finished: SmallRun, units: list[UnitManifest], tmp_path_factory: pytest.TempPathFactory
+) -> str:
+    """The page with all it can show: a baseline's quality, and masks beside another
+    checkpoint's."""
     report = finished.report.model_copy(update={"baseline": finished.report.quality})
     path = tmp_path_factory.mktemp("page") / "report.html"
-    path.write_text(report_html(finished.context, report, units, LocalStore(finished.root)), encoding="utf-8")
+    path.write_text(
+        report_html(finished.context, report, units, LocalStore(finished.root)), encoding="utf-8"
+    )
     return path.as_uri()
 
 

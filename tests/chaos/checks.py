@@ -1,4 +1,5 @@
-"""What must hold after any fault: the undisturbed bytes, nothing done twice, nothing that points nowhere, nothing that nobody points to."""
+"""What must hold after any fault: the undisturbed bytes, nothing done twice, nothing that points
+nowhere, nothing that nobody points to."""
 
 import hashlib
 import re
@@ -10,7 +11,14 @@ from typer.testing import CliRunner
 
 from p48ray.cli import app
 from p48ray.run import run_root
-from p48ray.run.manifest import ActivationPart, BoundaryPart, Failure, GradientPart, PartManifest, UnitManifest
+from p48ray.run.manifest import (
+    ActivationPart,
+    BoundaryPart,
+    Failure,
+    GradientPart,
+    PartManifest,
+    UnitManifest,
+)
 from p48ray.stages.blobs import WRITERS
 from p48ray.store.base import Store
 from p48ray.store.local import LocalStore
@@ -24,16 +32,23 @@ BLOBS: dict[str, type[PartManifest]] = {
     "residual-gradients": BoundaryPart,
 }
 UNIT_LINE = re.compile(r'\{"unit": "([^"]+)", "attempt": "([0-9a-f]+)"')
-LOST_UNIT = re.compile(r"compress (L\d+-E\d+-\d+): (?:attempt \d+ failed, it will be tried again|its (?:node|worker) is gone)")
+LOST_UNIT = re.compile(
+    r"compress (L\d+-E\d+-\d+): (?:attempt \d+ failed, it will be tried again|its (?:node|worker)"
+    r" is gone)"
+)
 
 
 def checkpoint_bytes(store: Store) -> dict[str, str]:
     """Every file of the finished checkpoint -> SHA-256."""
-    return {info.key: hashlib.sha256(store.get(info.key)).hexdigest() for info in store.list(run_root.CHECKPOINT)}
+    return {
+        info.key: hashlib.sha256(store.get(info.key)).hexdigest()
+        for info in store.list(run_root.CHECKPOINT)
+    }
 
 
 def problems_of(store: Store, folder: Path) -> str:
-    """What `p48ray verify` says of the finished checkpoint; nothing if it is content. `folder`: where a bucket's checkpoint is copied to."""
+    """What `p48ray verify` says of the finished checkpoint; nothing if it is content. `folder`:
+    where a bucket's checkpoint is copied to."""
     where = folder
     if isinstance(store, LocalStore):
         where = Path(store.path(run_root.CHECKPOINT.rstrip("/")))
@@ -58,9 +73,14 @@ def units_repeated(scene: Scene) -> int:
 
 
 def assert_same_end(
-    scene: Scene, undisturbed: dict[str, str], folder: Path, redone: Iterable[str] = (), is_contested: bool = False
+    scene: Scene,
+    undisturbed: dict[str, str],
+    folder: Path,
+    redone: Iterable[str] = (),
+    is_contested: bool = False,
 ) -> None:
-    """The newest driver succeeds, to the undisturbed checkpoint, with nothing done twice and nothing left over. See assert_whole."""
+    """The newest driver succeeds, to the undisturbed checkpoint, with nothing done twice and
+    nothing left over. See assert_whole."""
     assert scene.finish() == 0, (scene.driver.out, scene.driver.err)
     assert checkpoint_bytes(scene.store) == undisturbed
     assert problems_of(scene.store, folder / "copied") == ""
@@ -68,24 +88,38 @@ def assert_same_end(
 
 
 def assert_whole(scene: Scene, redone: Iterable[str] = (), is_contested: bool = False) -> None:
-    """Nothing that was done before a fault was done again, nothing points nowhere, nothing is left that nobody points to.
+    """Nothing that was done before a fault was done again, nothing points nowhere, nothing is left
+    that nobody points to.
 
-    Args: redone: units that had to be done again although they had a manifest. is_contested: two drivers may have worked on the same unit.
+    Args:
+        redone: units that had to be done again although they had a manifest.
+        is_contested: two drivers may have worked on the same unit.
     """
     store, keys = scene.store, scene.listing()
-    units = {unit: UnitManifest.from_json(data, unit) for unit, data in scene.manifests(keys).items()}
+    units = {
+        unit: UnitManifest.from_json(data, unit) for unit, data in scene.manifests(keys).items()
+    }
     assert len(units) == NUM_UNITS
-    shards = {run_root.unit_shard(unit, manifest.attempt): manifest for unit, manifest in units.items()}
-    stored = {key for key in keys if key.startswith(run_root.UNITS) and key.endswith(".safetensors")}
+    shards = {
+        run_root.unit_shard(unit, manifest.attempt): manifest for unit, manifest in units.items()
+    }
+    stored = {
+        key for key in keys if key.startswith(run_root.UNITS) and key.endswith(".safetensors")
+    }
     assert stored == (set() if scene.keep == "checkpoint" else set(shards))
     for key in stored:
         data = store.get(key)
-        assert (len(data), hashlib.sha256(data).hexdigest()) == (shards[key].size_bytes, shards[key].sha256), key
+        assert (len(data), hashlib.sha256(data).hexdigest()) == (
+            shards[key].size_bytes,
+            shards[key].sha256,
+        ), key
     assert_parts_are_whole(scene, keys)
     finished = scene.manifests(keys)
     for hit in scene.hits:
         again = {unit for unit, manifest in hit.done.items() if finished[unit] != manifest}
-        assert again <= set(redone), f"{hit.name} in {hit.stage}: done before it and done again: {again}"
+        assert again <= set(redone), (
+            f"{hit.name} in {hit.stage}: done before it and done again: {again}"
+        )
     lines = units_finished(scene.logs)
     assert {unit for unit, count in lines.items() if count > 1} <= set(redone), lines
     if not is_contested:
@@ -95,7 +129,8 @@ def assert_whole(scene: Scene, redone: Iterable[str] = (), is_contested: bool = 
 
 
 def assert_parts_are_whole(scene: Scene, keys: frozenset[str]) -> None:
-    """Each blob is what its manifest says and none is without one. Where run.keep says so only the manifests of activations and gradients are left."""
+    """Each blob is what its manifest says and none is without one. Where run.keep says so only the
+    manifests of activations and gradients are left."""
     for kind, record in BLOBS.items():
         manifests, data = blob_names(keys, kind)
         if record is BoundaryPart:
@@ -117,18 +152,30 @@ def blob_names(keys: Iterable[str], kind: str) -> tuple[set[str], set[str]]:
 def assert_blobs_are_whole(store: Store, names: Iterable[str], record: type[PartManifest]) -> None:
     """Size and digest are those of the manifest."""
     for name in names:
-        data, manifest = store.get(f"{name}.arrow"), record.from_json(store.get(f"{name}.json"), name)
-        assert (len(data), hashlib.sha256(data).hexdigest()) == (manifest.size_bytes, manifest.sha256), name
+        data, manifest = (
+            store.get(f"{name}.arrow"),
+            record.from_json(store.get(f"{name}.json"), name),
+        )
+        assert (len(data), hashlib.sha256(data).hexdigest()) == (
+            manifest.size_bytes,
+            manifest.sha256,
+        ), name
 
 
 def assert_tries(scene: Scene, redone: Iterable[str]) -> None:
     """Units were tried again at most as often as some were under way when a fault hit."""
     in_flight = sum(hit.in_flight for hit in scene.hits)
-    if isinstance(scene.store, LocalStore):  # folders of attempts stay there when what is in them is deleted
-        tries = {path.name: len(list(path.iterdir())) - 1 for path in Path(scene.store.path("units")).iterdir()}
+    # folders of attempts stay there when what is in them is deleted
+    if isinstance(scene.store, LocalStore):
+        tries = {
+            path.name: len(list(path.iterdir())) - 1
+            for path in Path(scene.store.path("units")).iterdir()
+        }
         assert sum(tries.values()) - NUM_UNITS <= in_flight + len(set(redone)), tries
 
 
 def failures(store: Store) -> list[Failure]:
     """All records of failed attempts."""
-    return [Failure.from_json(store.get(info.key), info.key) for info in store.list(run_root.FAILURES)]
+    return [
+        Failure.from_json(store.get(info.key), info.key) for info in store.list(run_root.FAILURES)
+    ]

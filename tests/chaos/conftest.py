@@ -7,7 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.chaos.checks import assert_whole, checkpoint_bytes, problems_of, units_finished, units_repeated
+from tests.chaos.checks import (
+    assert_whole,
+    checkpoint_bytes,
+    problems_of,
+    units_finished,
+    units_repeated,
+)
 from tests.chaos.harness import QUICK_HEALTH_CHECK, Scene, Site, thaw
 from tests.servers.s3 import SeaweedFS, aws_identity
 
@@ -36,7 +42,10 @@ LEDGER = pytest.StashKey[Ledger]()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--chaos-seeds", type=int, default=0, help="Run every scenario of tests/chaos with this many seeds; 0: the short form."
+        "--chaos-seeds",
+        type=int,
+        default=0,
+        help="Run every scenario of tests/chaos with this many seeds; 0: the short form.",
     )
 
 
@@ -62,20 +71,29 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if item not in long]
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
     rows = config.stash[LEDGER].rows
     if not rows:
         return
     terminalreporter.section("chaos")
     for row in sorted(rows, key=lambda row: row.name):
-        terminalreporter.line(f"{row.name:60s} faults {row.faults:3d}  survived {row.survived:3d}  units repeated {row.repeated:3d}")
+        terminalreporter.line(
+            f"{row.name:60s} faults {row.faults:3d}  survived {row.survived:3d}  units repeated"
+            f" {row.repeated:3d}"
+        )
     total = [sum(getattr(row, name) for row in rows) for name in ("faults", "survived", "repeated")]
-    terminalreporter.line(f"{f'{len(rows)} scenarios':60s} faults {total[0]:3d}  survived {total[1]:3d}  units repeated {total[2]:3d}")
+    terminalreporter.line(
+        f"{f'{len(rows)} scenarios':60s} faults {total[0]:3d}  survived {total[1]:3d}  units"
+        f" repeated {total[2]:3d}"
+    )
 
 
 @pytest.fixture(scope="package")
 def site(aws_identity: None) -> Iterator[Site]:
-    """One cluster for all scenarios. The bucket's credentials reach the workers through its nodes."""
+    """One cluster for all scenarios. The bucket's credentials reach the workers through its
+    nodes."""
     site = Site(QUICK_HEALTH_CHECK)
     yield site
     site.close()
@@ -115,8 +133,15 @@ def server(aws_identity: None, tmp_path_factory: pytest.TempPathFactory) -> Iter
 
 
 @pytest.fixture
-def scene(request: pytest.FixtureRequest, site: Site, undisturbed: dict[str, str], seed: int, tmp_path: Path) -> Iterator[Scene]:
-    """A fresh run root on the mended cluster; what is still running at the end is ended, and the counts are entered."""
+def scene(
+    request: pytest.FixtureRequest,
+    site: Site,
+    undisturbed: dict[str, str],
+    seed: int,
+    tmp_path: Path,
+) -> Iterator[Scene]:
+    """A fresh run root on the mended cluster; what is still running at the end is ended, and the
+    counts are entered."""
     site.mend()
     name = request.node.name
     scene = Scene(site, str(tmp_path / "run"), random.Random(f"{name}"))

@@ -1,4 +1,5 @@
-"""jobs/compress.py with one unit that kills every worker that takes it, as a unit does for which there is not enough memory.
+"""jobs/compress.py with one unit that kills every worker that takes it, as a unit does for which
+there is not enough memory.
 
 python -m tests.chaos.deadly_compress UNIT --config FILE ...
 """

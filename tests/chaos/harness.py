@@ -1,7 +1,8 @@
 """A cluster of several nodes on this machine, the job as a process on it, and faults that hit it.
 
-Everything that dies is a real process and dies by SIGKILL: workers, raylets with all that is under them, drivers, the object store's server. Workers have no
-GPU: a worker that is promised one computes on it, and a fake one can not.
+Everything that dies is a real process and dies by SIGKILL: workers, raylets with all that is under
+them, drivers, the object store's server. Workers have no GPU: a worker that is promised one
+computes on it, and a fake one can not.
 """
 
 import os
@@ -38,7 +39,8 @@ QUICK_HEALTH_CHECK = {
 }
 WAIT_S = 240.0
 
-# The small job with all its stages; calibration is cut into enough parts for a fault to find capture and gradients in the middle of their work.
+# The small job with all its stages; calibration is cut into enough parts for a fault to find
+# capture and gradients in the middle of their work.
 SETTINGS = {
     "calibration.num_sequences": "8",
     "calibration.sequence_length": "256",
@@ -56,7 +58,9 @@ NUM_UNITS = 16
 NUM_SHARDS = 6
 
 
-def wait_until(is_true: Callable[[], bool], timeout_s: float = WAIT_S, pause_s: float = 0.02) -> bool:
+def wait_until(
+    is_true: Callable[[], bool], timeout_s: float = WAIT_S, pause_s: float = 0.02
+) -> bool:
     """Whether it became true in time."""
     deadline = time.monotonic() + timeout_s
     while not is_true():
@@ -67,11 +71,19 @@ def wait_until(is_true: Callable[[], bool], timeout_s: float = WAIT_S, pause_s: 
 
 
 class Site:
-    """A Ray cluster whose nodes can be lost: the head has no room for workers, so that the drivers are not lost with a node."""
+    """A Ray cluster whose nodes can be lost: the head has no room for workers, so that the drivers
+    are not lost with a node."""
 
     def __init__(self, health_check: dict[str, int]) -> None:
-        """Args: health_check: Ray's settings of how it finds out that a node is gone; empty: its defaults."""
-        head = NODE_ROOM | {"num_cpus": 0, "include_dashboard": False, "_system_config": health_check}
+        """Args:
+        health_check: Ray's settings of how it finds out that a node is gone; empty: its
+            defaults.
+        """
+        head = NODE_ROOM | {
+            "num_cpus": 0,
+            "include_dashboard": False,
+            "_system_config": health_check,
+        }
         self.cluster = Cluster(initialize_head=True, head_node_args=head)
         self.nodes: list[Any] = []
         self.mend()
@@ -96,7 +108,8 @@ class Site:
         return []
 
     def workers(self, node: Any, is_busy: bool = True) -> list[psutil.Process]:
-        """A node's workers of ours that are in the middle of a task, by the title that Ray gives them."""
+        """A node's workers of ours that are in the middle of a task, by the title that Ray gives
+        them."""
         return [process for process in self.family(node)[1:] if is_worker(process, is_busy)]
 
     def busy_workers(self) -> list[psutil.Process]:
@@ -128,9 +141,15 @@ def kill(processes: Iterable[psutil.Process]) -> int:
 
 
 class Driver:
-    """The command as a process; its output is read all the time, so that it never waits for a reader."""
+    """The command as a process; its output is read all the time, so that it never waits for a
+    reader."""
 
-    def __init__(self, args: list[str], env: dict[str, str], start: Callable[..., subprocess.Popen[str]] = launch) -> None:
+    def __init__(
+        self,
+        args: list[str],
+        env: dict[str, str],
+        start: Callable[..., subprocess.Popen[str]] = launch,
+    ) -> None:
         self.process = start(*args, env=env)
         self.out, self.err = "", ""
         self.reader = threading.Thread(target=self.read, daemon=True)
@@ -160,24 +179,29 @@ def launch_deadly(unit: str) -> Callable[..., subprocess.Popen[str]]:
 
 
 def launch_slow(pause_s: float, log: Path) -> Callable[..., subprocess.Popen[str]]:
-    """How to start a job whose blobs take that long to write; see tests.chaos.slow_compress for what is written to the log."""
+    """How to start a job whose blobs take that long to write; see tests.chaos.slow_compress for
+    what is written to the log."""
     return launcher("tests.chaos.slow_compress", str(pause_s), str(log))
 
 
 def launcher(module: str, *first: str) -> Callable[..., subprocess.Popen[str]]:
-    """How to start a module that stands for jobs/compress.py and takes some arguments of its own before the job's."""
+    """How to start a module that stands for jobs/compress.py and takes some arguments of its own
+    before the job's."""
 
     def start(*args: str, env: dict[str, str]) -> subprocess.Popen[str]:
         command = [sys.executable, "-m", module, *first, *args]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        return subprocess.Popen(command, cwd=REPO, env=os.environ | env, text=True, start_new_session=True, **pipes)
+        return subprocess.Popen(
+            command, cwd=REPO, env=os.environ | env, text=True, start_new_session=True, **pipes
+        )
 
     return start
 
 
 @dataclass(frozen=True, slots=True)
 class Hit:
-    """A fault that hit: what had been done by then, how many tasks were under way, and how many processes were killed."""
+    """A fault that hit: what had been done by then, how many tasks were under way, and how many
+    processes were killed."""
 
     name: str
     stage: str
@@ -222,7 +246,8 @@ class Scene:
         """Start the command, the same each time."""
         where = {"run.endpoint_url": self.endpoint_url} if self.endpoint_url else {}
         args = arguments(self.root, SETTINGS | where | self.settings)
-        env = {"RAY_ADDRESS": self.site.address, "RAY_DEDUP_LOGS": "0"}  # else Ray shows one of the units' lines and counts the rest
+        # else Ray shows one of the units' lines and counts the rest
+        env = {"RAY_ADDRESS": self.site.address, "RAY_DEDUP_LOGS": "0"}
         self.drivers.append(Driver(args, env, self.start))
         return self.driver
 
@@ -242,16 +267,22 @@ class Scene:
             return PIECES[stage].count(self.listing()) >= wanted or not self.driver.is_running
 
         assert wait_until(is_there, pause_s=0.005), f"{stage} does not get to {wanted} pieces"
-        assert self.driver.is_running, f"the driver ended with {self.driver.finish()}: {self.driver.out[-3000:]}\n{self.driver.err[-3000:]}"
+        assert self.driver.is_running, (
+            f"the driver ended with {self.driver.finish()}:"
+            f" {self.driver.out[-3000:]}\n{self.driver.err[-3000:]}"
+        )
 
     def hit(self, name: str, stage: str, share: float, strike: Callable[["Scene"], int]) -> Hit:
-        """Strike when a stage has done a share of its work. `strike` returns how many processes it killed, none if it found nothing to hit."""
+        """Strike when a stage has done a share of its work. `strike` returns how many processes it
+        killed, none if it found nothing to hit."""
         self.wait_for(stage, share)
         in_flight = len(self.site.busy_workers())
         killed = strike(self)
         done = self.manifests()
         assert killed, f"{name} in {stage}: nothing was there to be hit"
-        self.hits.append(Hit(name, stage, done, in_flight if PIECES[stage].is_beside_units else 0, killed))
+        self.hits.append(
+            Hit(name, stage, done, in_flight if PIECES[stage].is_beside_units else 0, killed)
+        )
         return self.hits[-1]
 
     def finish(self) -> int:
@@ -273,7 +304,12 @@ class Pieces:
     is_beside_units: bool = False
 
     def count(self, keys: Iterable[str]) -> int:
-        return sum(key.startswith(self.prefix) and key.endswith(self.suffix) and not key.endswith("scales.json") for key in keys)
+        return sum(
+            key.startswith(self.prefix)
+            and key.endswith(self.suffix)
+            and not key.endswith("scales.json")
+            for key in keys
+        )
 
 
 PIECES = {
@@ -290,7 +326,11 @@ PIECES = {
 
 def kill_a_worker(scene: Scene) -> int:
     """One of those that are in the middle of a task."""
-    wait_until(lambda: bool(scene.site.busy_workers()) or not scene.driver.is_running, timeout_s=5, pause_s=0.001)
+    wait_until(
+        lambda: bool(scene.site.busy_workers()) or not scene.driver.is_running,
+        timeout_s=5,
+        pause_s=0.001,
+    )
     return kill(pick(scene.rng, scene.site.busy_workers()))
 
 
@@ -301,7 +341,9 @@ def kill_a_writer(*kinds: str) -> Callable[["Scene"], int]:
         found: list[Path] = []
 
         def is_writing() -> bool:
-            found[:] = [path for kind in kinds for path in Path(scene.root).glob(f"{kind}/*/{TEMP_PREFIX}*")]
+            found[:] = [
+                path for kind in kinds for path in Path(scene.root).glob(f"{kind}/*/{TEMP_PREFIX}*")
+            ]
             return bool(found) or not scene.driver.is_running
 
         wait_until(is_writing, timeout_s=5, pause_s=0.001)
@@ -317,13 +359,21 @@ def kill_a_writer(*kinds: str) -> Callable[["Scene"], int]:
 
 
 def kill_all_workers(scene: Scene) -> int:
-    wait_until(lambda: bool(scene.site.busy_workers()) or not scene.driver.is_running, timeout_s=5, pause_s=0.001)
+    wait_until(
+        lambda: bool(scene.site.busy_workers()) or not scene.driver.is_running,
+        timeout_s=5,
+        pause_s=0.001,
+    )
     return kill(scene.site.busy_workers())
 
 
 def kill_a_node(scene: Scene) -> int:
     """One with a busy worker; another node takes its place."""
-    wait_until(lambda: bool(scene.site.busy_workers()) or not scene.driver.is_running, timeout_s=5, pause_s=0.001)
+    wait_until(
+        lambda: bool(scene.site.busy_workers()) or not scene.driver.is_running,
+        timeout_s=5,
+        pause_s=0.001,
+    )
     victims = [(node, len(scene.site.workers(node))) for node in scene.site.nodes]
     killed = 0
     for node, num_busy in pick(scene.rng, [v for v in victims if v[1]]):
@@ -334,8 +384,13 @@ def kill_a_node(scene: Scene) -> int:
 
 
 def freeze_a_node(scene: Scene) -> int:
-    """One with a busy worker stops in the middle of what it does, as a machine whose network is gone; another takes its place. See thaw."""
-    wait_until(lambda: bool(scene.site.busy_workers()) or not scene.driver.is_running, timeout_s=5, pause_s=0.001)
+    """One with a busy worker stops in the middle of what it does, as a machine whose network is
+    gone; another takes its place. See thaw."""
+    wait_until(
+        lambda: bool(scene.site.busy_workers()) or not scene.driver.is_running,
+        timeout_s=5,
+        pause_s=0.001,
+    )
     victims = [(node, len(scene.site.workers(node))) for node in scene.site.nodes]
     frozen = 0
     for node, num_busy in pick(scene.rng, [v for v in victims if v[1]]):
@@ -356,13 +411,17 @@ def thaw(scene: Scene) -> None:
         for process in family:
             with suppress(psutil.NoSuchProcess):
                 process.resume()
-        wait_until(lambda family=family: not any(is_worker(process) for process in family[1:]), timeout_s=20)
+        wait_until(
+            lambda family=family: not any(is_worker(process) for process in family[1:]),
+            timeout_s=20,
+        )
         scene.site.kill_node(node)
     scene.frozen.clear()
 
 
 def kill_the_driver(scene: Scene) -> int:
-    """And submit the same command again, at once: what the first one started may still be at work."""
+    """And submit the same command again, at once: what the first one started may still be at
+    work."""
     killed = 1 + len(scene.site.busy_workers())
     if scene.driver.is_running:
         scene.driver.kill()

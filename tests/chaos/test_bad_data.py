@@ -1,4 +1,5 @@
-"""Data that turns bad while the job runs, and units that can not be done: mended, or set aside by name while the rest goes on."""
+"""Data that turns bad while the job runs, and units that can not be done: mended, or set aside by
+name while the rest goes on."""
 
 import shutil
 from collections import Counter
@@ -13,7 +14,15 @@ from p48ray.run import run_root
 from p48ray.run.plan import RunPlan
 from p48ray.store.local import LocalStore
 from tests.chaos.checks import assert_same_end, checkpoint_bytes, failures
-from tests.chaos.harness import NUM_UNITS, Hit, Scene, corrupt_a_unit, flip_a_bit, launch_deadly, pick
+from tests.chaos.harness import (
+    NUM_UNITS,
+    Hit,
+    Scene,
+    corrupt_a_unit,
+    flip_a_bit,
+    launch_deadly,
+    pick,
+)
 from tests.jobs.command import copy_model, narrow_model
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -35,13 +44,17 @@ def scale_of(model: Path, unit: str) -> Spot:
     """A scale in the middle of a unit's first expert."""
     index = open_checkpoint(LocalStore(model))
     layer, expert = int(unit[1:4]), int(unit[6:9])
-    entry = index.tensors[f"{describe_model(index).expert_linear_name(layer, expert, 'up_proj')}.weight_scale"]
+    entry = index.tensors[
+        f"{describe_model(index).expert_linear_name(layer, expert, 'up_proj')}.weight_scale"
+    ]
     return Spot(entry.file, entry.start + entry.num_bytes // 4 * 2)
 
 
 def is_unseen(model: Path, spot: Spot) -> bool:
     """The source's fingerprint looks at both ends of each file."""
-    return FINGERPRINTED_BYTES < spot.start < (model / spot.file).stat().st_size - FINGERPRINTED_BYTES
+    return (
+        FINGERPRINTED_BYTES < spot.start < (model / spot.file).stat().st_size - FINGERPRINTED_BYTES
+    )
 
 
 def poison(model: Path, spot: Spot) -> None:
@@ -52,11 +65,15 @@ def poison(model: Path, spot: Spot) -> None:
 
 
 def all_units(scene: Scene) -> set[str]:
-    return {unit.id for unit in RunPlan.from_json(scene.store.get(run_root.PLAN), run_root.PLAN).units}
+    return {
+        unit.id for unit in RunPlan.from_json(scene.store.get(run_root.PLAN), run_root.PLAN).units
+    }
 
 
 @pytest.mark.chaos_long
-def test_shard_corrupted_after_its_manifest_is_made_anew(scene: Scene, undisturbed: dict[str, str], tmp_path: Path) -> None:
+def test_shard_corrupted_after_its_manifest_is_made_anew(
+    scene: Scene, undisturbed: dict[str, str], tmp_path: Path
+) -> None:
     damaged: list[str] = []
     driver = scene.submit()
     scene.hit("bit flip", "compress", scene.rng.uniform(0, 0.8), corrupt_a_unit(damaged))
@@ -69,9 +86,13 @@ def test_shard_corrupted_after_its_manifest_is_made_anew(scene: Scene, undisturb
 
 @pytest.mark.chaos_long
 @pytest.mark.parametrize("folder", ["activations", "gradients"])
-def test_part_corrupted_after_its_manifest_is_made_anew(folder: str, scene: Scene, undisturbed: dict[str, str], tmp_path: Path) -> None:
+def test_part_corrupted_after_its_manifest_is_made_anew(
+    folder: str, scene: Scene, undisturbed: dict[str, str], tmp_path: Path
+) -> None:
     def strike(scene: Scene) -> int:
-        flip_a_bit(scene.rng.choice(sorted(Path(scene.root, folder).glob("*/part-*.arrow"))), scene.rng)
+        flip_a_bit(
+            scene.rng.choice(sorted(Path(scene.root, folder).glob("*/part-*.arrow"))), scene.rng
+        )
         return 1
 
     scene.submit()
@@ -82,8 +103,11 @@ def test_part_corrupted_after_its_manifest_is_made_anew(folder: str, scene: Scen
 
 @pytest.mark.chaos_long
 @pytest.mark.parametrize("folder", ["activations", "gradients"])
-def test_manifest_of_a_part_lost_after_its_units_were_done(folder: str, scene: Scene, undisturbed: dict[str, str], tmp_path: Path) -> None:
-    """As a worker leaves it that was given up, came back, and died between deleting a manifest and writing it (capture.write_activations)."""
+def test_manifest_of_a_part_lost_after_its_units_were_done(
+    folder: str, scene: Scene, undisturbed: dict[str, str], tmp_path: Path
+) -> None:
+    """As a worker leaves it that was given up, came back, and died between deleting a manifest and
+    writing it (capture.write_activations)."""
     scene.submit()
     assert scene.finish() == 0
     scene.rng.choice(sorted(Path(scene.root, folder).glob("*/part-*.json"))).unlink()
@@ -94,7 +118,9 @@ def test_manifest_of_a_part_lost_after_its_units_were_done(folder: str, scene: S
 
 
 @pytest.mark.chaos_long
-def test_unit_whose_input_is_bad_is_set_aside(scene: Scene, undisturbed: dict[str, str], tmp_path: Path) -> None:
+def test_unit_whose_input_is_bad_is_set_aside(
+    scene: Scene, undisturbed: dict[str, str], tmp_path: Path
+) -> None:
     model = copy_model(tmp_path / "model", narrow_model())
     fingerprint = open_checkpoint(LocalStore(model)).fingerprint
     scene.settings = {"source.checkpoint": str(model)}
@@ -103,7 +129,11 @@ def test_unit_whose_input_is_bad_is_set_aside(scene: Scene, undisturbed: dict[st
     def strike(scene: Scene) -> int:
         """A unit of a layer that nobody has begun."""
         begun = {path.name[:4] for path in Path(scene.root, "units").iterdir()}
-        waiting = sorted(unit for unit in all_units(scene) if unit[:4] not in begun and is_unseen(model, scale_of(model, unit)))
+        waiting = sorted(
+            unit
+            for unit in all_units(scene)
+            if unit[:4] not in begun and is_unseen(model, scale_of(model, unit))
+        )
         poisoned.extend(pick(scene.rng, waiting))
         for unit in poisoned:
             poison(model, scale_of(model, unit))
@@ -126,13 +156,26 @@ def test_unit_whose_input_is_bad_is_set_aside(scene: Scene, undisturbed: dict[st
 
 
 @pytest.mark.chaos_long
-def test_unit_that_kills_its_workers_is_set_aside(scene: Scene, undisturbed: dict[str, str], tmp_path: Path) -> None:
+def test_unit_that_kills_its_workers_is_set_aside(
+    scene: Scene, undisturbed: dict[str, str], tmp_path: Path
+) -> None:
     unit = scene.rng.choice(["L001-E000-003", "L003-E008-011", "L004-E012-015"])
     start, scene.start = scene.start, launch_deadly(unit)
     driver = scene.submit()
     assert scene.finish() == 1, (driver.out, driver.err)
-    assert f"compress: 1 of {NUM_UNITS} tasks failed" in driver.err and f"  {unit}: WorkerLostError: " in driver.err
-    scene.hits.append(Hit("deadly unit", "compress", scene.manifests(), in_flight=MAX_ATTEMPTS, killed=MAX_ATTEMPTS))
+    assert (
+        f"compress: 1 of {NUM_UNITS} tasks failed" in driver.err
+        and f"  {unit}: WorkerLostError: " in driver.err
+    )
+    scene.hits.append(
+        Hit(
+            "deadly unit",
+            "compress",
+            scene.manifests(),
+            in_flight=MAX_ATTEMPTS,
+            killed=MAX_ATTEMPTS,
+        )
+    )
     assert Counter(record.task for record in failures(scene.store)) == {unit: MAX_ATTEMPTS}
     assert set(scene.manifests()) == all_units(scene) - {unit}
     scene.start = start

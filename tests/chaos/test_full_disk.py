@@ -1,4 +1,5 @@
-"""The disk is full: a real, small file system. The run ends and says so, leaves nothing half written, and goes on once there is room."""
+"""The disk is full: a real, small file system. The run ends and says so, leaves nothing half
+written, and goes on once there is room."""
 
 import json
 import subprocess
@@ -26,7 +27,11 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of one megabyte, to be made larger by `resize`. Only root can mount one."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "p48ray-chaos", str(folder)], capture_output=True, text=True)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "p48ray-chaos", str(folder)],
+        capture_output=True,
+        text=True,
+    )
     if mounted.returncode:
         pytest.skip(f"needs the right to mount a file system: {mounted.stderr.strip()}")
     yield folder
@@ -40,7 +45,12 @@ def resize(folder: Path, size_bytes: float) -> None:
 @pytest.mark.chaos_long
 @pytest.mark.parametrize("stage", FULL_IN)
 def test_full_disk_ends_the_run_and_room_lets_it_go_on(
-    stage: str, scene: Scene, small_disk: Path, undisturbed: dict[str, str], disk_bytes: int, tmp_path: Path
+    stage: str,
+    scene: Scene,
+    small_disk: Path,
+    undisturbed: dict[str, str],
+    disk_bytes: int,
+    tmp_path: Path,
 ) -> None:
     resize(small_disk, FULL_IN[stage] * disk_bytes)
     scene.root = str(small_disk / "run")
@@ -66,14 +76,22 @@ def test_disk_full_while_many_blobs_are_on_their_way(
 ) -> None:
     resize(small_disk, FULL_BEHIND * disk_bytes)
     log, start = tmp_path / "log", scene.start
-    scene.root, scene.settings, scene.start = str(small_disk / "run"), DELETING, launch_slow(0.4, log)
+    scene.root, scene.settings, scene.start = (
+        str(small_disk / "run"),
+        DELETING,
+        launch_slow(0.4, log),
+    )
     driver = scene.submit()
     assert scene.finish() == 1, (driver.out, driver.err)
     said = [json.loads(line) for line in log.read_text().splitlines()]
     failed, deleted = [s for s in said if "failed" in s], [s for s in said if "deleted" in s]
-    assert max(s["behind"] for s in failed) >= WRITERS, "too few blobs were on their way when the disk was full"
+    assert max(s["behind"] for s in failed) >= WRITERS, (
+        "too few blobs were on their way when the disk was full"
+    )
     assert "No space left on device" in driver.err and "Traceback" not in driver.err
-    assert any(s["failed"].split(": ")[0] in driver.err and f"{scene.root}/" in s["failed"] for s in failed), driver.err
+    assert any(
+        s["failed"].split(": ")[0] in driver.err and f"{scene.root}/" in s["failed"] for s in failed
+    ), driver.err
     assert not list(small_disk.rglob(f"{TEMP_PREFIX}*"))
     # What a reader would take is whole, and what a resume needs is there.
     keys = scene.listing()

@@ -1,4 +1,5 @@
-"""Workers, nodes, drivers and the store's server are killed in the middle of each stage: the run ends with the bytes of one that nothing happened to."""
+"""Workers, nodes, drivers and the store's server are killed in the middle of each stage: the run
+ends with the bytes of one that nothing happened to."""
 
 import json
 from collections.abc import Iterator
@@ -27,7 +28,9 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 STREAMING = ["capture", "gradients", "compress"]
 
 
-def test_workers_and_a_node_killed_and_a_shard_corrupted(scene: Scene, undisturbed: dict[str, str], tmp_path: Path) -> None:
+def test_workers_and_a_node_killed_and_a_shard_corrupted(
+    scene: Scene, undisturbed: dict[str, str], tmp_path: Path
+) -> None:
     damaged: list[str] = []
     scene.submit()
     scene.hit("worker", "capture", scene.rng.uniform(0, 0.5), kill_a_worker)
@@ -36,24 +39,39 @@ def test_workers_and_a_node_killed_and_a_shard_corrupted(scene: Scene, undisturb
     scene.hit("bit flip", "compress", scene.rng.uniform(0.6, 0.8), corrupt_a_unit(damaged))
     assert_same_end(scene, undisturbed, tmp_path, redone=damaged)
     assert "made anew" in scene.logs
-    assert "compress" not in [failure.stage for failure in failures(scene.store)]  # preemption is nobody's fault
+    # preemption is nobody's fault
+    assert "compress" not in [failure.stage for failure in failures(scene.store)]
     assert "its node is gone, it goes to another" in scene.logs
 
 
-def test_workers_killed_while_they_write(scene: Scene, undisturbed: dict[str, str], tmp_path: Path) -> None:
+def test_workers_killed_while_they_write(
+    scene: Scene, undisturbed: dict[str, str], tmp_path: Path
+) -> None:
     log = tmp_path / "log"
     scene.settings, scene.start = DELETING, launch_slow(0.3, log)
     scene.submit()
-    scene.hit("writer", "capture", scene.rng.uniform(0, 0.5), kill_a_writer("activations", "residuals"))
-    scene.hit("writer", "gradients", scene.rng.uniform(0, 0.5), kill_a_writer("gradients", "residual-gradients"))
+    scene.hit(
+        "writer", "capture", scene.rng.uniform(0, 0.5), kill_a_writer("activations", "residuals")
+    )
+    scene.hit(
+        "writer",
+        "gradients",
+        scene.rng.uniform(0, 0.5),
+        kill_a_writer("gradients", "residual-gradients"),
+    )
     assert_same_end(scene, undisturbed, tmp_path)
     deleted = [json.loads(line) for line in log.read_text().splitlines()]
-    assert {line["deleted"].split("/")[0] for line in deleted} == {"residuals", "residual-gradients"}
+    assert {line["deleted"].split("/")[0] for line in deleted} == {
+        "residuals",
+        "residual-gradients",
+    }
     assert all(line["is_replaced"] for line in deleted), deleted
 
 
 @pytest.mark.chaos_long
-def test_workers_killed_in_every_stage(scene: Scene, undisturbed: dict[str, str], tmp_path: Path) -> None:
+def test_workers_killed_in_every_stage(
+    scene: Scene, undisturbed: dict[str, str], tmp_path: Path
+) -> None:
     scene.submit()
     for stage in STREAMING:
         scene.hit("worker", stage, scene.rng.uniform(0, 0.5), kill_a_worker)
@@ -63,7 +81,9 @@ def test_workers_killed_in_every_stage(scene: Scene, undisturbed: dict[str, str]
 
 @pytest.mark.chaos_long
 @pytest.mark.parametrize("stage", STREAMING)
-def test_all_workers_killed_at_once(stage: str, scene: Scene, undisturbed: dict[str, str], tmp_path: Path) -> None:
+def test_all_workers_killed_at_once(
+    stage: str, scene: Scene, undisturbed: dict[str, str], tmp_path: Path
+) -> None:
     scene.submit()
     scene.hit("all workers", stage, scene.rng.uniform(0, 0.6), kill_all_workers)
     assert_same_end(scene, undisturbed, tmp_path)
@@ -71,7 +91,8 @@ def test_all_workers_killed_at_once(stage: str, scene: Scene, undisturbed: dict[
 
 @pytest.fixture
 def slow_to_notice(aws_identity: None, scene: Scene) -> Iterator[None]:
-    """A cluster of its own, with Ray's default health checks: for some fifteen seconds a node that is gone looks as if it were there."""
+    """A cluster of its own, with Ray's default health checks: for some fifteen seconds a node that
+    is gone looks as if it were there."""
     shared, scene.site = scene.site, Site({})
     yield
     for driver in scene.drivers:
@@ -82,7 +103,9 @@ def slow_to_notice(aws_identity: None, scene: Scene) -> Iterator[None]:
 
 @pytest.mark.chaos_long
 @pytest.mark.usefixtures("slow_to_notice")
-def test_node_lost_before_ray_knows_is_no_failed_attempt(scene: Scene, undisturbed: dict[str, str], tmp_path: Path) -> None:
+def test_node_lost_before_ray_knows_is_no_failed_attempt(
+    scene: Scene, undisturbed: dict[str, str], tmp_path: Path
+) -> None:
     scene.settings = {"run.max_attempts": "1"}
     scene.submit()
     scene.hit("node", "compress", scene.rng.uniform(0, 0.5), kill_a_node)
@@ -92,7 +115,9 @@ def test_node_lost_before_ray_knows_is_no_failed_attempt(scene: Scene, undisturb
 
 @pytest.mark.chaos_long
 @pytest.mark.parametrize("stage", STREAMING)
-def test_node_frozen_and_back_when_the_run_is_over(stage: str, scene: Scene, undisturbed: dict[str, str], tmp_path: Path) -> None:
+def test_node_frozen_and_back_when_the_run_is_over(
+    stage: str, scene: Scene, undisturbed: dict[str, str], tmp_path: Path
+) -> None:
     scene.submit()
     scene.hit("frozen node", stage, scene.rng.uniform(0, 0.4), freeze_a_node)
     assert scene.finish() == 0, (scene.driver.out, scene.driver.err)
@@ -103,16 +128,25 @@ def test_node_frozen_and_back_when_the_run_is_over(stage: str, scene: Scene, und
 
 @pytest.mark.chaos_long
 @pytest.mark.parametrize("keep", ["units", "checkpoint"])
-def test_driver_killed_while_data_is_deleted(keep: str, scene: Scene, undisturbed: dict[str, str], tmp_path: Path) -> None:
+def test_driver_killed_while_data_is_deleted(
+    keep: str, scene: Scene, undisturbed: dict[str, str], tmp_path: Path
+) -> None:
     scene.settings = {"run.keep": keep}
     scene.submit()
     for stage in ("capture", "gradients", "compress", "compress"):
-        scene.hit("driver", stage, 0.4 * (stage in {hit.stage for hit in scene.hits}) + scene.rng.uniform(0, 0.3), kill_the_driver)
+        scene.hit(
+            "driver",
+            stage,
+            0.4 * (stage in {hit.stage for hit in scene.hits}) + scene.rng.uniform(0, 0.3),
+            kill_the_driver,
+        )
     assert_same_end(scene, undisturbed, tmp_path)
 
 
 @pytest.mark.chaos_long
-def test_nodes_killed_in_every_stage(scene: Scene, undisturbed: dict[str, str], tmp_path: Path) -> None:
+def test_nodes_killed_in_every_stage(
+    scene: Scene, undisturbed: dict[str, str], tmp_path: Path
+) -> None:
     scene.submit()
     for stage in STREAMING:
         scene.hit("node", stage, scene.rng.uniform(0, 0.5), kill_a_node)
@@ -120,7 +154,9 @@ def test_nodes_killed_in_every_stage(scene: Scene, undisturbed: dict[str, str], 
     assert [failure.task for failure in failures(scene.store)] == []
 
 
-def test_driver_killed_in_gradients_and_compress(scene: Scene, undisturbed: dict[str, str], tmp_path: Path) -> None:
+def test_driver_killed_in_gradients_and_compress(
+    scene: Scene, undisturbed: dict[str, str], tmp_path: Path
+) -> None:
     scene.submit()
     for stage in ("gradients", "compress"):
         scene.hit("driver", stage, scene.rng.uniform(0, 0.6), kill_the_driver)
@@ -128,8 +164,12 @@ def test_driver_killed_in_gradients_and_compress(scene: Scene, undisturbed: dict
 
 
 @pytest.mark.chaos_long
-@pytest.mark.parametrize("stages", [("capture", "capture", "compress", "compress"), ("reduce", "verify")], ids="+".join)
-def test_driver_killed_again_and_again(stages: tuple[str, ...], scene: Scene, undisturbed: dict[str, str], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "stages", [("capture", "capture", "compress", "compress"), ("reduce", "verify")], ids="+".join
+)
+def test_driver_killed_again_and_again(
+    stages: tuple[str, ...], scene: Scene, undisturbed: dict[str, str], tmp_path: Path
+) -> None:
     scene.submit()
     for nth, stage in enumerate(stages):
         scene.hit("driver", stage, min(1.0, 0.3 * nth + scene.rng.uniform(0, 0.2)), kill_the_driver)

@@ -1,4 +1,5 @@
-"""The run root in a bucket: its server is killed and comes back on the same data, and everything else that may die on the way."""
+"""The run root in a bucket: its server is killed and comes back on the same data, and everything
+else that may die on the way."""
 
 import time
 import uuid
@@ -13,7 +14,8 @@ from tests.servers.s3 import BUCKET, SeaweedFS
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
-DOWN_S = (4.0, 8.0)  # longer than a store that gives up early would bear, shorter than its ten attempts take
+# longer than a store that gives up early would bear, shorter than its ten attempts take
+DOWN_S = (4.0, 8.0)
 
 
 @pytest.fixture
@@ -37,9 +39,13 @@ def kill_the_server(server: SeaweedFS) -> Callable[[Scene], int]:
     return strike
 
 
-def test_server_killed_in_compress(bucket_scene: Scene, server: SeaweedFS, undisturbed: dict[str, str], tmp_path: Path) -> None:
+def test_server_killed_in_compress(
+    bucket_scene: Scene, server: SeaweedFS, undisturbed: dict[str, str], tmp_path: Path
+) -> None:
     bucket_scene.submit()
-    bucket_scene.hit("server", "compress", bucket_scene.rng.uniform(0, 0.5), kill_the_server(server))
+    bucket_scene.hit(
+        "server", "compress", bucket_scene.rng.uniform(0, 0.5), kill_the_server(server)
+    )
     assert_same_end(bucket_scene, undisturbed, tmp_path)
 
 
@@ -54,7 +60,9 @@ def test_server_killed_in_other_stages(
 
 
 @pytest.mark.chaos_long
-def test_all_kinds_of_processes_killed(bucket_scene: Scene, server: SeaweedFS, undisturbed: dict[str, str], tmp_path: Path) -> None:
+def test_all_kinds_of_processes_killed(
+    bucket_scene: Scene, server: SeaweedFS, undisturbed: dict[str, str], tmp_path: Path
+) -> None:
     scene = bucket_scene
     scene.submit()
     scene.hit("worker", "capture", scene.rng.uniform(0, 0.4), kill_a_worker)

@@ -11,7 +11,9 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.chaos_long]
 
 
 @pytest.mark.parametrize("delay", ["none", "seconds"])
-def test_two_drivers_at_once(delay: str, scene: Scene, undisturbed: dict[str, str], tmp_path: Path) -> None:
+def test_two_drivers_at_once(
+    delay: str, scene: Scene, undisturbed: dict[str, str], tmp_path: Path
+) -> None:
     first = scene.submit()
     if delay == "seconds":
         wait_until(lambda: bool(scene.listing()), pause_s=0.01)
@@ -21,5 +23,7 @@ def test_two_drivers_at_once(delay: str, scene: Scene, undisturbed: dict[str, st
     codes = sorted((first.finish(), second.finish()))
     for driver in (first, second):
         assert "Traceback" not in driver.err, driver.err
-    assert codes == [0, 0], [(driver.out[-3000:], driver.err) for driver in (first, second) if driver.process.returncode]
+    assert codes == [0, 0], [
+        (driver.out[-3000:], driver.err) for driver in (first, second) if driver.process.returncode
+    ]
     assert_same_end(scene, undisturbed, tmp_path, is_contested=True)

@@ -30,16 +30,24 @@ def layout(tiny: CheckpointIndex) -> ModelLayout:
 
 
 @pytest.fixture(scope="session")
-def variants(tiny_tensors: dict[str, Tensor], tmp_path_factory: pytest.TempPathFactory) -> dict[str, CheckpointIndex]:
+def variants(
+    tiny_tensors: dict[str, Tensor], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, CheckpointIndex]:
     """The sample model in all layouts: nested or flat names, INT4 or bf16 experts."""
     root = tmp_path_factory.mktemp("variants")
     config = json.loads((TINY / "config.json").read_text())
     flat_config = config["text_config"]
-    bf16_config = config | {"text_config": {key: value for key, value in flat_config.items() if key != "quantization_config"}}
+    bf16_config = config | {
+        "text_config": {
+            key: value for key, value in flat_config.items() if key != "quantization_config"
+        }
+    }
     v3_config = {**bf16_config["text_config"], "model_type": "deepseek_v3"}
     write_folder(root / "nested_bf16", bf16_config, plain_experts(tiny_tensors))
     write_folder(root / "flat_int4", flat_config, flat_names(tiny_tensors))
-    write_folder(root / "flat_bf16", v3_config, flat_names(plain_experts(tiny_tensors)), num_files=3)
+    write_folder(
+        root / "flat_bf16", v3_config, flat_names(plain_experts(tiny_tensors)), num_files=3
+    )
     shutil.copytree(TINY, root / "nested_int4")
     return {path.name: open_checkpoint(LocalStore(path)) for path in sorted(root.iterdir())}
 

@@ -1,4 +1,5 @@
-"""Opening a folder: what is in it, which checkpoint it is, and every way in which index and files can disagree."""
+"""Opening a folder: what is in it, which checkpoint it is, and every way in which index and files
+can disagree."""
 
 import json
 import pickle
@@ -32,11 +33,18 @@ def edit_index(store: MemoryStore, edit: Callable[[dict[str, Any]], object]) -> 
     store.put(INDEX, json.dumps(index).encode())
 
 
-def test_sample_is_opened_with_all_its_parts(tiny: CheckpointIndex, tiny_tensors: dict[str, Tensor]) -> None:
+def test_sample_is_opened_with_all_its_parts(
+    tiny: CheckpointIndex, tiny_tensors: dict[str, Tensor]
+) -> None:
     assert tiny.tensors.keys() == tiny_tensors.keys()
     assert tiny.files == (FIRST, SECOND, "model-00003-of-000003.safetensors")
     assert tiny.config["model_type"] == "kimi_k25"
-    assert {"tokenizer.json", "tokenizer_config.json", "generation_config.json", "special_tokens_map.json"} <= set(tiny.sidecars)
+    assert {
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "generation_config.json",
+        "special_tokens_map.json",
+    } <= set(tiny.sidecars)
     assert not {"config.json", INDEX, *tiny.files} & set(tiny.sidecars)
     assert len(bytes.fromhex(tiny.fingerprint)) == 32
 
@@ -63,7 +71,12 @@ def test_sidecars_are_top_level_files_that_go_with_any_weights(copy_of_tiny: Cop
     ]:
         store.put(key, b"leave")
     before = set(open_checkpoint(LocalStore(TINY)).sidecars)
-    assert set(open_checkpoint(store).sidecars) - before == {"LICENSE", "chat_template.jinja", "modeling_x.py", "tiktoken.model"}
+    assert set(open_checkpoint(store).sidecars) - before == {
+        "LICENSE",
+        "chat_template.jinja",
+        "modeling_x.py",
+        "tiktoken.model",
+    }
 
 
 def test_single_file_checkpoint_needs_no_index() -> None:
@@ -95,10 +108,14 @@ def test_unsound_json_is_refused_naming_the_file(copy_of_tiny: Copy, file: str, 
         open_checkpoint(store)
 
 
-def test_index_without_a_weight_map_or_with_a_repeated_tensor_is_refused(copy_of_tiny: Copy) -> None:
+def test_index_without_a_weight_map_or_with_a_repeated_tensor_is_refused(
+    copy_of_tiny: Copy,
+) -> None:
     store = copy_of_tiny()
     store.put(INDEX, b'{"metadata": {}}')
-    with pytest.raises(SourceError, match=f"^{INDEX}: expected an object at weight_map, found NoneType"):
+    with pytest.raises(
+        SourceError, match=f"^{INDEX}: expected an object at weight_map, found NoneType"
+    ):
         open_checkpoint(store)
     store.put(INDEX, b'{"weight_map": {"a.x": "f.safetensors", "a.x": "g.safetensors"}}')
     with pytest.raises(SourceError, match=rf"^{INDEX}: .*'a\.x' more than once"):
@@ -123,11 +140,15 @@ def test_index_without_a_weight_map_or_with_a_repeated_tensor_is_refused(copy_of
         None,
     ],
 )
-def test_file_names_that_leave_the_folder_are_refused_naming_the_entry(copy_of_tiny: Copy, file: object) -> None:
+def test_file_names_that_leave_the_folder_are_refused_naming_the_entry(
+    copy_of_tiny: Copy, file: object
+) -> None:
     store = copy_of_tiny()
     name = "language_model.lm_head.weight"
     edit_index(store, lambda weight_map: weight_map.update({name: file}))
-    with pytest.raises(SourceError, match=rf"^{INDEX}: weight_map\['{name}'\]: expected the plain name.*found") as caught:
+    with pytest.raises(
+        SourceError, match=rf"^{INDEX}: weight_map\['{name}'\]: expected the plain name.*found"
+    ) as caught:
         open_checkpoint(store)
     assert repr(file) in str(caught.value)
 
@@ -143,7 +164,9 @@ def test_missing_shards_are_named(copy_of_tiny: Copy) -> None:
 def test_tensor_of_the_index_that_its_file_lacks_is_named(copy_of_tiny: Copy) -> None:
     store = copy_of_tiny()
     edit_index(store, lambda weight_map: weight_map.update({"ghost.weight": SECOND}))
-    with pytest.raises(SourceError, match=rf"{INDEX}.*not in the header.*ghost\.weight in {SECOND}$"):
+    with pytest.raises(
+        SourceError, match=rf"{INDEX}.*not in the header.*ghost\.weight in {SECOND}$"
+    ):
         open_checkpoint(store)
 
 
@@ -168,14 +191,19 @@ def test_tensor_held_by_two_files_is_refused() -> None:
     store.put("config.json", b"{}")
     store.put("a.safetensors", serialize({"x": torch.zeros(2)}))
     store.put("b.safetensors", serialize({"x": torch.ones(2), "y": torch.ones(1)}))
-    store.put(INDEX, json.dumps({"weight_map": {"x": "a.safetensors", "y": "b.safetensors"}}).encode())
+    store.put(
+        INDEX, json.dumps({"weight_map": {"x": "a.safetensors", "y": "b.safetensors"}}).encode()
+    )
     with pytest.raises(SourceError, match=r"x in b\.safetensors \(index: a\.safetensors\)"):
         open_checkpoint(store)
 
 
 def test_long_lists_are_cut_after_five(copy_of_tiny: Copy) -> None:
     store = copy_of_tiny()
-    edit_index(store, lambda weight_map: weight_map.update({f"ghost{number}": FIRST for number in range(9)}))
+    edit_index(
+        store,
+        lambda weight_map: weight_map.update({f"ghost{number}": FIRST for number in range(9)}),
+    )
     with pytest.raises(SourceError, match=r"ghost4 in \S+ and 4 more$"):
         open_checkpoint(store)
 
@@ -184,11 +212,16 @@ def test_truncated_shard_is_named(copy_of_tiny: Copy) -> None:
     store = copy_of_tiny()
     size = len(store.get(SECOND))
     store.put(SECOND, store.get(SECOND)[:-1])
-    with pytest.raises(SourceError, match=rf"^{SECOND}: expected {size} bytes by its header, found a file of {size - 1} bytes"):
+    with pytest.raises(
+        SourceError,
+        match=rf"^{SECOND}: expected {size} bytes by its header, found a file of {size - 1} bytes",
+    ):
         open_checkpoint(store)
 
 
-def test_fingerprint_stays_when_the_folder_moves(tiny: CheckpointIndex, tmp_path: Path, copy_of_tiny: Copy) -> None:
+def test_fingerprint_stays_when_the_folder_moves(
+    tiny: CheckpointIndex, tmp_path: Path, copy_of_tiny: Copy
+) -> None:
     shutil.copytree(TINY, tmp_path / "elsewhere")
     assert open_checkpoint(LocalStore(tmp_path / "elsewhere")).fingerprint == tiny.fingerprint
     store = copy_of_tiny()
@@ -203,7 +236,9 @@ def flipped(store: MemoryStore, file: str, position: int) -> None:
 
 
 @pytest.mark.parametrize("where", ["first", "end of first edge", "start of last edge", "last"])
-def test_fingerprint_changes_with_a_byte_at_either_edge_of_the_data(tiny: CheckpointIndex, copy_of_tiny: Copy, where: str) -> None:
+def test_fingerprint_changes_with_a_byte_at_either_edge_of_the_data(
+    tiny: CheckpointIndex, copy_of_tiny: Copy, where: str
+) -> None:
     store = copy_of_tiny()
     size = len(store.get(SECOND))
     data_start = min(entry.start for entry in tiny.tensors.values() if entry.file == SECOND)
@@ -217,7 +252,9 @@ def test_fingerprint_changes_with_a_byte_at_either_edge_of_the_data(tiny: Checkp
     assert open_checkpoint(store).fingerprint != tiny.fingerprint
 
 
-def test_fingerprint_changes_with_config_index_header_and_size(tiny: CheckpointIndex, copy_of_tiny: Copy) -> None:
+def test_fingerprint_changes_with_config_index_header_and_size(
+    tiny: CheckpointIndex, copy_of_tiny: Copy
+) -> None:
     found = {tiny.fingerprint}
     for file in ("config.json", INDEX):
         store = copy_of_tiny()
@@ -233,13 +270,20 @@ def test_fingerprint_changes_with_config_index_header_and_size(tiny: CheckpointI
     length = int.from_bytes(data[:8], "little")
     store.compose(
         SECOND,
-        [(length + 8).to_bytes(8, "little"), data[8 : 8 + length], b" " * 8, ByteRange(store, SECOND, 8 + length, len(data) - 8 - length)],
+        [
+            (length + 8).to_bytes(8, "little"),
+            data[8 : 8 + length],
+            b" " * 8,
+            ByteRange(store, SECOND, 8 + length, len(data) - 8 - length),
+        ],
     )
     found.add(open_checkpoint(store).fingerprint)
     assert len(found) == 5
 
 
-def test_fingerprint_does_not_see_the_middle_of_a_file(tiny: CheckpointIndex, copy_of_tiny: Copy) -> None:
+def test_fingerprint_does_not_see_the_middle_of_a_file(
+    tiny: CheckpointIndex, copy_of_tiny: Copy
+) -> None:
     """The documented limit: identity without reading the weights."""
     store = copy_of_tiny()
     flipped(store, SECOND, len(store.get(SECOND)) // 2)

@@ -1,4 +1,5 @@
-"""A layer of the source as views: of its own files, of the node's copy, or read; always the stored bytes."""
+"""A layer of the source as views: of its own files, of the node's copy, or read; always the stored
+bytes."""
 
 import logging
 from collections.abc import Iterator
@@ -38,14 +39,18 @@ def cache(tmp_path: Path) -> Iterator[NodeCache]:
 
 def check(reader: LayerReader, index: CheckpointIndex, layout: ModelLayout, number: int) -> None:
     prefix = f"{layout.layer_prefix}{number}."
-    expected = read_tensors(index.store, [e for n, e in index.tensors.items() if n.startswith(prefix)])
+    expected = read_tensors(
+        index.store, [e for n, e in index.tensors.items() if n.startswith(prefix)]
+    )
     found = reader.tensors(number)
     assert set(found) == set(expected) and len(found) > 10
     for name, tensor in expected.items():
         assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name
 
 
-def test_every_layer_of_a_local_source_is_mapped(tiny: CheckpointIndex, layout: ModelLayout) -> None:
+def test_every_layer_of_a_local_source_is_mapped(
+    tiny: CheckpointIndex, layout: ModelLayout
+) -> None:
     reader = LayerReader(open_checkpoint(LocalStore(TINY)), layout.layer_prefix, None)
     before = reader.index.store.traffic.bytes_read
     for number in range(layout.num_layers):
@@ -62,7 +67,9 @@ def test_every_layer_of_a_remote_source_is_fetched_once_for_all(
         for reader in readers:
             check(reader, tiny, layout, number)
         copies, _, size = placed(remote, readers[0].entries(number))
-        assert remote.store.traffic.bytes_read - before == sum(c.num_bytes for c, _ in copies) <= size
+        assert (
+            remote.store.traffic.bytes_read - before == sum(c.num_bytes for c, _ in copies) <= size
+        )
 
 
 def test_without_a_cache_or_without_room_a_remote_layer_is_read(
@@ -72,7 +79,9 @@ def test_without_a_cache_or_without_room_a_remote_layer_is_read(
         check(LayerReader(remote, layout.layer_prefix, cache), tiny, layout, 1)
 
 
-def test_prefetched_layer_is_not_fetched_again(remote: CheckpointIndex, layout: ModelLayout, cache: NodeCache) -> None:
+def test_prefetched_layer_is_not_fetched_again(
+    remote: CheckpointIndex, layout: ModelLayout, cache: NodeCache
+) -> None:
     reader = LayerReader(remote, layout.layer_prefix, cache)
     reader.prefetch(2)
     assert reader.ahead is not None
@@ -101,7 +110,9 @@ def test_error_of_a_prefetch_is_met_by_whoever_asks_for_the_layer(
     remote: CheckpointIndex, layout: ModelLayout, cache: NodeCache, caplog: pytest.LogCaptureFixture
 ) -> None:
     store: Store = Broken("broken")
-    reader = LayerReader(replace(remote, store=store, fingerprint="another"), layout.layer_prefix, cache)
+    reader = LayerReader(
+        replace(remote, store=store, fingerprint="another"), layout.layer_prefix, cache
+    )
     with caplog.at_level(logging.WARNING):
         reader.prefetch(1)
         assert reader.ahead is not None
@@ -113,8 +124,14 @@ def test_error_of_a_prefetch_is_met_by_whoever_asks_for_the_layer(
 @pytest.mark.parametrize("is_local", [True, False])
 def test_tensor_that_is_not_aligned_for_its_type_is_copied(is_local: bool, tmp_path: Path) -> None:
     """The format does not promise alignment: a byte before a float moves it to an odd place."""
-    tensors = {"m.layers.0.a": torch.tensor([7], dtype=torch.uint8), "m.layers.0.b": torch.arange(5, dtype=torch.float32)}
-    files = {"config.json": b"{}", "model.safetensors": serialize(tensors | {"m.layers.0.empty": torch.empty(0, 3)})}
+    tensors = {
+        "m.layers.0.a": torch.tensor([7], dtype=torch.uint8),
+        "m.layers.0.b": torch.arange(5, dtype=torch.float32),
+    }
+    files = {
+        "config.json": b"{}",
+        "model.safetensors": serialize(tensors | {"m.layers.0.empty": torch.empty(0, 3)}),
+    }
     store: Store = LocalStore(tmp_path) if is_local else MemoryStore("unaligned")
     for name, data in files.items():
         store.put(name, data)
@@ -122,10 +139,14 @@ def test_tensor_that_is_not_aligned_for_its_type_is_copied(is_local: bool, tmp_p
     assert index.tensors["m.layers.0.b"].start % 4
     cache = None if is_local else NodeCache(tmp_path / "cache", 10**6)
     found = LayerReader(index, "m.layers.", cache).tensors(0)
-    assert torch.equal(found["m.layers.0.b"], tensors["m.layers.0.b"]) and found["m.layers.0.empty"].shape == (0, 3)
+    assert torch.equal(found["m.layers.0.b"], tensors["m.layers.0.b"]) and found[
+        "m.layers.0.empty"
+    ].shape == (0, 3)
 
 
-def test_places_keep_the_alignment_of_the_source_and_do_not_overlap(remote: CheckpointIndex, layout: ModelLayout) -> None:
+def test_places_keep_the_alignment_of_the_source_and_do_not_overlap(
+    remote: CheckpointIndex, layout: ModelLayout
+) -> None:
     entries = LayerReader(remote, layout.layer_prefix, None).entries(3)
     _, places, size = placed(remote, entries)
     spans = sorted((places[e.name], places[e.name] + e.num_bytes) for e in entries)

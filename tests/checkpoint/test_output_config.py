@@ -1,4 +1,5 @@
-"""The compressed checkpoint's config: read back by compressed-tensors, aimed at the routed experts under both naming schemes."""
+"""The compressed checkpoint's config: read back by compressed-tensors, aimed at the routed experts
+under both naming schemes."""
 
 import copy
 import json
@@ -39,10 +40,14 @@ OTHER_LINEARS = [
 
 
 def is_quantized(config: QuantizationConfig, name: str) -> bool:
-    return is_match(name, torch.nn.Linear(1, 1), config.config_groups["group_0"].targets, config.ignore)
+    return is_match(
+        name, torch.nn.Linear(1, 1), config.config_groups["group_0"].targets, config.ignore
+    )
 
 
-def test_config_is_json_that_compressed_tensors_reads_back_as_nvfp4(tiny: CheckpointIndex, layout: ModelLayout) -> None:
+def test_config_is_json_that_compressed_tensors_reads_back_as_nvfp4(
+    tiny: CheckpointIndex, layout: ModelLayout
+) -> None:
     written = json.loads(json.dumps(output_config(tiny.config, layout)))["quantization_config"]
     config = QuantizationConfig.model_validate(written)
     assert (config.quant_method, config.format, config.quantization_status.value) == (
@@ -53,7 +58,13 @@ def test_config_is_json_that_compressed_tensors_reads_back_as_nvfp4(tiny: Checkp
     (scheme,) = config.config_groups.values()
     assert scheme.format == "nvfp4-pack-quantized"
     for args, dynamic in ((scheme.weights, False), (scheme.input_activations, "local")):
-        assert (args.num_bits, args.type, args.strategy, args.group_size, args.symmetric) == (4, "float", "tensor_group", 16, True)
+        assert (args.num_bits, args.type, args.strategy, args.group_size, args.symmetric) == (
+            4,
+            "float",
+            "tensor_group",
+            16,
+            True,
+        )
         assert args.dynamic == dynamic
         assert args.scale_dtype is torch.float8_e4m3fn
     assert scheme.output_activations is None
@@ -61,16 +72,30 @@ def test_config_is_json_that_compressed_tensors_reads_back_as_nvfp4(tiny: Checkp
 
 
 @pytest.mark.parametrize("name", EXPERT_LINEARS)
-def test_routed_experts_are_quantized_under_both_naming_schemes(tiny: CheckpointIndex, layout: ModelLayout, name: str) -> None:
-    assert is_quantized(QuantizationConfig.model_validate(output_config(tiny.config, layout)["quantization_config"]), name)
+def test_routed_experts_are_quantized_under_both_naming_schemes(
+    tiny: CheckpointIndex, layout: ModelLayout, name: str
+) -> None:
+    assert is_quantized(
+        QuantizationConfig.model_validate(
+            output_config(tiny.config, layout)["quantization_config"]
+        ),
+        name,
+    )
 
 
 @pytest.mark.parametrize("name", OTHER_LINEARS)
 def test_nothing_else_is_quantized(tiny: CheckpointIndex, layout: ModelLayout, name: str) -> None:
-    assert not is_quantized(QuantizationConfig.model_validate(output_config(tiny.config, layout)["quantization_config"]), name)
+    assert not is_quantized(
+        QuantizationConfig.model_validate(
+            output_config(tiny.config, layout)["quantization_config"]
+        ),
+        name,
+    )
 
 
-def test_experts_behind_the_last_layer_are_ignored(tiny: CheckpointIndex, layout: ModelLayout) -> None:
+def test_experts_behind_the_last_layer_are_ignored(
+    tiny: CheckpointIndex, layout: ModelLayout
+) -> None:
     written = output_config(tiny.config, replace(layout, passthrough_expert_layers=(61,)))
     config = QuantizationConfig.model_validate(written["quantization_config"])
     for prefix in ("model.", "model.language_model.", "language_model.model."):
@@ -78,7 +103,9 @@ def test_experts_behind_the_last_layer_are_ignored(tiny: CheckpointIndex, layout
         assert is_quantized(config, f"{prefix}layers.6.mlp.experts.61.gate_proj")
 
 
-def test_old_quantization_config_is_gone_and_everything_else_is_kept(tiny: CheckpointIndex, layout: ModelLayout) -> None:
+def test_old_quantization_config_is_gone_and_everything_else_is_kept(
+    tiny: CheckpointIndex, layout: ModelLayout
+) -> None:
     before = copy.deepcopy(tiny.config)
     written = output_config(tiny.config, layout)
     assert tiny.config == before
@@ -98,4 +125,6 @@ def test_flat_config_has_ours_in_place_of_the_old_one(variants: dict[str, Checkp
         index = variants[name]
         written = output_config(index.config, describe_model(index))
         assert written["quantization_config"]["format"] == "nvfp4-pack-quantized"
-        assert {key for key in written if key != "quantization_config"} == {key for key in index.config if key != "quantization_config"}
+        assert {key for key in written if key != "quantization_config"} == {
+            key for key in index.config if key != "quantization_config"
+        }

@@ -42,7 +42,9 @@ def test_families_are_those_that_have_a_file() -> None:
 
 
 def test_documentation_shows_a_familys_file_as_it_is() -> None:
-    shown = (REPO / "docs" / "families.md").read_text().partition("```python\n")[2].partition("```")[0]
+    shown = (
+        (REPO / "docs" / "families.md").read_text().partition("```python\n")[2].partition("```")[0]
+    )
     assert shown == (FOLDER / "qwen3_moe.py").read_text()
 
 
@@ -52,12 +54,21 @@ def test_documentation_names_every_family() -> None:
 
 
 def test_a_new_file_is_a_new_family(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    package = write_package(tmp_path, monkeypatch, other=NEW.format(value="replace(base, model_type='other')"), notes="X = 1")
+    package = write_package(
+        tmp_path,
+        monkeypatch,
+        other=NEW.format(value="replace(base, model_type='other')"),
+        notes="X = 1",
+    )
     assert list(find_families(package)) == ["other"]
 
 
-def test_two_files_of_one_family_and_a_family_that_is_none_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    twice = write_package(tmp_path, monkeypatch, a=NEW.format(value="base"), b=NEW.format(value="base"))
+def test_two_files_of_one_family_and_a_family_that_is_none_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    twice = write_package(
+        tmp_path, monkeypatch, a=NEW.format(value="base"), b=NEW.format(value="base")
+    )
     with pytest.raises(P48Error, match=rf"^{twice}\.b: model_type 'qwen3_moe' has a file already"):
         find_families(twice)
     (tmp_path / "second").mkdir()
@@ -69,7 +80,9 @@ def test_two_files_of_one_family_and_a_family_that_is_none_are_refused(tmp_path:
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
 def test_transformers_has_the_classes_that_a_family_names(family: Family) -> None:
     found = architecture(family)
-    assert [c.__name__ for c in found] == [getattr(family.transformers, name) for name in ("config", "layer", "rotary", "norm")]
+    assert [c.__name__ for c in found] == [
+        getattr(family.transformers, name) for name in ("config", "layer", "rotary", "norm")
+    ]
 
 
 def test_class_that_transformers_lacks_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,21 +92,31 @@ def test_class_that_transformers_lacks_is_named(monkeypatch: pytest.MonkeyPatch)
     for change in ({"layer": "Qwen3MoeBlock"}, {"module": "transformers.models.qwen3_moe.nothing"}):
         broken = replace(family, transformers=replace(family.transformers, **change))
         with pytest.raises(
-            P48Error, match=rf"family qwen3_moe: transformers \S+ has not what its file names: .*{next(iter(change.values()))}"
+            P48Error,
+            match=(
+                r"family qwen3_moe: transformers \S+ has not what its file names:"
+                rf" .*{next(iter(change.values()))}"
+            ),
         ):
             architecture(broken)
 
 
 @pytest.mark.parametrize("name", tiny_families.NAMES)
 def test_releases_layouts_are_described(tmp_path: Path, name: str) -> None:
-    layout = describe_model(open_checkpoint(LocalStore(tiny_families.write_release(name, tmp_path / name))))
-    assert (layout.family, layout.moe_layers, layout.num_layers, layout.num_experts, layout.top_k) == (
-        name, tiny_families.moe_layers(name), 3, 8, 3,
-    )  # fmt: skip
-    assert layout.layer_prefix == ("language_model.model.layers." if name == "kimi_k25" else "model.layers.")
+    layout = describe_model(
+        open_checkpoint(LocalStore(tiny_families.write_release(name, tmp_path / name)))
+    )
+    assert (layout.family, layout.moe_layers) == (name, tiny_families.moe_layers(name))
+    assert (layout.num_layers, layout.num_experts, layout.top_k) == (3, 8, 3)
+    assert layout.layer_prefix == (
+        "language_model.model.layers." if name == "kimi_k25" else "model.layers."
+    )
     assert layout.expert_storage == {"kimi_k25": "int4", "qwen3_moe": "bf16"}.get(name, "fp8")
     linears = {
-        layout.expert_linear_name(n, e, p) for n in layout.moe_layers for e in range(8) for p in ("gate_proj", "up_proj", "down_proj")
+        layout.expert_linear_name(n, e, p)
+        for n in layout.moe_layers
+        for e in range(8)
+        for p in ("gate_proj", "up_proj", "down_proj")
     }
     assert linears == set(tiny_families.expert_linears(name))
 
@@ -108,7 +131,9 @@ def test_releases_layouts_are_described(tmp_path: Path, name: str) -> None:
         ({"mlp_only_layers": None}, (0, 1, 2, 3, 4, 5)),
     ],
 )
-def test_qwen3s_mixtures_are_those_of_transformers(values: dict[str, object], expected: tuple[int, ...]) -> None:
+def test_qwen3s_mixtures_are_those_of_transformers(
+    values: dict[str, object], expected: tuple[int, ...]
+) -> None:
     """Against the model's own class, built without weights."""
     import torch
     from transformers import Qwen3MoeConfig
@@ -124,10 +149,16 @@ def test_qwen3s_mixtures_are_those_of_transformers(values: dict[str, object], ex
 def test_qwen3s_bad_settings_are_named() -> None:
     for values, message in (
         ({"decoder_sparse_step": 0}, "decoder_sparse_step: expected an integer >= 1, found 0"),
-        ({"mlp_only_layers": [1, -1]}, r"mlp_only_layers: expected a list of integers >= 0, found \[1, -1\]"),
+        (
+            {"mlp_only_layers": [1, -1]},
+            r"mlp_only_layers: expected a list of integers >= 0, found \[1, -1\]",
+        ),
         ({"mlp_only_layers": 3}, "mlp_only_layers: expected a list of integers >= 0, found 3"),
     ):
         with pytest.raises(SourceError, match=rf"^config\.json: {message}"):
             tuple(sparse_layers(TextConfig({"num_hidden_layers": 6} | values)))
-    with pytest.raises(SourceError, match=r"use_sliding_window: expected False or None for model_type qwen3_moe, found True"):
+    with pytest.raises(
+        SourceError,
+        match=r"use_sliding_window: expected False or None for model_type qwen3_moe, found True",
+    ):
         FAMILIES["qwen3_moe"].check_supported(TextConfig({"use_sliding_window": True}))

@@ -11,14 +11,25 @@ from torch import Tensor
 from p48ray.checkpoint import tensors as tensors_module
 from p48ray.checkpoint.header import TORCH_DTYPES, TensorEntry, dtype_name
 from p48ray.checkpoint.index import CheckpointIndex
-from p48ray.checkpoint.tensors import from_bytes, merge_ranges, read_tensors, read_together, serialize, tensor_bytes
+from p48ray.checkpoint.tensors import (
+    from_bytes,
+    merge_ranges,
+    read_tensors,
+    read_together,
+    serialize,
+    tensor_bytes,
+)
 from p48ray.errors import P48Error, ShardCorruptError
 from p48ray.store import LocalStore, MemoryStore
 from tests.checkpoint.entries import read_entries
 
 
 def same(left: Tensor, right: Tensor) -> bool:
-    return left.dtype == right.dtype and left.shape == right.shape and tensor_bytes(left) == tensor_bytes(right)
+    return (
+        left.dtype == right.dtype
+        and left.shape == right.shape
+        and tensor_bytes(left) == tensor_bytes(right)
+    )
 
 
 def entry(name: str, start: int, num_bytes: int, file: str = "f") -> TensorEntry:
@@ -29,7 +40,9 @@ def entry(name: str, start: int, num_bytes: int, file: str = "f") -> TensorEntry
 @pytest.mark.parametrize("shape", [(), (0,), (3,), (2, 0, 3), (4, 5)])
 def test_every_dtype_survives_the_round_trip(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     num_bytes = torch.Size(shape).numel() * dtype.itemsize
-    raw = bytes(index % 2 if dtype == torch.bool else index * 37 % 256 for index in range(num_bytes))
+    raw = bytes(
+        index % 2 if dtype == torch.bool else index * 37 % 256 for index in range(num_bytes)
+    )
     tensor = from_bytes(raw, dtype_name(dtype), shape)
     assert tensor.dtype == dtype
     assert tuple(tensor.shape) == shape
@@ -75,35 +88,74 @@ def test_serialize_refuses_a_dtype_that_files_do_not_hold() -> None:
         serialize({"a": torch.zeros(1, dtype=torch.complex64)})
 
 
-def test_every_tensor_of_the_sample_equals_the_reference_readers(tiny: CheckpointIndex, tiny_tensors: dict[str, Tensor]) -> None:
+def test_every_tensor_of_the_sample_equals_the_reference_readers(
+    tiny: CheckpointIndex, tiny_tensors: dict[str, Tensor]
+) -> None:
     read = read_tensors(tiny.store, tiny.tensors.values())
     assert read.keys() == tiny_tensors.keys()
     assert all(same(read[name], tensor) for name, tensor in tiny_tensors.items())
 
 
-def test_neighbours_are_read_together_and_far_or_foreign_ones_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_neighbours_are_read_together_and_far_or_foreign_ones_apart(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(tensors_module, "MAX_GAP_BYTES", 10)
-    entries = [entry("b", 20, 5), entry("a", 0, 10), entry("far", 36, 4), entry("other", 40, 4, file="g"), entry("empty", 40, 0)]
-    assert [[one.name for one in run] for run in merge_ranges(entries)] == [["a", "b"], ["far", "empty"], ["other"]]
+    entries = [
+        entry("b", 20, 5),
+        entry("a", 0, 10),
+        entry("far", 36, 4),
+        entry("other", 40, 4, file="g"),
+        entry("empty", 40, 0),
+    ]
+    assert [[one.name for one in run] for run in merge_ranges(entries)] == [
+        ["a", "b"],
+        ["far", "empty"],
+        ["other"],
+    ]
 
 
 def test_range_inside_another_does_not_end_the_run_early(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tensors_module, "MAX_GAP_BYTES", 10)
     entries = [entry("outer", 0, 100), entry("inner", 10, 5), entry("next", 105, 5)]
-    assert [[one.name for one in run] for run in merge_ranges(entries)] == [["outer", "inner", "next"]]
+    assert [[one.name for one in run] for run in merge_ranges(entries)] == [
+        ["outer", "inner", "next"]
+    ]
 
 
 def test_merged_reads_stay_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tensors_module, "MAX_READ_BYTES", 100)
-    entries = [entry("a", 0, 60), entry("b", 60, 40), entry("c", 100, 1), entry("huge", 101, 500), entry("d", 601, 1)]
-    assert [[one.name for one in run] for run in merge_ranges(entries)] == [["a", "b"], ["c"], ["huge"], ["d"]]
+    entries = [
+        entry("a", 0, 60),
+        entry("b", 60, 40),
+        entry("c", 100, 1),
+        entry("huge", 101, 500),
+        entry("d", 601, 1),
+    ]
+    assert [[one.name for one in run] for run in merge_ranges(entries)] == [
+        ["a", "b"],
+        ["c"],
+        ["huge"],
+        ["d"],
+    ]
 
 
 def test_read_tensors_keeps_the_callers_order_and_cuts_merged_reads_right() -> None:
     store = MemoryStore(uuid.uuid4().hex)
     store.put("f", bytes(range(100)))
-    read = read_tensors(store, [entry("late", 50, 3), entry("early", 10, 2), entry("inside", 51, 1), entry("early", 10, 2)])
-    assert {name: tensor.tolist() for name, tensor in read.items()} == {"late": [50, 51, 52], "early": [10, 11], "inside": [51]}
+    read = read_tensors(
+        store,
+        [
+            entry("late", 50, 3),
+            entry("early", 10, 2),
+            entry("inside", 51, 1),
+            entry("early", 10, 2),
+        ],
+    )
+    assert {name: tensor.tolist() for name, tensor in read.items()} == {
+        "late": [50, 51, 52],
+        "early": [10, 11],
+        "inside": [51],
+    }
     assert list(read) == ["late", "early", "inside"]
 
 
@@ -119,7 +171,9 @@ def test_data_that_ends_early_is_reported_with_its_file() -> None:
 
 
 @pytest.mark.parametrize("kind", ["local", "memory"])
-def test_tensors_that_share_a_read_are_the_same_wherever_they_begin(tmp_path: Path, kind: str) -> None:
+def test_tensors_that_share_a_read_are_the_same_wherever_they_begin(
+    tmp_path: Path, kind: str
+) -> None:
     """At odd offsets as well, where a view of the bytes would not be aligned."""
     store = LocalStore(tmp_path) if kind == "local" else MemoryStore("read-together")
     data = bytes(range(256)) * 20

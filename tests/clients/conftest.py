@@ -1,4 +1,5 @@
-"""Serving clients, tested by an environment of their own (`make test-clients`); any other collects nothing here."""
+"""Serving clients, tested by an environment of their own (`make test-clients`); any other collects
+nothing here."""
 
 import os
 import subprocess
@@ -12,9 +13,12 @@ import pytest
 from tests.conftest import REPO
 
 HAS_VLLM = find_spec("vllm") is not None
-collect_ignore = [] if HAS_VLLM else ["test_evaluate_job.py", "test_vllm.py", "test_vllm_families.py"]
+collect_ignore = (
+    [] if HAS_VLLM else ["test_evaluate_job.py", "test_vllm.py", "test_vllm_families.py"]
+)
 
-# vLLM reads these when it is imported. One process, so that tests can look into it; no compiler; no MLA, whose CPU code takes no float32.
+# vLLM reads these when it is imported. One process, so that tests can look into it; no compiler; no
+# MLA, whose CPU code takes no float32.
 if HAS_VLLM:
     os.environ |= {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -30,7 +34,8 @@ if HAS_VLLM:
 
 @pytest.fixture(scope="session")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint and its twin, made by the main environment: that of P48RAY_PYTHON, or of `make setup`."""
+    """A checkpoint and its twin, made by the main environment: that of P48RAY_PYTHON, or of `make
+    setup`."""
     return make(tmp_path_factory.mktemp("made"))
 
 
@@ -45,5 +50,7 @@ def main_python() -> str:
 
 
 def make(folder: Path, *family: str) -> Path:
-    subprocess.run([main_python(), "-m", "tests.clients.twin", str(folder), *family], cwd=REPO, check=True)
+    subprocess.run(
+        [main_python(), "-m", "tests.clients.twin", str(folder), *family], cwd=REPO, check=True
+    )
     return folder

@@ -1,10 +1,12 @@
-"""The serving clients' environment: made once for a set of pins and a Python, kept between checkouts, named by the digest of both.
+"""The serving clients' environment: made once for a set of pins and a Python, kept between
+checkouts, named by the digest of both.
 
     python3 tests/clients/environment.py          makes it where it is missing, prints its folder
     python3 tests/clients/environment.py --list   what there is
 
-It lies in $XDG_CACHE_HOME/p48ray (~/.cache/p48ray), 2.4 GB each. One that nobody has used for thirty days is deleted when another is made.
-With the standard library alone, because it runs before anything is installed.
+It lies in $XDG_CACHE_HOME/p48ray (~/.cache/p48ray), 2.4 GB each. One that nobody has used for
+thirty days is deleted when another is made. With the standard library alone, because it runs before
+anything is installed.
 """
 
 import argparse
@@ -31,20 +33,33 @@ def cache() -> Path:
 
 def digest(pins: bytes) -> str:
     """Of the pins, and of the Python that an environment is bound to."""
-    return hashlib.sha256(b"\0".join([pins, sys.version.encode(), os.path.realpath(sys.executable).encode()])).hexdigest()[:16]
+    return hashlib.sha256(
+        b"\0".join([pins, sys.version.encode(), os.path.realpath(sys.executable).encode()])
+    ).hexdigest()[:16]
 
 
 def build(folder: Path, pins: Path) -> None:
     """A virtual environment with what is pinned; --no-deps, because all is."""
     python = folder / "bin" / "python"
     subprocess.run([sys.executable, "-m", "venv", folder], check=True, stdout=sys.stderr)
-    pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps", "--requirement", pins]
+    pip = [
+        python,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--disable-pip-version-check",
+        "--no-deps",
+        "--requirement",
+        pins,
+    ]
     subprocess.run(pip, check=True, stdout=sys.stderr)
 
 
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """One process at a time; another waits here. The kernel lets go of the lock of one that dies."""
+    """One process at a time; another waits here. The kernel lets go of the lock of one that
+    dies."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -54,7 +69,8 @@ def alone(folder: Path) -> Iterator[None]:
 def environment(pins: Path, make: Callable[[Path, Path], None] = build) -> Path:
     """The folder of the environment with these pins, made if it is not there or was never finished.
 
-    Raises: subprocess.CalledProcessError if pip can not install what is pinned; what it left is made anew the next time.
+    Raises: subprocess.CalledProcessError if pip can not install what is pinned; what it left is
+        made anew the next time.
     """
     kept = cache()
     folder = kept / f"clients-{digest(pins.read_bytes())}"
@@ -74,12 +90,17 @@ def forget(kept: Path, used: Path) -> None:
         marker = other / READY
         last_s = (marker if marker.exists() else other).stat().st_mtime
         if other != used and time.time() - last_s > UNUSED_S:
-            print(f"deleting {other}, unused for {(time.time() - last_s) / 86400:.0f} days", file=sys.stderr)
+            print(
+                f"deleting {other}, unused for {(time.time() - last_s) / 86400:.0f} days",
+                file=sys.stderr,
+            )
             shutil.rmtree(other, ignore_errors=True)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--list", action="store_true", help="print what is kept, and make nothing")
     if parser.parse_args().list:
         print(*sorted(cache().glob("clients-*")), sep="\n")

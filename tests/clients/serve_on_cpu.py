@@ -1,6 +1,8 @@
-"""vLLM's own command line with an NVFP4 kernel for the CPU in its emulation's slot: `python -m tests.clients.serve_on_cpu serve CHECKPOINT ...`.
+"""vLLM's own command line with an NVFP4 kernel for the CPU in its emulation's slot: `python -m
+tests.clients.serve_on_cpu serve CHECKPOINT ...`.
 
-vLLM's workers are processes that import this module anew, so what is replaced is replaced at its import.
+vLLM's workers are processes that import this module anew, so what is replaced is replaced at its
+import.
 """
 
 import importlib.metadata

@@ -1,6 +1,8 @@
-"""jobs/evaluate.py whole: vLLM's own server as a Ray actor, lm-evaluation-harness, and two small tasks in its form.
+"""jobs/evaluate.py whole: vLLM's own server as a Ray actor, lm-evaluation-harness, and two small
+tasks in its form.
 
-The job runs in the main environment; the server and the harness in this one. The real tasks' data sets can not be had here, and were not run.
+The job runs in the main environment; the server and the harness in this one. The real tasks' data
+sets can not be had here, and were not run.
 """
 
 import json
@@ -63,7 +65,9 @@ doc_to_text: "{{{{context}}}}"
 doc_to_target: "{{{{word}}}}"
 generation_kwargs: {{until: ["\\n"], max_gen_toks: 8, do_sample: false}}
 metric_list: [{{metric: exact_match, ignore_case: true}}]
-filter_list: [{{name: first-word, filter: [{{function: regex, regex_pattern: '(\\S+)'}}, {{function: take_first}}]}}]
+filter_list:
+  - name: first-word
+    filter: [{{function: regex, regex_pattern: '(\\S+)'}}, {{function: take_first}}]
 metadata: {{version: 1.0}}
 """
 pytestmark = pytest.mark.timeout(1800)
@@ -72,7 +76,10 @@ pytestmark = pytest.mark.timeout(1800)
 def write_tasks(folder: Path) -> None:
     """Which of four endings is the held-out text's own, and which word comes next."""
     folder.mkdir()
-    texts = [json.loads(line)["text"].split() for line in (TINY / "heldout.jsonl").read_text().splitlines()]
+    texts = [
+        json.loads(line)["text"].split()
+        for line in (TINY / "heldout.jsonl").read_text().splitlines()
+    ]
     texts = [words for words in texts if len(words) >= CONTEXT_WORDS + ENDING_WORDS]
     endings, words = [], []
     for i, text in enumerate(texts[:NUM_ENDINGS]):
@@ -97,9 +104,20 @@ class Job:
     log: Path
 
     def start(self, *more: str) -> subprocess.Popen[bytes]:
-        env = os.environ | {"PYTHONPATH": str(REPO), "HF_HOME": str(self.log.parent / "cache"), "HF_HUB_OFFLINE": "1"}
+        env = os.environ | {
+            "PYTHONPATH": str(REPO),
+            "HF_HOME": str(self.log.parent / "cache"),
+            "HF_HUB_OFFLINE": "1",
+        }
         with self.log.open("ab") as log:
-            return subprocess.Popen([*self.command, *more], cwd=REPO, env=env, stdout=log, stderr=log, start_new_session=True)
+            return subprocess.Popen(
+                [*self.command, *more],
+                cwd=REPO,
+                env=env,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
 
     def run(self, *more: str) -> tuple[int, str]:
         before = self.log.stat().st_size if self.log.exists() else 0
@@ -107,7 +125,10 @@ class Job:
         return code, self.log.read_bytes()[before:].decode()
 
     def results(self) -> dict[str, Any]:
-        return {path.parent.name: json.loads(path.read_text()) for path in self.root.glob("benchmarks/*/result.json")}
+        return {
+            path.parent.name: json.loads(path.read_text())
+            for path in self.root.glob("benchmarks/*/result.json")
+        }
 
 
 @pytest.fixture(scope="module")
@@ -136,25 +157,36 @@ def job(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Job:
         "server": {"command": SERVE, "gpus": 0, "start_timeout_s": 300},
     }
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
-    command = [main_python(), "jobs/evaluate.py", "--config", str(folder / "config.yaml"), "--run-root", str(root)]
+    command = [
+        main_python(),
+        "jobs/evaluate.py",
+        "--config",
+        str(folder / "config.yaml"),
+        "--run-root",
+        str(root),
+    ]
     return Job(root, command, folder / "log")
 
 
 def servers(job: Job) -> list[psutil.Process]:
-    """Living processes of servers of this test's checkpoints: the first of each, which has the checkpoint in its command."""
+    """Living processes of servers of this test's checkpoints: the first of each, which has the
+    checkpoint in its command."""
     found = []
     for process in psutil.process_iter():
         try:
             words = process.cmdline()
         except psutil.Error:
             continue
-        if "tests.clients.serve_on_cpu" in words and any(w.startswith(str(job.root.parent)) for w in words):
+        if "tests.clients.serve_on_cpu" in words and any(
+            w.startswith(str(job.root.parent)) for w in words
+        ):
             found.append(process)
     return found
 
 
 def in_groups(groups: set[int]) -> list[int]:
-    """Living processes of process groups, whatever they call themselves: an engine has its own name, and holds the memory."""
+    """Living processes of process groups, whatever they call themselves: an engine has its own
+    name, and holds the memory."""
     found = []
     for pid in psutil.pids():
         try:
@@ -173,7 +205,8 @@ def wait_for(condition: Any, timeout_s: float) -> None:
 
 
 def test_killed_in_between_it_goes_on_where_it_was(job: Job) -> None:
-    """Only the driver is killed, after the first figure: the server ends by itself, that figure is kept, and the second call asks for the other."""
+    """Only the driver is killed, after the first figure: the server ends by itself, that figure is
+    kept, and the second call asks for the other."""
     process = job.start()
     try:
         wait_for(lambda: job.results() or process.poll() is not None, 600)
@@ -190,23 +223,36 @@ def test_killed_in_between_it_goes_on_where_it_was(job: Job) -> None:
     code, log = job.run()
     assert code == 0, log
     assert {path: path.read_bytes() for path in before} == before
-    asked = [line for line in log.splitlines() if " % in " in line and re.search("(acc_norm|exact_match) ", line)]
+    asked = [
+        line
+        for line in log.splitlines()
+        if " % in " in line and re.search("(acc_norm|exact_match) ", line)
+    ]
     assert len(asked) == 1, log
     assert len(job.results()) == 2
     assert not servers(job)
 
 
 def test_table_has_the_harness_figures(job: Job) -> None:
-    """Beside figures that are quoted; what has none is empty. The checkpoint must tell endings apart better than chance does."""
+    """Beside figures that are quoted; what has none is empty. The checkpoint must tell endings
+    apart better than chance does."""
     table = json.loads((job.root / "report" / "report.json").read_text())["benchmarks"]
     base, baseline, ours = table["columns"]
     for role, column in (("base", base), ("baseline", baseline)):
-        assert (column["values"], column["source"]) == (FIGURES[role]["figures"], FIGURES[role]["source"])
+        assert (column["values"], column["source"]) == (
+            FIGURES[role]["figures"],
+            FIGURES[role]["source"],
+        )
     assert ours["servers"] == ["vllm 0.32.0"] and ours["harness"] == "0.4.13"
     raw = [json.loads(path.read_text()) for path in job.root.glob("benchmarks/*/harness.json")]
     assert {r["config"]["model_args"]["model"] for r in raw} == {str(job.root / "checkpoint")}
     figures = {task: values for r in raw for task, values in r["results"].items()}
-    expected = {t: 100 * v[m] for t, v in figures.items() for m in v if m in ("acc_norm,none", "exact_match,first-word")}
+    expected = {
+        t: 100 * v[m]
+        for t, v in figures.items()
+        for m in v
+        if m in ("acc_norm,none", "exact_match,first-word")
+    }
     assert ours["values"] == pytest.approx(expected) and set(expected) == {"endings", "words"}
     assert {r["num_samples"] for r in job.results().values()} == {NUM_ENDINGS, NUM_WORDS}
     assert ours["values"]["endings"] > 2 * 100 / CHOICES
@@ -214,8 +260,14 @@ def test_table_has_the_harness_figures(job: Job) -> None:
     recovery = 100 * ours["values"]["endings"] / 80
     row = f"| Endings | 1-shot acc_norm | 80.00 | 40.00 | {ours['values']['endings']:.2f} |"
     assert f"{row} {ours['values']['endings'] - 80:+.2f} | {recovery:.1f}% |" in card
-    assert f"| words | 1-shot exact_match (first-word) |  | 3.12 | {ours['values']['words']:.2f} |  |  |" in card
-    assert "a paper that does not exist" in card and "a paper that does not exist" in (job.root / "report" / "report.html").read_text()
+    assert (
+        f"| words | 1-shot exact_match (first-word) |  | 3.12 | {ours['values']['words']:.2f} | "
+        " |  |" in card
+    )
+    assert (
+        "a paper that does not exist" in card
+        and "a paper that does not exist" in (job.root / "report" / "report.html").read_text()
+    )
 
 
 def test_finished_evaluation_starts_nothing(job: Job) -> None:

@@ -1,4 +1,5 @@
-"""A finished checkpoint in vLLM: how it reads the configuration, what it loads, and what its engine answers."""
+"""A finished checkpoint in vLLM: how it reads the configuration, what it loads, and what its engine
+answers."""
 
 import json
 import re
@@ -21,7 +22,9 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.model_executor.layers.fused_moe.oracle import nvfp4 as oracle
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
-from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
+from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import (
+    CompressedTensorsConfig,
+)
 from vllm.model_executor.layers.quantization.utils.quant_utils import kNvfp4Dynamic, kNvfp4Static
 from vllm.model_executor.model_loader import get_model
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
@@ -66,12 +69,17 @@ def poison(model: nn.Module) -> None:
 
 
 def is_poisoned(tensor: Tensor) -> bool:
-    return bool((tensor.view(torch.uint8) == POISON[tensor.dtype]).any() if tensor.dtype in POISON else tensor.isnan().any())
+    return bool(
+        (tensor.view(torch.uint8) == POISON[tensor.dtype]).any()
+        if tensor.dtype in POISON
+        else tensor.isnan().any()
+    )
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model that vLLM loaded, and its parameters as the loader had left them, before any kernel took them over."""
+    """A model that vLLM loaded, and its parameters as the loader had left them, before any kernel
+    took them over."""
 
     model: nn.Module
     parameters: dict[str, Tensor]
@@ -80,7 +88,11 @@ class Loaded:
         return self.model.get_submodule(f"{EXPERTS_NAME.format(layer)}.routed_experts")
 
     def poisoned(self) -> list[str]:
-        return [name for name, tensor in self.parameters.items() if not is_derived(name) and is_poisoned(tensor)]
+        return [
+            name
+            for name, tensor in self.parameters.items()
+            if not is_derived(name) and is_poisoned(tensor)
+        ]
 
 
 def load(config: VllmConfig) -> Loaded:
@@ -102,7 +114,11 @@ def load(config: VllmConfig) -> Loaded:
 
 
 def read_all(checkpoint: Path) -> dict[str, Tensor]:
-    return {name: tensor for file in sorted(checkpoint.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+    return {
+        name: tensor
+        for file in sorted(checkpoint.glob("*.safetensors"))
+        for name, tensor in load_file(file).items()
+    }
 
 
 def configure(checkpoint: Path) -> VllmConfig:
@@ -118,7 +134,9 @@ def checkpoint(made: Path) -> Path:
 def config(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> VllmConfig:
     config = configure(checkpoint)
     with set_current_vllm_config(config):
-        init_distributed_environment(1, 0, f"file://{tmp_path_factory.mktemp('group')}/init", 0, "gloo")
+        init_distributed_environment(
+            1, 0, f"file://{tmp_path_factory.mktemp('group')}/init", 0, "gloo"
+        )
     return config
 
 
@@ -147,15 +165,33 @@ def test_configuration_is_read_as_nvfp4_of_the_experts(config: VllmConfig) -> No
 
 
 def test_experts_get_the_nvfp4_method_and_nothing_else_is_quantized(loaded: Loaded) -> None:
-    methods = {name: type(module.quant_method).__name__ for name, module in loaded.model.named_modules() if hasattr(module, "quant_method")}
+    methods = {
+        name: type(module.quant_method).__name__
+        for name, module in loaded.model.named_modules()
+        if hasattr(module, "quant_method")
+    }
     experts = {f"{EXPERTS_NAME.format(layer)}.routed_experts" for layer in LAYERS}
-    assert {name for name, method in methods.items() if method == "CompressedTensorsW4A4Nvfp4MoEMethod"} == experts
+    assert {
+        name for name, method in methods.items() if method == "CompressedTensorsW4A4Nvfp4MoEMethod"
+    } == experts
     others = Counter(method for name, method in methods.items() if name not in experts)
     # the attention's method only says where the KV cache's scales would come from
-    assert set(others) == {"UnquantizedLinearMethod", "UnquantizedEmbeddingMethod", "CompressedTensorsKVCacheMethod"}
+    assert set(others) == {
+        "UnquantizedLinearMethod",
+        "UnquantizedEmbeddingMethod",
+        "CompressedTensorsKVCacheMethod",
+    }
     assert others["CompressedTensorsKVCacheMethod"] == 5
-    linear = [n for n, m in loaded.model.named_modules() if hasattr(m, "weight") and hasattr(m, "quant_method")]
-    assert {"language_model.lm_head", "vision_tower.encoder.blocks.0.wqkv", "language_model.model.layers.1.mlp.gate"} <= set(linear)
+    linear = [
+        n
+        for n, m in loaded.model.named_modules()
+        if hasattr(m, "weight") and hasattr(m, "quant_method")
+    ]
+    assert {
+        "language_model.lm_head",
+        "vision_tower.encoder.blocks.0.wqkv",
+        "language_model.model.layers.1.mlp.gate",
+    } <= set(linear)
     assert not any(hasattr(module, "scheme") for module in loaded.model.modules())
 
 
@@ -170,11 +206,24 @@ def test_loaded_experts_are_the_checkpoints_bytes(loaded: Loaded, checkpoint: Pa
     for layer in LAYERS:
         stem = f"{EXPERTS_NAME.format(layer)}"
         for leaf in ("weight_packed", "weight_scale", "weight_global_scale", "input_global_scale"):
-            w13, w2 = (loaded.parameters[f"{stem}.routed_experts.{w}_{leaf}"] for w in ("w13", "w2"))
+            w13, w2 = (
+                loaded.parameters[f"{stem}.routed_experts.{w}_{leaf}"] for w in ("w13", "w2")
+            )
             for expert in range(EXPERTS):
-                gate, up, down = (tensors[f"{stem}.{expert}.{p}.{leaf}"] for p in ("gate_proj", "up_proj", "down_proj"))
-                assert torch.equal(w13[expert].float(), torch.cat([gate, up]).float()), (layer, expert, leaf)
-                assert torch.equal(w2[expert].float().reshape(down.shape), down.float()), (layer, expert, leaf)
+                gate, up, down = (
+                    tensors[f"{stem}.{expert}.{p}.{leaf}"]
+                    for p in ("gate_proj", "up_proj", "down_proj")
+                )
+                assert torch.equal(w13[expert].float(), torch.cat([gate, up]).float()), (
+                    layer,
+                    expert,
+                    leaf,
+                )
+                assert torch.equal(w2[expert].float().reshape(down.shape), down.float()), (
+                    layer,
+                    expert,
+                    leaf,
+                )
 
 
 def test_served_input_scales_are_the_layers(loaded: Loaded, checkpoint: Path) -> None:
@@ -182,16 +231,23 @@ def test_served_input_scales_are_the_layers(loaded: Loaded, checkpoint: Path) ->
     tensors = read_all(checkpoint)
     for layer in LAYERS:
         scales = loaded.experts(layer).quant_method.moe_quant_config
-        for served, projection in ((scales.a1_gscale, "gate_proj"), (scales.a2_gscale, "down_proj")):
+        for served, projection in (
+            (scales.a1_gscale, "gate_proj"),
+            (scales.a2_gscale, "down_proj"),
+        ):
             written = tensors[f"{EXPERTS_NAME.format(layer)}.0.{projection}.input_global_scale"]
             torch.testing.assert_close(served.reshape(1), written, rtol=1e-6, atol=0)
 
 
-def test_a_missing_tensor_is_seen_as_poison(config: VllmConfig, checkpoint: Path, tmp_path: Path) -> None:
+def test_a_missing_tensor_is_seen_as_poison(
+    config: VllmConfig, checkpoint: Path, tmp_path: Path
+) -> None:
     """vLLM itself says nothing of it: the test above would."""
     gone = f"{EXPERTS_NAME.format(3)}.7.down_proj.weight_scale"
     change(checkpoint, tmp_path / "changed", lambda tensors: tensors.pop(gone, None))
-    assert load(configure(tmp_path / "changed")).poisoned() == [f"{EXPERTS_NAME.format(3)}.routed_experts.w2_weight_scale"]
+    assert load(configure(tmp_path / "changed")).poisoned() == [
+        f"{EXPERTS_NAME.format(3)}.routed_experts.w2_weight_scale"
+    ]
 
 
 def test_a_stray_tensor_is_refused(config: VllmConfig, checkpoint: Path, tmp_path: Path) -> None:
@@ -224,22 +280,35 @@ def test_stock_vllm_has_no_kernel_for_this_processor(loaded: Loaded, config: Vll
     """When this fails, vLLM's own kernel can take the place of the one in torch_nvfp4.py."""
     experts = loaded.experts(1)
     assert isinstance(experts, RoutedExperts)
-    with set_current_vllm_config(config), pytest.raises(NotImplementedError, match="No NvFp4 MoE backend"):
+    with (
+        set_current_vllm_config(config),
+        pytest.raises(NotImplementedError, match="No NvFp4 MoE backend"),
+    ):
         oracle.select_nvfp4_moe_backend(experts.moe_config, kNvfp4Static, kNvfp4Dynamic)
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What an engine said to prompts: all tokens (B, S), and log-probabilities (B, S - 1, V) at all positions but the last one."""
+    """What an engine said to prompts: all tokens (B, S), and log-probabilities (B, S - 1, V) at all
+    positions but the last one."""
 
     tokens_BS: Tensor
     logprobs_BSV: Tensor
 
 
 def ask(engine: LLM, prompts_BS: Tensor) -> Answer:
-    sampling = SamplingParams(max_tokens=NEW_TOKENS, temperature=0, prompt_logprobs=-1, logprobs=-1, detokenize=False, ignore_eos=True)
+    sampling = SamplingParams(
+        max_tokens=NEW_TOKENS,
+        temperature=0,
+        prompt_logprobs=-1,
+        logprobs=-1,
+        detokenize=False,
+        ignore_eos=True,
+    )
     tokens, logprobs = [], []
-    for output in engine.generate([{"prompt_token_ids": ids} for ids in prompts_BS.tolist()], sampling, use_tqdm=False):
+    for output in engine.generate(
+        [{"prompt_token_ids": ids} for ids in prompts_BS.tolist()], sampling, use_tqdm=False
+    ):
         (completion,) = output.outputs
         tokens.append([*output.prompt_token_ids, *completion.token_ids])
         rows = [*output.prompt_logprobs[1:], *completion.logprobs]
@@ -258,7 +327,9 @@ def twins(made: Path) -> dict[str, Tensor]:
     return load_file(made / "twin.safetensors")
 
 
-def test_engine_answers_as_the_dense_twin(engine: LLM, twins: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_engine_answers_as_the_dense_twin(
+    engine: LLM, twins: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Prompts in one batch, and their continuation token by token from the KV cache."""
     monkeypatch.setattr(TorchNvfp4Experts, "calls", 0)
     answer = ask(engine, twins["tokens"][:, :-NEW_TOKENS])
@@ -271,24 +342,34 @@ def test_engine_answers_as_the_dense_twin(engine: LLM, twins: dict[str, Tensor],
 def test_engine_quantizes_activations_as_the_evaluation_does(
     engine: LLM, twins: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A value within float32 noise of a rounding tie may fall to either side, so at some positions they differ by more than noise."""
+    """A value within float32 noise of a rounding tie may fall to either side, so at some positions
+    they differ by more than noise."""
     monkeypatch.setattr(TorchNvfp4Experts, "quantizes_activations", True)
     positions = twins["tokens"].shape[1]
     found_BSV = ask(engine, twins["tokens"]).logprobs_BSV[:, :positions]
-    found_BS, distance_BS = (kl(twins[f"logprobs.{name}"], found_BSV) for name in ("w4a4", "original"))
+    found_BS, distance_BS = (
+        kl(twins[f"logprobs.{name}"], found_BSV) for name in ("w4a4", "original")
+    )
     assert found_BS.median() < 1e-6
     assert found_BS.mean() < 0.05 * distance_BS.mean()
     assert distance_BS.median() > 1e-3
 
 
 def test_vllm_takes_the_commands_of_the_card(made: Path) -> None:
-    """Every flag, and every value that has a list: the parsers' names are looked up. The older form's variable is none of this version's."""
+    """Every flag, and every value that has a list: the parsers' names are looked up. The older
+    form's variable is none of this version's."""
     card = (made / "run" / "checkpoint" / "README.md").read_text()
     newer, older = re.findall(r"```\n((?:\w+=1 )?vllm serve .*?)\n```", card, re.DOTALL)
     parser = make_arg_parser(FlexibleArgumentParser())
-    one_line = newer.replace("\\\n", "").replace("<this repository>", str(made / "run" / "checkpoint"))
+    one_line = newer.replace("\\\n", "").replace(
+        "<this repository>", str(made / "run" / "checkpoint")
+    )
     found = parser.parse_args(shlex.split(one_line)[2:])
-    assert (found.tensor_parallel_size, found.moe_backend, found.mm_encoder_tp_mode) == (4, "flashinfer_trtllm", "data")
+    assert (found.tensor_parallel_size, found.moe_backend, found.mm_encoder_tp_mode) == (
+        4,
+        "flashinfer_trtllm",
+        "data",
+    )
     assert found.trust_remote_code
     oracle.map_nvfp4_backend(found.moe_backend)
     assert found.tool_call_parser in ToolParserManager.list_registered()

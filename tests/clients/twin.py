@@ -1,9 +1,12 @@
-"""Makes what the clients' tests look at, with the main environment: `python -m tests.clients.twin FOLDER [FAMILY]`.
+"""Makes what the clients' tests look at, with the main environment: `python -m tests.clients.twin
+FOLDER [FAMILY]`.
 
-FOLDER/run/checkpoint is a checkpoint of the small model. Three models run by transformers in float32 are asked about it: `source`; `original`, the dense
-twin, which has the checkpoint's experts decoded to float32 in place of the source's; and `w4a4`, the twin whose experts' inputs are quantized as p48ray's
-evaluation does it. FOLDER/twin.safetensors holds `tokens` (B, S), held-out prompts and what the twin greedily adds to them, and for each model
-`logprobs.NAME` (B, S, V), what it says at every position. With the name of a family, the same of its small random checkpoint.
+FOLDER/run/checkpoint is a checkpoint of the small model. Three models run by transformers in
+float32 are asked about it: `source`; `original`, the dense twin, which has the checkpoint's experts
+decoded to float32 in place of the source's; and `w4a4`, the twin whose experts' inputs are
+quantized as p48ray's evaluation does it. FOLDER/twin.safetensors holds `tokens` (B, S), held-out
+prompts and what the twin greedily adds to them, and for each model `logprobs.NAME` (B, S, V), what
+it says at every position. With the name of a family, the same of its small random checkpoint.
 """
 
 import json
@@ -29,7 +32,10 @@ PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 def decode(tensors: dict[str, Tensor], linear: str) -> Tensor:
     """(out, in) float32, what the solver meant."""
-    packed, scale, divisor = (tensors[f"{linear}.{name}"] for name in ("weight_packed", "weight_scale", "weight_global_scale"))
+    packed, scale, divisor = (
+        tensors[f"{linear}.{name}"]
+        for name in ("weight_packed", "weight_scale", "weight_global_scale")
+    )
     return nvfp4.dequantize(e2m1.unpack(packed)[None], scale[None], divisor)[0]
 
 
@@ -43,17 +49,28 @@ def put_experts(model: PreTrainedModel, tensors: dict[str, Tensor]) -> None:
 
 
 def put_quantizing_experts(model: PreTrainedModel, tensors: dict[str, Tensor]) -> None:
-    """The checkpoint's experts in p48ray's module, which quantizes their inputs under the layer's scales."""
+    """The checkpoint's experts in p48ray's module, which quantizes their inputs under the layer's
+    scales."""
     for stem, module in mixtures(model, tensors):
-        experts = [ExpertWeights(*(decode(tensors, f"{stem}.{e}.{p}") for p in PROJECTIONS)) for e in range(model.config.num_local_experts)]
-        gate_up, down = (float(tensors[f"{stem}.0.{p}.input_global_scale"]) for p in ("gate_proj", "down_proj"))
-        module.experts = RoutedExperts(len(experts), experts.__getitem__, ActivationScales(gate_up, down, group=16))
+        experts = [
+            ExpertWeights(*(decode(tensors, f"{stem}.{e}.{p}") for p in PROJECTIONS))
+            for e in range(model.config.num_local_experts)
+        ]
+        gate_up, down = (
+            float(tensors[f"{stem}.0.{p}.input_global_scale"]) for p in ("gate_proj", "down_proj")
+        )
+        module.experts = RoutedExperts(
+            len(experts), experts.__getitem__, ActivationScales(gate_up, down, group=16)
+        )
 
 
 def mixtures(model: PreTrainedModel, tensors: dict[str, Tensor]) -> list[tuple[str, nn.Module]]:
     """(the checkpoint's name of a layer's experts, the module that holds them)."""
     prefix = whole_model.PREFIX if f"{whole_model.PREFIX}lm_head.weight" in tensors else ""
-    found = [(f"{prefix}model.layers.{number}.mlp.experts", layer.mlp) for number, layer in enumerate(model.model.layers)]
+    found = [
+        (f"{prefix}model.layers.{number}.mlp.experts", layer.mlp)
+        for number, layer in enumerate(model.model.layers)
+    ]
     return [(name, module) for name, module in found if hasattr(module, "experts")]
 
 
@@ -81,7 +98,9 @@ def main(folder: Path, family: str | None = None) -> None:
     put_quantizing_experts(models["w4a4"], tensors)
     tokens_BS = facts["tokens"] = continue_greedily(models["original"], prompts_BS)
     for name, model in models.items():
-        facts[f"logprobs.{name}"] = model(input_ids=tokens_BS, use_cache=False).logits.double().log_softmax(-1)
+        facts[f"logprobs.{name}"] = (
+            model(input_ids=tokens_BS, use_cache=False).logits.double().log_softmax(-1)
+        )
     save_file(facts, folder / "twin.safetensors")
 
 

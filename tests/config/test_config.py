@@ -19,8 +19,17 @@ def test_every_shipped_configuration_loads(path: Path) -> None:
 
 
 def test_overrides_are_typed_as_in_the_file() -> None:
-    config = load_config(TINY_CONFIG, ("compression.sweeps=2", "output.max_shard_size=1.5 GiB", "evaluation=null"), run_root="elsewhere")
-    assert (config.compression.sweeps, config.output.max_shard_size, config.evaluation, config.run.root) == (
+    config = load_config(
+        TINY_CONFIG,
+        ("compression.sweeps=2", "output.max_shard_size=1.5 GiB", "evaluation=null"),
+        run_root="elsewhere",
+    )
+    assert (
+        config.compression.sweeps,
+        config.output.max_shard_size,
+        config.evaluation,
+        config.run.root,
+    ) == (
         2,
         1610612736,
         None,
@@ -31,31 +40,51 @@ def test_overrides_are_typed_as_in_the_file() -> None:
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("compression.dampp=0.1", ["compression.dampp", "unknown key", "did you mean compression.damp?"]),
+        (
+            "compression.dampp=0.1",
+            ["compression.dampp", "unknown key", "did you mean compression.damp?"],
+        ),
         ("compression.damp=-1", ["compression.damp", "greater than 0", "found -1"]),
         ("compression.sweeps=1.5", ["compression.sweeps", "valid integer", "found 1.5"]),
         ("run.num_workers=two", ["run.num_workers", "valid integer", "found 'two'"]),
         ("run.num_workers=true", ["run.num_workers", "valid integer", "found True"]),
-        ("output.max_shard_size=3XB", ["output.max_shard_size", "expected a size such as 5GB", "found '3XB'"]),
+        (
+            "output.max_shard_size=3XB",
+            ["output.max_shard_size", "expected a size such as 5GB", "found '3XB'"],
+        ),
         ("compression.solver=magic", ["compression.solver", "'block_descent'", "found 'magic'"]),
-        ("compression={solver: gptq}", ["compression", "solver 'gptq' needs sparsity 'none', found 'paired-4:8'"]),
+        (
+            "compression={solver: gptq}",
+            ["compression", "solver 'gptq' needs sparsity 'none', found 'paired-4:8'"],
+        ),
         (
             "compression={solver: round_to_nearest, output_curvature: true}",
             ["compression", "output_curvature needs solver 'block_descent'"],
         ),
-        ("compression={solver: round_to_nearest, refine_steps: 5}", ["compression", "refine_steps needs solver 'block_descent'"]),
+        (
+            "compression={solver: round_to_nearest, refine_steps: 5}",
+            ["compression", "refine_steps needs solver 'block_descent'"],
+        ),
         (
             "compression={refine_steps: 5, activation_quantization: false}",
             ["compression", "refine_steps needs activation_quantization: true"],
         ),
-        ("calibration.documents=[{path: a, weigt: 2}]", ["calibration.documents.0.weigt", "unknown key"]),
+        (
+            "calibration.documents=[{path: a, weigt: 2}]",
+            ["calibration.documents.0.weigt", "unknown key"],
+        ),
         ("calibration.documents=[]", ["calibration.documents", "at least 1 item"]),
-        ("calibration.documents=[{path: a, weight: 0}]", ["calibration.documents.0.weight", "greater than 0"]),
+        (
+            "calibration.documents=[{path: a, weight: 0}]",
+            ["calibration.documents.0.weight", "greater than 0"],
+        ),
         ("name=has spaces", ["name", "match pattern", "found 'has spaces'"]),
         ("extra=1", ["extra", "unknown key"]),
     ],
 )
-def test_bad_value_is_refused_by_file_key_expected_and_found(override: str, words: list[str]) -> None:
+def test_bad_value_is_refused_by_file_key_expected_and_found(
+    override: str, words: list[str]
+) -> None:
     with pytest.raises(ConfigError) as caught:
         load_config(TINY_CONFIG, (override,))
     for word in [str(TINY_CONFIG), *words]:
@@ -71,7 +100,10 @@ def test_missing_required_key_is_named(tmp_path: Path) -> None:
         load_config(path)
 
 
-@pytest.mark.parametrize(("text", "words"), [("[1, 2]", "expected a mapping"), ("a: [", "not valid YAML"), ("\xff", "found str")])
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [("[1, 2]", "expected a mapping"), ("a: [", "not valid YAML"), ("\xff", "found str")],
+)
 def test_file_that_is_no_mapping_is_refused(tmp_path: Path, text: str, words: str) -> None:
     path = tmp_path / "c.yaml"
     path.write_text(text)
@@ -93,7 +125,10 @@ def test_malformed_override_is_refused(override: str) -> None:
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (("compression.scale_span=16",), r"tiny\.yaml: output\.storage: 'sparse' needs compression\.scale_span 32, found 16$"),
+        (
+            ("compression.scale_span=16",),
+            r"tiny\.yaml: output\.storage: 'sparse' needs compression\.scale_span 32, found 16$",
+        ),
         (
             (
                 "compression.solver=round_to_nearest",
@@ -101,11 +136,16 @@ def test_malformed_override_is_refused(override: str) -> None:
                 "compression.output_curvature=false",
                 "compression.refine_steps=0",
             ),
-            r"tiny\.yaml: output\.storage: 'sparse' needs compression\.sparsity 'paired-4:8', found 'none'$",
+            (
+                r"tiny\.yaml: output\.storage: 'sparse' needs compression\.sparsity 'paired-4:8',"
+                r" found 'none'$"
+            ),
         ),
     ],
 )
-def test_sparse_storage_of_what_it_can_not_hold_is_refused(overrides: tuple[str, ...], words: str) -> None:
+def test_sparse_storage_of_what_it_can_not_hold_is_refused(
+    overrides: tuple[str, ...], words: str
+) -> None:
     with pytest.raises(ConfigError, match=words):
         load_config(TINY_CONFIG, ("output.storage=sparse", *overrides))
     assert load_config(TINY_CONFIG, ("output.storage=sparse",)).output.storage == "sparse"
@@ -126,11 +166,21 @@ def test_baseline_is_the_published_one_shot_reference() -> None:
     config = load_config(TINY_CONFIG, ("evaluation.baseline=true",))
     base = baseline_config(config)
     c = base.compression
-    assert (c.solver, c.sparsity, c.router_weight_exponent, c.damp) == ("sparsegpt_gptq", "paired-4:8", 0.0, 0.1)
+    assert (c.solver, c.sparsity, c.router_weight_exponent, c.damp) == (
+        "sparsegpt_gptq",
+        "paired-4:8",
+        0.0,
+        0.1,
+    )
     assert (c.output_curvature, c.refine_steps, c.code_sweeps) == (False, 0, 0)
     assert base.run.root == f"{config.run.root}/baseline"
-    assert (base.calibration, base.evaluation and base.evaluation.baseline) == (config.calibration, False)
-    assert RunConfig.model_validate(base.model_dump()) == base, "a copy must satisfy the rules of a file"
+    assert (base.calibration, base.evaluation and base.evaluation.baseline) == (
+        config.calibration,
+        False,
+    )
+    assert RunConfig.model_validate(base.model_dump()) == base, (
+        "a copy must satisfy the rules of a file"
+    )
 
 
 DOCUMENTS = "calibration:\n  {documents: a.jsonl, num_sequences: 1, sequence_length: 8}\n"
@@ -150,16 +200,26 @@ def test_defaults_are_the_best_pipeline_as_far_as_the_solver_knows_it(
     section: str, expected: tuple[bool, int, int], tmp_path: Path
 ) -> None:
     path = tmp_path / "c.yaml"
-    path.write_text(f"name: a\nsource: {{checkpoint: s}}\n{DOCUMENTS}compression: {section}\nrun: {{root: r}}\n")
+    path.write_text(
+        f"name: a\nsource: {{checkpoint: s}}\n{DOCUMENTS}compression: {section}\nrun: {{root: r}}\n"
+    )
     c = load_config(path).compression
     assert (c.output_curvature, c.sweeps, c.refine_steps) == expected
 
 
 @pytest.mark.parametrize("key", ["output_curvature: true", "refine_steps: 5"])
-def test_what_a_one_shot_solver_does_not_know_is_refused_when_asked_for(key: str, tmp_path: Path) -> None:
+def test_what_a_one_shot_solver_does_not_know_is_refused_when_asked_for(
+    key: str, tmp_path: Path
+) -> None:
     path = tmp_path / "c.yaml"
-    path.write_text(f"name: a\nsource: {{checkpoint: s}}\n{DOCUMENTS}compression: {{solver: sparsegpt_gptq, {key}}}\nrun: {{root: r}}\n")
-    with pytest.raises(ConfigError, match=f"{key.partition(':')[0]} needs solver 'block_descent', found 'sparsegpt_gptq'"):
+    path.write_text(
+        f"name: a\nsource: {{checkpoint: s}}\n{DOCUMENTS}compression: {{solver: sparsegpt_gptq,"
+        f" {key}}}\nrun: {{root: r}}\n"
+    )
+    with pytest.raises(
+        ConfigError,
+        match=f"{key.partition(':')[0]} needs solver 'block_descent', found 'sparsegpt_gptq'",
+    ):
         load_config(path)
 
 

@@ -1,4 +1,5 @@
-"""What a plan says it will store is what a run stores, every part of the work is in its time, and its memory is that of measured peaks."""
+"""What a plan says it will store is what a run stores, every part of the work is in its time, and
+its memory is that of measured peaks."""
 
 import dataclasses
 import itertools
@@ -22,7 +23,12 @@ from p48ray.stages.inputs import write_inputs
 from p48ray.stages.prepare import Prepared, prepare
 from tests.conftest import REPO
 
-SMALL = ("calibration.num_sequences=6", "calibration.sequence_length=256", "calibration.sequences_per_part=6", "evaluation=null")
+SMALL = (
+    "calibration.num_sequences=6",
+    "calibration.sequence_length=256",
+    "calibration.sequences_per_part=6",
+    "evaluation=null",
+)
 
 
 @pytest.fixture(autouse=True)
@@ -39,9 +45,15 @@ def estimated(prepared: Prepared) -> Estimate:
 
 
 @pytest.mark.parametrize(("goes_back", "bits"), [(True, 16), (False, 16), (True, 8)])
-def test_stored_bytes_of_the_streaming_stages_are_the_predicted_ones(tmp_path: Path, goes_back: bool, bits: int) -> None:
+def test_stored_bytes_of_the_streaming_stages_are_the_predicted_ones(
+    tmp_path: Path, goes_back: bool, bits: int
+) -> None:
     """To 1 %: Arrow's framing and the manifests are not in the prediction."""
-    prepared = planned(str(tmp_path), f"compression.output_curvature={str(goes_back).lower()}", f"calibration.stored_bits={bits}")
+    prepared = planned(
+        str(tmp_path),
+        f"compression.output_curvature={str(goes_back).lower()}",
+        f"calibration.stored_bits={bits}",
+    )
     write_inputs(prepared)
     capture_parts(prepared.context, [0])
     if goes_back:
@@ -53,16 +65,33 @@ def test_stored_bytes_of_the_streaming_stages_are_the_predicted_ones(tmp_path: P
         (("residuals/",), e.residual_bytes),
         (("gradients/", "residual-gradients/"), e.gradient_bytes),
     ):
-        assert sum(n for key, n in stored.items() if key.startswith(prefixes)) == pytest.approx(expected, rel=0.01, abs=100)
-    assert e.peak_stored_bytes == e.activation_bytes + e.residual_bytes + e.gradient_bytes + e.unit_bytes + e.checkpoint_bytes
+        assert sum(n for key, n in stored.items() if key.startswith(prefixes)) == pytest.approx(
+            expected, rel=0.01, abs=100
+        )
+    assert (
+        e.peak_stored_bytes
+        == e.activation_bytes
+        + e.residual_bytes
+        + e.gradient_bytes
+        + e.unit_bytes
+        + e.checkpoint_bytes
+    )
 
 
 @pytest.mark.parametrize(
     "override",
-    ["compression.sweeps=20", "compression.refine_steps=900", "compression.code_sweeps=4", "calibration.num_sequences=60"],
+    [
+        "compression.sweeps=20",
+        "compression.refine_steps=900",
+        "compression.code_sweeps=4",
+        "calibration.num_sequences=60",
+    ],
 )
 def test_more_work_means_more_hours(override: str) -> None:
-    assert estimated(planned("memory://hours", override)).gpu_hours > estimated(planned("memory://hours")).gpu_hours
+    assert (
+        estimated(planned("memory://hours", override)).gpu_hours
+        > estimated(planned("memory://hours")).gpu_hours
+    )
 
 
 def test_the_way_back_reads_the_source_again_and_costs_hours() -> None:
@@ -77,7 +106,10 @@ def test_the_way_back_reads_the_source_again_and_costs_hours() -> None:
 @pytest.mark.parametrize("goes_back", [True, False])
 def test_pilot_costs_its_share_of_the_units_and_no_checkpoint(goes_back: bool) -> None:
     back = f"compression.output_curvature={str(goes_back).lower()}"
-    whole, pilot = estimated(planned("memory://pilot", back)), estimated(planned("memory://pilot", back, "run.layers=[1,3]"))
+    whole, pilot = (
+        estimated(planned("memory://pilot", back)),
+        estimated(planned("memory://pilot", back, "run.layers=[1,3]")),
+    )
     assert pilot.unit_bytes == whole.unit_bytes // 2
     assert pilot.activation_bytes == whole.activation_bytes // 2
     assert pilot.unit_read_bytes == whole.unit_read_bytes // 2
@@ -91,33 +123,62 @@ def test_pilot_costs_its_share_of_the_units_and_no_checkpoint(goes_back: bool) -
 @pytest.mark.parametrize("goes_back", [True, False])
 def test_keeping_less_stores_less_at_the_peak(goes_back: bool) -> None:
     """The measured peaks are in tests/runner/test_keep.py."""
-    settings = ("calibration.num_sequences=192", f"compression.output_curvature={str(goes_back).lower()}")
-    peaks = [estimated(planned("memory://keep", *settings, f"run.keep={k}")).peak_stored_bytes for k in ("all", "units", "checkpoint")]
+    settings = (
+        "calibration.num_sequences=192",
+        f"compression.output_curvature={str(goes_back).lower()}",
+    )
+    peaks = [
+        estimated(planned("memory://keep", *settings, f"run.keep={k}")).peak_stored_bytes
+        for k in ("all", "units", "checkpoint")
+    ]
     assert peaks[0] > peaks[1] == peaks[2]
 
 
 def test_fewer_boundaries_store_less_at_the_peak_and_cost_reads_and_hours() -> None:
-    """Every second of five, of which the backward pass reads four: one layer more to read and to run. Where all is kept, nothing is run again."""
+    """Every second of five, of which the backward pass reads four: one layer more to read and to
+    run. Where all is kept, nothing is run again."""
     overrides = ("calibration.num_sequences=384", "run.keep=units")
-    every, second = (estimated(planned("memory://every", *overrides, f"run.boundary_every={n}")) for n in (1, 2))
+    every, second = (
+        estimated(planned("memory://every", *overrides, f"run.boundary_every={n}")) for n in (1, 2)
+    )
     assert second.peak_stored_bytes < every.peak_stored_bytes
     assert second.stream_read_bytes == round(every.stream_read_bytes * (2 + 1 / 5) / 2)
     assert second.stream_gpu_hours == pytest.approx(every.stream_gpu_hours * (3 + 1 / 5) / 3)
     assert second.residual_bytes == every.residual_bytes * 6 // 5
-    assert estimated(planned("memory://every", "run.boundary_every=2")) == estimated(planned("memory://every"))
+    assert estimated(planned("memory://every", "run.boundary_every=2")) == estimated(
+        planned("memory://every")
+    )
 
 
 def test_eight_bits_store_nine_sixteenths_of_activations_and_gradients() -> None:
-    sixteen, eight = (estimated(planned("memory://bits", f"calibration.stored_bits={bits}")) for bits in (16, 8))
+    sixteen, eight = (
+        estimated(planned("memory://bits", f"calibration.stored_bits={bits}")) for bits in (16, 8)
+    )
     values = 4 * 6 * 256 * 256 * 2  # layers, sequences, length, hidden size, bytes
-    assert sixteen.activation_bytes - eight.activation_bytes == sixteen.gradient_bytes - eight.gradient_bytes == values * 7 // 16
-    assert sixteen.unit_read_bytes > eight.unit_read_bytes and sixteen.residual_bytes == eight.residual_bytes
+    assert (
+        sixteen.activation_bytes - eight.activation_bytes
+        == sixteen.gradient_bytes - eight.gradient_bytes
+        == values * 7 // 16
+    )
+    assert (
+        sixteen.unit_read_bytes > eight.unit_read_bytes
+        and sixteen.residual_bytes == eight.residual_bytes
+    )
 
 
 def test_more_workers_solve_more_layers_at_once() -> None:
-    """A layer's tokens stay until its units are done, so that units of several layers come on top of all tokens."""
-    overrides = ("calibration.num_sequences=3", "compression.output_curvature=false", "run.keep=units", "run.layers=[1,2,3]")
-    one, two = (estimated(planned("memory://workers", *overrides, f"run.num_workers={n}")).peak_stored_bytes for n in (1, 2))
+    """A layer's tokens stay until its units are done, so that units of several layers come on top
+    of all tokens."""
+    overrides = (
+        "calibration.num_sequences=3",
+        "compression.output_curvature=false",
+        "run.keep=units",
+        "run.layers=[1,2,3]",
+    )
+    one, two = (
+        estimated(planned("memory://workers", *overrides, f"run.num_workers={n}")).peak_stored_bytes
+        for n in (1, 2)
+    )
     assert two > one
 
 
@@ -147,9 +208,16 @@ def test_more_tokens_never_take_less_time(root: str, goes_back: bool, gpus: floa
         "run.num_workers=3",
         "run.capture_workers=2",
     )
-    found = [estimated(planned(root, *fixed, f"calibration.num_sequences={n}")) for n in (6, 12, 48, 192)]
+    found = [
+        estimated(planned(root, *fixed, f"calibration.num_sequences={n}")) for n in (6, 12, 48, 192)
+    ]
     for less, more in itertools.pairwise(found):
-        assert all(more_s >= less_s for less_s, more_s in zip(stages_of(less).values(), stages_of(more).values(), strict=True))
+        assert all(
+            more_s >= less_s
+            for less_s, more_s in zip(
+                stages_of(less).values(), stages_of(more).values(), strict=True
+            )
+        )
         assert more.job_seconds > less.job_seconds
 
 
@@ -157,35 +225,76 @@ def test_more_tokens_never_take_less_time(root: str, goes_back: bool, gpus: floa
 def test_far_is_never_faster_than_near(workers: int) -> None:
     """With workers of one node, whose link is slower than its disk."""
     slow = dataclasses.replace(
-        H200_NODE, link=Rate(min(H200_NODE.near_read, H200_NODE.near_write, H200_NODE.near_copy) / 2, "bytes/s", "test")
+        H200_NODE,
+        link=Rate(
+            min(H200_NODE.near_read, H200_NODE.near_write, H200_NODE.near_copy) / 2,
+            "bytes/s",
+            "test",
+        ),
     )
     slow = dataclasses.replace(slow, far_copy=slow.link)
-    prepared = [planned(root, TOKENS, "run.gpus_per_worker=1", f"run.num_workers={workers}") for root in (NEAR, FAR)]
+    prepared = [
+        planned(root, TOKENS, "run.gpus_per_worker=1", f"run.num_workers={workers}")
+        for root in (NEAR, FAR)
+    ]
     near, far = (estimate(p.plan, p.source, p.layout, p.shards, slow) for p in prepared)
-    assert all(far_s >= near_s for near_s, far_s in zip(stages_of(near).values(), stages_of(far).values(), strict=True))
-    assert far.stream_seconds > near.stream_seconds and far.unit_seconds > near.unit_seconds and far.job_seconds > near.job_seconds
+    assert all(
+        far_s >= near_s
+        for near_s, far_s in zip(stages_of(near).values(), stages_of(far).values(), strict=True)
+    )
+    assert (
+        far.stream_seconds > near.stream_seconds
+        and far.unit_seconds > near.unit_seconds
+        and far.job_seconds > near.job_seconds
+    )
     assert near.unit_read_bytes != far.unit_read_bytes
 
 
 @pytest.mark.parametrize("root", [NEAR, FAR])
 @pytest.mark.parametrize("capture", [None, 2])
 def test_more_workers_never_take_longer(root: str, capture: int | None) -> None:
-    fixed = (TOKENS, "run.gpus_per_worker=1", "run.experts_per_unit=1", f"run.capture_workers={'null' if capture is None else capture}")
-    found = [estimated(planned(root, *fixed, f"run.num_workers={n}")) for n in (2, 3, 4, 7, 8, 9, 16, 17, 40, 64)]
+    fixed = (
+        TOKENS,
+        "run.gpus_per_worker=1",
+        "run.experts_per_unit=1",
+        f"run.capture_workers={'null' if capture is None else capture}",
+    )
+    found = [
+        estimated(planned(root, *fixed, f"run.num_workers={n}"))
+        for n in (2, 3, 4, 7, 8, 9, 16, 17, 40, 64)
+    ]
     for fewer, more in itertools.pairwise(found):
-        assert all(b <= a * (1 + 1e-9) for a, b in zip(stages_of(fewer).values(), stages_of(more).values(), strict=True))
+        assert all(
+            b <= a * (1 + 1e-9)
+            for a, b in zip(stages_of(fewer).values(), stages_of(more).values(), strict=True)
+        )
         assert more.job_seconds <= fewer.job_seconds * (1 + 1e-9)
 
 
 def test_job_takes_its_stages_or_less_where_they_overlap_and_is_what_is_paid() -> None:
     alone = estimated(planned(FAR, TOKENS, "run.gpus_per_worker=0.5", "run.num_workers=2"))
     assert alone.job_seconds == pytest.approx(sum(stages_of(alone).values()))
-    assert alone.paid_gpu_hours == pytest.approx(alone.job_seconds / 3600) and alone.paid_gpu_hours > alone.gpu_hours > 0
-    fixed = (TOKENS, "run.gpus_per_worker=1", "run.num_workers=16", "run.capture_workers=1", "run.experts_per_unit=1")
+    assert (
+        alone.paid_gpu_hours == pytest.approx(alone.job_seconds / 3600)
+        and alone.paid_gpu_hours > alone.gpu_hours > 0
+    )
+    fixed = (
+        TOKENS,
+        "run.gpus_per_worker=1",
+        "run.num_workers=16",
+        "run.capture_workers=1",
+        "run.experts_per_unit=1",
+    )
     overlapping = estimated(planned(FAR, *fixed))
-    assert max(stages_of(overlapping).values()) < overlapping.job_seconds < sum(stages_of(overlapping).values())
+    assert (
+        max(stages_of(overlapping).values())
+        < overlapping.job_seconds
+        < sum(stages_of(overlapping).values())
+    )
     in_turn = estimated(planned(FAR, *fixed, "calibration.propagate=compressed"))
-    assert in_turn.job_seconds == pytest.approx(sum(stages_of(in_turn).values())), "layers wait for each other"
+    assert in_turn.job_seconds == pytest.approx(sum(stages_of(in_turn).values())), (
+        "layers wait for each other"
+    )
 
 
 def test_units_that_nothing_is_read_ahead_for_wait_for_their_data() -> None:
@@ -194,11 +303,16 @@ def test_units_that_nothing_is_read_ahead_for_wait_for_their_data() -> None:
 
 
 def test_evaluation_and_slower_rates_take_time() -> None:
-    held_out = "evaluation={documents: examples/tiny-kimi-k2.5/heldout.jsonl, num_sequences: 8, sequence_length: 64}"
+    held_out = (
+        "evaluation={documents: examples/tiny-kimi-k2.5/heldout.jsonl, num_sequences: 8,"
+        " sequence_length: 64}"
+    )
     without, with_it = estimated(planned(NEAR)), estimated(planned(NEAR, held_out))
     assert without.evaluate_seconds == 0 < with_it.evaluate_seconds
     prepared = planned(NEAR)
-    slower = dataclasses.replace(H200_NODE, near_write=Rate(H200_NODE.near_write / 100, "bytes/s", "test"))
+    slower = dataclasses.replace(
+        H200_NODE, near_write=Rate(H200_NODE.near_write / 100, "bytes/s", "test")
+    )
     e = estimate(prepared.plan, prepared.source, prepared.layout, prepared.shards, slower)
     assert e.stream_seconds > estimated(prepared).stream_seconds
 
@@ -214,31 +328,53 @@ KIMI = {"hidden_size": 7168, "moe_intermediate_size": 2048, "num_experts": 384, 
 GB = 10**9
 
 
-def kimi(parts: int, sequences: int, capture_workers: int = 1, **run: object) -> tuple[RunPlan, ModelLayout]:
+def kimi(
+    parts: int, sequences: int, capture_workers: int = 1, **run: object
+) -> tuple[RunPlan, ModelLayout]:
     """A plan of Kimi-K2.5's shapes: so many parts of so many sequences of 4,096 tokens."""
     prepared = planned("memory://kimi", "calibration.stored_bits=8", "compression.refine_steps=300")
     plan = prepared.plan
     c = plan.config.calibration.model_copy(
-        update={"num_sequences": parts * sequences, "sequence_length": 4096, "compute_dtype": "bfloat16"}
+        update={
+            "num_sequences": parts * sequences,
+            "sequence_length": 4096,
+            "compute_dtype": "bfloat16",
+        }
     )
-    r = plan.config.run.model_copy(update={"gpus_per_worker": 1.0, "capture_workers": capture_workers, "experts_per_unit": 8} | run)
+    r = plan.config.run.model_copy(
+        update={"gpus_per_worker": 1.0, "capture_workers": capture_workers, "experts_per_unit": 8}
+        | run
+    )
     config = plan.config.model_copy(update={"calibration": c, "run": r})
-    cut = tuple(SequencePart(part=n, first_sequence=n * sequences, num_sequences=sequences) for n in range(parts))
+    cut = tuple(
+        SequencePart(part=n, first_sequence=n * sequences, num_sequences=sequences)
+        for n in range(parts)
+    )
     source = plan.source.model_copy(update=KIMI)
-    return plan.model_copy(update={"config": config, "parts": cut, "source": source}), dataclasses.replace(prepared.layout, **KIMI)
+    return plan.model_copy(
+        update={"config": config, "parts": cut, "source": source}
+    ), dataclasses.replace(prepared.layout, **KIMI)
 
 
 @pytest.mark.parametrize(("parts", "sequences", "measured"), [(1, 32, 36.3), (4, 8, 18.0)])
-def test_streaming_s_memory_is_that_of_measured_peaks(parts: int, sequences: int, measured: float) -> None:
-    """docs/PERFORMANCE.md, the backward pass with 131,072 tokens; writes behind, which the bench lacks, are in the estimate."""
-    found = stream_bytes(*kimi(parts, sequences), packed_expert=25 * 10**6, other_weights=3 * 10**8) / GB
+def test_streaming_s_memory_is_that_of_measured_peaks(
+    parts: int, sequences: int, measured: float
+) -> None:
+    """docs/PERFORMANCE.md, the backward pass with 131,072 tokens; writes behind, which the bench
+    lacks, are in the estimate."""
+    found = (
+        stream_bytes(*kimi(parts, sequences), packed_expert=25 * 10**6, other_weights=3 * 10**8)
+        / GB
+    )
     assert measured < found < 1.2 * measured
 
 
 def test_a_unit_s_memory_is_that_of_the_measured_peak() -> None:
-    """docs/PERFORMANCE.md: 31.2 GB for 8 experts of 43,696 tokens, 5.7 GB more with a unit read ahead."""
+    """docs/PERFORMANCE.md: 31.2 GB for 8 experts of 43,696 tokens, 5.7 GB more with a unit read
+    ahead."""
     found, ahead, fewer = (
-        unit_peak_bytes(*kimi(16, 32, **run)) / GB for run in ({"prefetch_units": 0}, {"prefetch_units": 1}, {"experts_per_unit": 4})
+        unit_peak_bytes(*kimi(16, 32, **run)) / GB
+        for run in ({"prefetch_units": 0}, {"prefetch_units": 1}, {"experts_per_unit": 4})
     )
     assert found == pytest.approx(31.2, rel=0.05)
     assert ahead - found == pytest.approx(5.7, rel=0.05)
@@ -247,28 +383,44 @@ def test_a_unit_s_memory_is_that_of_the_measured_peak() -> None:
 
 def test_fewer_tokens_a_worker_need_less_memory() -> None:
     arguments = {"packed_expert": 25 * 10**6, "other_weights": 3 * 10**8}
-    found = [stream_bytes(*kimi(*shape), **arguments) for shape in ((16, 32, 1), (16, 32, 4), (16, 32, 16), (64, 8, 16))]
+    found = [
+        stream_bytes(*kimi(*shape), **arguments)
+        for shape in ((16, 32, 1), (16, 32, 4), (16, 32, 16), (64, 8, 16))
+    ]
     assert found == sorted(found, reverse=True) and len(set(found)) == 4
 
 
 def test_what_does_not_fit_is_said_with_the_key_to_lower() -> None:
     memory = Memory(gpu_stream=90 * GB, gpu_unit=40 * GB, host=20 * GB)
     assert shortages(memory, 141e9, 64e9) == shortages(memory, None, None) == []
-    assert ["calibration.sequences_per_part" in line for line in shortages(memory, 80e9, None)] == [True]
-    assert "run.experts_per_unit" in shortages(memory, 100e9, 16e9)[0] and "20 GB of memory" in shortages(memory, 100e9, 16e9)[0]
-    assert len(shortages(memory, 30e9, 16e9)) == 3
-    assert "too much for cards of 80 GB" in memory_words(memory) and "141" not in memory_words(memory)
-    assert "cards of 141 GB" in memory_words(dataclasses.replace(memory, gpu_unit=150 * GB)) and "too much" not in memory_words(
-        dataclasses.replace(memory, gpu_stream=50 * GB)
+    assert ["calibration.sequences_per_part" in line for line in shortages(memory, 80e9, None)] == [
+        True
+    ]
+    assert (
+        "run.experts_per_unit" in shortages(memory, 100e9, 16e9)[0]
+        and "20 GB of memory" in shortages(memory, 100e9, 16e9)[0]
     )
+    assert len(shortages(memory, 30e9, 16e9)) == 3
+    assert "too much for cards of 80 GB" in memory_words(memory) and "141" not in memory_words(
+        memory
+    )
+    assert "cards of 141 GB" in memory_words(
+        dataclasses.replace(memory, gpu_unit=150 * GB)
+    ) and "too much" not in memory_words(dataclasses.replace(memory, gpu_stream=50 * GB))
 
 
-def test_worker_warns_of_too_small_a_card_and_refuses_nothing(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_worker_warns_of_too_small_a_card_and_refuses_nothing(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     prepared = planned(NEAR, "run.gpus_per_worker=1")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for total, expected in ((10**8, True), (10**12, False)):
         caplog.clear()
-        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _, total=total: SimpleNamespace(total_memory=total))
+        monkeypatch.setattr(
+            torch.cuda,
+            "get_device_properties",
+            lambda _, total=total: SimpleNamespace(total_memory=total),
+        )
         warn_of_memory(prepared.plan, prepared.source, prepared.layout, torch.device("cuda"))
         assert ("lower run.experts_per_unit" in caplog.text) == expected
 
@@ -284,7 +436,9 @@ def test_worker_without_a_gpu_has_everything_in_its_memory() -> None:
 def test_plan_tells_time_hours_and_memory_where_there_are_gpus() -> None:
     prepared = planned(NEAR, "run.gpus_per_worker=1", "run.gpu_hour_price=2.5")
     rows = dict(plan_rows(prepared, estimated(prepared)))
-    assert [words.split()[0] for words in rows["time, estimated"].partition(": ")[2].split(", ")] == [
+    assert [
+        words.split()[0] for words in rows["time, estimated"].partition(": ")[2].split(", ")
+    ] == [
         "start",
         "streams",
         "units",
@@ -292,12 +446,28 @@ def test_plan_tells_time_hours_and_memory_where_there_are_gpus() -> None:
         "verify",
     ]
     assert "0.0 " not in rows["GPU-hours"] and "2.5 an hour" in rows["GPU-hours"]
-    assert "GB of GPU memory" in rows["memory a worker"] and "each its own tokens" in rows["read by units"]
+    assert (
+        "GB of GPU memory" in rows["memory a worker"]
+        and "each its own tokens" in rows["read by units"]
+    )
     on_cpu = planned(NEAR)
     assert "GPU-hours" not in dict(plan_rows(on_cpu, estimated(on_cpu)))
 
 
 def test_small_numbers_keep_two_digits() -> None:
-    assert [two_digits(v) for v in (0.000123, 0.05, 4.32, 51.26, 1234.0, 0.0)] == ["0.00012", "0.05", "4.3", "51", "1,200", "0"]
-    assert [spell(v) for v in (0.0312, 9.96, 12.4, 185.0, 3725.0)] == ["0.031 s", "10 s", "12 s", "3 min 05 s", "1 h 02 min"]
+    assert [two_digits(v) for v in (0.000123, 0.05, 4.32, 51.26, 1234.0, 0.0)] == [
+        "0.00012",
+        "0.05",
+        "4.3",
+        "51",
+        "1,200",
+        "0",
+    ]
+    assert [spell(v) for v in (0.0312, 9.96, 12.4, 185.0, 3725.0)] == [
+        "0.031 s",
+        "10 s",
+        "12 s",
+        "3 min 05 s",
+        "1 h 02 min",
+    ]
     assert "0.0 " not in hours_words(estimated(planned(NEAR, "run.gpus_per_worker=1")), None)

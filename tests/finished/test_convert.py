@@ -1,4 +1,5 @@
-"""Conversion between dense and sparse storage: nothing is lost, nothing is believed, nothing is done twice."""
+"""Conversion between dense and sparse storage: nothing is lost, nothing is believed, nothing is
+done twice."""
 
 import hashlib
 import json
@@ -47,7 +48,9 @@ def resealed(folder: Folder, **changes: object) -> Folder:
     """With another manifest that is sound in itself, and says of config and index what they are."""
     manifest = CheckpointManifest.from_json(folder.files[MANIFEST], MANIFEST)
     files = {name: hashlib.sha256(folder.files[name]).hexdigest() for name in manifest.file_sha256}
-    return folder.with_file(MANIFEST, manifest.model_copy(update={"file_sha256": files, **changes}).sealed().to_json())
+    return folder.with_file(
+        MANIFEST, manifest.model_copy(update={"file_sha256": files, **changes}).sealed().to_json()
+    )
 
 
 def test_every_file_comes_back_byte_for_byte(dense: Folder, sparse: Folder) -> None:
@@ -55,14 +58,22 @@ def test_every_file_comes_back_byte_for_byte(dense: Folder, sparse: Folder) -> N
     assert sparse.changed_from(dense) != []
 
 
-def test_an_independent_reader_finds_every_dense_tensor_in_the_sparse_form(dense: Folder, sparse: Folder) -> None:
-    expected = {name: tensor for file in dense.shards for name, tensor in read_file(dense.files[file]).items()}
+def test_an_independent_reader_finds_every_dense_tensor_in_the_sparse_form(
+    dense: Folder, sparse: Folder
+) -> None:
+    expected = {
+        name: tensor
+        for file in dense.shards
+        for name, tensor in read_file(dense.files[file]).items()
+    }
     assert dense_checkpoint(sparse.files) == expected
     assert any(name.endswith(".weight_packed") for name in expected)
 
 
 def test_two_bytes_of_four_and_half_the_scales_are_stored(dense: Folder, sparse: Folder) -> None:
-    before, after = (read_file(f.files[f.file_of(f"{LINEAR}.weight_scale")]) for f in (dense, sparse))
+    before, after = (
+        read_file(f.files[f.file_of(f"{LINEAR}.weight_scale")]) for f in (dense, sparse)
+    )
     out, num_bytes = before[f"{LINEAR}.weight_packed"][1]
     assert after[f"{LINEAR}.weight_sparse_packed"][:2] == ("U8", [out, num_bytes // 2])
     assert after[f"{LINEAR}.weight_sparse_mask"][:2] == ("U8", [out, num_bytes // 8])
@@ -72,7 +83,9 @@ def test_two_bytes_of_four_and_half_the_scales_are_stored(dense: Folder, sparse:
         assert after[name] == before[name]
 
 
-def test_config_announces_the_layout_and_groups_of_32_and_nothing_else_changes(dense: Folder, sparse: Folder) -> None:
+def test_config_announces_the_layout_and_groups_of_32_and_nothing_else_changes(
+    dense: Folder, sparse: Folder
+) -> None:
     config = sparse.json("config.json")
     quantization = config["quantization_config"]
     assert quantization.pop("paired48_sparse") == {"layout": "pair-bitmask", "version": 1}
@@ -83,7 +96,11 @@ def test_config_announces_the_layout_and_groups_of_32_and_nothing_else_changes(d
 
 
 def test_index_places_every_tensor_and_states_their_bytes(sparse: Folder) -> None:
-    held = {name: (file, len(t[2])) for file in sparse.shards for name, t in read_file(sparse.files[file]).items()}
+    held = {
+        name: (file, len(t[2]))
+        for file in sparse.shards
+        for name, t in read_file(sparse.files[file]).items()
+    }
     index = sparse.json(INDEX)
     assert index["weight_map"] == {name: file for name, (file, _) in held.items()}
     assert list(index["weight_map"]) == sorted(held)
@@ -131,20 +148,33 @@ def test_sparse_checkpoint_passes_verification(sparse: Folder) -> None:
         ("input_global_scale", 0x01, "input_global_scale: expected gate's"),
     ],
 )
-def test_verification_of_a_sparse_checkpoint_finds_a_changed_bit(sparse: Folder, suffix: str, bits: int, words: str) -> None:
-    problems = verify_checkpoint(sparse.flipped(f"{LINEAR}.{suffix}", 0, bits).store(), None).problems
+def test_verification_of_a_sparse_checkpoint_finds_a_changed_bit(
+    sparse: Folder, suffix: str, bits: int, words: str
+) -> None:
+    problems = verify_checkpoint(
+        sparse.flipped(f"{LINEAR}.{suffix}", 0, bits).store(), None
+    ).problems
     assert any(words in p for p in problems), problems
 
 
 def test_verification_finds_a_mask_over_other_zero_bytes(sparse: Folder) -> None:
     """Such bytes decode to the same weights, but are not what a conversion writes."""
     tensors = read_file(sparse.files[sparse.file_of(f"{LINEAR}.weight_scale")])
-    kept, mask = (tensors[f"{LINEAR}.{suffix}"][2] for suffix in ("weight_sparse_packed", "weight_sparse_mask"))
+    kept, mask = (
+        tensors[f"{LINEAR}.{suffix}"][2]
+        for suffix in ("weight_sparse_packed", "weight_sparse_mask")
+    )
     nibbles = [byte >> shift & 15 for byte in mask for shift in (0, 4)]
-    # the first byte is a kept zero, and the second lies at 2 or 3: so a zero at 1 may stand for the one at 0
-    chunk = next(c for c, nibble in enumerate(nibbles) if nibble in (0b0101, 0b1001) and kept[2 * c] == 0)
+    # the first byte is a kept zero, and the second lies at 2 or 3: so a zero at 1 may stand for the
+    # one at 0
+    chunk = next(
+        c for c, nibble in enumerate(nibbles) if nibble in (0b0101, 0b1001) and kept[2 * c] == 0
+    )
     changed = mask[chunk // 2] ^ 0b0011 << 4 * (chunk % 2)
-    problems = verify_checkpoint(sparse.with_bytes(f"{LINEAR}.weight_sparse_mask", chunk // 2, bytes([changed])).store(), None).problems
+    problems = verify_checkpoint(
+        sparse.with_bytes(f"{LINEAR}.weight_sparse_mask", chunk // 2, bytes([changed])).store(),
+        None,
+    ).problems
     assert [p for p in problems if "other zero bytes" in p] == list(problems) and len(problems) == 1
 
 
@@ -155,7 +185,9 @@ def test_verification_names_what_is_missing_from_a_sparse_checkpoint(sparse: Fol
     assert f"{LINEAR}.weight_sparse_mask: missing" in problems
 
 
-def test_sparse_checkpoint_passes_verification_beside_its_source(sparse: Folder, finished: SmallRun) -> None:
+def test_sparse_checkpoint_passes_verification_beside_its_source(
+    sparse: Folder, finished: SmallRun
+) -> None:
     verdict = verify_checkpoint(sparse.store(), LocalStore(finished.source))
     assert (verdict.problems, verdict.compared_with_source, verdict.num_linears) == ((), True, 192)
 
@@ -174,7 +206,9 @@ def test_verification_of_a_sparse_checkpoint_beside_its_source_finds_a_changed_b
     sparse: Folder, finished: SmallRun, tensor: str, words: str
 ) -> None:
     bits = 0x40 if tensor.endswith("weight_scale") else 0x01
-    problems = verify_checkpoint(sparse.flipped(tensor, 0, bits).store(), LocalStore(finished.source)).problems
+    problems = verify_checkpoint(
+        sparse.flipped(tensor, 0, bits).store(), LocalStore(finished.source)
+    ).problems
     assert any(re.search(words, p) for p in problems), problems
 
 
@@ -183,29 +217,50 @@ def test_verification_of_a_sparse_checkpoint_beside_its_source_finds_a_changed_b
 
 def test_three_pairs_in_a_pair_group_are_refused_by_the_tensors_name(dense: Folder) -> None:
     folder = dense.with_bytes(f"{LINEAR}.weight_packed", 8, b"\x11\x12\x13\x00")
-    with pytest.raises(SourceError, match=rf"{LINEAR}\.weight_packed: paired-4:8: expected at most 2.*first at \(0, 2\)"):
+    with pytest.raises(
+        SourceError,
+        match=rf"{LINEAR}\.weight_packed: paired-4:8: expected at most 2.*first at \(0, 2\)",
+    ):
         converted(folder, "sparse")
 
 
 def test_scales_that_differ_within_32_inputs_are_refused_by_the_tensors_name(dense: Folder) -> None:
     with pytest.raises(
-        SourceError, match=rf"{LINEAR}\.weight_scale: expected the two scales of every 32 inputs to be equal.*found 1 pairs"
+        SourceError,
+        match=(
+            rf"{LINEAR}\.weight_scale: expected the two scales of every 32 inputs to be"
+            r" equal.*found 1 pairs"
+        ),
     ):
         converted(dense.flipped(f"{LINEAR}.weight_scale", 1, 0x01), "sparse")
 
 
 @pytest.mark.parametrize(("key", "value"), [("scale_span", 16), ("sparsity", "none")])
-def test_checkpoints_of_another_plan_are_refused_before_a_byte_is_written(dense: Folder, key: str, value: object) -> None:
+def test_checkpoints_of_another_plan_are_refused_before_a_byte_is_written(
+    dense: Folder, key: str, value: object
+) -> None:
     target = Folder({}).store()
-    with pytest.raises(SourceError, match=rf"{key}: expected .* for sparse storage, found {value} \(of language_model\..*gate_proj"):
+    with pytest.raises(
+        SourceError,
+        match=(
+            rf"{key}: expected .* for sparse storage, found {value} \(of"
+            r" language_model\..*gate_proj"
+        ),
+    ):
         convert_folder(resealed(dense, **{key: value}).store(), target, "sparse", None)
     assert contents(target).files == {}
 
 
 @pytest.mark.parametrize("to", ["dense", "sparse"])
-def test_bytes_that_are_not_those_that_were_verified_are_refused(dense: Folder, sparse: Folder, to: str) -> None:
-    folder, suffix = (dense, "weight_global_scale") if to == "sparse" else (sparse, "weight_sparse_packed")
-    with pytest.raises(ShardCorruptError, match="unit L001-E000-007: expected the bytes with SHA-256"):
+def test_bytes_that_are_not_those_that_were_verified_are_refused(
+    dense: Folder, sparse: Folder, to: str
+) -> None:
+    folder, suffix = (
+        (dense, "weight_global_scale") if to == "sparse" else (sparse, "weight_sparse_packed")
+    )
+    with pytest.raises(
+        ShardCorruptError, match="unit L001-E000-007: expected the bytes with SHA-256"
+    ):
         converted(folder.flipped(f"{LINEAR}.{suffix}", 0, 0x01), to)
 
 
@@ -220,9 +275,16 @@ def test_unknown_sparse_layouts_are_refused(sparse: Folder) -> None:
         config["quantization_config"]["paired48_sparse"]["version"] = 2
 
     folder = resealed(sparse.with_json("config.json", newer))
-    for act in (lambda: converted(folder, "dense"), lambda: verify_checkpoint(folder.store(), None)):
+    for act in (
+        lambda: converted(folder, "dense"),
+        lambda: verify_checkpoint(folder.store(), None),
+    ):
         with pytest.raises(
-            SourceError, match=r"paired48_sparse: expected \{'layout': 'pair-bitmask', 'version': 1\}, found .*'version': 2"
+            SourceError,
+            match=(
+                r"paired48_sparse: expected \{'layout': 'pair-bitmask', 'version': 1\}, found"
+                r" .*'version': 2"
+            ),
         ):
             act()
 
@@ -236,7 +298,10 @@ def test_files_in_a_form_that_could_not_be_restored_are_refused(dense: Folder, n
 
 def test_damaged_checkpoints_are_refused(dense: Folder) -> None:
     cases = [
-        (dense.with_file("config.json", dense.files["config.json"] + b" "), "config.json: expected SHA-256"),
+        (
+            dense.with_file("config.json", dense.files["config.json"] + b" "),
+            "config.json: expected SHA-256",
+        ),
         (dense.without_file(dense.shards[0]), "which is not there"),
         (dense.with_file(dense.shards[0], dense.files[dense.shards[0]][:-1]), "truncated"),
     ]
@@ -257,7 +322,9 @@ def test_folders_with_anything_in_them_are_left_alone(dense: Folder, other: str)
 
 
 @pytest.mark.parametrize("num_before", [0, 1, 5, 6])
-def test_interrupted_conversions_go_on_and_do_nothing_twice(dense: Folder, sparse: Folder, num_before: int) -> None:
+def test_interrupted_conversions_go_on_and_do_nothing_twice(
+    dense: Folder, sparse: Folder, num_before: int
+) -> None:
     source, target = dense.store(), Folder({}).store()
     survey = survey_conversion(source, target, "sparse")
     begin_conversion(survey)
@@ -267,17 +334,28 @@ def test_interrupted_conversions_go_on_and_do_nothing_twice(dense: Folder, spars
     convert_folder(source, target, "sparse", None)
     assert contents(target).changed_from(sparse) == []
     again = sum(len(sparse.files[s.file]) for s in survey.shards[num_before:])
-    small = sum(len(data) for name, data in sparse.files.items() if not name.endswith(".safetensors"))
+    small = sum(
+        len(data) for name, data in sparse.files.items() if not name.endswith(".safetensors")
+    )
     assert target.traffic.bytes_written - written == again + small + len(survey.note.to_json())
 
 
-def test_half_done_conversions_have_no_index_and_other_checkpoints_do_not_go_on_with_them(dense: Folder) -> None:
+def test_half_done_conversions_have_no_index_and_other_checkpoints_do_not_go_on_with_them(
+    dense: Folder,
+) -> None:
     target = Folder({}).store()
     with pytest.raises(SourceError):
-        convert_folder(dense.with_bytes(f"{LINEAR}.weight_packed", 8, b"\x11\x12\x13\x00").store(), target, "sparse", None)
+        convert_folder(
+            dense.with_bytes(f"{LINEAR}.weight_packed", 8, b"\x11\x12\x13\x00").store(),
+            target,
+            "sparse",
+            None,
+        )
     held = contents(target).files
     assert NOTE_FILE in held and INDEX not in held and MANIFEST not in held
-    with pytest.raises(ConfigError, match="unfinished conversion to sparse storage of another checkpoint"):
+    with pytest.raises(
+        ConfigError, match="unfinished conversion to sparse storage of another checkpoint"
+    ):
         convert_folder(resealed(dense, plan_digest="0" * 64).store(), target, "sparse", None)
 
 
@@ -294,7 +372,12 @@ def test_tasks_return_errors_of_ours(dense: Folder) -> None:
     assert [type(f) for f in found if isinstance(f, P48Error)] == [SourceError]
 
 
-def test_tensors_outside_of_the_experts_are_copied_as_they_are(dense: Folder, sparse: Folder) -> None:
+def test_tensors_outside_of_the_experts_are_copied_as_they_are(
+    dense: Folder, sparse: Folder
+) -> None:
     before, after = (read_file(f.files[f.file_of(UNTOUCHED)]) for f in (dense, sparse))
     assert after[UNTOUCHED] == before[UNTOUCHED]
-    assert torch.equal(sparse.tensors(sparse.file_of(UNTOUCHED))[UNTOUCHED], dense.tensors(dense.file_of(UNTOUCHED))[UNTOUCHED])
+    assert torch.equal(
+        sparse.tensors(sparse.file_of(UNTOUCHED))[UNTOUCHED],
+        dense.tensors(dense.file_of(UNTOUCHED))[UNTOUCHED],
+    )

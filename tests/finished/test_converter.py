@@ -45,7 +45,11 @@ def away_until_marked(shard: ShardConversion) -> int:
 
 
 def test_workers_write_what_one_process_writes_though_one_is_killed(
-    local_run: Path, mark: tuple[Path, RayTasks], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    local_run: Path,
+    mark: tuple[Path, RayTasks],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     path, tasks = mark
     checkpoint = LocalStore(local_run / "checkpoint")
@@ -54,19 +58,31 @@ def test_workers_write_what_one_process_writes_though_one_is_killed(
     caplog.set_level(logging.WARNING, "p48ray.progress")
     convert_folder(checkpoint, LocalStore(tmp_path / "many"), "sparse", tasks)
     assert path.exists()
-    assert [r.message for r in caplog.records if "00003-of-00006.safetensors: attempt 1 failed, it will be tried again" in r.message]
+    assert [
+        r.message
+        for r in caplog.records
+        if "00003-of-00006.safetensors: attempt 1 failed, it will be tried again" in r.message
+    ]
     one = Folder.read(tmp_path / "one")
     assert Folder.read(tmp_path / "many").changed_from(one) == []
     convert_folder(LocalStore(tmp_path / "many"), LocalStore(tmp_path / "back"), "dense", tasks)
     assert Folder.read(tmp_path / "back").changed_from(Folder.read(local_run / "checkpoint")) == []
 
 
-def test_ray_workers_stitch_with_sparse_storage_what_a_conversion_writes(ray_session: None, local_run: Path, tmp_path: Path) -> None:
+def test_ray_workers_stitch_with_sparse_storage_what_a_conversion_writes(
+    ray_session: None, local_run: Path, tmp_path: Path
+) -> None:
     """Manifest and card apart: their plans' digests differ."""
-    outcome = invoke(*arguments(tmp_path / "run", ALL_STAGES | {"output.storage": "sparse"}), on_ray=True)
+    outcome = invoke(
+        *arguments(tmp_path / "run", ALL_STAGES | {"output.storage": "sparse"}), on_ray=True
+    )
     assert outcome.code == 0, outcome
-    convert_folder(LocalStore(local_run / "checkpoint"), LocalStore(tmp_path / "converted"), "sparse", None)
-    assert Folder.read(tmp_path / "run" / "checkpoint").changed_from(Folder.read(tmp_path / "converted")) == ["README.md", "p48ray.json"]
+    convert_folder(
+        LocalStore(local_run / "checkpoint"), LocalStore(tmp_path / "converted"), "sparse", None
+    )
+    assert Folder.read(tmp_path / "run" / "checkpoint").changed_from(
+        Folder.read(tmp_path / "converted")
+    ) == ["README.md", "p48ray.json"]
 
 
 def test_store_that_stays_away_ends_it_without_an_index_and_the_same_call_goes_on(
@@ -75,21 +91,36 @@ def test_store_that_stays_away_ends_it_without_an_index_and_the_same_call_goes_o
     path, tasks = mark
     monkeypatch.setattr(converter, "convert_shard", away_until_marked)
     checkpoint, target = LocalStore(local_run / "checkpoint"), LocalStore(tmp_path / "out")
-    with pytest.raises(StageFailedError, match=r"convert: 1 of 6 shards failed.*run the same command again.*\n.*00003-of-00006"):
+    with pytest.raises(
+        StageFailedError,
+        match=r"convert: 1 of 6 shards failed.*run the same command again.*\n.*00003-of-00006",
+    ):
         convert_folder(checkpoint, target, "sparse", tasks)
     held = {info.key for info in target.list()}
-    assert NOTE_FILE in held and INDEX not in held and len([k for k in held if k.endswith(".safetensors")]) == 5
+    assert (
+        NOTE_FILE in held
+        and INDEX not in held
+        and len([k for k in held if k.endswith(".safetensors")]) == 5
+    )
     path.touch()
-    finished = {f: (tmp_path / "out" / f).stat().st_mtime_ns for f in held if f.endswith(".safetensors")}
+    finished = {
+        f: (tmp_path / "out" / f).stat().st_mtime_ns for f in held if f.endswith(".safetensors")
+    }
     convert_folder(checkpoint, target, "sparse", tasks)
     assert {f: (tmp_path / "out" / f).stat().st_mtime_ns for f in finished} == finished
     assert (tmp_path / "out" / INDEX).exists() and not (tmp_path / "out" / NOTE_FILE).exists()
 
 
-def test_tensor_that_sparse_storage_can_not_hold_ends_it_by_its_name(local_run: Path, mark: tuple[Path, RayTasks], tmp_path: Path) -> None:
+def test_tensor_that_sparse_storage_can_not_hold_ends_it_by_its_name(
+    local_run: Path, mark: tuple[Path, RayTasks], tmp_path: Path
+) -> None:
     name = "language_model.model.layers.2.mlp.experts.1.gate_proj.weight_packed"
     (tmp_path / "bad").mkdir()
-    for file, data in Folder.read(local_run / "checkpoint").with_bytes(name, 0, b"\x11\x12\x13\x00").files.items():
+    for file, data in (
+        Folder.read(local_run / "checkpoint").with_bytes(name, 0, b"\x11\x12\x13\x00").files.items()
+    ):
         (tmp_path / "bad" / file).write_bytes(data)
     with pytest.raises(SourceError, match=name):
-        convert_folder(LocalStore(tmp_path / "bad"), LocalStore(tmp_path / "out"), "sparse", mark[1])
+        convert_folder(
+            LocalStore(tmp_path / "bad"), LocalStore(tmp_path / "out"), "sparse", mark[1]
+        )

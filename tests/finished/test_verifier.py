@@ -42,13 +42,18 @@ def damaged(clean: Folder) -> Folder:
 FOLDERS: dict[str, tuple[Callable[[Folder], Folder], tuple[str, ...]]] = {
     "clean": (lambda clean: clean, ()),
     "damaged": (damaged, (EXPERT, "unit L004-E012-015", UNTOUCHED)),
-    "incomplete": (lambda clean: clean.without_file(clean.shards[1]), ("model-00002-of-00006.safetensors",)),
+    "incomplete": (
+        lambda clean: clean.without_file(clean.shards[1]),
+        ("model-00002-of-00006.safetensors",),
+    ),
 }
 
 
 @pytest.mark.parametrize("has_source", [False, True], ids=["alone", "with source"])
 @pytest.mark.parametrize("kind", FOLDERS)
-def test_verdict_is_the_same_whoever_reads(kind: str, has_source: bool, local_run: Path, tmp_path: Path, two: RayTasks) -> None:
+def test_verdict_is_the_same_whoever_reads(
+    kind: str, has_source: bool, local_run: Path, tmp_path: Path, two: RayTasks
+) -> None:
     source = LocalStore(narrow_model()) if has_source else None
     change, words = FOLDERS[kind]
     for name, data in change(Folder.read(local_run / "checkpoint")).files.items():
@@ -88,7 +93,10 @@ def mark(tmp_path: Path, two: RayTasks) -> Iterator[tuple[Path, RayTasks]]:
 
 
 def test_shard_of_a_lost_worker_is_read_again(
-    local_run: Path, mark: tuple[Path, RayTasks], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    local_run: Path,
+    mark: tuple[Path, RayTasks],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     path, tasks = mark
     checkpoint = LocalStore(local_run / "checkpoint")
@@ -97,7 +105,11 @@ def test_shard_of_a_lost_worker_is_read_again(
     caplog.set_level(logging.WARNING, "p48ray.progress")
     assert verify_folder(checkpoint, None, tasks) == undisturbed
     assert path.exists()
-    assert [r.message for r in caplog.records if "00003-of-00006.safetensors: attempt 1 failed, it will be tried again" in r.message]
+    assert [
+        r.message
+        for r in caplog.records
+        if "00003-of-00006.safetensors: attempt 1 failed, it will be tried again" in r.message
+    ]
 
 
 def test_store_that_stays_away_ends_it_after_the_rest_was_read(
@@ -105,40 +117,56 @@ def test_store_that_stays_away_ends_it_after_the_rest_was_read(
 ) -> None:
     path, tasks = mark
     monkeypatch.setattr(verifier, "check_shard", always_away)
-    with pytest.raises(StageFailedError, match=r"verify: 1 of 6 shards failed.*\n.*00003-of-00006.*the store is away"):
+    with pytest.raises(
+        StageFailedError,
+        match=r"verify: 1 of 6 shards failed.*\n.*00003-of-00006.*the store is away",
+    ):
         verify_folder(LocalStore(local_run / "checkpoint"), None, tasks)
     read = path.read_text().split()
     assert len(set(read)) == 6 and sum("00003-of" in name for name in read) == MAX_ATTEMPTS
 
 
-def test_users_mistake_is_not_tried_again(local_run: Path, two: RayTasks, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_users_mistake_is_not_tried_again(
+    local_run: Path, two: RayTasks, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(verifier, "check_shard", refuse)
     with pytest.raises(SourceError, match="the source is damaged"):
         verify_folder(LocalStore(local_run / "checkpoint"), None, two)
 
 
-def test_local_path_on_several_nodes_has_to_be_shared(local_run: Path, two: RayTasks, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_local_path_on_several_nodes_has_to_be_shared(
+    local_run: Path, two: RayTasks, monkeypatch: pytest.MonkeyPatch
+) -> None:
     node = {"Alive": True, "Resources": {"CPU": 1}}
     monkeypatch.setattr(ray_tasks.ray, "nodes", lambda: [node, node])
     checkpoint = LocalStore(local_run / "checkpoint")
-    with pytest.raises(ConfigError, match=r"CHECKPOINT: .* is a local path and the cluster has 2 nodes"):
+    with pytest.raises(
+        ConfigError, match=r"CHECKPOINT: .* is a local path and the cluster has 2 nodes"
+    ):
         verify_folder(checkpoint, None, two)
     shared = RayTasks(what="verify", num_workers=2, address=None, is_shared=True)
     assert verify_folder(checkpoint, None, shared).problems == ()
 
 
 def test_cluster_that_is_not_there_is_a_users_mistake() -> None:
-    with pytest.raises(ConfigError, match=r"RAY_ADDRESS: expected host:port of a running Ray cluster, found '127\.0\.0\.1:9'"):
+    with pytest.raises(
+        ConfigError,
+        match=r"RAY_ADDRESS: expected host:port of a running Ray cluster, found '127\.0\.0\.1:9'",
+    ):
         Cluster("127.0.0.1:9", 1).join()
 
 
-def test_tasks_take_as_many_cpus_as_there_are_unless_told(ray_session: None, local_run: Path) -> None:
+def test_tasks_take_as_many_cpus_as_there_are_unless_told(
+    ray_session: None, local_run: Path
+) -> None:
     assert ray.cluster_resources()["CPU"] == 2
     every = RayTasks(what="verify", num_workers=None, address=None)
     assert verify_folder(LocalStore(local_run / "checkpoint"), None, every).problems == ()
 
 
-def test_progress_counts_bytes_those_of_before_too(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_counts_bytes_those_of_before_too(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     caplog.set_level(logging.INFO, "p48ray.progress")
     clock = iter([0.0, 2.0, 4.0])
     monkeypatch.setattr("p48ray.runner.progress.time.monotonic", lambda: next(clock))

@@ -28,7 +28,10 @@ def write(folder: Path, header: dict[str, object]) -> None:
 def test_a_sound_shard_is_read_alike_in_a_folder_of_a_run_root_too(tmp_path: Path) -> None:
     (tmp_path / "checkpoint").mkdir()
     write(tmp_path / "checkpoint", {"__metadata__": {"format": "pt"}} | TENSORS)
-    for store in (LocalStore(tmp_path / "checkpoint"), SubStore(LocalStore(tmp_path), "checkpoint/")):
+    for store in (
+        LocalStore(tmp_path / "checkpoint"),
+        SubStore(LocalStore(tmp_path), "checkpoint/"),
+    ):
         assert list(second_opinion(store, FILE, read_entries(store, FILE))) == []
 
 

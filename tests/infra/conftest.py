@@ -31,4 +31,6 @@ def tool(name: str) -> str:
 
 
 def lint(name: str, *args: str, text: str | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([tool(name), *args], input=text, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(
+        [tool(name), *args], input=text, capture_output=True, text=True, timeout=60, check=False
+    )

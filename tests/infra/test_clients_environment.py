@@ -1,4 +1,5 @@
-"""The serving clients' environment: made once for its pins, whole or not at all, and forgotten when nobody uses it."""
+"""The serving clients' environment: made once for its pins, whole or not at all, and forgotten when
+nobody uses it."""
 
 import os
 import subprocess
@@ -71,7 +72,10 @@ def test_what_was_never_finished_is_made_anew(pins: Path) -> None:
 
 def test_two_that_come_at_once_make_one(pins: Path) -> None:
     make, found = Maker(pause_s=0.2), []
-    threads = [threading.Thread(target=lambda: found.append(environment.environment(pins, make))) for _ in range(2)]
+    threads = [
+        threading.Thread(target=lambda: found.append(environment.environment(pins, make)))
+        for _ in range(2)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -102,5 +106,11 @@ def test_command_prints_the_folder_alone(kept: Path) -> None:
     folder = kept / f"clients-{digest((REPO / 'constraints-clients.txt').read_bytes())}"
     folder.mkdir(parents=True)
     (folder / READY).touch()
-    done = subprocess.run([sys.executable, "tests/clients/environment.py"], cwd=REPO, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "tests/clients/environment.py"],
+        cwd=REPO,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert (done.stdout, done.stderr) == (f"{folder}\n", "")

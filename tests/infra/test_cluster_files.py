@@ -1,4 +1,5 @@
-"""aws.yaml and gcp.yaml against Ray's own validation, against EC2's parameters, and against what the job needs of a cluster."""
+"""aws.yaml and gcp.yaml against Ray's own validation, against EC2's parameters, and against what
+the job needs of a cluster."""
 
 import copy
 import re
@@ -9,7 +10,10 @@ import pytest
 from botocore.validate import ParamValidator
 from jsonschema import ValidationError
 from ray.autoscaler._private.node_provider_availability_tracker import NodeAvailabilitySummary
-from ray.autoscaler._private.resource_demand_scheduler import _default_utilization_scorer, get_nodes_for
+from ray.autoscaler._private.resource_demand_scheduler import (
+    _default_utilization_scorer,
+    get_nodes_for,
+)
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 from p48ray.config import load_config
@@ -20,7 +24,8 @@ pytestmark = pytest.mark.ray
 
 CLUSTERS = ("aws.yaml", "gcp.yaml")
 KIMI = load_config(REPO / "configs" / "kimi_k25_p48_nvfp4.yaml").run
-LAUNCHER_KEYS = {"MinCount", "MaxCount"}  # what Ray adds to a node_config before it calls RunInstances
+# what Ray adds to a node_config before it calls RunInstances
+LAUNCHER_KEYS = {"MinCount", "MaxCount"}
 
 
 @pytest.fixture(params=CLUSTERS)
@@ -30,7 +35,11 @@ def cluster(request: pytest.FixtureRequest) -> dict[str, Any]:
 
 
 def workers(cluster: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    return {name: kind for name, kind in cluster["available_node_types"].items() if name != cluster["head_node_type"]}
+    return {
+        name: kind
+        for name, kind in cluster["available_node_types"].items()
+        if name != cluster["head_node_type"]
+    }
 
 
 def is_spot(node_config: dict[str, Any]) -> bool:
@@ -44,9 +53,18 @@ def nodes_for(cluster: dict[str, Any], num_workers: int) -> dict[str, int]:
     head = cluster["head_node_type"]
 
     def score(resources: Any, demands: Any, node_type: str) -> Any:
-        return _default_utilization_scorer(resources, demands, node_type, node_availability_summary=NodeAvailabilitySummary({}))
+        return _default_utilization_scorer(
+            resources, demands, node_type, node_availability_summary=NodeAvailabilitySummary({})
+        )
 
-    added, unmet = get_nodes_for(cluster["available_node_types"], {head: 1}, head, cluster["max_workers"], [demand] * num_workers, score)
+    added, unmet = get_nodes_for(
+        cluster["available_node_types"],
+        {head: 1},
+        head,
+        cluster["max_workers"],
+        [demand] * num_workers,
+        score,
+    )
     assert not unmet
     return dict(added)
 
@@ -55,7 +73,10 @@ def test_ray_accepts_the_file_with_its_defaults_filled_in(cluster: dict[str, Any
     prepared = prepare_config(copy.deepcopy(cluster))
     validate_config(prepared)
     assert prepared["available_node_types"].keys() == cluster["available_node_types"].keys()
-    assert [prepared[key] for key in ("setup_commands", "worker_setup_commands", "initialization_commands")] == [[], [], []]
+    assert [
+        prepared[key]
+        for key in ("setup_commands", "worker_setup_commands", "initialization_commands")
+    ] == [[], [], []]
     assert prepared["file_mounts"] == {} and prepared["cluster_synced_files"] == []
 
 
@@ -77,7 +98,9 @@ def test_every_worker_type_is_spot_bounded_and_has_a_bounded_disk(cluster: dict[
         assert 0 == kind["min_workers"] < kind["max_workers"] <= cluster["max_workers"], name
         assert kind["resources"]["GPU"] in (1, 8), name
     sizes = re.findall(r"'(?:VolumeSize|diskSizeGb)': (\d+)", str(cluster["available_node_types"]))
-    assert len(sizes) == len(cluster["available_node_types"]) and all(50 <= int(size) <= 1000 for size in sizes)
+    assert len(sizes) == len(cluster["available_node_types"]) and all(
+        50 <= int(size) <= 1000 for size in sizes
+    )
 
 
 def test_all_nodes_are_in_one_zone_of_the_region(cluster: dict[str, Any]) -> None:
@@ -91,18 +114,32 @@ def test_capture_workers_get_one_whole_node(cluster: dict[str, Any]) -> None:
 
 def test_all_workers_of_the_kimi_configuration_fit(cluster: dict[str, Any]) -> None:
     added = nodes_for(cluster, KIMI.num_workers)
-    assert sum(count * cluster["available_node_types"][name]["resources"]["GPU"] for name, count in added.items()) == KIMI.num_workers
+    assert (
+        sum(
+            count * cluster["available_node_types"][name]["resources"]["GPU"]
+            for name, count in added.items()
+        )
+        == KIMI.num_workers
+    )
 
 
 def test_every_worker_type_holds_as_many_workers_as_it_has_gpus(cluster: dict[str, Any]) -> None:
     for name, kind in workers(cluster).items():
-        assert kind["resources"]["CPU"] >= kind["resources"]["GPU"] / KIMI.gpus_per_worker * KIMI.threads_per_worker, name
+        assert (
+            kind["resources"]["CPU"]
+            >= kind["resources"]["GPU"] / KIMI.gpus_per_worker * KIMI.threads_per_worker
+        ), name
 
 
 def test_workers_have_one_device_model() -> None:
     """Bytes are the same on one device model only (DESIGN 5.2): a cluster must not mix cards."""
     families = {
-        name: {kind["node_config"].get("InstanceType", kind["node_config"].get("machineType")).split(sep)[0] for kind in kinds}
+        name: {
+            kind["node_config"]
+            .get("InstanceType", kind["node_config"].get("machineType"))
+            .split(sep)[0]
+            for kind in kinds
+        }
         for name, sep in (("aws.yaml", "."), ("gcp.yaml", "-"))
         for kinds in [workers(load_yaml(name)[0]).values()]
     }
@@ -111,14 +148,24 @@ def test_workers_have_one_device_model() -> None:
 
 def test_no_key_or_token_is_written_down(cluster: dict[str, Any]) -> None:
     assert cluster["auth"].keys() == {"ssh_user"}
-    assert not re.search(r"AKIA|SECRET_ACCESS_KEY|SESSION_TOKEN|RAY_AUTH_TOKEN|PRIVATE KEY|gcp_credentials", str(cluster))
+    assert not re.search(
+        r"AKIA|SECRET_ACCESS_KEY|SESSION_TOKEN|RAY_AUTH_TOKEN|PRIVATE KEY|gcp_credentials",
+        str(cluster),
+    )
 
 
 def test_machines_get_their_rights_from_the_cloud() -> None:
     aws, gcp = load_yaml("aws.yaml")[0], load_yaml("gcp.yaml")[0]
-    profiles = {name: kind["node_config"]["IamInstanceProfile"]["Arn"] for name, kind in aws["available_node_types"].items()}
+    profiles = {
+        name: kind["node_config"]["IamInstanceProfile"]["Arn"]
+        for name, kind in aws["available_node_types"].items()
+    }
     assert profiles["head"].endswith(":instance-profile/p48ray-head")
-    assert all(arn.endswith(":instance-profile/p48ray-worker") for name, arn in profiles.items() if name != "head")
+    assert all(
+        arn.endswith(":instance-profile/p48ray-worker")
+        for name, arn in profiles.items()
+        if name != "head"
+    )
     for name, kind in workers(gcp).items():
         (account,) = kind["node_config"]["serviceAccounts"]
         assert account["email"].startswith("p48ray-worker@"), name
@@ -137,12 +184,20 @@ def test_web_identity_file_is_renewed_on_every_google_node() -> None:
 def test_dashboard_without_a_token_listens_on_the_head_alone(cluster: dict[str, Any]) -> None:
     assert "--env RAY_AUTH_MODE=disabled" in cluster["docker"]["run_options"]
     (start,) = [command for command in cluster["head_start_ray_commands"] if "ray start" in command]
-    assert "--dashboard-host=127.0.0.1" in start and "--autoscaling-config=~/ray_bootstrap_config.yaml" in start
+    assert (
+        "--dashboard-host=127.0.0.1" in start
+        and "--autoscaling-config=~/ray_bootstrap_config.yaml" in start
+    )
 
 
 def test_aws_nodes_are_parameters_that_ec2_knows() -> None:
     (aws,) = load_yaml("aws.yaml")
-    shape = botocore.session.get_session().get_service_model("ec2").operation_model("RunInstances").input_shape
+    shape = (
+        botocore.session.get_session()
+        .get_service_model("ec2")
+        .operation_model("RunInstances")
+        .input_shape
+    )
     for name, kind in aws["available_node_types"].items():
         parameters = kind["node_config"] | dict.fromkeys(LAUNCHER_KEYS, 1)
         assert not ParamValidator().validate(parameters, shape).has_errors(), name

@@ -26,7 +26,10 @@ def test_hadolint_would_find_an_unpinned_base() -> None:
 
 
 def test_base_is_pinned_to_a_cuda_release_and_the_missing_digest_is_admitted() -> None:
-    assert [re.fullmatch(r"nvidia/cuda:\d+\.\d+\.\d+-base-ubuntu24\.04", base) is not None for base in instructions("FROM")] == [True]
+    assert [
+        re.fullmatch(r"nvidia/cuda:\d+\.\d+\.\d+-base-ubuntu24\.04", base) is not None
+        for base in instructions("FROM")
+    ] == [True]
     assert "digest" in DOCKERFILE
 
 
@@ -47,15 +50,27 @@ def test_layers_go_from_what_changes_least() -> None:
     steps = re.findall(r"^(COPY|RUN) (.*)$", INSTRUCTIONS, flags=re.M)
     copies = [body.split()[1] for kind, body in steps if kind == "COPY"]
     assert copies == ["constraints.txt", "pyproject.toml", "."]
-    order = [index for index, (_, body) in enumerate(steps) if "pip install" in body or body.endswith(" . ./")]
-    assert "torch.txt" in steps[order[0]][1] and "dependencies.txt" in steps[order[1]][1] and "--no-deps" in steps[order[3]][1]
+    order = [
+        index
+        for index, (_, body) in enumerate(steps)
+        if "pip install" in body or body.endswith(" . ./")
+    ]
+    assert (
+        "torch.txt" in steps[order[0]][1]
+        and "dependencies.txt" in steps[order[1]][1]
+        and "--no-deps" in steps[order[3]][1]
+    )
 
 
 def test_ray_of_the_image_is_pinned_and_its_helpers_are_there() -> None:
     constraints = (REPO / "constraints.txt").read_text()
-    assert re.search(r"^ray==2\.60\.\d+$", constraints, flags=re.M) and re.search(r"^torch==", constraints, flags=re.M)
+    assert re.search(r"^ray==2\.60\.\d+$", constraints, flags=re.M) and re.search(
+        r"^torch==", constraints, flags=re.M
+    )
     packages = re.search(r"install -y --no-install-recommends (.*?)&&", INSTRUCTIONS)
-    assert packages and {"wget", "procps", "rsync", "openssh-client", "ca-certificates"} <= set(packages[1].split())
+    assert packages and {"wget", "procps", "rsync", "openssh-client", "ca-certificates"} <= set(
+        packages[1].split()
+    )
     assert "PATH=/opt/venv/bin:$PATH" in INSTRUCTIONS
 
 

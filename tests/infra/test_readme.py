@@ -14,7 +14,12 @@ FILES = sorted(path.name for path in INFRA.iterdir() if path.is_file() and path.
 @pytest.mark.parametrize("name", FILES)
 def test_every_file_is_presented_and_its_placeholders_explained(name: str) -> None:
     assert f"]({name})" in README
-    rows = {found for line in README.splitlines() if line.startswith("| `") for found in PLACEHOLDER.findall(line.split("|")[1])}
+    rows = {
+        found
+        for line in README.splitlines()
+        if line.startswith("| `")
+        for found in PLACEHOLDER.findall(line.split("|")[1])
+    }
     assert set(PLACEHOLDER.findall((INFRA / name).read_text())) <= rows
 
 
@@ -41,4 +46,8 @@ def test_days_of_the_lifecycle_are_those_of_the_file() -> None:
     (abort,) = re.findall(r'"DaysAfterInitiation": (\d+)', rules)
     (expire,) = set(re.findall(r'"Days": (\d+)', rules))
     section = README.split("**Lifecycle.**")[1].split("\n\n**")[0]
-    assert f"after {abort} days" in section and f"after {expire}," in section and f"within {expire} days" in section
+    assert (
+        f"after {abort} days" in section
+        and f"after {expire}," in section
+        and f"within {expire} days" in section
+    )

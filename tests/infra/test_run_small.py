@@ -1,4 +1,5 @@
-"""run_small.sh: lint, and its behaviour around a `ray` and a `python` that only pretend. The real run takes a minute: infra/README.md."""
+"""run_small.sh: lint, and its behaviour around a `ray` and a `python` that only pretend. The real
+run takes a minute: infra/README.md."""
 
 import os
 import subprocess
@@ -12,16 +13,23 @@ from tests.infra.conftest import INFRA, lint
 
 SCRIPT = INFRA / "run_small.sh"
 
-# A `ray` that logs what it is told: `start` waits to be ended, the first submit is refused, and all are where there is no head.
+# A `ray` that logs what it is told: `start` waits to be ended, the first submit is refused, and all
+# are where there is no head.
 FAKE_RAY = """#!/bin/sh
 echo "$@" >> "$CALLS"
 case "$1 $2" in
-  "start --head") test -n "$HEAD_DIES" && exit 1; trap 'echo head ended >> "$CALLS"; exit 0' TERM; while :; do sleep 0.05; done ;;
-  "job submit") test -n "$HEAD_DIES" && exit 1; test -e "$CALLS.tried" || { touch "$CALLS.tried"; exit 1; } ;;
+  "start --head")
+    test -n "$HEAD_DIES" && exit 1
+    trap 'echo head ended >> "$CALLS"; exit 0' TERM
+    while :; do sleep 0.05; done ;;
+  "job submit")
+    test -n "$HEAD_DIES" && exit 1
+    test -e "$CALLS.tried" || { touch "$CALLS.tried"; exit 1; } ;;
   "job logs") echo the log of the job; exit "${LOGS_CODE:-0}" ;;
 esac
 """
-# A `python` that is asked twice: to make a token, and, the real one with a Ray of ours, what became of the job.
+# A `python` that is asked twice: to make a token, and, the real one with a Ray of ours, what became
+# of the job.
 FAKE_PYTHON = """#!/bin/sh
 test "$1" = -c && { printf token; exit 0; }
 stat -c %a "$RAY_AUTH_TOKEN_PATH" >> "$CALLS"
@@ -40,14 +48,21 @@ class JobSubmissionClient:
         self.told = [JobStatus.RUNNING]
     def get_job_info(self, job):
         status, code = os.environ["JOB_END"].split()
-        last = types.SimpleNamespace(status=JobStatus(status), driver_exit_code=None if code == "none" else int(code))
-        return types.SimpleNamespace(status=self.told.pop(), driver_exit_code=None) if self.told else last
+        if self.told:
+            return types.SimpleNamespace(status=self.told.pop(), driver_exit_code=None)
+        exit_code = None if code == "none" else int(code)
+        return types.SimpleNamespace(status=JobStatus(status), driver_exit_code=exit_code)
 """
 
 
 @pytest.fixture
 def calls(tmp_path: Path) -> Path:
-    files = {"bin/ray": FAKE_RAY, "bin/python": FAKE_PYTHON, "fakes/ray/__init__.py": "", "fakes/ray/job_submission.py": FAKE_CLIENT}
+    files = {
+        "bin/ray": FAKE_RAY,
+        "bin/python": FAKE_PYTHON,
+        "fakes/ray/__init__.py": "",
+        "fakes/ray/job_submission.py": FAKE_CLIENT,
+    }
     for name, text in files.items():
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -57,9 +72,16 @@ def calls(tmp_path: Path) -> Path:
 
 
 def run(calls: Path, *args: str, **env: str) -> subprocess.CompletedProcess[str]:
-    fakes = {"BIN": str(calls.parent / "bin"), "FAKES": str(calls.parent / "fakes"), "REAL_PYTHON": sys.executable, "CALLS": str(calls)}
+    fakes = {
+        "BIN": str(calls.parent / "bin"),
+        "FAKES": str(calls.parent / "fakes"),
+        "REAL_PYTHON": sys.executable,
+        "CALLS": str(calls),
+    }
     settings = os.environ | fakes | {"JOB_END": "SUCCEEDED 0", "RETRY_S": "0.05"} | env
-    return subprocess.run([str(SCRIPT), *args], env=settings, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(
+        [str(SCRIPT), *args], env=settings, capture_output=True, text=True, timeout=60, check=False
+    )
 
 
 def started_folder(calls: Path) -> Path:
@@ -73,11 +95,18 @@ def test_shellcheck_finds_nothing() -> None:
     assert (result.returncode, result.stdout) == (0, "")
 
 
-@pytest.mark.parametrize(("end", "code"), [("SUCCEEDED 0", 0), ("FAILED 1", 1), ("FAILED 2", 2), ("STOPPED none", 1), ("STOPPED 0", 1)])
-def test_exit_code_is_what_ray_says_of_the_job_whatever_the_log_command_says(calls: Path, end: str, code: int) -> None:
+@pytest.mark.parametrize(
+    ("end", "code"),
+    [("SUCCEEDED 0", 0), ("FAILED 1", 1), ("FAILED 2", 2), ("STOPPED none", 1), ("STOPPED 0", 1)],
+)
+def test_exit_code_is_what_ray_says_of_the_job_whatever_the_log_command_says(
+    calls: Path, end: str, code: int
+) -> None:
     result = run(calls, JOB_END=end, LOGS_CODE="0" if code else "1")
     assert result.returncode == code
-    assert "the log of the job" in result.stdout and f": {end.split()[0]}, exit code" in result.stdout
+    assert (
+        "the log of the job" in result.stdout and f": {end.split()[0]}, exit code" in result.stdout
+    )
 
 
 def test_head_is_ended_and_its_folder_removed(calls: Path) -> None:
@@ -87,12 +116,18 @@ def test_head_is_ended_and_its_folder_removed(calls: Path) -> None:
     assert "\nstop" not in calls.read_text()  # `ray stop` would end every Ray of the machine
 
 
-def test_submission_is_tried_until_the_head_takes_it_with_an_absolute_root_and_the_given_arguments(calls: Path) -> None:
+def test_submission_is_tried_until_the_head_takes_it_with_an_absolute_root_and_the_given_arguments(
+    calls: Path,
+) -> None:
     run(calls, "runs/here", "--set", "run.num_workers=1")
     submissions = [line for line in calls.read_text().splitlines() if line.startswith("job submit")]
     assert len(submissions) == 2
     job = submissions[-1].split(" -- ")[1]
-    assert job == f"python jobs/compress.py --config configs/tiny.yaml --run-root {REPO}/runs/here --set run.num_workers=1"
+    assert (
+        job
+        == f"python jobs/compress.py --config configs/tiny.yaml --run-root {REPO}/runs/here --set"
+        " run.num_workers=1"
+    )
 
 
 def test_token_can_be_read_by_its_owner_alone(calls: Path) -> None:

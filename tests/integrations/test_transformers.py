@@ -7,7 +7,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from compressed_tensors.compressors import BaseCompressor
-from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme, preset_name_to_scheme
+from compressed_tensors.quantization import (
+    QuantizationArgs,
+    QuantizationScheme,
+    preset_name_to_scheme,
+)
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
@@ -41,7 +45,9 @@ def loaded(finished: SmallRun) -> Iterator[PreTrainedModel]:
 def by_compressed_tensors(tensors: dict[str, Tensor], linear: str) -> Tensor:
     names = ("weight_packed", "weight_scale", "weight_global_scale")
     decoder = BaseCompressor.get_value_from_registry("nvfp4-pack-quantized")
-    weight: Tensor = decoder.decompress({n: tensors[f"{linear}.{n}"] for n in names}, preset_name_to_scheme("NVFP4", ["Linear"]))["weight"]
+    weight: Tensor = decoder.decompress(
+        {n: tensors[f"{linear}.{n}"] for n in names}, preset_name_to_scheme("NVFP4", ["Linear"])
+    )["weight"]
     return weight
 
 
@@ -55,30 +61,45 @@ def experts_of(model: PreTrainedModel, layer: int) -> dict[str, Tensor]:
 def test_sparse_storage_is_refused_by_its_key(finished: SmallRun, tmp_path: Path) -> None:
     convert_folder(LocalStore(finished.checkpoint), LocalStore(tmp_path / "sparse"), "sparse", None)
     with pytest.raises(
-        SourceError, match=r"sparse/config\.json: quantization_config\.paired48_sparse: expected dense storage, found sparse"
+        SourceError,
+        match=(
+            r"sparse/config\.json: quantization_config\.paired48_sparse: expected dense storage,"
+            r" found sparse"
+        ),
     ):
         integration.load_model(str(tmp_path / "sparse"), dtype=torch.float32)
 
 
-def test_every_expert_linear_is_what_compressed_tensors_decodes(finished: SmallRun, loaded: PreTrainedModel) -> None:
+def test_every_expert_linear_is_what_compressed_tensors_decodes(
+    finished: SmallRun, loaded: PreTrainedModel
+) -> None:
     tensors = whole_model.read_all(finished.checkpoint)
     for layer in LAYERS:
         found = experts_of(loaded, layer)
         for expert in range(EXPERTS):
             for projection in PROJECTIONS:
                 linear = f"language_model.model.layers.{layer}.mlp.experts.{expert}.{projection}"
-                assert torch.equal(found[projection][expert], by_compressed_tensors(tensors, linear).float()), linear
+                assert torch.equal(
+                    found[projection][expert], by_compressed_tensors(tensors, linear).float()
+                ), linear
 
 
-def test_what_compressed_tensors_decodes_is_what_the_solver_meant_rounded_to_bf16(finished: SmallRun) -> None:
+def test_what_compressed_tensors_decodes_is_what_the_solver_meant_rounded_to_bf16(
+    finished: SmallRun,
+) -> None:
     tensors = whole_model.read_all(finished.checkpoint)
     for layer in LAYERS:
         for expert in range(EXPERTS):
             for projection in PROJECTIONS:
                 linear = f"language_model.model.layers.{layer}.mlp.experts.{expert}.{projection}"
-                packed, scale, divisor = (tensors[f"{linear}.{n}"] for n in ("weight_packed", "weight_scale", "weight_global_scale"))
+                packed, scale, divisor = (
+                    tensors[f"{linear}.{n}"]
+                    for n in ("weight_packed", "weight_scale", "weight_global_scale")
+                )
                 meant = nvfp4.dequantize(e2m1.unpack(packed)[None], scale[None], divisor)[0]
-                torch.testing.assert_close(by_compressed_tensors(tensors, linear).float(), meant, rtol=2**-7, atol=0)
+                torch.testing.assert_close(
+                    by_compressed_tensors(tensors, linear).float(), meant, rtol=2**-7, atol=0
+                )
 
 
 def test_everything_else_is_the_sources(finished: SmallRun, loaded: PreTrainedModel) -> None:
@@ -91,7 +112,9 @@ def test_everything_else_is_the_sources(finished: SmallRun, loaded: PreTrainedMo
         "norm.weight",
         "embed_tokens.weight",
     ):
-        assert torch.equal(state[f"model.language_model.{name}"], tensors[f"language_model.model.{name}"].float()), name
+        assert torch.equal(
+            state[f"model.language_model.{name}"], tensors[f"language_model.model.{name}"].float()
+        ), name
     assert torch.equal(state["lm_head.weight"], tensors["language_model.lm_head.weight"].float())
 
 
@@ -104,7 +127,9 @@ def test_logits_are_those_of_the_dense_twin(finished: SmallRun, loaded: PreTrain
             module = twin.model.layers[layer].mlp.experts
             for expert in range(EXPERTS):
                 linear = f"language_model.model.layers.{layer}.mlp.experts.{expert}"
-                gate, up, down = (by_compressed_tensors(tensors, f"{linear}.{p}").float() for p in PROJECTIONS)
+                gate, up, down = (
+                    by_compressed_tensors(tensors, f"{linear}.{p}").float() for p in PROJECTIONS
+                )
                 module.gate_up_proj[expert].copy_(torch.cat([gate, up]))
                 module.down_proj[expert].copy_(down)
         ids = torch.arange(5, 69)[None]
@@ -112,18 +137,28 @@ def test_logits_are_those_of_the_dense_twin(finished: SmallRun, loaded: PreTrain
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_stock_transformers_still_loses_the_global_scale(finished: SmallRun, stock: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """When this fails, the installed release is right by itself: `install` has retired, and the card may stop mentioning it."""
+def test_stock_transformers_still_loses_the_global_scale(
+    finished: SmallRun, stock: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When this fails, the installed release is right by itself: `install` has retired, and the
+    card may stop mentioning it."""
     assert integration.is_needed()
     monkeypatch.setattr(integration, "install", lambda: False)
     model = integration.load_model(str(finished.checkpoint), dtype=torch.float32)
     tensors = whole_model.read_all(finished.checkpoint)
     linear = "language_model.model.layers.1.mlp.experts.0.gate_proj"
-    right, scale = by_compressed_tensors(tensors, linear).float(), tensors[f"{linear}.weight_global_scale"]
-    torch.testing.assert_close(experts_of(model, 1)["gate_proj"][0].float(), right * scale, rtol=2**-6, atol=0)
+    right, scale = (
+        by_compressed_tensors(tensors, linear).float(),
+        tensors[f"{linear}.weight_global_scale"],
+    )
+    torch.testing.assert_close(
+        experts_of(model, 1)["gate_proj"][0].float(), right * scale, rtol=2**-6, atol=0
+    )
 
 
-def test_install_replaces_nothing_where_transformers_is_right(stock: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_install_replaces_nothing_where_transformers_is_right(
+    stock: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     before = CompressedTensorsHfQuantizer.get_load_operations
     monkeypatch.setattr(integration, "is_needed", lambda: False)
     assert not integration.install()
@@ -135,10 +170,17 @@ def test_probe_tells_an_operation_that_heeds_the_scale_from_one_that_does_not() 
     assert not integration.heeds_global_scale(integration.CompressedTensorsDequantize)
 
 
-@pytest.mark.parametrize("operation", [integration.CompressedTensorsDequantize, integration.DequantizeNvfp4Experts])
-def test_int4_experts_go_through_the_stock_operation(operation: type[integration.CompressedTensorsDequantize]) -> None:
+@pytest.mark.parametrize(
+    "operation", [integration.CompressedTensorsDequantize, integration.DequantizeNvfp4Experts]
+)
+def test_int4_experts_go_through_the_stock_operation(
+    operation: type[integration.CompressedTensorsDequantize],
+) -> None:
     """The source's own format: eight codes of 15, that is 7, under a scale of 0.5."""
-    scheme = QuantizationScheme(targets=["re:.*experts.*"], weights=QuantizationArgs(num_bits=4, group_size=8, strategy="group"))
+    scheme = QuantizationScheme(
+        targets=["re:.*experts.*"],
+        weights=QuantizationArgs(num_bits=4, group_size=8, strategy="group"),
+    )
     config = SimpleNamespace(config_groups={"group_0": scheme}, format="pack-quantized")
     tensors = {
         "experts.*.weight_packed": [torch.tensor([[-1]], dtype=torch.int32)],
@@ -147,5 +189,7 @@ def test_int4_experts_go_through_the_stock_operation(operation: type[integration
     }
     loader = operation(SimpleNamespace(compressor=SimpleNamespace(quantization_config=config)))
     model = SimpleNamespace(get_parameter=lambda name: torch.zeros(1))
-    decoded = loader.convert(tensors, [], [], full_layer_name="experts", model=model)["experts.*.weight_packed"]
+    decoded = loader.convert(tensors, [], [], full_layer_name="experts", model=model)[
+        "experts.*.weight_packed"
+    ]
     assert decoded.tolist() == [[[3.5] * 8]]

@@ -1,4 +1,5 @@
-"""The job's command as tests run it: inside this process with tasks in the same process, or as a process of its own on Ray."""
+"""The job's command as tests run it: inside this process with tasks in the same process, or as a
+process of its own on Ray."""
 
 import atexit
 import hashlib
@@ -25,8 +26,9 @@ from tests.reference.narrow import write_narrow
 
 CONFIG = REPO / "configs" / "tiny.yaml"
 
-# A narrow sample model end to end in seconds: 256 calibration tokens in two parts, one sweep, no held-out text. All that the tests' numbers rest on
-# is said here, whatever configs/tiny.yaml is set to.
+# A narrow sample model end to end in seconds: 256 calibration tokens in two parts, one sweep, no
+# held-out text. All that the tests' numbers rest on is said here, whatever configs/tiny.yaml is set
+# to.
 SMALL = {
     "calibration.num_sequences": "4",
     "calibration.sequence_length": "64",
@@ -41,7 +43,9 @@ SMALL = {
     "evaluation": "null",
 }
 ROUNDED = {"compression.solver": "round_to_nearest"}  # where the numbers do not matter
-HELD_OUT = "{documents: examples/tiny-kimi-k2.5/heldout.jsonl, num_sequences: 2, sequence_length: 64}"
+HELD_OUT = (
+    "{documents: examples/tiny-kimi-k2.5/heldout.jsonl, num_sequences: 2, sequence_length: 64}"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,10 +57,19 @@ class Outcome:
     err: str
 
 
-def arguments(root: Path | str, settings: dict[str, str] | None = None, config: Path = CONFIG) -> list[str]:
-    """The command's arguments for the small run. settings: on top of `small()`, dotted key -> YAML."""
+def arguments(
+    root: Path | str, settings: dict[str, str] | None = None, config: Path = CONFIG
+) -> list[str]:
+    """The command's arguments for the small run. settings: on top of `small()`, dotted key ->
+    YAML."""
     chosen = small() | (settings or {})
-    return ["--config", str(config), "--run-root", str(root), *(a for key, value in chosen.items() for a in ("--set", f"{key}={value}"))]
+    return [
+        "--config",
+        str(config),
+        "--run-root",
+        str(root),
+        *(a for key, value in chosen.items() for a in ("--set", f"{key}={value}")),
+    ]
 
 
 def small() -> dict[str, str]:
@@ -73,10 +86,13 @@ def narrow_model() -> Path:
 
 
 def invoke(*args: str, on_ray: bool = False) -> Outcome:
-    """The command in this process, from the command line on. Its tasks run in this process too, or on the Ray that a fixture has started."""
+    """The command in this process, from the command line on. Its tasks run in this process too, or
+    on the Ray that a fixture has started."""
     app = typer.Typer(add_completion=False)
     app.command()(compress.main)
-    local = mock.patch.object(compress, "RayRunner", lambda plan, root, address: nullcontext(LocalRunner(plan, root)))
+    local = mock.patch.object(
+        compress, "RayRunner", lambda plan, root, address: nullcontext(LocalRunner(plan, root))
+    )
     with nullcontext() if on_ray else local, chdir(REPO), own_logging():
         result = CliRunner().invoke(app, args)
     if result.exception is not None and not isinstance(result.exception, SystemExit):
@@ -86,7 +102,8 @@ def invoke(*args: str, on_ray: bool = False) -> Outcome:
 
 @contextmanager
 def own_logging() -> Iterator[None]:
-    """The command points p48ray's log at the standard output it finds, which a test takes away again."""
+    """The command points p48ray's log at the standard output it finds, which a test takes away
+    again."""
     logger = logging.getLogger("p48ray")
     handlers, propagate, level = logger.handlers[:], logger.propagate, logger.level
     yield
@@ -94,7 +111,9 @@ def own_logging() -> Iterator[None]:
     logger.setLevel(level)
 
 
-def launch(*args: str, env: dict[str, str] | None = None, cwd: Path = REPO) -> subprocess.Popen[str]:
+def launch(
+    *args: str, env: dict[str, str] | None = None, cwd: Path = REPO
+) -> subprocess.Popen[str]:
     """The command as a person starts it: a process (and a process group) of its own."""
     return subprocess.Popen(
         [sys.executable, str(REPO / "jobs" / "compress.py"), *args],
@@ -115,9 +134,13 @@ def run_process(*args: str, env: dict[str, str] | None = None) -> Outcome:
 
 
 def snapshot(folder: Path) -> dict[str, str]:
-    """Every file under a folder -> SHA-256 of its bytes, times left out; empty if there is no folder."""
+    """Every file under a folder -> SHA-256 of its bytes, times left out; empty if there is no
+    folder."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): hashlib.sha256(timeless(path.read_bytes())).hexdigest() for path in files}
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(timeless(path.read_bytes())).hexdigest()
+        for path in files
+    }
 
 
 def copy_model(folder: Path, model: Path = TINY) -> Path:
@@ -128,4 +151,6 @@ def copy_model(folder: Path, model: Path = TINY) -> Path:
 
 def attempts(root: Path) -> dict[str, bytes]:
     """Unit -> its manifest's bytes, which name the attempt that counts."""
-    return {path.parent.name: path.read_bytes() for path in (root / "units").glob("*/manifest.json")}
+    return {
+        path.parent.name: path.read_bytes() for path in (root / "units").glob("*/manifest.json")
+    }

@@ -1,6 +1,7 @@
 """jobs/compress.py that writes down which node was handed which task.
 
-python -m tests.jobs.recording_compress FILE --config FILE ...       one JSON line a task: {"node", "stage", "id", "layer"}
+python -m tests.jobs.recording_compress FILE --config FILE ...
+    one JSON line a task: {"node", "stage", "id", "layer"}
 """
 
 import json
@@ -19,7 +20,12 @@ def recording(path: str) -> type[Dispatcher]:
     def record(node: str, task: Task | None) -> Task | None:
         if task is not None:
             with open(path, "a") as file:
-                file.write(json.dumps({"node": node, "stage": task.stage, "id": task.id, "layer": task.layer}) + "\n")
+                file.write(
+                    json.dumps(
+                        {"node": node, "stage": task.stage, "id": task.id, "layer": task.layer}
+                    )
+                    + "\n"
+                )
         return task
 
     class RecordingDispatcher(Dispatcher):

@@ -1,4 +1,5 @@
-"""A mistake in what the user supplied: one clear error, exit code 2, nothing written. Through the real command line."""
+"""A mistake in what the user supplied: one clear error, exit code 2, nothing written. Through the
+real command line."""
 
 import json
 import re
@@ -26,7 +27,8 @@ LAYERS = "language_model.model.layers"
 def assert_refused(outcome: Outcome, words: list[str], root: Path) -> None:
     """Exit code 2, one error with all the words on stderr, no traceback, and no run root."""
     assert outcome.code == 2, outcome
-    assert len(re.findall(r"^error: ", outcome.err, re.MULTILINE)) == 1  # Ray's own processes may say more there
+    # Ray's own processes may say more there
+    assert len(re.findall(r"^error: ", outcome.err, re.MULTILINE)) == 1
     assert "Traceback" not in outcome.err + outcome.out
     assert "error: " not in outcome.out
     for word in words:
@@ -40,33 +42,53 @@ def assert_refused(outcome: Outcome, words: list[str], root: Path) -> None:
 @pytest.mark.parametrize(
     ("key", "value", "words"),
     [
-        ("compression.dampp", "0.1", ["compression.dampp: unknown key", "did you mean compression.damp?"]),
+        (
+            "compression.dampp",
+            "0.1",
+            ["compression.dampp: unknown key", "did you mean compression.damp?"],
+        ),
         ("compression.sweeps", "many", ["compression.sweeps", "valid integer", "'many'"]),
         ("output.storage", "thin", ["output.storage", "'dense' or 'sparse'", "'thin'"]),
         ("compression.solver", "gptq", ["solver 'gptq' needs sparsity 'none', found 'paired-4:8'"]),
     ],
 )
-def test_setting_is_refused_by_file_key_expected_and_found(key: str, value: str, words: list[str], tmp_path: Path) -> None:
+def test_setting_is_refused_by_file_key_expected_and_found(
+    key: str, value: str, words: list[str], tmp_path: Path
+) -> None:
     root = tmp_path / "run"
     assert_refused(invoke(*arguments(root, {key: value})), [str(CONFIG), *words], root)
 
 
 @pytest.mark.parametrize("args", [(), ("--dry-run",)])
 @pytest.mark.parametrize("place", ["hf://owner/name", "memory://here", "gs://bucket/run"])
-def test_run_root_where_nothing_can_be_written_is_refused(place: str, args: tuple[str, ...], tmp_path: Path) -> None:
+def test_run_root_where_nothing_can_be_written_is_refused(
+    place: str, args: tuple[str, ...], tmp_path: Path
+) -> None:
     outcome = invoke(*arguments(place), *args)
-    assert_refused(outcome, [f"{CONFIG}: run.root: expected a local folder or s3://bucket/prefix, found {place!r}"], tmp_path / "run")
+    assert_refused(
+        outcome,
+        [f"{CONFIG}: run.root: expected a local folder or s3://bucket/prefix, found {place!r}"],
+        tmp_path / "run",
+    )
 
 
 def test_more_experts_a_unit_than_the_model_has_are_refused(tmp_path: Path) -> None:
     root = tmp_path / "run"
-    assert_refused(invoke(*arguments(root, {"run.experts_per_unit": "17"})), ["run.experts_per_unit", "at most", "16", "found 17"], root)
+    assert_refused(
+        invoke(*arguments(root, {"run.experts_per_unit": "17"})),
+        ["run.experts_per_unit", "at most", "16", "found 17"],
+        root,
+    )
 
 
 def test_longer_sequences_than_the_model_takes_are_refused(tmp_path: Path) -> None:
     root = tmp_path / "run"
     outcome = invoke(*arguments(root, {"calibration.sequence_length": "4097"}))
-    assert_refused(outcome, ["calibration.sequence_length", "max_position_embeddings = 4096", "found 4097"], root)
+    assert_refused(
+        outcome,
+        ["calibration.sequence_length", "max_position_embeddings = 4096", "found 4097"],
+        root,
+    )
 
 
 # The source checkpoint.
@@ -105,11 +127,18 @@ def edit_index(folder: Path, change: Callable[[dict[str, str]], None]) -> None:
 
 def place_second_shard(folder: Path, file: str) -> None:
     """The index looks for the second shard's tensors in another file."""
-    edit_index(folder, lambda weight_map: weight_map.update({name: file for name, held in weight_map.items() if held == SHARD}))
+    edit_index(
+        folder,
+        lambda weight_map: weight_map.update(
+            {name: file for name, held in weight_map.items() if held == SHARD}
+        ),
+    )
 
 
 def name_an_absent_tensor(folder: Path) -> None:
-    edit_index(folder, lambda weight_map: weight_map.update({f"{LAYERS}.1.mlp.extra.weight": SHARD}))
+    edit_index(
+        folder, lambda weight_map: weight_map.update({f"{LAYERS}.1.mlp.extra.weight": SHARD})
+    )
 
 
 def lead_the_index_to_the_parent(folder: Path) -> None:
@@ -152,7 +181,9 @@ def break_config(folder: Path) -> None:
 
 
 def be_another_model(folder: Path) -> None:
-    (folder / "config.json").write_text(json.dumps(json.loads((folder / "config.json").read_text()) | {"model_type": "llama"}))
+    (folder / "config.json").write_text(
+        json.dumps(json.loads((folder / "config.json").read_text()) | {"model_type": "llama"})
+    )
 
 
 def drop_config(folder: Path) -> None:
@@ -163,8 +194,14 @@ def drop_config(folder: Path) -> None:
     ("damage", "words"),
     [
         (drop_shard, [INDEX, SHARD, "not in"]),
-        (truncate_shard, [SHARD, "expected 3057328 bytes", "found a file of 3056328 bytes", "truncated"]),
-        (truncate_shard_in_its_header, [SHARD, "expected a header of", "found a file of 100 bytes", "truncated"]),
+        (
+            truncate_shard,
+            [SHARD, "expected 3057328 bytes", "found a file of 3056328 bytes", "truncated"],
+        ),
+        (
+            truncate_shard_in_its_header,
+            [SHARD, "expected a header of", "found a file of 100 bytes", "truncated"],
+        ),
         (corrupt_header, [SHARD, "expected JSON"]),
         (claim_a_huge_header, [SHARD, "expected a header of at most", f"found {2**60}"]),
         (name_an_absent_tensor, [INDEX, f"{LAYERS}.1.mlp.extra.weight", SHARD]),
@@ -176,13 +213,19 @@ def drop_config(folder: Path) -> None:
         (break_config, ["config.json", "expected JSON"]),
         (
             be_another_model,
-            ["config.json: model_type", "one of deepseek_v3, kimi_k2, kimi_k25, qwen3_moe, found 'llama'", "docs/families.md shows how"],
+            [
+                "config.json: model_type",
+                "one of deepseek_v3, kimi_k2, kimi_k25, qwen3_moe, found 'llama'",
+                "docs/families.md shows how",
+            ],
         ),
         (drop_config, ["config.json", "found none"]),
     ],
     ids=lambda value: value.__name__ if callable(value) else "",
 )
-def test_damaged_source_is_refused_by_file_expected_and_found(damage: Damage, words: list[str], tmp_path: Path) -> None:
+def test_damaged_source_is_refused_by_file_expected_and_found(
+    damage: Damage, words: list[str], tmp_path: Path
+) -> None:
     folder, root = copy_model(tmp_path / "model"), tmp_path / "run"
     damage(folder)
     before = snapshot(tmp_path)
@@ -192,7 +235,9 @@ def test_damaged_source_is_refused_by_file_expected_and_found(damage: Damage, wo
 
 def test_source_that_is_not_there_is_refused(tmp_path: Path) -> None:
     outcome = invoke(*arguments(tmp_path / "run", {"source.checkpoint": str(tmp_path / "nowhere")}))
-    assert_refused(outcome, ["config.json", str(tmp_path / "nowhere"), "found none"], tmp_path / "run")
+    assert_refused(
+        outcome, ["config.json", str(tmp_path / "nowhere"), "found none"], tmp_path / "run"
+    )
 
 
 def narrow_model(folder: Path, size: int) -> None:
@@ -206,17 +251,29 @@ def narrow_model(folder: Path, size: int) -> None:
             return tensor
         return (tensor[:, :size] if "down_proj" in name else tensor[:size]).contiguous()
 
-    write_folder(folder, config, {name: cut(name, tensor) for name, tensor in plain_experts(load_tiny()).items()})
+    write_folder(
+        folder,
+        config,
+        {name: cut(name, tensor) for name, tensor in plain_experts(load_tiny()).items()},
+    )
     for file in TINY.glob("*token*"):
         shutil.copy(file, folder)
 
 
 @pytest.mark.parametrize(("size", "span"), [(120, 16), (120, 32), (112, 32)])
-def test_inputs_that_do_not_fill_a_scale_span_are_refused(size: int, span: int, tmp_path: Path) -> None:
+def test_inputs_that_do_not_fill_a_scale_span_are_refused(
+    size: int, span: int, tmp_path: Path
+) -> None:
     folder, root = tmp_path / "model", tmp_path / "run"
     narrow_model(folder, size)
-    outcome = invoke(*arguments(root, {"source.checkpoint": str(folder), "compression.scale_span": str(span)}))
-    words = [f"{LAYERS}.1.mlp.experts.0.down_proj", f"in_features divisible by {span}", f"found {size}"]
+    outcome = invoke(
+        *arguments(root, {"source.checkpoint": str(folder), "compression.scale_span": str(span)})
+    )
+    words = [
+        f"{LAYERS}.1.mlp.experts.0.down_proj",
+        f"in_features divisible by {span}",
+        f"found {size}",
+    ]
     assert_refused(outcome, words, root)
 
 
@@ -243,11 +300,14 @@ def test_scale_that_is_not_finite_stops_the_stream_by_name(value: float, tmp_pat
     file = poison_scales(folder, name, value)
     outcome = invoke(*arguments(root, {"source.checkpoint": str(folder)}))
     assert outcome.code == 2, outcome
-    assert len(re.findall(r"^error: ", outcome.err, re.MULTILINE)) == 1  # Ray's own processes may say more there
+    # Ray's own processes may say more there
+    assert len(re.findall(r"^error: ", outcome.err, re.MULTILINE)) == 1
     for word in (file, name, "expected finite values, found 1 of"):
         assert word in outcome.err
     assert not (root / "checkpoint").exists()
-    assert {path.parent.name[:4] for path in root.rglob("units/*/manifest.json")} <= {"L001"}, "only what the stream had left by then"
+    assert {path.parent.name[:4] for path in root.rglob("units/*/manifest.json")} <= {"L001"}, (
+        "only what the stream had left by then"
+    )
 
 
 # Texts.
@@ -257,19 +317,41 @@ def test_scale_that_is_not_finite_stops_the_stream_by_name(value: float, tmp_pat
     ("data", "words"),
     [
         (b"", ["expected text for 4 sequences of 64 tokens, found 0"]),
-        (b'\n  \n{"text": ""}\n{"text": "  "}\n', ["expected text for 4 sequences of 64 tokens, found 0"]),
+        (
+            b'\n  \n{"text": ""}\n{"text": "  "}\n',
+            ["expected text for 4 sequences of 64 tokens, found 0"],
+        ),
         (b'{"text": "too short"}\n', ["expected text for 4 sequences of 64 tokens, found 0"]),
         (b'{"text": "fine"}\n{"text": "caf\xe9"}\n', ["line 2", "not UTF-8"]),
-        (b'{"text": "fine"}\nplain words\n', ["line 2", "expected a JSON object with a 'text'", "plain words"]),
-        (b'{"text": "fine"}\n{"txt": "misspelt"}\n', ["line 2", "expected a JSON object with a 'text'", "misspelt"]),
+        (
+            b'{"text": "fine"}\nplain words\n',
+            ["line 2", "expected a JSON object with a 'text'", "plain words"],
+        ),
+        (
+            b'{"text": "fine"}\n{"txt": "misspelt"}\n',
+            ["line 2", "expected a JSON object with a 'text'", "misspelt"],
+        ),
         (b'["text"]\n', ["line 1", "expected a JSON object with a 'text'"]),
         (b'{"text": 7}\n', ["line 1", "'text' should be a string, found int"]),
         (b'{"text": "half a pair: \\ud83d"}\n', ["line 1", "lone surrogate"]),
         (b"[" * 100_000 + b"\n", ["line 1", "expected a JSON object with a 'text'"]),
     ],
-    ids=["empty", "blank", "short", "latin1", "not_json", "no_text", "list", "number", "surrogate", "deep"],
+    ids=[
+        "empty",
+        "blank",
+        "short",
+        "latin1",
+        "not_json",
+        "no_text",
+        "list",
+        "number",
+        "surrogate",
+        "deep",
+    ],
 )
-def test_unusable_text_is_refused_by_file_and_line(data: bytes, words: list[str], tmp_path: Path) -> None:
+def test_unusable_text_is_refused_by_file_and_line(
+    data: bytes, words: list[str], tmp_path: Path
+) -> None:
     path, root = tmp_path / "texts.jsonl", tmp_path / "run"
     path.write_bytes(data)
     outcome = invoke(*arguments(root, {"calibration.documents": str(path)}))
@@ -279,14 +361,20 @@ def test_unusable_text_is_refused_by_file_and_line(data: bytes, words: list[str]
 def test_unusable_held_out_text_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     path, root = tmp_path / "texts.jsonl", tmp_path / "run"
     path.write_text("plain words")
-    outcome = invoke(*arguments(root, {"evaluation": f"{{documents: {path}, num_sequences: 2, sequence_length: 64}}"}))
+    outcome = invoke(
+        *arguments(
+            root, {"evaluation": f"{{documents: {path}, num_sequences: 2, sequence_length: 64}}"}
+        )
+    )
     assert_refused(outcome, ["evaluation.documents", str(path), "line 1", "plain words"], root)
 
 
 def test_text_that_is_not_there_is_refused(tmp_path: Path) -> None:
     root = tmp_path / "run"
     outcome = invoke(*arguments(root, {"calibration.documents": str(tmp_path / "none.jsonl")}))
-    assert_refused(outcome, ["calibration.documents", str(tmp_path / "none.jsonl"), "No such file"], root)
+    assert_refused(
+        outcome, ["calibration.documents", str(tmp_path / "none.jsonl"), "No such file"], root
+    )
 
 
 # The run root.
@@ -302,7 +390,9 @@ def test_text_that_is_not_there_is_refused(tmp_path: Path) -> None:
         ("run.threads_per_worker", "2", ["run.threads_per_worker", "2", "1"]),
     ],
 )
-def test_run_root_of_another_plan_is_refused_by_setting_and_left_alone(key: str, value: str, words: list[str], finished_once: Path) -> None:
+def test_run_root_of_another_plan_is_refused_by_setting_and_left_alone(
+    key: str, value: str, words: list[str], finished_once: Path
+) -> None:
     before = snapshot(finished_once)
     outcome = invoke(*arguments(finished_once, {key: value}))
     assert outcome.code == 2, outcome
@@ -312,23 +402,33 @@ def test_run_root_of_another_plan_is_refused_by_setting_and_left_alone(key: str,
     assert snapshot(finished_once) == before
 
 
-def test_run_root_of_another_source_is_refused_and_left_alone(finished_once: Path, tmp_path: Path) -> None:
+def test_run_root_of_another_source_is_refused_and_left_alone(
+    finished_once: Path, tmp_path: Path
+) -> None:
     folder = copy_model(tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())
     config["text_config"]["rms_norm_eps"] = 1e-6
     (folder / "config.json").write_text(json.dumps(config))
     before = snapshot(finished_once)
     outcome = invoke(*arguments(finished_once, {"source.checkpoint": str(folder)}))
-    assert (outcome.code, "another plan: source fingerprint: expected" in outcome.err) == (2, True), outcome
+    assert (outcome.code, "another plan: source fingerprint: expected" in outcome.err) == (
+        2,
+        True,
+    ), outcome
     assert snapshot(finished_once) == before
 
 
-def test_run_root_of_other_texts_is_refused_and_left_alone(finished_once: Path, tmp_path: Path) -> None:
+def test_run_root_of_other_texts_is_refused_and_left_alone(
+    finished_once: Path, tmp_path: Path
+) -> None:
     path = tmp_path / "texts.jsonl"
     path.write_bytes((TINY / "calibration.jsonl").read_bytes() + b'{"text": "one more"}\n')
     before = snapshot(finished_once)
     outcome = invoke(*arguments(finished_once, {"calibration.documents": str(path)}))
-    assert (outcome.code, "another plan: calibration documents' digest: expected" in outcome.err) == (2, True), outcome
+    assert (
+        outcome.code,
+        "another plan: calibration documents' digest: expected" in outcome.err,
+    ) == (2, True), outcome
     assert snapshot(finished_once) == before
 
 
@@ -362,7 +462,9 @@ def test_shell_sees_exit_code_2_for_scales_that_workers_find_not_finite(tmp_path
 
 
 @pytest.mark.ray
-def test_text_found_bad_while_workers_start_leaves_no_run_root_and_no_ray_behind(tmp_path: Path) -> None:
+def test_text_found_bad_while_workers_start_leaves_no_run_root_and_no_ray_behind(
+    tmp_path: Path,
+) -> None:
     """Texts are packed beside the start of Ray and its workers."""
     path, root = tmp_path / "texts.jsonl", tmp_path / "run"
     path.write_text('{"text": "fine"}\nplain words\n')
@@ -380,6 +482,9 @@ def marked(mark: dict[str, str]) -> list[str]:
     found: list[str] = []
     for process in psutil.process_iter():
         with suppress(psutil.Error):
-            if process.status() != psutil.STATUS_ZOMBIE and mark.items() <= process.environ().items():
+            if (
+                process.status() != psutil.STATUS_ZOMBIE
+                and mark.items() <= process.environ().items()
+            ):
                 found.append(" ".join(process.cmdline())[:200])
     return found

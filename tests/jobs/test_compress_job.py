@@ -19,7 +19,11 @@ from tests.jobs.command import HELD_OUT, ROUNDED, arguments, attempts, invoke, r
 
 pytestmark = pytest.mark.slow
 
-ONE_SHOT = {"compression.solver": "sparsegpt_gptq", "compression.router_weight_exponent": "0", "compression.damp": "0.1"}
+ONE_SHOT = {
+    "compression.solver": "sparsegpt_gptq",
+    "compression.router_weight_exponent": "0",
+    "compression.damp": "0.1",
+}
 
 
 @pytest.fixture
@@ -31,7 +35,13 @@ def root(finished_run: Path) -> Path:
 def test_flags_are_four_and_help() -> None:
     outcome = invoke("--help")
     assert outcome.code == 0
-    assert set(re.findall(r"--[a-z][a-z-]*", outcome.out)) == {"--config", "--run-root", "--set", "--dry-run", "--help"}
+    assert set(re.findall(r"--[a-z][a-z-]*", outcome.out)) == {
+        "--config",
+        "--run-root",
+        "--set",
+        "--dry-run",
+        "--help",
+    }
 
 
 def test_command_without_configuration_is_a_users_mistake() -> None:
@@ -59,7 +69,8 @@ def test_dry_run_leaves_a_run_root_of_another_plan_alone(root: Path) -> None:
     assert snapshot(root) == before
 
 
-# Through a small process between: Linux counts the memory of whoever starts a process as that process's own peak.
+# Through a small process between: Linux counts the memory of whoever starts a process as that
+# process's own peak.
 MEASURE = """
 import resource, subprocess, sys
 code = subprocess.call(sys.argv[1:])
@@ -71,9 +82,21 @@ sys.exit(code)
 @pytest.mark.slow
 def test_dry_run_of_kimi_k25_prints_its_plan_within_a_gigabyte(tmp_path: Path) -> None:
     write_kimi_k25_skeleton(tmp_path / "kimi")
-    command = [sys.executable, "jobs/compress.py", "--config", "configs/kimi_k25_p48_nvfp4.yaml", "--dry-run"]
+    command = [
+        sys.executable,
+        "jobs/compress.py",
+        "--config",
+        "configs/kimi_k25_p48_nvfp4.yaml",
+        "--dry-run",
+    ]
     command += ["--set", f"source.checkpoint={tmp_path / 'kimi'}"]
-    measured = subprocess.run([sys.executable, "-c", MEASURE, *command], cwd=REPO, capture_output=True, text=True, check=False)
+    measured = subprocess.run(
+        [sys.executable, "-c", MEASURE, *command],
+        cwd=REPO,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert measured.returncode == 0, measured.stderr
     *lines, peak_rss = measured.stdout.splitlines()
     printed = "\n".join(lines)
@@ -84,14 +107,22 @@ def test_dry_run_of_kimi_k25_prints_its_plan_within_a_gigabyte(tmp_path: Path) -
         "61 shards, 595.15 GB",
         "GPU-hours",
     )
-    for words in (*values, "read by streaming stages", "read by units", "written", "stored at the peak"):
+    for words in (
+        *values,
+        "read by streaming stages",
+        "read by units",
+        "written",
+        "stored at the peak",
+    ):
         assert words in printed
     assert int(peak_rss) * 1024 < 10**9
     assert {path.name for path in tmp_path.iterdir()} == {"kimi"}
 
 
 @pytest.mark.parametrize("root_setting", ["runs/somewhere", "./somewhere", "~/somewhere"])
-def test_relative_run_root_is_refused_under_a_ray_job(root_setting: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_relative_run_root_is_refused_under_a_ray_job(
+    root_setting: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps({"runtime_env": {}}))
     outcome = invoke(*arguments(root_setting))
     assert outcome.code == 2
@@ -100,17 +131,24 @@ def test_relative_run_root_is_refused_under_a_ray_job(root_setting: str, tmp_pat
 
 
 @pytest.mark.parametrize("prefix", ["", "file://"])
-def test_absolute_run_root_is_taken_under_a_ray_job(prefix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_absolute_run_root_is_taken_under_a_ray_job(
+    prefix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps({"runtime_env": {}}))
     assert invoke(*arguments(f"{prefix}{tmp_path}/run"), "--dry-run").code == 0
 
 
 @pytest.mark.ray
 def test_address_that_is_no_clusters_is_a_users_mistake(tmp_path: Path) -> None:
-    outcome = run_process(*arguments(tmp_path / "run"), env={"RAY_ADDRESS": "http://127.0.0.1:8265"})
+    outcome = run_process(
+        *arguments(tmp_path / "run"), env={"RAY_ADDRESS": "http://127.0.0.1:8265"}
+    )
     assert outcome.code == 2, outcome
     assert "Traceback" not in outcome.err
-    assert "error: RAY_ADDRESS: expected host:port of a running Ray cluster, found 'http://127.0.0.1:8265'" in outcome.err
+    assert (
+        "error: RAY_ADDRESS: expected host:port of a running Ray cluster, found"
+        " 'http://127.0.0.1:8265'" in outcome.err
+    )
 
 
 def test_address_where_nobody_listens_is_a_users_mistake_at_once(tmp_path: Path) -> None:
@@ -119,7 +157,10 @@ def test_address_where_nobody_listens_is_a_users_mistake_at_once(tmp_path: Path)
         address = f"127.0.0.1:{held.getsockname()[1]}"
         outcome = run_process(*arguments(tmp_path / "run"), env={"RAY_ADDRESS": address})
     assert outcome.code == 2, outcome
-    assert f"error: RAY_ADDRESS: expected host:port of a running Ray cluster, found {address!r}: " in outcome.err
+    assert (
+        f"error: RAY_ADDRESS: expected host:port of a running Ray cluster, found {address!r}: "
+        in outcome.err
+    )
 
 
 def test_report_is_printed_and_stored(tmp_path: Path) -> None:
@@ -129,23 +170,34 @@ def test_report_is_printed_and_stored(tmp_path: Path) -> None:
     report = json.loads((root / "report" / "report.json").read_text())
     quality = report["quality"]
     assert quality["num_tokens"] == 128
-    for shown in (f"{quality['source_perplexity']:.4f}", f"{quality['compressed_perplexity']:.4f}", f"{quality['kl']:.4f}"):
+    for shown in (
+        f"{quality['source_perplexity']:.4f}",
+        f"{quality['compressed_perplexity']:.4f}",
+        f"{quality['kl']:.4f}",
+    ):
         assert shown in outcome.out
     assert f"checkpoint: {root}/checkpoint/" in outcome.out
     assert outcome.err == ""
 
 
-def test_run_again_after_success_does_no_unit_twice(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_again_after_success_does_no_unit_twice(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     before, units = snapshot(root), attempts(root)
     assert len(units) == 16
     worked: list[object] = []
     for stage in ("capture", "compress", "verify"):
-        monkeypatch.setitem(STAGES, stage, replace(STAGES[stage], body=lambda _, item: worked.append(item)))
+        monkeypatch.setitem(
+            STAGES, stage, replace(STAGES[stage], body=lambda _, item: worked.append(item))
+        )
     outcome = invoke(*arguments(root))
     assert outcome.code == 0, outcome
     assert worked == []
     assert attempts(root) == units
-    for stage in ("compress  16 units, 16 already done", "capture   8 activation parts, 8 already done"):
+    for stage in (
+        "compress  16 units, 16 already done",
+        "capture   8 activation parts, 8 already done",
+    ):
         assert stage in outcome.out
     after = snapshot(root)
     assert after.keys() == before.keys()
@@ -162,7 +214,9 @@ def test_missing_pieces_are_made_again_and_nothing_else(root: Path) -> None:
         shard.unlink()
     assert invoke(*arguments(root)).code == 0
     assert snapshot(root / "checkpoint") == before
-    assert {unit for unit, manifest in attempts(root).items() if manifest != units[unit]} == {"L002-E004-007"}
+    assert {unit for unit, manifest in attempts(root).items() if manifest != units[unit]} == {
+        "L002-E004-007"
+    }
 
 
 def test_output_shard_of_another_size_is_made_again(root: Path) -> None:
@@ -173,7 +227,9 @@ def test_output_shard_of_another_size_is_made_again(root: Path) -> None:
     assert snapshot(root / "checkpoint") == before
 
 
-def test_shard_that_is_made_again_is_verified_again_and_has_no_index_until_then(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shard_that_is_made_again_is_verified_again_and_has_no_index_until_then(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     shard = sorted((root / "checkpoint").glob("*.safetensors"))[3]
     shard.write_bytes(shard.read_bytes()[:-100])
     verified: list[str] = []
@@ -194,9 +250,17 @@ def test_shard_that_is_made_again_is_verified_again_and_has_no_index_until_then(
 
 def test_settings_outside_the_digest_may_change_on_resume(root: Path) -> None:
     before = snapshot(root / "checkpoint")
-    assert invoke(*arguments(root, {"evaluation": HELD_OUT, "run.num_workers": "1", "run.max_attempts": "5"})).code == 0
+    assert (
+        invoke(
+            *arguments(
+                root, {"evaluation": HELD_OUT, "run.num_workers": "1", "run.max_attempts": "5"}
+            )
+        ).code
+        == 0
+    )
     after = snapshot(root / "checkpoint")
-    assert {name for name in after if after[name] != before.get(name)} == {"README.md"}  # the card tells what was measured since
+    # the card tells what was measured since
+    assert {name for name in after if after[name] != before.get(name)} == {"README.md"}
     assert json.loads((root / "report" / "report.json").read_text())["quality"]["num_tokens"] == 128
 
 
@@ -214,7 +278,10 @@ def data_start(path: Path) -> int:
 def test_damage_that_verification_finds_gives_exit_code_1(place: str, root: Path) -> None:
     shard = sorted((root / "checkpoint").glob("*.safetensors"))[1]
     start = data_start(shard)
-    flip_bit(shard, {"a global scale": start, "a code": start + 200_000, "an untouched tensor": -1}[place])
+    flip_bit(
+        shard,
+        {"a global scale": start, "a code": start + 200_000, "an untouched tensor": -1}[place],
+    )
     (root / "verification" / f"{shard.stem}.json").unlink()
     outcome = invoke(*arguments(root))
     assert outcome.code == 1, outcome
@@ -247,7 +314,9 @@ def test_damaged_shard_is_made_again_once_it_is_deleted(root: Path) -> None:
 
 
 def test_stray_weights_in_the_checkpoint_give_exit_code_1(root: Path) -> None:
-    (root / "checkpoint" / "model-99999-of-99999.safetensors").write_bytes(b"\x02" + bytes(7) + b"{}")
+    (root / "checkpoint" / "model-99999-of-99999.safetensors").write_bytes(
+        b"\x02" + bytes(7) + b"{}"
+    )
     outcome = invoke(*arguments(root))
     assert outcome.code == 1, outcome
     assert "model-99999-of-99999.safetensors: not planned" in outcome.err
@@ -264,6 +333,12 @@ def test_baseline_is_compressed_beside_the_result_and_reported_with_it(root: Pat
     assert report["baseline"] == expected
     assert report["baseline"]["kl"] > 0
     assert report["baseline"] != report["quality"]
-    assert f"KL ratio to the one-shot baseline: {report['quality']['kl'] / expected['kl']:.3f}" in outcome.out
+    assert (
+        f"KL ratio to the one-shot baseline: {report['quality']['kl'] / expected['kl']:.3f}"
+        in outcome.out
+    )
     again = invoke(*arguments(root, settings))
-    assert (again.code, json.loads((root / "report/report.json").read_text())["baseline"]) == (0, expected)
+    assert (again.code, json.loads((root / "report/report.json").read_text())["baseline"]) == (
+        0,
+        expected,
+    )

@@ -1,4 +1,5 @@
-"""Two nodes with two workers each and a bucket: what is read of it, byte by byte, against who worked on what."""
+"""Two nodes with two workers each and a bucket: what is read of it, byte by byte, against who
+worked on what."""
 
 import json
 import os
@@ -31,9 +32,13 @@ SETTINGS = {
 UNITS_PER_LAYER = 8
 
 
-def test_a_node_reads_a_layer_once_however_many_units_of_it_it_solves(seaweedfs: Server, tmp_path: Path) -> None:
+def test_a_node_reads_a_layer_once_however_many_units_of_it_it_solves(
+    seaweedfs: Server, tmp_path: Path
+) -> None:
     room = {"object_store_memory": 80 * 2**20}
-    cluster = Cluster(initialize_head=True, head_node_args=room | {"num_cpus": 0, "include_dashboard": False})
+    cluster = Cluster(
+        initialize_head=True, head_node_args=room | {"num_cpus": 0, "include_dashboard": False}
+    )
     try:
         for _ in range(NUM_NODES):
             cluster.add_node(num_cpus=WORKERS_PER_NODE, **room)
@@ -42,14 +47,28 @@ def test_a_node_reads_a_layer_once_however_many_units_of_it_it_solves(seaweedfs:
             if path.suffix != ".jsonl":
                 source.put(path.name, path.read_bytes())
         with fault_proxy(seaweedfs.endpoint_url) as proxy:
-            places = {"source.checkpoint": source.uri, "source.endpoint_url": proxy.endpoint_url, "run.endpoint_url": proxy.endpoint_url}
+            places = {
+                "source.checkpoint": source.uri,
+                "source.endpoint_url": proxy.endpoint_url,
+                "run.endpoint_url": proxy.endpoint_url,
+            }
             settings = SETTINGS | places | {"run.node_cache": str(tmp_path / "cache")}
             (tmp_path / "cache").mkdir()
-            command = [sys.executable, "-m", "tests.jobs.recording_compress", str(tmp_path / "tasks.jsonl")]
+            command = [
+                sys.executable,
+                "-m",
+                "tests.jobs.recording_compress",
+                str(tmp_path / "tasks.jsonl"),
+            ]
             ended = subprocess.run(
                 [*command, *arguments(f"s3://{BUCKET}/shared", settings)],
                 cwd=REPO,
-                env=os.environ | aws_environment() | {"RAY_ADDRESS": str(cluster.address), "PYTHONPATH": str(REPO)},
+                env=os.environ
+                | aws_environment()
+                | {
+                    "RAY_ADDRESS": str(cluster.address),
+                    "PYTHONPATH": str(REPO),
+                },
                 capture_output=True,
                 text=True,
                 timeout=280,
@@ -72,7 +91,18 @@ def test_a_node_reads_a_layer_once_however_many_units_of_it_it_solves(seaweedfs:
         read[int(found[1])] += request.num_reply_bytes
     for layer in (1, 2, 3, 4):
         kinds = ("activations", "gradients")
-        stored = sum(i.size_bytes for kind in kinds for i in store.list(f"{kind}/layer-{layer:03d}/") if i.key.endswith(".arrow"))
-        assert read[layer] == len(nodes[layer]) * stored, f"layer {layer} of {stored} bytes by {len(nodes[layer])} nodes"
-    assert sum(len(n) for n in nodes.values()) < 4 * UNITS_PER_LAYER / 2, "and layers keep to few nodes"
-    assert list((tmp_path / "cache").iterdir()) == [], "the last worker of a node took its cache along"
+        stored = sum(
+            i.size_bytes
+            for kind in kinds
+            for i in store.list(f"{kind}/layer-{layer:03d}/")
+            if i.key.endswith(".arrow")
+        )
+        assert read[layer] == len(nodes[layer]) * stored, (
+            f"layer {layer} of {stored} bytes by {len(nodes[layer])} nodes"
+        )
+    assert sum(len(n) for n in nodes.values()) < 4 * UNITS_PER_LAYER / 2, (
+        "and layers keep to few nodes"
+    )
+    assert list((tmp_path / "cache").iterdir()) == [], (
+        "the last worker of a node took its cache along"
+    )

@@ -1,4 +1,5 @@
-"""run.layers: a pilot of some layers, which ends with an estimate for all of them and no checkpoint."""
+"""run.layers: a pilot of some layers, which ends with an estimate for all of them and no
+checkpoint."""
 
 import json
 from pathlib import Path
@@ -50,7 +51,10 @@ def test_report_and_print_say_what_all_layers_would_take(pilot: tuple[Path, Outc
     report = json.loads((root / "report" / "report.json").read_text())
     found = report["pilot"]
     spent = [json.loads(data)["seconds"] for data in attempts(root).values()]
-    parts = [json.loads(path.read_text())["seconds"] for path in (root / "activations").glob("*/part-*.json")]
+    parts = [
+        json.loads(path.read_text())["seconds"]
+        for path in (root / "activations").glob("*/part-*.json")
+    ]
     worked_s = sum(sum(seconds.values()) for seconds in spent) + sum(parts)
     assert (found["layers"], found["of_layers"]) == (2, 4)
     assert found["worker_hours"] == pytest.approx(2 * worked_s / 3600, abs=0.11 * 2 / 3600)
@@ -66,12 +70,16 @@ def test_plan_of_a_pilot_says_what_it_is(pilot: tuple[Path, Outcome]) -> None:
     assert "none: a pilot of some layers (run.layers)" in outcome.out
 
 
-def test_units_of_a_pilot_are_those_of_the_whole_run(pilot: tuple[Path, Outcome], tmp_path: Path) -> None:
+def test_units_of_a_pilot_are_those_of_the_whole_run(
+    pilot: tuple[Path, Outcome], tmp_path: Path
+) -> None:
     whole = tmp_path / "whole"
     assert invoke(*arguments(whole, ROUNDED)).code == 0
     all_units, some = attempts(whole), attempts(pilot[0])
     assert set(some) == {unit for unit in all_units if unit[:4] in ("L001", "L003")}
-    assert digests(some) == {unit: digest for unit, digest in digests(all_units).items() if unit in some}
+    assert digests(some) == {
+        unit: digest for unit, digest in digests(all_units).items() if unit in some
+    }
     assert len(set(digests(some).values())) == len(some)
 
 
@@ -79,16 +87,23 @@ def digests(manifests: dict[str, bytes]) -> dict[str, str]:
     return {unit: json.loads(data)["sha256"] for unit, data in manifests.items()}
 
 
-def test_status_of_a_finished_pilot_shows_its_layers_and_nothing_missing(pilot: tuple[Path, Outcome]) -> None:
+def test_status_of_a_finished_pilot_shows_its_layers_and_nothing_missing(
+    pilot: tuple[Path, Outcome],
+) -> None:
     root, _ = pilot
     status = read_status(LocalStore(root))
     assert status.is_complete
     assert status.layers == ((1, 2, 4), (3, 2, 4))
-    assert {s.stage: (s.done, s.total) for s in status.stages if s.stage in ("capture", "compress")} == {
+    assert {
+        s.stage: (s.done, s.total) for s in status.stages if s.stage in ("capture", "compress")
+    } == {
         "capture": (4, 4),
         "compress": (8, 8),
     }
-    assert [(w.stage, w.done, w.total) for w in status.work] == [("capture", 4, 4), ("compress", 8, 8)]
+    assert [(w.stage, w.done, w.total) for w in status.work] == [
+        ("capture", 4, 4),
+        ("compress", 8, 8),
+    ]
     shown = CliRunner().invoke(app, ["status", str(root)])
     assert shown.exit_code == 0
     for words in ("complete", "capture", "compress", "of workers' time"):
@@ -113,27 +128,44 @@ def test_pilot_that_is_run_again_does_nothing_and_ends_well(pilot: tuple[Path, O
 
 
 @pytest.mark.parametrize(
-    ("settings", "found"), [({}, "None"), ({"run.layers": "[1]"}, "[1]"), ({"run.layers": "[1, 2, 3, 4]"}, "[1, 2, 3, 4]")]
+    ("settings", "found"),
+    [
+        ({}, "None"),
+        ({"run.layers": "[1]"}, "[1]"),
+        ({"run.layers": "[1, 2, 3, 4]"}, "[1, 2, 3, 4]"),
+    ],
 )
-def test_other_layers_in_a_pilots_run_root_are_refused_by_name(settings: dict[str, str], found: str, pilot: tuple[Path, Outcome]) -> None:
+def test_other_layers_in_a_pilots_run_root_are_refused_by_name(
+    settings: dict[str, str], found: str, pilot: tuple[Path, Outcome]
+) -> None:
     root, _ = pilot
-    outcome = invoke(*arguments(root, {k: v for k, v in PILOT.items() if k != "run.layers"} | settings))
+    outcome = invoke(
+        *arguments(root, {k: v for k, v in PILOT.items() if k != "run.layers"} | settings)
+    )
     assert outcome.code == 2, outcome
-    assert f"this run root belongs to another plan: run.layers: expected {found} (this run), found [3, 1]" in outcome.err
+    assert (
+        f"this run root belongs to another plan: run.layers: expected {found} (this run), found"
+        " [3, 1]" in outcome.err
+    )
 
 
 @pytest.mark.parametrize(
     ("layers", "words"),
     [
         ("[0]", "run.layers: expected some of the layers with experts (1 to 4), found [0]"),
-        ("[1, 5, 9]", "run.layers: expected some of the layers with experts (1 to 4), found [5, 9]"),
+        (
+            "[1, 5, 9]",
+            "run.layers: expected some of the layers with experts (1 to 4), found [5, 9]",
+        ),
         ("[-1]", "found [-1]"),
         ("[]", "run.layers: expected some of the layers with experts (1 to 4), found none"),
         ("[one]", "run.layers.0: "),
         ("3", "run.layers: "),
     ],
 )
-def test_layers_that_hold_no_experts_are_a_users_mistake(layers: str, words: str, tmp_path: Path) -> None:
+def test_layers_that_hold_no_experts_are_a_users_mistake(
+    layers: str, words: str, tmp_path: Path
+) -> None:
     outcome = invoke(*arguments(tmp_path / "run", ROUNDED | {"run.layers": layers}))
     assert outcome.code == 2, outcome
     assert words in outcome.err
@@ -141,6 +173,8 @@ def test_layers_that_hold_no_experts_are_a_users_mistake(layers: str, words: str
 
 
 def test_layers_named_twice_and_in_any_order_are_each_done_once(tmp_path: Path) -> None:
-    outcome = invoke(*arguments(tmp_path / "run", ROUNDED | {"run.layers": "[3, 1, 3]"}), "--dry-run")
+    outcome = invoke(
+        *arguments(tmp_path / "run", ROUNDED | {"run.layers": "[3, 1, 3]"}), "--dry-run"
+    )
     assert outcome.code == 0, outcome
     assert "96 (2 layers of 4 x 16 experts x 3" in outcome.out

@@ -66,7 +66,8 @@ def wait_for(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
 
 
 def end(process: subprocess.Popen[bytes], folder: Path) -> None:
-    """Ask the head to stop, then end what it left: what it started, and whatever names its folder."""
+    """Ask the head to stop, then end what it left: what it started, and whatever names its
+    folder."""
     family = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
     process.terminate()
     with suppress(subprocess.TimeoutExpired):
@@ -83,8 +84,10 @@ def end(process: subprocess.Popen[bytes], folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def head() -> Iterator[Head]:
-    """`ray start --head` as docs/run-on-one-node.md has it, with a token, ports and a folder of its own."""
-    folder = Path(tempfile.mkdtemp(prefix="p48ray-"))  # pytest's own folders are too long for the names of sockets
+    """`ray start --head` as docs/run-on-one-node.md has it, with a token, ports and a folder of its
+    own."""
+    # pytest's own folders are too long for the names of sockets
+    folder = Path(tempfile.mkdtemp(prefix="p48ray-"))
     env = {k: v for k, v in os.environ.items() if not k.startswith("RAY_") and k != "PYTHONPATH"}
     env |= {
         "HOME": str(folder),
@@ -94,11 +97,25 @@ def head() -> Iterator[Head]:
     }
     subprocess.run([RAY, "get-auth-token", "--generate"], env=env, check=True, capture_output=True)
     dashboard, agent, client = free_ports(3)
-    command = [RAY, "start", "--head", "--block", "--num-cpus=2", f"--object-store-memory={100 * 2**20}", f"--temp-dir={folder}/ray"]
+    command = [
+        RAY,
+        "start",
+        "--head",
+        "--block",
+        "--num-cpus=2",
+        f"--object-store-memory={100 * 2**20}",
+        f"--temp-dir={folder}/ray",
+    ]
     command += ["--port=0"]
-    command += [f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}", f"--ray-client-server-port={client}"]
+    command += [
+        f"--dashboard-port={dashboard}",
+        f"--dashboard-agent-listen-port={agent}",
+        f"--ray-client-server-port={client}",
+    ]
     with (folder / "head.log").open("wb") as log:
-        process = subprocess.Popen(command, env=env, stdout=log, stderr=log, cwd=folder, start_new_session=True)
+        process = subprocess.Popen(
+            command, env=env, stdout=log, stderr=log, cwd=folder, start_new_session=True
+        )
     try:
         wait_for(f"http://127.0.0.1:{dashboard}", process, folder / "head.log")
         yield Head(f"http://127.0.0.1:{dashboard}", folder, env)
@@ -109,9 +126,16 @@ def head() -> Iterator[Head]:
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of this repository that can be told from it, with an environment and old runs that are not to be sent anywhere."""
+    """A copy of this repository that can be told from it, with an environment and old runs that are
+    not to be sent anywhere."""
     folder = tmp_path_factory.mktemp("checkout") / "repo"
-    shutil.copytree(REPO, folder, ignore=shutil.ignore_patterns(".git", ".venv", "runs", ".*_cache", "*__pycache__*", "*.egg-info"))
+    shutil.copytree(
+        REPO,
+        folder,
+        ignore=shutil.ignore_patterns(
+            ".git", ".venv", "runs", ".*_cache", "*__pycache__*", "*.egg-info"
+        ),
+    )
     init = folder / "p48ray" / "__init__.py"
     init.write_text(init.read_text().replace(__version__, f"{__version__}+submitted"))
     for ignored in (".venv/bin/python", "runs/tiny/plan.json"):
@@ -121,8 +145,27 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def submit(head: Head, checkout: Path, *args: str) -> subprocess.Popen[str]:
-    command = [RAY, "job", "submit", "--address", head.url, "--working-dir", ".", "--", "python", "jobs/compress.py", *args]
-    return subprocess.Popen(command, env=head.env, cwd=checkout, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    command = [
+        RAY,
+        "job",
+        "submit",
+        "--address",
+        head.url,
+        "--working-dir",
+        ".",
+        "--",
+        "python",
+        "jobs/compress.py",
+        *args,
+    ]
+    return subprocess.Popen(
+        command,
+        env=head.env,
+        cwd=checkout,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,9 +181,14 @@ class Submitted:
 def submitted(head: Head, checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Submitted:
     root = tmp_path_factory.mktemp("submitted") / "run"
     for _ in range(3):
-        process = submit(head, checkout, *arguments(root, {"evaluation": HELD_OUT}, config=Path("configs/tiny.yaml")))
+        process = submit(
+            head,
+            checkout,
+            *arguments(root, {"evaluation": HELD_OUT}, config=Path("configs/tiny.yaml")),
+        )
         printed, _ = process.communicate(timeout=120)
-        if "No available agent" not in printed:  # the job server answers before it can take jobs, on a busy machine long before
+        # the job server answers before it can take jobs, on a busy machine long before
+        if "No available agent" not in printed:
             break
     return Submitted(process.returncode, printed, root)
 
@@ -148,32 +196,66 @@ def submitted(head: Head, checkout: Path, tmp_path_factory: pytest.TempPathFacto
 def test_submitted_job_succeeds_and_logs_progress_and_report(submitted: Submitted) -> None:
     assert submitted.code == 0, submitted.printed
     assert re.search(r"Job 'raysubmit_\w+' succeeded", submitted.printed)
-    for words in ("compress  16 units", "16/16 units in", "6/6 shards in", "KL to source", f"checkpoint: {submitted.root}/checkpoint/"):
+    for words in (
+        "compress  16 units",
+        "16/16 units in",
+        "6/6 shards in",
+        "KL to source",
+        f"checkpoint: {submitted.root}/checkpoint/",
+    ):
         assert words in submitted.printed
 
 
 def test_driver_and_workers_run_the_submitted_code(submitted: Submitted) -> None:
-    manifests = [json.loads(path.read_text()) for path in submitted.root.glob("units/*/manifest.json")]
+    manifests = [
+        json.loads(path.read_text()) for path in submitted.root.glob("units/*/manifest.json")
+    ]
     assert len(manifests) == 16
-    assert {manifest["versions"]["p48ray"] for manifest in manifests} == {f"{__version__}+submitted"}
-    assert f"p48ray {__version__}+submitted" in (submitted.root / "checkpoint" / "README.md").read_text()
+    assert {manifest["versions"]["p48ray"] for manifest in manifests} == {
+        f"{__version__}+submitted"
+    }
+    assert (
+        f"p48ray {__version__}+submitted"
+        in (submitted.root / "checkpoint" / "README.md").read_text()
+    )
 
 
 @pytest.mark.usefixtures("submitted")
 def test_environment_and_old_runs_stay_at_home(head: Head) -> None:
-    packages = [path for path in head.folder.glob("ray/session_2*/runtime_resources/working_dir_files/_ray_pkg_*") if path.is_dir()]
+    packages = [
+        path
+        for path in head.folder.glob(
+            "ray/session_2*/runtime_resources/working_dir_files/_ray_pkg_*"
+        )
+        if path.is_dir()
+    ]
     assert len(packages) == 1
     names = {path.name for path in packages[0].iterdir()}
     assert names >= {"jobs", "p48ray", "configs", "examples"}
     assert not names & {".venv", "runs", ".git"}
 
 
-def test_mistake_fails_the_job_and_is_named_in_its_log(head: Head, checkout: Path, tmp_path: Path) -> None:
-    unknown_key = submit(head, checkout, *arguments(tmp_path / "run", {"compression.dampp": "1"}, config=Path("configs/tiny.yaml")))
+def test_mistake_fails_the_job_and_is_named_in_its_log(
+    head: Head, checkout: Path, tmp_path: Path
+) -> None:
+    unknown_key = submit(
+        head,
+        checkout,
+        *arguments(tmp_path / "run", {"compression.dampp": "1"}, config=Path("configs/tiny.yaml")),
+    )
     relative_root = submit(head, checkout, "--config", "configs/tiny.yaml")
     for process, words in (
-        (unknown_key, "error: configs/tiny.yaml: compression.dampp: unknown key; did you mean compression.damp?"),
-        (relative_root, "error: run.root: expected an absolute path under `ray job submit`, found 'runs/tiny'"),
+        (
+            unknown_key,
+            (
+                "error: configs/tiny.yaml: compression.dampp: unknown key; did you mean"
+                " compression.damp?"
+            ),
+        ),
+        (
+            relative_root,
+            "error: run.root: expected an absolute path under `ray job submit`, found 'runs/tiny'",
+        ),
     ):
         printed, _ = process.communicate(timeout=120)
         assert process.returncode == 1, printed
@@ -192,8 +274,11 @@ def read_until(process: subprocess.Popen[str], pattern: str, read: list[str]) ->
     raise AssertionError("".join(read))
 
 
-def test_stopped_job_resubmitted_finishes_and_does_no_unit_twice(head: Head, checkout: Path, tmp_path: Path) -> None:
-    """Each unit is slow enough to be stopped among them. Ray calls a stopped job a success of the submission: what counts is in the run root."""
+def test_stopped_job_resubmitted_finishes_and_does_no_unit_twice(
+    head: Head, checkout: Path, tmp_path: Path
+) -> None:
+    """Each unit is slow enough to be stopped among them. Ray calls a stopped job a success of the
+    submission: what counts is in the run root."""
     root = tmp_path / "run"
     slow = {"source.checkpoint": str(TINY), "compression.sweeps": "20", "run.num_workers": "1"}
     command = arguments(root, slow, config=Path("configs/tiny.yaml"))
@@ -201,7 +286,13 @@ def test_stopped_job_resubmitted_finishes_and_does_no_unit_twice(head: Head, che
     process = submit(head, checkout, *command)
     job = read_until(process, r"raysubmit_\w+", log)[0]
     read_until(process, r"compress  [1-9]\d*/16 units  \d+ %", log)
-    subprocess.run([RAY, "job", "stop", "--address", head.url, job], env=head.env, check=True, capture_output=True, cwd=checkout)
+    subprocess.run(
+        [RAY, "job", "stop", "--address", head.url, job],
+        env=head.env,
+        check=True,
+        capture_output=True,
+        cwd=checkout,
+    )
     rest, _ = process.communicate(timeout=60)
     assert process.returncode == 0
     assert "stopped" in "".join(log) + rest

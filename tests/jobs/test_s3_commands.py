@@ -1,4 +1,5 @@
-"""Every command about a run root, with the run root and the source in a bucket of a server that is not AWS's."""
+"""Every command about a run root, with the run root and the source in a bucket of a server that is
+not AWS's."""
 
 import json
 import os
@@ -70,32 +71,52 @@ def test_status_verify_and_inspect_reach_it_by_the_option(root: str, seaweedfs: 
     assert found.exit_code == 0 and "relative weight error" in found.stdout
 
 
-def test_source_may_lie_elsewhere_than_its_checkpoint(root: str, seaweedfs: Server, moto_server: Server) -> None:
+def test_source_may_lie_elsewhere_than_its_checkpoint(
+    root: str, seaweedfs: Server, moto_server: Server
+) -> None:
     elsewhere = bucket(moto_server, "source-elsewhere")
     for path in narrow_model().iterdir():
         if path.suffix != ".jsonl":
             elsewhere.put(path.name, path.read_bytes())
-    places = ("--endpoint-url", seaweedfs.endpoint_url, "--source", f"s3://{BUCKET}/source-elsewhere")
-    found = call("verify", f"{root}/checkpoint", *places, "--source-endpoint-url", moto_server.endpoint_url)
+    places = (
+        "--endpoint-url",
+        seaweedfs.endpoint_url,
+        "--source",
+        f"s3://{BUCKET}/source-elsewhere",
+    )
+    found = call(
+        "verify", f"{root}/checkpoint", *places, "--source-endpoint-url", moto_server.endpoint_url
+    )
     assert found.exit_code == 0, found.output
     refused = call("verify", f"{root}/checkpoint", *places)
     assert refused.exit_code == 2 and "config.json" in refused.stderr
 
 
 @pytest.mark.parametrize("name", ["AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"])
-def test_status_reaches_it_by_boto3s_own_variables(root: str, seaweedfs: Server, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_status_reaches_it_by_boto3s_own_variables(
+    root: str, seaweedfs: Server, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv(name, seaweedfs.endpoint_url)
     assert call("status", root).exit_code == 0
 
 
 def verify_process(*words: str) -> subprocess.CompletedProcess[str]:
     """The command as a person starts it."""
-    return subprocess.run([sys.executable, "-m", "p48ray.cli", "verify", *words], cwd=REPO, capture_output=True, text=True, timeout=120)
+    return subprocess.run(
+        [sys.executable, "-m", "p48ray.cli", "verify", *words],
+        cwd=REPO,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
 
 
 @pytest.mark.ray
-def test_verify_prints_the_same_json_with_one_process_and_with_two(root: str, seaweedfs: Server) -> None:
-    """A fault in the bucket, so that there is something to say; progress in bytes is on the standard error alone."""
+def test_verify_prints_the_same_json_with_one_process_and_with_two(
+    root: str, seaweedfs: Server
+) -> None:
+    """A fault in the bucket, so that there is something to say; progress in bytes is on the
+    standard error alone."""
     store = bucket(seaweedfs, "commands/damaged")
     for info in bucket(seaweedfs, "commands/run/checkpoint").list():
         store.put(info.key, bucket(seaweedfs, "commands/run/checkpoint").get(info.key))
@@ -103,7 +124,13 @@ def test_verify_prints_the_same_json_with_one_process_and_with_two(root: str, se
     data = bytearray(store.get(shard))
     data[-1] ^= 1
     store.put(shard, bytes(data))
-    place = (f"s3://{BUCKET}/commands/damaged", "--source", f"s3://{BUCKET}/commands/source", "--endpoint-url", seaweedfs.endpoint_url)
+    place = (
+        f"s3://{BUCKET}/commands/damaged",
+        "--source",
+        f"s3://{BUCKET}/commands/source",
+        "--endpoint-url",
+        seaweedfs.endpoint_url,
+    )
     one, two = (verify_process(*place, *more) for more in ((), ("--workers", "2")))
     assert (one.returncode, two.returncode) == (1, 1), (one, two)
     assert one.stdout == two.stdout
@@ -114,11 +141,15 @@ def test_verify_prints_the_same_json_with_one_process_and_with_two(root: str, se
 
 
 @pytest.mark.ray
-def test_publish_takes_it_to_the_hub_and_leaves_its_records_in_the_bucket(root: str, seaweedfs: Server, tmp_path: Path) -> None:
+def test_publish_takes_it_to_the_hub_and_leaves_its_records_in_the_bucket(
+    root: str, seaweedfs: Server, tmp_path: Path
+) -> None:
     hub = Hub(tmp_path / "hub", part_bytes=300_000)
     store = bucket(seaweedfs, "commands/run")
     endpoint = ("--endpoint-url", seaweedfs.endpoint_url)
-    env = {name: os.environ[name] for name in os.environ if name.startswith(("AWS_", "NO_PROXY"))} | {"HF_HOME": str(tmp_path / "hf")}
+    env = {
+        name: os.environ[name] for name in os.environ if name.startswith(("AWS_", "NO_PROXY"))
+    } | {"HF_HOME": str(tmp_path / "hf")}
     try:
         for state in ("to send", None, "on the Hub"):
             more = ("--dry-run",) if state else ("--workers", "2")
@@ -128,7 +159,9 @@ def test_publish_takes_it_to_the_hub_and_leaves_its_records_in_the_bucket(root: 
             assert state is None or f" {state} " in out
             assert TOKEN not in out + err
         names = [info.key for info in store.list("checkpoint/")]
-        assert published(hub) == {name.removeprefix("checkpoint/"): store.get(name) for name in names}
+        assert published(hub) == {
+            name.removeprefix("checkpoint/"): store.get(name) for name in names
+        }
     finally:
         hub.close()
     assert len(list(store.list("publish/"))) == 6
@@ -139,17 +172,30 @@ def test_publish_takes_it_to_the_hub_and_leaves_its_records_in_the_bucket(root: 
     [
         ({"AWS_SECRET_ACCESS_KEY": "guessed"}, 2, (BUCKET, "credentials")),
         ({"run": "s3://no-such-bucket-here/run"}, 2, ("no-such-bucket-here",)),
-        ({"run": f"s3://{BUCKET}/commands/nothing"}, 2, ("expected a finished checkpoint", f"s3://{BUCKET}/commands/nothing")),
+        (
+            {"run": f"s3://{BUCKET}/commands/nothing"},
+            2,
+            ("expected a finished checkpoint", f"s3://{BUCKET}/commands/nothing"),
+        ),
     ],
     ids=["wrong secret", "no bucket", "nothing there"],
 )
 def test_publish_says_what_is_wrong_with_a_bucket(
-    root: str, seaweedfs: Server, tmp_path: Path, settings: dict[str, str], code: int, words: tuple[str, ...]
+    root: str,
+    seaweedfs: Server,
+    tmp_path: Path,
+    settings: dict[str, str],
+    code: int,
+    words: tuple[str, ...],
 ) -> None:
     hub = Hub(tmp_path / "hub")
-    env = {name: value for name, value in settings.items() if name != "run"} | {"HF_HOME": str(tmp_path / "hf")}
+    env = {name: value for name, value in settings.items() if name != "run"} | {
+        "HF_HOME": str(tmp_path / "hf")
+    }
     try:
-        process = launch_publish(settings.get("run", root), hub, "--endpoint-url", seaweedfs.endpoint_url, env=env)
+        process = launch_publish(
+            settings.get("run", root), hub, "--endpoint-url", seaweedfs.endpoint_url, env=env
+        )
         out, err = process.communicate(timeout=120)
     finally:
         hub.close()

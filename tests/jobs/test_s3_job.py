@@ -10,7 +10,15 @@ from pathlib import Path
 import pytest
 
 from p48ray.store import Store, open_store, retry
-from tests.jobs.command import Outcome, arguments, invoke, launch, narrow_model, run_process, snapshot
+from tests.jobs.command import (
+    Outcome,
+    arguments,
+    invoke,
+    launch,
+    narrow_model,
+    run_process,
+    snapshot,
+)
 from tests.servers.s3 import BUCKET, Server, aws_environment
 
 
@@ -25,7 +33,10 @@ def bucket(server: Server, prefix: str) -> Store:
 
 
 def run(server: Server, prefix: str, env: dict[str, str] | None = None, **more: str) -> Outcome:
-    return run_process(*arguments(f"s3://{BUCKET}/{prefix}", settings(server, **more)), env=aws_environment() | (env or {}))
+    return run_process(
+        *arguments(f"s3://{BUCKET}/{prefix}", settings(server, **more)),
+        env=aws_environment() | (env or {}),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -45,15 +56,23 @@ def assert_same_checkpoint(store: Store, local: Path) -> None:
 
 
 @pytest.mark.ray
-def test_run_in_a_bucket_killed_and_resumed_ends_in_the_bytes_of_a_local_one(seaweedfs: Server, local: Path) -> None:
+def test_run_in_a_bucket_killed_and_resumed_ends_in_the_bytes_of_a_local_one(
+    seaweedfs: Server, local: Path
+) -> None:
     """Source in a bucket too; the driver, with all its workers, is killed among the units."""
     source = bucket(seaweedfs, "source")
     for path in narrow_model().iterdir():
         if path.suffix != ".jsonl":
             source.put(path.name, path.read_bytes())
     store = bucket(seaweedfs, "killed")
-    more = {"source__checkpoint": f"s3://{BUCKET}/source", "source__endpoint_url": seaweedfs.endpoint_url, "run__keep": "checkpoint"}
-    process = launch(*arguments(f"s3://{BUCKET}/killed", settings(seaweedfs, **more)), env=aws_environment())
+    more = {
+        "source__checkpoint": f"s3://{BUCKET}/source",
+        "source__endpoint_url": seaweedfs.endpoint_url,
+        "run__keep": "checkpoint",
+    }
+    process = launch(
+        *arguments(f"s3://{BUCKET}/killed", settings(seaweedfs, **more)), env=aws_environment()
+    )
     deadline = time.monotonic() + 120
     while not (before := manifests(store)):
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()
@@ -67,15 +86,26 @@ def test_run_in_a_bucket_killed_and_resumed_ends_in_the_bytes_of_a_local_one(sea
     assert_same_checkpoint(store, local)
     facts = json.loads(store.get("store.json"))
     assert (facts["range_copy"], facts["unequal_parts"], facts["checksums"]) == (True, True, True)
-    assert [i.key for i in store.list("probe/")] == [i.key for i in store.list("units/") if i.key.endswith(".safetensors")] == []
+    assert (
+        [i.key for i in store.list("probe/")]
+        == [i.key for i in store.list("units/") if i.key.endswith(".safetensors")]
+        == []
+    )
 
 
 def manifests(store: Store) -> dict[str, bytes]:
-    return {i.key.split("/")[1]: store.get(i.key) for i in store.list("units/") if i.key.endswith("/manifest.json")}
+    return {
+        i.key.split("/")[1]: store.get(i.key)
+        for i in store.list("units/")
+        if i.key.endswith("/manifest.json")
+    }
 
 
-def test_server_that_copies_no_ranges_is_streamed_through_workers_to_the_same_bytes(moto_server: Server, local: Path) -> None:
-    """moto as the second implementation; what the probe said is then overruled, as if it had found no range copy."""
+def test_server_that_copies_no_ranges_is_streamed_through_workers_to_the_same_bytes(
+    moto_server: Server, local: Path
+) -> None:
+    """moto as the second implementation; what the probe said is then overruled, as if it had found
+    no range copy."""
     store = bucket(moto_server, "streamed")
     store.put("store.json", b'{"range_copy": false, "unequal_parts": false, "checksums": false}')
     outcome = invoke(*arguments(f"s3://{BUCKET}/streamed", settings(moto_server)))
@@ -83,7 +113,9 @@ def test_server_that_copies_no_ranges_is_streamed_through_workers_to_the_same_by
     assert_same_checkpoint(store, local)
 
 
-def test_wrong_secret_is_a_users_mistake_that_names_the_bucket(seaweedfs: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_secret_is_a_users_mistake_that_names_the_bucket(
+    seaweedfs: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "guessed")
     outcome = invoke(*arguments(f"s3://{BUCKET}/denied", settings(seaweedfs)))
     assert outcome.code == 2, outcome
@@ -92,9 +124,13 @@ def test_wrong_secret_is_a_users_mistake_that_names_the_bucket(seaweedfs: Server
     assert list(bucket(seaweedfs, "denied").list()) == []
 
 
-def test_server_that_is_not_there_fails_within_the_bounded_retries(seaweedfs: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_server_that_is_not_there_fails_within_the_bounded_retries(
+    seaweedfs: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
     port = 9  # discard: nobody listens
     monkeypatch.setattr(retry, "S3", replace(retry.S3, base_s=0.001))
-    outcome = invoke(*arguments(f"s3://{BUCKET}/gone", {"run.endpoint_url": f"http://127.0.0.1:{port}"}))
+    outcome = invoke(
+        *arguments(f"s3://{BUCKET}/gone", {"run.endpoint_url": f"http://127.0.0.1:{port}"})
+    )
     assert outcome.code == 1, outcome
     assert f"127.0.0.1:{port}" in outcome.err and f"failed {retry.S3.attempts} times" in outcome.err

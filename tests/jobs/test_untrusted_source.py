@@ -1,4 +1,5 @@
-"""Sources and run roots are other people's files: their code runs only where the user says so, and nothing in them is unpickled."""
+"""Sources and run roots are other people's files: their code runs only where the user says so, and
+nothing in them is unpickled."""
 
 import json
 import shutil
@@ -16,7 +17,8 @@ from tests.jobs.command import ROUNDED, arguments, copy_model, invoke
 pytestmark = pytest.mark.slow
 
 TOKENIZER_CODE = '''
-"""A byte tokenizer, in the form in which Kimi ships its own: Python that transformers imports from the checkpoint's folder."""
+"""A byte tokenizer, in the form in which Kimi ships its own: Python that transformers imports from
+the checkpoint's folder."""
 from pathlib import Path
 from transformers import PreTrainedTokenizer
 
@@ -56,16 +58,23 @@ class OwnConfig(PretrainedConfig):
 
 
 def model_with_code(folder: Path, marker: Path) -> Path:
-    """The sample with a tokenizer (and a config class) that is code in its folder; importing either leaves a marker."""
+    """The sample with a tokenizer (and a config class) that is code in its folder; importing either
+    leaves a marker."""
     copy_model(folder)
     for file in folder.glob("*token*"):
         file.unlink()
     (folder / "tokenization_own.py").write_text(TOKENIZER_CODE.format(marker=str(marker)))
-    own: dict[str, Any] = {"tokenizer_class": "OwnTokenizer", "auto_map": {"AutoTokenizer": ["tokenization_own.OwnTokenizer", None]}}
+    own: dict[str, Any] = {
+        "tokenizer_class": "OwnTokenizer",
+        "auto_map": {"AutoTokenizer": ["tokenization_own.OwnTokenizer", None]},
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(own))
     (folder / "configuration_own.py").write_text(CONFIG_CODE.format(marker=f"{marker}-config"))
     config = json.loads((folder / "config.json").read_text())
-    config["auto_map"] = {"AutoConfig": "configuration_own.OwnConfig", "AutoModel": "configuration_own.OwnModel"}
+    config["auto_map"] = {
+        "AutoConfig": "configuration_own.OwnConfig",
+        "AutoModel": "configuration_own.OwnModel",
+    }
     (folder / "config.json").write_text(json.dumps(config))
     return folder
 
@@ -73,7 +82,9 @@ def model_with_code(folder: Path, marker: Path) -> Path:
 @pytest.fixture
 def module_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where transformers copies a folder's code to before it imports it."""
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(
+        "transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules")
+    )
 
 
 @pytest.mark.usefixtures("module_cache")
@@ -92,10 +103,16 @@ def test_code_from_the_source_does_not_run_unless_trusted(tmp_path: Path) -> Non
 def test_trusted_tokenizer_of_the_source_runs_and_is_carried_over(tmp_path: Path) -> None:
     marker, root = tmp_path / "ran", tmp_path / "run"
     folder = model_with_code(tmp_path / "model", marker)
-    outcome = invoke(*arguments(root, ROUNDED | {"source.checkpoint": str(folder), "source.trust_remote_code": "true"}))
+    outcome = invoke(
+        *arguments(
+            root, ROUNDED | {"source.checkpoint": str(folder), "source.trust_remote_code": "true"}
+        )
+    )
     assert outcome.code == 0, outcome
     assert marker.exists()
-    assert (root / "checkpoint" / "tokenization_own.py").read_bytes() == (folder / "tokenization_own.py").read_bytes()
+    assert (root / "checkpoint" / "tokenization_own.py").read_bytes() == (
+        folder / "tokenization_own.py"
+    ).read_bytes()
 
 
 @pytest.mark.usefixtures("module_cache")
@@ -113,7 +130,8 @@ def test_built_in_tokenizer_is_used_where_code_is_not_trusted(tmp_path: Path) ->
 
 
 class OpenedFiles:
-    """Paths that this process opens while `is_watching`. An audit hook cannot be taken out again, only told to rest."""
+    """Paths that this process opens while `is_watching`. An audit hook cannot be taken out again,
+    only told to rest."""
 
     def __init__(self) -> None:
         self.is_watching = False
@@ -134,8 +152,17 @@ def opened() -> Iterator[OpenedFiles]:
 
 def test_pickles_in_source_and_run_root_are_never_read(opened: OpenedFiles, tmp_path: Path) -> None:
     folder, root = copy_model(tmp_path / "model"), tmp_path / "run"
-    pickles = [folder / "pytorch_model.bin", folder / "training_args.bin", folder / "vocab.pkl", folder / "tokenizer.pt"]
-    pickles += [root / "plan.pkl", root / "calibration" / "tokens.bin", root / "units" / "L001-E000-003" / "shard.pkl"]
+    pickles = [
+        folder / "pytorch_model.bin",
+        folder / "training_args.bin",
+        folder / "vocab.pkl",
+        folder / "tokenizer.pt",
+    ]
+    pickles += [
+        root / "plan.pkl",
+        root / "calibration" / "tokens.bin",
+        root / "units" / "L001-E000-003" / "shard.pkl",
+    ]
     pickles += [root / "checkpoint" / "pytorch_model.bin"]
     for path in pickles:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -146,4 +173,6 @@ def test_pickles_in_source_and_run_root_are_never_read(opened: OpenedFiles, tmp_
     assert outcome.code == 0, outcome
     assert any(path.endswith(".safetensors") for path in opened.paths)
     assert not {path for path in opened.paths if path.endswith((".bin", ".pkl", ".pt"))}
-    assert {path.name for path in (root / "checkpoint").iterdir()} & {path.name for path in pickles} == {"pytorch_model.bin"}
+    assert {path.name for path in (root / "checkpoint").iterdir()} & {
+        path.name for path in pickles
+    } == {"pytorch_model.bin"}

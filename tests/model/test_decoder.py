@@ -1,4 +1,5 @@
-"""One layer at a time: the same model under other names and storages is the same model, and what is missing is named."""
+"""One layer at a time: the same model under other names and storages is the same model, and what is
+missing is named."""
 
 import json
 import shutil
@@ -36,7 +37,12 @@ def variants(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     plain = {key: value for key, value in flat.items() if key != "quantization_config"}
     write_folder(root / "nested_bf16", nested | {"text_config": plain}, plain_experts(tensors))
     write_folder(root / "flat_int4", flat, flat_names(tensors))
-    write_folder(root / "flat_bf16", plain | {"model_type": "deepseek_v3"}, flat_names(plain_experts(tensors)), num_files=3)
+    write_folder(
+        root / "flat_bf16",
+        plain | {"model_type": "deepseek_v3"},
+        flat_names(plain_experts(tensors)),
+        num_files=3,
+    )
     for folder in root.iterdir():
         for name in TOKENIZER:
             shutil.copy(TINY / name, folder / name)
@@ -44,10 +50,15 @@ def variants(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def captured(source: Path) -> dict[str, list[bytes]]:
-    """Every column that capture writes of one sequence, and what its manifests say of the values."""
+    """Every column that capture writes of one sequence, and what its manifests say of the
+    values."""
     prepared = prepare(
         configure(
-            source, f"memory://{uuid.uuid4().hex}", "calibration.num_sequences=1", "calibration.sequence_length=32", "evaluation=null"
+            source,
+            f"memory://{uuid.uuid4().hex}",
+            "calibration.num_sequences=1",
+            "calibration.sequence_length=32",
+            "evaluation=null",
         )
     )
     write_inputs_once(prepared)
@@ -61,7 +72,15 @@ def captured(source: Path) -> dict[str, list[bytes]]:
             found[info.key] = [tensor_bytes(tensor) for tensor in columns.values()]
             if record is ActivationPart:
                 manifest = ActivationPart.load(context.store, info.key)
-                found[info.key].append(repr((manifest.amax_input, manifest.amax_intermediate, manifest.tokens_per_expert)).encode())
+                found[info.key].append(
+                    repr(
+                        (
+                            manifest.amax_input,
+                            manifest.amax_intermediate,
+                            manifest.tokens_per_expert,
+                        )
+                    ).encode()
+                )
     return found
 
 
@@ -84,7 +103,10 @@ def source_experts(decoder: Decoder, layer: int) -> RoutedExperts:
     def decode(expert: int) -> ExpertWeights:
         stem = f"language_model.model.layers.{layer}.mlp.experts.{expert}"
         return ExpertWeights(
-            *(whole_model.decode_int4(tensors, f"{stem}.{p}").to(decoder.dtype) for p in ("gate_proj", "up_proj", "down_proj"))
+            *(
+                whole_model.decode_int4(tensors, f"{stem}.{p}").to(decoder.dtype)
+                for p in ("gate_proj", "up_proj", "down_proj")
+            )
         )
 
     return RoutedExperts(16, decode)
@@ -97,7 +119,12 @@ def random_ids(batch: int = 3, length: int = 24) -> Tensor:
 def logits_of(decoder: Decoder, ids_BS: Tensor, micro_batch: int = 2) -> Tensor:
     x_BSH, positions = decoder.embed(ids_BS), decoder.positions(ids_BS.shape[1])
     for number in range(5):
-        x_BSH = run_layer(decoder.layer(number, source_experts(decoder, number) if number else None), x_BSH, positions, micro_batch)
+        x_BSH = run_layer(
+            decoder.layer(number, source_experts(decoder, number) if number else None),
+            x_BSH,
+            positions,
+            micro_batch,
+        )
     logits: Tensor = decoder.head()(x_BSH)
     return logits
 
@@ -135,7 +162,10 @@ def test_layer_holds_no_weights_of_the_routed_experts_and_no_gradients() -> None
     assert not any(p.requires_grad or p.is_meta for p in module.parameters())
     decoder = open_decoder(TINY)
     run_layer(module, decoder.embed(random_ids()), decoder.positions(24), 2)
-    assert len(seen) == 1 and seen[0].hidden_TH.shape == (3 * 24, 256), "all tokens of a part in one call, whatever the micro-batch"
+    assert len(seen) == 1 and seen[0].hidden_TH.shape == (
+        3 * 24,
+        256,
+    ), "all tokens of a part in one call, whatever the micro-batch"
 
 
 def damaged(change: str) -> CheckpointIndex:
@@ -150,10 +180,17 @@ def damaged(change: str) -> CheckpointIndex:
     return index
 
 
-@pytest.mark.parametrize(("change", "words"), [("missing", "self_attn.q_a_layernorm.weight"), ("unexpected", "self_attn.surprise")])
-def test_layer_with_a_tensor_too_few_or_too_many_is_refused_by_name(change: str, words: str) -> None:
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [("missing", "self_attn.q_a_layernorm.weight"), ("unexpected", "self_attn.surprise")],
+)
+def test_layer_with_a_tensor_too_few_or_too_many_is_refused_by_name(
+    change: str, words: str
+) -> None:
     index = damaged(change)
-    decoder = Decoder(index, describe_model(open_checkpoint(LocalStore(TINY))), torch.device("cpu"), torch.float32)
+    decoder = Decoder(
+        index, describe_model(open_checkpoint(LocalStore(TINY))), torch.device("cpu"), torch.float32
+    )
     with pytest.raises(SourceError, match=rf"layer 1: .*{change}.*'{words}'"):
         decoder.layer(1, source_experts(decoder, 1))
 

@@ -1,4 +1,5 @@
-"""The mixture that stands in for transformers' own: forward with and without W4A4 activations, several calls at once, and the backward pass."""
+"""The mixture that stands in for transformers' own: forward with and without W4A4 activations,
+several calls at once, and the backward pass."""
 
 import pytest
 import torch
@@ -7,7 +8,15 @@ from torch import Tensor
 from transformers import DeepseekV3Config
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Experts
 
-from p48ray.model.experts import ActivationScales, ExpertWeights, RoutedCall, RoutedExperts, RoutedInputs, intermediate, routes_by_expert
+from p48ray.model.experts import (
+    ActivationScales,
+    ExpertWeights,
+    RoutedCall,
+    RoutedExperts,
+    RoutedInputs,
+    intermediate,
+    routes_by_expert,
+)
 from tests.stages.slow_nvfp4 import quantize_tokens
 
 NUM_EXPERTS, HIDDEN, SIZE, TOP_K = 6, 64, 32, 2
@@ -16,19 +25,30 @@ NUM_EXPERTS, HIDDEN, SIZE, TOP_K = 6, 64, 32, 2
 def random_weights(seed: int = 0) -> list[ExpertWeights]:
     generator = torch.Generator().manual_seed(seed)
     shapes = ((SIZE, HIDDEN), (SIZE, HIDDEN), (HIDDEN, SIZE))
-    return [ExpertWeights(*(0.2 * torch.randn(s, generator=generator) for s in shapes)) for _ in range(NUM_EXPERTS)]
+    return [
+        ExpertWeights(*(0.2 * torch.randn(s, generator=generator) for s in shapes))
+        for _ in range(NUM_EXPERTS)
+    ]
 
 
 def random_call(tokens: int = 40, seed: int = 1) -> tuple[Tensor, Tensor, Tensor]:
     """(x, expert ids, router weights); expert 0 gets no token."""
     generator = torch.Generator().manual_seed(seed)
     ids_TK = 1 + torch.rand(tokens, NUM_EXPERTS - 1, generator=generator).argsort(1)[:, :TOP_K]
-    return torch.randn(tokens, HIDDEN, generator=generator), ids_TK, torch.rand(tokens, TOP_K, generator=generator) + 0.1
+    return (
+        torch.randn(tokens, HIDDEN, generator=generator),
+        ids_TK,
+        torch.rand(tokens, TOP_K, generator=generator) + 0.1,
+    )
 
 
 def transformers_module(weights: list[ExpertWeights]) -> DeepseekV3Experts:
     config = DeepseekV3Config(
-        hidden_size=HIDDEN, moe_intermediate_size=SIZE, n_routed_experts=NUM_EXPERTS, num_experts_per_tok=TOP_K, hidden_act="silu"
+        hidden_size=HIDDEN,
+        moe_intermediate_size=SIZE,
+        n_routed_experts=NUM_EXPERTS,
+        num_experts_per_tok=TOP_K,
+        hidden_act="silu",
     )
     config._experts_implementation = "eager"
     module = DeepseekV3Experts(config).float().eval().requires_grad_(False)
@@ -51,7 +71,9 @@ def test_mixture_equals_the_transformers_experts_module() -> None:
 def test_mixture_in_bf16_equals_the_transformers_experts_module_in_bf16() -> None:
     weights = [ExpertWeights(*(w.bfloat16() for w in expert)) for expert in random_weights()]
     x_TH, ids_TK, router_TK = random_call()
-    expected = transformers_module([ExpertWeights(*(w.float() for w in e)) for e in weights]).bfloat16()(x_TH.bfloat16(), ids_TK, router_TK)
+    expected = transformers_module(
+        [ExpertWeights(*(w.float() for w in e)) for e in weights]
+    ).bfloat16()(x_TH.bfloat16(), ids_TK, router_TK)
     found = RoutedExperts(NUM_EXPERTS, weights.__getitem__)(x_TH.bfloat16(), ids_TK, router_TK)
     assert found.dtype == torch.bfloat16
     assert torch.allclose(found.float(), expected.float(), rtol=2e-2, atol=2e-2)
@@ -60,7 +82,8 @@ def test_mixture_in_bf16_equals_the_transformers_experts_module_in_bf16() -> Non
 @pytest.mark.parametrize("group", [16, 32])
 def test_w4a4_mixture_is_the_definition_token_by_token(group: int) -> None:
     weights, (x_TH, ids_TK, router_TK) = random_weights(), random_call(tokens=12)
-    scales = ActivationScales(gate_up=2688 / 2.5, down=2688 / 1.1, group=group)  # above 2.5 and 1.1 activations saturate
+    # above 2.5 and 1.1 activations saturate
+    scales = ActivationScales(gate_up=2688 / 2.5, down=2688 / 1.1, group=group)
     found = RoutedExperts(NUM_EXPERTS, weights.__getitem__, scales)(x_TH, ids_TK, router_TK)
     xq_TH = quantize_tokens(x_TH, scales.gate_up, group).float()
     expected = torch.zeros_like(x_TH)
@@ -68,7 +91,9 @@ def test_w4a4_mixture_is_the_definition_token_by_token(group: int) -> None:
         for expert, share in zip(ids_TK[token].tolist(), router_TK[token], strict=True):
             w, x_1H = weights[expert], xq_TH[token : token + 1]
             h_1F = F.silu(x_1H @ w.gate_FH.T) * (x_1H @ w.up_FH.T)
-            expected[token] += share * (quantize_tokens(h_1F, scales.down, group).float() @ w.down_HF.T)[0]
+            expected[token] += (
+                share * (quantize_tokens(h_1F, scales.down, group).float() @ w.down_HF.T)[0]
+            )
     assert torch.allclose(found, expected, rtol=1e-4, atol=1e-5)
     plain = RoutedExperts(NUM_EXPERTS, weights.__getitem__)(x_TH, ids_TK, router_TK)
     assert not torch.allclose(found, plain, rtol=1e-2)
@@ -78,13 +103,18 @@ def test_observer_sees_raw_inputs_and_the_largest_intermediate_of_the_routed_exp
     weights, (x_TH, ids_TK, router_TK) = random_weights(), random_call()
     seen: list[RoutedInputs] = []
     RoutedExperts(NUM_EXPERTS, weights.__getitem__, observe=seen.append)(x_TH, ids_TK, router_TK)
-    amax = max(intermediate(x_TH[(ids_TK == e).any(1)], weights[e]).abs().max().item() for e in range(1, NUM_EXPERTS))
+    amax = max(
+        intermediate(x_TH[(ids_TK == e).any(1)], weights[e]).abs().max().item()
+        for e in range(1, NUM_EXPERTS)
+    )
     assert len(seen) == 1
     assert torch.equal(seen[0].hidden_TH, x_TH) and torch.equal(seen[0].expert_ids_TK, ids_TK)
     assert torch.equal(seen[0].router_weights_TK, router_TK)
     assert seen[0].amax_intermediate.item() == pytest.approx(amax, rel=1e-6)
     unrouted = intermediate(x_TH, ExpertWeights(*(100 * w for w in weights[0])))
-    assert unrouted.abs().max() > amax, "expert 0 would have had a larger one, but no token went there"
+    assert unrouted.abs().max() > amax, (
+        "expert 0 would have had a larger one, but no token went there"
+    )
 
 
 def test_weights_are_asked_for_only_where_tokens_go() -> None:
@@ -123,7 +153,9 @@ def test_calls_made_together_give_what_each_gives_alone_and_ask_for_an_expert_on
     experts = RoutedExperts(NUM_EXPERTS, get, observe=seen.append)
     with experts.deferred() as recorded:
         zeros = [experts(*call) for call in calls]
-    assert all(not z.any() and z.shape == call[0].shape for z, call in zip(zeros, calls, strict=True))
+    assert all(
+        not z.any() and z.shape == call[0].shape for z, call in zip(zeros, calls, strict=True)
+    )
     assert not asked
     together = experts.outputs(recorded)
     assert asked == sorted(set(asked)) == [1, 2, 3, 4, 5]
@@ -156,18 +188,35 @@ def test_gradients_are_autograds_in_float64() -> None:
     for tokens, seed in ((30, 1), (11, 2)):
         x_TH, ids_TK, router_TK = random_call(tokens, seed)
         calls.append(RoutedCall(x_TH.double(), ids_TK, router_TK.double()))
-        at_outputs.append(torch.randn(tokens, HIDDEN, generator=torch.Generator().manual_seed(seed), dtype=torch.float64))
+        at_outputs.append(
+            torch.randn(
+                tokens, HIDDEN, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+            )
+        )
     experts = RoutedExperts(NUM_EXPERTS, weights.__getitem__)
     found = experts.gradients(calls, at_outputs)
-    for call, gradient_TH, (at_inputs_TH, at_router_TK) in zip(calls, at_outputs, found, strict=True):
-        x_TH, router_TK = call.hidden_TH.clone().requires_grad_(True), call.router_weights_TK.clone().requires_grad_(True)
-        expected = torch.autograd.grad(experts(x_TH, call.expert_ids_TK, router_TK), (x_TH, router_TK), gradient_TH)
+    for call, gradient_TH, (at_inputs_TH, at_router_TK) in zip(
+        calls, at_outputs, found, strict=True
+    ):
+        x_TH, router_TK = (
+            call.hidden_TH.clone().requires_grad_(True),
+            call.router_weights_TK.clone().requires_grad_(True),
+        )
+        expected = torch.autograd.grad(
+            experts(x_TH, call.expert_ids_TK, router_TK), (x_TH, router_TK), gradient_TH
+        )
         assert expected[0].abs().max() > 0.1 and expected[1].abs().max() > 0.1
         torch.testing.assert_close(at_inputs_TH, expected[0], rtol=1e-10, atol=1e-12)
-        torch.testing.assert_close(at_router_TK, expected[1], rtol=1e-6, atol=1e-6)  # summed in float32
+        # summed in float32
+        torch.testing.assert_close(at_router_TK, expected[1], rtol=1e-6, atol=1e-6)
 
 
 def test_no_gradient_is_taken_through_quantized_activations() -> None:
-    experts, call = RoutedExperts(NUM_EXPERTS, random_weights().__getitem__, ActivationScales(100.0, 100.0, 16)), random_call()
+    experts, call = (
+        RoutedExperts(
+            NUM_EXPERTS, random_weights().__getitem__, ActivationScales(100.0, 100.0, 16)
+        ),
+        random_call(),
+    )
     with pytest.raises(AssertionError):
         experts.gradients([RoutedCall(*call)], [call[0]])

@@ -1,4 +1,5 @@
-"""Every family, streamed layer by layer, against transformers' own whole model: captured inputs, routing, logits, gradients; float32 and bf16."""
+"""Every family, streamed layer by layer, against transformers' own whole model: captured inputs,
+routing, logits, gradients; float32 and bf16."""
 
 import uuid
 from pathlib import Path
@@ -58,7 +59,14 @@ def captured(context: StageContext) -> dict[int, RoutedInputs]:
     raw: dict[tuple[int, int], RoutedInputs] = {}
     write = capture.write_activations
 
-    def spy(context: StageContext, writer: BlobWriter, layer: int, part: SequencePart, seen: RoutedInputs, start: float) -> None:
+    def spy(
+        context: StageContext,
+        writer: BlobWriter,
+        layer: int,
+        part: SequencePart,
+        seen: RoutedInputs,
+        start: float,
+    ) -> None:
         raw[layer, part.part] = RoutedInputs(*(t.clone() for t in seen))
         write(context, writer, layer, part, seen, start)
 
@@ -66,16 +74,26 @@ def captured(context: StageContext) -> dict[int, RoutedInputs]:
         patch.setattr(capture, "write_activations", spy)
         capture_parts(context, PARTS)
     layers = context.plan.source.moe_layers
-    joined = {n: [torch.cat([raw[n, p][field] for p in PARTS]) for field in range(3)] for n in layers}
+    joined = {
+        n: [torch.cat([raw[n, p][field] for p in PARTS]) for field in range(3)] for n in layers
+    }
     return {n: RoutedInputs(*joined[n], torch.zeros(())) for n in layers}
 
 
 def deltas(context: StageContext) -> dict[int, Tensor]:
-    """Gradients at every layer's routed output, before the cast to what is stored. Needs what capture wrote."""
+    """Gradients at every layer's routed output, before the cast to what is stored. Needs what
+    capture wrote."""
     raw: dict[tuple[int, int], Tensor] = {}
     write = gradients.write_gradients
 
-    def spy(context: StageContext, writer: BlobWriter, layer: int, part: SequencePart, delta_TH: Tensor, start: float) -> None:
+    def spy(
+        context: StageContext,
+        writer: BlobWriter,
+        layer: int,
+        part: SequencePart,
+        delta_TH: Tensor,
+        start: float,
+    ) -> None:
         raw[layer, part.part] = delta_TH.clone()
         write(context, writer, layer, part, delta_TH, start)
 
@@ -88,9 +106,15 @@ def deltas(context: StageContext) -> dict[int, Tensor]:
 def labels_of(context: StageContext, probabilities_TV: Tensor) -> Tensor:
     """What the stage has to sample: part by part, from a generator of the part's own."""
     calibration = context.plan.config.calibration
-    generators = [torch.Generator().manual_seed(calibration.seed * 2**20 + p.part) for p in context.plan.parts]
-    pieces = probabilities_TV.split([p.num_sequences * calibration.sequence_length for p in context.plan.parts])
-    return torch.cat([sample(piece, generator) for piece, generator in zip(pieces, generators, strict=True)])
+    generators = [
+        torch.Generator().manual_seed(calibration.seed * 2**20 + p.part) for p in context.plan.parts
+    ]
+    pieces = probabilities_TV.split(
+        [p.num_sequences * calibration.sequence_length for p in context.plan.parts]
+    )
+    return torch.cat(
+        [sample(piece, generator) for piece, generator in zip(pieces, generators, strict=True)]
+    )
 
 
 @torch.no_grad()
@@ -106,7 +130,9 @@ def streamed_logits(context: StageContext, ids_BS: Tensor) -> Tensor:
 
 def dense_routing(ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
     """(T, experts): a token's router weights by expert, 0 for those that it is not sent to."""
-    return torch.zeros(len(ids_TK), tiny_families.EXPERTS).scatter_(1, ids_TK.long(), weights_TK.float())
+    return torch.zeros(len(ids_TK), tiny_families.EXPERTS).scatter_(
+        1, ids_TK.long(), weights_TK.float()
+    )
 
 
 def gap(ours: Tensor, theirs: Tensor) -> float:
@@ -131,7 +157,9 @@ def test_inputs_and_routing_are_the_whole_models(family: str, source: Path) -> N
         same_T = ((ours > 0) == (theirs > 0)).all(1)
         assert same_T.float().mean() > 0.998, "other experts only where two are level"
         assert torch.allclose(ours[same_T], theirs[same_T], rtol=1e-3, atol=1e-5)
-        assert ((ours > 0).sum(0) > 0).sum() >= tiny_families.EXPERTS - 1, "the test would prove little if few experts were used"
+        assert ((ours > 0).sum(0) > 0).sum() >= tiny_families.EXPERTS - 1, (
+            "the test would prove little if few experts were used"
+        )
 
 
 def test_logits_are_the_whole_models(source: Path) -> None:
@@ -145,22 +173,29 @@ def test_delta_is_autograds_through_the_whole_model(source: Path) -> None:
     context = open_run(source)
     captured(context)
     found = deltas(context)
-    expected, _ = whole_gradients.at_routed_outputs(whole_model.load(source), token_ids(context), lambda p_TV: labels_of(context, p_TV))
+    expected, _ = whole_gradients.at_routed_outputs(
+        whole_model.load(source), token_ids(context), lambda p_TV: labels_of(context, p_TV)
+    )
     assert tuple(found) == tuple(sorted(expected))
     for layer, want_TH in expected.items():
         assert gap(found[layer], want_TH) <= 1e-4
 
 
 def test_bf16_is_as_near_to_float32_as_transformers_own_bf16(source: Path) -> None:
-    """Routing jumps where two experts are level, so single values say little: norms, and the distance of transformers' run as the measure."""
+    """Routing jumps where two experts are level, so single values say little: norms, and the
+    distance of transformers' run as the measure."""
     context = open_run(source, "calibration.compute_dtype=bfloat16")
     ids_BS = token_ids(context)
     exact, exact_seen = whole_model.run_and_record(whole_model.load(source), ids_BS)
-    rounded, rounded_seen = whole_model.run_and_record(whole_model.load(source, torch.bfloat16), ids_BS)
+    rounded, rounded_seen = whole_model.run_and_record(
+        whole_model.load(source, torch.bfloat16), ids_BS
+    )
     assert streamed_logits(context, ids_BS).dtype == rounded.dtype == torch.bfloat16
     noise = distance(rounded, exact)
     assert 1e-3 < noise < 0.3
     assert distance(streamed_logits(context, ids_BS), exact) <= 1.25 * noise
     found = captured(context)
     for layer, want in exact_seen.items():
-        assert distance(found[layer].hidden_TH, want.hidden_TH) <= 1.25 * distance(rounded_seen[layer].hidden_TH, want.hidden_TH)
+        assert distance(found[layer].hidden_TH, want.hidden_TH) <= 1.25 * distance(
+            rounded_seen[layer].hidden_TH, want.hidden_TH
+        )

@@ -1,4 +1,5 @@
-"""What of pinned pages needs no GPU: which pages they are, and how a copy is cut at their ends. On a GPU: test_experts_cuda.py."""
+"""What of pinned pages needs no GPU: which pages they are, and how a copy is cut at their ends. On
+a GPU: test_experts_cuda.py."""
 
 from itertools import pairwise
 
@@ -24,7 +25,9 @@ P = PAGE_BYTES
         ([], []),
     ],
 )
-def test_page_ranges_are_the_whole_pages_inside(spans: list[tuple[int, int]], expected: list[tuple[int, int]]) -> None:
+def test_page_ranges_are_the_whole_pages_inside(
+    spans: list[tuple[int, int]], expected: list[tuple[int, int]]
+) -> None:
     assert page_ranges(spans) == expected
 
 
@@ -41,7 +44,8 @@ def random_spans(count: int, largest: int) -> list[tuple[int, int]]:
 
 
 def test_nobody_elses_tensor_ever_lies_half_in_a_range() -> None:
-    """The fault of before: of tensors side by side in a file, every second one is pinned, and the others begin and end where they like."""
+    """The fault of before: of tensors side by side in a file, every second one is pinned, and the
+    others begin and end where they like."""
     spans = random_spans(400, 2**20)
     ranges = page_ranges(spans[::2])
     assert ranges and all(a[1] < b[0] for a, b in pairwise(ranges))
@@ -59,7 +63,11 @@ def test_nobody_elses_tensor_ever_lies_half_in_a_range() -> None:
         ((P - 3, P + 8), [(P, 2 * P)], [(0, 3), (3, P + 3), (P + 3, P + 8)]),
         ((P - 3, 10), [(P, 4 * P)], [(0, 3), (3, 10)]),
         ((4 * P - 3, 10), [(P, 4 * P)], [(0, 3), (3, 10)]),
-        ((P, 6 * P), [(0, 2 * P), (3 * P, 4 * P), (9 * P, 10 * P)], [(0, P), (P, 2 * P), (2 * P, 3 * P), (3 * P, 6 * P)]),
+        (
+            (P, 6 * P),
+            [(0, 2 * P), (3 * P, 4 * P), (9 * P, 10 * P)],
+            [(0, P), (P, 2 * P), (2 * P, 3 * P), (3 * P, 6 * P)],
+        ),
         ((P, 0), [(0, 2 * P)], []),
     ],
 )

@@ -23,8 +23,31 @@ def test_agrees_with_a_quantizer_one_float_at_a_time(group: int, amax: float) ->
 
 
 def test_ties_and_exact_values_with_a_scale_of_one() -> None:
-    x = torch.tensor([[6.0, 5.0, 3.5, 2.5, 1.75, 1.25, 0.75, 0.25, -0.25, -0.75, -1.25, -1.75, -2.5, -3.5, -5.0, 0.3]])
-    expected = [[6.0, 4.0, 4.0, 2.0, 2.0, 1.0, 1.0, 0.0, 0.0, -1.0, -1.0, -2.0, -2.0, -4.0, -4.0, 0.5]]
+    x = torch.tensor(
+        [
+            [
+                6.0,
+                5.0,
+                3.5,
+                2.5,
+                1.75,
+                1.25,
+                0.75,
+                0.25,
+                -0.25,
+                -0.75,
+                -1.25,
+                -1.75,
+                -2.5,
+                -3.5,
+                -5.0,
+                0.3,
+            ]
+        ]
+    )
+    expected = [
+        [6.0, 4.0, 4.0, 2.0, 2.0, 1.0, 1.0, 0.0, 0.0, -1.0, -1.0, -2.0, -2.0, -4.0, -4.0, 0.5]
+    ]
     assert quantize_activations(x, 1.0).tolist() == expected
 
 
@@ -50,7 +73,9 @@ def test_group_32_shares_one_scale() -> None:
 
 def test_bfloat16_tokens_and_a_tensor_scale_are_accepted() -> None:
     x = tokens(1).bfloat16()
-    assert torch.equal(quantize_activations(x, torch.tensor(100.0)), quantize_activations(x.float(), 100.0))
+    assert torch.equal(
+        quantize_activations(x, torch.tensor(100.0)), quantize_activations(x.float(), 100.0)
+    )
 
 
 def test_tokens_do_not_influence_each_other_and_stay_unchanged() -> None:

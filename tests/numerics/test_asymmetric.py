@@ -10,8 +10,14 @@ def problem(seed: int = 0, num_inputs: int = 16) -> tuple[torch.Tensor, torch.Te
     """weight (1, O, I), original inputs h and changed inputs h^ (T, I)."""
     generator = torch.Generator().manual_seed(seed)
     h = torch.randn(400, num_inputs, generator=generator)
-    changed = h @ (torch.eye(num_inputs) + 0.2 * torch.randn(num_inputs, num_inputs, generator=generator))
-    return torch.randn(1, 5, num_inputs, generator=generator), h, changed + 0.1 * torch.randn(400, num_inputs, generator=generator)
+    changed = h @ (
+        torch.eye(num_inputs) + 0.2 * torch.randn(num_inputs, num_inputs, generator=generator)
+    )
+    return (
+        torch.randn(1, 5, num_inputs, generator=generator),
+        h,
+        changed + 0.1 * torch.randn(400, num_inputs, generator=generator),
+    )
 
 
 def moments(h: torch.Tensor, changed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -26,7 +32,9 @@ def test_minimises_the_ridge_objective_on_the_tokens() -> None:
     rows = torch.cat([changed.double(), ridge.sqrt() * eye])
     goals = torch.cat([h.double() @ weight[0].double().T, ridge.sqrt() * weight[0].double().T])
     expected = torch.linalg.lstsq(rows, goals).solution.T
-    torch.testing.assert_close(compensated_target(weight, gram, cross)[0].double(), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        compensated_target(weight, gram, cross)[0].double(), expected, rtol=1e-4, atol=1e-5
+    )
 
 
 def test_restores_most_of_the_output_that_the_changed_inputs_lost() -> None:
@@ -47,13 +55,17 @@ def test_unchanged_inputs_return_the_weight_exactly() -> None:
 def test_a_large_ridge_pulls_to_the_weight_not_to_zero() -> None:
     weight, h, changed = problem(3)
     gram, cross = moments(h, changed)
-    torch.testing.assert_close(compensated_target(weight, gram, cross, ridge_rel=1e6), weight, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(
+        compensated_target(weight, gram, cross, ridge_rel=1e6), weight, rtol=1e-3, atol=1e-4
+    )
 
 
 def test_sums_and_means_give_the_same_target() -> None:
     weight, h, changed = problem(4)
     gram, cross = moments(h, changed)
-    torch.testing.assert_close(compensated_target(weight, gram / 256, cross / 256), compensated_target(weight, gram, cross))
+    torch.testing.assert_close(
+        compensated_target(weight, gram / 256, cross / 256), compensated_target(weight, gram, cross)
+    )
 
 
 @pytest.mark.parametrize("fault", ["zero", "nan gram", "inf cross", "indefinite"])

@@ -42,7 +42,9 @@ def test_no_sweep_raises_the_loss_and_the_first_ones_lower_it_much() -> None:
     target, values, keep, hessian = start(1, num_outputs=16, num_inputs=160)
     trace = [losses(target, values, hessian)]
     for sweeps in range(1, 9):
-        trace.append(losses(target, block_descent(target, values, keep, hessian, sweeps)[0], hessian))
+        trace.append(
+            losses(target, block_descent(target, values, keep, hessian, sweeps)[0], hessian)
+        )
     for before, after in itertools.pairwise(trace):
         assert all(a <= b * (1 + 1e-6) for a, b in zip(after, before, strict=True))
     assert all(last < 0.4 * first for first, last in zip(trace[0], trace[-1], strict=True))
@@ -59,14 +61,30 @@ def test_values_are_zero_exactly_outside_the_mask_and_the_mask_is_legal() -> Non
 def test_white_inputs_keep_the_two_largest_pairs_as_they_are() -> None:
     target, _, keep, _ = start(3)
     worst = keep_top_pairs(-target.square().unflatten(2, (-1, 2)).sum(-1))
-    values, found = block_descent(target, target * pairs_to_inputs(worst), worst, identity(2, 64), 1)
+    values, found = block_descent(
+        target, target * pairs_to_inputs(worst), worst, identity(2, 64), 1
+    )
     assert torch.equal(found, keep)
     torch.testing.assert_close(values, target * pairs_to_inputs(keep))
 
 
 def test_ties_go_to_the_current_pattern() -> None:
     target = torch.ones(1, 6, 8)
-    keep = torch.tensor([[list(p) for p in ((1, 1, 0, 0), (1, 0, 1, 0), (1, 0, 0, 1), (0, 1, 1, 0), (0, 1, 0, 1), (0, 0, 1, 1))]]).bool()
+    keep = torch.tensor(
+        [
+            [
+                list(p)
+                for p in (
+                    (1, 1, 0, 0),
+                    (1, 0, 1, 0),
+                    (1, 0, 0, 1),
+                    (0, 1, 1, 0),
+                    (0, 1, 0, 1),
+                    (0, 0, 1, 1),
+                )
+            ]
+        ]
+    ).bool()
     _, found = block_descent(target, target * pairs_to_inputs(keep), keep, identity(1, 8), 3)
     assert torch.equal(found, keep)
 
@@ -103,7 +121,8 @@ def test_stops_early_once_a_sweep_gains_too_little() -> None:
     stopped = block_descent(target, values, keep, hessian, 50, min_relative_gain=0.5)
     one_sweep = block_descent(target, values, keep, hessian, 1)
     two_sweeps = block_descent(target, values, keep, hessian, 2)
-    assert torch.equal(stopped[0], two_sweeps[0])  # the first halves the loss, the second does not and is the last
+    # the first halves the loss, the second does not and is the last
+    assert torch.equal(stopped[0], two_sweeps[0])
     assert not torch.equal(stopped[0], one_sweep[0])
 
 

@@ -41,17 +41,21 @@ def test_agrees_with_a_coder_one_float_at_a_time() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("seed", range(4))
-def test_no_value_is_off_by_more_than_half_a_step_of_its_block(dtype: torch.dtype, seed: int) -> None:
+def test_no_value_is_off_by_more_than_half_a_step_of_its_block(
+    dtype: torch.dtype, seed: int
+) -> None:
     x = tokens(200, seed=seed).to(dtype)
     codes, scale = encode(x)
     half_step = scale.double().repeat_interleave(BLOCK, 1) / 2
     assert ((decode(codes, scale).double() - x.double()).abs() <= half_step * (1 + 1e-6)).all()
-    assert (scale.float() * 126.5 <= x.float().abs().unflatten(1, (-1, BLOCK)).amax(-1)).all()  # and the step is the block's own
+    # and the step is the block's own
+    assert (scale.float() * 126.5 <= x.float().abs().unflatten(1, (-1, BLOCK)).amax(-1)).all()
     assert codes.abs().max() == 127 and codes.min() >= -127
 
 
 def test_every_largest_value_has_code_127() -> None:
-    """All significands that float32's first 12 bits can tell apart: the rounding of the scale pushes none beyond the codes."""
+    """All significands that float32's first 12 bits can tell apart: the rounding of the scale
+    pushes none beyond the codes."""
     x = torch.zeros(4096, BLOCK)
     x[:, 3] = -(1 + torch.arange(4096) / 4096)
     assert (encode(x)[0][:, 3] == -127).all()

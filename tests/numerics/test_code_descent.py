@@ -32,24 +32,58 @@ class Start(NamedTuple):
 
 
 def gptq_start(
-    seed: int, span: int, *, with_g: bool = False, num_experts: int = 2, num_outputs: int = 16, num_inputs: int = 64, rel: float = 0.01
+    seed: int,
+    span: int,
+    *,
+    with_g: bool = False,
+    num_experts: int = 2,
+    num_outputs: int = 16,
+    num_inputs: int = 64,
+    rel: float = 0.01,
 ) -> Start:
     """SparseGPT's mask and GPTQ's codes under the damped H."""
     target, hessian = correlated(seed, num_experts, num_outputs, num_inputs)
     global_scale = nvfp4.global_scale_from_amax(target.abs().amax((1, 2)))
-    found = quantize_columns(target, inverse_factor(hessian, rel).upper_NII, global_scale, span=span, keep=None, sparsity=True)
-    output_hessian = damp(correlated(seed + 500, num_experts, 1, num_outputs)[1], 0.05) if with_g else None
-    return Start(target, found.codes, found.scale, global_scale, found.keep, damp(hessian, rel), output_hessian)
+    found = quantize_columns(
+        target,
+        inverse_factor(hessian, rel).upper_NII,
+        global_scale,
+        span=span,
+        keep=None,
+        sparsity=True,
+    )
+    output_hessian = (
+        damp(correlated(seed + 500, num_experts, 1, num_outputs)[1], 0.05) if with_g else None
+    )
+    return Start(
+        target,
+        found.codes,
+        found.scale,
+        global_scale,
+        found.keep,
+        damp(hessian, rel),
+        output_hessian,
+    )
 
 
-def rounded_start(seed: int, span: int, num_experts: int, num_outputs: int, num_inputs: int, rel: float) -> Start:
+def rounded_start(
+    seed: int, span: int, num_experts: int, num_outputs: int, num_inputs: int, rel: float
+) -> Start:
     """Magnitude pruning and nearest codes."""
     target, hessian = correlated(seed, num_experts, num_outputs, num_inputs)
     keep = keep_top_pairs(target.square().unflatten(2, (-1, 2)).sum(-1))
     masked = target * pairs_to_inputs(keep)
     global_scale = nvfp4.global_scale_from_amax(target.abs().amax((1, 2)))
     scale = nvfp4.choose_scales(masked, global_scale, span, search=True)
-    return Start(target, nvfp4.quantize(masked, scale, global_scale), scale, global_scale, keep, damp(hessian, rel), None)
+    return Start(
+        target,
+        nvfp4.quantize(masked, scale, global_scale),
+        scale,
+        global_scale,
+        keep,
+        damp(hessian, rel),
+        None,
+    )
 
 
 def losses(start: Start, values: Tensor) -> Tensor:
@@ -67,7 +101,9 @@ def start_values(start: Start) -> Tensor:
     return nvfp4.dequantize(start.codes, start.scale, start.global_scale)
 
 
-each_form = pytest.mark.parametrize(("span", "with_g"), [(16, False), (16, True), (32, False), (32, True)])
+each_form = pytest.mark.parametrize(
+    ("span", "with_g"), [(16, False), (16, True), (32, False), (32, True)]
+)
 
 
 @pytest.mark.slow
@@ -75,15 +111,21 @@ each_form = pytest.mark.parametrize(("span", "with_g"), [(16, False), (16, True)
 def test_no_sweep_raises_the_objective(span: int, with_g: bool) -> None:
     start = gptq_start(0, span, with_g=with_g)
     trace = [losses(start, start_values(start))]
-    trace += [losses(start, values_of(start, code_descent(*start, span=span, sweeps=s))) for s in range(5)]
+    trace += [
+        losses(start, values_of(start, code_descent(*start, span=span, sweeps=s))) for s in range(5)
+    ]
     assert torch.equal(trace[0], trace[1])
     for before, after in itertools.pairwise(trace):
         assert (after <= before + 1e-6 * trace[0]).all()
 
 
 @pytest.mark.parametrize("strength", [0.01, 1.0])
-def test_no_row_group_raises_the_objective_however_the_rows_are_coupled(strength: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    start = gptq_start(1, 32)._replace(output_hessian=torch.ones(2, 16, 16) + strength * torch.eye(16))
+def test_no_row_group_raises_the_objective_however_the_rows_are_coupled(
+    strength: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = gptq_start(1, 32)._replace(
+        output_hessian=torch.ones(2, 16, 16) + strength * torch.eye(16)
+    )
     trace: list[Tensor] = []
     majorise = module.majorised_target
 
@@ -105,14 +147,19 @@ def test_no_row_group_raises_the_objective_however_the_rows_are_coupled(strength
 @each_form
 def test_improves_what_gptq_leaves_by_half(span: int, with_g: bool) -> None:
     start = gptq_start(2, span, with_g=with_g, num_outputs=64, num_inputs=128)
-    before, after = losses(start, start_values(start)), losses(start, values_of(start, code_descent(*start, span=span, sweeps=3)))
+    before, after = (
+        losses(start, start_values(start)),
+        losses(start, values_of(start, code_descent(*start, span=span, sweeps=3))),
+    )
     assert (after < 0.5 * before).all()
 
 
 @pytest.mark.slow
 @each_form
 @pytest.mark.parametrize("num_inputs", [64, 160])
-def test_results_are_on_the_grid(span: int, with_g: bool, num_inputs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_results_are_on_the_grid(
+    span: int, with_g: bool, num_inputs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """160 inputs are more than one column_block, and the last one is not full."""
     start = gptq_start(3, span, with_g=with_g, num_inputs=num_inputs)
     states: list[Descent] = []
@@ -147,7 +194,8 @@ def test_results_are_on_the_grid(span: int, with_g: bool, num_inputs: int, monke
 @pytest.mark.parametrize("span", [16, 32])
 @pytest.mark.parametrize("sweeps", [1, 2])
 def test_agrees_with_trying_every_scale_and_every_code(span: int, sweeps: int) -> None:
-    """The same codes, scales and masks as a float64 search that evaluates the whole loss of every candidate."""
+    """The same codes, scales and masks as a float64 search that evaluates the whole loss of every
+    candidate."""
     start = rounded_start(4, span, num_experts=1, num_outputs=4, num_inputs=32, rel=0.1)
     codes, scale, keep = code_descent(*start, span=span, sweeps=sweeps)
     for r in range(4):
@@ -167,7 +215,8 @@ def test_agrees_with_trying_every_scale_and_every_code(span: int, sweeps: int) -
 
 
 def small_problems(monkeypatch: pytest.MonkeyPatch) -> tuple[Start, Tensor]:
-    """64 problems of one row and 8 inputs, two to an expert as uncoupled halves of a scale_group whose scale stays; and the least losses (N, 2)."""
+    """64 problems of one row and 8 inputs, two to an expert as uncoupled halves of a scale_group
+    whose scale stays; and the least losses (N, 2)."""
     monkeypatch.setattr(module, "_rescale_span_", lambda *_: None)
     start = rounded_start(5, 16, num_experts=32, num_outputs=1, num_inputs=16, rel=0.05)
     hessian = start.hessian.clone()
@@ -204,18 +253,24 @@ def test_no_single_code_can_be_bettered_where_it_ends(monkeypatch: pytest.Monkey
     for i, code in itertools.product(range(16), [c for c in range(16) if c != 8]):
         other = codes.clone()
         other[:, :, i] = torch.where(is_kept[:, :, i], code, codes[:, :, i])
-        assert (half_losses(start, nvfp4.dequantize(other, scale, start.global_scale)) >= reached * (1 - 1e-5)).all()
+        assert (
+            half_losses(start, nvfp4.dequantize(other, scale, start.global_scale))
+            >= reached * (1 - 1e-5)
+        ).all()
 
 
 def test_no_other_scale_is_better_than_the_one_taken() -> None:
-    """With codes that cannot move (white inputs, target on the grid of another scale), one sweep finds that scale."""
+    """With codes that cannot move (white inputs, target on the grid of another scale), one sweep
+    finds that scale."""
     start = rounded_start(6, 32, num_experts=2, num_outputs=8, num_inputs=64, rel=0.0)
     white = torch.eye(64).repeat(2, 1, 1)
     doubled = (2 * start.scale.float()).to(torch.float8_e4m3fn)
     halved = (start.scale.float() / 2).to(torch.float8_e4m3fn)
     target = start_values(start)
     for wrong in (doubled, halved):
-        codes, scale, _ = code_descent(*start._replace(target=target, scale=wrong, hessian=white), span=32, sweeps=1)
+        codes, scale, _ = code_descent(
+            *start._replace(target=target, scale=wrong, hessian=white), span=32, sweeps=1
+        )
         assert torch.equal(nvfp4.dequantize(codes, scale, start.global_scale), target)
 
 
@@ -243,7 +298,9 @@ def test_rows_of_zeros_stay_zeros_without_nan(with_g: bool) -> None:
 
 def test_a_target_of_zeros_with_zero_codes_changes_nothing() -> None:
     start = gptq_start(9, 16)
-    start = start._replace(target=torch.zeros_like(start.target), codes=torch.zeros_like(start.codes))
+    start = start._replace(
+        target=torch.zeros_like(start.target), codes=torch.zeros_like(start.codes)
+    )
     codes, scale, keep = code_descent(*start, span=16, sweeps=2)
     assert not codes.any()
     assert torch.equal(scale.float(), start.scale.float())
@@ -260,7 +317,9 @@ def test_the_size_of_the_curvature_changes_nothing(power: int) -> None:
         start._replace(hessian=start.hessian * 2.0**power),
         start._replace(output_hessian=start.output_hessian * 2.0**power),
     ):
-        assert all(same(a, b) for a, b in zip(plain, code_descent(*other, span=32, sweeps=2), strict=True))
+        assert all(
+            same(a, b) for a, b in zip(plain, code_descent(*other, span=32, sweeps=2), strict=True)
+        )
 
 
 def same(a: Tensor, b: Tensor) -> bool:
@@ -272,7 +331,9 @@ def same(a: Tensor, b: Tensor) -> bool:
 def test_batched_equals_single_bitwise_and_a_second_run_too(span: int, with_g: bool) -> None:
     start = gptq_start(11, span, with_g=with_g, num_experts=3)
     batched = code_descent(*start, span=span, sweeps=2)
-    assert all(same(a, b) for a, b in zip(batched, code_descent(*start, span=span, sweeps=2), strict=True))
+    assert all(
+        same(a, b) for a, b in zip(batched, code_descent(*start, span=span, sweeps=2), strict=True)
+    )
     for k in range(3):
         part = Start(*(None if t is None else t[k : k + 1] for t in start))  # type: ignore[arg-type]
         single = code_descent(*part, span=span, sweeps=2)
@@ -280,11 +341,15 @@ def test_batched_equals_single_bitwise_and_a_second_run_too(span: int, with_g: b
 
 
 @each_form
-def test_inputs_are_unchanged_and_no_sweeps_return_the_start_as_new_tensors(span: int, with_g: bool) -> None:
+def test_inputs_are_unchanged_and_no_sweeps_return_the_start_as_new_tensors(
+    span: int, with_g: bool
+) -> None:
     start = gptq_start(12, span, with_g=with_g)
     before = [None if t is None else t.clone() for t in start]
     code_descent(*start, span=span, sweeps=2)
-    assert all(a is None or (b is not None and same(a, b)) for a, b in zip(before, start, strict=True))
+    assert all(
+        a is None or (b is not None and same(a, b)) for a, b in zip(before, start, strict=True)
+    )
     found = code_descent(*start, span=span, sweeps=0)
     for ours, theirs in zip(found, (start.codes, start.scale, start.keep), strict=True):
         assert same(ours, theirs)

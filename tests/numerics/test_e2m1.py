@@ -12,10 +12,19 @@ ALL_BYTES = torch.arange(256, dtype=torch.uint8)
 
 
 def awkward_values() -> torch.Tensor:
-    """Every value, every midpoint, their float32 neighbours, and what lies beyond the range; both signs."""
+    """Every value, every midpoint, their float32 neighbours, and what lies beyond the range; both
+    signs."""
     values = torch.tensor(formats.E2M1)
-    points = torch.cat([values, (values[1:] + values[:-1]) / 2, torch.tensor([1e-45, 1e-30, 7.0, 1e30, torch.inf])])
-    near = torch.cat([points, torch.nextafter(points, torch.tensor(torch.inf)), torch.nextafter(points, torch.tensor(-torch.inf))])
+    points = torch.cat(
+        [values, (values[1:] + values[:-1]) / 2, torch.tensor([1e-45, 1e-30, 7.0, 1e30, torch.inf])]
+    )
+    near = torch.cat(
+        [
+            points,
+            torch.nextafter(points, torch.tensor(torch.inf)),
+            torch.nextafter(points, torch.tensor(-torch.inf)),
+        ]
+    )
     return torch.cat([near, -near])
 
 
@@ -40,7 +49,9 @@ def test_ties_by_hand() -> None:
 
 
 def test_round_equals_decode_of_encode_bit_for_bit() -> None:
-    x = torch.cat([awkward_values(), 4 * torch.randn(100_000, generator=torch.Generator().manual_seed(0))])
+    x = torch.cat(
+        [awkward_values(), 4 * torch.randn(100_000, generator=torch.Generator().manual_seed(0))]
+    )
     through_codes = e2m1.decode(e2m1.encode(x))
     assert torch.equal(e2m1.round_to_e2m1(x).view(torch.int32), through_codes.view(torch.int32))
 

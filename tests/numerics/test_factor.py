@@ -10,7 +10,9 @@ from tests.reference.problems import correlated, identity
 
 def damped64(hessian: torch.Tensor, rel: float) -> torch.Tensor:
     size = hessian.shape[-1]
-    return hessian.double() + rel * hessian.double().diagonal().mean() * torch.eye(size, dtype=torch.float64)
+    return hessian.double() + rel * hessian.double().diagonal().mean() * torch.eye(
+        size, dtype=torch.float64
+    )
 
 
 def test_inverse_is_u_transposed_u_with_u_upper_and_positive_on_the_diagonal() -> None:
@@ -29,12 +31,17 @@ def test_u_is_the_papers_factor() -> None:
     _, hessian = correlated(1, 1, 1, 48)
     papers = torch.linalg.cholesky(torch.linalg.inv(damped64(hessian[0], 0.05)), upper=True)
     torch.testing.assert_close(
-        inverse_factor(hessian, 0.05).upper_NII[0].double(), papers, rtol=1e-3, atol=1e-3 * papers.abs().max().item()
+        inverse_factor(hessian, 0.05).upper_NII[0].double(),
+        papers,
+        rtol=1e-3,
+        atol=1e-3 * papers.abs().max().item(),
     )
 
 
 @pytest.mark.parametrize("leaf", [1, 5, 64])
-def test_triangular_inverse_by_halves_is_the_inverse_for_any_size(monkeypatch: pytest.MonkeyPatch, leaf: int) -> None:
+def test_triangular_inverse_by_halves_is_the_inverse_for_any_size(
+    monkeypatch: pytest.MonkeyPatch, leaf: int
+) -> None:
     monkeypatch.setattr(factor, "_TRIANGULAR_LEAF", leaf)
     generator = torch.Generator().manual_seed(2)
     lower = torch.randn(2, 37, 37, generator=generator).tril() / 6 + torch.eye(37)
@@ -45,7 +52,9 @@ def test_triangular_inverse_by_halves_is_the_inverse_for_any_size(monkeypatch: p
 
 def test_every_expert_may_have_its_own_damping() -> None:
     result = inverse_factor(identity(2, 16), [0.01, 3.0])
-    torch.testing.assert_close(result.upper_NII.diagonal(dim1=1, dim2=2)[:, 0], torch.tensor([1.01, 4.0]).rsqrt())
+    torch.testing.assert_close(
+        result.upper_NII.diagonal(dim1=1, dim2=2)[:, 0], torch.tensor([1.01, 4.0]).rsqrt()
+    )
     assert result.damp_rel == (0.01, 3.0)
 
 
@@ -56,7 +65,9 @@ def test_an_indefinite_hessian_climbs_the_ladder_and_its_neighbours_do_not() -> 
     assert result.damp_rel == pytest.approx((0.01, 1.0, 0.01))
     assert result.failed == (False, False, False)
     u = result.upper_NII[1].double()
-    torch.testing.assert_close(u.T @ u, torch.linalg.inv(damped64(hessian[1], 1.0)), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        u.T @ u, torch.linalg.inv(damped64(hessian[1], 1.0)), rtol=1e-5, atol=1e-6
+    )
 
 
 def test_a_singular_hessian_needs_only_its_damping() -> None:
@@ -77,8 +88,13 @@ def broken(kind: str) -> torch.Tensor:
     return hessian
 
 
-@pytest.mark.parametrize(("kind", "damp_rel"), [("zero", 0.0), ("nan", 0.0), ("inf", 0.0), ("-100", 0.0), ("beyond the ladder", 10.0)])
-def test_who_cannot_be_factored_is_reported_with_an_identity_and_others_are_not(kind: str, damp_rel: float) -> None:
+@pytest.mark.parametrize(
+    ("kind", "damp_rel"),
+    [("zero", 0.0), ("nan", 0.0), ("inf", 0.0), ("-100", 0.0), ("beyond the ladder", 10.0)],
+)
+def test_who_cannot_be_factored_is_reported_with_an_identity_and_others_are_not(
+    kind: str, damp_rel: float
+) -> None:
     result = inverse_factor(torch.stack([torch.eye(16), broken(kind)]), 0.01)
     assert result.failed == (False, True)
     assert result.damp_rel == pytest.approx((0.01, damp_rel))

@@ -1,4 +1,5 @@
-"""The Triton kernels against the torch code that defines them, in Triton's interpreter where there is no GPU (tests/numerics/test_cuda.py runs them on one)."""
+"""The Triton kernels against the torch code that defines them, in Triton's interpreter where there
+is no GPU (tests/numerics/test_cuda.py runs them on one)."""
 
 import importlib.util
 import os
@@ -16,7 +17,15 @@ os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
 import triton
 import triton.language as tl
 
-from p48ray.kernels import activation, column_pass, descend_panel, descent, refine_step, rounding, strips
+from p48ray.kernels import (
+    activation,
+    column_pass,
+    descend_panel,
+    descent,
+    refine_step,
+    rounding,
+    strips,
+)
 from p48ray.numerics import block_descent, nvfp4, refine, sparsegpt, two_sided
 from p48ray.numerics.activation import quantize_activations
 from p48ray.numerics.curvature import damp
@@ -39,7 +48,9 @@ def _interpreter() -> None:
     try:
         count_up[(1,)](torch.zeros(4, dtype=torch.int32), 4)
     except triton.runtime.errors.InterpreterError as error:
-        pytest.skip(f"Triton {triton.__version__}'s interpreter does not work with this numpy: {error}")
+        pytest.skip(
+            f"Triton {triton.__version__}'s interpreter does not work with this numpy: {error}"
+        )
 
 
 @pytest.fixture(autouse=True)
@@ -55,20 +66,37 @@ def small_panels(monkeypatch: pytest.MonkeyPatch) -> None:
 def problem(num_outputs: int, num_inputs: int) -> tuple[Tensor, Tensor, Tensor]:
     """(weight, upper, global scale) of two experts."""
     weight, hessian = correlated(0, 2, num_outputs, num_inputs)
-    return weight, inverse_factor(hessian, 0.05).upper_NII, nvfp4.global_scale_from_amax(weight.abs().amax((1, 2)))
+    return (
+        weight,
+        inverse_factor(hessian, 0.05).upper_NII,
+        nvfp4.global_scale_from_amax(weight.abs().amax((1, 2))),
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("span", "num_inputs", "num_outputs"), [(32, 96, 12), (16, 144, 10)])
 @pytest.mark.parametrize("mode", ["picked", "fixed", "dense"])
-def test_one_shot_gives_the_codes_of_the_definition(span: int, num_inputs: int, num_outputs: int, mode: str) -> None:
+def test_one_shot_gives_the_codes_of_the_definition(
+    span: int, num_inputs: int, num_outputs: int, mode: str
+) -> None:
     weight, upper, divisor = problem(num_outputs, num_inputs)
-    keep = keep_top_pairs(weight.flip(0).square().unflatten(2, (-1, 2)).sum(-1)) if mode == "fixed" else None
-    wanted = sparsegpt.quantize_columns(weight, upper, divisor, span=span, keep=keep, sparsity=mode != "dense")
-    state = sparsegpt._opened(weight, upper, keep, divisor, span=span, picks_masks=mode == "picked", rounds=True)
+    keep = (
+        keep_top_pairs(weight.flip(0).square().unflatten(2, (-1, 2)).sum(-1))
+        if mode == "fixed"
+        else None
+    )
+    wanted = sparsegpt.quantize_columns(
+        weight, upper, divisor, span=span, keep=keep, sparsity=mode != "dense"
+    )
+    state = sparsegpt._opened(
+        weight, upper, keep, divisor, span=span, picks_masks=mode == "picked", rounds=True
+    )
     found = sparsegpt._one_shot_by_kernel(state)
-    # A row may part from the definition where a sum in another order falls on the other side of a tie; from there on its errors differ.
-    rows_that_differ = ((found.codes != wanted.codes).any(-1) | (found.keep != wanted.keep).any(-1)).float().mean()
+    # A row may part from the definition where a sum in another order falls on the other side of a
+    # tie; from there on its errors differ.
+    rows_that_differ = (
+        ((found.codes != wanted.codes).any(-1) | (found.keep != wanted.keep).any(-1)).float().mean()
+    )
     assert rows_that_differ <= 0.05
     same = (found.codes == wanted.codes).all(-1)
     assert torch.equal(found.scale.float()[same], wanted.scale.float()[same])
@@ -97,7 +125,9 @@ def test_descents_of_one_and_both_sides_are_those_of_the_definition() -> None:
             block_descent._descend_by_kernel(target, start, keep, hessian, 2, 0.0),
         ),
         (
-            two_sided.two_sided_descent(target, start, keep, hessian, output_hessian, 1, row_groups=2),
+            two_sided.two_sided_descent(
+                target, start, keep, hessian, output_hessian, 1, row_groups=2
+            ),
             two_sided._descend_by_kernel(target, start, keep, hessian, output_hessian, 1, 2),
         ),
     )
@@ -108,8 +138,24 @@ def test_descents_of_one_and_both_sides_are_those_of_the_definition() -> None:
 
 def test_the_current_pattern_wins_ties() -> None:
     target = torch.ones(1, 6, 8)
-    keep = torch.tensor([[list(p) for p in ((1, 1, 0, 0), (1, 0, 1, 0), (1, 0, 0, 1), (0, 1, 1, 0), (0, 1, 0, 1), (0, 0, 1, 1))]]).bool()
-    _, found = block_descent._descend_by_kernel(target, target * pairs_to_inputs(keep), keep, torch.eye(8)[None], 2, 0.0)
+    keep = torch.tensor(
+        [
+            [
+                list(p)
+                for p in (
+                    (1, 1, 0, 0),
+                    (1, 0, 1, 0),
+                    (1, 0, 0, 1),
+                    (0, 1, 1, 0),
+                    (0, 1, 0, 1),
+                    (0, 0, 1, 1),
+                )
+            ]
+        ]
+    ).bool()
+    _, found = block_descent._descend_by_kernel(
+        target, target * pairs_to_inputs(keep), keep, torch.eye(8)[None], 2, 0.0
+    )
     assert torch.equal(found, keep)
 
 
@@ -117,9 +163,15 @@ def test_the_current_pattern_wins_ties() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_activations_are_bit_for_bit_the_definition_s(group: int, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
-    x = (torch.randn(70, 64, generator=generator) * 10.0 ** torch.randint(-4, 3, (70, 1), generator=generator)).to(dtype)
+    x = (
+        torch.randn(70, 64, generator=generator)
+        * 10.0 ** torch.randint(-4, 3, (70, 1), generator=generator)
+    ).to(dtype)
     x[3] = 0
-    assert torch.equal(activation.quantize_activations(x, torch.tensor(37.1), group), quantize_activations(x, 37.1, group))
+    assert torch.equal(
+        activation.quantize_activations(x, torch.tensor(37.1), group),
+        quantize_activations(x, 37.1, group),
+    )
 
 
 @triton.jit
@@ -133,9 +185,22 @@ def round_all(x, levels, codes, scales, COUNT: tl.constexpr):
 
 def test_roundings_are_those_of_the_definition_at_and_beside_every_tie() -> None:
     ties = torch.arange(0, 2048) / 512
-    x = torch.cat([ties, ties * 128, ties * 2**-7, torch.nextafter(ties, ties + 1), -torch.nextafter(ties, ties - 1), -ties * 4])
+    x = torch.cat(
+        [
+            ties,
+            ties * 128,
+            ties * 2**-7,
+            torch.nextafter(ties, ties + 1),
+            -torch.nextafter(ties, ties - 1),
+            -ties * 4,
+        ]
+    )
     x = torch.nn.functional.pad(x, (0, 16384 - len(x)))
-    levels, scales, codes = torch.empty_like(x), torch.empty_like(x), torch.empty_like(x, dtype=torch.uint8)
+    levels, scales, codes = (
+        torch.empty_like(x),
+        torch.empty_like(x),
+        torch.empty_like(x, dtype=torch.uint8),
+    )
     round_all[(1,)](x, levels, codes, scales, COUNT=len(x))
     assert torch.equal(levels, round_to_e2m1(x))
     assert torch.equal(codes, encode(x))
@@ -145,9 +210,15 @@ def test_roundings_are_those_of_the_definition_at_and_beside_every_tie() -> None
 @pytest.mark.parametrize("is_sparse", [True, False])
 def test_adam_s_step_and_the_values_that_come_of_it_are_refine_s(is_sparse: bool) -> None:
     generator = torch.Generator().manual_seed(0)
-    keep = keep_top_pairs(torch.rand(2, 12, 32, generator=generator)) if is_sparse else torch.ones(2, 12, 32, dtype=torch.bool)
+    keep = (
+        keep_top_pairs(torch.rand(2, 12, 32, generator=generator))
+        if is_sparse
+        else torch.ones(2, 12, 32, dtype=torch.bool)
+    )
     mask = keep.repeat_interleave(2, 2)
-    latent, first, second = (torch.randn(2, int(mask[0].sum()), generator=generator) for _ in range(3))
+    latent, first, second = (
+        torch.randn(2, int(mask[0].sum()), generator=generator) for _ in range(3)
+    )
     gradient, second = torch.randn(2, 12, 64, generator=generator), second.abs()
     unit, scale, rate = (
         torch.rand(2, 12, 4, generator=generator) + 0.1,
@@ -155,9 +226,13 @@ def test_adam_s_step_and_the_values_that_come_of_it_are_refine_s(is_sparse: bool
         torch.tensor([0.01, 0.1]),
     )
     wanted = [t.clone() for t in (latent, first, second)]
-    refine.adam_(wanted[0], 0.5 * gradient[mask].view(2, -1), wanted[1], wanted[2], rate[:, None], 3)
+    refine.adam_(
+        wanted[0], 0.5 * gradient[mask].view(2, -1), wanted[1], wanted[2], rate[:, None], 3
+    )
     grid = torch.zeros(2, 12, 64)
-    refine_step.adam_step_((latent, first, second), gradient, grid, (unit, scale), keep, rate, refine.BETAS, 3, 0.5)
+    refine_step.adam_step_(
+        (latent, first, second), gradient, grid, (unit, scale), keep, rate, refine.BETAS, 3, 0.5
+    )
     for found, expected in zip((latent, first, second), wanted, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
     whole = torch.zeros(2, 12, 64).masked_scatter_(mask, latent)

@@ -10,14 +10,28 @@ from p48ray.numerics.output_gradients import expert_gradients, norm_weights
 def expert(seed: int, num_tokens: int = 23, hidden: int = 20, size: int = 12) -> tuple[Tensor, ...]:
     """(x, delta, router_weight, gate, up, down), float32."""
     generator = torch.Generator().manual_seed(seed)
-    shapes = [(num_tokens, hidden), (num_tokens, hidden), (num_tokens,), (size, hidden), (size, hidden), (hidden, size)]
-    x, delta, router_weight, *weights = [torch.randn(*shape, generator=generator) for shape in shapes]
+    shapes = [
+        (num_tokens, hidden),
+        (num_tokens, hidden),
+        (num_tokens,),
+        (size, hidden),
+        (size, hidden),
+        (hidden, size),
+    ]
+    x, delta, router_weight, *weights = [
+        torch.randn(*shape, generator=generator) for shape in shapes
+    ]
     return x, delta, router_weight.abs(), *(0.5 * w for w in weights)
 
 
-def autograd(x: Tensor, delta: Tensor, router_weight: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
-    """Of sum_t delta_t . (w_t down(silu(gate x_t) * up x_t)), at what gate and up give and at what down gives, in float64."""
-    x, delta, router_weight, gate, up, down = (t.double() for t in (x, delta, router_weight, gate, up, down))
+def autograd(
+    x: Tensor, delta: Tensor, router_weight: Tensor, gate: Tensor, up: Tensor, down: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Of sum_t delta_t . (w_t down(silu(gate x_t) * up x_t)), at what gate and up give and at what
+    down gives, in float64."""
+    x, delta, router_weight, gate, up, down = (
+        t.double() for t in (x, delta, router_weight, gate, up, down)
+    )
     gated, raised = (x @ gate.T).requires_grad_(True), (x @ up.T).requires_grad_(True)
     lowered = (torch.nn.functional.silu(gated) * raised) @ down.T
     y = router_weight[:, None] * lowered
@@ -30,14 +44,18 @@ def test_gradients_are_autograds(seed: int) -> None:
     problem = expert(seed)
     for ours, theirs in zip(expert_gradients(*problem), autograd(*problem), strict=True):
         assert ours.dtype == torch.float32
-        torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-5 * theirs.abs().max().item())
+        torch.testing.assert_close(
+            ours.double(), theirs, rtol=1e-5, atol=1e-5 * theirs.abs().max().item()
+        )
 
 
 def test_saturated_gates_stay_exact_and_finite() -> None:
     x, delta, router_weight, gate, up, down = expert(5)
     problem = (x, delta, router_weight, 200 * gate, up, down)
     for ours, theirs in zip(expert_gradients(*problem), autograd(*problem), strict=True):
-        torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=1e-4 * theirs.abs().max().item())
+        torch.testing.assert_close(
+            ours.double(), theirs, rtol=1e-4, atol=1e-4 * theirs.abs().max().item()
+        )
 
 
 def test_tokens_are_independent_and_an_expert_without_tokens_has_no_rows() -> None:
@@ -80,4 +98,6 @@ def test_gradients_that_are_all_zero_give_ones(num_tokens: int) -> None:
 
 
 def test_a_token_without_gradient_has_no_weight_among_others() -> None:
-    assert torch.equal(norm_weights(torch.tensor([0.0, 2.0, 1.0]), 20.0), torch.tensor([0.0, 2.0, 1.0]))
+    assert torch.equal(
+        norm_weights(torch.tensor([0.0, 2.0, 1.0]), 20.0), torch.tensor([0.0, 2.0, 1.0])
+    )

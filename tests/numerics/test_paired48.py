@@ -1,4 +1,5 @@
-"""Masks: exhaustive over orders of four scores, over the six patterns and over zero and nonzero bytes."""
+"""Masks: exhaustive over orders of four scores, over the six patterns and over zero and nonzero
+bytes."""
 
 from itertools import combinations, permutations, product
 
@@ -41,7 +42,9 @@ def test_exactly_two_are_kept_whatever_the_scores(bad: float) -> None:
 
 def test_a_pair_is_two_neighbouring_inputs() -> None:
     keep = torch.tensor([[True, False, False, True]])
-    assert paired48.pairs_to_inputs(keep).tolist() == [[True, True, False, False, False, False, True, True]]
+    assert paired48.pairs_to_inputs(keep).tolist() == [
+        [True, True, False, False, False, False, True, True]
+    ]
 
 
 def test_legality_of_all_sixteen_zero_patterns() -> None:
@@ -58,9 +61,19 @@ def test_minus_zeros_count_as_nonzero_bytes(minus_zero: int) -> None:
 
 @pytest.mark.parametrize(
     ("zero_bytes", "pattern"),
-    [([0, 0, 0, 0], 0), ([0, 0, 0, 9], 2), ([0, 9, 0, 0], 0), ([0, 0, 9, 0], 1), ([9, 0, 0, 0], 0), ([0, 0, 9, 9], 5), ([0, 9, 9, 0], 3)],
+    [
+        ([0, 0, 0, 0], 0),
+        ([0, 0, 0, 9], 2),
+        ([0, 9, 0, 0], 0),
+        ([0, 0, 9, 0], 1),
+        ([9, 0, 0, 0], 0),
+        ([0, 0, 9, 9], 5),
+        ([0, 9, 9, 0], 3),
+    ],
 )
-def test_histogram_counts_the_lowest_zero_bytes_as_kept(zero_bytes: list[int], pattern: int) -> None:
+def test_histogram_counts_the_lowest_zero_bytes_as_kept(
+    zero_bytes: list[int], pattern: int
+) -> None:
     histogram = paired48.pattern_histogram(torch.tensor([zero_bytes], dtype=torch.uint8))
     assert histogram.dtype == torch.int64
     assert histogram.tolist() == [int(k == pattern) for k in range(6)]
@@ -72,8 +85,14 @@ def test_histogram_takes_minus_zeros_as_kept() -> None:
 
 
 def test_histogram_counts_every_pair_group() -> None:
-    rows = torch.tensor(paired48.PATTERNS).to(torch.uint8).repeat_interleave(torch.tensor([3, 1, 4, 1, 5, 9]), dim=0)
-    packed = (rows * 0x5A)[torch.randperm(23, generator=torch.Generator().manual_seed(0))].reshape(1, -1)
+    rows = (
+        torch.tensor(paired48.PATTERNS)
+        .to(torch.uint8)
+        .repeat_interleave(torch.tensor([3, 1, 4, 1, 5, 9]), dim=0)
+    )
+    packed = (rows * 0x5A)[torch.randperm(23, generator=torch.Generator().manual_seed(0))].reshape(
+        1, -1
+    )
     assert paired48.pattern_histogram(packed).tolist() == [3, 1, 4, 1, 5, 9]
 
 
@@ -91,7 +110,8 @@ ALL_LEGAL = [bits for bits in product([0, 1], repeat=4) if sum(bits) <= 2]
 
 
 def stored(group: tuple[int, ...] | list[int]) -> tuple[list[int], int]:
-    """Kept bytes and mask of four bytes, by hand: nonzero ones, then the lowest zeros until there are two."""
+    """Kept bytes and mask of four bytes, by hand: nonzero ones, then the lowest zeros until there
+    are two."""
     kept = [k for k in range(4) if group[k]]
     for k in range(4):
         if len(kept) < 2 and k not in kept:
@@ -101,7 +121,9 @@ def stored(group: tuple[int, ...] | list[int]) -> tuple[list[int], int]:
 
 def test_every_byte_value_in_every_legal_place_is_stored_and_comes_back() -> None:
     """All 256 values beside all 256, in all six patterns: every legal pair_group there is."""
-    a, b = (v.flatten() for v in torch.meshgrid(torch.arange(256), torch.arange(256), indexing="ij"))
+    a, b = (
+        v.flatten() for v in torch.meshgrid(torch.arange(256), torch.arange(256), indexing="ij")
+    )
     for first, second in combinations(range(4), 2):
         groups = torch.zeros(65536, 4, dtype=torch.uint8)
         groups[:, first], groups[:, second] = a.to(torch.uint8), b.to(torch.uint8)
@@ -117,8 +139,13 @@ def test_every_byte_value_in_every_legal_place_is_stored_and_comes_back() -> Non
 
 @pytest.mark.parametrize("low", ALL_LEGAL)
 @pytest.mark.parametrize("high", ALL_LEGAL)
-def test_two_pair_groups_share_a_byte_of_mask_the_lower_inputs_in_the_low_nibble(low: tuple[int, ...], high: tuple[int, ...]) -> None:
-    groups = [[b * (0x21 + k) for k, b in enumerate(low)], [b * (0x81 + k) for k, b in enumerate(high)]]
+def test_two_pair_groups_share_a_byte_of_mask_the_lower_inputs_in_the_low_nibble(
+    low: tuple[int, ...], high: tuple[int, ...]
+) -> None:
+    groups = [
+        [b * (0x21 + k) for k, b in enumerate(low)],
+        [b * (0x81 + k) for k, b in enumerate(high)],
+    ]
     kept, mask = paired48.pack_sparse(torch.tensor([groups[0] + groups[1]], dtype=torch.uint8))
     (kept_low, mask_low), (kept_high, mask_high) = map(stored, groups)
     assert kept.tolist() == [kept_low + kept_high]
@@ -156,7 +183,9 @@ def test_sparse_storage_of_cut_groups_and_of_shapes_that_do_not_fit_is_refused()
     with pytest.raises(NumericsError, match="found 12 pairs"):
         paired48.pack_sparse(torch.zeros(1, 12, dtype=torch.uint8))
     with pytest.raises(NumericsError, match="4 kept bytes for every byte"):
-        paired48.unpack_sparse(torch.zeros(1, 6, dtype=torch.uint8), torch.full((1, 2), 0x33, dtype=torch.uint8))
+        paired48.unpack_sparse(
+            torch.zeros(1, 6, dtype=torch.uint8), torch.full((1, 2), 0x33, dtype=torch.uint8)
+        )
 
 
 def test_illegal_groups_are_those_with_more_than_two_nonzero_bytes_whatever_the_bytes() -> None:

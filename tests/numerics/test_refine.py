@@ -7,13 +7,25 @@ from torch import Tensor
 
 from p48ray.numerics import e2m1, nvfp4
 from p48ray.numerics.activation import input_global_scale, quantize_activations
-from p48ray.numerics.refine import MIN_TOKENS, Batch, ExpertLoss, ExpertTokens, InputScales, QuantizedLinear, Refined, on_grid, refine
+from p48ray.numerics.refine import (
+    MIN_TOKENS,
+    Batch,
+    ExpertLoss,
+    ExpertTokens,
+    InputScales,
+    QuantizedLinear,
+    Refined,
+    on_grid,
+    refine,
+)
 from p48ray.numerics.solution import SolverSettings
 from p48ray.numerics.solvers import solve
 from p48ray.numerics.token_rows import TokenRows
 
 HIDDEN, SIZE, EXPERTS = 64, 32, 2
-SETTINGS = SolverSettings(solver="sparsegpt_gptq", sparsity="paired-4:8", scale_span=32, damp=0.1, sweeps=0)
+SETTINGS = SolverSettings(
+    solver="sparsegpt_gptq", sparsity="paired-4:8", scale_span=32, damp=0.1, sweeps=0
+)
 
 
 class Case:
@@ -27,7 +39,10 @@ class Case:
 
         mixing_HH = normal(HIDDEN, HIDDEN) / HIDDEN**0.5
         self.x = [normal(num_tokens, HIDDEN) @ mixing_HH for _ in range(EXPERTS)]
-        self.gate_up, self.down = normal(EXPERTS, 2 * SIZE, HIDDEN) / 8, normal(EXPERTS, HIDDEN, SIZE) / 6
+        self.gate_up, self.down = (
+            normal(EXPERTS, 2 * SIZE, HIDDEN) / 8,
+            normal(EXPERTS, HIDDEN, SIZE) / 6,
+        )
         factor_NHH = normal(EXPERTS, HIDDEN, HIDDEN) / HIDDEN**0.5
         self.metric = factor_NHH @ factor_NHH.mT + 0.05 * torch.eye(HIDDEN)
         self.scale = input_global_scale(max(float(x.abs().max()) for x in self.x))
@@ -35,9 +50,14 @@ class Case:
         h = [self.intermediate(x, w) for x, w in zip(self.x, self.gate_up, strict=True)]
         self.down_scale = input_global_scale(1.25 * max(float(v.abs().max()) for v in h))
         many = [float(num_tokens)] * EXPERTS
-        inputs_NHH = torch.stack([q.T @ q / max(1, len(q)) for q in self.quantized]) + 1e-3 * torch.eye(HIDDEN)
+        inputs_NHH = torch.stack(
+            [q.T @ q / max(1, len(q)) for q in self.quantized]
+        ) + 1e-3 * torch.eye(HIDDEN)
         inner_NFF = torch.stack([v.T @ v / max(1, len(v)) for v in h]) + 1e-3 * torch.eye(SIZE)
-        self.starts = [solve(self.gate_up, inputs_NHH, many, SETTINGS), solve(self.down, inner_NFF, many, SETTINGS)]
+        self.starts = [
+            solve(self.gate_up, inputs_NHH, many, SETTINGS),
+            solve(self.down, inner_NFF, many, SETTINGS),
+        ]
 
     @staticmethod
     def intermediate(x_TH: Tensor, gate_up_ZH: Tensor) -> Tensor:
@@ -49,15 +69,22 @@ class Case:
 
     def refined(self, steps: int) -> Refined:
         linears = [s.as_quantized() for s in self.starts]
-        return refine(self.tokens(), self.gate_up, self.down, *linears, self.metric, self.scales(), steps)
+        return refine(
+            self.tokens(), self.gate_up, self.down, *linears, self.metric, self.scales(), steps
+        )
 
     def scales(self) -> InputScales:
         return InputScales(gate_up=self.scale, down=self.down_scale, group=16)
 
-    def loss(self, expert: int, rows: slice, gate_up: QuantizedLinear, down: QuantizedLinear) -> float:
+    def loss(
+        self, expert: int, rows: slice, gate_up: QuantizedLinear, down: QuantizedLinear
+    ) -> float:
         """The relative error in the metric, written out for one expert in float64."""
         x, q = self.x[expert][rows], self.quantized[expert][rows]
-        w = [nvfp4.dequantize(v.codes_NOI, v.scale_NOG, v.global_scale_N)[expert] for v in (gate_up, down)]
+        w = [
+            nvfp4.dequantize(v.codes_NOI, v.scale_NOG, v.global_scale_N)[expert]
+            for v in (gate_up, down)
+        ]
         h = quantize_activations(self.intermediate(q, w[0]), self.down_scale)
         wanted = (self.intermediate(x, self.gate_up[expert]) @ self.down[expert].T).double()
         error, metric = (h @ w[1].T).double() - wanted, self.metric[expert].double()
@@ -69,35 +96,56 @@ def test_held_out_loss_is_the_written_out_one_and_falls_by_a_tenth() -> None:
     refined = case.refined(150)
     for n in range(EXPERTS):
         starts = [s.as_quantized() for s in case.starts]
-        assert refined.loss_before[n] == pytest.approx(case.loss(n, slice(None, None, 8), *starts), rel=1e-4)
-        assert refined.loss_after[n] == pytest.approx(case.loss(n, slice(None, None, 8), refined.gate_up, refined.down), rel=1e-4)
+        assert refined.loss_before[n] == pytest.approx(
+            case.loss(n, slice(None, None, 8), *starts), rel=1e-4
+        )
+        assert refined.loss_after[n] == pytest.approx(
+            case.loss(n, slice(None, None, 8), refined.gate_up, refined.down), rel=1e-4
+        )
         assert refined.loss_after[n] < 0.9 * refined.loss_before[n]
 
 
 @pytest.mark.parametrize("is_quantized", [True, False])
-def test_gradients_are_autograd_s_of_the_loss_with_roundings_passed_through(is_quantized: bool) -> None:
+def test_gradients_are_autograd_s_of_the_loss_with_roundings_passed_through(
+    is_quantized: bool,
+) -> None:
     case = Case(64)
     scales = case.scales() if is_quantized else InputScales(gate_up=None, down=None, group=16)
-    batch = Batch(torch.stack(case.x).double(), torch.rand(EXPERTS, 64, generator=torch.Generator().manual_seed(1)).double())
+    batch = Batch(
+        torch.stack(case.x).double(),
+        torch.rand(EXPERTS, 64, generator=torch.Generator().manual_seed(1)).double(),
+    )
     linears = [s.as_quantized() for s in case.starts]
-    values = [nvfp4.dequantize(q.codes_NOI, q.scale_NOG, q.global_scale_N).double().requires_grad_() for q in linears]
+    values = [
+        nvfp4.dequantize(q.codes_NOI, q.scale_NOG, q.global_scale_N).double().requires_grad_()
+        for q in linears
+    ]
     x_NTH = torch.stack(case.quantized).double() if is_quantized else batch.x_NTH
     gate_NTF, up_NTF = (x_NTH @ values[0].mT).chunk(2, -1)
     h_NTF = F.silu(gate_NTF) * up_NTF
     if is_quantized:
-        h_NTF = h_NTF + (quantize_activations(h_NTF.detach().flatten(0, 1), case.down_scale).view_as(h_NTF) - h_NTF.detach())
+        h_NTF = h_NTF + (
+            quantize_activations(h_NTF.detach().flatten(0, 1), case.down_scale).view_as(h_NTF)
+            - h_NTF.detach()
+        )
     gate_NTF, up_NTF = (batch.x_NTH @ case.gate_up.double().mT).chunk(2, -1)
     wanted_NTH = (F.silu(gate_NTF) * up_NTF) @ case.down.double().mT
     error_NTH = h_NTF @ values[1].mT - wanted_NTH
     metric = case.metric.double()
-    loss_N, scale_N = (((v @ metric) * v * batch.weight_NT[..., None]).sum((1, 2)) for v in (error_NTH, wanted_NTH))
+    loss_N, scale_N = (
+        ((v @ metric) * v * batch.weight_NT[..., None]).sum((1, 2)) for v in (error_NTH, wanted_NTH)
+    )
     expected = torch.autograd.grad((loss_N / scale_N).sum(), values)
 
     divisors = [q.global_scale_N.double() for q in linears]
     problem = ExpertLoss((case.gate_up.double(), case.down.double()), metric, divisors, scales)
     grids = [(v.detach() * d[:, None, None]) for v, d in zip(values, divisors, strict=True)]
-    torch.testing.assert_close(problem.loss(batch, grids), (loss_N / scale_N).detach(), rtol=1e-5, atol=0)
-    for found, wanted, unit in zip(problem.gradients(batch, grids), expected, (scales.gate_up, scales.down), strict=True):
+    torch.testing.assert_close(
+        problem.loss(batch, grids), (loss_N / scale_N).detach(), rtol=1e-5, atol=0
+    )
+    for found, wanted, unit in zip(
+        problem.gradients(batch, grids), expected, (scales.gate_up, scales.down), strict=True
+    ):
         assert (found / (unit or 1.0) - wanted).norm() < 1e-5 * wanted.norm()
 
 
@@ -108,10 +156,12 @@ def test_operands_on_the_grid_are_exact_in_bf16() -> None:
         unit = nvfp4.effective_scale(q.scale_NOG, q.global_scale_N)
         grid = on_grid(start.values_NOI, unit, q.scale_NOG.float())
         assert torch.equal(grid.bfloat16().float(), grid)
-        torch.testing.assert_close(grid / q.global_scale_N[:, None, None], start.values_NOI, rtol=1e-6, atol=0)
-    inputs = ExpertLoss((case.gate_up, case.down), case.metric, [torch.ones(EXPERTS)] * 2, case.scales()).quantized(
-        case.x[0][None], case.scale
-    )
+        torch.testing.assert_close(
+            grid / q.global_scale_N[:, None, None], start.values_NOI, rtol=1e-6, atol=0
+        )
+    inputs = ExpertLoss(
+        (case.gate_up, case.down), case.metric, [torch.ones(EXPERTS)] * 2, case.scales()
+    ).quantized(case.x[0][None], case.scale)
     assert (inputs.bfloat16().float() - inputs).abs().max() < 1e-6 * inputs.abs().max()
 
 
@@ -124,7 +174,9 @@ def test_masks_and_scales_stay_and_codes_are_legal() -> None:
         assert torch.equal(end.global_scale_N, start.global_scale_N1[:, 0])
         assert not bool((end.codes_NOI == 8).any())
         assert not bool(end.codes_NOI[~end.keep_NOP.repeat_interleave(2, 2)].any())
-        assert not torch.equal(e2m1.pack(end.codes_NOI), start.packed_NOB), "the case should change some codes"
+        assert not torch.equal(e2m1.pack(end.codes_NOI), start.packed_NOB), (
+            "the case should change some codes"
+        )
 
 
 @pytest.mark.parametrize("num_tokens", [0, 3, MIN_TOKENS - 1])
@@ -151,7 +203,10 @@ def test_refinement_repeats_bit_for_bit_and_leaves_its_inputs() -> None:
     first, second = case.refined(30), case.refined(30)
     assert torch.equal(first.gate_up.codes_NOI, second.gate_up.codes_NOI)
     assert first.loss_after == second.loss_after
-    assert all(torch.equal(a, b) for a, b in zip(before, (case.gate_up, case.down, case.metric, *case.x), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(before, (case.gate_up, case.down, case.metric, *case.x), strict=True)
+    )
 
 
 def test_runs_where_gradients_are_off() -> None:

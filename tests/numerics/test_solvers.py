@@ -1,4 +1,5 @@
-"""What every solver must hold to, the order of their losses, and what becomes of experts that cannot be solved."""
+"""What every solver must hold to, the order of their losses, and what becomes of experts that
+cannot be solved."""
 
 from collections import Counter
 from typing import Any
@@ -25,11 +26,21 @@ COMBINATIONS = [
 each_solver = pytest.mark.parametrize(("solver", "sparsity"), COMBINATIONS)
 
 
-def settings(solver: str, sparsity: str = "paired-4:8", span: int = 16, damp: float | None = 0.01, sweeps: int = 4) -> SolverSettings:
-    return SolverSettings(solver=solver, sparsity=sparsity, scale_span=span, damp=damp, sweeps=sweeps)
+def settings(
+    solver: str,
+    sparsity: str = "paired-4:8",
+    span: int = 16,
+    damp: float | None = 0.01,
+    sweeps: int = 4,
+) -> SolverSettings:
+    return SolverSettings(
+        solver=solver, sparsity=sparsity, scale_span=span, damp=damp, sweeps=sweeps
+    )
 
 
-def run(weight: Tensor, hessian: Tensor, chosen: SolverSettings, target: Tensor | None = None) -> Solution:
+def run(
+    weight: Tensor, hessian: Tensor, chosen: SolverSettings, target: Tensor | None = None
+) -> Solution:
     return solve(weight, hessian, [20.0] * len(weight), chosen, target)
 
 
@@ -66,10 +77,15 @@ def test_every_solution_is_a_valid_checkpoint_entry(solver: str, sparsity: str, 
 
 
 @pytest.mark.parametrize("span", [16, 32])
-def test_block_descent_beats_one_shot_beats_round_to_nearest_on_correlated_inputs(span: int) -> None:
+def test_block_descent_beats_one_shot_beats_round_to_nearest_on_correlated_inputs(
+    span: int,
+) -> None:
     weight, hessian = correlated(1, 3, 64, 128)
     names = ("block_descent", "sparsegpt_gptq", "round_to_nearest")
-    descent, one, nearest = (hessian_loss(weight - run(weight, hessian, settings(s, span=span)).values_NOI, hessian) for s in names)
+    descent, one, nearest = (
+        hessian_loss(weight - run(weight, hessian, settings(s, span=span)).values_NOI, hessian)
+        for s in names
+    )
     assert (descent < 0.6 * one).all()
     assert (one < 0.6 * nearest).all()
 
@@ -77,12 +93,15 @@ def test_block_descent_beats_one_shot_beats_round_to_nearest_on_correlated_input
 def test_gptq_beats_round_to_nearest_on_correlated_inputs() -> None:
     weight, hessian = correlated(2, 2, 64, 128)
     gptq, nearest = (
-        hessian_loss(weight - run(weight, hessian, settings(s, "none")).values_NOI, hessian) for s in ("gptq", "round_to_nearest")
+        hessian_loss(weight - run(weight, hessian, settings(s, "none")).values_NOI, hessian)
+        for s in ("gptq", "round_to_nearest")
     )
     assert (gptq < 0.6 * nearest).all()
 
 
-@pytest.mark.parametrize(("solver", "sparsity"), [("gptq", "none"), ("sparsegpt_gptq", "paired-4:8")])
+@pytest.mark.parametrize(
+    ("solver", "sparsity"), [("gptq", "none"), ("sparsegpt_gptq", "paired-4:8")]
+)
 def test_white_inputs_give_exactly_round_to_nearest(solver: str, sparsity: str) -> None:
     weight, _ = correlated(3, 2, 16, 64)
     ours, nearest = (
@@ -98,7 +117,10 @@ def test_batched_equals_single_bitwise(solver: str, sparsity: str) -> None:
     batched = run(weight, hessian, settings(solver, sparsity))
     for k in range(3):
         single = run(weight[k : k + 1], hessian[k : k + 1], settings(solver, sparsity))
-        assert all(torch.equal(a[0], b[k]) for a, b in zip(bytes_of(single), bytes_of(batched), strict=True))
+        assert all(
+            torch.equal(a[0], b[k])
+            for a, b in zip(bytes_of(single), bytes_of(batched), strict=True)
+        )
         assert single.global_scale_N1[0] == batched.global_scale_N1[k]
 
 
@@ -113,9 +135,14 @@ def test_inputs_are_unchanged(solver: str, sparsity: str) -> None:
 
 @each_solver
 @pytest.mark.parametrize("power", [-40, 40])
-def test_the_size_of_weights_and_inputs_moves_only_the_global_scale(solver: str, sparsity: str, power: int) -> None:
+def test_the_size_of_weights_and_inputs_moves_only_the_global_scale(
+    solver: str, sparsity: str, power: int
+) -> None:
     weight, hessian = correlated(6, 1, 8, 64)
-    plain, scaled = run(weight, hessian, settings(solver, sparsity)), run(weight * 2.0**power, hessian, settings(solver, sparsity))
+    plain, scaled = (
+        run(weight, hessian, settings(solver, sparsity)),
+        run(weight * 2.0**power, hessian, settings(solver, sparsity)),
+    )
     assert all(torch.equal(a, b) for a, b in zip(bytes_of(plain), bytes_of(scaled), strict=True))
     assert torch.equal(scaled.global_scale_N1 * 2.0**power, plain.global_scale_N1)
     louder = run(weight, hessian * 2.0**power, settings(solver, sparsity))
@@ -135,7 +162,9 @@ def test_a_global_scale_is_shared_by_all_outputs_of_an_expert_and_by_no_other() 
     weight, hessian = correlated(8, 2, 16, 64)
     weight[1] *= 3
     scales = run(weight, hessian, settings("sparsegpt_gptq")).global_scale_N1[:, 0]
-    torch.testing.assert_close(scales, torch.full((2,), 2688.0) / weight.abs().amax((1, 2)), rtol=0, atol=0)
+    torch.testing.assert_close(
+        scales, torch.full((2,), 2688.0) / weight.abs().amax((1, 2)), rtol=0, atol=0
+    )
 
 
 def test_a_target_is_what_the_values_aim_at() -> None:
@@ -143,9 +172,16 @@ def test_a_target_is_what_the_values_aim_at() -> None:
     target = weight.flip(1)
     for solver, sparsity in COMBINATIONS:
         solution = run(weight, hessian, settings(solver, sparsity), target)
-        assert hessian_loss(target - solution.values_NOI, hessian) < 0.4 * hessian_loss(target, hessian)
+        assert hessian_loss(target - solution.values_NOI, hessian) < 0.4 * hessian_loss(
+            target, hessian
+        )
         assert all(
-            torch.equal(a, b) for a, b in zip(bytes_of(solution), bytes_of(run(target, hessian, settings(solver, sparsity))), strict=True)
+            torch.equal(a, b)
+            for a, b in zip(
+                bytes_of(solution),
+                bytes_of(run(target, hessian, settings(solver, sparsity))),
+                strict=True,
+            )
         )
 
 
@@ -153,11 +189,17 @@ def broken_hessians(good: Tensor) -> dict[str, Tensor]:
     nan, indefinite = good.clone(), good.clone()
     nan[2, 3] = torch.nan
     indefinite[0, 1] = indefinite[1, 0] = 1e6
-    return {"is zero": torch.zeros_like(good), "is not finite": nan, "has no Cholesky factor up to damping 10": indefinite}
+    return {
+        "is zero": torch.zeros_like(good),
+        "is not finite": nan,
+        "has no Cholesky factor up to damping 10": indefinite,
+    }
 
 
 @pytest.mark.parametrize(("solver", "sparsity"), COMBINATIONS[2:])
-@pytest.mark.parametrize("reason", ["is zero", "is not finite", "has no Cholesky factor up to damping 10"])
+@pytest.mark.parametrize(
+    "reason", ["is zero", "is not finite", "has no Cholesky factor up to damping 10"]
+)
 def test_an_expert_without_usable_curvature_is_rounded_to_nearest_from_its_weight_and_says_so(
     solver: str, sparsity: str, reason: str
 ) -> None:
@@ -170,7 +212,9 @@ def test_an_expert_without_usable_curvature_is_rounded_to_nearest_from_its_weigh
     nearest = run(weight, hessian, settings("round_to_nearest", sparsity))
     assert solution.outcome == ("solved", "round_to_nearest", "solved")
     assert solution.reason == ("", f"the Hessian {reason}", "")
-    for ours, rounded, solved in zip(bytes_of(solution), bytes_of(nearest), bytes_of(untouched), strict=True):
+    for ours, rounded, solved in zip(
+        bytes_of(solution), bytes_of(nearest), bytes_of(untouched), strict=True
+    ):
         assert torch.equal(ours[1], rounded[1])
         assert torch.equal(ours[[0, 2]], solved[[0, 2]])
     assert torch.isfinite(solution.values_NOI).all()
@@ -187,10 +231,14 @@ def test_more_damping_than_asked_for_is_reported() -> None:
 def test_damping_follows_from_the_token_count_unless_it_is_set() -> None:
     weight, hessian = correlated(12, 3, 4, 32)
     chosen = settings("sparsegpt_gptq", damp=None)
-    assert solve(weight, hessian, [0.0, 12.0, 1000.0], chosen).damp_rel == pytest.approx((0.1, 0.05, 0.01))
+    assert solve(weight, hessian, [0.0, 12.0, 1000.0], chosen).damp_rel == pytest.approx(
+        (0.1, 0.05, 0.01)
+    )
 
 
-def test_block_descent_keeps_the_one_shot_start_where_the_end_is_worse(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_block_descent_keeps_the_one_shot_start_where_the_end_is_worse(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     weight, hessian = correlated(13, 2, 16, 64)
     descend = solvers.block_descent
 
@@ -205,7 +253,9 @@ def test_block_descent_keeps_the_one_shot_start_where_the_end_is_worse(monkeypat
     start = run(weight, hessian, settings("sparsegpt_gptq"))
     assert solution.outcome == ("solved", "one_shot")
     assert "higher loss than its one-shot start" in solution.reason[1]
-    for ours, first, second in zip(bytes_of(solution), bytes_of(good), bytes_of(start), strict=True):
+    for ours, first, second in zip(
+        bytes_of(solution), bytes_of(good), bytes_of(start), strict=True
+    ):
         assert torch.equal(ours[0], first[0])
         assert torch.equal(ours[1], second[1])
     assert solution.global_scale_N1[1] == start.global_scale_N1[1]
@@ -213,14 +263,17 @@ def test_block_descent_keeps_the_one_shot_start_where_the_end_is_worse(monkeypat
 
 def test_block_descent_is_never_worse_than_its_start_by_the_undamped_objective() -> None:
     weight, hessian = correlated(14, 32, 8, 32, num_tokens=20)
-    chosen = [settings(s, damp=30.0, sweeps=8) for s in ("block_descent", "sparsegpt_gptq")]  # so damped that descent fits another Hessian
+    # so damped that descent fits another Hessian
+    chosen = [settings(s, damp=30.0, sweeps=8) for s in ("block_descent", "sparsegpt_gptq")]
     descent, one = (run(weight, hessian, c) for c in chosen)
     assert set(descent.outcome) == {"solved", "one_shot"}
     losses = [hessian_loss(weight - s.values_NOI, hessian) for s in (descent, one)]
     assert (losses[0] <= losses[1]).all()
 
 
-def test_block_descent_runs_on_the_hessian_as_damped_for_the_factor(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_block_descent_runs_on_the_hessian_as_damped_for_the_factor(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     weight, hessian = correlated(19, 2, 16, 64)
     hessian[1] = torch.eye(64)
     hessian[1, 0, 0] = -0.5  # needs more damping than asked for
@@ -243,18 +296,27 @@ def test_block_descent_keeps_the_mask_it_found() -> None:
     weight, hessian = correlated(20, 2, 128, 128)
     chosen = settings("block_descent", sweeps=2)
     start = run(weight, hessian, settings("sparsegpt_gptq"))
-    _, keep = solvers.block_descent(weight, start.values_NOI, start.keep_NOP, damp(hessian, 0.01), 2)
+    _, keep = solvers.block_descent(
+        weight, start.values_NOI, start.keep_NOP, damp(hessian, 0.01), 2
+    )
     assert torch.equal(run(weight, hessian, chosen).keep_NOP, keep)
 
 
 def test_more_sweeps_end_lower() -> None:
     weight, hessian = correlated(15, 2, 32, 128)
-    one, six = (hessian_loss(weight - run(weight, hessian, settings("block_descent", sweeps=s)).values_NOI, hessian) for s in (1, 6))
+    one, six = (
+        hessian_loss(
+            weight - run(weight, hessian, settings("block_descent", sweeps=s)).values_NOI, hessian
+        )
+        for s in (1, 6)
+    )
     assert (six < one).all()
 
 
 @each_solver
-def test_what_the_estimate_counts_of_a_solver_is_what_it_does(solver: str, sparsity: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_estimate_counts_of_a_solver_is_what_it_does(
+    solver: str, sparsity: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Column loops, factors and descents of a solve are those of its record."""
     calls: Counter[str] = Counter()
 
@@ -281,12 +343,20 @@ def test_what_the_estimate_counts_of_a_solver_is_what_it_does(solver: str, spars
 
 
 def test_every_registered_solver_is_tested_here() -> None:
-    assert {(s.name, sparsity) for s in SOLVERS.values() for sparsity in s.sparsities} == set(COMBINATIONS)
+    assert {(s.name, sparsity) for s in SOLVERS.values() for sparsity in s.sparsities} == set(
+        COMBINATIONS
+    )
 
 
 @pytest.mark.parametrize(
     ("solver", "sparsity"),
-    [("gptq", "paired-4:8"), ("sparsegpt_gptq", "none"), ("block_descent", "none"), ("magic", "none"), ("gptq", "2:4")],
+    [
+        ("gptq", "paired-4:8"),
+        ("sparsegpt_gptq", "none"),
+        ("block_descent", "none"),
+        ("magic", "none"),
+        ("gptq", "2:4"),
+    ],
 )
 def test_solvers_refuse_a_sparsity_that_is_not_theirs(solver: str, sparsity: str) -> None:
     weight, hessian = correlated(16, 1, 4, 32)
@@ -300,7 +370,12 @@ def test_values_that_are_not_finite_are_refused(where: str) -> None:
     bad = weight.clone()
     bad[0, 1, 2] = torch.nan
     with pytest.raises(NumericsError, match=f"{where} holds values"):
-        run(bad if where == "weight" else weight, hessian, settings("block_descent"), bad if where == "target" else None)
+        run(
+            bad if where == "weight" else weight,
+            hessian,
+            settings("block_descent"),
+            bad if where == "target" else None,
+        )
 
 
 def test_spans_and_counts_that_do_not_fit_are_refused() -> None:
@@ -319,7 +394,8 @@ def test_sparsity_alone_loses_less_than_with_codes_and_block_descent_less_than_o
         kept = values.unflatten(2, (-1, 4, 2)).abs().sum(-1) > 0
         assert (kept.sum(-1) <= 2).all()
         with_codes = hessian_loss(weight - run(weight, hessian, c).values_NOI, hessian)
-        assert hessian_loss(weight - values, hessian).sum() < 0.97 * with_codes.sum()  # a single expert's greedy masks may fall luckier
+        # a single expert's greedy masks may fall luckier
+        assert hessian_loss(weight - values, hessian).sum() < 0.97 * with_codes.sum()
     one_shot, descent = (hessian_loss(weight - values, hessian) for values in sparse)
     assert (descent < one_shot).all()
 

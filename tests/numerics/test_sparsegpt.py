@@ -20,10 +20,23 @@ def global_scale(weight: torch.Tensor) -> torch.Tensor:
 
 
 def run(
-    weight: torch.Tensor, hessian: torch.Tensor, span: int = 16, keep: torch.Tensor | None = None, sparse: bool = True, block: int = 128
+    weight: torch.Tensor,
+    hessian: torch.Tensor,
+    span: int = 16,
+    keep: torch.Tensor | None = None,
+    sparse: bool = True,
+    block: int = 128,
 ) -> Codes:
     upper = inverse_factor(hessian, DAMP).upper_NII
-    return quantize_columns(weight, upper, global_scale(weight), span=span, keep=keep, sparsity=sparse, column_block=block)
+    return quantize_columns(
+        weight,
+        upper,
+        global_scale(weight),
+        span=span,
+        keep=keep,
+        sparsity=sparse,
+        column_block=block,
+    )
 
 
 def values(codes: Codes, weight: torch.Tensor) -> torch.Tensor:
@@ -52,10 +65,18 @@ def test_agrees_with_elimination_one_column_at_a_time(span: int, mode: str, bloc
         steps = eliminations(hessian[k], DAMP)
         for r in range(12):
             fixed = keep[k, r].tolist() if keep is not None else None
-            expected, spans, kept = quantize_row(weight[k, r], steps, divisor[k].item(), span, fixed, mode != "dense")
-            same = torch.allclose(ours[k, r], torch.tensor(expected), rtol=1e-5, atol=0) and codes.keep[k, r].tolist() == kept
-            same_rows.append(same and scales[k, r].tolist() == [s for s in spans for _ in range(span // 16)])
-    # A row may part from float64 where a float32 value falls on the other side of a rounding tie; from there on its errors differ.
+            expected, spans, kept = quantize_row(
+                weight[k, r], steps, divisor[k].item(), span, fixed, mode != "dense"
+            )
+            same = (
+                torch.allclose(ours[k, r], torch.tensor(expected), rtol=1e-5, atol=0)
+                and codes.keep[k, r].tolist() == kept
+            )
+            same_rows.append(
+                same and scales[k, r].tolist() == [s for s in spans for _ in range(span // 16)]
+            )
+    # A row may part from float64 where a float32 value falls on the other side of a rounding tie;
+    # from there on its errors differ.
     assert sum(same_rows) >= 23, f"{sum(same_rows)} of 24 rows agree"
 
 
@@ -81,7 +102,9 @@ def test_error_feedback_lowers_the_loss_on_correlated_inputs() -> None:
     scale = nvfp4.choose_scales(weight, divisor, 16, search=True)
     nearest = nvfp4.dequantize(nvfp4.quantize(weight, scale, divisor), scale, divisor)
     looped = values(run(weight, hessian, sparse=False), weight)
-    assert (hessian_loss(weight - looped, hessian) < 0.6 * hessian_loss(weight - nearest, hessian)).all()
+    assert (
+        hessian_loss(weight - looped, hessian) < 0.6 * hessian_loss(weight - nearest, hessian)
+    ).all()
 
 
 def test_the_mask_is_legal_and_zero_is_code_zero() -> None:
@@ -117,7 +140,10 @@ def test_span_32_stores_one_byte_twice() -> None:
 
 def test_the_column_block_changes_nothing_but_rounding() -> None:
     weight, hessian = correlated(8, 2, 16, 96)
-    narrow, wide = values(run(weight, hessian, block=16), weight), values(run(weight, hessian, block=96), weight)
+    narrow, wide = (
+        values(run(weight, hessian, block=16), weight),
+        values(run(weight, hessian, block=96), weight),
+    )
     same_rows = (narrow == wide).all(-1).float().mean()
     assert same_rows >= 0.9
     losses = [hessian_loss(weight - v, hessian) for v in (narrow, wide)]
@@ -129,15 +155,24 @@ def test_batched_equals_single_bitwise() -> None:
     batched = run(weight, hessian)
     for k in range(3):
         single = run(weight[k : k + 1], hessian[k : k + 1])
-        assert all(torch.equal(a[0], b[k]) for a, b in zip(bytes_of(single), bytes_of(batched), strict=True))
+        assert all(
+            torch.equal(a[0], b[k])
+            for a, b in zip(bytes_of(single), bytes_of(batched), strict=True)
+        )
 
 
 @pytest.mark.parametrize("power", [-40, 40])
 def test_scaling_weights_or_curvature_by_a_power_of_two_changes_no_byte(power: int) -> None:
     weight, hessian = correlated(10, 1, 8, 64)
     plain = bytes_of(run(weight, hessian))
-    assert all(torch.equal(a, b) for a, b in zip(plain, bytes_of(run(weight * 2.0**power, hessian)), strict=True))
-    assert all(torch.equal(a, b) for a, b in zip(plain, bytes_of(run(weight, hessian * 2.0**power)), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(plain, bytes_of(run(weight * 2.0**power, hessian)), strict=True)
+    )
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(plain, bytes_of(run(weight, hessian * 2.0**power)), strict=True)
+    )
 
 
 def test_zero_weights_give_zero_codes_and_a_legal_mask() -> None:

@@ -1,4 +1,5 @@
-"""Code descent one row at a time in float64, every choice by trying all values; and the best codes of one pair_group by trying them all."""
+"""Code descent one row at a time in float64, every choice by trying all values; and the best codes
+of one pair_group by trying them all."""
 
 from itertools import product
 
@@ -18,7 +19,14 @@ def row_loss(target_I: Tensor, level_I: Tensor, unit_I: Tensor, hessian_II: Tens
 
 
 def descend_row(
-    target_I: Tensor, level_I: Tensor, scale_G: Tensor, global_scale: float, keep_P: Tensor, hessian_II: Tensor, span: int, sweeps: int
+    target_I: Tensor,
+    level_I: Tensor,
+    scale_G: Tensor,
+    global_scale: float,
+    keep_P: Tensor,
+    hessian_II: Tensor,
+    span: int,
+    sweeps: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(levels, scale per scale_group, kept pairs)."""
     target, level, hessian = target_I.double(), level_I.double().clone(), hessian_II.double()
@@ -33,12 +41,16 @@ def descend_row(
                 groups = slice(start // 16, (start + span) // 16)
                 scale = min([scale, *with_each_scale(scale, groups)], key=lambda s: loss(level, s))
             unit = float(scale[start // 16]) / global_scale
-            current = next(p for p in range(6) if SIX[p] == keep[start // 2 : start // 2 + 4].tolist())
+            current = next(
+                p for p in range(6) if SIX[p] == keep[start // 2 : start // 2 + 4].tolist()
+            )
             candidates: list[tuple[float, Tensor, int]] = []
             for pattern in (current, *range(6)):
                 levels = level.clone()
                 if candidates:
-                    levels[start : start + 8] = rounded_fit(target, level, scale / global_scale, hessian, start, pattern, unit)
+                    levels[start : start + 8] = rounded_fit(
+                        target, level, scale / global_scale, hessian, start, pattern, unit
+                    )
                 for i in (start + MASKS[pattern].nonzero()[:, 0]).tolist():
                     levels = min(with_each_level(levels, i), key=lambda x: loss(x, scale))
                 candidates.append((loss(levels, scale), levels, pattern))
@@ -64,7 +76,15 @@ def with_each_level(level_I: Tensor, i: int) -> list[Tensor]:
     return found
 
 
-def rounded_fit(target: Tensor, level: Tensor, unit_G: Tensor, hessian: Tensor, start: int, pattern: int, unit: float) -> Tensor:
+def rounded_fit(
+    target: Tensor,
+    level: Tensor,
+    unit_G: Tensor,
+    hessian: Tensor,
+    start: int,
+    pattern: int,
+    unit: float,
+) -> Tensor:
     """Levels of a pair_group next to its least-squares optimum under a pattern."""
     outside = level * unit_G.repeat_interleave(16)
     outside[start : start + 8] = 0

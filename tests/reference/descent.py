@@ -1,4 +1,5 @@
-"""Block descent one row at a time: every pair_group tries all six patterns by least squares on a square root of the Hessian."""
+"""Block descent one row at a time: every pair_group tries all six patterns by least squares on a
+square root of the Hessian."""
 
 from itertools import combinations
 

@@ -8,14 +8,16 @@ FACTORS = [1.0, 1.5, 1.25, 1.12, 0.93, 0.87, 0.8, 0.73, 0.67, 0.6, 0.5]
 
 @cache
 def e4m3_values() -> list[float]:
-    """Non-negative values in the order of their bytes 0x00-0x7E (0x7F is NaN): so the index's parity is the mantissa's."""
+    """Non-negative values in the order of their bytes 0x00-0x7E (0x7F is NaN): so the index's
+    parity is the mantissa's."""
     subnormal = [m * 2.0**-9 for m in range(8)]
     normal = [(1 + m / 8) * 2.0 ** (e - 7) for e in range(1, 16) for m in range(8)]
     return (subnormal + normal)[:127]
 
 
 def nearest(x: float, values: list[float]) -> int:
-    """Index of the value nearest to |x|; of two equally near the one with the even index. Infinity is nearest to the largest."""
+    """Index of the value nearest to |x|; of two equally near the one with the even index. Infinity
+    is nearest to the largest."""
     magnitude = min(abs(x), 2 * values[-1])
     return min(range(len(values)), key=lambda k: (abs(magnitude - values[k]), k % 2))
 

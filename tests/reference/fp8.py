@@ -1,4 +1,5 @@
-"""Block-scaled FP8 by its definition, element by element in Python's numbers: what the decoder is compared with, and how test sources are made."""
+"""Block-scaled FP8 by its definition, element by element in Python's numbers: what the decoder is
+compared with, and how test sources are made."""
 
 import struct
 
@@ -9,11 +10,14 @@ BLOCK = 128
 
 
 def e4m3_value(byte: int) -> float:
-    """Sign, four bits of exponent (bias 7), three of mantissa; exponent 0 is subnormal, 0x7F and 0xFF are NaN, there is no infinity."""
+    """Sign, four bits of exponent (bias 7), three of mantissa; exponent 0 is subnormal, 0x7F and
+    0xFF are NaN, there is no infinity."""
     sign, exponent, mantissa = (-1.0 if byte & 0x80 else 1.0), (byte >> 3) & 15, byte & 7
     if (exponent, mantissa) == (15, 7):
         return float("nan")
-    return sign * (mantissa / 8 * 2.0**-6 if exponent == 0 else (1 + mantissa / 8) * 2.0 ** (exponent - 7))
+    return sign * (
+        mantissa / 8 * 2.0**-6 if exponent == 0 else (1 + mantissa / 8) * 2.0 ** (exponent - 7)
+    )
 
 
 def to_float32(value: float) -> float:
@@ -29,11 +33,15 @@ def to_bfloat16_bits(value: float) -> int:
 
 
 def decode(weight: Tensor, scale_inv: Tensor, block: tuple[int, int] = (BLOCK, BLOCK)) -> Tensor:
-    """(out, in) BF16. The product of an E4M3 and a float32 is exact in a float64 and rounded twice, to float32 and to BF16."""
+    """(out, in) BF16. The product of an E4M3 and a float32 is exact in a float64 and rounded twice,
+    to float32 and to BF16."""
     codes, scales = weight.view(torch.uint8).tolist(), scale_inv.double().tolist()
     table = [e4m3_value(byte) for byte in range(256)]
     rows = [
-        [to_bfloat16_bits(to_float32(table[byte] * scales[o // block[0]][i // block[1]])) for i, byte in enumerate(row)]
+        [
+            to_bfloat16_bits(to_float32(table[byte] * scales[o // block[0]][i // block[1]]))
+            for i, byte in enumerate(row)
+        ]
         for o, row in enumerate(codes)
     ]
     bits = torch.tensor(rows, dtype=torch.int32)
@@ -41,7 +49,8 @@ def decode(weight: Tensor, scale_inv: Tensor, block: tuple[int, int] = (BLOCK, B
 
 
 def encode(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """A float weight as a release stores it: E4M3, and amax / 448 of every 128 x 128 block in float32."""
+    """A float weight as a release stores it: E4M3, and amax / 448 of every 128 x 128 block in
+    float32."""
     out, inputs = weight.shape
     scale_inv = torch.empty(-(-out // BLOCK), -(-inputs // BLOCK))
     stored = torch.empty(out, inputs, dtype=torch.float8_e4m3fn)

@@ -1,7 +1,8 @@
 """A narrow sample model: the sample's layers, experts and names, a quarter of its widths.
 
-Tests of what the job does (resumption, deletion, runners, stores) run on it: as many units, tensors and tasks as of the sample, at a fraction of
-the arithmetic. Tests of how good the result is run on the sample itself. Rows and columns are the sample's first ones.
+Tests of what the job does (resumption, deletion, runners, stores) run on it: as many units, tensors
+and tasks as of the sample, at a fraction of the arithmetic. Tests of how good the result is run on
+the sample itself. Rows and columns are the sample's first ones.
 """
 
 import json

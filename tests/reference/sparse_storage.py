@@ -1,4 +1,5 @@
-"""An independent reader of sparse storage, one byte at a time, from the description of the format alone (DESIGN 2.4), sharing no code with p48ray."""
+"""An independent reader of sparse storage, one byte at a time, from the description of the format
+alone (DESIGN 2.4), sharing no code with p48ray."""
 
 import json
 import struct
@@ -11,11 +12,15 @@ def read_file(data: bytes) -> dict[str, tuple[str, list[int], bytes]]:
     header = json.loads(data[8 : 8 + length])
     header.pop("__metadata__", None)
     body = data[8 + length :]
-    return {name: (r["dtype"], r["shape"], body[r["data_offsets"][0] : r["data_offsets"][1]]) for name, r in header.items()}
+    return {
+        name: (r["dtype"], r["shape"], body[r["data_offsets"][0] : r["data_offsets"][1]])
+        for name, r in header.items()
+    }
 
 
 def dense_bytes(kept: bytes, mask: bytes) -> bytes:
-    """Of every 4 bytes the 2 kept ones, put where 4 bits of the mask say; two chunks a byte of mask, the first in its low nibble."""
+    """Of every 4 bytes the 2 kept ones, put where 4 bits of the mask say; two chunks a byte of
+    mask, the first in its low nibble."""
     result = bytearray()
     queue = iter(kept)
     for byte in mask:
@@ -43,7 +48,11 @@ def dense_checkpoint(files: Mapping[str, bytes]) -> dict[str, tuple[str, list[in
             if suffix == "weight_sparse_packed":
                 _, mask_shape, mask = tensors[f"{stem}.weight_sparse_mask"]
                 assert mask_shape == [shape[0], shape[1] // 4]
-                found[f"{stem}.weight_packed"] = ("U8", [shape[0], shape[1] * 2], dense_bytes(raw, mask))
+                found[f"{stem}.weight_packed"] = (
+                    "U8",
+                    [shape[0], shape[1] * 2],
+                    dense_bytes(raw, mask),
+                )
             elif suffix == "weight_scale" and is_sparse:
                 found[name] = (dtype, [shape[0], shape[1] * 2], dense_scales(raw))
             elif suffix != "weight_sparse_mask":

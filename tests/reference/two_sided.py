@@ -1,4 +1,5 @@
-"""The two-sided objective as one quadratic form in all values of a linear, in float64, and its minimum by trying every mask."""
+"""The two-sided objective as one quadratic form in all values of a linear, in float64, and its
+minimum by trying every mask."""
 
 from itertools import combinations, product
 
@@ -20,8 +21,11 @@ def every_mask(num_outputs: int, num_inputs: int) -> Tensor:
     return torch.tensor(list(product(SIX, repeat=places))).view(-1, num_outputs, num_inputs // 2)
 
 
-def best_values(target_OI: Tensor, keep_MOP: Tensor, hessian_II: Tensor, output_hessian_OO: Tensor) -> tuple[Tensor, Tensor]:
-    """(values (M, O, I), losses (M,)) of the least-squares optimum under each mask, float64; every mask keeps half of all inputs."""
+def best_values(
+    target_OI: Tensor, keep_MOP: Tensor, hessian_II: Tensor, output_hessian_OO: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(values (M, O, I), losses (M,)) of the least-squares optimum under each mask, float64; every
+    mask keeps half of all inputs."""
     form = torch.kron(output_hessian_OO.double(), hessian_II.double())
     target = target_OI.double().flatten()
     is_kept_MV = keep_MOP.repeat_interleave(2, dim=-1).flatten(1)
@@ -33,8 +37,15 @@ def best_values(target_OI: Tensor, keep_MOP: Tensor, hessian_II: Tensor, output_
     return values_MV.view(-1, *target_OI.shape), (delta_MV @ form * delta_MV).sum(1)
 
 
-def descend(target_OI: Tensor, values_OI: Tensor, hessian_II: Tensor, output_hessian_OO: Tensor, rows: list[int]) -> Tensor:
-    """Values after exact minimisation over one pair_group at a time: those of the first of `rows` from left to right, then the next's."""
+def descend(
+    target_OI: Tensor,
+    values_OI: Tensor,
+    hessian_II: Tensor,
+    output_hessian_OO: Tensor,
+    rows: list[int],
+) -> Tensor:
+    """Values after exact minimisation over one pair_group at a time: those of the first of `rows`
+    from left to right, then the next's."""
     values = values_OI.double()
     for row in rows:
         for start in range(0, values.shape[1], 8):
@@ -45,14 +56,25 @@ def descend(target_OI: Tensor, values_OI: Tensor, hessian_II: Tensor, output_hes
     return values
 
 
-def refits(target_OI: Tensor, values_OI: Tensor, hessian_II: Tensor, output_hessian_OO: Tensor, row: int, start: int) -> list[Tensor]:
+def refits(
+    target_OI: Tensor,
+    values_OI: Tensor,
+    hessian_II: Tensor,
+    output_hessian_OO: Tensor,
+    row: int,
+    start: int,
+) -> list[Tensor]:
     """All six least-squares fits of one pair_group with the rest as it is, float64."""
     form = torch.kron(output_hessian_OO.double(), hessian_II.double())
     found = []
     for pattern in SIX:
         values = values_OI.double().clone()
         values[row, start : start + 8] = 0
-        kept = row * values.shape[1] + start + torch.tensor(pattern).repeat_interleave(2).nonzero()[:, 0]
+        kept = (
+            row * values.shape[1]
+            + start
+            + torch.tensor(pattern).repeat_interleave(2).nonzero()[:, 0]
+        )
         slope = (form @ (target_OI.double() - values).flatten())[kept]
         values.view(-1)[kept] = torch.linalg.solve(form[kept][:, kept], slope)
         found.append(values)

@@ -1,4 +1,5 @@
-"""Gradients through the whole model by autograd: what the backward pass, one layer at a time, is compared with."""
+"""Gradients through the whole model by autograd: what the backward pass, one layer at a time, is
+compared with."""
 
 from collections.abc import Callable
 
@@ -10,7 +11,8 @@ from transformers import PreTrainedModel
 def at_routed_outputs(
     model: PreTrainedModel, token_ids_BS: Tensor, label: Callable[[Tensor], Tensor]
 ) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
-    """Gradients of the summed cross-entropy, by layer: at the output of its routed experts, and at what enters it (num_layers: the final norm); (T, H) each.
+    """Gradients of the summed cross-entropy, by layer: at the output of its routed experts, and at
+    what enters it (num_layers: the final norm); (T, H) each.
 
     `label` makes labels of the model's own probabilities (T, V).
     """
@@ -40,5 +42,9 @@ def at_routed_outputs(
         hook.remove()
     labels_T = label(logits_TV.detach().softmax(-1))
     loss = torch.nn.functional.cross_entropy(logits_TV, labels_T, reduction="sum")
-    found = [g.flatten(0, -2) for g in torch.autograd.grad(loss, [*routed.values(), *entering.values()])]
-    return dict(zip(routed, found, strict=False)), dict(zip(entering, found[len(routed) :], strict=True))
+    found = [
+        g.flatten(0, -2) for g in torch.autograd.grad(loss, [*routed.values(), *entering.values()])
+    ]
+    return dict(zip(routed, found, strict=False)), dict(
+        zip(entering, found[len(routed) :], strict=True)
+    )

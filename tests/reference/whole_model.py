@@ -1,4 +1,5 @@
-"""A small model run whole by transformers, from files read with safetensors alone: what capture, gradients and evaluation are compared with."""
+"""A small model run whole by transformers, from files read with safetensors alone: what capture,
+gradients and evaluation are compared with."""
 
 import json
 from dataclasses import dataclass
@@ -7,7 +8,13 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import (
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    PreTrainedModel,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from tests.reference import fp8
 
@@ -45,7 +52,12 @@ def decode_int4(tensors: dict[str, Tensor], stem: str) -> Tensor:
     out, inputs = tensors[f"{stem}.weight_shape"].tolist()
     codes = ((words.unsqueeze(-1) >> (torch.arange(8) * 4)) & 15).reshape(out, inputs) - 8
     scale = tensors[f"{stem}.weight_scale"]
-    return (codes.float().view(out, -1, 32) * scale.float().unsqueeze(-1)).to(scale.dtype).float().view(out, inputs)
+    return (
+        (codes.float().view(out, -1, 32) * scale.float().unsqueeze(-1))
+        .to(scale.dtype)
+        .float()
+        .view(out, inputs)
+    )
 
 
 def plain_weight(tensors: dict[str, Tensor], stem: str) -> Tensor:
@@ -73,14 +85,24 @@ def load(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
         stem, _, leaf = f"{prefix}{name}".rpartition(".")
         experts = range(config.num_local_experts)
         if leaf == "gate_up_proj":
-            pairs = [[plain_weight(tensors, f"{stem}.{e}.{p}") for p in ("gate_proj", "up_proj")] for e in experts]
+            pairs = [
+                [plain_weight(tensors, f"{stem}.{e}.{p}") for p in ("gate_proj", "up_proj")]
+                for e in experts
+            ]
             state[name] = torch.stack([torch.cat(pair) for pair in pairs])
         elif leaf == "down_proj":
-            state[name] = torch.stack([plain_weight(tensors, f"{stem}.{e}.down_proj") for e in experts])
+            state[name] = torch.stack(
+                [plain_weight(tensors, f"{stem}.{e}.down_proj") for e in experts]
+            )
         else:
-            state[name] = plain_weight(tensors, stem) if leaf == "weight" else tensors[f"{prefix}{name}"].float()
+            state[name] = (
+                plain_weight(tensors, stem)
+                if leaf == "weight"
+                else tensors[f"{prefix}{name}"].float()
+            )
     model.load_state_dict(state)
-    for parameter in model.parameters():  # not buffers: the router's bias and the rotary frequencies stay as they are
+    # not buffers: the router's bias and the rotary frequencies stay as they are
+    for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     return model.requires_grad_(False)
 

@@ -24,10 +24,17 @@ from tests.stages.small_run import SmallRun, run_locally
 TABLE = BenchmarkTable(
     tasks=(
         BenchmarkTask(task="arc_challenge", title="ARC-Challenge", shots=25, metric="acc_norm"),
-        BenchmarkTask(task="gsm8k", title="GSM8K", shots=5, metric="exact_match", filter="strict-match"),
+        BenchmarkTask(
+            task="gsm8k", title="GSM8K", shots=5, metric="exact_match", filter="strict-match"
+        ),
     ),
     columns=(
-        BenchmarkColumn(role="base", title="<base>", source="a paper, table 3", values={"arc_challenge": 80.0, "gsm8k": 50.0}),
+        BenchmarkColumn(
+            role="base",
+            title="<base>",
+            source="a paper, table 3",
+            values={"arc_challenge": 80.0, "gsm8k": 50.0},
+        ),
         BenchmarkColumn(role="baseline", title="one-shot baseline", values={}),
         BenchmarkColumn(
             role="ours",
@@ -40,12 +47,17 @@ TABLE = BenchmarkTable(
         ),
     ),
 )
-UNMEASURED = TABLE.model_copy(update={"columns": (*TABLE.columns[:2], TABLE.columns[2].model_copy(update={"values": {}}))})
+UNMEASURED = TABLE.model_copy(
+    update={"columns": (*TABLE.columns[:2], TABLE.columns[2].model_copy(update={"values": {}}))}
+)
 
 
 @pytest.fixture
 def units(finished: SmallRun) -> list[UnitManifest]:
-    return [UnitManifest.load(finished.prepared.store, run_root.unit_manifest(u.id)) for u in finished.prepared.plan.units]
+    return [
+        UnitManifest.load(finished.prepared.store, run_root.unit_manifest(u.id))
+        for u in finished.prepared.plan.units
+    ]
 
 
 def test_card_has_the_table_with_empty_cells(finished: SmallRun, units: list[UnitManifest]) -> None:
@@ -58,7 +70,10 @@ def test_card_has_the_table_with_empty_cells(finished: SmallRun, units: list[Uni
     ):
         assert line in text.splitlines()
     assert "<base>: published figures, not measured here: a paper, table 3." in text
-    assert "This checkpoint: lm-evaluation-harness 0.4.13 against vllm 0.32.0, checkpoint 0123456789ab." in text
+    assert (
+        "This checkpoint: lm-evaluation-harness 0.4.13 against vllm 0.32.0, checkpoint"
+        " 0123456789ab." in text
+    )
     assert "by p48ray's own evaluation." in text
 
 
@@ -71,16 +86,23 @@ def test_card_without_a_figure_of_its_checkpoint_says_that_none_was_run(
     assert "Benchmarks" not in text and "recovery" not in text
 
 
-def test_card_of_a_run_without_held_out_text_has_its_benchmarks(finished: SmallRun, units: list[UnitManifest]) -> None:
+def test_card_of_a_run_without_held_out_text_has_its_benchmarks(
+    finished: SmallRun, units: list[UnitManifest]
+) -> None:
     text = model_card(finished.context, units, None, None, TABLE)
     assert "| ARC-Challenge | 25-shot acc_norm | 80.00 |  | 72.00 | -8.00 | 90.0% |" in text
     assert "Not evaluated on held-out text by the job that made it." in text
 
 
 def test_page_has_the_table_and_escapes_it(finished: SmallRun, units: list[UnitManifest]) -> None:
-    text = report_html(finished.context, finished.report.model_copy(update={"benchmarks": TABLE}), units)
+    text = report_html(
+        finished.context, finished.report.model_copy(update={"benchmarks": TABLE}), units
+    )
     words = re.sub(r"\s+", " ", Page(text).words["benchmarks"])
-    for line in ("ARC-Challenge 25-shot acc_norm 80.00 72.00 ± 1.25 -8.00 90.0%", "average of 1 of 2 tasks 80.00 72.00 -8.00 90.0%"):
+    for line in (
+        "ARC-Challenge 25-shot acc_norm 80.00 72.00 ± 1.25 -8.00 90.0%",
+        "average of 1 of 2 tasks 80.00 72.00 -8.00 90.0%",
+    ):
         assert line in words
     assert "a paper, table 3" in words and "vllm 0.32.0" in words
     assert "&lt;base&gt;" in text and "<base>" not in text
@@ -95,12 +117,17 @@ def test_terminal_shows_the_same_table() -> None:
     assert "One-shot baseline: not measured." in text
 
 
-def test_report_is_written_with_its_benchmarks_and_read_again(finished: SmallRun, units: list[UnitManifest]) -> None:
+def test_report_is_written_with_its_benchmarks_and_read_again(
+    finished: SmallRun, units: list[UnitManifest]
+) -> None:
     store = MemoryStore("written-report")
     report = finished.report.model_copy(update={"benchmarks": TABLE})
     write_report(replace(finished.context, store=store), report, units)
     assert Report.load(store, run_root.REPORT) == report
-    assert "ARC-Challenge" in store.get("checkpoint/README.md").decode() and "ARC-Challenge" in store.get(run_root.REPORT_PAGE).decode()
+    assert (
+        "ARC-Challenge" in store.get("checkpoint/README.md").decode()
+        and "ARC-Challenge" in store.get(run_root.REPORT_PAGE).decode()
+    )
 
 
 def test_report_of_before_there_were_benchmarks_is_still_read(finished: SmallRun) -> None:
@@ -110,9 +137,12 @@ def test_report_of_before_there_were_benchmarks_is_still_read(finished: SmallRun
 
 
 def test_run_that_is_called_again_keeps_its_benchmarks(finished: SmallRun) -> None:
-    """The compression job writes report and card anew each time; put back afterwards, since others look at this run."""
+    """The compression job writes report and card anew each time; put back afterwards, since others
+    look at this run."""
     store = finished.prepared.store
-    ours = TABLE.columns[2].model_copy(update={"identity": identify(SubStore(store, run_root.CHECKPOINT))})
+    ours = TABLE.columns[2].model_copy(
+        update={"identity": identify(SubStore(store, run_root.CHECKPOINT))}
+    )
     table = TABLE.model_copy(update={"columns": (*TABLE.columns[:2], ours)})
     files = (run_root.REPORT, run_root.REPORT_PAGE, "checkpoint/README.md")
     before = {key: store.get(key) for key in files}

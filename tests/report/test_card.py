@@ -1,4 +1,5 @@
-"""The card of a finished checkpoint: what the Hub's library reads from it, and that it says what was done and nothing else."""
+"""The card of a finished checkpoint: what the Hub's library reads from it, and that it says what
+was done and nothing else."""
 
 import re
 import shutil
@@ -21,13 +22,21 @@ from tests.conftest import TINY
 from tests.stages.small_run import SmallRun
 
 QUALITY = EvaluationResult(
-    num_tokens=192, source_perplexity=7.0, source_accuracy=0.57, compressed_perplexity=8.125, compressed_accuracy=0.5, kl=0.0625
+    num_tokens=192,
+    source_perplexity=7.0,
+    source_accuracy=0.57,
+    compressed_perplexity=8.125,
+    compressed_accuracy=0.5,
+    kl=0.0625,
 )
 
 
 @pytest.fixture
 def units(finished: SmallRun) -> list[UnitManifest]:
-    return [UnitManifest.load(finished.prepared.store, run_root.unit_manifest(u.id)) for u in finished.prepared.plan.units]
+    return [
+        UnitManifest.load(finished.prepared.store, run_root.unit_manifest(u.id))
+        for u in finished.prepared.plan.units
+    ]
 
 
 def context_with(finished: SmallRun, readme: bytes | None = None, **output: object) -> StageContext:
@@ -57,31 +66,57 @@ def test_card_in_the_checkpoint_is_read_by_the_hubs_library(finished: SmallRun) 
         assert fact in card.text
 
 
-def test_base_model_and_licence_are_carried_over(finished: SmallRun, units: list[UnitManifest]) -> None:
-    readme = b"---\nlicense: other\nlicense_name: modified-mit\nlicense_link: LICENSE\npipeline_tag: image-text-to-text\ntags: [theirs]\n---\n# Source\n"
-    card = ModelCard(model_card(context_with(finished, readme, base_model="owner/name"), units, None, None))
+def test_base_model_and_licence_are_carried_over(
+    finished: SmallRun, units: list[UnitManifest]
+) -> None:
+    readme = (
+        b"---\nlicense: other\nlicense_name: modified-mit\nlicense_link: LICENSE\npipeline_tag:"
+        b" image-text-to-text\ntags: [theirs]\n---\n# Source\n"
+    )
+    card = ModelCard(
+        model_card(context_with(finished, readme, base_model="owner/name"), units, None, None)
+    )
     data = card.data.to_dict()
     assert (data["base_model"], data["base_model_relation"]) == ("owner/name", "quantized")
-    assert (data["license"], data["license_name"], data["license_link"]) == ("other", "modified-mit", "LICENSE")
+    assert (data["license"], data["license_name"], data["license_link"]) == (
+        "other",
+        "modified-mit",
+        "LICENSE",
+    )
     assert "theirs" not in data["tags"]
     assert data["pipeline_tag"] == "image-text-to-text"
-    assert "derived from [owner/name](https://huggingface.co/owner/name), whose authors took no part" in card.text
+    assert (
+        "derived from [owner/name](https://huggingface.co/owner/name), whose authors took no part"
+        in card.text
+    )
     assert "The base model's own: modified-mit. Its text is in `LICENSE`." in card.text
 
 
-def test_source_without_front_matter_has_no_licence_to_carry(finished: SmallRun, units: list[UnitManifest]) -> None:
-    data = ModelCard(model_card(context_with(finished, b"# source\n"), units, None, None)).data.to_dict()
+def test_source_without_front_matter_has_no_licence_to_carry(
+    finished: SmallRun, units: list[UnitManifest]
+) -> None:
+    data = ModelCard(
+        model_card(context_with(finished, b"# source\n"), units, None, None)
+    ).data.to_dict()
     assert not {"license", "license_name", "base_model", "base_model_relation"} & data.keys()
 
 
-def test_only_what_was_measured_is_in_the_table(finished: SmallRun, units: list[UnitManifest]) -> None:
+def test_only_what_was_measured_is_in_the_table(
+    finished: SmallRun, units: list[UnitManifest]
+) -> None:
     context = context_with(finished)
-    alone, both = (model_card(context, units, QUALITY, baseline) for baseline in (None, QUALITY.model_copy(update={"kl": 0.125})))
+    alone, both = (
+        model_card(context, units, QUALITY, baseline)
+        for baseline in (None, QUALITY.model_copy(update={"kl": 0.125}))
+    )
     assert "| this checkpoint | 8.1250 | 0.5000 | 0.0625 |" in alone
     assert "sparse kernels: activations" not in alone
     other = CompressedQuality(perplexity=8.25, accuracy=0.4375, kl=0.0703)
     seen = model_card(context, units, QUALITY.model_copy(update={"in_groups_of_32": other}), None)
-    assert "| this checkpoint on sparse kernels: activations in groups of 32 | 8.2500 | 0.4375 | 0.0703 |" in seen
+    assert (
+        "| this checkpoint on sparse kernels: activations in groups of 32 | 8.2500 | 0.4375 |"
+        " 0.0703 |" in seen
+    )
     assert "one-shot reference" not in alone
     assert "| one-shot reference (SparseGPT masks + GPTQ) | 8.1250 | 0.5000 | 0.1250 |" in both
     unmeasured = model_card(context, units, None, None)
@@ -90,30 +125,52 @@ def test_only_what_was_measured_is_in_the_table(finished: SmallRun, units: list[
 
 
 @pytest.mark.parametrize(("family", "has_flags"), [("kimi_k25", True), ("deepseek_v3", False)])
-def test_flags_of_a_family_are_for_that_family(finished: SmallRun, units: list[UnitManifest], family: str, has_flags: bool) -> None:
+def test_flags_of_a_family_are_for_that_family(
+    finished: SmallRun, units: list[UnitManifest], family: str, has_flags: bool
+) -> None:
     context = context_with(finished)
     source = context.plan.source.model_copy(update={"family": family})
-    text = model_card(replace(context, plan=context.plan.model_copy(update={"source": source})), units, None, None)
-    assert ("--tool-call-parser kimi_k2" in text) == ("--mm-encoder-tp-mode data" in text) == has_flags
+    text = model_card(
+        replace(context, plan=context.plan.model_copy(update={"source": source})), units, None, None
+    )
+    assert (
+        ("--tool-call-parser kimi_k2" in text) == ("--mm-encoder-tp-mode data" in text) == has_flags
+    )
     assert "vllm serve <this repository> --tensor-parallel-size 4" in text
 
 
-def test_vllm_is_told_its_backend_in_either_way_of_its_versions(finished: SmallRun, units: list[UnitManifest]) -> None:
+def test_vllm_is_told_its_backend_in_either_way_of_its_versions(
+    finished: SmallRun, units: list[UnitManifest]
+) -> None:
     text = model_card(context_with(finished), units, None, None)
-    newer, older = re.findall(r"```\n((?:VLLM_USE_FLASHINFER_MOE_FP4=1 )?vllm serve .*?)\n```", text, re.DOTALL)
-    assert newer.split("\\\n  ")[-1] == "--moe-backend flashinfer_trtllm" and "VLLM_USE" not in newer
-    assert older.startswith("VLLM_USE_FLASHINFER_MOE_FP4=1 vllm serve") and "--moe-backend" not in older
+    newer, older = re.findall(
+        r"```\n((?:VLLM_USE_FLASHINFER_MOE_FP4=1 )?vllm serve .*?)\n```", text, re.DOTALL
+    )
+    assert (
+        newer.split("\\\n  ")[-1] == "--moe-backend flashinfer_trtllm" and "VLLM_USE" not in newer
+    )
+    assert (
+        older.startswith("VLLM_USE_FLASHINFER_MOE_FP4=1 vllm serve")
+        and "--moe-backend" not in older
+    )
     assert older.count("--") == newer.count("--") - 1
     assert "vLLM 0.32:" in text
 
 
 def test_source_is_named_with_its_revision(finished: SmallRun, units: list[UnitManifest]) -> None:
-    stated = model_card(context_with(finished, base_model="owner/name", base_revision="0123abc"), units, None, None)
-    for words in ("[owner/name](https://huggingface.co/owner/name), revision `0123abc`", '"checkpoint": "hf://owner/name@0123abc"'):
+    stated = model_card(
+        context_with(finished, base_model="owner/name", base_revision="0123abc"), units, None, None
+    )
+    for words in (
+        "[owner/name](https://huggingface.co/owner/name), revision `0123abc`",
+        '"checkpoint": "hf://owner/name@0123abc"',
+    ):
         assert words in stated
     context = context_with(finished)
     source = context.plan.config.source.model_copy(update={"checkpoint": "hf://owner/other@main"})
-    plan = context.plan.model_copy(update={"config": context.plan.config.model_copy(update={"source": source})})
+    plan = context.plan.model_copy(
+        update={"config": context.plan.config.model_copy(update={"source": source})}
+    )
     known = model_card(replace(context, plan=plan), units, None, None)
     assert "[owner/other](https://huggingface.co/owner/other), revision `main`" in known
     assert ModelCard(known).data.base_model == "owner/other"
@@ -121,9 +178,15 @@ def test_source_is_named_with_its_revision(finished: SmallRun, units: list[UnitM
     assert "a checkpoint without a name on the Hub" in unknown and "huggingface.co" not in unknown
 
 
-def test_experts_sizes_are_those_of_the_files(finished: SmallRun, units: list[UnitManifest]) -> None:
+def test_experts_sizes_are_those_of_the_files(
+    finished: SmallRun, units: list[UnitManifest]
+) -> None:
     text = model_card(context_with(finished), units, None, None)
-    found = re.search(r"size of the experts \| ([\d,]+) bytes, ([\d.]+) bits a weight \(source: ([\d,]+), ([\d.]+)\)", text)
+    found = re.search(
+        r"size of the experts \| ([\d,]+) bytes, ([\d.]+) bits a weight \(source: ([\d,]+),"
+        r" ([\d.]+)\)",
+        text,
+    )
     assert found is not None
     weights = 4 * 16 * 3 * 128 * 256
     after, before = (int(found[i].replace(",", "")) for i in (1, 3))
@@ -131,7 +194,12 @@ def test_experts_sizes_are_those_of_the_files(finished: SmallRun, units: list[Un
         sizes = {}
         for path in folder.glob("*.safetensors"):
             with safe_open(path, "pt") as opened:
-                sizes |= {n: t.numel() * t.element_size() for n in opened.keys() if ".experts." in n for t in [opened.get_tensor(n)]}  # noqa: SIM118
+                sizes |= {
+                    n: t.numel() * t.element_size()
+                    for n in opened.keys()  # noqa: SIM118 (not a dict)
+                    if ".experts." in n
+                    for t in [opened.get_tensor(n)]
+                }
         assert sum(sizes.values()) == expected
     assert (found[2], found[4]) == (f"{8 * after / weights:.2f}", f"{8 * before / weights:.2f}")
 

@@ -1,4 +1,5 @@
-"""report.html: its numbers are the report's, every expert is in its pictures, and nothing in it is fetched or executed that should not be."""
+"""report.html: its numbers are the report's, every expert is in its pictures, and nothing in it is
+fetched or executed that should not be."""
 
 import base64
 import hashlib
@@ -40,7 +41,8 @@ NO_VALUE = 255
 
 
 class Page(HTMLParser):
-    """What the tests look at: text by section, pictures by name, attributes that could load something."""
+    """What the tests look at: text by section, pictures by name, attributes that could load
+    something."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -67,7 +69,11 @@ class Page(HTMLParser):
             self.heat = found["data-heat"] or ""
         elif tag == "img":
             self.pictures[self.heat] = decode_png(found["src"] or "")
-        self.loads += [v for k, v in attrs if k in ("src", "href", "srcset", "xlink:href", "action", "data") and v]
+        self.loads += [
+            v
+            for k, v in attrs
+            if k in ("src", "href", "srcset", "xlink:href", "action", "data") and v
+        ]
         assert not any(name.startswith("on") for name in found), (tag, found)
 
     def handle_data(self, data: str) -> None:
@@ -81,7 +87,9 @@ class Page(HTMLParser):
 
     @property
     def data(self) -> dict[str, object]:
-        found: dict[str, object] = json.loads(next(body for attrs, body in self.scripts if attrs.get("id") == "data"))
+        found: dict[str, object] = json.loads(
+            next(body for attrs, body in self.scripts if attrs.get("id") == "data")
+        )
         return found
 
 
@@ -93,7 +101,9 @@ def decode_png(uri: str) -> list[list[int]]:
     at, packed = 8, b""
     while at < len(data):
         size, kind = int.from_bytes(data[at : at + 4]), data[at + 4 : at + 8]
-        assert zlib.crc32(data[at + 4 : at + 8 + size]) == int.from_bytes(data[at + 8 + size : at + 12 + size])
+        assert zlib.crc32(data[at + 4 : at + 8 + size]) == int.from_bytes(
+            data[at + 8 + size : at + 12 + size]
+        )
         packed += data[at + 8 : at + 8 + size] if kind == b"IDAT" else b""
         at += 12 + size
     raw = zlib.decompress(packed)
@@ -103,7 +113,10 @@ def decode_png(uri: str) -> list[list[int]]:
 
 @pytest.fixture(scope="module")
 def units(finished: SmallRun) -> list[UnitManifest]:
-    return [UnitManifest.load(finished.prepared.store, run_root.unit_manifest(u.id)) for u in finished.prepared.plan.units]
+    return [
+        UnitManifest.load(finished.prepared.store, run_root.unit_manifest(u.id))
+        for u in finished.prepared.plan.units
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -111,9 +124,18 @@ def page(finished: SmallRun, units: list[UnitManifest]) -> Page:
     return Page(report_html(finished.context, finished.report, units))
 
 
-def changed(units: list[UnitManifest], pick: Callable[[LinearRecord], bool], **fields: object) -> list[UnitManifest]:
+def changed(
+    units: list[UnitManifest], pick: Callable[[LinearRecord], bool], **fields: object
+) -> list[UnitManifest]:
     """Units with some fields of the picked records replaced."""
-    return [u.model_copy(update={"linears": tuple(r.model_copy(update=fields) if pick(r) else r for r in u.linears)}) for u in units]
+    return [
+        u.model_copy(
+            update={
+                "linears": tuple(r.model_copy(update=fields) if pick(r) else r for r in u.linears)
+            }
+        )
+        for u in units
+    ]
 
 
 def test_page_has_every_section(page: Page) -> None:
@@ -135,23 +157,44 @@ def test_page_has_every_section(page: Page) -> None:
 def test_quality_is_the_reports(finished: SmallRun, units: list[UnitManifest], page: Page) -> None:
     q = finished.report.quality
     assert q is not None
-    for value in (q.source_perplexity, q.compressed_perplexity, q.source_accuracy, q.compressed_accuracy, q.kl):
+    for value in (
+        q.source_perplexity,
+        q.compressed_perplexity,
+        q.source_accuracy,
+        q.compressed_accuracy,
+        q.kl,
+    ):
         assert f" {value:.4f} " in page.words["quality"] + " "
     assert "192 held-out tokens" in page.words["quality"]
     assert "one-shot" not in page.words["quality"]
     other = EvaluationResult(
-        num_tokens=777, source_perplexity=2.0, source_accuracy=0.9, compressed_perplexity=3.0, compressed_accuracy=0.8, kl=0.5
+        num_tokens=777,
+        source_perplexity=2.0,
+        source_accuracy=0.9,
+        compressed_perplexity=3.0,
+        compressed_accuracy=0.8,
+        kl=0.5,
     )
     report = finished.report.model_copy(
-        update={"quality": other, "baseline": other.model_copy(update={"kl": 0.625, "compressed_perplexity": 5.5})}
+        update={
+            "quality": other,
+            "baseline": other.model_copy(update={"kl": 0.625, "compressed_perplexity": 5.5}),
+        }
     )
     both = Page(report_html(finished.context, report, units))
-    for words in ("777 held-out tokens", "one-shot baseline 0.6250 5.5000 +175.00% 0.8000", "0.5000 3.0000 +50.00% 0.8000"):
+    for words in (
+        "777 held-out tokens",
+        "one-shot baseline 0.6250 5.5000 +175.00% 0.8000",
+        "0.5000 3.0000 +50.00% 0.8000",
+    ):
         assert words in re.sub(r"\s+", " ", both.words["quality"])
     assert "0.80 × the one-shot's 0.6250" in both.words["top"]
     assert "sparse kernels" not in both.words["quality"]
     assert q.in_groups_of_32 is not None
-    assert f"the same on sparse kernels {q.in_groups_of_32.kl:.4f} {q.in_groups_of_32.perplexity:.4f}" in page.words["quality"]
+    assert (
+        f"the same on sparse kernels {q.in_groups_of_32.kl:.4f} {q.in_groups_of_32.perplexity:.4f}"
+        in page.words["quality"]
+    )
 
 
 def test_baseline_as_good_as_the_result_is_still_the_baseline(
@@ -165,14 +208,21 @@ def test_baseline_as_good_as_the_result_is_still_the_baseline(
     assert text.count('<b class="s5"') == 1
 
 
-def test_run_without_evaluation_shows_no_quality(finished: SmallRun, units: list[UnitManifest]) -> None:
-    found = Page(report_html(finished.context, finished.report.model_copy(update={"quality": None}), units))
+def test_run_without_evaluation_shows_no_quality(
+    finished: SmallRun, units: list[UnitManifest]
+) -> None:
+    found = Page(
+        report_html(finished.context, finished.report.model_copy(update={"quality": None}), units)
+    )
     assert "quality" not in found.words
     assert "perplexity" not in found.words["top"]
 
 
-def with_ladder(units: list[UnitManifest], *steps: tuple[str, float, float], is_weighted: bool) -> list[UnitManifest]:
-    """Units that have measured these steps: name, error of gate and up, of down; the first unit's are twice the others'."""
+def with_ladder(
+    units: list[UnitManifest], *steps: tuple[str, float, float], is_weighted: bool
+) -> list[UnitManifest]:
+    """Units that have measured these steps: name, error of gate and up, of down; the first unit's
+    are twice the others'."""
     found = []
     for i, unit in enumerate(units):
         rungs = []
@@ -184,13 +234,33 @@ def with_ladder(units: list[UnitManifest], *steps: tuple[str, float, float], is_
     return found
 
 
-def test_ladder_shows_every_step_and_kl_only_where_it_was_measured(finished: SmallRun, units: list[UnitManifest]) -> None:
-    climbed = with_ladder(units, ("dense", 0.01, 0.02), ("one_shot", 0.04, 0.08), ("block_descent", 0.02, 0.04), is_weighted=False)
+def test_ladder_shows_every_step_and_kl_only_where_it_was_measured(
+    finished: SmallRun, units: list[UnitManifest]
+) -> None:
+    climbed = with_ladder(
+        units,
+        ("dense", 0.01, 0.02),
+        ("one_shot", 0.04, 0.08),
+        ("block_descent", 0.02, 0.04),
+        is_weighted=False,
+    )
     mean = 1 + 1 / len(units)
-    for quality, baseline in ((None, None), (finished.report.quality, None), (finished.report.quality, finished.report.quality)):
-        report = build_report(finished.context, climbed, finished.prepared.shards, quality, {}).model_copy(update={"baseline": baseline})
-        words = re.sub(r"\s+", " ", Page(report_html(finished.context, report, climbed)).words["ladder"])
-        for name, errors in (("NVFP4, dense", (0.01, 0.02)), ("one-shot", (0.04, 0.08)), ("block descent", (0.02, 0.04))):
+    for quality, baseline in (
+        (None, None),
+        (finished.report.quality, None),
+        (finished.report.quality, finished.report.quality),
+    ):
+        report = build_report(
+            finished.context, climbed, finished.prepared.shards, quality, {}
+        ).model_copy(update={"baseline": baseline})
+        words = re.sub(
+            r"\s+", " ", Page(report_html(finished.context, report, climbed)).words["ladder"]
+        )
+        for name, errors in (
+            ("NVFP4, dense", (0.01, 0.02)),
+            ("one-shot", (0.04, 0.08)),
+            ("block descent", (0.02, 0.04)),
+        ):
             for error in errors:
                 assert f" {name} {error * mean:.4f} " in words
         assert f"this checkpoint {quality.kl:.4f}" in words if quality else "KL" not in words
@@ -198,10 +268,23 @@ def test_ladder_shows_every_step_and_kl_only_where_it_was_measured(finished: Sma
         assert f"the mean of {len(units)} experts" in words and "without the metric" not in words
 
 
-def test_ladder_of_a_run_with_gradients_is_in_their_metric_first(finished: SmallRun, units: list[UnitManifest]) -> None:
-    climbed = with_ladder(units[1:], ("dense", 0.01, 0.02), ("refined", 0.5, 0.25), is_weighted=True)
-    report = build_report(finished.context, [units[0].model_copy(update={"ladder": ()}), *climbed], finished.prepared.shards, None, {})
-    assert [(m.step, m.experts) for m in report.ladder] == [("dense", len(units) - 1), ("refined", len(units) - 1)]
+def test_ladder_of_a_run_with_gradients_is_in_their_metric_first(
+    finished: SmallRun, units: list[UnitManifest]
+) -> None:
+    climbed = with_ladder(
+        units[1:], ("dense", 0.01, 0.02), ("refined", 0.5, 0.25), is_weighted=True
+    )
+    report = build_report(
+        finished.context,
+        [units[0].model_copy(update={"ladder": ()}), *climbed],
+        finished.prepared.shards,
+        None,
+        {},
+    )
+    assert [(m.step, m.experts) for m in report.ladder] == [
+        ("dense", len(units) - 1),
+        ("refined", len(units) - 1),
+    ]
     words = Page(report_html(finished.context, report, climbed)).words["ladder"]
     shown, _, plain = words.partition("the same without the metric")
     mean = 1 + 1 / (len(units) - 1)
@@ -216,11 +299,20 @@ def test_run_of_before_has_no_ladder(finished: SmallRun, units: list[UnitManifes
     assert "ladder" not in Page(report_html(finished.context, report, bare)).words
 
 
-def test_errors_outcomes_clipping_and_sizes_are_the_reports(finished: SmallRun, units: list[UnitManifest], page: Page) -> None:
+def test_errors_outcomes_clipping_and_sizes_are_the_reports(
+    finished: SmallRun, units: list[UnitManifest], page: Page
+) -> None:
     for projection, errors in finished.report.relative_output_error.items():
-        assert f"{projection}: mean {errors.mean:.4f}, worst {errors.worst:.4f}" in page.words["errors"]
+        assert (
+            f"{projection}: mean {errors.mean:.4f}, worst {errors.worst:.4f}"
+            in page.words["errors"]
+        )
     assert "solved 192" in page.words["outcomes"]
-    for count in (finished.report.source_bytes, finished.report.checkpoint_bytes, finished.report.expert_bytes):
+    for count in (
+        finished.report.source_bytes,
+        finished.report.checkpoint_bytes,
+        finished.report.expert_bytes,
+    ):
         assert f"{count:,}" in page.words["cost"]
     untouched = finished.report.checkpoint_bytes - finished.report.expert_bytes
     assert f" of it untouched {untouched:,} " in page.words["cost"]
@@ -228,30 +320,56 @@ def test_errors_outcomes_clipping_and_sizes_are_the_reports(finished: SmallRun, 
     most = max(finished.report.source_bytes, finished.report.checkpoint_bytes)
     shares = (finished.report.expert_bytes / most, untouched / most)
     assert re.findall(r"width:([\d.]+)%", rows)[2:4] == [f"{100 * share:.3f}" for share in shares]
-    clipped = [u.model_copy(update={"clipped_input_share": 1e-3 * i, "clipped_intermediate_share": 0.0}) for i, u in enumerate(units)]
+    clipped = [
+        u.model_copy(update={"clipped_input_share": 1e-3 * i, "clipped_intermediate_share": 0.0})
+        for i, u in enumerate(units)
+    ]
     report = build_report(finished.context, clipped, finished.prepared.shards, None, {})
     words = Page(report_html(finished.context, report, clipped)).words["outcomes"]
-    assert "inputs: 3.50e-03" in words and "layer 3: 4.50e-03" in words and "intermediates: none" in words
+    assert (
+        "inputs: 3.50e-03" in words
+        and "layer 3: 4.50e-03" in words
+        and "intermediates: none" in words
+    )
 
 
-def test_outcomes_other_than_solved_are_told_with_their_reasons(finished: SmallRun, units: list[UnitManifest]) -> None:
-    broken = changed(units, lambda r: ".experts.3.down" in r.name, outcome="round_to_nearest", reason="no factor at any damping")
+def test_outcomes_other_than_solved_are_told_with_their_reasons(
+    finished: SmallRun, units: list[UnitManifest]
+) -> None:
+    broken = changed(
+        units,
+        lambda r: ".experts.3.down" in r.name,
+        outcome="round_to_nearest",
+        reason="no factor at any damping",
+    )
     report = build_report(finished.context, broken, finished.prepared.shards, None, {})
     found = Page(report_html(finished.context, report, broken))
-    assert "round to nearest 4" in found.words["outcomes"] and "solved 188" in found.words["outcomes"]
+    assert (
+        "round to nearest 4" in found.words["outcomes"] and "solved 188" in found.words["outcomes"]
+    )
     assert re.search(r"no factor at any damping\s+4\b", found.words["outcomes"])
     assert "4 round to nearest" in found.words["top"]
 
 
-def test_every_expert_is_in_the_heat_map_at_its_place_and_in_its_colour(finished: SmallRun, units: list[UnitManifest], page: Page) -> None:
+def test_every_expert_is_in_the_heat_map_at_its_place_and_in_its_colour(
+    finished: SmallRun, units: list[UnitManifest], page: Page
+) -> None:
     for projection in PROJECTIONS:
-        records = {r.name: r.relative_output_error for u in units for r in u.linears if r.name.endswith(projection)}
+        records = {
+            r.name: r.relative_output_error
+            for u in units
+            for r in u.linears
+            if r.name.endswith(projection)
+        }
         low, high = min(records.values()), max(records.values())
         expected = [
             [
                 round(
                     254
-                    * math.log(records[f"language_model.model.layers.{layer}.mlp.experts.{e}.{projection}"] / low)
+                    * math.log(
+                        records[f"language_model.model.layers.{layer}.mlp.experts.{e}.{projection}"]
+                        / low
+                    )
                     / math.log(high / low)
                 )
                 for e in range(16)
@@ -262,17 +380,27 @@ def test_every_expert_is_in_the_heat_map_at_its_place_and_in_its_colour(finished
         assert {0, 254} <= {v for row in expected for v in row}
 
 
-def test_numbers_that_the_script_reads_out_are_the_manifests(finished: SmallRun, units: list[UnitManifest], page: Page) -> None:
+def test_numbers_that_the_script_reads_out_are_the_manifests(
+    finished: SmallRun, units: list[UnitManifest], page: Page
+) -> None:
     data = page.data
-    assert (data["layers"], data["experts"], data["few"]) == ([1, 2, 3, 4], 16, few_tokens(finished.prepared.plan))
+    assert (data["layers"], data["experts"], data["few"]) == (
+        [1, 2, 3, 4],
+        16,
+        few_tokens(finished.prepared.plan),
+    )
     for record in (r for u in units for r in u.linears):
         layer, expert = map(int, re.findall(r"\.(\d+)\.", record.name))
         projection = record.name.rpartition(".")[2]
-        assert data["error"][projection][layer - 1][expert] == float(f"{record.relative_output_error:.4g}")  # type: ignore[index]
+        assert data["error"][projection][layer - 1][expert] == float(
+            f"{record.relative_output_error:.4g}"
+        )  # type: ignore[index]
         assert data["tokens"][layer - 1][expert] == record.tokens  # type: ignore[index]
 
 
-def test_under_calibrated_experts_are_on_the_orange_side_and_empty_ones_apart(finished: SmallRun, units: list[UnitManifest]) -> None:
+def test_under_calibrated_experts_are_on_the_orange_side_and_empty_ones_apart(
+    finished: SmallRun, units: list[UnitManifest]
+) -> None:
     def at(layer: int, expert: int) -> Callable[[LinearRecord], bool]:
         return lambda r: f"layers.{layer}.mlp.experts.{expert}." in r.name
 
@@ -289,8 +417,12 @@ def test_under_calibrated_experts_are_on_the_orange_side_and_empty_ones_apart(fi
     assert "language_model.model.layers.2.mlp.experts.5" in found.words["routing"]
 
 
-def test_values_without_a_place_on_the_scale_do_not_break_the_page(finished: SmallRun, units: list[UnitManifest]) -> None:
-    odd = changed(units, lambda r: "layers.1.mlp.experts.0." in r.name, relative_output_error=math.nan)
+def test_values_without_a_place_on_the_scale_do_not_break_the_page(
+    finished: SmallRun, units: list[UnitManifest]
+) -> None:
+    odd = changed(
+        units, lambda r: "layers.1.mlp.experts.0." in r.name, relative_output_error=math.nan
+    )
     odd = changed(odd, lambda r: "layers.1.mlp.experts.1." in r.name, relative_output_error=0.0)
     found = Page(report_html(finished.context, finished.report, odd))
     assert found.pictures["up_proj"][0][:2] == [NO_VALUE, NO_VALUE]
@@ -298,14 +430,18 @@ def test_values_without_a_place_on_the_scale_do_not_break_the_page(finished: Sma
 
 
 def test_page_loads_nothing_and_its_policy_says_so(finished: SmallRun, page: Page) -> None:
-    assert all(v.startswith(("data:", "#")) for v in page.loads), [v for v in page.loads if not v.startswith(("data:", "#"))]
-    (_, script) = next(s for s in page.scripts if not s[0])
+    assert all(v.startswith(("data:", "#")) for v in page.loads), [
+        v for v in page.loads if not v.startswith(("data:", "#"))
+    ]
+    _, script = next(s for s in page.scripts if not s[0])
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     assert "default-src 'none'" in page.policy and f"script-src 'sha256-{digest}'" in page.policy
     assert set(re.findall(r"(\w+)-src", page.policy)) == {"default", "img", "style", "script"}
 
 
-def test_page_is_the_same_at_any_time(finished: SmallRun, units: list[UnitManifest], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_page_is_the_same_at_any_time(
+    finished: SmallRun, units: list[UnitManifest], monkeypatch: pytest.MonkeyPatch
+) -> None:
     first = report_html(finished.context, finished.report, units)
     monkeypatch.setattr(time, "time", lambda: 1.0)
     assert report_html(finished.context, finished.report, units) == first
@@ -314,40 +450,62 @@ def test_page_is_the_same_at_any_time(finished: SmallRun, units: list[UnitManife
 def test_patterns_and_scales_are_those_of_the_sampled_linears(finished: SmallRun) -> None:
     """A linear of the small model is sampled whole, so that `inspect` counts the same."""
     samples = sample_checkpoint(finished.context, None)
-    assert {s.layer for s in samples} == {1, 2, 3, 4} and {s.projection for s in samples} == set(PROJECTIONS)
+    assert {s.layer for s in samples} == {1, 2, 3, 4} and {s.projection for s in samples} == set(
+        PROJECTIONS
+    )
     assert len(samples) == len({(s.layer, s.expert, s.projection) for s in samples}) == 48
     checkpoint = LocalStore(finished.checkpoint)
     for s in samples[::7]:
-        found = inspect_linear(checkpoint, finished.context.layout.expert_linear_name(s.layer, s.expert, s.projection), None)
+        found = inspect_linear(
+            checkpoint,
+            finished.context.layout.expert_linear_name(s.layer, s.expert, s.projection),
+            None,
+        )
         assert (s.patterns, s.scales, s.overlap) == (found.patterns, found.scales, None)
 
 
-def test_rows_of_sparse_storage_are_sampled_as_those_of_dense(finished: SmallRun, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_of_sparse_storage_are_sampled_as_those_of_dense(
+    finished: SmallRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
     store = MemoryStore("sampled-sparse")
-    convert_folder(LocalStore(finished.checkpoint), SubStore(store, run_root.CHECKPOINT), "sparse", None)
+    convert_folder(
+        LocalStore(finished.checkpoint), SubStore(store, run_root.CHECKPOINT), "sparse", None
+    )
     monkeypatch.setattr(sample, "SAMPLED_BYTES", 1000)  # 7 rows of 128 bytes, or 15 of 64
     dense = sample_checkpoint(finished.context, finished.prepared.store)
     assert {s.rows for s in dense} == {7, 15} and {s.overlap for s in dense} == {1.0}
     context = replace(finished.context, store=store)
-    assert sample_checkpoint(context, store) == sample_checkpoint(context, finished.prepared.store) == dense
+    assert (
+        sample_checkpoint(context, store)
+        == sample_checkpoint(context, finished.prepared.store)
+        == dense
+    )
 
 
-def test_overlap_is_shown_only_beside_another_checkpoint(finished: SmallRun, units: list[UnitManifest], page: Page) -> None:
+def test_overlap_is_shown_only_beside_another_checkpoint(
+    finished: SmallRun, units: list[UnitManifest], page: Page
+) -> None:
     assert "overlap" not in page.words["masks"]
     beside = Page(report_html(finished.context, finished.report, units, LocalStore(finished.root)))
-    assert "overlap with the one-shot's masks: gate_proj 100.0%, up_proj 100.0%, down_proj 100.0%" in beside.words["masks"]
+    assert (
+        "overlap with the one-shot's masks: gate_proj 100.0%, up_proj 100.0%, down_proj 100.0%"
+        in beside.words["masks"]
+    )
     absent = Page(report_html(finished.context, finished.report, units, MemoryStore("no-baseline")))
     assert "overlap" not in absent.words["masks"]
 
 
 def test_overlap_counts_the_pairs_kept_by_both() -> None:
     a, b, c = (
-        torch.tensor([[*row]], dtype=torch.uint8) for row in ((1, 1, 0, 0, 7, 0, 7, 0), (1, 0, 3, 0, 9, 0, 9, 0), (0, 0, 1, 1, 0, 1, 0, 1))
+        torch.tensor([[*row]], dtype=torch.uint8)
+        for row in ((1, 1, 0, 0, 7, 0, 7, 0), (1, 0, 3, 0, 9, 0, 9, 0), (0, 0, 1, 1, 0, 1, 0, 1))
     )
     assert (mask_overlap(a, a), mask_overlap(a, b), mask_overlap(a, c)) == (1.0, 0.75, 0.0)
 
 
-def test_timeline_shows_every_layer_and_no_more_time_than_there_was(finished: SmallRun, units: list[UnitManifest]) -> None:
+def test_timeline_shows_every_layer_and_no_more_time_than_there_was(
+    finished: SmallRun, units: list[UnitManifest]
+) -> None:
     text = report_html(finished.context, finished.report, units)
     for layer in (1, 2, 3, 4):
         for stage in ("capture", "compress"):
@@ -359,7 +517,11 @@ def test_timeline_shows_every_layer_and_no_more_time_than_there_was(finished: Sm
 
 def test_time_that_streams_and_units_share_counts_each_moment_once() -> None:
     streams = [Span("gradients", 2, 0.0, 4.0), Span("gradients", 1, 3.0, 6.0)]
-    units = [Span("compress", 2, 5.0, 7.0), Span("compress", 2, 5.5, 9.0), Span("compress", 1, -1.0, 1.0)]
+    units = [
+        Span("compress", 2, 5.0, 7.0),
+        Span("compress", 2, 5.5, 9.0),
+        Span("compress", 1, -1.0, 1.0),
+    ]
     assert shared_seconds(streams, units) == pytest.approx(2.0)
     assert shared_seconds(streams, []) == 0
 
@@ -399,35 +561,61 @@ def test_page_says_how_long_workers_were_idle(
 
 
 def test_stretches_are_merged_and_counted() -> None:
-    spans = [Span("compress", 1, 10.0, 12.0), Span("compress", 1, 0.0, 4.0), Span("compress", 1, 1.0, 3.0), Span("compress", 1, 4.5, 5.0)]
+    spans = [
+        Span("compress", 1, 10.0, 12.0),
+        Span("compress", 1, 0.0, 4.0),
+        Span("compress", 1, 1.0, 3.0),
+        Span("compress", 1, 4.5, 5.0),
+    ]
     assert merged_spans(spans, 0.1) == [(0.0, 4.0, 2), (4.5, 5.0, 1), (10.0, 12.0, 1)]
     assert merged_spans(spans, 0.5) == [(0.0, 5.0, 3), (10.0, 12.0, 1)]
     assert busy(spans, 0.0, 12.0, 12) == pytest.approx([1, 2, 2, 1, 0.5, 0, 0, 0, 0, 0, 1, 1])
-    assert sum(busy(spans, 0.0, 12.0, 5)) * 12 / 5 == pytest.approx(sum(s.end - s.start for s in spans))
+    assert sum(busy(spans, 0.0, 12.0, 5)) * 12 / 5 == pytest.approx(
+        sum(s.end - s.start for s in spans)
+    )
 
 
-def test_cost_is_there_where_gpus_have_a_price(finished: SmallRun, units: list[UnitManifest], page: Page) -> None:
+def test_cost_is_there_where_gpus_have_a_price(
+    finished: SmallRun, units: list[UnitManifest], page: Page
+) -> None:
     plan = finished.prepared.plan
     run = plan.config.run.model_copy(update={"gpus_per_worker": 1.0, "gpu_hour_price": 2.5})
-    context = replace(finished.context, plan=plan.model_copy(update={"config": plan.config.model_copy(update={"run": run})}))
+    context = replace(
+        finished.context,
+        plan=plan.model_copy(update={"config": plan.config.model_copy(update={"run": run})}),
+    )
     long = [u.model_copy(update={"seconds": {"solve": 3600.0}}) for u in units]
     words = re.sub(r"\s+", " ", Page(report_html(context, finished.report, long)).words["cost"])
     assert "cost at 2.5 an hour" in words and "compress 8 8 h 00 min 8.00 20.00" in words
-    assert "2.5" not in re.sub(r"\s+", " ", page.words["cost"]) and "- -" in re.sub(r"\s+", " ", page.words["cost"])
+    assert "2.5" not in re.sub(r"\s+", " ", page.words["cost"]) and "- -" in re.sub(
+        r"\s+", " ", page.words["cost"]
+    )
 
 
-def test_pilot_has_no_checkpoint_and_says_what_all_layers_would_cost(finished: SmallRun, units: list[UnitManifest]) -> None:
+def test_pilot_has_no_checkpoint_and_says_what_all_layers_would_cost(
+    finished: SmallRun, units: list[UnitManifest]
+) -> None:
     plan = finished.prepared.plan
     run = plan.config.run.model_copy(update={"layers": (2, 4)})
     few = tuple(u for u in plan.units if u.layer in (2, 4))
-    pilot = plan.model_copy(update={"config": plan.config.model_copy(update={"run": run}), "units": few})
+    pilot = plan.model_copy(
+        update={"config": plan.config.model_copy(update={"run": run}), "units": few}
+    )
     report = finished.report.model_copy(
-        update={"pilot": Extrapolation(layers=2, of_layers=4, worker_hours=3.5, wall_hours=1.75, gpu_hours=3.5, cost=8.75), "quality": None}
+        update={
+            "pilot": Extrapolation(
+                layers=2, of_layers=4, worker_hours=3.5, wall_hours=1.75, gpu_hours=3.5, cost=8.75
+            ),
+            "quality": None,
+        }
     )
     own = [u for u in units if u.unit.startswith(("L002", "L004"))]
     found = Page(report_html(replace(finished.context, plan=pilot), report, own))
     assert len(found.pictures["down_proj"]) == 2 and found.data["layers"] == [2, 4]
-    assert "all 4 would take 3 h 30 min of workers' time, 3.5 GPU-hours, 8.75 at the configured price" in found.words["cost"]
+    assert (
+        "all 4 would take 3 h 30 min of workers' time, 3.5 GPU-hours, 8.75 at the configured price"
+        in found.words["cost"]
+    )
     assert "masks" not in found.words and "none: a pilot" in found.words["made"]
 
 
@@ -436,10 +624,14 @@ def kimi_sized(finished: SmallRun) -> tuple[StageContext, list[UnitManifest]]:
     layers = tuple(range(1, 61))
     layout = replace(finished.context.layout, num_experts=384, num_layers=61, moe_layers=layers)
     plan = finished.prepared.plan
-    source = plan.source.model_copy(update={"num_experts": 384, "moe_layers": layers, "num_layers": 61, "hidden_size": 7168})
+    source = plan.source.model_copy(
+        update={"num_experts": 384, "moe_layers": layers, "num_layers": 61, "hidden_size": 7168}
+    )
     plan = plan.model_copy(update={"source": source, "units": plan_units(layout, 8)})
     context = replace(finished.context, plan=plan, layout=layout, store=MemoryStore("kimi-sized"))
-    sample = UnitManifest.load(finished.prepared.store, run_root.unit_manifest(finished.prepared.plan.units[0].id))
+    sample = UnitManifest.load(
+        finished.prepared.store, run_root.unit_manifest(finished.prepared.plan.units[0].id)
+    )
     units = []
     for i, unit in enumerate(plan.units):
         linears = tuple(
@@ -453,7 +645,11 @@ def kimi_sized(finished: SmallRun) -> tuple[StageContext, list[UnitManifest]]:
             for p in PROJECTIONS
             for e in unit.experts
         )
-        units.append(sample.model_copy(update={"unit": unit.id, "linears": linears, "finished_at": 1.7e9 + 30.0 * i}))
+        units.append(
+            sample.model_copy(
+                update={"unit": unit.id, "linears": linears, "finished_at": 1.7e9 + 30.0 * i}
+            )
+        )
     return context, units
 
 
@@ -481,7 +677,11 @@ def test_logarithmic_ticks_lie_inside_and_are_few(low: float, high: float) -> No
 
 @pytest.mark.parametrize(
     ("seconds", "labels"),
-    [(62, ["0 s", "15 s", "30 s", "45 s", "60 s"]), (22.8 * 3600, ["0 h", "6 h", "12 h", "18 h"]), (0.5, ["0 s"])],
+    [
+        (62, ["0 s", "15 s", "30 s", "45 s", "60 s"]),
+        (22.8 * 3600, ["0 h", "6 h", "12 h", "18 h"]),
+        (0.5, ["0 s"]),
+    ],
 )
 def test_times_are_marked_at_round_numbers(seconds: float, labels: list[str]) -> None:
     assert [label for _, label in time_ticks(seconds)] == labels

@@ -35,13 +35,17 @@ def found(finished: SmallRun) -> Inspection:
     return inspect_linear(LocalStore(finished.checkpoint), NAME, LocalStore(finished.source))
 
 
-def test_inspection_names_the_linear_its_shape_and_both_globals(found: Inspection, linear: dict[str, Tensor]) -> None:
+def test_inspection_names_the_linear_its_shape_and_both_globals(
+    found: Inspection, linear: dict[str, Tensor]
+) -> None:
     assert (found.name, found.shape) == (NAME, (256, 128))
     assert found.weight_global_scale == linear["weight_global_scale"].item()
     assert found.input_global_scale == linear["input_global_scale"].item()
 
 
-def test_patterns_are_counted_once_per_group_of_eight_inputs(found: Inspection, linear: dict[str, Tensor]) -> None:
+def test_patterns_are_counted_once_per_group_of_eight_inputs(
+    found: Inspection, linear: dict[str, Tensor]
+) -> None:
     """A group with fewer than two nonzero bytes counts its lowest zero bytes as kept."""
     expected = dict.fromkeys(("xx..", "x.x.", "x..x", ".xx.", ".x.x", "..xx"), 0)
     for group in linear["weight_packed"].reshape(-1, 4).tolist():
@@ -53,8 +57,14 @@ def test_patterns_are_counted_once_per_group_of_eight_inputs(found: Inspection, 
     assert found.illegal_groups == 0
 
 
-def test_scales_are_counted_by_their_power_of_two(found: Inspection, linear: dict[str, Tensor]) -> None:
-    values = torch.tensor(formats.e4m3_values())[linear["weight_scale"].view(torch.uint8).long()].flatten().tolist()
+def test_scales_are_counted_by_their_power_of_two(
+    found: Inspection, linear: dict[str, Tensor]
+) -> None:
+    values = (
+        torch.tensor(formats.e4m3_values())[linear["weight_scale"].view(torch.uint8).long()]
+        .flatten()
+        .tolist()
+    )
     expected: dict[str, int] = {}
     for value in values:
         exponent = max(e for e in range(-9, 9) if 2.0**e <= value)
@@ -77,11 +87,31 @@ def test_codes_are_counted_by_their_values(found: Inspection, linear: dict[str, 
 
 
 def test_codes_are_written_with_their_signs(found: Inspection) -> None:
-    assert list(found.codes) == ["-6", "-4", "-3", "-2", "-1.5", "-1", "-0.5", "0", "+0.5", "+1", "+1.5", "+2", "+3", "+4", "+6"]
+    assert list(found.codes) == [
+        "-6",
+        "-4",
+        "-3",
+        "-2",
+        "-1.5",
+        "-1",
+        "-0.5",
+        "0",
+        "+0.5",
+        "+1",
+        "+1.5",
+        "+2",
+        "+3",
+        "+4",
+        "+6",
+    ]
 
 
-def test_weight_error_is_the_manifests_and_absent_without_a_source(finished: SmallRun, found: Inspection, clean: Folder) -> None:
-    claims = CheckpointManifest.from_json(clean.files["p48ray.json"], "p48ray.json").relative_weight_errors
+def test_weight_error_is_the_manifests_and_absent_without_a_source(
+    finished: SmallRun, found: Inspection, clean: Folder
+) -> None:
+    claims = CheckpointManifest.from_json(
+        clean.files["p48ray.json"], "p48ray.json"
+    ).relative_weight_errors
     assert found.relative_weight_error == pytest.approx(claims[NAME], rel=1e-5)
     assert inspect_linear(LocalStore(finished.checkpoint), NAME, None).relative_weight_error is None
 
@@ -93,15 +123,27 @@ def test_first_linear_is_inspected_where_none_is_named(finished: SmallRun) -> No
 
 def test_unknown_linear_is_refused_with_names_that_are_near(finished: SmallRun) -> None:
     with pytest.raises(
-        ConfigError, match=r"no compressed linear 'experts\.7\.down'; for instance language_model\.model\.layers\.1\..*\.7\.down_proj"
+        ConfigError,
+        match=(
+            r"no compressed linear 'experts\.7\.down'; for instance"
+            r" language_model\.model\.layers\.1\..*\.7\.down_proj"
+        ),
     ):
         inspect_linear(LocalStore(finished.checkpoint), "experts.7.down", None)
-    with pytest.raises(ConfigError, match="no compressed linear 'nothing like it'; for instance language_model"):
+    with pytest.raises(
+        ConfigError, match="no compressed linear 'nothing like it'; for instance language_model"
+    ):
         inspect_linear(LocalStore(finished.checkpoint), "nothing like it", None)
 
 
 def test_folder_that_holds_nothing_compressed_is_refused() -> None:
-    with pytest.raises(ConfigError, match="expected compressed expert linears, found none; is this the checkpoint/ folder of a p48ray run"):
+    with pytest.raises(
+        ConfigError,
+        match=(
+            "expected compressed expert linears, found none; is this the checkpoint/ folder of a"
+            " p48ray run"
+        ),
+    ):
         inspect_linear(LocalStore(TINY), None, None)
     with pytest.raises(SourceError, match=r"config\.json: expected in memory://no-such-place"):
         inspect_linear(MemoryStore("no-such-place"), None, None)
@@ -129,9 +171,14 @@ def test_illegal_groups_are_counted_and_said(clean: Folder) -> None:
     assert "2 groups of 8 inputs keep more than 2 of 4 pairs: not paired-4:8" in printed(found)
 
 
-@pytest.mark.parametrize("scale_byte", [0x00, 0x7F, 0x80, 0xB8], ids=["zero", "NaN", "minus zero", "negative"])
-def test_damaged_scales_are_inspected_all_the_same(clean: Folder, scale_byte: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A histogram by powers of two must not make room for all exponents between minus infinity and 8."""
+@pytest.mark.parametrize(
+    "scale_byte", [0x00, 0x7F, 0x80, 0xB8], ids=["zero", "NaN", "minus zero", "negative"]
+)
+def test_damaged_scales_are_inspected_all_the_same(
+    clean: Folder, scale_byte: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A histogram by powers of two must not make room for all exponents between minus infinity and
+    8."""
     real = Tensor.bincount
 
     def guarded(self: Tensor, *args: object, minlength: int = 0) -> Tensor:
@@ -139,12 +186,16 @@ def test_damaged_scales_are_inspected_all_the_same(clean: Folder, scale_byte: in
         return real(self, *args, minlength=minlength)
 
     monkeypatch.setattr(Tensor, "bincount", guarded)
-    found = inspect_linear(clean.with_bytes(f"{NAME}.weight_scale", 0, bytes([scale_byte])).store(), NAME, None)
+    found = inspect_linear(
+        clean.with_bytes(f"{NAME}.weight_scale", 0, bytes([scale_byte])).store(), NAME, None
+    )
     assert sum(found.scales.values()) == 256 * 128 // 16
     printed(found)
 
 
 def test_minus_zeros_are_counted_among_the_codes(clean: Folder) -> None:
-    found = inspect_linear(clean.with_bytes(f"{NAME}.weight_packed", 0, b"\x08\x80").store(), NAME, None)
+    found = inspect_linear(
+        clean.with_bytes(f"{NAME}.weight_packed", 0, b"\x08\x80").store(), NAME, None
+    )
     assert found.codes["-0"] == 2
     assert sum(found.codes.values()) == 256 * 128

@@ -19,7 +19,10 @@ PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 
 def units_of(run: SmallRun) -> list[UnitManifest]:
-    return [UnitManifest.load(run.prepared.store, f"units/{u.id}/manifest.json") for u in run.prepared.plan.units]
+    return [
+        UnitManifest.load(run.prepared.store, f"units/{u.id}/manifest.json")
+        for u in run.prepared.plan.units
+    ]
 
 
 def rebuilt(run: SmallRun, units: list[UnitManifest]) -> Report:
@@ -40,8 +43,16 @@ def test_report_in_the_run_root_is_the_one_returned(finished: SmallRun) -> None:
 def test_report_says_what_was_made_and_how(finished: SmallRun) -> None:
     found, plan = finished.report, finished.prepared.plan
     assert (found.name, found.plan_digest) == ("tiny-kimi-k2.5-p48-nvfp4", plan.digest)
-    assert (found.solver, found.sparsity, found.scale_span, found.activation_group) == ("block_descent", "paired-4:8", 32, 16)
-    assert (found.source, found.checkpoint) == (str(finished.source), f"{finished.root}/checkpoint/")
+    assert (found.solver, found.sparsity, found.scale_span, found.activation_group) == (
+        "block_descent",
+        "paired-4:8",
+        32,
+        16,
+    )
+    assert (found.source, found.checkpoint) == (
+        str(finished.source),
+        f"{finished.root}/checkpoint/",
+    )
     assert found.calibration_tokens == 6 * 64
     assert found.devices == {"cpu": len(plan.units)}
     assert found.versions["torch"] == torch.__version__
@@ -53,7 +64,9 @@ def test_errors_and_outcomes_are_those_of_the_manifests(finished: SmallRun) -> N
     assert finished.report.num_linears == len(records) == 192
     assert finished.report.outcomes == Counter(r.outcome for r in records)
     for projection in PROJECTIONS:
-        own = {r.name: r.relative_output_error for r in records if r.name.endswith(f".{projection}")}
+        own = {
+            r.name: r.relative_output_error for r in records if r.name.endswith(f".{projection}")
+        }
         found = finished.report.relative_output_error[projection]
         assert found.mean == pytest.approx(sum(own.values()) / 64)
         assert found.worst == max(own.values()) == own[found.worst_linear]
@@ -62,8 +75,14 @@ def test_errors_and_outcomes_are_those_of_the_manifests(finished: SmallRun) -> N
 
 def test_sizes_are_those_of_the_files(finished: SmallRun) -> None:
     def num_bytes(folder: str, only: str = "") -> int:
-        files = sorted((finished.root if folder == "checkpoint" else finished.source.parent).glob(f"{folder}/*.safetensors"))
-        return sum(t.nbytes for file in files for name, t in load_file(file).items() if only in name)
+        files = sorted(
+            (finished.root if folder == "checkpoint" else finished.source.parent).glob(
+                f"{folder}/*.safetensors"
+            )
+        )
+        return sum(
+            t.nbytes for file in files for name, t in load_file(file).items() if only in name
+        )
 
     assert finished.report.checkpoint_bytes == num_bytes("checkpoint")
     assert finished.report.source_bytes == num_bytes("source")
@@ -72,9 +91,18 @@ def test_sizes_are_those_of_the_files(finished: SmallRun) -> None:
 
 def test_clipping_is_the_mean_over_units(finished: SmallRun) -> None:
     units = units_of(finished)
-    first = units[0].model_copy(update={"clipped_input_share": 0.4, "clipped_intermediate_share": 0.8})
+    first = units[0].model_copy(
+        update={"clipped_input_share": 0.4, "clipped_intermediate_share": 0.8}
+    )
     found = rebuilt(
-        finished, [first, *(u.model_copy(update={"clipped_input_share": 0.0, "clipped_intermediate_share": 0.0}) for u in units[1:])]
+        finished,
+        [
+            first,
+            *(
+                u.model_copy(update={"clipped_input_share": 0.0, "clipped_intermediate_share": 0.0})
+                for u in units[1:]
+            ),
+        ],
     )
     assert found.clipped_input_share == pytest.approx(0.4 / len(units))
     assert found.clipped_intermediate_share == pytest.approx(0.8 / len(units))
@@ -84,18 +112,31 @@ def test_experts_are_counted_by_their_tokens(finished: SmallRun) -> None:
     """None; few, under a quarter of the average; all others."""
     few = few_tokens(finished.prepared.plan)
     units = units_of(finished)
-    changed = [with_records(units[0], tokens=0), with_records(units[1], tokens=1), with_records(units[2], tokens=few - 1)]
+    changed = [
+        with_records(units[0], tokens=0),
+        with_records(units[1], tokens=1),
+        with_records(units[2], tokens=few - 1),
+    ]
     changed += [with_records(unit, tokens=few) for unit in units[3:]]
     found = rebuilt(finished, changed)
-    assert (found.experts_without_tokens, found.experts_with_few_tokens, found.few_tokens) == (8, 16, few)
+    assert (found.experts_without_tokens, found.experts_with_few_tokens, found.few_tokens) == (
+        8,
+        16,
+        few,
+    )
 
 
 def test_few_tokens_are_a_quarter_of_the_plan_s_average(finished: SmallRun) -> None:
-    """Of the shipped configuration for Kimi-K2.5: 512 x 4096 tokens, 8 of 384 experts each, are 43,690 on average."""
+    """Of the shipped configuration for Kimi-K2.5: 512 x 4096 tokens, 8 of 384 experts each, are
+    43,690 on average."""
     plan = finished.prepared.plan
-    tokens = plan.config.calibration.model_copy(update={"num_sequences": 512, "sequence_length": 4096})
+    tokens = plan.config.calibration.model_copy(
+        update={"num_sequences": 512, "sequence_length": 4096}
+    )
     source = plan.source.model_copy(update={"top_k": 8, "num_experts": 384})
-    kimi = plan.model_copy(update={"source": source, "config": plan.config.model_copy(update={"calibration": tokens})})
+    kimi = plan.model_copy(
+        update={"source": source, "config": plan.config.model_copy(update={"calibration": tokens})}
+    )
     assert few_tokens(kimi) == 10_923
     c = plan.config.calibration
     average = c.num_sequences * c.sequence_length * plan.source.top_k / plan.source.num_experts
@@ -104,16 +145,33 @@ def test_few_tokens_are_a_quarter_of_the_plan_s_average(finished: SmallRun) -> N
 
 def test_experts_that_fell_back_are_counted(finished: SmallRun) -> None:
     units = units_of(finished)
-    found = rebuilt(finished, [with_records(units[0], outcome="round_to_nearest", reason="the Hessian is zero"), *units[1:]])
+    found = rebuilt(
+        finished,
+        [
+            with_records(units[0], outcome="round_to_nearest", reason="the Hessian is zero"),
+            *units[1:],
+        ],
+    )
     assert found.outcomes["round_to_nearest"] == 24
     assert sum(found.outcomes.values()) == 192
 
 
-def test_seconds_of_units_are_summed_by_phase_and_stages_are_the_drivers(finished: SmallRun) -> None:
-    units = [u.model_copy(update={"seconds": {"fetch": 0.25, "solve": 1.0}}) for u in units_of(finished)]
+def test_seconds_of_units_are_summed_by_phase_and_stages_are_the_drivers(
+    finished: SmallRun,
+) -> None:
+    units = [
+        u.model_copy(update={"seconds": {"fetch": 0.25, "solve": 1.0}}) for u in units_of(finished)
+    ]
     found = rebuilt(finished, units)
     assert found.unit_seconds == {"fetch": 2.0, "solve": 8.0}
-    assert set(finished.report.stage_seconds) == {"capture", "compress", "reduce", "verify", "evaluate", "total"}
+    assert set(finished.report.stage_seconds) == {
+        "capture",
+        "compress",
+        "reduce",
+        "verify",
+        "evaluate",
+        "total",
+    }
 
 
 def test_quality_is_that_of_the_evaluation_parts(finished: SmallRun) -> None:
@@ -123,7 +181,9 @@ def test_quality_is_that_of_the_evaluation_parts(finished: SmallRun) -> None:
     assert found is not None
     assert found.num_tokens == sum(p["num_tokens"] for p in parts) == 3 * 64
     assert found.kl == pytest.approx(sum(p["kl"] for p in parts) / 192)
-    assert found.compressed_accuracy == pytest.approx(sum(p["compressed_correct"] for p in parts) / 192)
+    assert found.compressed_accuracy == pytest.approx(
+        sum(p["compressed_correct"] for p in parts) / 192
+    )
     assert 1 < found.source_perplexity < 2048 and found.compressed_perplexity > 1 and found.kl > 0
 
 
@@ -136,8 +196,14 @@ def printed(report: Report) -> str:
 def test_printed_report_has_quality_errors_outcomes_sizes_and_the_place(finished: SmallRun) -> None:
     text, found = printed(finished.report), finished.report
     assert found.quality is not None
-    quality = (found.quality.source_perplexity, found.quality.compressed_perplexity, found.quality.kl)
-    for words in [f"{value:.4f}" for value in quality] + [f"{e.mean:.4f}" for e in found.relative_output_error.values()]:
+    quality = (
+        found.quality.source_perplexity,
+        found.quality.compressed_perplexity,
+        found.quality.kl,
+    )
+    for words in [f"{value:.4f}" for value in quality] + [
+        f"{e.mean:.4f}" for e in found.relative_output_error.values()
+    ]:
         assert words in text
     for words in (
         "192 linears: 192 solved",
@@ -162,20 +228,31 @@ def test_linear_records_stay_within_what_a_report_can_fold(finished: SmallRun) -
 # A pilot's.
 
 
-PILOT = Extrapolation(layers=2, of_layers=60, worker_hours=26.5, wall_hours=0.25, gpu_hours=26.5, cost=1234.5)
+PILOT = Extrapolation(
+    layers=2, of_layers=60, worker_hours=26.5, wall_hours=0.25, gpu_hours=26.5, cost=1234.5
+)
 
 
-def test_printed_report_of_a_pilot_says_what_all_layers_would_take_and_names_no_checkpoint(finished: SmallRun) -> None:
+def test_printed_report_of_a_pilot_says_what_all_layers_would_take_and_names_no_checkpoint(
+    finished: SmallRun,
+) -> None:
     text = printed(finished.report.model_copy(update={"quality": None, "pilot": PILOT}))
     words = (
-        "pilot of 2 layers, no checkpoint; all 60 would take 26 h 30 min of workers' time, 26.5 GPU-hours, 1,234.50 at the configured price"
+        "pilot of 2 layers, no checkpoint; all 60 would take 26 h 30 min of workers' time, 26.5"
+        " GPU-hours, 1,234.50 at the configured price"
     )
     assert f"{words}, 15 min 00 s with the configured workers and none idle" in text
     assert "checkpoint: " not in text
 
 
-def test_printed_report_of_a_pilot_on_cpus_speaks_of_no_gpus_and_no_price(finished: SmallRun) -> None:
-    text = printed(finished.report.model_copy(update={"pilot": PILOT.model_copy(update={"gpu_hours": 0.0, "cost": None})}))
+def test_printed_report_of_a_pilot_on_cpus_speaks_of_no_gpus_and_no_price(
+    finished: SmallRun,
+) -> None:
+    text = printed(
+        finished.report.model_copy(
+            update={"pilot": PILOT.model_copy(update={"gpu_hours": 0.0, "cost": None})}
+        )
+    )
     assert "26 h 30 min of workers' time, 15 min 00 s with" in text
 
 

@@ -35,8 +35,14 @@ def root(finished: SmallRun, tmp_path: Path) -> Path:
 
 
 def test_place_without_a_plan_is_refused_by_name(tmp_path: Path) -> None:
-    for store in (LocalStore(tmp_path), LocalStore(tmp_path / "nowhere"), MemoryStore("nothing-here")):
-        with pytest.raises(ConfigError, match=rf"{store.uri}: expected a run root with plan\.json, found none"):
+    for store in (
+        LocalStore(tmp_path),
+        LocalStore(tmp_path / "nowhere"),
+        MemoryStore("nothing-here"),
+    ):
+        with pytest.raises(
+            ConfigError, match=rf"{store.uri}: expected a run root with plan\.json, found none"
+        ):
             read_status(store)
 
 
@@ -49,7 +55,13 @@ def test_plan_that_is_no_plan_is_refused_by_name(tmp_path: Path) -> None:
 def test_run_that_has_only_its_plan_has_done_nothing(finished: SmallRun, tmp_path: Path) -> None:
     (tmp_path / "plan.json").write_bytes((finished.root / "plan.json").read_bytes())
     status = read_status(LocalStore(tmp_path))
-    assert counts(status) == {"capture": (0, 12), "compress": (0, 8), "reduce": (0, 0), "verify": (0, 0), "evaluate": (0, 2)}
+    assert counts(status) == {
+        "capture": (0, 12),
+        "compress": (0, 8),
+        "reduce": (0, 0),
+        "verify": (0, 0),
+        "evaluate": (0, 2),
+    }
     assert status.layers == ((1, 0, 0), (2, 0, 0), (3, 0, 0), (4, 0, 0))
     assert (status.is_complete, status.failures) == (False, ())
     assert status.stored_bytes == (tmp_path / "plan.json").stat().st_size
@@ -57,21 +69,43 @@ def test_run_that_has_only_its_plan_has_done_nothing(finished: SmallRun, tmp_pat
 
 def test_finished_run_is_complete_and_counts_every_byte(finished: SmallRun) -> None:
     status = read_status(LocalStore(finished.root))
-    assert counts(status) == {"capture": (12, 12), "compress": (8, 8), "reduce": (6, 6), "verify": (6, 6), "evaluate": (2, 2)}
+    assert counts(status) == {
+        "capture": (12, 12),
+        "compress": (8, 8),
+        "reduce": (6, 6),
+        "verify": (6, 6),
+        "evaluate": (2, 2),
+    }
     assert status.layers == tuple((layer, 3, 2) for layer in (1, 2, 3, 4))
     assert (status.is_complete, status.failures) == (True, ())
-    assert (status.name, status.plan_digest) == (finished.prepared.plan.config.name, finished.prepared.plan.digest)
-    assert status.stored_bytes == sum(path.stat().st_size for path in finished.root.rglob("*") if path.is_file())
+    assert (status.name, status.plan_digest) == (
+        finished.prepared.plan.config.name,
+        finished.prepared.plan.digest,
+    )
+    assert status.stored_bytes == sum(
+        path.stat().st_size for path in finished.root.rglob("*") if path.is_file()
+    )
 
 
 def test_half_done_run_shows_what_each_layer_has(root: Path) -> None:
-    """A unit without a manifest is not done, whatever shards its attempts left; a part without one neither."""
-    for path in ("activations/layer-003/part-0001.json", "activations/layer-004/part-0000.json", "units/L002-E008-015/manifest.json"):
+    """A unit without a manifest is not done, whatever shards its attempts left; a part without one
+    neither."""
+    for path in (
+        "activations/layer-003/part-0001.json",
+        "activations/layer-004/part-0000.json",
+        "units/L002-E008-015/manifest.json",
+    ):
         (root / path).unlink()
     for folder in ("checkpoint", "verification", "evaluation", "report"):
         shutil.rmtree(root / folder)
     status = read_status(LocalStore(root))
-    assert counts(status) == {"capture": (10, 12), "compress": (7, 8), "reduce": (0, 0), "verify": (0, 0), "evaluate": (0, 2)}
+    assert counts(status) == {
+        "capture": (10, 12),
+        "compress": (7, 8),
+        "reduce": (0, 0),
+        "verify": (0, 0),
+        "evaluate": (0, 2),
+    }
     assert status.layers == ((1, 3, 2), (2, 3, 1), (3, 2, 2), (4, 2, 2))
     assert not status.is_complete
 
@@ -111,31 +145,47 @@ def test_failed_attempts_are_listed_with_their_errors(root: Path) -> None:
     (root / "failures" / "compress" / "L001-E000-007" / "abc.json").write_bytes(failure.to_json())
     status = read_status(LocalStore(root))
     assert status.failures == ("compress/L001-E000-007/abc.json: NumericsError: [boom] it broke",)
-    assert "failed attempt: compress/L001-E000-007/abc.json: NumericsError: [boom] it broke" in printed(status)
+    assert (
+        "failed attempt: compress/L001-E000-007/abc.json: NumericsError: [boom] it broke"
+        in printed(status)
+    )
 
 
 def test_run_without_evaluation_expects_none(finished: SmallRun, tmp_path: Path) -> None:
     plan = prepare(configure(finished.source, tmp_path, "evaluation=null")).plan
     (tmp_path / "plan.json").write_bytes(plan.to_json())
-    assert list(counts(read_status(LocalStore(tmp_path)))) == ["capture", "compress", "reduce", "verify"]
+    assert list(counts(read_status(LocalStore(tmp_path)))) == [
+        "capture",
+        "compress",
+        "reduce",
+        "verify",
+    ]
 
 
-def test_layers_in_turn_have_the_stage_that_the_log_names(finished: SmallRun, tmp_path: Path) -> None:
+def test_layers_in_turn_have_the_stage_that_the_log_names(
+    finished: SmallRun, tmp_path: Path
+) -> None:
     plan = prepare(configure(finished.source, tmp_path, "calibration.propagate=compressed")).plan
     (tmp_path / "plan.json").write_bytes(plan.to_json())
     assert next(iter(counts(read_status(LocalStore(tmp_path))))) == "propagate"
 
 
 @pytest.mark.slow
-def test_second_evaluation_under_other_settings_is_not_added_to_the_first(finished: SmallRun, root: Path) -> None:
+def test_second_evaluation_under_other_settings_is_not_added_to_the_first(
+    finished: SmallRun, root: Path
+) -> None:
     run_locally(prepare(configure(finished.source, root, "evaluation.seed=9")))
     assert len(list((root / "evaluation").iterdir())) == 2
     done, total = counts(read_status(LocalStore(root)))["evaluate"]
     assert (done, total) == (2, 2)
 
 
-def test_printed_status_says_counts_and_what_is_not_known_yet(finished: SmallRun, tmp_path: Path) -> None:
-    assert f"plan {finished.prepared.plan.digest[:12]}  complete" in printed(read_status(LocalStore(finished.root)))
+def test_printed_status_says_counts_and_what_is_not_known_yet(
+    finished: SmallRun, tmp_path: Path
+) -> None:
+    assert f"plan {finished.prepared.plan.digest[:12]}  complete" in printed(
+        read_status(LocalStore(finished.root))
+    )
     (tmp_path / "plan.json").write_bytes((finished.root / "plan.json").read_bytes())
     text = printed(read_status(LocalStore(tmp_path)))
     assert "not complete" in text and "not known yet" in text
@@ -151,9 +201,15 @@ def half_done(finished: SmallRun, name: str, *overrides: str) -> MemoryStore:
     store.put(run_root.PLAN, plan.to_json())
     for n in plan.layers:
         for p in plan.parts:
-            store.put(run_root.activation_manifest(n, p.part), part(n, p.part, 10.0 * n + p.part, 30.0).to_json())
+            store.put(
+                run_root.activation_manifest(n, p.part),
+                part(n, p.part, 10.0 * n + p.part, 30.0).to_json(),
+            )
     for n, u in enumerate(plan.units[:4]):
-        store.put(run_root.unit_manifest(u.id), unit(u.id, 1000.0 + 30 * n, {"fetch": 60.0, "solve": 780.0}).to_json())
+        store.put(
+            run_root.unit_manifest(u.id),
+            unit(u.id, 1000.0 + 30 * n, {"fetch": 60.0, "solve": 780.0}).to_json(),
+        )
     return store
 
 
@@ -174,7 +230,11 @@ def test_status_tells_no_rate_before_there_are_two_points(units: int, finished: 
     for u in plan.units[units:4]:
         store.delete(run_root.unit_manifest(u.id))
     status = read_status(store)
-    assert (status.work[-1].done, status.work[-1].per_minute, status.work[-1].seconds_left) == (units, None, None)
+    assert (status.work[-1].done, status.work[-1].per_minute, status.work[-1].seconds_left) == (
+        units,
+        None,
+        None,
+    )
     assert "at that rate" not in printed(status)
 
 
@@ -182,7 +242,12 @@ def test_status_tells_no_rate_before_there_are_two_points(units: int, finished: 
     ("overrides", "gpu_hours", "cost", "words"),
     [
         ((), 0.0, None, "finished work: 1 h 02 min of workers' time (waiting"),
-        (("run.gpus_per_worker=0.5",), 0.5167, None, "1 h 02 min of workers' time, 0.5 GPU-hours (waiting"),
+        (
+            ("run.gpus_per_worker=0.5",),
+            0.5167,
+            None,
+            "1 h 02 min of workers' time, 0.5 GPU-hours (waiting",
+        ),
         (
             ("run.gpus_per_worker=2", "run.gpu_hour_price=3.5"),
             2.0667,
@@ -203,17 +268,34 @@ def test_status_tells_what_finished_work_took_and_cost(
 
 def test_failures_of_every_stage_are_listed_with_their_reasons(finished: SmallRun) -> None:
     store = half_done(finished, "status-failures")
-    for stage, task, error in (("capture", "parts-0000-and-2-more", "SourceError: cut"), ("compress", "L001-E000-007", "KeyError: 'x'")):
-        failure = Failure(stage=stage, task=task, attempt="abc", error=error, traceback="...", input="...", is_transient=False)
+    for stage, task, error in (
+        ("capture", "parts-0000-and-2-more", "SourceError: cut"),
+        ("compress", "L001-E000-007", "KeyError: 'x'"),
+    ):
+        failure = Failure(
+            stage=stage,
+            task=task,
+            attempt="abc",
+            error=error,
+            traceback="...",
+            input="...",
+            is_transient=False,
+        )
         store.put(run_root.failure(stage, task, "abc"), failure.to_json())
     status = read_status(store)
-    assert status.failures == ("capture/parts-0000-and-2-more/abc.json: SourceError: cut", "compress/L001-E000-007/abc.json: KeyError: 'x'")
+    assert status.failures == (
+        "capture/parts-0000-and-2-more/abc.json: SourceError: cut",
+        "compress/L001-E000-007/abc.json: KeyError: 'x'",
+    )
     for failure_line in status.failures:
         assert f"failed attempt: {failure_line}" in printed(status)
 
 
 def test_held_out_texts_are_not_needed(finished: SmallRun, monkeypatch: pytest.MonkeyPatch) -> None:
     """From another folder or machine too: the run root alone is read."""
-    monkeypatch.setattr("p48ray.stages.evaluate.digest_documents", lambda *_: pytest.fail("the texts were asked for"))
+    monkeypatch.setattr(
+        "p48ray.stages.evaluate.digest_documents",
+        lambda *_: pytest.fail("the texts were asked for"),
+    )
     done, total = counts(read_status(finished.prepared.store))["evaluate"]
     assert done == total > 0

@@ -7,7 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from p48ray.report.work import Work, duration, extrapolate, gpu_hours, measure_work, per_second, read_work
+from p48ray.report.work import (
+    Work,
+    duration,
+    extrapolate,
+    gpu_hours,
+    measure_work,
+    per_second,
+    read_work,
+)
 from p48ray.run import run_root
 from p48ray.run.manifest import ActivationPart, GradientPart, UnitManifest
 from p48ray.run.plan import RunPlan
@@ -77,7 +85,9 @@ def parts_at(*finished_at: float) -> list[ActivationPart]:
 
 def test_rate_is_how_many_followed_the_first_in_the_time_between() -> None:
     assert per_second([100.0, 110.0, 120.0, 130.0]) == pytest.approx(0.1)
-    assert per_second([130.0, 100.0, 120.0, 110.0]) == pytest.approx(0.1), "in whatever order manifests are listed"
+    assert per_second([130.0, 100.0, 120.0, 110.0]) == pytest.approx(0.1), (
+        "in whatever order manifests are listed"
+    )
 
 
 def test_rate_is_that_of_the_last_quarter_of_an_hour_in_which_something_was_finished() -> None:
@@ -96,20 +106,32 @@ def test_there_is_no_rate_without_two_moments_to_compare(finished_at: list[float
 
 def test_time_left_is_what_is_missing_at_that_rate() -> None:
     found = measure_work("capture", parts_at(100, 110, 120), 13)
-    assert found == Work(stage="capture", done=3, total=13, worker_seconds=3.0, per_minute=6.0, seconds_left=100.0)
+    assert found == Work(
+        stage="capture", done=3, total=13, worker_seconds=3.0, per_minute=6.0, seconds_left=100.0
+    )
 
 
 def test_time_left_is_unknown_with_one_point_and_none_when_all_is_done() -> None:
     one = measure_work("capture", parts_at(100), 2)
     assert (one.per_minute, one.seconds_left) == (None, None)
     nothing = measure_work("capture", [], 2)
-    assert (nothing.done, nothing.worker_seconds, nothing.per_minute, nothing.seconds_left) == (0, 0.0, None, None)
+    assert (nothing.done, nothing.worker_seconds, nothing.per_minute, nothing.seconds_left) == (
+        0,
+        0.0,
+        None,
+        None,
+    )
     assert measure_work("capture", parts_at(100), 1).seconds_left == 0.0
     assert measure_work("capture", [], 0).seconds_left == 0.0
 
 
 def test_seconds_of_a_unit_are_those_of_all_its_phases() -> None:
-    assert measure_work("compress", [unit("a", 1, {"fetch": 0.5, "solve": 2}), unit("b", 2, {"solve": 3})], 2).worker_seconds == 5.5
+    assert (
+        measure_work(
+            "compress", [unit("a", 1, {"fetch": 0.5, "solve": 2}), unit("b", 2, {"solve": 3})], 2
+        ).worker_seconds
+        == 5.5
+    )
 
 
 # From a run root.
@@ -118,15 +140,30 @@ def test_seconds_of_a_unit_are_those_of_all_its_phases() -> None:
 @pytest.fixture
 def plan(finished: SmallRun) -> RunPlan:
     """With the backward pass, which the session's run does not have: 4 layers, 3 parts, 8 units."""
-    return prepare(configure(finished.source, "/nowhere", "compression.output_curvature=true", "run.gpus_per_worker=0.5")).plan
+    return prepare(
+        configure(
+            finished.source,
+            "/nowhere",
+            "compression.output_curvature=true",
+            "run.gpus_per_worker=0.5",
+        )
+    ).plan
 
 
-def stored(plan: RunPlan, store: MemoryStore, manifests: Sequence[ActivationPart | GradientPart | UnitManifest]) -> set[str]:
+def stored(
+    plan: RunPlan,
+    store: MemoryStore,
+    manifests: Sequence[ActivationPart | GradientPart | UnitManifest],
+) -> set[str]:
     for m in manifests:
         if isinstance(m, UnitManifest):
             store.put(run_root.unit_manifest(m.unit), m.to_json())
         else:
-            name = run_root.activation_manifest if isinstance(m, ActivationPart) else run_root.gradient_manifest
+            name = (
+                run_root.activation_manifest
+                if isinstance(m, ActivationPart)
+                else run_root.gradient_manifest
+            )
             store.put(name(m.layer, m.part), m.to_json())
     return {info.key for info in store.list()}
 
@@ -139,21 +176,36 @@ def test_work_is_read_stage_by_stage_from_the_manifests_that_are_there(plan: Run
         unit("L001-E000-007", 400.0, {"solve": 10.0}),
     ]
     capture_work, back, compress = read_work(plan, store, stored(plan, store, manifests))
-    assert (capture_work.stage, capture_work.done, capture_work.total, capture_work.worker_seconds) == ("capture", 12, 12, 24.0)
-    assert back == Work(stage="gradients", done=3, total=12, worker_seconds=12.0, per_minute=2.0, seconds_left=270.0)
-    assert compress == Work(stage="compress", done=1, total=8, worker_seconds=10.0, per_minute=None, seconds_left=None)
+    assert (
+        capture_work.stage,
+        capture_work.done,
+        capture_work.total,
+        capture_work.worker_seconds,
+    ) == ("capture", 12, 12, 24.0)
+    assert back == Work(
+        stage="gradients", done=3, total=12, worker_seconds=12.0, per_minute=2.0, seconds_left=270.0
+    )
+    assert compress == Work(
+        stage="compress", done=1, total=8, worker_seconds=10.0, per_minute=None, seconds_left=None
+    )
     assert gpu_hours(plan, (capture_work, back, compress)) == pytest.approx(46.0 / 3600 * 0.5)
 
 
 def test_work_of_a_plan_without_gradients_has_no_such_stage(finished: SmallRun) -> None:
-    work = read_work(finished.prepared.plan, finished.prepared.store, {info.key for info in finished.prepared.store.list()})
+    work = read_work(
+        finished.prepared.plan,
+        finished.prepared.store,
+        {info.key for info in finished.prepared.store.list()},
+    )
     assert [(w.stage, w.done, w.total) for w in work] == [("capture", 12, 12), ("compress", 8, 8)]
     assert all(w.worker_seconds > 0 for w in work)
 
 
 def test_manifests_that_the_plan_does_not_name_are_nobodys_work(plan: RunPlan) -> None:
     store = MemoryStore("work-strange")
-    keys = stored(plan, store, [part(7, 0, 1.0), part(1, 9, 1.0), unit("L007-E000-007", 1.0, {"solve": 1.0})])
+    keys = stored(
+        plan, store, [part(7, 0, 1.0), part(1, 9, 1.0), unit("L007-E000-007", 1.0, {"solve": 1.0})]
+    )
     assert [w.done for w in read_work(plan, store, keys)] == [0, 0, 0]
 
 
@@ -165,12 +217,24 @@ NAP_S = 0.05
 def test_seconds_of_a_part_hold_the_pass_through_its_layer(
     stage: str, finished: SmallRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """They are what GPU-hours and cost rest on. Every pass through a layer is slowed down by a nap."""
-    prepared = prepare(configure(finished.source, tmp_path, "compression.output_curvature=true", "calibration.num_sequences=2"))
+    """They are what GPU-hours and cost rest on. Every pass through a layer is slowed down by a
+    nap."""
+    prepared = prepare(
+        configure(
+            finished.source,
+            tmp_path,
+            "compression.output_curvature=true",
+            "calibration.num_sequences=2",
+        )
+    )
     write_inputs_once(prepared)
     if stage == "gradients":
         STAGES["capture"].body(prepared.context, [0])
-    slow(monkeypatch, capture if stage == "capture" else gradients, "attend" if stage == "capture" else "step_down")
+    slow(
+        monkeypatch,
+        capture if stage == "capture" else gradients,
+        "attend" if stage == "capture" else "step_down",
+    )
     STAGES[stage].body(prepared.context, [0])
     store, keys = prepared.store, {info.key for info in prepared.store.list()}
     (work,) = [w for w in read_work(prepared.plan, store, keys) if w.stage == stage]
@@ -191,11 +255,20 @@ def slow(monkeypatch: pytest.MonkeyPatch, module: object, name: str) -> None:
 
 
 def pilot(finished: SmallRun, *overrides: str) -> RunPlan:
-    return prepare(configure(finished.source, "/nowhere", "run.layers=[1,3]", "run.num_workers=4", *overrides)).plan
+    return prepare(
+        configure(finished.source, "/nowhere", "run.layers=[1,3]", "run.num_workers=4", *overrides)
+    ).plan
 
 
 def hours(stage: str, worker_hours: float) -> Work:
-    return Work(stage=stage, done=1, total=1, worker_seconds=3600 * worker_hours, per_minute=None, seconds_left=0.0)
+    return Work(
+        stage=stage,
+        done=1,
+        total=1,
+        worker_seconds=3600 * worker_hours,
+        per_minute=None,
+        seconds_left=0.0,
+    )
 
 
 WORK = (hours("capture", 1.0), hours("gradients", 2.0), hours("compress", 10.0))
@@ -242,4 +315,8 @@ def test_duration_in_words(seconds: float, words: str) -> None:
 
 
 def test_durations_words_never_say_sixty() -> None:
-    assert not [d for d in map(duration, itertools.chain(range(0, 20000, 7), (n + 0.5 for n in range(7300)))) if " 60 " in f" {d} "]
+    assert not [
+        d
+        for d in map(duration, itertools.chain(range(0, 20000, 7), (n + 0.5 for n in range(7300))))
+        if " 60 " in f" {d} "
+    ]

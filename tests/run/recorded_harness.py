@@ -1,4 +1,5 @@
-"""What lm-evaluation-harness 0.4.13 wrote, as far as it is read: a multiple-choice task against the small model in vLLM, and a group against its dummy."""
+"""What lm-evaluation-harness 0.4.13 wrote, as far as it is read: a multiple-choice task against the
+small model in vLLM, and a group against its dummy."""
 
 from typing import Any
 
@@ -22,8 +23,18 @@ SINGLE: dict[str, Any] = {
 }
 GROUP: dict[str, Any] = {
     "results": {
-        "endings": {"name": "endings", "sample_len": 24, "acc,none": 0.25, "acc_stderr,none": 0.09028938981432691},
-        "second": {"name": "second", "sample_len": 8, "acc,none": 0.375, "acc_stderr,none": 0.18298126367784995},
+        "endings": {
+            "name": "endings",
+            "sample_len": 24,
+            "acc,none": 0.25,
+            "acc_stderr,none": 0.09028938981432691,
+        },
+        "second": {
+            "name": "second",
+            "sample_len": 8,
+            "acc,none": 0.375,
+            "acc_stderr,none": 0.18298126367784995,
+        },
         "group": {
             "name": "group",
             "sample_len": 32,
@@ -35,6 +46,9 @@ GROUP: dict[str, Any] = {
     "group_subtasks": {"group": ["endings", "second"]},
     "versions": {"endings": 3.0, "group": "2", "second": 3.0},
     "n-shot": {"endings": 1, "group": 1, "second": 1},
-    "n-samples": {"endings": {"original": 24, "effective": 24}, "second": {"original": 8, "effective": 8}},
+    "n-samples": {
+        "endings": {"original": 24, "effective": 24},
+        "second": {"original": 8, "effective": 8},
+    },
     "lm_eval_version": "0.4.13",
 }

@@ -1,4 +1,5 @@
-"""Tensors as Arrow files: what comes back is what was written, without a copy, and anything else is refused by the object's name."""
+"""Tensors as Arrow files: what comes back is what was written, without a copy, and anything else is
+refused by the object's name."""
 
 from collections.abc import Iterator
 
@@ -55,7 +56,10 @@ def test_special_values_are_kept(value: float) -> None:
 
 def test_view_of_a_larger_tensor_is_written_as_what_it_shows() -> None:
     whole_TH = torch.arange(60, dtype=torch.float32).reshape(6, 10)
-    assert_same(arrow.decode(encoded({"x": whole_TH[2:5, 1:4]}), WHERE), {"x": whole_TH[2:5, 1:4].contiguous()})
+    assert_same(
+        arrow.decode(encoded({"x": whole_TH[2:5, 1:4]}), WHERE),
+        {"x": whole_TH[2:5, 1:4].contiguous()},
+    )
 
 
 def test_equal_values_are_equal_bytes() -> None:
@@ -84,7 +88,9 @@ def test_columns_are_handed_on_from_where_they_lie() -> None:
     """No copy of a column: its own memory is what the store is given."""
     wanted = columns()
     file = arrow.encode(wanted)
-    assert [piece.data_ptr() for piece in file.pieces if isinstance(piece, Tensor)] == [t.data_ptr() for t in wanted.values()]
+    assert [piece.data_ptr() for piece in file.pieces if isinstance(piece, Tensor)] == [
+        t.data_ptr() for t in wanted.values()
+    ]
     assert file.size_bytes == len(file.to_bytes())
     assert file.to_bytes() == file.to_bytes(), "every pass yields the bytes anew"
 

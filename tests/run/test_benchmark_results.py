@@ -1,4 +1,5 @@
-"""Benchmarks without processes: what is read from the harness, and what becomes of figures in the table."""
+"""Benchmarks without processes: what is read from the harness, and what becomes of figures in the
+table."""
 
 import copy
 import hashlib
@@ -8,7 +9,12 @@ from typing import Any
 
 import pytest
 
-from p48ray.config.benchmarks import LEADERBOARD, BenchmarksConfig, BenchmarkTask, ComparedCheckpoint
+from p48ray.config.benchmarks import (
+    LEADERBOARD,
+    BenchmarksConfig,
+    BenchmarkTask,
+    ComparedCheckpoint,
+)
 from p48ray.errors import ConfigError, StageFailedError
 from p48ray.run import run_root
 from p48ray.run.benchmark_results import (
@@ -36,7 +42,10 @@ CONFIG = BenchmarksConfig(tasks=(ENDINGS, GROUPED, THIRD), limit=None, max_lengt
 
 def table_of(**values: dict[str, float]) -> BenchmarkTable:
     """role=figures; every column is there, with none where none are given."""
-    columns = (BenchmarkColumn(role=role, title=role, values=values.get(role, {})) for role in ("base", "baseline", "ours"))
+    columns = (
+        BenchmarkColumn(role=role, title=role, values=values.get(role, {}))
+        for role in ("base", "baseline", "ours")
+    )
     return BenchmarkTable(tasks=CONFIG.tasks, columns=tuple(columns))
 
 
@@ -70,7 +79,10 @@ def test_delta_is_in_points_and_recovery_in_per_cent_of_the_base() -> None:
     assert (first.label, first.setting, first.baseline) == ("Endings", "1-shot acc_norm", 60.0)
     assert (first.delta, first.recovery) == pytest.approx((-8.0, 90.0))
     assert (second.delta, second.recovery) == pytest.approx((1.0, 102.0))
-    assert (third.setting, third.recovery) == ("0-shot exact_match (strict-match)", pytest.approx(25.0))
+    assert (third.setting, third.recovery) == (
+        "0-shot exact_match (strict-match)",
+        pytest.approx(25.0),
+    )
     assert (mean.base, mean.baseline, mean.ours) == pytest.approx((50.0, 30.0, 128 / 3))
     assert (mean.delta, mean.recovery) == pytest.approx((128 / 3 - 50, 100 * 128 / 150))
     assert mean.setting == "of 3 of 3 tasks"
@@ -78,7 +90,9 @@ def test_delta_is_in_points_and_recovery_in_per_cent_of_the_base() -> None:
 
 def test_average_is_over_what_every_column_with_figures_has() -> None:
     """The hard task that one column lacks would otherwise flatter it."""
-    table = table_of(base={"endings": 80.0, "group": 50.0, "third": 20.0}, ours={"endings": 72.0, "group": 51.0})
+    table = table_of(
+        base={"endings": 80.0, "group": 50.0, "third": 20.0}, ours={"endings": 72.0, "group": 51.0}
+    )
     *_, mean = table_rows(table)
     assert table.averaged == ("endings", "group")
     assert (mean.base, mean.ours) == pytest.approx((65.0, 61.5))
@@ -91,17 +105,25 @@ def test_what_is_missing_stays_empty() -> None:
     assert [(r.base, r.baseline, r.delta, r.recovery) for r in rows] == [(None,) * 4] * 4
     assert [r.ours for r in rows] == [72.0, None, None, 72.0]
     *_, mean = table_rows(table_of(base={"group": 50.0}, ours={"endings": 72.0}))
-    assert (mean.base, mean.ours, mean.delta, mean.recovery, mean.setting) == (None, None, None, None, "of 0 of 3 tasks")
+    assert (mean.base, mean.ours, mean.delta, mean.recovery, mean.setting) == (
+        None,
+        None,
+        None,
+        None,
+        "of 0 of 3 tasks",
+    )
     assert all(r.ours is None for r in table_rows(table_of()))
 
 
 def test_base_of_zero_has_no_recovery() -> None:
-    (first, *_) = table_rows(table_of(base={"endings": 0.0}, ours={"endings": 1.0}))
+    first, *_ = table_rows(table_of(base={"endings": 0.0}, ours={"endings": 1.0}))
     assert (first.delta, first.recovery) == (1.0, None)
 
 
 def test_zero_is_a_figure_and_not_a_missing_one() -> None:
-    *_, mean = table_rows(table_of(base={"endings": 80.0, "third": 20.0}, ours={"endings": 72.0, "third": 0.0}))
+    *_, mean = table_rows(
+        table_of(base={"endings": 80.0, "third": 20.0}, ours={"endings": 72.0, "third": 0.0})
+    )
     assert (mean.base, mean.ours, mean.setting) == (50.0, 36.0, "of 2 of 3 tasks")
 
 
@@ -110,9 +132,25 @@ def test_zero_is_a_figure_and_not_a_missing_one() -> None:
 
 def test_result_is_the_harness_figure() -> None:
     found = read_harness(SINGLE, "abc", ENDINGS, CONFIG, "vllm 0.32.0")
-    assert (found.value, found.stderr, found.num_samples) == (0.7083333333333334, 0.09477598811252413, 24)
-    assert (found.identity, found.task, found.shots, found.metric, found.filter) == ("abc", "endings", 1, "acc_norm", "none")
-    assert (found.task_version, found.harness, found.server, found.limit, found.max_length) == ("3.0", "0.4.13", "vllm 0.32.0", None, 512)
+    assert (found.value, found.stderr, found.num_samples) == (
+        0.7083333333333334,
+        0.09477598811252413,
+        24,
+    )
+    assert (found.identity, found.task, found.shots, found.metric, found.filter) == (
+        "abc",
+        "endings",
+        1,
+        "acc_norm",
+        "none",
+    )
+    assert (found.task_version, found.harness, found.server, found.limit, found.max_length) == (
+        "3.0",
+        "0.4.13",
+        "vllm 0.32.0",
+        None,
+        512,
+    )
 
 
 def test_group_has_one_figure_over_the_samples_of_its_tasks() -> None:
@@ -133,12 +171,26 @@ def test_error_bar_that_the_harness_does_not_give_is_none() -> None:
     ("change", "kind", "words"),
     [
         (lambda o: o["n-shot"].update(endings=0), StageFailedError, "expected 1 shots"),
-        (lambda o: o["results"].clear(), StageFailedError, "expected it among the harness's results"),
-        (lambda o: o.update(lm_eval_version="0.4.9"), StageFailedError, "expected results of lm-evaluation-harness 0.4.13, found 0.4.9"),
-        (lambda o: o["results"]["endings"].pop("acc_norm,none"), ConfigError, r"expected one of its metrics and filters \['acc,none'\]"),
+        (
+            lambda o: o["results"].clear(),
+            StageFailedError,
+            "expected it among the harness's results",
+        ),
+        (
+            lambda o: o.update(lm_eval_version="0.4.9"),
+            StageFailedError,
+            "expected results of lm-evaluation-harness 0.4.13, found 0.4.9",
+        ),
+        (
+            lambda o: o["results"]["endings"].pop("acc_norm,none"),
+            ConfigError,
+            r"expected one of its metrics and filters \['acc,none'\]",
+        ),
     ],
 )
-def test_results_of_something_else_are_refused(change: Callable[[dict[str, Any]], object], kind: type[Exception], words: str) -> None:
+def test_results_of_something_else_are_refused(
+    change: Callable[[dict[str, Any]], object], kind: type[Exception], words: str
+) -> None:
     output = copy.deepcopy(SINGLE)
     change(output)
     with pytest.raises(kind, match=words):
@@ -157,14 +209,19 @@ def test_parts_of_a_group_with_other_shots_are_refused() -> None:
 
 def test_result_belongs_to_checkpoint_task_and_settings() -> None:
     known = result_digest("abc", ENDINGS, CONFIG)
-    assert result_digest("abc", ENDINGS.model_copy(update={"title": "another word"}), CONFIG) == known
+    assert (
+        result_digest("abc", ENDINGS.model_copy(update={"title": "another word"}), CONFIG) == known
+    )
     others = [
         result_digest("abd", ENDINGS, CONFIG),
         *(
             result_digest("abc", ENDINGS.model_copy(update=change), CONFIG)
             for change in ({"task": "x"}, {"shots": 2}, {"metric": "acc"}, {"filter": "x"})
         ),
-        *(result_digest("abc", ENDINGS, CONFIG.model_copy(update=change)) for change in ({"limit": 5}, {"max_length": 1024})),
+        *(
+            result_digest("abc", ENDINGS, CONFIG.model_copy(update=change))
+            for change in ({"limit": 5}, {"max_length": 1024})
+        ),
     ]
     assert len({known, *others}) == 8
 
@@ -194,7 +251,11 @@ def figures_file(folder: Path, text: str) -> str:
 
 
 def test_figures_are_read_with_their_source(tmp_path: Path) -> None:
-    found = read_figures(figures_file(tmp_path, "source: a paper\nfigures: {endings: 71.5, third: 0.5}\n"), CONFIG.tasks, "key")
+    found = read_figures(
+        figures_file(tmp_path, "source: a paper\nfigures: {endings: 71.5, third: 0.5}\n"),
+        CONFIG.tasks,
+        "key",
+    )
     assert (found.source, found.figures) == ("a paper", {"endings": 71.5, "third": 0.5})
 
 
@@ -205,11 +266,23 @@ def test_figures_are_read_with_their_source(tmp_path: Path) -> None:
         ("source: ''\nfigures: {endings: 71.5}", "source: String should have at least 1 character"),
         ("source: a paper", "figures: Field required"),
         ("source: a paper\nfigures: {}", "figures: Dictionary should have at least 1 item"),
-        ("source: a paper\nfigures: {endings: 715}", "figures.endings: Input should be less than or equal to 100, found 715"),
+        (
+            "source: a paper\nfigures: {endings: 715}",
+            "figures.endings: Input should be less than or equal to 100, found 715",
+        ),
         ("source: a paper\nfigures: {endings: .nan}", "figures.endings: "),
-        ("source: a paper\nfigures: {endings: 0.715, third: 1}", "expected per cent, found none above 1"),
-        ("source: a paper\nfigures: {ending: 71.5}", r"expected tasks of the table \['endings', 'group', 'third'\], found \['ending'\]"),
-        ("source: a paper\nfigures: {endings: 71.5}\nmore: 1", "more: Extra inputs are not permitted"),
+        (
+            "source: a paper\nfigures: {endings: 0.715, third: 1}",
+            "expected per cent, found none above 1",
+        ),
+        (
+            "source: a paper\nfigures: {ending: 71.5}",
+            r"expected tasks of the table \['endings', 'group', 'third'\], found \['ending'\]",
+        ),
+        (
+            "source: a paper\nfigures: {endings: 71.5}\nmore: 1",
+            "more: Extra inputs are not permitted",
+        ),
         ("- a", r"\(whole file\)"),
         ("{", "not valid YAML"),
     ],
@@ -228,7 +301,9 @@ def test_figures_file_that_is_not_there_is_named(tmp_path: Path) -> None:
 # The table of a run root.
 
 
-def put_result(store: MemoryStore, identity: str, config: BenchmarksConfig, server: str = "vllm 0.32.0") -> BenchmarkResult:
+def put_result(
+    store: MemoryStore, identity: str, config: BenchmarksConfig, server: str = "vllm 0.32.0"
+) -> BenchmarkResult:
     result = read_harness(SINGLE, identity, ENDINGS, config, server)
     store.put(run_root.benchmark_result(result_digest(identity, ENDINGS, config)), result.to_json())
     return result
@@ -236,14 +311,27 @@ def put_result(store: MemoryStore, identity: str, config: BenchmarksConfig, serv
 
 def test_table_has_results_and_figures_and_empty_places(tmp_path: Path) -> None:
     figures = figures_file(tmp_path, "source: a paper\nfigures: {endings: 80, group: 50}\n")
-    config = CONFIG.model_copy(update={"base": ComparedCheckpoint(title="the source", figures=figures)})
+    config = CONFIG.model_copy(
+        update={"base": ComparedCheckpoint(title="the source", figures=figures)}
+    )
     store = MemoryStore("table")
     put_result(store, "abc", config)
     table = build_table(config, store, {"ours": "abc"})
     base, baseline, ours = table.columns
-    assert (base.title, base.source, base.values) == ("the source", "a paper", {"endings": 80.0, "group": 50.0})
-    assert (baseline.title, baseline.values, baseline.identity, baseline.harness) == ("one-shot baseline", {}, None, None)
-    assert ours.values == {"endings": pytest.approx(70.83333)} and ours.stderr == {"endings": pytest.approx(9.4776, abs=1e-4)}
+    assert (base.title, base.source, base.values) == (
+        "the source",
+        "a paper",
+        {"endings": 80.0, "group": 50.0},
+    )
+    assert (baseline.title, baseline.values, baseline.identity, baseline.harness) == (
+        "one-shot baseline",
+        {},
+        None,
+        None,
+    )
+    assert ours.values == {"endings": pytest.approx(70.83333)} and ours.stderr == {
+        "endings": pytest.approx(9.4776, abs=1e-4)
+    }
     assert (ours.identity, ours.harness, ours.servers) == ("abc", "0.4.13", ("vllm 0.32.0",))
     assert table_notes(table) == [
         "The source: published figures, not measured here: a paper.",
@@ -264,7 +352,10 @@ def test_trial_says_that_it_is_one() -> None:
     config = CONFIG.model_copy(update={"limit": 10})
     store = MemoryStore("trial")
     put_result(store, "abc", config)
-    assert table_notes(build_table(config, store, {"ours": "abc"}))[-1] == "A trial: at most 10 documents a task."
+    assert (
+        table_notes(build_table(config, store, {"ours": "abc"}))[-1]
+        == "A trial: at most 10 documents a task."
+    )
 
 
 def test_table_of_a_checkpoint_that_is_no_more_is_not_shown() -> None:
@@ -287,13 +378,18 @@ def test_table_of_a_checkpoint_that_is_no_more_is_not_shown() -> None:
 @pytest.mark.parametrize(
     ("section", "words"),
     [
-        ({"base": {"checkpoint": "a", "figures": "b"}}, "expected checkpoint or figures, found both"),
+        (
+            {"base": {"checkpoint": "a", "figures": "b"}},
+            "expected checkpoint or figures, found both",
+        ),
         ({"baseline": {}}, "baseline: expected checkpoint or figures, found neither"),
         ({"ours": {"figures": "b"}}, "ours.figures: the run's own checkpoint is measured"),
         ({"tasks": [ENDINGS.model_dump(), ENDINGS.model_dump()]}, "expected each task once"),
         ({"tasks": []}, "at least 1 item"),
     ],
 )
-def test_columns_and_rows_that_make_no_sense_are_refused(section: dict[str, Any], words: str) -> None:
+def test_columns_and_rows_that_make_no_sense_are_refused(
+    section: dict[str, Any], words: str
+) -> None:
     with pytest.raises(ValueError, match=words):
         BenchmarksConfig.model_validate(section)

@@ -1,4 +1,5 @@
-"""What a run root lacks, against a slow simulation of the two ways that knows nothing of how Needs finds them."""
+"""What a run root lacks, against a slow simulation of the two ways that knows nothing of how Needs
+finds them."""
 
 import random
 from collections.abc import Iterable
@@ -22,7 +23,9 @@ def blobs(kind: run_root.BlobKind, layer: int, part: int) -> frozenset[str]:
     return frozenset({run_root.blob(kind, layer, part), run_root.blob_manifest(kind, layer, part)})
 
 
-BOUNDARY, BOUNDARY_BACK, BEHIND = (partial(blobs, kind) for kind in ("residuals", "residual-gradients", "compressed-residuals"))
+BOUNDARY, BOUNDARY_BACK, BEHIND = (
+    partial(blobs, kind) for kind in ("residuals", "residual-gradients", "compressed-residuals")
+)
 SEEN = (run_root.activation_part, run_root.activation_manifest)
 FELT = (run_root.gradient_part, run_root.gradient_manifest)
 
@@ -33,15 +36,32 @@ PLANS = {
     "and back": ("compression.output_curvature=true",),
     "and back, layers 1 and 3": ("compression.output_curvature=true", "run.layers=[1,3]"),
     "and back, layer 4": ("compression.output_curvature=true", "run.layers=[4]"),
-    "and back, every second boundary": ("compression.output_curvature=true", "run.boundary_every=2"),
-    "and back, every third boundary, layers 1 and 3": ("compression.output_curvature=true", "run.boundary_every=3", "run.layers=[1,3]"),
-    "and back, no boundary but the last": ("compression.output_curvature=true", "run.boundary_every=5"),
+    "and back, every second boundary": (
+        "compression.output_curvature=true",
+        "run.boundary_every=2",
+    ),
+    "and back, every third boundary, layers 1 and 3": (
+        "compression.output_curvature=true",
+        "run.boundary_every=3",
+        "run.layers=[1,3]",
+    ),
+    "and back, no boundary but the last": (
+        "compression.output_curvature=true",
+        "run.boundary_every=5",
+    ),
 }
 
 
 def planned(*overrides: str) -> RunPlan:
-    small = ("calibration.num_sequences=4", "calibration.sequences_per_part=2", "calibration.sequence_length=64", "evaluation=null")
-    return prepare(load_config(REPO / "configs" / "tiny.yaml", (*small, *overrides), "memory://needs")).plan
+    small = (
+        "calibration.num_sequences=4",
+        "calibration.sequences_per_part=2",
+        "calibration.sequence_length=64",
+        "evaluation=null",
+    )
+    return prepare(
+        load_config(REPO / "configs" / "tiny.yaml", (*small, *overrides), "memory://needs")
+    ).plan
 
 
 @pytest.fixture(scope="module")
@@ -63,16 +83,33 @@ def goes_back(plan: RunPlan) -> bool:
 def all_keys(plan: RunPlan) -> list[str]:
     """Whatever a run of the plan may have left."""
     parts = [p.part for p in plan.parts]
-    names = [name(n, p) for n in plan.layers for p in parts for name in (*SEEN, *(FELT if goes_back(plan) else ()))]
-    names += [key for b in range(1, HEAD + goes_back(plan)) for p in parts for key in sorted(BOUNDARY(b, p))]
-    names += [key for b in range(2, HEAD + 1) for p in parts if goes_back(plan) for key in sorted(BOUNDARY_BACK(b, p))]
+    names = [
+        name(n, p)
+        for n in plan.layers
+        for p in parts
+        for name in (*SEEN, *(FELT if goes_back(plan) else ()))
+    ]
+    names += [
+        key
+        for b in range(1, HEAD + goes_back(plan))
+        for p in parts
+        for key in sorted(BOUNDARY(b, p))
+    ]
+    names += [
+        key
+        for b in range(2, HEAD + 1)
+        for p in parts
+        if goes_back(plan)
+        for key in sorted(BOUNDARY_BACK(b, p))
+    ]
     return names + [run_root.unit_manifest(u.id) for u in plan.units]
 
 
 def random_keys(plan: RunPlan, chance: random.Random) -> frozenset[str]:
     """Some of them; every kind of object is rare in some draws and frequent in others."""
     share = {
-        kind: chance.choice((0.0, 0.2, 0.6, 0.9, 1.0)) for kind in ("activations", "gradients", "residuals", "residual-gradients", "units")
+        kind: chance.choice((0.0, 0.2, 0.6, 0.9, 1.0))
+        for kind in ("activations", "gradients", "residuals", "residual-gradients", "units")
     }
     return frozenset(key for key in all_keys(plan) if chance.random() < share[key.split("/")[0]])
 
@@ -81,11 +118,18 @@ def random_keys(plan: RunPlan, chance: random.Random) -> frozenset[str]:
 
 
 def open_layers(plan: RunPlan, keys: frozenset[str]) -> list[int]:
-    return [n for n in plan.layers if not all(run_root.unit_manifest(u.id) in keys for u in plan.units if u.layer == n)]
+    return [
+        n
+        for n in plan.layers
+        if not all(run_root.unit_manifest(u.id) in keys for u in plan.units if u.layer == n)
+    ]
 
 
-def climb(plan: RunPlan, keys: frozenset[str], part: int, layers: Iterable[int]) -> frozenset[str] | None:
-    """What there is after running the layers upwards; None if one of them has nothing to start from."""
+def climb(
+    plan: RunPlan, keys: frozenset[str], part: int, layers: Iterable[int]
+) -> frozenset[str] | None:
+    """What there is after running the layers upwards; None if one of them has nothing to start
+    from."""
     found, held = set(keys), 0
     for n in sorted(layers):
         if n != held and not BOUNDARY(n, part) <= keys:
@@ -96,7 +140,8 @@ def climb(plan: RunPlan, keys: frozenset[str], part: int, layers: Iterable[int])
 
 
 def is_reached(plan: RunPlan, keys: frozenset[str], part: int, boundary: int) -> bool:
-    """Whether the layers below can be run again up to a boundary: from a stored one, without passing one that the forward pass was to leave."""
+    """Whether the layers below can be run again up to a boundary: from a stored one, without
+    passing one that the forward pass was to leave."""
     every = plan.config.run.boundary_every
     left = {*range(every, HEAD, every), *range((HEAD - 1) // every * every + 1, HEAD + 1)}
     while boundary and not BOUNDARY(boundary, part) <= keys:
@@ -106,8 +151,11 @@ def is_reached(plan: RunPlan, keys: frozenset[str], part: int, boundary: int) ->
     return True
 
 
-def descend(plan: RunPlan, keys: frozenset[str], part: int, layers: Iterable[int]) -> frozenset[str] | None:
-    """What there is after the backward pass; None if a gradient or a boundary is missing on it. The lowest layer is not differentiated."""
+def descend(
+    plan: RunPlan, keys: frozenset[str], part: int, layers: Iterable[int]
+) -> frozenset[str] | None:
+    """What there is after the backward pass; None if a gradient or a boundary is missing on it. The
+    lowest layer is not differentiated."""
     found, held = set(keys), HEAD + 1
     visited = sorted(layers, reverse=True)
     for n in visited:
@@ -151,11 +199,14 @@ def test_both_ways_give_open_layers_all_they_read_and_nothing_shorter_would(plan
 
 
 def shortest_up(plan: RunPlan, keys: frozenset[str], part: int, back: range) -> range:
-    """By trying all: the forward pass after which the given backward pass can be gone and open layers have their activations."""
+    """By trying all: the forward pass after which the given backward pass can be gone and open
+    layers have their activations."""
 
     def serves(way: range) -> bool:
         found = climb(plan, keys, part, way)
-        is_captured = found is not None and all(name(n, part) in found for n in open_layers(plan, keys) for name in SEEN)
+        is_captured = found is not None and all(
+            name(n, part) in found for n in open_layers(plan, keys) for name in SEEN
+        )
         return is_captured and found is not None and descend(plan, found, part, back) is not None
 
     return next(way for way in slices(HEAD) if serves(way))
@@ -167,7 +218,9 @@ def shortest_back(plan: RunPlan, keys: frozenset[str], part: int) -> range:
 
     def serves(way: range) -> bool:
         found = descend(plan, everywhere, part, way)
-        return found is not None and all(name(n, part) in found for n in open_layers(plan, keys) for name in FELT)
+        return found is not None and all(
+            name(n, part) in found for n in open_layers(plan, keys) for name in FELT
+        )
 
     return next(way for way in slices(HEAD + 1) if not goes_back(plan) or serves(way))
 
@@ -182,13 +235,17 @@ def test_ways_that_were_gone_need_not_be_gone_again(plan: RunPlan) -> None:
             assert not Needs(plan, captured).forward_layers(part)
             felt = descend(plan, captured, part, Needs(plan, captured).backward_layers(part))
             assert felt is not None
-            assert not Needs(plan, felt).backward_layers(part) and not Needs(plan, felt).forward_layers(part)
+            assert not Needs(plan, felt).backward_layers(part) and not Needs(
+                plan, felt
+            ).forward_layers(part)
 
 
 def test_part_that_is_missing_says_nothing_about_the_other(plans: dict[str, RunPlan]) -> None:
     plan = plans["and back"]
     gone = {key for key in all_keys(plan) if key.endswith(("part-0001.arrow", "part-0001.json"))}
-    needs = Needs(plan, frozenset(all_keys(plan)) - gone - {run_root.unit_manifest("L002-E000-003")})
+    needs = Needs(
+        plan, frozenset(all_keys(plan)) - gone - {run_root.unit_manifest("L002-E000-003")}
+    )
     assert (needs.forward_layers(0), needs.backward_layers(0)) == (range(0), range(0))
     assert needs.open_layers == (2,)
     assert (needs.activation_layers(1), needs.gradient_layers(1)) == ([2], [2])
@@ -216,7 +273,9 @@ def test_empty_run_root_needs_every_layer_up_to_the_last_and_back_to_the_first(
         assert (needs.forward_layers(part), needs.backward_layers(part)) == (up, back)
 
 
-def test_run_root_with_all_manifests_of_units_needs_nothing_whatever_else_is_gone(plan: RunPlan) -> None:
+def test_run_root_with_all_manifests_of_units_needs_nothing_whatever_else_is_gone(
+    plan: RunPlan,
+) -> None:
     needs = Needs(plan, frozenset(run_root.unit_manifest(u.id) for u in plan.units))
     assert (needs.missing_units, needs.open_layers) == ((), ())
     for part in (0, 1):
@@ -232,7 +291,9 @@ def test_one_open_layer_is_run_from_the_highest_stored_boundary_below_it(
     plan = plans["forth"]
     done = {run_root.unit_manifest(u.id) for u in plan.units if u.layer != layer}
     needs = Needs(plan, frozenset(done).union(*(BOUNDARY(b, 0) for b in stored)))
-    assert needs.forward_layers(0) == range(max((b for b in stored if b <= layer), default=0), layer + 1)
+    assert needs.forward_layers(0) == range(
+        max((b for b in stored if b <= layer), default=0), layer + 1
+    )
 
 
 @pytest.mark.parametrize("layer", [1, 2, 3, 4])
@@ -243,11 +304,15 @@ def test_one_open_layer_is_reached_from_the_lowest_stored_gradient_above_it(
     plan = plans["and back"]
     done = {run_root.unit_manifest(u.id) for u in plan.units if u.layer != layer}
     needs = Needs(plan, frozenset(done).union(*(BOUNDARY_BACK(b, 0) for b in stored)))
-    assert needs.backward_layers(0) == range(layer, min((b for b in stored if b > layer), default=HEAD + 1))
+    assert needs.backward_layers(0) == range(
+        layer, min((b for b in stored if b > layer), default=HEAD + 1)
+    )
 
 
 @pytest.mark.parametrize("missing", [0, 1])
-def test_part_counts_as_there_only_with_both_its_data_and_its_manifest(missing: int, plans: dict[str, RunPlan]) -> None:
+def test_part_counts_as_there_only_with_both_its_data_and_its_manifest(
+    missing: int, plans: dict[str, RunPlan]
+) -> None:
     plan = plans["and back"]
     there = frozenset(all_keys(plan)) - {run_root.unit_manifest("L003-E004-007")}
     needs = Needs(plan, there - {SEEN[missing](3, 0), FELT[missing](3, 1)})
@@ -277,7 +342,9 @@ def test_needs_are_read_from_one_listing_of_what_they_are_about(plans: dict[str,
     for key in [*keys, "plan.json", "checkpoint/config.json", "report/report.json"]:
         store.put(key, b"{}")
     assert read_needs(plan, store) == Needs(plan, keys)
-    assert read_needs(plan, store, [run_root.UNITS]).missing_units == Needs(plan, keys).missing_units
+    assert (
+        read_needs(plan, store, [run_root.UNITS]).missing_units == Needs(plan, keys).missing_units
+    )
 
 
 # Layer by layer: each is captured behind the compressed ones below it.
@@ -286,7 +353,11 @@ IN_TURN = {
     name.replace("forth", "turn"): (*overrides, "calibration.propagate=compressed")
     for name, overrides in PLANS.items()
     if "back" not in name
-} | {f"{name}, in turn": (*overrides, "calibration.propagate=compressed") for name, overrides in PLANS.items() if "back" in name}
+} | {
+    f"{name}, in turn": (*overrides, "calibration.propagate=compressed")
+    for name, overrides in PLANS.items()
+    if "back" in name
+}
 
 
 @pytest.fixture(scope="module")
@@ -301,8 +372,11 @@ def turn_plan(request: pytest.FixtureRequest, turn_plans: dict[str, RunPlan]) ->
     return turn_plans[request.param]
 
 
-def pass_through(keys: frozenset[str], part: int, layer: int, layers: Iterable[int]) -> frozenset[str] | None:
-    """What there is after taking a part through layers to `layer`; None if one of them has nothing to start from."""
+def pass_through(
+    keys: frozenset[str], part: int, layer: int, layers: Iterable[int]
+) -> frozenset[str] | None:
+    """What there is after taking a part through layers to `layer`; None if one of them has nothing
+    to start from."""
     found, held = set(keys), 0
     for n in layers:
         if n != held and not BEHIND(n, part) <= keys:
@@ -312,11 +386,18 @@ def pass_through(keys: frozenset[str], part: int, layer: int, layers: Iterable[i
     return frozenset(found)
 
 
-def test_way_to_the_layer_whose_turn_it_is_gives_its_activations_and_nothing_shorter_would(turn_plan: RunPlan) -> None:
+def test_way_to_the_layer_whose_turn_it_is_gives_its_activations_and_nothing_shorter_would(
+    turn_plan: RunPlan,
+) -> None:
     chance = random.Random(8)
     for _ in range(150):
         behind = [
-            key for b in range(1, HEAD) for p in (0, 1) if chance.random() < 0.3 for key in sorted(BEHIND(b, p)) if chance.random() < 0.9
+            key
+            for b in range(1, HEAD)
+            for p in (0, 1)
+            if chance.random() < 0.3
+            for key in sorted(BEHIND(b, p))
+            if chance.random() < 0.9
         ]
         keys = random_keys(turn_plan, chance) | set(behind)
         needs = Needs(turn_plan, keys)
@@ -333,7 +414,9 @@ def test_way_to_the_layer_whose_turn_it_is_gives_its_activations_and_nothing_sho
             shorter = [w for w in slices(needs.next_layer + 1) if len(w) < len(way)]
             for other in shorter:
                 reached = pass_through(keys, part, needs.next_layer, other)
-                assert reached is None or not all(name(needs.next_layer, part) in reached for name in SEEN), other
+                assert reached is None or not all(
+                    name(needs.next_layer, part) in reached for name in SEEN
+                ), other
 
 
 def test_the_sources_own_way_up_serves_the_way_back_alone(turn_plan: RunPlan) -> None:
@@ -350,15 +433,26 @@ def test_the_sources_own_way_up_serves_the_way_back_alone(turn_plan: RunPlan) ->
             assert climbed is not None
             felt = descend(turn_plan, climbed, part, back)
             assert felt is not None
-            assert all(name(n, part) in felt for n in open_layers(turn_plan, keys) for name in FELT if goes_back(turn_plan))
+            assert all(
+                name(n, part) in felt
+                for n in open_layers(turn_plan, keys)
+                for name in FELT
+                if goes_back(turn_plan)
+            )
             assert len(back) <= len(shortest_back(turn_plan, keys, part))
 
 
 def test_empty_run_root_begins_with_the_lowest_layer(turn_plans: dict[str, RunPlan]) -> None:
     needs = Needs(turn_plans["turn, layers 1 and 3"], frozenset())
-    assert (needs.next_layer, needs.layers_up_to(1, 0), needs.forward_layers(0)) == (1, range(2), range(0))
+    assert (needs.next_layer, needs.layers_up_to(1, 0), needs.forward_layers(0)) == (
+        1,
+        range(2),
+        range(0),
+    )
     done = frozenset(run_root.unit_manifest(u.id) for u in needs.plan.units if u.layer == 1)
     assert Needs(needs.plan, done).next_layer == 3
     assert Needs(needs.plan, done).layers_up_to(3, 0) == range(4)
     assert Needs(needs.plan, done | BEHIND(1, 0) | BEHIND(2, 0)).layers_up_to(3, 0) == range(2, 4)
-    assert Needs(needs.plan, done | BEHIND(4, 0)).layers_up_to(3, 0) == range(4), "one above it is of no use"
+    assert Needs(needs.plan, done | BEHIND(4, 0)).layers_up_to(3, 0) == range(4), (
+        "one above it is of no use"
+    )

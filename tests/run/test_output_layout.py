@@ -4,7 +4,14 @@ import pytest
 
 from p48ray.checkpoint.header import DTYPE_BYTES, encode_header, parse_header
 from p48ray.config import load_config
-from p48ray.run.output_layout import plan_output, shard_rows, unit_bytes, unit_entries, unit_rows, untouched_tensors
+from p48ray.run.output_layout import (
+    plan_output,
+    shard_rows,
+    unit_bytes,
+    unit_entries,
+    unit_rows,
+    untouched_tensors,
+)
 from p48ray.run.plan import WorkUnit
 from p48ray.stages.prepare import Prepared, prepare
 from tests.conftest import REPO
@@ -13,7 +20,9 @@ from tests.conftest import REPO
 @pytest.fixture
 def prepared(monkeypatch: pytest.MonkeyPatch) -> Prepared:
     monkeypatch.chdir(REPO)
-    return prepare(load_config(REPO / "configs" / "tiny.yaml", ("run.experts_per_unit=3",), "memory://layout"))
+    return prepare(
+        load_config(REPO / "configs" / "tiny.yaml", ("run.experts_per_unit=3",), "memory://layout")
+    )
 
 
 def row_bytes(row: tuple[str, str, tuple[int, ...]]) -> int:
@@ -24,7 +33,9 @@ def row_bytes(row: tuple[str, str, tuple[int, ...]]) -> int:
 
 
 @pytest.mark.parametrize("limit", [1, 10**5, 2 * 10**6, 10**9])
-def test_every_tensor_lies_in_one_shard_at_an_aligned_offset(prepared: Prepared, limit: int) -> None:
+def test_every_tensor_lies_in_one_shard_at_an_aligned_offset(
+    prepared: Prepared, limit: int
+) -> None:
     shards = plan_output(prepared.plan.units, limit, prepared.source, prepared.layout)
     names = []
     for shard in shards:
@@ -36,7 +47,9 @@ def test_every_tensor_lies_in_one_shard_at_an_aligned_offset(prepared: Prepared,
         assert offset == shard.num_bytes
         assert offset <= limit or len(shard.segments) == 1
     untouched = {e.name for e in untouched_tensors(prepared.source, prepared.layout)}
-    compressed = {name for unit in prepared.plan.units for name, _, _ in unit_rows(prepared.layout, unit)}
+    compressed = {
+        name for unit in prepared.plan.units for name, _, _ in unit_rows(prepared.layout, unit)
+    }
     assert len(names) == len(set(names))
     assert set(names) == untouched | compressed
     assert len(compressed) == 4 * 16 * 3 * 4
@@ -57,7 +70,10 @@ def test_untouched_tensors_are_all_but_the_experts(prepared: Prepared) -> None:
 
 
 def test_unit_bytes_are_those_of_its_rows(prepared: Prepared) -> None:
-    for unit in (WorkUnit(layer=1, first_expert=0, num_experts=1), WorkUnit(layer=2, first_expert=3, num_experts=5)):
+    for unit in (
+        WorkUnit(layer=1, first_expert=0, num_experts=1),
+        WorkUnit(layer=2, first_expert=3, num_experts=5),
+    ):
         rows = unit_rows(prepared.layout, unit)
         assert sum(map(row_bytes, rows)) == unit_bytes(prepared.layout, unit)
         assert unit_bytes(prepared.layout, unit) % 8 == 0
@@ -65,7 +81,10 @@ def test_unit_bytes_are_those_of_its_rows(prepared: Prepared) -> None:
 
 def test_sparse_storage_changes_sizes_and_not_which_shard_holds_what(prepared: Prepared) -> None:
     for limit in (10**5, 2 * 10**6):
-        dense, sparse = (plan_output(prepared.plan.units, limit, prepared.source, prepared.layout, s) for s in ("dense", "sparse"))
+        dense, sparse = (
+            plan_output(prepared.plan.units, limit, prepared.source, prepared.layout, s)
+            for s in ("dense", "sparse")
+        )
         assert [(s.name, s.segments) for s in sparse] == [(s.name, s.segments) for s in dense]
         for shard in sparse:
             rows, offset = shard_rows(shard, prepared.layout), 0
@@ -85,4 +104,6 @@ def test_entries_of_a_units_own_shard_are_where_its_header_says(prepared: Prepar
     header = encode_header(rows)
     data = header + bytes(unit_bytes(prepared.layout, unit))
     expected = parse_header("unit.safetensors", header[8:], len(data))
-    assert {e.name: e for e in unit_entries(prepared.layout, unit, "unit.safetensors", len(header))} == expected
+    assert {
+        e.name: e for e in unit_entries(prepared.layout, unit, "unit.safetensors", len(header))
+    } == expected

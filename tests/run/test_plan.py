@@ -61,8 +61,12 @@ def test_plan_is_a_pure_function_and_survives_json() -> None:
 
 def test_plan_covers_every_expert_and_sequence_once() -> None:
     plan = planned("run.experts_per_unit=3", "calibration.sequences_per_part=7").plan
-    assert [(u.layer, e) for u in plan.units for e in u.experts] == [(n, e) for n in (1, 2, 3, 4) for e in range(16)]
-    assert [s for p in plan.parts for s in range(p.first_sequence, p.first_sequence + p.num_sequences)] == list(range(192))
+    assert [(u.layer, e) for u in plan.units for e in u.experts] == [
+        (n, e) for n in (1, 2, 3, 4) for e in range(16)
+    ]
+    assert [
+        s for p in plan.parts for s in range(p.first_sequence, p.first_sequence + p.num_sequences)
+    ] == list(range(192))
     assert [p.num_sequences for p in cut(5, 2)] == [2, 2, 1]
 
 
@@ -127,7 +131,11 @@ def test_numerics_version_is_part_of_the_plan(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_plan_with_an_unknown_key_is_refused() -> None:
-    text = planned().plan.to_json().replace(b'"schema_version": 1', b'"schema_version": 1, "surprise": 2', 1)
+    text = (
+        planned()
+        .plan.to_json()
+        .replace(b'"schema_version": 1', b'"schema_version": 1, "surprise": 2', 1)
+    )
     with pytest.raises(ShardCorruptError, match="surprise"):
         RunPlan.from_json(text, "plan.json")
 
@@ -138,7 +146,9 @@ def test_plan_with_an_unknown_key_is_refused() -> None:
 def test_pilot_has_units_of_its_layers_and_streams_up_to_the_last_of_them() -> None:
     plan = planned("run.layers=[3,1,3]", "compression.output_curvature=false").plan
     assert (plan.layers, plan.is_pilot) == ((1, 3), True)
-    assert [(u.layer, e) for u in plan.units for e in u.experts] == [(n, e) for n in (1, 3) for e in range(16)]
+    assert [(u.layer, e) for u in plan.units for e in u.experts] == [
+        (n, e) for n in (1, 3) for e in range(16)
+    ]
     assert (plan.num_streamed_layers, plan.boundaries) == (4, range(1, 4))
 
 
@@ -156,22 +166,45 @@ def test_pilot_has_no_output_shards() -> None:
     assert (planned("run.layers=[2]").shards, len(planned().shards)) == ((), 6)
 
 
-@pytest.mark.parametrize(("layers", "found"), [("[0]", r"\[0\]"), ("[4,5,7]", r"\[5, 7\]"), ("[]", "none")])
+@pytest.mark.parametrize(
+    ("layers", "found"), [("[0]", r"\[0\]"), ("[4,5,7]", r"\[5, 7\]"), ("[]", "none")]
+)
 def test_layers_without_experts_are_refused_by_name(layers: str, found: str) -> None:
-    with pytest.raises(ConfigError, match=rf"run\.layers: expected some of the layers with experts \(1 to 4\), found {found}"):
+    with pytest.raises(
+        ConfigError,
+        match=rf"run\.layers: expected some of the layers with experts \(1 to 4\), found {found}",
+    ):
         planned(f"run.layers={layers}")
 
 
 @pytest.mark.parametrize(
     ("override", "kind", "words"),
     [
-        ("run.experts_per_unit=17", ConfigError, "run.experts_per_unit: expected at most the model's 16 experts, found 17"),
-        ("calibration.sequence_length=5000", ConfigError, "calibration.sequence_length: expected at most max_position_embeddings = 4096"),
-        ("evaluation.sequence_length=5000", ConfigError, "evaluation.sequence_length: expected at most max_position_embeddings = 4096"),
+        (
+            "run.experts_per_unit=17",
+            ConfigError,
+            "run.experts_per_unit: expected at most the model's 16 experts, found 17",
+        ),
+        (
+            "calibration.sequence_length=5000",
+            ConfigError,
+            "calibration.sequence_length: expected at most max_position_embeddings = 4096",
+        ),
+        (
+            "evaluation.sequence_length=5000",
+            ConfigError,
+            "evaluation.sequence_length: expected at most max_position_embeddings = 4096",
+        ),
         ("source.checkpoint=nowhere", SourceError, "config.json: expected in"),
-        ("calibration.documents=nowhere.jsonl", ConfigError, "calibration.documents: nowhere.jsonl: can not be read"),
+        (
+            "calibration.documents=nowhere.jsonl",
+            ConfigError,
+            "calibration.documents: nowhere.jsonl: can not be read",
+        ),
     ],
 )
-def test_setting_that_does_not_fit_the_source_is_refused(override: str, kind: type[Exception], words: str) -> None:
+def test_setting_that_does_not_fit_the_source_is_refused(
+    override: str, kind: type[Exception], words: str
+) -> None:
     with pytest.raises(kind, match=words.replace("(", r"\(")):
         planned(override)

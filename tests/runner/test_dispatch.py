@@ -30,11 +30,21 @@ def test_layers_tasks_come_heaviest_first() -> None:
 
 def test_node_finishes_a_layer_before_it_begins_the_next_lighter_one() -> None:
     tasks = layer_of_tasks(1, 1, 2) + layer_of_tasks(2, 8, 9) + layer_of_tasks(3, 5, 5, 1)
-    assert [name[:2] for name in drain(Dispatcher(tasks), "a")] == ["L2", "L2", "L3", "L3", "L3", "L1", "L1"]
+    assert [name[:2] for name in drain(Dispatcher(tasks), "a")] == [
+        "L2",
+        "L2",
+        "L3",
+        "L3",
+        "L3",
+        "L1",
+        "L1",
+    ]
 
 
 def test_each_node_gets_the_heaviest_layer_that_nobody_has() -> None:
-    waiting = Dispatcher(layer_of_tasks(1, 3, 3) + layer_of_tasks(2, 9, 9) + layer_of_tasks(3, 5, 5))
+    waiting = Dispatcher(
+        layer_of_tasks(1, 3, 3) + layer_of_tasks(2, 9, 9) + layer_of_tasks(3, 5, 5)
+    )
     first = {node: waiting.take(node).layer for node in "abc"}  # type: ignore[union-attr]
     assert first == {"a": 2, "b": 3, "c": 1}
     assert {node: waiting.take(node).layer for node in "cab"} == first  # type: ignore[union-attr]
@@ -47,7 +57,9 @@ def test_layers_of_one_weight_are_taken_from_the_lowest() -> None:
 
 def test_node_joins_another_only_when_no_layer_is_unowned() -> None:
     """However heavy the one that others work on."""
-    waiting = Dispatcher(layer_of_tasks(1, 1e5, 1e5, 1e5) + layer_of_tasks(2, 1.0) + layer_of_tasks(3, 2.0))
+    waiting = Dispatcher(
+        layer_of_tasks(1, 1e5, 1e5, 1e5) + layer_of_tasks(2, 1.0) + layer_of_tasks(3, 2.0)
+    )
     assert [waiting.take(node).id for node in "abcd"] == ["L1-2", "L3-0", "L2-0", "L1-1"]  # type: ignore[union-attr]
 
 
@@ -105,9 +117,13 @@ def test_nothing_waits_in_an_empty_dispatcher() -> None:
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_every_task_is_handed_out_once_and_once_more_for_each_time_it_was_put_back(seed: int) -> None:
+def test_every_task_is_handed_out_once_and_once_more_for_each_time_it_was_put_back(
+    seed: int,
+) -> None:
     chance = random.Random(seed)
-    tasks = [task(chance.choice([None, 1, 2, 3]), f"t{n}", chance.choice([0, 1, 10])) for n in range(60)]
+    tasks = [
+        task(chance.choice([None, 1, 2, 3]), f"t{n}", chance.choice([0, 1, 10])) for n in range(60)
+    ]
     waiting, handed, returned = Dispatcher(tasks), Counter[str](), Counter[str]()
     while waiting:
         size, got = len(waiting), waiting.take(chance.choice("abcde"))
@@ -122,10 +138,17 @@ def test_every_task_is_handed_out_once_and_once_more_for_each_time_it_was_put_ba
     assert handed == Counter(t.id for t in tasks) + returned
 
 
-def simulate(num_nodes: int, workers_a_node: int, num_layers: int, units_a_layer: int, seed: int = 0) -> tuple[set[tuple[str, int]], float]:
-    """Which node worked on which layer, and when the last unit was done, as a share of the ideal. Loads as routed tokens are: skewed."""
+def simulate(
+    num_nodes: int, workers_a_node: int, num_layers: int, units_a_layer: int, seed: int = 0
+) -> tuple[set[tuple[str, int]], float]:
+    """Which node worked on which layer, and when the last unit was done, as a share of the ideal.
+    Loads as routed tokens are: skewed."""
     chance = random.Random(seed)
-    tasks = [task(n, f"L{n:02d}-{u:02d}", chance.lognormvariate(0, 0.5)) for n in range(num_layers) for u in range(units_a_layer)]
+    tasks = [
+        task(n, f"L{n:02d}-{u:02d}", chance.lognormvariate(0, 0.5))
+        for n in range(num_layers)
+        for u in range(units_a_layer)
+    ]
     waiting, pairs, now = Dispatcher(tasks), set[tuple[str, int]](), 0.0
     busy = [(0.0, f"n{n}") for n in range(num_nodes) for _ in range(workers_a_node)]
     while waiting:
@@ -139,17 +162,24 @@ def simulate(num_nodes: int, workers_a_node: int, num_layers: int, units_a_layer
     return pairs, now / (sum(t.load for t in tasks) / (num_nodes * workers_a_node))
 
 
-@pytest.mark.parametrize(("num_nodes", "num_layers"), [(1, 60), (4, 60), (8, 60), (16, 60), (59, 60)])
-def test_layers_are_read_by_one_node_each_until_the_last_ones_are_shared(num_nodes: int, num_layers: int) -> None:
+@pytest.mark.parametrize(
+    ("num_nodes", "num_layers"), [(1, 60), (4, 60), (8, 60), (16, 60), (59, 60)]
+)
+def test_layers_are_read_by_one_node_each_until_the_last_ones_are_shared(
+    num_nodes: int, num_layers: int
+) -> None:
     pairs, late = simulate(num_nodes, 8, num_layers, 48)
     assert {layer for _, layer in pairs} == set(range(num_layers))
     assert len(pairs) <= num_layers + 2 * num_nodes
     assert late < 1.25
 
 
-@pytest.mark.parametrize(("num_nodes", "num_layers"), [(8, 4), (16, 4), (16, 15), (64, 8), (64, 60)])
+@pytest.mark.parametrize(
+    ("num_nodes", "num_layers"), [(8, 4), (16, 4), (16, 15), (64, 8), (64, 60)]
+)
 def test_more_nodes_than_layers_do_not_thrash(num_nodes: int, num_layers: int) -> None:
-    """Each node reads two or three layers, not all of them (with 64 nodes and 60 layers that would be 3,840)."""
+    """Each node reads two or three layers, not all of them (with 64 nodes and 60 layers that would
+    be 3,840)."""
     pairs, late = simulate(num_nodes, 2, num_layers, 48)
     assert len(pairs) <= 3 * num_nodes
     shared = defaultdict(set)
@@ -169,7 +199,8 @@ def test_streams_go_before_units_and_so_do_their_next_attempts() -> None:
 
 
 def test_tasks_that_come_later_are_handed_out_like_those_that_were_there() -> None:
-    """The node that works on a layer goes on with it; the next node takes the new one, heaviest unit first."""
+    """The node that works on a layer goes on with it; the next node takes the new one, heaviest
+    unit first."""
     waiting = Dispatcher(layer_of_tasks(1, 3, 3, 3))
     assert waiting.take("a").layer == 1  # type: ignore[union-attr]
     waiting.add(layer_of_tasks(2, 5, 9, 1))
@@ -193,4 +224,7 @@ def test_nothing_is_taken_ahead_of_a_stream_or_of_a_task_that_is_to_be_alone() -
     assert waiting.take("a") == task(None, "stream")
     assert waiting.take_ahead("a", {"L1-0"}) is None
     assert (len(waiting), waiting.nodes[1]) == (2, set())
-    assert [got.id for got in (waiting.take("a"), waiting.take_ahead("a", {"L1-0"})) if got] == ["L1-0", "L1-1"]
+    assert [got.id for got in (waiting.take("a"), waiting.take_ahead("a", {"L1-0"})) if got] == [
+        "L1-0",
+        "L1-1",
+    ]

@@ -1,6 +1,8 @@
-"""run.keep: what is deleted and when, that nothing is deleted which an open unit needs, and that every way through a run ends in the same bytes.
+"""run.keep: what is deleted and when, that nothing is deleted which an open unit needs, and that
+every way through a run ends in the same bytes.
 
-Units are not solved anew here: one is done once all its layer's inputs were read and found to be those of the session's run, whose shards then stand in.
+Units are not solved anew here: one is done once all its layer's inputs were read and found to be
+those of the session's run, whose shards then stand in.
 """
 
 import hashlib
@@ -21,7 +23,13 @@ from safetensors.torch import load
 
 from p48ray.checkpoint.storage_stream import StoredUnit
 from p48ray.config import load_config
-from p48ray.errors import ConfigError, CorruptObjectError, P48Error, ShardCorruptError, StageFailedError
+from p48ray.errors import (
+    ConfigError,
+    CorruptObjectError,
+    P48Error,
+    ShardCorruptError,
+    StageFailedError,
+)
 from p48ray.estimate.plan_cost import estimate, layers_run_again
 from p48ray.report.report import Report
 from p48ray.report.status import read_status
@@ -56,8 +64,12 @@ def in_repository(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def prepared_run(root: Path, **settings: str) -> Prepared:
-    chosen = small() | ALL_STAGES | {key.replace("__", "."): value for key, value in settings.items()}
-    return prepare(load_config(CONFIG, tuple(f"{key}={value}" for key, value in chosen.items()), str(root)))
+    chosen = (
+        small() | ALL_STAGES | {key.replace("__", "."): value for key, value in settings.items()}
+    )
+    return prepare(
+        load_config(CONFIG, tuple(f"{key}={value}" for key, value in chosen.items()), str(root))
+    )
 
 
 def run_locally(prepared: Prepared) -> Report:
@@ -86,7 +98,12 @@ def replay(known_run: Path, patch: pytest.MonkeyPatch) -> list[str]:
         manifest = UnitManifest.load(known, run_root.unit_manifest(unit.id))
         shard = known.get(run_root.unit_shard(unit.id, manifest.attempt))
         held = load(shard)
-        solved = Solved({name: held[name] for name, _, _ in unit_rows(context.layout, unit)}, manifest.linears, manifest.ladder, (0.0, 0.0))
+        solved = Solved(
+            {name: held[name] for name, _, _ in unit_rows(context.layout, unit)},
+            manifest.linears,
+            manifest.ladder,
+            (0.0, 0.0),
+        )
         return store_unit(context, unit, solved, Clock(context.device, {"solve": 1.0}))
 
     patch.setitem(STAGES, "compress", replace(STAGES["compress"], body=compress))
@@ -94,13 +111,17 @@ def replay(known_run: Path, patch: pytest.MonkeyPatch) -> list[str]:
 
 
 def check_inputs(context: StageContext, known: LocalStore, layer: int) -> None:
-    """A unit reads its layer's scales and every part, checked against their manifests, which have to be those of the session's run."""
+    """A unit reads its layer's scales and every part, checked against their manifests, which have
+    to be those of the session's run."""
     list(context.activation_parts(layer))
     scales = context.layer_scales(layer).to_json()
     if scales != known.get(run_root.layer_scales(layer)):
         raise P48Error(f"layer {layer}: other scales")
     for part in context.plan.parts:
-        for kind, name in ((ActivationPart, run_root.activation_manifest), (GradientPart, run_root.gradient_manifest)):
+        for kind, name in (
+            (ActivationPart, run_root.activation_manifest),
+            (GradientPart, run_root.gradient_manifest),
+        ):
             key = name(layer, part.part)
             if kind.load(context.store, key).sha256 != kind.load(known, key).sha256:
                 raise P48Error(f"{key}: other bytes")
@@ -111,8 +132,9 @@ class PowerCutError(BaseException):
 
 
 class Watched:
-    """Changes of a run root from now on; deletions one at a time, of nothing they are none. `after` is called with "write" or "delete" and the key once it
-    happened, `before` with the key of what is about to be deleted.
+    """Changes of a run root from now on; deletions one at a time, of nothing they are none. `after`
+    is called with "write" or "delete" and the key once it happened, `before` with the key of what
+    is about to be deleted.
 
     After a power cut nothing changes any more, whatever threads are still at it.
     """
@@ -124,17 +146,29 @@ class Watched:
         after: Callable[[str, str], None] = lambda what, key: None,
         before: Callable[[str], None] = lambda key: None,
     ) -> None:
-        self.root, self.after, self.before, self.is_dark, self.lock = str(root), after, before, False, threading.RLock()
+        self.root, self.after, self.before, self.is_dark, self.lock = (
+            str(root),
+            after,
+            before,
+            False,
+            threading.RLock(),
+        )
         for name in ("put", "put_if_absent", "write_once", "compose", "delete"):
             self.wrap(name, getattr(LocalStore, name), patch)
 
     def wrap(self, name: str, real: Callable[..., Any], patch: pytest.MonkeyPatch) -> None:
         def method(store: LocalStore, key: str, *rest: Any) -> Any:
-            return self.change(name, real, store, key, *rest) if store.root == self.root else real(store, key, *rest)
+            return (
+                self.change(name, real, store, key, *rest)
+                if store.root == self.root
+                else real(store, key, *rest)
+            )
 
         patch.setattr(LocalStore, name, method)
 
-    def change(self, name: str, real: Callable[..., Any], store: LocalStore, key: str, *rest: Any) -> Any:
+    def change(
+        self, name: str, real: Callable[..., Any], store: LocalStore, key: str, *rest: Any
+    ) -> Any:
         with self.lock:
             if self.is_dark:
                 raise PowerCutError
@@ -162,7 +196,8 @@ def files_of(root: Path) -> set[str]:
 
 @dataclass(frozen=True)
 class KeptRun:
-    """A finished run, and what was deleted on the way: (key, what the run root held just before)."""
+    """A finished run, and what was deleted on the way: (key, what the run root held just
+    before)."""
 
     root: Path
     prepared: Prepared
@@ -183,16 +218,21 @@ def kept_run(keep: str, root: Path, known_run: Path) -> KeptRun:
 
 
 @pytest.fixture
-def kept(request: pytest.FixtureRequest, local_run: Path, tmp_path_factory: pytest.TempPathFactory) -> KeptRun:
+def kept(
+    request: pytest.FixtureRequest, local_run: Path, tmp_path_factory: pytest.TempPathFactory
+) -> KeptRun:
     """Not to be changed."""
-    return kept_run(request.param, tmp_path_factory.getbasetemp() / f"kept-{request.param}", local_run)
+    return kept_run(
+        request.param, tmp_path_factory.getbasetemp() / f"kept-{request.param}", local_run
+    )
 
 
 DELETING = pytest.mark.parametrize("kept", ["units", "checkpoint"], indirect=True)
 
 
 def expected_files(prepared: Prepared, keep: str, root: Path) -> set[str]:
-    """As the docstring of run.cleanup says, by the names of run_root; the checkpoint's own files apart."""
+    """As the docstring of run.cleanup says, by the names of run_root; the checkpoint's own files
+    apart."""
     plan = prepared.plan
     parts = [(n, p.part) for n in plan.layers for p in plan.parts]
     names = {
@@ -203,15 +243,27 @@ def expected_files(prepared: Prepared, keep: str, root: Path) -> set[str]:
         run_root.REPORT_PAGE,
         *(run_root.layer_scales(n) for n in plan.layers),
     }
-    names |= {run_root.activation_manifest(*p) for p in parts} | {run_root.gradient_manifest(*p) for p in parts}
-    names |= {run_root.unit_manifest(u.id) for u in plan.units} | {run_root.shard_verdict(s.name) for s in prepared.shards}
+    names |= {run_root.activation_manifest(*p) for p in parts} | {
+        run_root.gradient_manifest(*p) for p in parts
+    }
+    names |= {run_root.unit_manifest(u.id) for u in plan.units} | {
+        run_root.shard_verdict(s.name) for s in prepared.shards
+    }
     if keep == "all":
-        names |= {run_root.activation_part(*p) for p in parts} | {run_root.gradient_part(*p) for p in parts}
-        boundaries = {run_root.blob("residuals", b, p.part) for b in (1, 2, 3, 4, 5) for p in plan.parts}
-        boundaries |= {run_root.blob("residual-gradients", b, p.part) for b in (2, 3, 4, 5) for p in plan.parts}
+        names |= {run_root.activation_part(*p) for p in parts} | {
+            run_root.gradient_part(*p) for p in parts
+        }
+        boundaries = {
+            run_root.blob("residuals", b, p.part) for b in (1, 2, 3, 4, 5) for p in plan.parts
+        }
+        boundaries |= {
+            run_root.blob("residual-gradients", b, p.part) for b in (2, 3, 4, 5) for p in plan.parts
+        }
         names |= boundaries | {run_root.manifest_of(key) for key in boundaries}
     if keep != "checkpoint":
-        manifests = [UnitManifest.load(LocalStore(root), run_root.unit_manifest(u.id)) for u in plan.units]
+        manifests = [
+            UnitManifest.load(LocalStore(root), run_root.unit_manifest(u.id)) for u in plan.units
+        ]
         names |= {run_root.unit_shard(m.unit, m.attempt) for m in manifests}
     return names
 
@@ -226,16 +278,25 @@ def test_run_that_keeps_all_leaves_every_object_of_its_stages(local_run: Path) -
 
 
 @DELETING
-def test_run_leaves_exactly_what_it_is_told_to_keep_beside_the_same_checkpoint(kept: KeptRun, local_run: Path) -> None:
+def test_run_leaves_exactly_what_it_is_told_to_keep_beside_the_same_checkpoint(
+    kept: KeptRun, local_run: Path
+) -> None:
     assert_kept(kept.prepared, kept.prepared.plan.config.run.keep, kept.root)
     assert snapshot(kept.root / "checkpoint") == snapshot(local_run / "checkpoint") != {}
     assert sorted(kept.replayed) == [u.id for u in kept.prepared.plan.units]
 
 
 @DELETING
-def test_status_counts_everything_as_done_though_the_data_is_gone(kept: KeptRun, local_run: Path) -> None:
+def test_status_counts_everything_as_done_though_the_data_is_gone(
+    kept: KeptRun, local_run: Path
+) -> None:
     status, whole = read_status(LocalStore(kept.root)), read_status(LocalStore(local_run))
-    assert (status.stages, status.layers, status.is_complete, status.failures) == (whole.stages, whole.layers, True, ())
+    assert (status.stages, status.layers, status.is_complete, status.failures) == (
+        whole.stages,
+        whole.layers,
+        True,
+        (),
+    )
     assert all(stage.done == stage.total for stage in status.stages)
     assert all(w.done == w.total and w.seconds_left == 0 for w in status.work)
     assert status.stored_bytes < whole.stored_bytes
@@ -251,12 +312,17 @@ def remaining_work(plan: RunPlan, keys: set[str]) -> list[tuple[range, range]]:
 
 @DELETING
 def test_nothing_is_deleted_that_a_resume_would_have_to_make_again(kept: KeptRun) -> None:
-    """No deletion adds a layer to what is still to be run, and unit shards stay until the whole checkpoint has its verdicts."""
-    assert len(kept.deletions) == {"units": 52, "checkpoint": 68}[kept.prepared.plan.config.run.keep]
+    """No deletion adds a layer to what is still to be run, and unit shards stay until the whole
+    checkpoint has its verdicts."""
+    assert (
+        len(kept.deletions) == {"units": 52, "checkpoint": 68}[kept.prepared.plan.config.run.keep]
+    )
     for key, held in kept.deletions:
         is_boundary = key.startswith((run_root.RESIDUALS, run_root.RESIDUAL_GRADIENTS))
         assert is_boundary or key.endswith((".arrow", ".safetensors")), "a record of what was done"
-        assert remaining_work(kept.prepared.plan, held) == remaining_work(kept.prepared.plan, held - {key}), key
+        assert remaining_work(kept.prepared.plan, held) == remaining_work(
+            kept.prepared.plan, held - {key}
+        ), key
         if key.startswith(run_root.UNITS):
             assert {run_root.shard_verdict(s.name) for s in kept.prepared.shards} <= held
             assert "checkpoint/model.safetensors.index.json" in held
@@ -264,30 +330,48 @@ def test_nothing_is_deleted_that_a_resume_would_have_to_make_again(kept: KeptRun
 
 @DELETING
 def test_layers_data_goes_before_the_next_layers_last_unit_is_done(kept: KeptRun) -> None:
-    """One layer after the other on one worker: while data of layer n is deleted, no unit of a later layer is done yet."""
-    seen = [(key, held) for key, held in kept.deletions if key.startswith((run_root.ACTIVATIONS, run_root.GRADIENTS))]
+    """One layer after the other on one worker: while data of layer n is deleted, no unit of a later
+    layer is done yet."""
+    seen = [
+        (key, held)
+        for key, held in kept.deletions
+        if key.startswith((run_root.ACTIVATIONS, run_root.GRADIENTS))
+    ]
     assert len(seen) == 16
     for key, held in seen:
         layer = int(key.split("/")[1].removeprefix("layer-"))
-        done = {int(name[7:10]) for name in held if name.startswith("units/") and name.endswith("manifest.json")}
+        done = {
+            int(name[7:10])
+            for name in held
+            if name.startswith("units/") and name.endswith("manifest.json")
+        }
         assert max(done) == layer
 
 
 @pytest.fixture
 def one_blob_behind(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A blob is written once the one before it is durable and what that replaced is gone. By default the small model's all lie behind at once."""
+    """A blob is written once the one before it is durable and what that replaced is gone. By
+    default the small model's all lie behind at once."""
     monkeypatch.setattr(blobs, "WRITERS", 1)
     monkeypatch.setattr(blobs, "BEHIND_BYTES", 1)
 
 
 @pytest.mark.usefixtures("one_blob_behind", "replayed")
 @pytest.mark.parametrize("keep", ["units", "checkpoint"])
-def test_way_back_holds_two_boundaries_of_gradients_at_most(keep: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_way_back_holds_two_boundaries_of_gradients_at_most(
+    keep: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     root, most = tmp_path / "run", 0
 
     def count(what: str, key: str) -> None:
         nonlocal most
-        most = max(most, sum(name.startswith("residual-gradients/") and name.endswith(".arrow") for name in files_of(root)))
+        most = max(
+            most,
+            sum(
+                name.startswith("residual-gradients/") and name.endswith(".arrow")
+                for name in files_of(root)
+            ),
+        )
 
     prepared = prepared_run(root, run__keep=keep)
     Watched(root, monkeypatch, count)
@@ -314,7 +398,9 @@ def run_through_cuts(prepared: Prepared, is_cut: Callable[[str, str], bool]) -> 
     raise AssertionError("the run does not get ahead")
 
 
-def test_run_cut_after_every_third_deletion_ends_in_the_same_bytes(local_run: Path, replayed: list[str], tmp_path: Path) -> None:
+def test_run_cut_after_every_third_deletion_ends_in_the_same_bytes(
+    local_run: Path, replayed: list[str], tmp_path: Path
+) -> None:
     count = 0
 
     def is_cut(what: str, key: str) -> bool:
@@ -330,7 +416,9 @@ def test_run_cut_after_every_third_deletion_ends_in_the_same_bytes(local_run: Pa
     assert sorted(replayed) == [u.id for u in prepared.plan.units], "no unit is done twice"
 
 
-def test_run_cut_after_every_twenty_first_change_ends_in_the_same_bytes(local_run: Path, replayed: list[str], tmp_path: Path) -> None:
+def test_run_cut_after_every_twenty_first_change_ends_in_the_same_bytes(
+    local_run: Path, replayed: list[str], tmp_path: Path
+) -> None:
     count = 0
 
     def is_cut(what: str, key: str) -> bool:
@@ -349,7 +437,8 @@ def test_run_cut_after_every_twenty_first_change_ends_in_the_same_bytes(local_ru
 
 
 def boundaries_written(prepared: Prepared) -> tuple[list[str], int]:
-    """Boundaries of the residual stream that a run stores, in order, and the most that are there at once."""
+    """Boundaries of the residual stream that a run stores, in order, and the most that are there at
+    once."""
     root, written, most = Path(prepared.plan.config.run.root), [], 0
 
     def after(what: str, key: str) -> None:
@@ -368,12 +457,14 @@ def boundaries_written(prepared: Prepared) -> tuple[list[str], int]:
 
 
 @pytest.mark.usefixtures("one_blob_behind")
-@pytest.mark.parametrize(("every", "again", "most"), [("1", 0, 4), ("2", 1, 3), ("4", 3, 3), ("60", 0, 4)])
+@pytest.mark.parametrize(
+    ("every", "again", "most"), [("1", 0, 4), ("2", 1, 3), ("4", 3, 3), ("60", 0, 4)]
+)
 def test_boundaries_that_are_not_left_to_the_way_back_are_run_again_to_the_same_bytes(
     every: str, again: int, most: int, local_run: Path, replayed: list[str], tmp_path: Path
 ) -> None:
-    """Five boundaries of two parts, the lowest not read in the backward pass. As many are stored once more as the plan counts, and fewer lie there at once (one
-    part is a boundary ahead)."""
+    """Five boundaries of two parts, the lowest not read in the backward pass. As many are stored
+    once more as the plan counts, and fewer lie there at once (one part is a boundary ahead)."""
     root = tmp_path / "run"
     prepared = prepared_run(root, run__keep="units", run__boundary_every=every)
     written, held = boundaries_written(prepared)
@@ -401,7 +492,9 @@ def test_run_with_few_boundaries_cut_after_every_twenty_first_change_ends_in_the
     assert_kept(prepared, "checkpoint", tmp_path / "run")
 
 
-def test_corrupt_boundary_that_others_are_run_again_from_is_made_anew(local_run: Path, replayed: list[str], tmp_path: Path) -> None:
+def test_corrupt_boundary_that_others_are_run_again_from_is_made_anew(
+    local_run: Path, replayed: list[str], tmp_path: Path
+) -> None:
     """The run deletes it and goes up from further below."""
     root, damaged = tmp_path / "run", []
 
@@ -429,12 +522,23 @@ def finished(local_run: Path, tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
-def test_what_is_kept_may_change_on_resume_and_nothing_is_done_again(finished: Path, replayed: list[str]) -> None:
+def test_what_is_kept_may_change_on_resume_and_nothing_is_done_again(
+    finished: Path, replayed: list[str]
+) -> None:
     before, checkpoint = attempts(finished), snapshot(finished / "checkpoint")
-    for keep, left in (("units", "units"), ("all", "units"), ("checkpoint", "checkpoint"), ("all", "checkpoint")):
+    for keep, left in (
+        ("units", "units"),
+        ("all", "units"),
+        ("checkpoint", "checkpoint"),
+        ("all", "checkpoint"),
+    ):
         run(finished, keep)
         assert_kept(prepared_run(finished), left, finished)
-    assert (replayed, attempts(finished), snapshot(finished / "checkpoint")) == ([], before, checkpoint)
+    assert (replayed, attempts(finished), snapshot(finished / "checkpoint")) == (
+        [],
+        before,
+        checkpoint,
+    )
 
 
 def times_of(root: Path, folder: str) -> dict[str, bytes]:
@@ -457,10 +561,16 @@ def test_unit_lost_after_its_layers_data_was_deleted_is_done_again_to_the_same_b
     units = attempts(finished)
     run(finished, "units")
     assert replayed == ["L002-E004-007"]
-    assert {unit for unit, manifest in attempts(finished).items() if manifest != units.get(unit)} == {"L002-E004-007"}
+    assert {
+        unit for unit, manifest in attempts(finished).items() if manifest != units.get(unit)
+    } == {"L002-E004-007"}
     for folder, manifests in before.items():
-        changed = {name for name, data in times_of(finished, folder).items() if data != manifests[name]}
-        assert changed == {f"{folder}/layer-002/part-000{part}.json" for part in (0, 1)}, "only the layer that was open"
+        changed = {
+            name for name, data in times_of(finished, folder).items() if data != manifests[name]
+        }
+        assert changed == {f"{folder}/layer-002/part-000{part}.json" for part in (0, 1)}, (
+            "only the layer that was open"
+        )
         assert snapshot_of_manifests(finished, folder) == snapshot_of_manifests(local_run, folder)
     assert_kept(prepared_run(finished), "units", finished)
     assert snapshot(finished / "checkpoint") == snapshot(local_run / "checkpoint")
@@ -475,7 +585,15 @@ def test_checkpoint_file_lost_after_the_units_were_deleted_is_made_again_from_th
 ) -> None:
     """What a person is told to do about a damaged file: delete it and run again."""
     run(finished, "checkpoint")
-    lost = finished / "checkpoint" / next(s.name for s in prepared_run(finished).shards if any(isinstance(x, WorkUnit) for x in s.segments))
+    lost = (
+        finished
+        / "checkpoint"
+        / next(
+            s.name
+            for s in prepared_run(finished).shards
+            if any(isinstance(x, WorkUnit) for x in s.segments)
+        )
+    )
     lost.unlink()
     (finished / "verification" / lost.with_suffix(".json").name).unlink()
     run(finished, "checkpoint")
@@ -484,10 +602,16 @@ def test_checkpoint_file_lost_after_the_units_were_deleted_is_made_again_from_th
     assert_kept(prepared_run(finished), "checkpoint", finished)
 
 
-def test_checkpoint_file_cut_short_after_the_units_were_deleted_is_made_again(finished: Path, local_run: Path, replayed: list[str]) -> None:
+def test_checkpoint_file_cut_short_after_the_units_were_deleted_is_made_again(
+    finished: Path, local_run: Path, replayed: list[str]
+) -> None:
     """A file of another size is nobody's finished work, though its name is there."""
     run(finished, "checkpoint")
-    name = next(s.name for s in prepared_run(finished).shards if any(isinstance(x, WorkUnit) for x in s.segments))
+    name = next(
+        s.name
+        for s in prepared_run(finished).shards
+        if any(isinstance(x, WorkUnit) for x in s.segments)
+    )
     cut_short = finished / "checkpoint" / name
     cut_short.write_bytes(cut_short.read_bytes()[:-100])
     run(finished, "checkpoint")
@@ -496,9 +620,16 @@ def test_checkpoint_file_cut_short_after_the_units_were_deleted_is_made_again(fi
 
 
 @pytest.mark.parametrize("layer", [1, 3])
-def test_records_of_a_finished_layer_that_are_gone_are_not_missed(layer: int, finished: Path, local_run: Path, replayed: list[str]) -> None:
-    """Another driver finished the layer's last unit after this one had deleted a corrupt part with its manifest, and died."""
-    for key in (run_root.activation_part(layer, 0), run_root.activation_manifest(layer, 0), run_root.gradient_manifest(layer, 1)):
+def test_records_of_a_finished_layer_that_are_gone_are_not_missed(
+    layer: int, finished: Path, local_run: Path, replayed: list[str]
+) -> None:
+    """Another driver finished the layer's last unit after this one had deleted a corrupt part with
+    its manifest, and died."""
+    for key in (
+        run_root.activation_part(layer, 0),
+        run_root.activation_manifest(layer, 0),
+        run_root.gradient_manifest(layer, 1),
+    ):
         (finished / key).unlink()
     shutil.rmtree(finished / "checkpoint")
     run(finished, "all")
@@ -506,7 +637,9 @@ def test_records_of_a_finished_layer_that_are_gone_are_not_missed(layer: int, fi
     assert snapshot(finished / "checkpoint") == snapshot(local_run / "checkpoint")
 
 
-def test_attempts_that_lost_are_collected_whatever_is_kept(finished: Path, replayed: list[str]) -> None:
+def test_attempts_that_lost_are_collected_whatever_is_kept(
+    finished: Path, replayed: list[str]
+) -> None:
     lost = finished / "units" / "L001-E000-003" / "0123456789ab" / "shard.safetensors"
     lost.parent.mkdir()
     lost.write_bytes(b"the shard of a worker that was killed before its manifest")
@@ -540,7 +673,9 @@ class Listed(TaskList):
         self.finished.append(task)
 
 
-def failed(unit: str, kind: type[Exception] = ShardCorruptError, redo: tuple[str, ...] = ()) -> TaskResult:
+def failed(
+    unit: str, kind: type[Exception] = ShardCorruptError, redo: tuple[str, ...] = ()
+) -> TaskResult:
     task = Task(stage="compress", id=unit, item=None, marker=run_root.unit_manifest(unit))
     return TaskResult(task=task, error_type=kind.__name__, error="what it read is gone", redo=redo)
 
@@ -551,7 +686,9 @@ def store() -> MemoryStore:
 
 
 @pytest.mark.parametrize("kind", [ShardCorruptError, ConfigError, KeyError])
-def test_task_that_failed_after_another_driver_did_it_is_done(kind: type[Exception], store: MemoryStore) -> None:
+def test_task_that_failed_after_another_driver_did_it_is_done(
+    kind: type[Exception], store: MemoryStore
+) -> None:
     result = failed("L001", kind, redo=("activations/x.arrow",))
     source = Listed(result.task)
     store.put("units/L001/manifest.json", b"{}")
@@ -565,7 +702,10 @@ def test_task_that_failed_and_nobody_did_is_not_done(store: MemoryStore) -> None
     results = [failed("L001"), failed("L002"), TaskResult(task=failed("L003").task)]
     source = Listed(*(r.task for r in results))
     store.put("units/L001/manifest.json", b"{}")
-    with pytest.raises(StageFailedError, match=r"compress: 1 of 3 tasks failed(?s:.*)L002: ShardCorruptError: what it read is gone"):
+    with pytest.raises(
+        StageFailedError,
+        match=r"compress: 1 of 3 tasks failed(?s:.*)L002: ShardCorruptError: what it read is gone",
+    ):
         run_all(Scripted(*results), source, store)
     assert [task.id for task in source.finished] == ["L001", "L003"]
 
@@ -573,10 +713,14 @@ def test_task_that_failed_and_nobody_did_is_not_done(store: MemoryStore) -> None
 def test_task_without_a_marker_is_done_by_nobody_else(store: MemoryStore) -> None:
     task = Task(stage="capture", id="parts-0000", item=[0])
     with pytest.raises(StageFailedError, match="capture: 1 of 1 tasks failed"):
-        run_all(Scripted(TaskResult(task=task, error_type="P48Error", error="no")), Listed(task), store)
+        run_all(
+            Scripted(TaskResult(task=task, error_type="P48Error", error="no")), Listed(task), store
+        )
 
 
-def test_corrupt_objects_are_deleted_and_only_if_they_are_all_that_failed_the_stages_run_again(store: MemoryStore) -> None:
+def test_corrupt_objects_are_deleted_and_only_if_they_are_all_that_failed_the_stages_run_again(
+    store: MemoryStore,
+) -> None:
     for key in ("a.arrow", "b.arrow"):
         store.put(key, b"damaged")
     corrupt = failed("L001", CorruptObjectError, redo=("a.arrow", "b.arrow"))
@@ -587,8 +731,11 @@ def test_corrupt_objects_are_deleted_and_only_if_they_are_all_that_failed_the_st
         run_all(Scripted(corrupt, failed("L002")), Listed(corrupt.task), store)
 
 
-def overtake(patch: pytest.MonkeyPatch, root: Path, keep: str, when: Callable[[str, str], bool]) -> list[Report]:
-    """A second driver does the whole run as soon as the first one's changes look like this; the first then goes on."""
+def overtake(
+    patch: pytest.MonkeyPatch, root: Path, keep: str, when: Callable[[str, str], bool]
+) -> list[Report]:
+    """A second driver does the whole run as soon as the first one's changes look like this; the
+    first then goes on."""
     reports: list[Report] = []
     is_away = False
 
@@ -612,10 +759,17 @@ def overtake(patch: pytest.MonkeyPatch, root: Path, keep: str, when: Callable[[s
     ],
 )
 def test_driver_that_another_overtook_and_cleaned_up_after_ends_well(
-    stage: str, key: str, local_run: Path, replayed: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    stage: str,
+    key: str,
+    local_run: Path,
+    replayed: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     root = tmp_path / "run"
-    reports = overtake(monkeypatch, root, "checkpoint", lambda what, name: what == "write" and name.startswith(key))
+    reports = overtake(
+        monkeypatch, root, "checkpoint", lambda what, name: what == "write" and name.startswith(key)
+    )
     run(root, "checkpoint")
     assert len(reports) == 1
     assert snapshot(root / "checkpoint") == snapshot(local_run / "checkpoint")
@@ -646,7 +800,8 @@ def test_driver_overtaken_while_it_stitches_leaves_finished_units_done(
 def test_driver_that_lags_behind_leaves_manifests_of_parts_that_are_there(
     stage: str, finished: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its listing is from before another driver stored the parts; a unit of the other's reads their manifests at any moment."""
+    """Its listing is from before another driver stored the parts; a unit of the other's reads their
+    manifests at any moment."""
     context = prepared_run(finished).context
     deleted: list[str] = []
     for module in (capture, gradients):
@@ -667,7 +822,8 @@ def solve_nothing(context: StageContext, unit: WorkUnit) -> UnitManifest:
 
 
 def peak_bytes(prepared: Prepared) -> int:
-    """The most that data objects take at a time, looked at after every change. Records are not counted, as in the estimate."""
+    """The most that data objects take at a time, looked at after every change. Records are not
+    counted, as in the estimate."""
     root, held, most = Path(prepared.plan.config.run.root), {}, 0
 
     def after(what: str, key: str) -> None:
@@ -685,39 +841,62 @@ def peak_bytes(prepared: Prepared) -> int:
 
 
 def estimated_peak(prepared: Prepared) -> int:
-    return estimate(prepared.plan, prepared.source, prepared.layout, prepared.shards).peak_stored_bytes
+    return estimate(
+        prepared.plan, prepared.source, prepared.layout, prepared.shards
+    ).peak_stored_bytes
 
 
-ONE_PART = {"calibration__num_sequences": "8", "calibration__sequence_length": "128", "calibration__sequences_per_part": "8"}
+ONE_PART = {
+    "calibration__num_sequences": "8",
+    "calibration__sequence_length": "128",
+    "calibration__sequences_per_part": "8",
+}
 ONE_PART |= {"run__num_workers": "1"}  # as many as LocalRunner has
 PARTS = ONE_PART | {"calibration__sequences_per_part": "2", "run__num_workers": "2"}
 FEW_TOKENS = ONE_PART | {"calibration__num_sequences": "2"}
 FORTH, BACK = {"compression__output_curvature": "false"}, {"compression__output_curvature": "true"}
 SPARSE = BACK | {"run__boundary_every": "2"}
-PILOT = {"source__checkpoint": str(TINY), "run__layers": "[1,2,3]", "compression__refine_steps": "0"}
+PILOT = {
+    "source__checkpoint": str(TINY),
+    "run__layers": "[1,2,3]",
+    "compression__refine_steps": "0",
+}
 FRAMING = 1.02  # Arrow's and safetensors' headers
 
 
 @pytest.mark.usefixtures("one_blob_behind")
-@pytest.mark.parametrize("way", [FORTH, BACK, SPARSE], ids=["forth", "and back", "every second boundary"])
+@pytest.mark.parametrize(
+    "way", [FORTH, BACK, SPARSE], ids=["forth", "and back", "every second boundary"]
+)
 @pytest.mark.parametrize(
     ("keep", "tokens"),
     [("all", ONE_PART), ("units", ONE_PART), ("units", PARTS), ("units", FEW_TOKENS)],
     ids=["all", "units", "units, many parts", "units, few tokens"],
 )
 def test_pilot_stores_no_more_than_estimated_and_not_much_less(
-    keep: str, way: dict[str, str], tokens: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    keep: str,
+    way: dict[str, str],
+    tokens: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A pilot has no checkpoint, so that the streams are what counts. Parts that come one after the other hold less than all at once."""
+    """A pilot has no checkpoint, so that the streams are what counts. Parts that come one after the
+    other hold less than all at once."""
     monkeypatch.setitem(STAGES, "compress", replace(STAGES["compress"], body=solve_nothing))
     monkeypatch.setattr(pipeline, "build_report", lambda *_: Report.model_construct())
     monkeypatch.setattr(pipeline, "report_html", lambda *_: "")
     prepared = prepared_run(tmp_path / "run", run__keep=keep, **PILOT, **way, **tokens)
     calibration = prepared.plan.config.calibration
-    ids_NS = torch.randint(2048, (calibration.num_sequences, calibration.sequence_length), dtype=torch.int32)
-    data = arrow.encode({"token_ids": ids_NS}, {"kind": "tokens", "owner": prepared.plan.digest}).to_bytes()
+    ids_NS = torch.randint(
+        2048, (calibration.num_sequences, calibration.sequence_length), dtype=torch.int32
+    )
+    data = arrow.encode(
+        {"token_ids": ids_NS}, {"kind": "tokens", "owner": prepared.plan.digest}
+    ).to_bytes()
     prepared.store.put(run_root.TOKENS, data)
-    record = TokensManifest(owner=prepared.plan.digest, size_bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+    record = TokensManifest(
+        owner=prepared.plan.digest, size_bytes=len(data), sha256=hashlib.sha256(data).hexdigest()
+    )
     prepared.store.put(run_root.manifest_of(run_root.TOKENS), record.to_json())
     share = peak_bytes(prepared) / estimated_peak(prepared)
     assert share <= FRAMING
@@ -725,8 +904,11 @@ def test_pilot_stores_no_more_than_estimated_and_not_much_less(
 
 
 @pytest.mark.parametrize("keep", ["units", "checkpoint"])
-def test_whole_run_stores_no_more_than_estimated_and_not_much_less(keep: str, tmp_path: Path) -> None:
-    """Here units beside the checkpoint are the most. Of the sample: headers are no small share of a narrow model's files."""
+def test_whole_run_stores_no_more_than_estimated_and_not_much_less(
+    keep: str, tmp_path: Path
+) -> None:
+    """Here units beside the checkpoint are the most. Of the sample: headers are no small share of a
+    narrow model's files."""
     sample = {"source__checkpoint": str(TINY), "output__max_shard_size": "2MB"}
     prepared = prepared_run(tmp_path / "run", run__keep=keep, **sample)
     assert 0.9 <= peak_bytes(prepared) / estimated_peak(prepared) <= FRAMING

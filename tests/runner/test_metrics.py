@@ -1,4 +1,5 @@
-"""What a worker tells Ray's metrics. Ray's own counters check names, tags and values; they need no cluster for that."""
+"""What a worker tells Ray's metrics. Ray's own counters check names, tags and values; they need no
+cluster for that."""
 
 from collections import defaultdict
 from typing import Any
@@ -19,7 +20,8 @@ Series = dict[tuple[str, frozenset[tuple[str, str]]], float]
 
 @pytest.fixture
 def told(monkeypatch: pytest.MonkeyPatch) -> Series:
-    """Name and tags -> what was counted so far, or the last value of a gauge; Ray's own objects count too."""
+    """Name and tags -> what was counted so far, or the last value of a gauge; Ray's own objects
+    count too."""
     series: Series = defaultdict(float)
 
     class Counted(Counter):  # type: ignore[misc]
@@ -48,15 +50,27 @@ class Source:
 def context() -> StageContext:
     store, source = MemoryStore("metrics-root"), Source(MemoryStore("metrics-source"))
     anything: Any = None
-    return StageContext(plan=anything, store=store, source=source, layout=anything, device=torch.device("cpu"))  # type: ignore[arg-type]
+    return StageContext(
+        plan=anything, store=store, source=source, layout=anything, device=torch.device("cpu")
+    )  # type: ignore[arg-type]
 
 
 def tagged(name: str, **tags: str) -> tuple[str, frozenset[tuple[str, str]]]:
     return name, frozenset(tags.items())
 
 
-def result(stage: str, seconds: float = 0.0, error: str | None = None, facts: dict[str, float] | None = None) -> TaskResult:
-    return TaskResult(task=Task(stage=stage, id="x", item=None), error_type=error, seconds=seconds, facts=facts or {})
+def result(
+    stage: str,
+    seconds: float = 0.0,
+    error: str | None = None,
+    facts: dict[str, float] | None = None,
+) -> TaskResult:
+    return TaskResult(
+        task=Task(stage=stage, id="x", item=None),
+        error_type=error,
+        seconds=seconds,
+        facts=facts or {},
+    )
 
 
 def test_tasks_and_their_seconds_are_counted_by_stage(context: StageContext, told: Series) -> None:
@@ -71,7 +85,9 @@ def test_tasks_and_their_seconds_are_counted_by_stage(context: StageContext, tol
     }
 
 
-def test_failed_attempts_are_counted_by_stage_and_error_and_are_not_done(context: StageContext, told: Series) -> None:
+def test_failed_attempts_are_counted_by_stage_and_error_and_are_not_done(
+    context: StageContext, told: Series
+) -> None:
     worker = WorkerMetrics(lambda: [context.store.traffic, context.source.store.traffic])
     for error in ("NumericsError", "TransientStoreError", "NumericsError"):
         worker.count(result("compress", 1.0, error))
@@ -82,14 +98,24 @@ def test_failed_attempts_are_counted_by_stage_and_error_and_are_not_done(context
     }
 
 
-def test_units_tokens_and_seconds_by_phase_are_those_of_its_manifest(context: StageContext, told: Series) -> None:
-    linears = tuple(linear(f"experts.{e}.{p}", tokens) for e, tokens in ((0, 100), (1, 23)) for p in ("gate_proj", "up_proj", "down_proj"))
+def test_units_tokens_and_seconds_by_phase_are_those_of_its_manifest(
+    context: StageContext, told: Series
+) -> None:
+    linears = tuple(
+        linear(f"experts.{e}.{p}", tokens)
+        for e, tokens in ((0, 100), (1, 23))
+        for p in ("gate_proj", "up_proj", "down_proj")
+    )
     facts = facts_of(unit_manifest(linears, {"fetch": 0.5, "solve": 4.0, "write": 0.0}))
     worker = WorkerMetrics(lambda: [context.store.traffic, context.source.store.traffic])
     worker.count(result("compress", 5.0, facts=facts))
     worker.count(result("compress", 5.0, facts=facts))
     assert told[tagged("p48ray_unit_tokens")] == 2 * 123
-    phases = {dict(tags)["phase"]: value for (name, tags), value in told.items() if name == "p48ray_unit_seconds"}
+    phases = {
+        dict(tags)["phase"]: value
+        for (name, tags), value in told.items()
+        if name == "p48ray_unit_seconds"
+    }
     assert phases == {"fetch": 1.0, "solve": 8.0}
 
 
@@ -97,34 +123,47 @@ def test_tasks_other_than_units_have_no_facts() -> None:
     assert facts_of(None) == facts_of([object()]) == {}
 
 
-def test_bytes_are_what_went_through_both_stores_since_the_last_task(context: StageContext, told: Series) -> None:
+def test_bytes_are_what_went_through_both_stores_since_the_last_task(
+    context: StageContext, told: Series
+) -> None:
     worker = WorkerMetrics(lambda: [context.store.traffic, context.source.store.traffic])
     context.store.put("a", bytes(1000))
     context.source.store.put("b", bytes(50))
     context.source.store.get("b")
     worker.count(result("capture"))
-    assert (told[tagged("p48ray_store_read_bytes")], told[tagged("p48ray_store_written_bytes")]) == (50, 1050)
+    assert (
+        told[tagged("p48ray_store_read_bytes")],
+        told[tagged("p48ray_store_written_bytes")],
+    ) == (50, 1050)
     context.store.get("a")
     worker.count(result("capture"))
     worker.count(result("capture"))
-    assert (told[tagged("p48ray_store_read_bytes")], told[tagged("p48ray_store_written_bytes")]) == (1050, 1050)
+    assert (
+        told[tagged("p48ray_store_read_bytes")],
+        told[tagged("p48ray_store_written_bytes")],
+    ) == (1050, 1050)
 
 
 @pytest.mark.parametrize("has_gpu", [True, False])
-def test_gpu_memory_is_told_where_there_is_one(has_gpu: bool, context: StageContext, told: Series, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpu_memory_is_told_where_there_is_one(
+    has_gpu: bool, context: StageContext, told: Series, monkeypatch: pytest.MonkeyPatch
+) -> None:
     peaks = iter([3e9, 5e9])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: next(peaks))
     worker = WorkerMetrics(lambda: [context.store.traffic, context.source.store.traffic])
     worker.count(result("compress"))
     worker.count(result("compress"))
-    assert {name: value for (name, _), value in told.items() if "gpu" in name} == ({"p48ray_gpu_peak_bytes": 5e9} if has_gpu else {})
+    assert {name: value for (name, _), value in told.items() if "gpu" in name} == (
+        {"p48ray_gpu_peak_bytes": 5e9} if has_gpu else {}
+    )
 
 
 def test_gpu_memory_of_a_unit_is_its_highest_phase_and_the_gauge_never_falls(
     context: StageContext, told: Series, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The device's own count starts anew with every phase, so that after a unit it is that of the last one."""
+    """The device's own count starts anew with every phase, so that after a unit it is that of the
+    last one."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 1e9)
     worker = WorkerMetrics(lambda: [context.store.traffic, context.source.store.traffic])

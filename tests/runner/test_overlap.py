@@ -1,4 +1,5 @@
-"""Capture, gradients and compress at once: what is ready when, that it really happens at once, and that the bytes are those of one stage after the other."""
+"""Capture, gradients and compress at once: what is ready when, that it really happens at once, and
+that the bytes are those of one stage after the other."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -65,7 +66,10 @@ class WaitingWorker(WorkerProcess):
                 self.before_last(context.store, BOTTOM)
             write_activations(context, writer, layer, *rest)  # type: ignore[arg-type]
 
-        with mock.patch.object(gradients, "write_gradients", back), mock.patch.object(capture, "write_activations", up):
+        with (
+            mock.patch.object(gradients, "write_gradients", back),
+            mock.patch.object(capture, "write_activations", up),
+        ):
             return super().execute(task)
 
     def before_last(self, store: Store, first: int) -> None:
@@ -104,11 +108,26 @@ def test_units_of_the_top_layer_are_done_before_the_lowest_has_its_gradients(
     assert_same_bytes(local_run, tmp_path / "run")
     store = LocalStore(tmp_path / "run")
     felt = [GradientPart.load(store, run_root.gradient_manifest(BOTTOM, p)) for p in (0, 1)]
-    keys = [info.key for info in store.list(run_root.unit_folder(TOP)) if info.key.endswith("manifest.json")]
-    assert min(UnitManifest.load(store, key).finished_at for key in keys) < min(part.finished_at for part in felt)
-    assert "of it with streams and units at once" in (tmp_path / "run" / run_root.REPORT_PAGE).read_text()
-    for line in ("capture   8 activation parts", "gradients 8 gradient parts", "compress  16 units"):
-        assert outcome.out.index(line) < outcome.out.index("activation parts in "), "all three are shown from the start"
+    keys = [
+        info.key
+        for info in store.list(run_root.unit_folder(TOP))
+        if info.key.endswith("manifest.json")
+    ]
+    assert min(UnitManifest.load(store, key).finished_at for key in keys) < min(
+        part.finished_at for part in felt
+    )
+    assert (
+        "of it with streams and units at once"
+        in (tmp_path / "run" / run_root.REPORT_PAGE).read_text()
+    )
+    for line in (
+        "capture   8 activation parts",
+        "gradients 8 gradient parts",
+        "compress  16 units",
+    ):
+        assert outcome.out.index(line) < outcome.out.index("activation parts in "), (
+            "all three are shown from the start"
+        )
 
 
 @pytest.mark.ray
@@ -133,7 +152,9 @@ def test_object_that_a_unit_finds_corrupt_while_the_stream_goes_on_is_made_anew(
     monkeypatch.setattr(ray_runner, "WorkerProcess", CorruptingWorker)
     outcome = invoke(*arguments(tmp_path / "run", ONE_STREAM), on_ray=True)
     assert outcome.code == 0, outcome
-    assert f"{run_root.activation_part(TOP, 0)}, made anew next" in outcome.out.replace(f"{run_root.activation_manifest(TOP, 0)}, ", "")
+    assert f"{run_root.activation_part(TOP, 0)}, made anew next" in outcome.out.replace(
+        f"{run_root.activation_manifest(TOP, 0)}, ", ""
+    )
     assert_same_bytes(local_run, tmp_path / "run")
 
 
@@ -154,7 +175,12 @@ def prepared(monkeypatch: pytest.MonkeyPatch) -> Prepared:
 
 
 def make(keep: str, **settings: str) -> Prepared:
-    chosen = small() | ALL_STAGES | {"calibration.num_sequences": "8", "run.num_workers": "3", "run.keep": keep} | settings
+    chosen = (
+        small()
+        | ALL_STAGES
+        | {"calibration.num_sequences": "8", "run.num_workers": "3", "run.keep": keep}
+        | settings
+    )
     uri = f"memory://overlap-{time.monotonic_ns()}"
     return prepare(load_config(CONFIG, tuple(f"{k}={v}" for k, v in chosen.items()), uri))
 
@@ -167,16 +193,31 @@ def started(prepared: Prepared) -> tuple[Overlap, Clock]:
 def leave(prepared: Prepared, layer: int, *parts: SequencePart, way: str = "both") -> None:
     """A layer's records and stubs of its data, as a stream leaves them."""
     store, size = prepared.store, prepared.layout.num_experts
-    shared = {"plan_digest": prepared.plan.digest, "layer": layer, "num_tokens": 1, "size_bytes": 1, "sha256": "0" * 64}
+    shared = {
+        "plan_digest": prepared.plan.digest,
+        "layer": layer,
+        "num_tokens": 1,
+        "size_bytes": 1,
+        "sha256": "0" * 64,
+    }
     shared |= {"seconds": 1.0, "write_seconds": 1.0, "finished_at": 1.0}
     for p in parts or prepared.plan.parts:
         if way != "back":
-            seen = ActivationPart(part=p.part, amax_input=1.0, amax_intermediate=1.0, tokens_per_expert=(layer,) * size, **shared)
+            seen = ActivationPart(
+                part=p.part,
+                amax_input=1.0,
+                amax_intermediate=1.0,
+                tokens_per_expert=(layer,) * size,
+                **shared,
+            )
             store.put(run_root.activation_part(layer, p.part), b"-")
             store.put(run_root.activation_manifest(layer, p.part), seen.to_json())
         if way != "up":
             store.put(run_root.gradient_part(layer, p.part), b"-")
-            store.put(run_root.gradient_manifest(layer, p.part), GradientPart(part=p.part, mean_square=1.0, **shared).to_json())
+            store.put(
+                run_root.gradient_manifest(layer, p.part),
+                GradientPart(part=p.part, mean_square=1.0, **shared).to_json(),
+            )
 
 
 def names(tasks: object) -> list[tuple[str, object]]:
@@ -206,7 +247,9 @@ def test_layer_is_ready_when_all_its_parts_are_there_both_ways(prepared: Prepare
     leave(prepared, TOP, prepared.plan.parts[-1], way="back")
     leave(prepared, BOTTOM, way="back")
     clock.now += 2 * POLL_S
-    assert names(work.next(False)) == [("compress", TOP)] * 4, "the lowest is not looked at while those above it are under way"
+    assert names(work.next(False)) == [("compress", TOP)] * 4, (
+        "the lowest is not looked at while those above it are under way"
+    )
     assert prepared.store.head(run_root.layer_scales(TOP)) is not None
     assert names(work.next(True)) == [("compress", BOTTOM)] * 4, "when all is idle, everything is"
     assert work.next(True) == []
@@ -217,16 +260,22 @@ def test_units_carry_their_layer_marker_and_load(prepared: Prepared) -> None:
     work, _ = started(prepared)
     tasks = [t for t in work.next(False) if t.stage == "compress"]
     assert [(t.id, t.layer, t.load, t.marker) for t in tasks] == [
-        (u.id, 2, 2.0 * len(prepared.plan.parts) * u.num_experts, run_root.unit_manifest(u.id)) for u in prepared.plan.units if u.layer == 2
+        (u.id, 2, 2.0 * len(prepared.plan.parts) * u.num_experts, run_root.unit_manifest(u.id))
+        for u in prepared.plan.units
+        if u.layer == 2
     ]
 
 
-def test_store_is_asked_at_a_bounded_rate_and_whenever_a_stream_ended(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_store_is_asked_at_a_bounded_rate_and_whenever_a_stream_ended(
+    prepared: Prepared, monkeypatch: pytest.MonkeyPatch
+) -> None:
     work, clock = started(prepared)
     up = work.next(False)
     asked: list[str] = []
     listing = MemoryStore.list
-    monkeypatch.setattr(MemoryStore, "list", lambda store, prefix="": asked.append(prefix) or listing(store, prefix))
+    monkeypatch.setattr(
+        MemoryStore, "list", lambda store, prefix="": asked.append(prefix) or listing(store, prefix)
+    )
     for _ in range(100):
         work.next(False)
     assert asked == []
@@ -239,7 +288,9 @@ def test_store_is_asked_at_a_bounded_rate_and_whenever_a_stream_ended(prepared: 
     assert len(asked) == 4
 
 
-def test_look_that_the_store_does_not_answer_is_made_again_later(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_look_that_the_store_does_not_answer_is_made_again_later(
+    prepared: Prepared, monkeypatch: pytest.MonkeyPatch
+) -> None:
     work, clock = started(prepared)
     work.next(False)
     leave(prepared, TOP)
@@ -265,10 +316,14 @@ def test_units_that_somebody_has_done_meanwhile_are_not_named(prepared: Prepared
     for unit in done:
         prepared.store.put(run_root.unit_manifest(unit.id), b"{}")
     clock.now += POLL_S
-    assert [t.id for t in work.next(False)] == [u.id for u in prepared.plan.units if u.layer == TOP][3:]
+    assert [t.id for t in work.next(False)] == [
+        u.id for u in prepared.plan.units if u.layer == TOP
+    ][3:]
 
 
-def test_data_goes_with_its_layers_last_unit_and_boundaries_with_the_last_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_data_goes_with_its_layers_last_unit_and_boundaries_with_the_last_stream(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.chdir(REPO)
     prepared = make("units", **{"run.num_workers": "1"})
     work, _ = started(prepared)
@@ -290,13 +345,17 @@ def test_data_goes_with_its_layers_last_unit_and_boundaries_with_the_last_stream
     assert prepared.store.head(run_root.gradient_part(TOP, 3)) is None
     assert prepared.store.head(run_root.activation_manifest(TOP, 0)) is not None
     assert prepared.store.head(run_root.activation_part(3, 0)) is not None
-    assert all(prepared.store.head(key) is not None for key in boundaries), "the backward pass reads them"
+    assert all(prepared.store.head(key) is not None for key in boundaries), (
+        "the backward pass reads them"
+    )
     leave(prepared, BOTTOM, way="back")
     work.done(back)
     assert all(prepared.store.head(key) is None for key in boundaries)
 
 
-def test_layer_whose_activations_are_all_zero_stops_the_run_with_its_number(prepared: Prepared) -> None:
+def test_layer_whose_activations_are_all_zero_stops_the_run_with_its_number(
+    prepared: Prepared,
+) -> None:
     leave(prepared, 3)
     key = run_root.activation_manifest(3, 0)
     for part in prepared.plan.parts:
@@ -312,7 +371,10 @@ def test_layer_whose_activations_are_all_zero_stops_the_run_with_its_number(prep
 
 def test_local_runner_runs_what_follows_streams_first() -> None:
     runner = object.__new__(LocalRunner)
-    runner.plan, runner.workplace = mock.Mock(), mock.Mock(execute=lambda task: TaskResult(task=task))
+    runner.plan, runner.workplace = (
+        mock.Mock(),
+        mock.Mock(execute=lambda task: TaskResult(task=task)),
+    )
     runner.plan.config.run.max_attempts = 1
     stream = [Task(stage="gradients", id=f"s{n}", item=n) for n in range(2)]
     unit = [Task(stage="compress", id=f"u{n}", item=n, layer=1) for n in range(3)]
@@ -324,7 +386,11 @@ def test_local_runner_runs_what_follows_streams_first() -> None:
             if first := super().next(is_idle):
                 return first
             idle.append(is_idle)
-            return {1: [stream[1], unit[1]], 4: [unit[2]]}.get(len(ran), []) if len(idle) in (2, 5) else []
+            return (
+                {1: [stream[1], unit[1]], 4: [unit[2]]}.get(len(ran), [])
+                if len(idle) in (2, 5)
+                else []
+            )
 
     for result in runner.run(Following([unit[0], stream[0]])):
         ran.append(result.task.id)

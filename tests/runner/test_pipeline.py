@@ -1,4 +1,5 @@
-"""Linears that could only be rounded: how many a checkpoint may have (compression.max_fallback_share)."""
+"""Linears that could only be rounded: how many a checkpoint may have
+(compression.max_fallback_share)."""
 
 import pytest
 
@@ -14,17 +15,26 @@ NUM_LINEARS = 192
 
 def with_settings(plan: RunPlan, **settings: object) -> RunPlan:
     """The same plan with other settings of `compression`."""
-    config = plan.config.model_copy(update={"compression": plan.config.compression.model_copy(update=settings)})
+    config = plan.config.model_copy(
+        update={"compression": plan.config.compression.model_copy(update=settings)}
+    )
     return plan.model_copy(update={"config": config})
 
 
 def rounded(finished: SmallRun, count: int) -> list[UnitManifest]:
-    """The finished run's unit manifests, of whose linears the first `count` say that they were rounded."""
+    """The finished run's unit manifests, of whose linears the first `count` say that they were
+    rounded."""
     found, left = [], count
     for unit in finished.prepared.plan.units:
         manifest = UnitManifest.load(finished.prepared.store, run_root.unit_manifest(unit.id))
         linears = tuple(
-            r.model_copy(update={"outcome": "round_to_nearest", "reason": "no tokens"} if i < left else {"outcome": "solved"})
+            r.model_copy(
+                update=(
+                    {"outcome": "round_to_nearest", "reason": "no tokens"}
+                    if i < left
+                    else {"outcome": "solved"}
+                )
+            )
             for i, r in enumerate(manifest.linears)
         )
         left -= min(left, len(linears))
@@ -32,11 +42,18 @@ def rounded(finished: SmallRun, count: int) -> list[UnitManifest]:
     return found
 
 
-@pytest.mark.parametrize(("share", "most"), [(0.0, 0), (1 / NUM_LINEARS, 1), (0.01, 1), (0.5, NUM_LINEARS // 2)])
-def test_share_that_is_allowed_passes_and_one_linear_more_is_refused(finished: SmallRun, share: float, most: int) -> None:
+@pytest.mark.parametrize(
+    ("share", "most"), [(0.0, 0), (1 / NUM_LINEARS, 1), (0.01, 1), (0.5, NUM_LINEARS // 2)]
+)
+def test_share_that_is_allowed_passes_and_one_linear_more_is_refused(
+    finished: SmallRun, share: float, most: int
+) -> None:
     plan = with_settings(finished.prepared.plan, max_fallback_share=share)
     check_fallbacks(plan, rounded(finished, most))
-    expected = f"compress: {most + 1} of {NUM_LINEARS} linears fell back to rounding, more than compression.max_fallback_share = {share:g} allows: "
+    expected = (
+        f"compress: {most + 1} of {NUM_LINEARS} linears fell back to rounding, more than"
+        f" compression.max_fallback_share = {share:g} allows: "
+    )
     with pytest.raises(StageFailedError) as caught:
         check_fallbacks(plan, rounded(finished, most + 1))
     assert str(caught.value).startswith(expected)
@@ -50,4 +67,7 @@ def test_rounding_that_was_asked_for_is_no_fallback(finished: SmallRun) -> None:
 
 
 def test_all_may_fall_back_where_the_share_is_one(finished: SmallRun) -> None:
-    check_fallbacks(with_settings(finished.prepared.plan, max_fallback_share=1.0), rounded(finished, NUM_LINEARS))
+    check_fallbacks(
+        with_settings(finished.prepared.plan, max_fallback_share=1.0),
+        rounded(finished, NUM_LINEARS),
+    )

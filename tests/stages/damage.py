@@ -1,4 +1,5 @@
-"""A finished checkpoint in memory, and ways to damage it. Files are read and written with safetensors' own library or byte by byte."""
+"""A finished checkpoint in memory, and ways to damage it. Files are read and written with
+safetensors' own library or byte by byte."""
 
 import json
 import struct
@@ -85,4 +86,8 @@ class Folder:
 
     def changed_from(self, other: "Folder") -> list[str]:
         """Names of the files that differ, or that only one of the two has."""
-        return [name for name in {**self.files, **other.files} if self.files.get(name) != other.files.get(name)]
+        return [
+            name
+            for name in {**self.files, **other.files}
+            if self.files.get(name) != other.files.get(name)
+        ]

@@ -1,4 +1,5 @@
-"""A small run of the whole job in this process: made once a session, looked at by many tests, copied by those that change something."""
+"""A small run of the whole job in this process: made once a session, looked at by many tests,
+copied by those that change something."""
 
 import shutil
 from contextlib import nullcontext
@@ -70,7 +71,11 @@ class SmallRun:
 
 
 def configure(source: Path | str, root: Path | str, *overrides: str) -> RunConfig:
-    return load_config(REPO / "configs" / "tiny.yaml", (f"source.checkpoint={source}", *SETTINGS, *overrides), str(root))
+    return load_config(
+        REPO / "configs" / "tiny.yaml",
+        (f"source.checkpoint={source}", *SETTINGS, *overrides),
+        str(root),
+    )
 
 
 def run_locally(prepared: Prepared) -> Report:
@@ -85,12 +90,15 @@ PACKED: dict[str, dict[str, bytes]] = {}
 
 
 def write_inputs_once(prepared: Prepared) -> None:
-    """`write_inputs`, with the texts that another run of the same plan has packed in this process: a tokenizer takes two seconds for them."""
+    """`write_inputs`, with the texts that another run of the same plan has packed in this process:
+    a tokenizer takes two seconds for them."""
     store, digest = prepared.store, prepared.plan.digest
     for key, data in PACKED.get(digest, {}).items():
         store.put(key, data)
     write_inputs(prepared)
-    PACKED[digest] = {key: store.get(key) for key in (run_root.TOKENS, run_root.manifest_of(run_root.TOKENS))}
+    PACKED[digest] = {
+        key: store.get(key) for key in (run_root.TOKENS, run_root.manifest_of(run_root.TOKENS))
+    }
 
 
 @cache

@@ -1,4 +1,5 @@
-"""Blobs: what is stored is what was submitted and says what it is; readers take nothing else; nothing goes before its successor is durable."""
+"""Blobs: what is stored is what was submitted and says what it is; readers take nothing else;
+nothing goes before its successor is durable."""
 
 import hashlib
 import os
@@ -35,7 +36,9 @@ def values_of(part: int, rows: int = 128) -> Tensor:
     return torch.randn(2, rows // 2, 256, generator=torch.Generator().manual_seed(part))
 
 
-def leave(context: StageContext, number: int = 2, part: int = 1, values_BSH: Tensor | None = None) -> Tensor:
+def leave(
+    context: StageContext, number: int = 2, part: int = 1, values_BSH: Tensor | None = None
+) -> Tensor:
     """One boundary, stored. Returns its rows."""
     values_BSH = values_of(part) if values_BSH is None else values_BSH
     with BlobWriter(context) as writer:
@@ -56,17 +59,31 @@ def test_manifest_describes_the_file_and_the_values_come_back(context: StageCont
     data = context.store.get(key_of())
     manifest = BoundaryPart.load(context.store, run_root.manifest_of(key_of()))
     assert (manifest.size_bytes, manifest.sha256) == (len(data), hashlib.sha256(data).hexdigest())
-    assert (manifest.kind, manifest.layer, manifest.part, manifest.num_tokens) == ("residuals", 2, 1, 128)
+    assert (manifest.kind, manifest.layer, manifest.part, manifest.num_tokens) == (
+        "residuals",
+        2,
+        1,
+        128,
+    )
     assert torch.equal(context.boundary("residuals", 2, 1), values_TH)
 
 
 # What readers refuse.
 
 
-def refused(context: StageContext, match: str, kind: run_root.BlobKind = "residuals", number: int = 2, part: int = 1) -> None:
+def refused(
+    context: StageContext,
+    match: str,
+    kind: run_root.BlobKind = "residuals",
+    number: int = 2,
+    part: int = 1,
+) -> None:
     with pytest.raises(CorruptObjectError, match=match) as caught:
         context.boundary(kind, number, part)
-    assert caught.value.keys == (run_root.blob_manifest(kind, number, part), run_root.blob(kind, number, part))
+    assert caught.value.keys == (
+        run_root.blob_manifest(kind, number, part),
+        run_root.blob(kind, number, part),
+    )
 
 
 @pytest.mark.parametrize("share", [0.0, 0.004, 0.01, 0.5, 0.99, 0.9999])
@@ -79,7 +96,9 @@ def test_a_flipped_bit_anywhere_is_refused_before_arrow_sees_it(
     data = bytearray(path.read_bytes())
     data[int(share * len(data))] ^= 1 << bit
     path.write_bytes(data)
-    monkeypatch.setattr(context_module.arrow, "decode", lambda *_: pytest.fail("parsed before it was checked"))
+    monkeypatch.setattr(
+        context_module.arrow, "decode", lambda *_: pytest.fail("parsed before it was checked")
+    )
     refused(context, "expected .* bytes with SHA-256 .* as its manifest says")
 
 
@@ -105,7 +124,9 @@ def test_a_manifest_that_is_no_record_is_refused(context: StageContext) -> None:
 
 
 @pytest.mark.parametrize(
-    ("number", "part", "kind"), [(2, 0, "residuals"), (3, 1, "residuals"), (2, 1, "residual-gradients")], ids=["part", "layer", "kind"]
+    ("number", "part", "kind"),
+    [(2, 0, "residuals"), (3, 1, "residuals"), (2, 1, "residual-gradients")],
+    ids=["part", "layer", "kind"],
 )
 def test_another_blob_in_its_place_is_refused_with_and_without_its_manifest(
     number: int, part: int, kind: run_root.BlobKind, context: StageContext
@@ -113,7 +134,10 @@ def test_another_blob_in_its_place_is_refused_with_and_without_its_manifest(
     leave(context)
     with BlobWriter(context) as writer:
         write_boundary(writer, kind, number, context.plan.parts[part], values_of(part), 0.0)
-    shutil.copy(path_of(context, run_root.blob_manifest(kind, number, part)), path_of(context, run_root.manifest_of(key_of())))
+    shutil.copy(
+        path_of(context, run_root.blob_manifest(kind, number, part)),
+        path_of(context, run_root.manifest_of(key_of())),
+    )
     shutil.copy(path_of(context, run_root.blob(kind, number, part)), path_of(context, key_of()))
     refused(context, "expected kind, layer, part")
     # a manifest edited to fit is not enough: the file says what it is
@@ -133,7 +157,9 @@ def test_a_blob_of_another_plan_is_refused(context: StageContext) -> None:
 
 
 @pytest.mark.parametrize("record", [ActivationPart, GradientPart])
-def test_a_manifest_of_another_kind_is_no_record_of_this_one(record: type[PartManifest], context: StageContext) -> None:
+def test_a_manifest_of_another_kind_is_no_record_of_this_one(
+    record: type[PartManifest], context: StageContext
+) -> None:
     leave(context)
     with pytest.raises(CorruptObjectError, match=record.__name__):
         context.blob(record, "residuals", 2, 1)
@@ -152,7 +178,9 @@ def test_tokens_of_another_owner_or_with_a_wrong_byte_are_refused(context: Stage
 
 
 @pytest.mark.parametrize("data", [None, b"{}"], ids=["gone", "unreadable"])
-def test_tokens_whose_manifest_is_no_record_are_packed_again(data: bytes | None, context: StageContext) -> None:
+def test_tokens_whose_manifest_is_no_record_are_packed_again(
+    data: bytes | None, context: StageContext
+) -> None:
     path = path_of(context, run_root.manifest_of(run_root.TOKENS))
     path.unlink() if data is None else path.write_bytes(data)
     with pytest.raises(CorruptObjectError) as caught:
@@ -192,7 +220,9 @@ def test_whoever_wrote_a_file_does_not_hash_it_again_and_another_process_does_on
     assert hashed == [os.path.getsize(path_of(context, key_of()))]
 
 
-def test_a_file_that_was_written_to_is_hashed_again(context: StageContext, hashed: list[int]) -> None:
+def test_a_file_that_was_written_to_is_hashed_again(
+    context: StageContext, hashed: list[int]
+) -> None:
     leave(context)
     path = path_of(context, key_of())
     path.write_bytes(path.read_bytes())
@@ -228,7 +258,9 @@ def slow(context: StageContext) -> Iterator[tuple[StageContext, SlowStore]]:
     store.go.set()
 
 
-def test_a_replaced_boundary_goes_only_once_what_replaces_it_is_durable(slow: tuple[StageContext, SlowStore]) -> None:
+def test_a_replaced_boundary_goes_only_once_what_replaces_it_is_durable(
+    slow: tuple[StageContext, SlowStore],
+) -> None:
     context, store = slow
     leave(context)
     with BlobWriter(context) as writer:
@@ -242,7 +274,9 @@ def test_a_replaced_boundary_goes_only_once_what_replaces_it_is_durable(slow: tu
     assert store.head(run_root.blob("residuals", 3, 1)) is not None
 
 
-def test_nothing_is_deleted_after_a_write_that_failed_and_its_error_is_told(context: StageContext, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_deleted_after_a_write_that_failed_and_its_error_is_told(
+    context: StageContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
     leave(context)
     real = LocalStore.write_once
 
@@ -252,7 +286,10 @@ def test_nothing_is_deleted_after_a_write_that_failed_and_its_error_is_told(cont
         return real(self, key, buffers)
 
     monkeypatch.setattr(LocalStore, "write_once", full)
-    with pytest.raises(P48Error, match=r"layer-003/part-0001\.arrow: No space left"), BlobWriter(context) as writer:
+    with (
+        pytest.raises(P48Error, match=r"layer-003/part-0001\.arrow: No space left"),
+        BlobWriter(context) as writer,
+    ):
         write_boundary(writer, "residuals", 3, context.plan.parts[1], values_of(3), 0.0)
         writer.delete_after(1, [key_of()])
         while True:  # the stream goes on until it submits once the error is known
@@ -262,7 +299,9 @@ def test_nothing_is_deleted_after_a_write_that_failed_and_its_error_is_told(cont
     assert not list(Path(context.store.uri).rglob(".p48tmp-*"))
 
 
-def test_a_stream_waits_for_room_behind_it(slow: tuple[StageContext, SlowStore], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stream_waits_for_room_behind_it(
+    slow: tuple[StageContext, SlowStore], monkeypatch: pytest.MonkeyPatch
+) -> None:
     context, store = slow
     monkeypatch.setattr(blobs, "BEHIND_BYTES", values_of(0).nbytes)
     passed = threading.Event()
@@ -270,7 +309,9 @@ def test_a_stream_waits_for_room_behind_it(slow: tuple[StageContext, SlowStore],
     def stream() -> None:
         with BlobWriter(context) as writer:
             for number in (3, 4):
-                write_boundary(writer, "residuals", number, context.plan.parts[1], values_of(number), 0.0)
+                write_boundary(
+                    writer, "residuals", number, context.plan.parts[1], values_of(number), 0.0
+                )
             passed.set()
 
     thread = threading.Thread(target=stream, daemon=True)
@@ -283,7 +324,9 @@ def test_a_stream_waits_for_room_behind_it(slow: tuple[StageContext, SlowStore],
     assert store.head(run_root.blob("residuals", 4, 1)) is not None
 
 
-def test_a_blob_larger_than_the_bound_goes_alone(context: StageContext, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_blob_larger_than_the_bound_goes_alone(
+    context: StageContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(blobs, "BEHIND_BYTES", 10)
     for number in (2, 3):
         leave(context, number)
@@ -301,7 +344,9 @@ def test_a_manifest_whose_blob_is_gone_is_replaced(context: StageContext) -> Non
 
 
 @pytest.mark.parametrize("is_same", [True, False])
-def test_a_blob_without_a_manifest_counts_if_it_is_what_this_one_is(is_same: bool, context: StageContext) -> None:
+def test_a_blob_without_a_manifest_counts_if_it_is_what_this_one_is(
+    is_same: bool, context: StageContext
+) -> None:
     """Its writer died in between. Anything else has no claim to be this part."""
     leave(context, values_BSH=values_of(1 if is_same else 7))
     path_of(context, run_root.manifest_of(key_of())).unlink()
@@ -320,7 +365,9 @@ def test_a_blob_that_is_complete_is_never_touched(context: StageContext) -> None
     assert torch.equal(context.boundary("residuals", 2, 1), theirs_TH)
 
 
-def test_an_error_of_the_computation_loses_nothing_that_was_submitted(slow: tuple[StageContext, SlowStore]) -> None:
+def test_an_error_of_the_computation_loses_nothing_that_was_submitted(
+    slow: tuple[StageContext, SlowStore],
+) -> None:
     """More than there are writers: whoever resumes starts from the last of them."""
     context, store = slow
     threading.Timer(0.3, store.go.set).start()
@@ -329,5 +376,9 @@ def test_an_error_of_the_computation_loses_nothing_that_was_submitted(slow: tupl
             for kind in ("residuals", "compressed-residuals", "residual-gradients"):
                 write_boundary(writer, kind, 3, context.plan.parts[part], values_of(part), 0.0)  # type: ignore[arg-type]
         raise ZeroDivisionError
-    manifests = {info.key for info in context.store.list() if "layer-003" in info.key and info.key.endswith(".json")}
+    manifests = {
+        info.key
+        for info in context.store.list()
+        if "layer-003" in info.key and info.key.endswith(".json")
+    }
     assert len(manifests) == 3 * 3

@@ -23,11 +23,18 @@ from tests.stages.small_run import write_inputs_once
 
 pytestmark = pytest.mark.slow
 
-SETTINGS = ("calibration.num_sequences=5", "calibration.sequence_length=64", "calibration.sequences_per_part=2", "evaluation=null")
+SETTINGS = (
+    "calibration.num_sequences=5",
+    "calibration.sequence_length=64",
+    "calibration.sequences_per_part=2",
+    "evaluation=null",
+)
 
 
 def open_run(root: Path, *overrides: str) -> StageContext:
-    prepared = prepare(load_config(REPO / "configs" / "tiny.yaml", (*SETTINGS, *overrides), str(root)))
+    prepared = prepare(
+        load_config(REPO / "configs" / "tiny.yaml", (*SETTINGS, *overrides), str(root))
+    )
     write_inputs_once(prepared)
     return prepared.context
 
@@ -46,12 +53,22 @@ def token_ids(context: StageContext) -> torch.Tensor:
     return arrow.decode(context.store.get(run_root.TOKENS), "tokens")["token_ids"]
 
 
-def test_captured_inputs_and_router_weights_equal_the_whole_models(context: StageContext, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Float32 before the cast to 1e-4, the stored bits exactly the cast's, expert ids but for ties under 1e-5."""
+def test_captured_inputs_and_router_weights_equal_the_whole_models(
+    context: StageContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Float32 before the cast to 1e-4, the stored bits exactly the cast's, expert ids but for ties
+    under 1e-5."""
     raw: dict[tuple[int, int], RoutedInputs] = {}
     write = capture.write_activations
 
-    def spy(context: StageContext, writer: BlobWriter, layer: int, part: SequencePart, seen: RoutedInputs, start: float) -> None:
+    def spy(
+        context: StageContext,
+        writer: BlobWriter,
+        layer: int,
+        part: SequencePart,
+        seen: RoutedInputs,
+        start: float,
+    ) -> None:
         raw[layer, part.part] = RoutedInputs(*(t.clone() for t in seen))
         write(context, writer, layer, part, seen, start)
 
@@ -64,25 +81,39 @@ def test_captured_inputs_and_router_weights_equal_the_whole_models(context: Stag
         want = expected[layer]
         scale = want.hidden_TH.abs().max()
         assert (hidden_TH - want.hidden_TH).abs().max() <= 1e-4 * scale
-        stored = [arrow.decode(context.store.get(run_root.activation_part(layer, p.part)), "part") for p in context.plan.parts]
-        assert torch.equal(torch.cat([s["hidden"] for s in stored]).view(torch.int16), hidden_TH.to(torch.bfloat16).view(torch.int16))
-        check_routing(torch.cat([s["expert_ids"] for s in stored]), torch.cat([s["router_weights"] for s in stored]), want)
+        stored = [
+            arrow.decode(context.store.get(run_root.activation_part(layer, p.part)), "part")
+            for p in context.plan.parts
+        ]
+        assert torch.equal(
+            torch.cat([s["hidden"] for s in stored]).view(torch.int16),
+            hidden_TH.to(torch.bfloat16).view(torch.int16),
+        )
+        check_routing(
+            torch.cat([s["expert_ids"] for s in stored]),
+            torch.cat([s["router_weights"] for s in stored]),
+            want,
+        )
 
 
 def check_routing(ids_TK: torch.Tensor, weights_TK: torch.Tensor, want: whole_model.Seen) -> None:
-    """Same experts in any order; where a token's sets differ, the weights must be a tie. Same weights per expert."""
+    """Same experts in any order; where a token's sets differ, the weights must be a tie. Same
+    weights per expert."""
     ours = torch.zeros(len(ids_TK), 16).scatter_(1, ids_TK.long(), weights_TK)
     theirs = torch.zeros(len(ids_TK), 16).scatter_(1, want.expert_ids_TK, want.router_weights_TK)
     same = ((ours > 0) == (theirs > 0)).all(1)
     assert same.float().mean() > 0.999
     assert torch.allclose(ours[same], theirs[same], rtol=1e-4, atol=1e-6)
     for token in torch.nonzero(~same).flatten().tolist():
-        differing = torch.cat([ours[token][ours[token] != theirs[token]], theirs[token][ours[token] != theirs[token]]])
+        differing = torch.cat(
+            [ours[token][ours[token] != theirs[token]], theirs[token][ours[token] != theirs[token]]]
+        )
         assert differing[differing > 0].max() - differing[differing > 0].min() < 1e-4
 
 
 def test_scales_are_those_of_the_layers_maxima(context: StageContext) -> None:
-    """gate/up from amax of the stored inputs, down with 1.25 of room above the dense intermediates, both over all parts and experts."""
+    """gate/up from amax of the stored inputs, down with 1.25 of room above the dense intermediates,
+    both over all parts and experts."""
     capture_parts(context, [p.part for p in context.plan.parts])
     for layer in context.plan.layers:
         finish_layer(context, layer)
@@ -97,16 +128,24 @@ def test_scales_are_those_of_the_layers_maxima(context: StageContext) -> None:
             if rows.any():
                 gate, up = (x_TH[rows] @ experts.gate_up_proj[e].T).chunk(2, -1)
                 amax_h = max(amax_h, (torch.nn.functional.silu(gate) * up).abs().max().item())
-        assert scales.gate_up == pytest.approx(448 * 6 / x_TH.abs().max().item(), rel=5e-3)  # one bf16 rounding apart
+        # one bf16 rounding apart
+        assert scales.gate_up == pytest.approx(448 * 6 / x_TH.abs().max().item(), rel=5e-3)
         assert scales.down == pytest.approx(448 * 6 / (1.25 * amax_h), rel=1e-4)
         assert sum(scales.tokens_per_expert) == x_TH.shape[0] * 4
 
 
 def files(root: Path, *prefixes: str) -> dict[str, bytes]:
-    return {str(p.relative_to(root)): timeless(p.read_bytes()) for f in prefixes for p in sorted((root / f).rglob("*")) if p.is_file()}
+    return {
+        str(p.relative_to(root)): timeless(p.read_bytes())
+        for f in prefixes
+        for p in sorted((root / f).rglob("*"))
+        if p.is_file()
+    }
 
 
-def test_capture_is_the_same_whoever_owns_the_parts_and_wherever_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_capture_is_the_same_whoever_owns_the_parts_and_wherever_it_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole = open_run(tmp_path / "whole")
     capture_parts(whole, [0, 1, 2])
     resumed = open_run(tmp_path / "resumed")
@@ -128,10 +167,14 @@ def test_capture_is_the_same_whoever_owns_the_parts_and_wherever_it_stopped(tmp_
     capture_parts(resumed, [0, 2])
     assert layers_run == [3, 3, 4], "a repeated task starts at the boundary where it stopped"
     capture_parts(resumed, [1])
-    assert files(tmp_path / "whole", "activations", "residuals") == files(tmp_path / "resumed", "activations", "residuals")
+    assert files(tmp_path / "whole", "activations", "residuals") == files(
+        tmp_path / "resumed", "activations", "residuals"
+    )
 
 
-def test_finished_parts_are_not_run_again(context: StageContext, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_finished_parts_are_not_run_again(
+    context: StageContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
     capture_parts(context, [0, 1])
 
     def refuse(*_: object) -> None:
@@ -144,8 +187,20 @@ def test_finished_parts_are_not_run_again(context: StageContext, monkeypatch: py
 def test_plan_is_written_before_texts_and_texts_are_read_before_the_plan(tmp_path: Path) -> None:
     empty = tmp_path / "empty.jsonl"
     empty.write_text("\n")
-    prepared = prepare(load_config(REPO / "configs" / "tiny.yaml", (f"calibration.documents={empty}",), str(tmp_path / "run")))
-    with pytest.raises(Exception, match=r"calibration\.documents: .*empty\.jsonl: expected text for 192 sequences of 512 tokens, found 0"):
+    prepared = prepare(
+        load_config(
+            REPO / "configs" / "tiny.yaml",
+            (f"calibration.documents={empty}",),
+            str(tmp_path / "run"),
+        )
+    )
+    with pytest.raises(
+        Exception,
+        match=(
+            r"calibration\.documents: .*empty\.jsonl: expected text for 192 sequences of 512"
+            r" tokens, found 0"
+        ),
+    ):
         write_inputs(prepared)
     assert not (tmp_path / "run").exists()
 

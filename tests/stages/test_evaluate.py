@@ -1,4 +1,5 @@
-"""Held-out text through both models, against whole models run by transformers, and what makes an evaluation another one."""
+"""Held-out text through both models, against whole models run by transformers, and what makes an
+evaluation another one."""
 
 import math
 import shutil
@@ -53,12 +54,16 @@ def digest(finished: SmallRun) -> str:
 @pytest.fixture(scope="module")
 def held_out(finished: SmallRun, digest: str) -> Tensor:
     """(3, 65) token ids as the run drew them."""
-    return arrow.decode(finished.prepared.store.get(run_root.evaluation_tokens(digest)), "tokens")["token_ids"].long()
+    return arrow.decode(finished.prepared.store.get(run_root.evaluation_tokens(digest)), "tokens")[
+        "token_ids"
+    ].long()
 
 
 @pytest.fixture(scope="module")
 def checkpoint(finished: SmallRun) -> CompressedExperts:
-    return partial(compressed_expert, open_checkpoint(LocalStore(finished.checkpoint)), finished.context)
+    return partial(
+        compressed_expert, open_checkpoint(LocalStore(finished.checkpoint)), finished.context
+    )
 
 
 def everything(ids_BS: Tensor) -> SequencePart:
@@ -71,24 +76,35 @@ def source_logits(held_out: Tensor) -> Tensor:
     return whole_model.run_and_record(whole_model.load(TINY), held_out[:, :-1])[0].flatten(0, 1)
 
 
-def w4a4_forward(weights: list[dict[str, Tensor]], gate_up_scale: float, down_scale: float, group: int) -> Callable[..., Tensor]:
-    """A mixture written from the definition: quantize x, SwiGLU, quantize h, project down, weigh, add."""
+def w4a4_forward(
+    weights: list[dict[str, Tensor]], gate_up_scale: float, down_scale: float, group: int
+) -> Callable[..., Tensor]:
+    """A mixture written from the definition: quantize x, SwiGLU, quantize h, project down, weigh,
+    add."""
 
     def forward(hidden_TH: Tensor, expert_ids_TK: Tensor, router_weights_TK: Tensor) -> Tensor:
         out_TH = torch.zeros_like(hidden_TH)
         x_TH = quantize_tokens(hidden_TH, gate_up_scale, group).float()
         for token in range(len(hidden_TH)):
-            for expert, weight in zip(expert_ids_TK[token].tolist(), router_weights_TK[token], strict=True):
+            for expert, weight in zip(
+                expert_ids_TK[token].tolist(), router_weights_TK[token], strict=True
+            ):
                 w = weights[expert]
-                h_1F = F.silu(x_TH[token : token + 1] @ w["gate_proj"].T) * (x_TH[token : token + 1] @ w["up_proj"].T)
-                out_TH[token] += weight * (quantize_tokens(h_1F, down_scale, group).float() @ w["down_proj"].T)[0]
+                h_1F = F.silu(x_TH[token : token + 1] @ w["gate_proj"].T) * (
+                    x_TH[token : token + 1] @ w["up_proj"].T
+                )
+                out_TH[token] += (
+                    weight
+                    * (quantize_tokens(h_1F, down_scale, group).float() @ w["down_proj"].T)[0]
+                )
         return out_TH
 
     return forward
 
 
 def compressed_logits(run: SmallRun, ids_BS: Tensor, group: int = 16) -> Tensor:
-    """The whole model by transformers with the stored experts in it, scales from the checkpoint's own input_global_scale."""
+    """The whole model by transformers with the stored experts in it, scales from the checkpoint's
+    own input_global_scale."""
     model, tensors = whole_model.load(TINY), whole_model.read_all(run.checkpoint)
     suffixes = ("weight_packed", "weight_scale", "weight_global_scale")
     for number, layer in enumerate(model.model.layers):
@@ -96,9 +112,15 @@ def compressed_logits(run: SmallRun, ids_BS: Tensor, group: int = 16) -> Tensor:
             continue
         stem = f"language_model.model.layers.{number}.mlp.experts"
         weights = [
-            {p: decode_weights({s: tensors[f"{stem}.{e}.{p}.{s}"] for s in suffixes}).float() for p in PROJECTIONS} for e in range(16)
+            {
+                p: decode_weights({s: tensors[f"{stem}.{e}.{p}.{s}"] for s in suffixes}).float()
+                for p in PROJECTIONS
+            }
+            for e in range(16)
         ]
-        gate_up, down = (tensors[f"{stem}.0.{p}.input_global_scale"].item() for p in ("gate_proj", "down_proj"))
+        gate_up, down = (
+            tensors[f"{stem}.0.{p}.input_global_scale"].item() for p in ("gate_proj", "down_proj")
+        )
         layer.mlp.experts.forward = w4a4_forward(weights, gate_up, down, group)
     with torch.no_grad():
         logits: Tensor = model(input_ids=ids_BS, use_cache=False).logits
@@ -112,7 +134,9 @@ def facts(logits_TV: Tensor, labels_T: Tensor) -> tuple[float, int]:
     return loss, int((logits_TV.argmax(1) == labels_T).sum())
 
 
-def test_source_stream_is_the_whole_source_model(finished: SmallRun, digest: str, held_out: Tensor, source_logits: Tensor) -> None:
+def test_source_stream_is_the_whole_source_model(
+    finished: SmallRun, digest: str, held_out: Tensor, source_logits: Tensor
+) -> None:
     """As the job stored it, part by part: perplexity to 1e-4, as many correct tokens."""
     store = finished.prepared.store
     parts = [EvaluationPart.load(store, run_root.evaluation_part(digest, p)) for p in range(2)]
@@ -123,12 +147,17 @@ def test_source_stream_is_the_whole_source_model(finished: SmallRun, digest: str
 
 
 def test_source_against_itself_has_no_divergence_and_the_same_losses(
-    finished: SmallRun, checkpoint: CompressedExperts, held_out: Tensor, monkeypatch: pytest.MonkeyPatch
+    finished: SmallRun,
+    checkpoint: CompressedExperts,
+    held_out: Tensor,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     real = evaluate.mixtures
 
     @contextmanager
-    def source_thrice(context: StageContext, decoder: Decoder, compressed: CompressedExperts, number: int) -> Iterator[list[RoutedExperts]]:
+    def source_thrice(
+        context: StageContext, decoder: Decoder, compressed: CompressedExperts, number: int
+    ) -> Iterator[list[RoutedExperts]]:
         with real(context, decoder, compressed, number) as (source, *others):
             yield [source] * (1 + len(others))
 
@@ -137,18 +166,29 @@ def test_source_against_itself_has_no_divergence_and_the_same_losses(
     assert found.kl == 0
     assert found.compressed_loss == found.source_loss > 0
     assert found.compressed_correct == found.source_correct > 0
-    assert found.in_groups_of_32 == CompressedSums(loss=found.source_loss, correct=found.source_correct, kl=0)
+    assert found.in_groups_of_32 == CompressedSums(
+        loss=found.source_loss, correct=found.source_correct, kl=0
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("group", [16, 32])
 def test_compressed_stream_is_the_whole_model_with_stored_experts_and_quantized_inputs(
-    finished: SmallRun, checkpoint: CompressedExperts, held_out: Tensor, source_logits: Tensor, group: int
+    finished: SmallRun,
+    checkpoint: CompressedExperts,
+    held_out: Tensor,
+    source_logits: Tensor,
+    group: int,
 ) -> None:
-    """Activations quantized by the test's own tables. A rounding tie that falls the other way moves a token's logits a little."""
-    compression = finished.prepared.plan.config.compression.model_copy(update={"activation_group": group})
+    """Activations quantized by the test's own tables. A rounding tie that falls the other way moves
+    a token's logits a little."""
+    compression = finished.prepared.plan.config.compression.model_copy(
+        update={"activation_group": group}
+    )
     plan = finished.prepared.plan.model_copy(
-        update={"config": finished.prepared.plan.config.model_copy(update={"compression": compression})}
+        update={
+            "config": finished.prepared.plan.config.model_copy(update={"compression": compression})
+        }
     )
     context = StageContext(
         plan=plan,
@@ -176,7 +216,9 @@ def test_compressed_stream_is_the_whole_model_with_stored_experts_and_quantized_
     kl = (p_TV.exp() * (p_TV - logits_TV.double().log_softmax(1))).sum().item()
     assert found.in_groups_of_32.loss == pytest.approx(loss, rel=1e-4)
     assert found.in_groups_of_32.kl == pytest.approx(kl, rel=1e-3)
-    assert found.in_groups_of_32.kl != pytest.approx(found.kl, rel=1e-3), "the view should see something else"
+    assert found.in_groups_of_32.kl != pytest.approx(found.kl, rel=1e-3), (
+        "the view should see something else"
+    )
 
 
 @pytest.mark.parametrize(
@@ -189,22 +231,32 @@ def test_compressed_stream_is_the_whole_model_with_stored_experts_and_quantized_
     ],
     ids=str,
 )
-def test_groups_of_32_are_looked_at_where_sparse_kernels_could_run(finished: SmallRun, section: str, changes: dict[str, object]) -> None:
+def test_groups_of_32_are_looked_at_where_sparse_kernels_could_run(
+    finished: SmallRun, section: str, changes: dict[str, object]
+) -> None:
     plan = finished.prepared.plan
     assert evaluate.views(plan.config) == [16, 32]
-    other = plan.config.model_copy(update={section: getattr(plan.config, section).model_copy(update=changes)})
+    other = plan.config.model_copy(
+        update={section: getattr(plan.config, section).model_copy(update=changes)}
+    )
     assert len(evaluate.views(other)) == 1
-    assert finished.report.quality is not None and finished.report.quality.in_groups_of_32 is not None
+    assert (
+        finished.report.quality is not None and finished.report.quality.in_groups_of_32 is not None
+    )
 
 
-def test_evaluation_quantizes_with_the_scales_that_the_checkpoint_tells_servers(finished: SmallRun) -> None:
+def test_evaluation_quantizes_with_the_scales_that_the_checkpoint_tells_servers(
+    finished: SmallRun,
+) -> None:
     tensors = whole_model.read_all(finished.checkpoint)
     for layer in finished.prepared.plan.source.moe_layers:
         scales = LayerScales.load(finished.prepared.store, run_root.layer_scales(layer))
         for expert in range(16):
             stem = f"language_model.model.layers.{layer}.mlp.experts.{expert}"
             found = [tensors[f"{stem}.{p}.input_global_scale"].item() for p in PROJECTIONS]
-            assert found == [pytest.approx(s, rel=1e-7) for s in (scales.gate_up, scales.gate_up, scales.down)]
+            assert found == [
+                pytest.approx(s, rel=1e-7) for s in (scales.gate_up, scales.gate_up, scales.down)
+            ]
 
 
 def test_labels_are_the_next_tokens_and_the_last_column_is_only_predicted(
@@ -213,14 +265,20 @@ def test_labels_are_the_next_tokens_and_the_last_column_is_only_predicted(
     changed = held_out.clone()
     changed[:, -1] = (changed[:, -1] + 1) % 2048
     ids_BS, other_BS = held_out[:1], changed[:1]
-    first, second = (evaluate_part(finished.context, checkpoint, ids, everything(ids)) for ids in (ids_BS, other_BS))
+    first, second = (
+        evaluate_part(finished.context, checkpoint, ids, everything(ids))
+        for ids in (ids_BS, other_BS)
+    )
     assert first.num_tokens == second.num_tokens == 64
     assert first.kl == second.kl, "inputs are the same"
     assert first.source_loss != second.source_loss
 
 
 def test_splitting_the_head_into_calls_changes_no_sum(
-    finished: SmallRun, checkpoint: CompressedExperts, held_out: Tensor, monkeypatch: pytest.MonkeyPatch
+    finished: SmallRun,
+    checkpoint: CompressedExperts,
+    held_out: Tensor,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     ids_BS = held_out[:1]
     whole = evaluate_part(finished.context, checkpoint, ids_BS, everything(ids_BS))
@@ -228,7 +286,11 @@ def test_splitting_the_head_into_calls_changes_no_sum(
     split = evaluate_part(finished.context, checkpoint, ids_BS, everything(ids_BS))
     for name in ("source_loss", "compressed_loss", "kl"):
         assert getattr(split, name) == pytest.approx(getattr(whole, name), rel=1e-5)
-    assert (split.source_correct, split.compressed_correct, split.num_tokens) == (whole.source_correct, whole.compressed_correct, 64)
+    assert (split.source_correct, split.compressed_correct, split.num_tokens) == (
+        whole.source_correct,
+        whole.compressed_correct,
+        64,
+    )
 
 
 def test_result_folds_parts_by_their_tokens() -> None:
@@ -256,7 +318,12 @@ def test_result_folds_parts_by_their_tokens() -> None:
         kl=0.25,
         in_groups_of_32=CompressedQuality(perplexity=math.exp(7.5), accuracy=11 / 40, kl=0.5),
     )
-    assert combine_parts([parts[0].model_copy(update={"in_groups_of_32": None}), parts[1]]).in_groups_of_32 is None
+    assert (
+        combine_parts(
+            [parts[0].model_copy(update={"in_groups_of_32": None}), parts[1]]
+        ).in_groups_of_32
+        is None
+    )
 
 
 # Resuming, and other settings
@@ -270,11 +337,16 @@ def copied(finished: SmallRun, tmp_path: Path) -> Path:
     return root
 
 
-def run_again(monkeypatch: pytest.MonkeyPatch, finished: SmallRun, root: Path, *overrides: str) -> tuple[Report, list[int]]:
-    """The job on an existing run root; which parts it evaluated. Earlier stages must find nothing to do."""
+def run_again(
+    monkeypatch: pytest.MonkeyPatch, finished: SmallRun, root: Path, *overrides: str
+) -> tuple[Report, list[int]]:
+    """The job on an existing run root; which parts it evaluated. Earlier stages must find nothing
+    to do."""
     evaluated: list[int] = []
 
-    def spy(context: StageContext, compressed: CompressedExperts, ids_BS: Tensor, part: SequencePart) -> EvaluationPart:
+    def spy(
+        context: StageContext, compressed: CompressedExperts, ids_BS: Tensor, part: SequencePart
+    ) -> EvaluationPart:
         evaluated.append(part.part)
         return evaluate_part(context, compressed, ids_BS, part)
 
@@ -287,7 +359,9 @@ def run_again(monkeypatch: pytest.MonkeyPatch, finished: SmallRun, root: Path, *
     return run_locally(prepare(configure(finished.source, root, *overrides))), evaluated
 
 
-def test_finished_evaluation_is_not_run_again(finished: SmallRun, copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_finished_evaluation_is_not_run_again(
+    finished: SmallRun, copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     report, evaluated = run_again(monkeypatch, finished, copied)
     assert evaluated == []
     assert report.quality == finished.report.quality
@@ -308,7 +382,9 @@ def test_only_the_missing_part_is_evaluated_and_to_the_same_sums(
 def test_other_held_out_settings_are_evaluated_anew_beside_the_old_ones(
     finished: SmallRun, digest: str, copied: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    report, evaluated = run_again(monkeypatch, finished, copied, "evaluation.seed=5", "evaluation.num_sequences=2")
+    report, evaluated = run_again(
+        monkeypatch, finished, copied, "evaluation.seed=5", "evaluation.num_sequences=2"
+    )
     assert evaluated == [0]
     folders = sorted(path.name for path in (copied / "evaluation").iterdir())
     assert len(folders) == 2 and digest in folders
@@ -326,18 +402,24 @@ def test_other_held_out_settings_are_evaluated_anew_beside_the_old_ones(
         "compression.sweeps=2",
     ],
 )
-def test_another_setting_gives_the_evaluation_another_digest(finished: SmallRun, digest: str, override: str) -> None:
+def test_another_setting_gives_the_evaluation_another_digest(
+    finished: SmallRun, digest: str, override: str
+) -> None:
     plan = prepare(configure(finished.source, "memory://digests", override)).plan
     assert plan.config.evaluation is not None
     assert evaluation_digest(plan, plan.config.evaluation) != digest
 
 
-def test_digest_of_an_evaluation_follows_the_texts_and_not_their_place(finished: SmallRun, digest: str, tmp_path: Path) -> None:
+def test_digest_of_an_evaluation_follows_the_texts_and_not_their_place(
+    finished: SmallRun, digest: str, tmp_path: Path
+) -> None:
     copy = tmp_path / "elsewhere.jsonl"
     shutil.copy(TINY / "heldout.jsonl", copy)
 
     def found() -> str:
-        plan = prepare(configure(finished.source, "memory://digests", f"evaluation.documents={copy}")).plan
+        plan = prepare(
+            configure(finished.source, "memory://digests", f"evaluation.documents={copy}")
+        ).plan
         assert plan.config.evaluation is not None
         return evaluation_digest(plan, plan.config.evaluation)
 
@@ -346,7 +428,9 @@ def test_digest_of_an_evaluation_follows_the_texts_and_not_their_place(finished:
     assert found() != digest
 
 
-def test_run_without_evaluation_settings_reports_no_quality(finished: SmallRun, copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_without_evaluation_settings_reports_no_quality(
+    finished: SmallRun, copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     report, evaluated = run_again(monkeypatch, finished, copied, "evaluation=null")
     assert (report.quality, evaluated) == (None, [])
 
@@ -368,7 +452,9 @@ def test_texts_are_looked_at_once_and_may_be_gone_when_all_sums_are_there(
         return real(*args)
 
     monkeypatch.setattr(evaluate, "evaluate_part", evaluate_and_hide)
-    monkeypatch.setattr(evaluate, "digest_documents", lambda *args: (looked.append(args), digest(*args))[1])
+    monkeypatch.setattr(
+        evaluate, "digest_documents", lambda *args: (looked.append(args), digest(*args))[1]
+    )
     report = run_locally(prepared)
     assert report.quality == finished.report.quality
     assert len(looked) == 2, "once for the packed texts, once for the stage"

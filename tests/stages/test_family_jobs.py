@@ -1,4 +1,5 @@
-"""The whole job on a small checkpoint of every family, ending with a folder that verifies and that transformers loads."""
+"""The whole job on a small checkpoint of every family, ending with a folder that verifies and that
+transformers loads."""
 
 import json
 import re
@@ -68,43 +69,74 @@ def test_checkpoint_verifies_alone_and_against_its_source(run: SmallRun, family:
         assert found.num_shards > 1
 
 
-def test_tensors_are_four_an_expert_linear_and_the_sources_others(run: SmallRun, family: str) -> None:
+def test_tensors_are_four_an_expert_linear_and_the_sources_others(
+    run: SmallRun, family: str
+) -> None:
     stored, written = whole_model.read_all(run.source), whole_model.read_all(run.checkpoint)
     linears = set(tiny_families.expert_linears(family))
-    untouched = {n for n in stored if n.rpartition(".")[0] not in linears and not n.endswith("_scale_inv")}
-    assert set(written) == untouched | {f"{linear}.{suffix}" for linear in linears for suffix in SUFFIXES}
+    untouched = {
+        n for n in stored if n.rpartition(".")[0] not in linears and not n.endswith("_scale_inv")
+    }
+    assert set(written) == untouched | {
+        f"{linear}.{suffix}" for linear in linears for suffix in SUFFIXES
+    }
     for name in untouched:
         expected = as_output(stored, name)
-        assert (written[name].dtype, written[name].shape, raw(written[name])) == (expected.dtype, expected.shape, raw(expected)), name
+        assert (written[name].dtype, written[name].shape, raw(written[name])) == (
+            expected.dtype,
+            expected.shape,
+            raw(expected),
+        ), name
     assert not any(t.dtype == torch.float8_e4m3fn for n, t in written.items() if n in untouched)
 
 
 def test_what_became_bf16_is_recorded_in_plan_card_and_manifest(run: SmallRun, family: str) -> None:
     stored = whole_model.read_all(run.source)
     linears = set(tiny_families.expert_linears(family))
-    decoded = [n for n, t in stored.items() if t.dtype == torch.float8_e4m3fn and n.rpartition(".")[0] not in linears]
-    plan, card = json.loads((run.root / "plan.json").read_text()), (run.checkpoint / "README.md").read_text()
+    decoded = [
+        n
+        for n, t in stored.items()
+        if t.dtype == torch.float8_e4m3fn and n.rpartition(".")[0] not in linears
+    ]
+    plan, card = (
+        json.loads((run.root / "plan.json").read_text()),
+        (run.checkpoint / "README.md").read_text(),
+    )
     manifest = CheckpointManifest.load(LocalStore(run.checkpoint), "p48ray.json")
     assert plan["source"]["num_fp8_outside_experts"] == len(decoded)
     assert set(decoded) <= manifest.untouched_sha256.keys()
     assert bool(decoded) == (family in FP8_FAMILIES)
-    assert (f"but for {len(decoded)} weights that the source stores in FP8: they are BF16 here" in card) == bool(decoded)
+    assert (
+        f"but for {len(decoded)} weights that the source stores in FP8: they are BF16 here" in card
+    ) == bool(decoded)
     assert ("byte for byte as in the source." in card) == (not decoded)
-    assert ("Layer 3 behind the last one (multi-token prediction) passes through" in card) == (family == "deepseek_v3")
+    assert ("Layer 3 behind the last one (multi-token prediction) passes through" in card) == (
+        family == "deepseek_v3"
+    )
     assert ("vision tower" in card) == (family == "kimi_k25")
 
 
 def test_config_is_the_sources_but_for_its_quantization(run: SmallRun, family: str) -> None:
-    config, source = (json.loads((folder / "config.json").read_text()) for folder in (run.checkpoint, run.source))
+    config, source = (
+        json.loads((folder / "config.json").read_text()) for folder in (run.checkpoint, run.source)
+    )
     quantization = config.pop("quantization_config")
     source.get("text_config", source).pop("quantization_config", None)
     assert config == source
-    assert (quantization["quant_method"], quantization["format"]) == ("compressed-tensors", "nvfp4-pack-quantized")
-    assert quantization["ignore"] == ([r"re:.*layers\.3\.mlp\.experts\..*"] if family == "deepseek_v3" else [])
-    # From the start of the name, as transformers and vLLM match; transformers calls Kimi-K2.5's text model model.language_model.
+    assert (quantization["quant_method"], quantization["format"]) == (
+        "compressed-tensors",
+        "nvfp4-pack-quantized",
+    )
+    assert quantization["ignore"] == (
+        [r"re:.*layers\.3\.mlp\.experts\..*"] if family == "deepseek_v3" else []
+    )
+    # From the start of the name, as transformers and vLLM match; transformers calls Kimi-K2.5's
+    # text model model.language_model.
     (group,) = quantization["config_groups"].values()
     (target,) = (re.compile(t.removeprefix("re:")) for t in group["targets"])
-    others = {n.rpartition(".")[0] for n in whole_model.read_all(run.source)} - set(tiny_families.expert_linears(family))
+    others = {n.rpartition(".")[0] for n in whole_model.read_all(run.source)} - set(
+        tiny_families.expert_linears(family)
+    )
     assert all(target.match(name) for name in tiny_families.expert_linears(family))
     ignored = [name for name in others if target.match(name)]
     assert all(re.match(r".*layers\.3\.mlp\.experts\..*", name) for name in ignored)
@@ -118,10 +150,16 @@ def stock_afterwards() -> Iterator[None]:
     CompressedTensorsHfQuantizer.get_load_operations = before
 
 
-def test_transformers_loads_it_with_the_dense_twins_logits(run: SmallRun, family: str, stock_afterwards: None) -> None:
-    """The twin: the source run whole by transformers, the experts that compressed-tensors decodes put in by hand."""
+def test_transformers_loads_it_with_the_dense_twins_logits(
+    run: SmallRun, family: str, stock_afterwards: None
+) -> None:
+    """The twin: the source run whole by transformers, the experts that compressed-tensors decodes
+    put in by hand."""
     tensors, twin = whole_model.read_all(run.checkpoint), whole_model.load(run.source)
-    scheme, decoder = preset_name_to_scheme("NVFP4", ["Linear"]), BaseCompressor.get_value_from_registry("nvfp4-pack-quantized")
+    scheme, decoder = (
+        preset_name_to_scheme("NVFP4", ["Linear"]),
+        BaseCompressor.get_value_from_registry("nvfp4-pack-quantized"),
+    )
     prefix = whole_model.PREFIX if family == "kimi_k25" else ""
     ids_BS = torch.arange(5, 165)[None]
     with torch.no_grad():
@@ -130,14 +168,18 @@ def test_transformers_loads_it_with_the_dense_twins_logits(run: SmallRun, family
             for expert in range(tiny_families.EXPERTS):
                 stem = f"{prefix}model.layers.{layer}.mlp.experts.{expert}"
                 gate, up, down = (
-                    decoder.decompress({s: tensors[f"{stem}.{p}.{s}"] for s in SUFFIXES[:3]}, scheme)["weight"].float()
+                    decoder.decompress(
+                        {s: tensors[f"{stem}.{p}.{s}"] for s in SUFFIXES[:3]}, scheme
+                    )["weight"].float()
                     for p in ("gate_proj", "up_proj", "down_proj")
                 )
                 module = twin.model.layers[layer].mlp.experts
                 module.gate_up_proj[expert].copy_(torch.cat([gate, up]))
                 module.down_proj[expert].copy_(down)
         expected = twin(ids_BS).logits
-        found = integration.load_model(str(run.checkpoint), dtype=torch.float32)(input_ids=ids_BS).logits
+        found = integration.load_model(str(run.checkpoint), dtype=torch.float32)(
+            input_ids=ids_BS
+        ).logits
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     assert (expected - dense).abs().max() > 0.1, "compression would not show"
 
@@ -148,14 +190,23 @@ def test_run_measured_what_it_lost(run: SmallRun) -> None:
     assert 0 < quality.kl < 10
 
 
-@pytest.mark.parametrize("name", ["model.layers.1.self_attn.o_proj.weight", "model.layers.2.mlp.shared_experts.up_proj.weight"])
-def test_weight_that_is_not_the_sources_as_bf16_is_found(run: SmallRun, family: str, name: str) -> None:
+@pytest.mark.parametrize(
+    "name",
+    ["model.layers.1.self_attn.o_proj.weight", "model.layers.2.mlp.shared_experts.up_proj.weight"],
+)
+def test_weight_that_is_not_the_sources_as_bf16_is_found(
+    run: SmallRun, family: str, name: str
+) -> None:
     """One bit, in a tensor of an FP8 source or of another."""
     if family == "qwen3_moe":
         name = "model.layers.1.self_attn.o_proj.weight"
     name = f"{whole_model.PREFIX}{name}" if family == "kimi_k25" else name
     damaged = Folder.read(run.checkpoint).flipped(name, 101, 0x01)
-    words = "values differ from the source's FP8 weight as BF16" if family in FP8_FAMILIES else "bytes differ from the source's"
+    words = (
+        "values differ from the source's FP8 weight as BF16"
+        if family in FP8_FAMILIES
+        else "bytes differ from the source's"
+    )
     (problem,) = verdict(damaged, run.source).problems
     assert f"{name}: {words} (model-" in problem
     (problem,) = verdict(damaged, None).problems
@@ -170,7 +221,11 @@ def test_weights_are_decoded_into_a_bucket_too(seaweedfs: Server, tmp_path: Path
     bucket = open_store(f"{place}/source", endpoint)
     for path in alone.source.iterdir():
         bucket.put(path.name, path.read_bytes())
-    overrides = (f"source.endpoint_url={endpoint}", f"run.endpoint_url={endpoint}", "output.max_shard_size=30MB")
+    overrides = (
+        f"source.endpoint_url={endpoint}",
+        f"run.endpoint_url={endpoint}",
+        "output.max_shard_size=30MB",
+    )
     prepared = prepare(configure(f"{place}/source", f"{place}/run", *SETTINGS, *overrides))
     run_locally(prepared)
     checkpoint = open_store(f"{place}/run/checkpoint", endpoint)
@@ -185,7 +240,8 @@ def test_weights_are_decoded_into_a_bucket_too(seaweedfs: Server, tmp_path: Path
 @pytest.mark.ray
 @pytest.mark.slow
 def test_ray_makes_the_same_checkpoint(tmp_path: Path) -> None:
-    """DeepSeek-V3, whose shards hold decoded weights: two workers' files are one process's, byte for byte."""
+    """DeepSeek-V3, whose shards hold decoded weights: two workers' files are one process's, byte
+    for byte."""
     alone = finished_family("deepseek_v3", tmp_path)
     prepared = prepare(configure(alone.source, tmp_path / "ray", *SETTINGS, "run.num_workers=2"))
     run_job(prepared, partial(RayRunner, address=None))

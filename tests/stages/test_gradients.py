@@ -1,4 +1,5 @@
-"""Gradients against autograd through the whole model run by transformers, their resumption, and how much of the model they hold at once."""
+"""Gradients against autograd through the whole model run by transformers, their resumption, and how
+much of the model they hold at once."""
 
 import hashlib
 import shutil
@@ -59,10 +60,17 @@ def context(captured: Path, tmp_path: Path) -> StageContext:
 
 def labels_of(context: StageContext, probabilities_TV: Tensor) -> Tensor:
     """What the stage has to sample: part by part, from a generator of the part's own."""
-    length, calibration = context.plan.config.calibration.sequence_length, context.plan.config.calibration
-    generators = [torch.Generator().manual_seed(calibration.seed * 2**20 + p.part) for p in context.plan.parts]
+    length, calibration = (
+        context.plan.config.calibration.sequence_length,
+        context.plan.config.calibration,
+    )
+    generators = [
+        torch.Generator().manual_seed(calibration.seed * 2**20 + p.part) for p in context.plan.parts
+    ]
     pieces = probabilities_TV.split([p.num_sequences * length for p in context.plan.parts])
-    return torch.cat([sample(piece, generator) for piece, generator in zip(pieces, generators, strict=True)])
+    return torch.cat(
+        [sample(piece, generator) for piece, generator in zip(pieces, generators, strict=True)]
+    )
 
 
 def relative_gap(ours: Tensor, theirs: Tensor) -> float:
@@ -70,19 +78,31 @@ def relative_gap(ours: Tensor, theirs: Tensor) -> float:
 
 
 @pytest.mark.slow
-def test_delta_is_autograds_through_the_whole_model(context: StageContext, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Float32 before the cast to 1e-4 of the layer's largest value, the stored bits exactly the cast's."""
+def test_delta_is_autograds_through_the_whole_model(
+    context: StageContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Float32 before the cast to 1e-4 of the layer's largest value, the stored bits exactly the
+    cast's."""
     raw: dict[tuple[int, int], Tensor] = {}
     write = gradients.write_gradients
 
-    def spy(context: StageContext, writer: BlobWriter, layer: int, part: SequencePart, delta_TH: Tensor, start: float) -> None:
+    def spy(
+        context: StageContext,
+        writer: BlobWriter,
+        layer: int,
+        part: SequencePart,
+        delta_TH: Tensor,
+        start: float,
+    ) -> None:
         raw[layer, part.part] = delta_TH.clone()
         write(context, writer, layer, part, delta_TH, start)
 
     monkeypatch.setattr(gradients, "write_gradients", spy)
     manifests = gradient_parts(context, [0, 1, 2])
     routed, entering = whole_gradients.at_routed_outputs(
-        whole_model.load(TINY), token_ids(context).long(), lambda probabilities_TV: labels_of(context, probabilities_TV)
+        whole_model.load(TINY),
+        token_ids(context).long(),
+        lambda probabilities_TV: labels_of(context, probabilities_TV),
     )
     assert set(routed) == set(context.plan.source.moe_layers) == {1, 2, 3, 4}
     for layer, want_TH in routed.items():
@@ -90,18 +110,34 @@ def test_delta_is_autograds_through_the_whole_model(context: StageContext, monke
         assert all(p.dtype == torch.float32 for p in parts)
         assert relative_gap(torch.cat(parts), want_TH) <= 1e-4
         for part, delta_TH in zip(context.plan.parts, parts, strict=True):
-            stored_TH = arrow.decode(context.store.get(run_root.gradient_part(layer, part.part)), "part")["delta"]
-            assert torch.equal(stored_TH.view(torch.int16), delta_TH.to(torch.bfloat16).view(torch.int16))
+            stored_TH = arrow.decode(
+                context.store.get(run_root.gradient_part(layer, part.part)), "part"
+            )["delta"]
+            assert torch.equal(
+                stored_TH.view(torch.int16), delta_TH.to(torch.bfloat16).view(torch.int16)
+            )
     for number in range(2, HEAD + 1):
-        stored = [arrow.decode(context.store.get(run_root.blob("residual-gradients", number, p.part)), "r") for p in context.plan.parts]
+        stored = [
+            arrow.decode(
+                context.store.get(run_root.blob("residual-gradients", number, p.part)), "r"
+            )
+            for p in context.plan.parts
+        ]
         assert relative_gap(torch.cat([s["values"] for s in stored]), entering[number]) <= 1e-4
     for manifest in manifests:
         delta_TH = raw[manifest.layer, manifest.part]
         data = context.store.get(run_root.gradient_part(manifest.layer, manifest.part))
         assert manifest.num_tokens == len(delta_TH)
-        assert (manifest.size_bytes, manifest.sha256) == (len(data), hashlib.sha256(data).hexdigest())
-        assert manifest.mean_square == pytest.approx(delta_TH.double().square().sum(1).mean().item(), rel=1e-5)
-    assert sorted((m.layer, m.part) for m in manifests) == [(layer, p) for layer in (1, 2, 3, 4) for p in range(3)]
+        assert (manifest.size_bytes, manifest.sha256) == (
+            len(data),
+            hashlib.sha256(data).hexdigest(),
+        )
+        assert manifest.mean_square == pytest.approx(
+            delta_TH.double().square().sum(1).mean().item(), rel=1e-5
+        )
+    assert sorted((m.layer, m.part) for m in manifests) == [
+        (layer, p) for layer in (1, 2, 3, 4) for p in range(3)
+    ]
 
 
 def test_rows_of_delta_are_those_of_the_activations(context: StageContext) -> None:
@@ -130,7 +166,14 @@ def die_at_write(monkeypatch: pytest.MonkeyPatch, layer: int, part: int) -> None
     """Between two parts of a layer: its stream has gone down, its delta is not written."""
     write = gradients.write_gradients
 
-    def dying(context: StageContext, writer: BlobWriter, number: int, owner: SequencePart, delta_TH: Tensor, start: float) -> None:
+    def dying(
+        context: StageContext,
+        writer: BlobWriter,
+        number: int,
+        owner: SequencePart,
+        delta_TH: Tensor,
+        start: float,
+    ) -> None:
         if (number, owner.part) == (layer, part):
             raise Death
         write(context, writer, number, owner, delta_TH, start)
@@ -155,7 +198,9 @@ def die_at_put(monkeypatch: pytest.MonkeyPatch, number: int, part: int) -> None:
     """Before a boundary is stored; inside a layer's parts."""
     real = GradientStream.put
 
-    def put(self: GradientStream, layer: int, owner: SequencePart, gradient_BSH: Tensor, start: float) -> None:
+    def put(
+        self: GradientStream, layer: int, owner: SequencePart, gradient_BSH: Tensor, start: float
+    ) -> None:
         if (layer, owner.part) == (number, part):
             raise Death
         real(self, layer, owner, gradient_BSH, start)
@@ -163,7 +208,9 @@ def die_at_put(monkeypatch: pytest.MonkeyPatch, number: int, part: int) -> None:
     monkeypatch.setattr(GradientStream, "put", put)
 
 
-def test_gradients_are_the_same_whoever_owns_the_parts_and_wherever_they_stopped(captured: Path, tmp_path: Path) -> None:
+def test_gradients_are_the_same_whoever_owns_the_parts_and_wherever_they_stopped(
+    captured: Path, tmp_path: Path
+) -> None:
     gradient_parts(copy_of(captured, tmp_path / "whole"), [0, 1, 2])
     resumed = copy_of(captured, tmp_path / "resumed")
     deaths = [
@@ -188,7 +235,9 @@ def test_gradients_are_the_same_whoever_owns_the_parts_and_wherever_they_stopped
     assert whole == files(tmp_path / "resumed", *prefixes)
 
 
-def test_a_repeated_task_starts_at_the_boundary_where_it_stopped(context: StageContext, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_repeated_task_starts_at_the_boundary_where_it_stopped(
+    context: StageContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.MonkeyPatch.context() as patch:
         die_at_layer(patch, 3)
         with pytest.raises(Death):
@@ -196,7 +245,18 @@ def test_a_repeated_task_starts_at_the_boundary_where_it_stopped(context: StageC
     steps = record_steps(monkeypatch)
     written = gradient_parts(context, [1, 0, 2])
     assert steps == [(5, 2), (4, 2), (3, 1), (3, 0), (3, 2), (2, 1), (2, 0), (2, 2)]
-    assert sorted((m.layer, m.part) for m in written) == [(1, 0), (1, 1), (1, 2), (2, 0), (2, 1), (2, 2), (3, 0), (3, 1), (3, 2), (4, 2)]
+    assert sorted((m.layer, m.part) for m in written) == [
+        (1, 0),
+        (1, 1),
+        (1, 2),
+        (2, 0),
+        (2, 1),
+        (2, 2),
+        (3, 0),
+        (3, 1),
+        (3, 2),
+        (4, 2),
+    ]
 
 
 def record_steps(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
@@ -212,10 +272,17 @@ def record_steps(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     return steps
 
 
-def test_finished_parts_are_not_run_again(context: StageContext, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_finished_parts_are_not_run_again(
+    context: StageContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
     gradient_parts(context, [0, 1])
     steps = record_steps(monkeypatch)
-    assert [(m.layer, m.part) for m in gradient_parts(context, [0, 1, 2])] == [(4, 2), (3, 2), (2, 2), (1, 2)]
+    assert [(m.layer, m.part) for m in gradient_parts(context, [0, 1, 2])] == [
+        (4, 2),
+        (3, 2),
+        (2, 2),
+        (1, 2),
+    ]
     assert steps == [(5, 2), (4, 2), (3, 2), (2, 2)]
 
     def refuse(*_: object) -> None:
@@ -226,8 +293,11 @@ def test_finished_parts_are_not_run_again(context: StageContext, monkeypatch: py
     assert gradient_parts(context, [0, 1, 2]) == []
 
 
-def test_no_two_layers_weights_are_ever_held_together(context: StageContext, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Asked whenever weights are read or built: everything still alive belongs to the layer (or the head) being worked on."""
+def test_no_two_layers_weights_are_ever_held_together(
+    context: StageContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Asked whenever weights are read or built: everything still alive belongs to the layer (or the
+    head) being worked on."""
     alive: list[tuple[int, weakref.ref[object]]] = []
     built: list[int] = []
     asked: list[int] = []
@@ -271,21 +341,33 @@ def test_no_two_layers_weights_are_ever_held_together(context: StageContext, mon
     monkeypatch.setattr(Decoder, "head", watched_head)
     monkeypatch.setattr(streaming, "layer_experts", watched_experts)
     gradient_parts(context, [0, 1, 2])
-    assert built == [5, 4, 3, 2], "each is built once for all parts, and the lowest mixture not at all"
+    assert built == [
+        5,
+        4,
+        3,
+        2,
+    ], "each is built once for all parts, and the lowest mixture not at all"
     assert set(asked) == {4, 3, 2}
     assert {owner for owner, _ in alive} == {5, 4, 3, 2, EXPERT}
     assert sum(thing() is not None for _, thing in alive) == 0
 
 
 @pytest.mark.parametrize(("number", "found"), [(HEAD, 4), (3, 2)])
-def test_gradients_that_are_not_finite_are_refused_by_layer_and_part(context: StageContext, number: int, found: int) -> None:
+def test_gradients_that_are_not_finite_are_refused_by_layer_and_part(
+    context: StageContext, number: int, found: int
+) -> None:
     residual_TH = context.boundary("residuals", number, 1).clone()
     residual_TH[5, 7] = torch.nan
-    for key in (run_root.blob_manifest("residuals", number, 1), run_root.blob("residuals", number, 1)):
+    for key in (
+        run_root.blob_manifest("residuals", number, 1),
+        run_root.blob("residuals", number, 1),
+    ):
         context.store.delete(key)
     with BlobWriter(context) as writer:
         write_boundary(writer, "residuals", number, context.plan.parts[1], residual_TH[None], 0.0)
-    with pytest.raises(CalibrationError, match=f"layer {found}, part 1: the gradients are not finite"):
+    with pytest.raises(
+        CalibrationError, match=f"layer {found}, part 1: the gradients are not finite"
+    ):
         gradient_parts(context, [0, 1])
     assert context.store.head(run_root.gradient_manifest(found, 1)) is None
     assert context.store.head(run_root.gradient_manifest(found, 0)) is not None
@@ -314,7 +396,8 @@ def test_slices_of_the_head_change_nothing(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_expected_gradient_at_the_head_is_zero() -> None:
-    """Labels come from the model's own distribution, under which the score has mean zero; with any other labels it has not."""
+    """Labels come from the model's own distribution, under which the score has mean zero; with any
+    other labels it has not."""
     head, x_BSH = small_head(1)
     many_BSH = x_BSH[:1, :1].expand(1, 20_000, 12)
     gradient_TH = head_gradient(head, many_BSH, torch.Generator().manual_seed(0))[0]
@@ -326,14 +409,22 @@ def test_expected_gradient_at_the_head_is_zero() -> None:
 def test_a_step_back_is_the_same_by_micro_batches(context: StageContext) -> None:
     decoder = context.decoder()
     positions, generator = decoder.positions(64), torch.Generator().manual_seed(0)
-    x_BSH, above_BSH = torch.randn(3, 64, 256, generator=generator), torch.randn(3, 64, 256, generator=generator)
+    x_BSH, above_BSH = (
+        torch.randn(3, 64, 256, generator=generator),
+        torch.randn(3, 64, 256, generator=generator),
+    )
     with gradients.layer_or_head(context, decoder, 2) as layer:
-        one, three = (step_back(layer, [x_BSH], [above_BSH], positions, micro_batch)[0] for micro_batch in (1, 3))
+        one, three = (
+            step_back(layer, [x_BSH], [above_BSH], positions, micro_batch)[0]
+            for micro_batch in (1, 3)
+        )
     torch.testing.assert_close(one, three, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("number", [0, 2])
-def test_a_step_back_through_a_dense_layer_and_a_mixture_is_autograds(context: StageContext, number: int) -> None:
+def test_a_step_back_through_a_dense_layer_and_a_mixture_is_autograds(
+    context: StageContext, number: int
+) -> None:
     """The layer as one graph, experts and all, in one go; two parts of different size."""
     decoder = context.decoder()
     positions, generator = decoder.positions(64), torch.Generator().manual_seed(0)
@@ -349,7 +440,9 @@ def test_a_step_back_through_a_dense_layer_and_a_mixture_is_autograds(context: S
 
 def test_samples_follow_the_distribution() -> None:
     """Chi-square against its 99.9th percentile for 15 degrees of freedom; seed fixed."""
-    probabilities_V = torch.logspace(0, -2, 16).flip(0)[torch.randperm(16, generator=torch.Generator().manual_seed(1))]
+    probabilities_V = torch.logspace(0, -2, 16).flip(0)[
+        torch.randperm(16, generator=torch.Generator().manual_seed(1))
+    ]
     probabilities_V /= probabilities_V.sum()
     num_draws = 40_000
     labels = sample(probabilities_V.expand(num_draws, 16), torch.Generator().manual_seed(0))
@@ -366,28 +459,41 @@ def test_samples_of_two_rows_are_independent() -> None:
 
 def test_samples_depend_on_the_generator_alone() -> None:
     probabilities = torch.rand(500, 50, generator=torch.Generator().manual_seed(1)).softmax(-1)
-    first, again, other = (sample(probabilities, torch.Generator().manual_seed(s)) for s in (4, 4, 5))
+    first, again, other = (
+        sample(probabilities, torch.Generator().manual_seed(s)) for s in (4, 4, 5)
+    )
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
 
 
 @pytest.mark.parametrize("uniform", [0.0, 0.5, 1 - 2**-53])
-def test_a_one_hot_row_gives_its_index_whatever_is_drawn(uniform: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch, "rand", lambda n, **_: torch.full((n,), uniform, dtype=torch.float64))
+def test_a_one_hot_row_gives_its_index_whatever_is_drawn(
+    uniform: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        torch, "rand", lambda n, **_: torch.full((n,), uniform, dtype=torch.float64)
+    )
     assert torch.equal(sample(torch.eye(9), torch.Generator()), torch.arange(9))
 
 
 @pytest.mark.parametrize("uniform", [0.0, 1 - 2**-53])
-def test_the_ends_of_the_uniform_range_give_the_first_and_the_last_index(uniform: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch, "rand", lambda n, **_: torch.full((n,), uniform, dtype=torch.float64))
-    probabilities = torch.randn(400, 33, generator=torch.Generator().manual_seed(2)).softmax(-1)  # sums that are 1 but for rounding
+def test_the_ends_of_the_uniform_range_give_the_first_and_the_last_index(
+    uniform: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        torch, "rand", lambda n, **_: torch.full((n,), uniform, dtype=torch.float64)
+    )
+    # sums that are 1 but for rounding
+    probabilities = torch.randn(400, 33, generator=torch.Generator().manual_seed(2)).softmax(-1)
     assert (sample(probabilities, torch.Generator()) == (32 if uniform else 0)).all()
 
 
 def test_impossible_labels_are_never_sampled() -> None:
     probabilities = torch.rand(2000, 30, generator=torch.Generator().manual_seed(3))
     probabilities[:, ::3] = 0
-    labels = sample(probabilities / probabilities.sum(1, keepdim=True), torch.Generator().manual_seed(0))
+    labels = sample(
+        probabilities / probabilities.sum(1, keepdim=True), torch.Generator().manual_seed(0)
+    )
     assert labels.min() >= 0
     assert labels.max() < 30
     assert (labels % 3 != 0).all()

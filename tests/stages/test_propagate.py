@@ -1,4 +1,5 @@
-"""The stream behind compressed layers, against the whole model by transformers with the stored experts in it, and what it does about bad shards."""
+"""The stream behind compressed layers, against the whole model by transformers with the stored
+experts in it, and what it does about bad shards."""
 
 import shutil
 from collections.abc import Callable
@@ -80,9 +81,18 @@ def stored_experts(context: StageContext, layer: int) -> list[dict[str, Tensor]]
     tensors: dict[str, Tensor] = {}
     for unit in (u for u in context.plan.units if u.layer == layer):
         manifest = UnitManifest.load(context.store, run_root.unit_manifest(unit.id))
-        tensors |= whole_model.read_all(Path(context.store.uri) / run_root.unit_shard(unit.id, manifest.attempt).rpartition("/")[0])
+        tensors |= whole_model.read_all(
+            Path(context.store.uri)
+            / run_root.unit_shard(unit.id, manifest.attempt).rpartition("/")[0]
+        )
     stem = f"language_model.model.layers.{layer}.mlp.experts"
-    return [{p: decode_weights({s: tensors[f"{stem}.{e}.{p}.{s}"] for s in SUFFIXES}).float() for p in PROJECTIONS} for e in range(16)]
+    return [
+        {
+            p: decode_weights({s: tensors[f"{stem}.{e}.{p}.{s}"] for s in SUFFIXES}).float()
+            for p in PROJECTIONS
+        }
+        for e in range(16)
+    ]
 
 
 def spied(patch: pytest.MonkeyPatch) -> dict[int, RoutedInputs]:
@@ -90,7 +100,14 @@ def spied(patch: pytest.MonkeyPatch) -> dict[int, RoutedInputs]:
     raw: dict[int, RoutedInputs] = {}
     write = propagate.write_activations
 
-    def spy(context: StageContext, writer: BlobWriter, layer: int, part: SequencePart, seen: RoutedInputs, start: float) -> None:
+    def spy(
+        context: StageContext,
+        writer: BlobWriter,
+        layer: int,
+        part: SequencePart,
+        seen: RoutedInputs,
+        start: float,
+    ) -> None:
         raw[part.part] = RoutedInputs(*(t.clone() for t in seen))
         write(context, writer, layer, part, seen, start)
 
@@ -102,7 +119,8 @@ def spied(patch: pytest.MonkeyPatch) -> dict[int, RoutedInputs]:
 def test_inputs_are_the_whole_models_with_the_stored_experts_in_the_layers_below(
     context: StageContext, drop: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Layers 1 and 2 compressed under W4A4, 3 not yet; from the stored boundary and (drop) all the way from the embedding."""
+    """Layers 1 and 2 compressed under W4A4, 3 not yet; from the stored boundary and (drop) all the
+    way from the embedding."""
     if drop:
         shutil.rmtree(Path(context.store.uri) / run_root.COMPRESSED_RESIDUALS)
     raw = spied(monkeypatch)
@@ -111,31 +129,45 @@ def test_inputs_are_the_whole_models_with_the_stored_experts_in_the_layers_below
     source = whole_model.run_and_record(model, token_ids(context).long())[1][3].hidden_TH
     for layer in (1, 2):
         scales = LayerScales.load(context.store, run_root.layer_scales(layer))
-        model.model.layers[layer].mlp.experts.forward = w4a4_forward(stored_experts(context, layer), scales.gate_up, scales.down, 16)
+        model.model.layers[layer].mlp.experts.forward = w4a4_forward(
+            stored_experts(context, layer), scales.gate_up, scales.down, 16
+        )
     want = whole_model.run_and_record(model, token_ids(context).long())[1][3].hidden_TH
     ours = torch.cat([raw[p].hidden_TH for p in (0, 1, 2)])
-    # A rounding tie that falls the other way moves a token a little; the compression moves it by far more.
+    # A rounding tie that falls the other way moves a token a little; the compression moves it by
+    # far more.
     assert (ours - want).norm() < 0.02 * (source - want).norm()
     assert (source - want).norm() > 0.01 * source.norm()
 
 
 def test_first_turn_sees_what_the_source_sees(tmp_path: Path) -> None:
-    dense, turn = open_run(tmp_path / "dense", *SETTINGS, "calibration.propagate=dense"), open_run(tmp_path / "turn", *SETTINGS)
+    dense, turn = (
+        open_run(tmp_path / "dense", *SETTINGS, "calibration.propagate=dense"),
+        open_run(tmp_path / "turn", *SETTINGS),
+    )
     capture_parts(dense, [0, 1, 2])
     manifests = propagate_parts(turn, (1, [0, 1, 2]))
     ours, its = (context.blob(ActivationPart, "activations", 1, 2) for context in (turn, dense))
     assert list(ours) == list(its) and all(torch.equal(ours[name], its[name]) for name in its)
-    theirs = [ActivationPart.load(dense.store, run_root.activation_manifest(1, p)) for p in (0, 1, 2)]
-    assert [(m.amax_input, m.amax_intermediate) for m in manifests] == [(m.amax_input, m.amax_intermediate) for m in theirs]
+    theirs = [
+        ActivationPart.load(dense.store, run_root.activation_manifest(1, p)) for p in (0, 1, 2)
+    ]
+    assert [(m.amax_input, m.amax_intermediate) for m in manifests] == [
+        (m.amax_input, m.amax_intermediate) for m in theirs
+    ]
 
 
-def test_parts_give_the_same_bytes_together_and_alone(context: StageContext, two_layers: Path, tmp_path: Path) -> None:
+def test_parts_give_the_same_bytes_together_and_alone(
+    context: StageContext, two_layers: Path, tmp_path: Path
+) -> None:
     shutil.copytree(two_layers, tmp_path / "alone")
     alone = open_run(tmp_path / "alone", *SETTINGS)
     propagate_parts(context, (3, [0, 1, 2]))
     for part in (2, 0, 1):
         propagate_parts(alone, (3, [part]))
-    for key in [run_root.activation_part(3, p) for p in (0, 1, 2)] + [run_root.blob("compressed-residuals", 3, p) for p in (0, 1, 2)]:
+    for key in [run_root.activation_part(3, p) for p in (0, 1, 2)] + [
+        run_root.blob("compressed-residuals", 3, p) for p in (0, 1, 2)
+    ]:
         assert context.store.get(key) == alone.store.get(key), key
 
 
@@ -147,23 +179,33 @@ def held(context: StageContext) -> set[str]:
     return blobs
 
 
-def test_each_turn_starts_from_the_last_boundary_and_leaves_the_next(context: StageContext, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_turn_starts_from_the_last_boundary_and_leaves_the_next(
+    context: StageContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
     read: list[str] = []
     boundary = StageContext.boundary
-    monkeypatch.setattr(StageContext, "boundary", lambda self, *place: read.append(run_root.blob(*place)) or boundary(self, *place))
+    monkeypatch.setattr(
+        StageContext,
+        "boundary",
+        lambda self, *place: read.append(run_root.blob(*place)) or boundary(self, *place),
+    )
     propagate_parts(context, (3, [0, 1]))
     assert read == [run_root.blob("compressed-residuals", 2, p) for p in (0, 1)]
     assert propagate_parts(context, (3, [0, 1])) == []
-    assert held(context) == {run_root.blob("compressed-residuals", b, p) for b in (1, 2) for p in (0, 1, 2)} | {
-        run_root.blob("compressed-residuals", 3, p) for p in (0, 1)
-    }
+    assert held(context) == {
+        run_root.blob("compressed-residuals", b, p) for b in (1, 2) for p in (0, 1, 2)
+    } | {run_root.blob("compressed-residuals", 3, p) for p in (0, 1)}
 
 
-def test_boundary_goes_once_the_next_is_stored_where_not_all_is_kept(two_layers: Path, tmp_path: Path) -> None:
+def test_boundary_goes_once_the_next_is_stored_where_not_all_is_kept(
+    two_layers: Path, tmp_path: Path
+) -> None:
     shutil.copytree(two_layers, tmp_path / "run")
     context = open_run(tmp_path / "run", *SETTINGS, "run.keep=units")
     propagate_parts(context, (3, [0, 1, 2]))
-    assert held(context) == {run_root.blob("compressed-residuals", b, p) for b in (1, 3) for p in (0, 1, 2)}
+    assert held(context) == {
+        run_root.blob("compressed-residuals", b, p) for b in (1, 3) for p in (0, 1, 2)
+    }
 
 
 def damage_shard(context: StageContext, how: Callable[[Path], None]) -> tuple[str, str]:
@@ -175,9 +217,13 @@ def damage_shard(context: StageContext, how: Callable[[Path], None]) -> tuple[st
 
 
 @pytest.mark.parametrize(
-    "how", [flip_a_bit, Path.unlink, lambda path: path.write_bytes(path.read_bytes()[:-8])], ids=["flipped", "gone", "shorter"]
+    "how",
+    [flip_a_bit, Path.unlink, lambda path: path.write_bytes(path.read_bytes()[:-8])],
+    ids=["flipped", "gone", "shorter"],
 )
-def test_shard_that_is_not_what_its_manifest_says_is_named_to_be_made_anew(context: StageContext, how: Callable[[Path], None]) -> None:
+def test_shard_that_is_not_what_its_manifest_says_is_named_to_be_made_anew(
+    context: StageContext, how: Callable[[Path], None]
+) -> None:
     keys = damage_shard(context, how)
     with pytest.raises(CorruptObjectError) as caught:
         propagate_parts(context, (3, [0, 1, 2]))
@@ -185,7 +231,9 @@ def test_shard_that_is_not_what_its_manifest_says_is_named_to_be_made_anew(conte
     assert keys[0] in str(caught.value)
 
 
-def test_boundary_that_is_not_what_was_written_is_named_to_be_made_anew(context: StageContext) -> None:
+def test_boundary_that_is_not_what_was_written_is_named_to_be_made_anew(
+    context: StageContext,
+) -> None:
     key = run_root.blob("compressed-residuals", 2, 1)
     flip_a_bit(Path(context.store.uri) / key)
     with pytest.raises(CorruptObjectError) as caught:
@@ -194,7 +242,9 @@ def test_boundary_that_is_not_what_was_written_is_named_to_be_made_anew(context:
     for name in caught.value.keys:
         context.store.delete(name)
     propagate_parts(context, (3, [1]))
-    assert context.boundary("compressed-residuals", 2, 1).shape[0] == 2 * 64, "made again from the one below"
+    assert context.boundary("compressed-residuals", 2, 1).shape[0] == 2 * 64, (
+        "made again from the one below"
+    )
 
 
 def test_mixture_that_the_plan_does_not_compress_stays_the_sources(tmp_path: Path) -> None:

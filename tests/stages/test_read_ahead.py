@@ -1,4 +1,5 @@
-"""Verification with threads ahead of it: findings keep their order, an error comes in its turn, and nothing reads on behind it. On CUDA they are the same."""
+"""Verification with threads ahead of it: findings keep their order, an error comes in its turn, and
+nothing reads on behind it. On CUDA they are the same."""
 
 import hashlib
 import random
@@ -39,20 +40,45 @@ def clean(finished: SmallRun) -> Folder:
     return Folder.read(finished.checkpoint)
 
 
-def findings(run: SmallRun, store: Store, shard: OutputShard, device: str = "cpu", source: CheckpointIndex | None = None) -> list[str]:
+def findings(
+    run: SmallRun,
+    store: Store,
+    shard: OutputShard,
+    device: str = "cpu",
+    source: CheckpointIndex | None = None,
+) -> list[str]:
     """Of one shard of the finished run, by its units' manifests."""
     units = [s for s in shard.segments if isinstance(s, WorkUnit)]
-    manifests = [UnitManifest.load(run.prepared.store, run_root.unit_manifest(unit.id)) for unit in units]
-    errors = {record.name: record.relative_weight_error for manifest in manifests for record in manifest.linears}
-    promise = Promise(is_sparse=True, scale_span=32, weight_errors=errors, unit_sha256={m.unit: m.sha256 for m in manifests})
+    manifests = [
+        UnitManifest.load(run.prepared.store, run_root.unit_manifest(unit.id)) for unit in units
+    ]
+    errors = {
+        record.name: record.relative_weight_error
+        for manifest in manifests
+        for record in manifest.linears
+    }
+    promise = Promise(
+        is_sparse=True,
+        scale_span=32,
+        weight_errors=errors,
+        unit_sha256={m.unit: m.sha256 for m in manifests},
+    )
     context = run.context
-    return verify_shard(store, source or context.source, context.layout, shard, promise, torch.device(device)).problems
+    return verify_shard(
+        store, source or context.source, context.layout, shard, promise, torch.device(device)
+    ).problems
 
 
 def damaged(run: SmallRun, clean: Folder) -> tuple[Folder, OutputShard, list[str]]:
-    """The shard with the most untouched tensors among those with a unit, damaged in every segment. Returns: what each finding must begin with, in order."""
+    """The shard with the most untouched tensors among those with a unit, damaged in every segment.
+    Returns: what each finding must begin with, in order."""
     shard = max(
-        (s for s in run.prepared.shards if any(isinstance(segment, WorkUnit) for segment in s.segments)), key=lambda s: len(s.segments)
+        (
+            s
+            for s in run.prepared.shards
+            if any(isinstance(segment, WorkUnit) for segment in s.segments)
+        ),
+        key=lambda s: len(s.segments),
     )
     folder, expected = clean, []
     for segment in shard.segments:
@@ -63,14 +89,18 @@ def damaged(run: SmallRun, clean: Folder) -> tuple[Folder, OutputShard, list[str
         expected.append(f"{shard.name}: unit {segment.id}: expected the bytes with SHA-256")
         for expert in segment.experts:
             gate, up, down = (
-                run.context.layout.expert_linear_name(segment.layer, expert, p) for p in ("gate_proj", "up_proj", "down_proj")
+                run.context.layout.expert_linear_name(segment.layer, expert, p)
+                for p in ("gate_proj", "up_proj", "down_proj")
             )
             folder = folder.with_bytes(f"{gate}.weight_packed", 0, b"\x11\x11\x11\x00")
             folder = folder.with_bytes(f"{up}.input_global_scale", 0, b"\x00\x00\xc0\x7f")
             folder = folder.with_bytes(f"{down}.weight_scale", 0, b"\x7f\x38")
             expected.append(f"{gate}.weight_packed: 1 groups of 8 inputs keep more")
             expected.append(f"{up}.input_global_scale: expected finite and above 0, found nan")
-            expected += [f"{down}.weight_scale: expected finite and above 0", f"{down}.weight_scale: expected the two scales"]
+            expected += [
+                f"{down}.weight_scale: expected finite and above 0",
+                f"{down}.weight_scale: expected the two scales",
+            ]
             expected.append(f"{up}.input_global_scale: expected gate's")
     return folder, shard, expected
 
@@ -104,10 +134,14 @@ def test_damage_in_every_segment_is_found_in_the_order_of_the_shard(
     found = [findings(finished, in_slow_store(folder, seed), shard) for seed in range(2)]
     assert found[0] == found[1]
     assert len(found[0]) == len(expected)
-    assert all(text.startswith(words) for text, words in zip(found[0], expected, strict=True)), found[0]
+    assert all(text.startswith(words) for text, words in zip(found[0], expected, strict=True)), (
+        found[0]
+    )
 
 
-def test_damage_is_found_in_the_same_order_without_the_source(finished: SmallRun, clean: Folder) -> None:
+def test_damage_is_found_in_the_same_order_without_the_source(
+    finished: SmallRun, clean: Folder
+) -> None:
     folder, _, expected = damaged(finished, clean)
     found = [verify_checkpoint(in_slow_store(folder, seed), None).problems for seed in range(2)]
     assert found[0] == found[1]
@@ -122,14 +156,19 @@ def test_damage_is_found_in_the_same_order_without_the_source(finished: SmallRun
 def test_file_that_is_cut_while_it_is_read_is_an_error_that_names_it(
     finished: SmallRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_source: bool, after: int
 ) -> None:
-    """A file in a folder, cut behind its header after so many reads of data. Nobody maps it, so there is no SIGBUS, and no thread reads on."""
+    """A file in a folder, cut behind its header after so many reads of data. Nobody maps it, so
+    there is no SIGBUS, and no thread reads on."""
     shutil.copytree(finished.checkpoint, tmp_path / "checkpoint")
     shutil.copytree(finished.source, tmp_path / "source")
     _, shard, _ = damaged(finished, Folder.read(finished.checkpoint))
     source = replace(finished.context.source, store=LocalStore(tmp_path / "source"))
     unit = next(s for s in shard.segments if isinstance(s, WorkUnit))
     expert = finished.context.layout.expert_tensor_names(unit.layer, unit.first_expert)[0]
-    cut = tmp_path / "source" / source.tensors[expert].file if is_source else tmp_path / "checkpoint" / shard.name
+    cut = (
+        tmp_path / "source" / source.tensors[expert].file
+        if is_source
+        else tmp_path / "checkpoint" / shard.name
+    )
     reads, lock = [0], threading.Lock()
     real_range, real_into = LocalStore.get_range, LocalStore.read_into
 
@@ -150,7 +189,9 @@ def test_file_that_is_cut_while_it_is_read_is_an_error_that_names_it(
 
     monkeypatch.setattr(LocalStore, "get_range", get_range)
     monkeypatch.setattr(LocalStore, "read_into", read_into)
-    with pytest.raises(ShardCorruptError, match=rf"{cut.name}: asked for .* found 4096 bytes in the object"):
+    with pytest.raises(
+        ShardCorruptError, match=rf"{cut.name}: asked for .* found 4096 bytes in the object"
+    ):
         findings(finished, LocalStore(tmp_path / "checkpoint"), shard, source=source)
     assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("verify")]
 

@@ -1,4 +1,5 @@
-"""Stitching in a bucket: the server copies, and next to nothing passes through the process that stitches."""
+"""Stitching in a bucket: the server copies, and next to nothing passes through the process that
+stitches."""
 
 import hashlib
 import json
@@ -27,11 +28,13 @@ from tests.stages.small_run import configure, run_locally
 COPIES = 300  # of the vocabulary, so that embedding and head have 79 MB each
 COPY_PART_BYTES = 32 * 2**20  # instead of 256: what one request copies
 EDGES_BYTES = 2 * multipart.MIN_PART_BYTES
-"""A request that copies takes no fewer bytes than that: what lies around a large tensor passes through, however large the tensor is."""
+"""A request that copies takes no fewer bytes than that: what lies around a large tensor passes
+through, however large the tensor is."""
 
 
 def widened(store: Store) -> None:
-    """The narrow model with a vocabulary COPIES times as large: real layers under an embedding and a head that are copied by parts."""
+    """The narrow model with a vocabulary COPIES times as large: real layers under an embedding and
+    a head that are copied by parts."""
     narrow = narrow_model()
     index = json.loads((narrow / "model.safetensors.index.json").read_text())
     config = json.loads((narrow / "config.json").read_text())
@@ -51,14 +54,19 @@ def widened(store: Store) -> None:
 
 
 def digests(store: Store) -> dict[str, str]:
-    return {i.key: hashlib.sha256(store.get(i.key)).hexdigest() for i in store.list("checkpoint/") if i.key.endswith(".safetensors")}
+    return {
+        i.key: hashlib.sha256(store.get(i.key)).hexdigest()
+        for i in store.list("checkpoint/")
+        if i.key.endswith(".safetensors")
+    }
 
 
 @pytest.mark.slow
 def test_a_checkpoint_of_large_tensors_is_stitched_with_little_of_it_passing_through(
     seaweedfs: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Against the plain path: the same shards streamed through the process, as for a store that copies no ranges."""
+    """Against the plain path: the same shards streamed through the process, as for a store that
+    copies no ranges."""
     monkeypatch.setattr(multipart, "COPY_PART_BYTES", COPY_PART_BYTES)
     name = uuid.uuid4().hex
     source, root = f"s3://{BUCKET}/{name}/source", f"s3://{BUCKET}/{name}/run"
@@ -74,15 +82,25 @@ def test_a_checkpoint_of_large_tensors_is_stitched_with_little_of_it_passing_thr
     run_locally(prepare(config))
     prepared = prepare(config)
     store = open_run_root(prepared.plan, root)
-    context = replace(prepared.context, store=store, source=open_checkpoint(open_store(source, endpoint)))
+    context = replace(
+        prepared.context, store=store, source=open_checkpoint(open_store(source, endpoint))
+    )
     streaming = replace(context, store=open_store(root, endpoint, server_copy=False))
-    sparse = plan_output(prepared.plan.units, prepared.plan.config.output.max_shard_size, prepared.source, prepared.layout, "sparse")
+    sparse = plan_output(
+        prepared.plan.units,
+        prepared.plan.config.output.max_shard_size,
+        prepared.source,
+        prepared.layout,
+        "sparse",
+    )
     found = {}
     for storage, shards in (("dense", prepared.shards), ("sparse", sparse)):
         clear(store)
         before = traffic(context)
         size_bytes = sum(stitch_shard(context, shard).size_bytes for shard in shards)
-        read, written = (after - earlier for after, earlier in zip(traffic(context), before, strict=True))
+        read, written = (
+            after - earlier for after, earlier in zip(traffic(context), before, strict=True)
+        )
         assert size_bytes > 15 * EDGES_BYTES
         assert read <= EDGES_BYTES  # units in sparse storage too: a small model's
         assert written <= EDGES_BYTES
@@ -95,26 +113,39 @@ def test_a_checkpoint_of_large_tensors_is_stitched_with_little_of_it_passing_thr
 
 
 @pytest.mark.parametrize("server_copy", [True, False])
-def test_a_run_with_sparse_storage_leaves_the_bytes_of_a_local_one(seaweedfs: Server, tmp_path: Path, server_copy: bool) -> None:
-    """Of experts their dense bytes pass through the process and no others; stitched again without the server's copies they are the same."""
+def test_a_run_with_sparse_storage_leaves_the_bytes_of_a_local_one(
+    seaweedfs: Server, tmp_path: Path, server_copy: bool
+) -> None:
+    """Of experts their dense bytes pass through the process and no others; stitched again without
+    the server's copies they are the same."""
     root, endpoint = f"s3://{BUCKET}/{uuid.uuid4().hex}/run", seaweedfs.endpoint_url
     overrides = ("compression.solver=round_to_nearest", "evaluation=null", "output.storage=sparse")
     run_locally(prepare(configure(TINY, tmp_path / "run", *overrides)))
-    local = {f"checkpoint/{path.name}": path.read_bytes() for path in (tmp_path / "run" / "checkpoint").iterdir()}
+    local = {
+        f"checkpoint/{path.name}": path.read_bytes()
+        for path in (tmp_path / "run" / "checkpoint").iterdir()
+    }
     prepared = prepare(configure(TINY, root, *overrides, f"run.endpoint_url={endpoint}"))
     run_locally(prepared)
     store = open_run_root(prepared.plan, root)
     assert {info.key: store.get(info.key) for info in store.list("checkpoint/")} == local
     for shard in prepared.shards[1:]:
         store.delete(run_root.checkpoint_file(shard.name))
-    again = open_store(root, endpoint) if server_copy else open_store(root, endpoint, server_copy=False)
+    again = (
+        open_store(root, endpoint) if server_copy else open_store(root, endpoint, server_copy=False)
+    )
     context = replace(prepared.context, store=again)
     for shard in prepared.shards:
         stitch_shard(context, shard)
     experts = sum(
-        unit_bytes(prepared.layout, s, "sparse") for shard in prepared.shards[1:] for s in shard.segments if isinstance(s, WorkUnit)
+        unit_bytes(prepared.layout, s, "sparse")
+        for shard in prepared.shards[1:]
+        for s in shard.segments
+        if isinstance(s, WorkUnit)
     )
-    stitched = sum(len(local[run_root.checkpoint_file(shard.name)]) for shard in prepared.shards[1:])
+    stitched = sum(
+        len(local[run_root.checkpoint_file(shard.name)]) for shard in prepared.shards[1:]
+    )
     assert experts < again.traffic.bytes_written <= stitched
     assert {info.key: store.get(info.key) for info in store.list("checkpoint/")} == local
 

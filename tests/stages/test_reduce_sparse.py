@@ -1,4 +1,5 @@
-"""A run with output.storage: sparse: its folder is what a conversion of the dense run's would be, and everything that reads it reads it."""
+"""A run with output.storage: sparse: its folder is what a conversion of the dense run's would be,
+and everything that reads it reads it."""
 
 import shutil
 import uuid
@@ -36,7 +37,9 @@ def sparse_run(finished: SmallRun, tmp_path_factory: pytest.TempPathFactory) -> 
     """The session's run once more, from its source, with sparse storage. Nobody changes it."""
     root = tmp_path_factory.mktemp("sparse") / "run"
     prepared = prepare(configure(finished.source, root, SPARSE))
-    return SmallRun(root=root, source=finished.source, prepared=prepared, report=run_locally(prepared))
+    return SmallRun(
+        root=root, source=finished.source, prepared=prepared, report=run_locally(prepared)
+    )
 
 
 @pytest.fixture
@@ -56,9 +59,14 @@ def converted(folder: Folder, to: str) -> Folder:
 
 
 def of_plan(folder: Folder, ours: SmallRun, theirs: SmallRun) -> Folder:
-    """The folder as the other run would have written it: the plans differ in output.storage, which manifest and card state."""
+    """The folder as the other run would have written it: the plans differ in output.storage, which
+    manifest and card state."""
     digest, storage = ours.prepared.plan.digest, ours.prepared.plan.config.output.storage
-    manifest = CheckpointManifest.from_json(folder.files[MANIFEST], MANIFEST).model_copy(update={"plan_digest": digest}).sealed()
+    manifest = (
+        CheckpointManifest.from_json(folder.files[MANIFEST], MANIFEST)
+        .model_copy(update={"plan_digest": digest})
+        .sealed()
+    )
     card = folder.files[CARD].decode()
     for old, new in (
         (theirs.prepared.plan.digest, digest),
@@ -72,13 +80,17 @@ def of_plan(folder: Folder, ours: SmallRun, theirs: SmallRun) -> Folder:
 # The folder
 
 
-def test_folder_is_byte_for_byte_what_a_conversion_of_the_dense_runs_is(finished: SmallRun, sparse_run: SmallRun) -> None:
+def test_folder_is_byte_for_byte_what_a_conversion_of_the_dense_runs_is(
+    finished: SmallRun, sparse_run: SmallRun
+) -> None:
     stitched, dense = Folder.read(sparse_run.checkpoint), Folder.read(finished.checkpoint)
     assert stitched.changed_from(converted(dense, "sparse")) == [CARD, MANIFEST]
     assert stitched.changed_from(of_plan(converted(dense, "sparse"), sparse_run, finished)) == []
 
 
-def test_converted_to_dense_storage_it_is_the_dense_runs_folder(finished: SmallRun, sparse_run: SmallRun) -> None:
+def test_converted_to_dense_storage_it_is_the_dense_runs_folder(
+    finished: SmallRun, sparse_run: SmallRun
+) -> None:
     dense = converted(Folder.read(sparse_run.checkpoint), "dense")
     assert dense.changed_from(of_plan(Folder.read(finished.checkpoint), sparse_run, finished)) == []
     assert b"## Sparse storage" not in dense.files[CARD]
@@ -88,7 +100,9 @@ def test_an_independent_reader_finds_the_units_bytes_in_it(sparse_run: SmallRun)
     found = dense_checkpoint(Folder.read(sparse_run.checkpoint).files)
     for unit in sparse_run.prepared.plan.units:
         manifest = UnitManifest.load(sparse_run.prepared.store, run_root.unit_manifest(unit.id))
-        tensors = read_file(sparse_run.prepared.store.get(run_root.unit_shard(unit.id, manifest.attempt)))
+        tensors = read_file(
+            sparse_run.prepared.store.get(run_root.unit_shard(unit.id, manifest.attempt))
+        )
         assert tensors == {name: found[name] for name in tensors}
         assert any(name.endswith(".weight_packed") for name in tensors)
 
@@ -96,36 +110,68 @@ def test_an_independent_reader_finds_the_units_bytes_in_it(sparse_run: SmallRun)
 # Whoever plans it, reads it or speaks of it
 
 
-def test_plan_and_report_tell_the_bytes_that_are_written(finished: SmallRun, sparse_run: SmallRun) -> None:
+def test_plan_and_report_tell_the_bytes_that_are_written(
+    finished: SmallRun, sparse_run: SmallRun
+) -> None:
     folder = Folder.read(sparse_run.checkpoint)
-    sizes = {name: len(data) for file in folder.shards for name, (_, _, data) in read_file(folder.files[file]).items()}
+    sizes = {
+        name: len(data)
+        for file in folder.shards
+        for name, (_, _, data) in read_file(folder.files[file]).items()
+    }
     experts = sum(size for name, size in sizes.items() if ".mlp.experts." in name)
     prepared, report = sparse_run.prepared, sparse_run.report
     e = estimate(prepared.plan, prepared.source, prepared.layout, prepared.shards)
-    assert (report.checkpoint_bytes, report.expert_bytes, report.storage) == (sum(sizes.values()), experts, "sparse")
-    assert (e.checkpoint_bytes, e.checkpoint_bytes - e.untouched_bytes) == (sum(sizes.values()), experts)
+    assert (report.checkpoint_bytes, report.expert_bytes, report.storage) == (
+        sum(sizes.values()),
+        experts,
+        "sparse",
+    )
+    assert (e.checkpoint_bytes, e.checkpoint_bytes - e.untouched_bytes) == (
+        sum(sizes.values()),
+        experts,
+    )
     assert "sparse storage" in dict(plan_rows(prepared, e))["output"]
-    dense = estimate(finished.prepared.plan, finished.prepared.source, finished.prepared.layout, finished.prepared.shards)
+    dense = estimate(
+        finished.prepared.plan,
+        finished.prepared.source,
+        finished.prepared.layout,
+        finished.prepared.shards,
+    )
     assert e.unit_bytes == dense.unit_bytes == dense.checkpoint_bytes - dense.untouched_bytes
     assert 0.611 < experts / e.unit_bytes < 0.613
     assert f"The experts take {experts:,} bytes" in folder.files[CARD].decode()
-    assert "sparse, for the kernels of paired-4:8" in (sparse_run.root / "report" / "report.html").read_text()
+    assert (
+        "sparse, for the kernels of paired-4:8"
+        in (sparse_run.root / "report" / "report.html").read_text()
+    )
 
 
-def test_evaluation_reads_the_same_weights_as_from_dense_storage(finished: SmallRun, sparse_run: SmallRun) -> None:
+def test_evaluation_reads_the_same_weights_as_from_dense_storage(
+    finished: SmallRun, sparse_run: SmallRun
+) -> None:
     assert finished.report.quality is not None and finished.report.quality.kl > 0
     assert sparse_run.report.quality == finished.report.quality
 
 
 @pytest.mark.parametrize("with_source", [True, False])
 def test_verification_as_a_stranger_passes(sparse_run: SmallRun, with_source: bool) -> None:
-    verdict = verify_checkpoint(LocalStore(sparse_run.checkpoint), LocalStore(sparse_run.source) if with_source else None)
-    assert (verdict.problems, verdict.compared_with_source, verdict.num_linears) == ((), with_source, 192)
+    verdict = verify_checkpoint(
+        LocalStore(sparse_run.checkpoint), LocalStore(sparse_run.source) if with_source else None
+    )
+    assert (verdict.problems, verdict.compared_with_source, verdict.num_linears) == (
+        (),
+        with_source,
+        192,
+    )
 
 
-@pytest.mark.parametrize("suffix", ["weight_sparse_packed", "weight_sparse_mask", "weight_scale", "input_global_scale"])
+@pytest.mark.parametrize(
+    "suffix", ["weight_sparse_packed", "weight_sparse_mask", "weight_scale", "input_global_scale"]
+)
 def test_the_jobs_own_verification_finds_a_changed_bit(sparse_run: SmallRun, suffix: str) -> None:
-    """Nobody but the units' manifests says what is right: the checkpoint has no manifest of its own yet."""
+    """Nobody but the units' manifests says what is right: the checkpoint has no manifest of its own
+    yet."""
     folder = Folder.read(sparse_run.checkpoint).flipped(f"{LINEAR}.{suffix}", 0, 0x01)
     store = MemoryStore(uuid.uuid4().hex)
     for info in sparse_run.prepared.store.list("units/"):
@@ -151,30 +197,41 @@ def units_only(sparse_run: SmallRun) -> StageContext:
     return replace(sparse_run.context, store=store)
 
 
-def test_interrupted_stitch_goes_on_and_leaves_whole_shards_alone(sparse_run: SmallRun, root: Path) -> None:
+def test_interrupted_stitch_goes_on_and_leaves_whole_shards_alone(
+    sparse_run: SmallRun, root: Path
+) -> None:
     first, second, *rest = sorted((root / "checkpoint").glob("*.safetensors"))
     (root / "checkpoint" / INDEX).unlink()
     first.unlink()
-    second.write_bytes(second.read_bytes()[:-1])  # no store leaves such a one, but a copy of a run root may
+    # no store leaves such a one, but a copy of a run root may
+    second.write_bytes(second.read_bytes()[:-1])
     untouched = {path: path.stat().st_mtime_ns for path in rest}
     again(sparse_run, root)
     assert Folder.read(root / "checkpoint").changed_from(Folder.read(sparse_run.checkpoint)) == []
     assert {path: path.stat().st_mtime_ns for path in rest} == untouched
 
 
-def test_shard_of_another_storage_is_made_anew(finished: SmallRun, sparse_run: SmallRun, root: Path) -> None:
-    (name, *_) = Folder.read(root / "checkpoint").shards
+def test_shard_of_another_storage_is_made_anew(
+    finished: SmallRun, sparse_run: SmallRun, root: Path
+) -> None:
+    name, *_ = Folder.read(root / "checkpoint").shards
     shutil.copy(finished.checkpoint / name, root / "checkpoint" / name)
     again(sparse_run, root)
     assert Folder.read(root / "checkpoint").changed_from(Folder.read(sparse_run.checkpoint)) == []
 
 
-@pytest.mark.parametrize("where", ["in the first scale", "in the last codes"])  # which then keep 3 pairs
+# which then keep 3 pairs
+@pytest.mark.parametrize("where", ["in the first scale", "in the last codes"])
 @pytest.mark.parametrize("store_tells_digests", [True, False])
 def test_unit_with_a_changed_bit_is_never_stitched(
-    sparse_run: SmallRun, units_only: StageContext, monkeypatch: pytest.MonkeyPatch, store_tells_digests: bool, where: str
+    sparse_run: SmallRun,
+    units_only: StageContext,
+    monkeypatch: pytest.MonkeyPatch,
+    store_tells_digests: bool,
+    where: str,
 ) -> None:
-    """Where a bucket does not tell digests, the bytes themselves do: they pass through the process that recodes them."""
+    """Where a bucket does not tell digests, the bytes themselves do: they pass through the process
+    that recodes them."""
     unit = sparse_run.prepared.plan.units[0]
     manifest_key = run_root.unit_manifest(unit.id)
     manifest = UnitManifest.load(units_only.store, manifest_key)
@@ -207,13 +264,21 @@ def test_unit_that_is_damaged_when_it_is_stitched_is_made_anew_by_the_same_run(
     monkeypatch.setattr(reduce, "stored_sha256", lambda *_: None)
     again(sparse_run, root)
     assert Folder.read(root / "checkpoint").changed_from(Folder.read(sparse_run.checkpoint)) == []
-    assert not shard.exists() and len(list(root.glob("units/L002-E000-007/*/shard.safetensors"))) == 1
+    assert (
+        not shard.exists() and len(list(root.glob("units/L002-E000-007/*/shard.safetensors"))) == 1
+    )
 
 
-def test_another_storage_is_another_plan_and_the_way_out_is_named(sparse_run: SmallRun, root: Path) -> None:
+def test_another_storage_is_another_plan_and_the_way_out_is_named(
+    sparse_run: SmallRun, root: Path
+) -> None:
     before = {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
     with pytest.raises(
-        PlanMismatchError, match=r"output\.storage: expected 'dense' \(this run\), found 'sparse'.*`p48ray convert` makes the other storage"
+        PlanMismatchError,
+        match=(
+            r"output\.storage: expected 'dense' \(this run\), found 'sparse'.*`p48ray convert`"
+            r" makes the other storage"
+        ),
     ):
         run_locally(prepare(configure(sparse_run.source, root)))
     assert {path: path.read_bytes() for path in root.rglob("*") if path.is_file()} == before

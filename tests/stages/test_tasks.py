@@ -1,4 +1,5 @@
-"""How a task ended, by the name of its error: what a runner tries again, and which process it no longer trusts."""
+"""How a task ended, by the name of its error: what a runner tries again, and which process it no
+longer trusts."""
 
 import pytest
 
@@ -19,7 +20,9 @@ TASK = Task(stage="compress", id="L001-E000-007", item=None)
         (MemoryError, False, True),
     ],
 )
-def test_an_outage_is_tried_again_and_a_bug_costs_its_process(kind: type[Exception], is_transient: bool, is_foreign: bool) -> None:
+def test_an_outage_is_tried_again_and_a_bug_costs_its_process(
+    kind: type[Exception], is_transient: bool, is_foreign: bool
+) -> None:
     result = TaskResult(task=TASK, error_type=kind.__name__, error="why")
     assert (result.is_transient, result.is_foreign) == (is_transient, is_foreign)
 

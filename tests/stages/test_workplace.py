@@ -1,4 +1,5 @@
-"""What a dead process left is hashed once by the node that goes on with it; what a process of the node wrote is not."""
+"""What a dead process left is hashed once by the node that goes on with it; what a process of the
+node wrote is not."""
 
 import json
 import multiprocessing
@@ -64,7 +65,11 @@ def read(workplace: Workplace) -> None:
 
 def times_hashed(tmp_path: Path) -> int:
     """How often any process read the blob through its digest."""
-    lines = [json.loads(line) for file in (tmp_path / "trace").iterdir() for line in file.read_text().splitlines()]
+    lines = [
+        json.loads(line)
+        for file in (tmp_path / "trace").iterdir()
+        for line in file.read_text().splitlines()
+    ]
     return sum(line["kind"] == "hash" and line["what"] == KEY for line in lines)
 
 
@@ -106,7 +111,9 @@ def test_a_blob_of_a_dead_process_is_hashed_once_and_never_again_on_that_node(
     assert times_hashed(tmp_path) == 1
 
 
-def test_a_blob_of_a_dead_process_whose_node_lives_on_is_not_hashed(plan: RunPlan, workplaces: list[Workplace], tmp_path: Path) -> None:
+def test_a_blob_of_a_dead_process_whose_node_lives_on_is_not_hashed(
+    plan: RunPlan, workplaces: list[Workplace], tmp_path: Path
+) -> None:
     workplaces.append(open_workplace(plan))
     capture_in_a_process_that_dies(plan)
     read(workplaces[0])
@@ -116,7 +123,9 @@ def test_a_blob_of_a_dead_process_whose_node_lives_on_is_not_hashed(plan: RunPla
 def test_two_processes_at_once_hash_a_blob_once(plan: RunPlan, tmp_path: Path) -> None:
     capture_in_a_process_that_dies(plan)
     barrier = SPAWN.Barrier(2)
-    processes = [SPAWN.Process(target=read_at_once, args=(plan.to_json(), barrier)) for _ in range(2)]
+    processes = [
+        SPAWN.Process(target=read_at_once, args=(plan.to_json(), barrier)) for _ in range(2)
+    ]
     for process in processes:
         process.start()
     for process in processes:

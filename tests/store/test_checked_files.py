@@ -1,4 +1,5 @@
-"""Files of a node that are held against their digests once: by threads, by processes, by one that comes after a dead one; and again when they change."""
+"""Files of a node that are held against their digests once: by threads, by processes, by one that
+comes after a dead one; and again when they change."""
 
 import hashlib
 import multiprocessing
@@ -61,7 +62,9 @@ def test_what_this_process_wrote_is_not_checked(file: Path, folder: Path | None)
     files.check_once(os.stat(file), DIGEST, refuse)
 
 
-def test_what_another_put_in_its_place_meanwhile_is_checked(file: Path, folder: Path | None) -> None:
+def test_what_another_put_in_its_place_meanwhile_is_checked(
+    file: Path, folder: Path | None
+) -> None:
     files = CheckedFiles(folder)
     file.write_bytes(DATA + b" of another")
     files.trust(str(file), os.stat(file).st_ino, len(DATA), DIGEST)
@@ -100,8 +103,14 @@ def cut(path: Path) -> None:
     os.truncate(path, 3)
 
 
-@pytest.mark.parametrize("change", [rewrite, rewrite_and_hide_it, put_another_there, cut], ids=lambda change: change.__name__)
-def test_a_changed_file_is_checked_again(change: Callable[[Path], None], file: Path, folder: Path | None) -> None:
+@pytest.mark.parametrize(
+    "change",
+    [rewrite, rewrite_and_hide_it, put_another_there, cut],
+    ids=lambda change: change.__name__,
+)
+def test_a_changed_file_is_checked_again(
+    change: Callable[[Path], None], file: Path, folder: Path | None
+) -> None:
     files = CheckedFiles(folder)
     assert is_checked(files, file)
     time.sleep(0.02)  # a kernel's clock for files goes by ticks
@@ -111,10 +120,16 @@ def test_a_changed_file_is_checked_again(change: Callable[[Path], None], file: P
 
 def test_another_digest_of_the_same_file_is_checked(file: Path, folder: Path | None) -> None:
     files = CheckedFiles(folder)
-    assert is_checked(files, file) and is_checked(files, file, "f" * 64) and not is_checked(files, file)
+    assert (
+        is_checked(files, file)
+        and is_checked(files, file, "f" * 64)
+        and not is_checked(files, file)
+    )
 
 
-def test_a_failing_check_is_told_and_tried_again_by_the_next(file: Path, folder: Path | None) -> None:
+def test_a_failing_check_is_told_and_tried_again_by_the_next(
+    file: Path, folder: Path | None
+) -> None:
     files = CheckedFiles(folder)
 
     def fail() -> None:
@@ -148,7 +163,9 @@ def test_threads_wait_for_the_one_that_checks(file: Path, folder: Path | None) -
     assert len(calls) == 1 and len(passed) == 6
 
 
-def test_of_threads_that_wait_one_tries_again_when_the_check_failed(file: Path, folder: Path | None) -> None:
+def test_of_threads_that_wait_one_tries_again_when_the_check_failed(
+    file: Path, folder: Path | None
+) -> None:
     files, calls, outcomes = CheckedFiles(folder), [], []
 
     def check() -> None:
@@ -175,7 +192,9 @@ def test_of_threads_that_wait_one_tries_again_when_the_check_failed(file: Path, 
 # Processes of one node.
 
 
-def test_processes_of_a_node_share_notes_and_keep_them_apart_from_others(file: Path, tmp_path: Path) -> None:
+def test_processes_of_a_node_share_notes_and_keep_them_apart_from_others(
+    file: Path, tmp_path: Path
+) -> None:
     first, second = CheckedFiles(notes_folder(tmp_path)), CheckedFiles(notes_folder(tmp_path))
     assert is_checked(first, file) and not is_checked(second, file)
     assert is_checked(CheckedFiles(), file), "a process without a folder has its own"
@@ -188,8 +207,11 @@ def test_a_note_that_was_lost_costs_one_more_reading(file: Path, tmp_path: Path)
     assert is_checked(CheckedFiles(folder), file) and not is_checked(CheckedFiles(folder), file)
 
 
-def look_from_a_process(folder: str, path: str, log: str, here: Event, begun: Event, go: Event) -> None:
-    """Check the file, slowly; a line in the log for every check, and one for every look that has come to its end."""
+def look_from_a_process(
+    folder: str, path: str, log: str, here: Event, begun: Event, go: Event
+) -> None:
+    """Check the file, slowly; a line in the log for every check, and one for every look that has
+    come to its end."""
     here.set()
 
     def check() -> None:
@@ -203,13 +225,19 @@ def look_from_a_process(folder: str, path: str, log: str, here: Event, begun: Ev
         lines.write("read\n")
 
 
-def test_of_two_processes_at_once_one_checks_and_the_other_waits(file: Path, tmp_path: Path) -> None:
+def test_of_two_processes_at_once_one_checks_and_the_other_waits(
+    file: Path, tmp_path: Path
+) -> None:
     folder, log = notes_folder(tmp_path), tmp_path / "log"
     there, here, begun, again, go = (SPAWN.Event() for _ in range(5))
-    first = SPAWN.Process(target=look_from_a_process, args=(str(folder), str(file), str(log), there, begun, go))
+    first = SPAWN.Process(
+        target=look_from_a_process, args=(str(folder), str(file), str(log), there, begun, go)
+    )
     first.start()
     assert begun.wait(WAIT_S)
-    second = SPAWN.Process(target=look_from_a_process, args=(str(folder), str(file), str(log), here, again, go))
+    second = SPAWN.Process(
+        target=look_from_a_process, args=(str(folder), str(file), str(log), here, again, go)
+    )
     second.start()
     assert here.wait(WAIT_S)
     assert not again.wait(0.5), "the second checks too"
@@ -225,7 +253,9 @@ def test_of_two_processes_at_once_one_checks_and_the_other_waits(file: Path, tmp
 def test_a_checker_that_is_killed_lets_the_next_one_check(file: Path, tmp_path: Path) -> None:
     folder, log = notes_folder(tmp_path), tmp_path / "log"
     here, begun, go = (SPAWN.Event() for _ in range(3))
-    process = SPAWN.Process(target=look_from_a_process, args=(str(folder), str(file), str(log), here, begun, go))
+    process = SPAWN.Process(
+        target=look_from_a_process, args=(str(folder), str(file), str(log), here, begun, go)
+    )
     process.start()
     assert begun.wait(WAIT_S) and process.pid
     found: list[bool] = []

@@ -24,7 +24,8 @@ for number in range(10**9):
     body = bytes([number % 251]) * 20_000_000
     store.put(f"put/{number % 3}", body)
     store.put_if_absent(f"absent/{number}", body)
-    store.compose(f"compose/{number % 3}", [ByteRange(store, f"put/{number % 3}", 0, 10_000_000)] * 2)
+    half = ByteRange(store, f"put/{number % 3}", 0, 10_000_000)
+    store.compose(f"compose/{number % 3}", [half] * 2)
     store.delete(f"absent/{number - 2}") if number > 1 else None
     print(number, flush=True)
 """
@@ -36,7 +37,9 @@ def temp_files(root: Path) -> list[Path]:
 
 @pytest.mark.parametrize("delay_s", [0.0, 0.013, 0.031, 0.057])
 def test_killed_writer_leaves_no_partial_object(tmp_path: Path, delay_s: float) -> None:
-    process = subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path)], stdout=subprocess.PIPE)
+    process = subprocess.Popen(
+        [sys.executable, "-c", WRITER, str(tmp_path)], stdout=subprocess.PIPE
+    )
     assert process.stdout is not None
     process.stdout.readline()
     time.sleep(delay_s)
@@ -68,7 +71,10 @@ def test_reading_creates_no_folder_and_writing_creates_the_root(tmp_path: Path) 
     assert (tmp_path / "a" / "b" / "x").read_bytes() == b"1"
 
 
-@pytest.mark.parametrize(("number", "kind"), [(errno.ENOSPC, P48Error), (errno.EDQUOT, P48Error), (errno.ESTALE, TransientStoreError)])
+@pytest.mark.parametrize(
+    ("number", "kind"),
+    [(errno.ENOSPC, P48Error), (errno.EDQUOT, P48Error), (errno.ESTALE, TransientStoreError)],
+)
 def test_failed_write_names_the_path_and_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, kind: type[P48Error]
 ) -> None:
@@ -80,7 +86,11 @@ def test_failed_write_names_the_path_and_leaves_nothing(
 
     monkeypatch.setattr(local.os, "fsync", refuse)
     once = partial(store.write_once, "folder/b", Pieces([b"after"]))
-    for write in (lambda: store.put("folder/a", b"after"), lambda: store.put_if_absent("folder/b", b"after"), once):
+    for write in (
+        lambda: store.put("folder/a", b"after"),
+        lambda: store.put_if_absent("folder/b", b"after"),
+        once,
+    ):
         with pytest.raises(P48Error, match=rf"folder/[ab].*{errno.errorcode[number]}") as caught:
             write()
         assert type(caught.value) is kind
@@ -90,14 +100,22 @@ def test_failed_write_names_the_path_and_leaves_nothing(
     assert temp_files(tmp_path) == []
 
 
-def test_full_disk_in_the_middle_of_write_once_leaves_nothing_and_names_the_path(tmp_path: Path) -> None:
+def test_full_disk_in_the_middle_of_write_once_leaves_nothing_and_names_the_path(
+    tmp_path: Path,
+) -> None:
     """A real file system of 12 MiB, which is full in the second chunk."""
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=12m", "p48ray-tests", str(tmp_path)], capture_output=True, text=True)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=12m", "p48ray-tests", str(tmp_path)],
+        capture_output=True,
+        text=True,
+    )
     if mounted.returncode:
         pytest.skip(f"needs the right to mount a file system: {mounted.stderr.strip()}")
     try:
         store = LocalStore(tmp_path / "root")
-        with pytest.raises(P48Error, match=rf"{tmp_path}/root/folder/a: No space left on device \(ENOSPC\)") as caught:
+        with pytest.raises(
+            P48Error, match=rf"{tmp_path}/root/folder/a: No space left on device \(ENOSPC\)"
+        ) as caught:
             store.write_once("folder/a", Pieces([DATA[: 15 * MIB]]))
         assert type(caught.value) is P48Error
         assert (temp_files(tmp_path), list(store.list())) == ([], [])
@@ -125,11 +143,17 @@ def test_object_that_would_need_another_object_as_folder_is_refused(tmp_path: Pa
     assert temp_files(tmp_path) == []
 
 
-def test_short_write_is_noticed_before_anything_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_short_write_is_noticed_before_anything_is_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     store = LocalStore(tmp_path)
     store.put("a", b"before")
     real_fstat = os.fstat
-    monkeypatch.setattr(local.os, "fstat", lambda handle: os.stat_result((*real_fstat(handle)[:6], 3, *real_fstat(handle)[7:])))
+    monkeypatch.setattr(
+        local.os,
+        "fstat",
+        lambda handle: os.stat_result((*real_fstat(handle)[:6], 3, *real_fstat(handle)[7:])),
+    )
     with pytest.raises(ShardCorruptError, match="wrote 5 bytes, the file system holds 3"):
         store.put("a", b"after")
     monkeypatch.undo()
@@ -137,14 +161,17 @@ def test_short_write_is_noticed_before_anything_is_replaced(tmp_path: Path, monk
     assert temp_files(tmp_path) == []
 
 
-def test_compose_copies_through_memory_where_the_kernel_declines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compose_copies_through_memory_where_the_kernel_declines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source, target = LocalStore(tmp_path / "source"), LocalStore(tmp_path / "target")
     source.put("a", bytes(range(256)) * 10)
     calls: list[int] = []
 
     def decline(source_handle: int, target_handle: int, count: int, offset: int) -> int:
         calls.append(offset)
-        if len(calls) == 1:  # part of the range, then a refusal: the rest must continue where the kernel stopped
+        # part of the range, then a refusal: the rest must continue where the kernel stopped
+        if len(calls) == 1:
             return real_copy(source_handle, target_handle, 100, offset)
         raise OSError(errno.EXDEV, "other file system")
 
@@ -156,7 +183,9 @@ def test_compose_copies_through_memory_where_the_kernel_declines(tmp_path: Path,
     assert calls == [5, 105]
 
 
-def test_compose_streams_other_stores_in_bounded_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compose_streams_other_stores_in_bounded_reads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source, target = MemoryStore("bounded-reads"), LocalStore(tmp_path)
     source.put("a", bytes(range(250)))
     sizes: list[int] = []
@@ -185,7 +214,9 @@ def test_linked_files_are_read_and_listed_as_objects(tmp_path: Path) -> None:
     assert store.get_range("model.safetensors", 2, 3) == b"igh"
 
 
-def test_sweep_removes_old_temporary_files_under_its_prefix_and_nothing_else(tmp_path: Path) -> None:
+def test_sweep_removes_old_temporary_files_under_its_prefix_and_nothing_else(
+    tmp_path: Path,
+) -> None:
     store = LocalStore(tmp_path)
     for key in ("units/a", "units/deep/b", "other/c"):
         store.put(key, b"1")

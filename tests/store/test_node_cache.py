@@ -1,4 +1,5 @@
-"""What the processes of a node share: fetched once, waited for, made anew after a death, dropped when there is no room, gone at the end."""
+"""What the processes of a node share: fetched once, waited for, made anew after a death, dropped
+when there is no room, gone at the end."""
 
 import multiprocessing
 import os
@@ -59,7 +60,10 @@ def test_threads_that_want_the_same_file_wait_for_the_one_that_fetches(tmp_path:
         time.sleep(0.1)
         os.pwrite(descriptor, b"hello", 0)
 
-    threads = [threading.Thread(target=lambda: found.append(bytes(cache.open("a", 5, fill) or b""))) for _ in range(6)]
+    threads = [
+        threading.Thread(target=lambda: found.append(bytes(cache.open("a", 5, fill) or b"")))
+        for _ in range(6)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -95,7 +99,11 @@ def test_killed_fetcher_lets_go_and_its_half_is_never_seen(tmp_path: Path) -> No
     process.start()
     assert is_inside.wait(60)
     found: list[bytes] = []
-    waiting = threading.Thread(target=lambda: found.append(bytes(NodeCache(tmp_path / "c", 1000).open("a", 5, filler(b"hello")) or b"")))
+    waiting = threading.Thread(
+        target=lambda: found.append(
+            bytes(NodeCache(tmp_path / "c", 1000).open("a", 5, filler(b"hello")) or b"")
+        )
+    )
     waiting.start()
     time.sleep(0.2)
     assert not found, "waits while the other process lives"
@@ -106,7 +114,9 @@ def test_killed_fetcher_lets_go_and_its_half_is_never_seen(tmp_path: Path) -> No
     assert found == [b"hello"]
 
 
-def test_least_recently_used_files_make_room_and_stay_readable_where_they_are_mapped(tmp_path: Path) -> None:
+def test_least_recently_used_files_make_room_and_stay_readable_where_they_are_mapped(
+    tmp_path: Path,
+) -> None:
     cache = NodeCache(tmp_path / "c", 10)
     a = cache.open("a", 4, filler(b"aaaa"))
     cache.open("b", 4, filler(b"bbbb"))
@@ -128,7 +138,9 @@ def test_file_larger_than_the_limit_is_not_kept_and_drops_nothing(tmp_path: Path
     assert cache.open("a", 4, refuse) is not None
 
 
-def test_full_disk_means_no_room_and_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_means_no_room_and_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     cache = NodeCache(tmp_path / "c", 1000)
     cache.open("a", 4, filler(b"aaaa"))
     usage = module.shutil.disk_usage(tmp_path)
@@ -136,7 +148,9 @@ def test_full_disk_means_no_room_and_no_error(tmp_path: Path, monkeypatch: pytes
     assert cache.open("b", 4, refuse) is None
 
 
-def test_limit_is_half_of_what_the_disk_has_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_limit_is_half_of_what_the_disk_has_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     usage = module.shutil.disk_usage(tmp_path)
     monkeypatch.setattr(module.shutil, "disk_usage", lambda folder: usage._replace(free=1000))
     assert NodeCache(tmp_path / "c").limit_bytes == 500
@@ -181,7 +195,11 @@ def test_sweep_removes_what_the_dead_left_and_nothing_that_is_in_use(tmp_path: P
     (tmp_path / "something-else").mkdir()
     (tmp_path / "p48ray-node-of-a-stranger").mkdir()  # without the mark of a cache
     assert sweep_unused(str(tmp_path)) == 1
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["p48ray-node-living", "p48ray-node-of-a-stranger", "something-else"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "p48ray-node-living",
+        "p48ray-node-of-a-stranger",
+        "something-else",
+    ]
     living.open("a", 1, filler(b"a"))
 
 
@@ -197,7 +215,9 @@ def join_and_leave(folder: str, times: int) -> None:
 @pytest.mark.slow
 def test_folder_that_comes_and_goes_is_always_whole_for_those_inside(tmp_path: Path) -> None:
     """Four processes join, read and leave, each leaving perhaps as the last."""
-    processes = [SPAWN.Process(target=join_and_leave, args=(str(tmp_path / "c"), 60)) for _ in range(4)]
+    processes = [
+        SPAWN.Process(target=join_and_leave, args=(str(tmp_path / "c"), 60)) for _ in range(4)
+    ]
     for process in processes:
         process.start()
     for process in processes:
@@ -207,13 +227,21 @@ def test_folder_that_comes_and_goes_is_always_whole_for_those_inside(tmp_path: P
     assert not (tmp_path / "c").exists()
 
 
-def test_ranges_are_fetched_to_their_places_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranges_are_fetched_to_their_places_in_pieces(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(module, "FETCH_BYTES", 7)
     store = MemoryStore("node-cache-fetch")
     data = bytes(range(256))
     store.put("x", data)
-    ranges = [(ByteRange(store, "x", 10, 100), 3), (ByteRange(store, "x", 200, 5), 110), (ByteRange(store, "x", 0, 0), 0)]
-    found = NodeCache(tmp_path / "c", 1000).open("a", 120, lambda descriptor: fetch(ranges, descriptor))
+    ranges = [
+        (ByteRange(store, "x", 10, 100), 3),
+        (ByteRange(store, "x", 200, 5), 110),
+        (ByteRange(store, "x", 0, 0), 0),
+    ]
+    found = NodeCache(tmp_path / "c", 1000).open(
+        "a", 120, lambda descriptor: fetch(ranges, descriptor)
+    )
     assert found is not None
     assert bytes(found[3:103]) == data[10:110] and bytes(found[110:115]) == data[200:205]
     assert bytes(found[:3]) + bytes(found[115:]) == bytes(8)

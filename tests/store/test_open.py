@@ -22,7 +22,9 @@ def test_file_uri_is_unquoted(tmp_path: Path) -> None:
     assert open_store(f"file://{tmp_path}/a%20b").get("x") == b"1"
 
 
-def test_relative_and_home_paths_become_absolute(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_relative_and_home_paths_become_absolute(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     assert open_store("runs/x").uri == str(tmp_path / "runs" / "x")

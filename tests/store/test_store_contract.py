@@ -1,4 +1,5 @@
-"""The contract that every store passes. To add a backend, add a fixture parameter here: nothing below knows which store it has."""
+"""The contract that every store passes. To add a backend, add a fixture parameter here: nothing
+below knows which store it has."""
 
 import hashlib
 import pickle
@@ -20,12 +21,27 @@ from p48ray.store.s3 import store as s3
 from p48ray.store.view import SubStore
 from tests.servers.s3 import BUCKET
 
-BAD_KEYS = ["", "/a", "a//b", "a/", "..", "a/../b", "../a", ".", "./a", "a/.", "a\\b", "a\0b", "a/.p48tmp-1-2"]
+BAD_KEYS = [
+    "",
+    "/a",
+    "a//b",
+    "a/",
+    "..",
+    "a/../b",
+    "../a",
+    ".",
+    "./a",
+    "a/.",
+    "a\\b",
+    "a\0b",
+    "a/.p48tmp-1-2",
+]
 
 MIB = 2**20
 PART_BYTES = 5 * MIB
 ONE_REQUEST_BYTES = 6 * MIB
-"""What S3Store sends in parts and in one request in the tests of write_once here: S3's smallest part, and a little more than it."""
+"""What S3Store sends in parts and in one request in the tests of write_once here: S3's smallest
+part, and a little more than it."""
 DATA = random.Random(2).randbytes(21 * MIB)
 
 KINDS = ["local", "memory", "view", "seaweedfs", "moto"]
@@ -109,9 +125,31 @@ def test_folder_of_objects_is_not_an_object(store: Store) -> None:
 
 
 def test_list_is_recursive_sorted_by_key_and_filters_by_text_prefix(store: Store) -> None:
-    for key in ["b/z", "a/c/d", "a-b", "a/b", "a.b", "units/L01/x", "units/L02/x", "units/L1", "ä", "z"]:
+    for key in [
+        "b/z",
+        "a/c/d",
+        "a-b",
+        "a/b",
+        "a.b",
+        "units/L01/x",
+        "units/L02/x",
+        "units/L1",
+        "ä",
+        "z",
+    ]:
         store.put(key, key.encode())
-    assert keys(store) == ["a-b", "a.b", "a/b", "a/c/d", "b/z", "units/L01/x", "units/L02/x", "units/L1", "z", "ä"]
+    assert keys(store) == [
+        "a-b",
+        "a.b",
+        "a/b",
+        "a/c/d",
+        "b/z",
+        "units/L01/x",
+        "units/L02/x",
+        "units/L1",
+        "z",
+        "ä",
+    ]
     assert keys(store, "units/L0") == ["units/L01/x", "units/L02/x"]
     assert keys(store, "a") == ["a-b", "a.b", "a/b", "a/c/d"]
     assert keys(store, "a/") == ["a/b", "a/c/d"]
@@ -126,9 +164,13 @@ def test_get_range_gives_exactly_the_range(store: Store, start: int, num_bytes: 
 
 
 @pytest.mark.parametrize(("start", "num_bytes"), [(0, 11), (10, 1), (9, 2), (11, 0), (500, 7)])
-def test_get_range_beyond_the_end_names_key_asked_and_found(store: Store, start: int, num_bytes: int) -> None:
+def test_get_range_beyond_the_end_names_key_asked_and_found(
+    store: Store, start: int, num_bytes: int
+) -> None:
     store.put("some/key", b"0123456789")
-    with pytest.raises(ShardCorruptError, match=rf"some/key.*{num_bytes} bytes from byte {start}.*found 10 bytes"):
+    with pytest.raises(
+        ShardCorruptError, match=rf"some/key.*{num_bytes} bytes from byte {start}.*found 10 bytes"
+    ):
         store.get_range("some/key", start, num_bytes)
 
 
@@ -173,13 +215,17 @@ def test_put_if_absent_writes_once_and_keeps_the_first(store: Store) -> None:
 
 
 @pytest.mark.parametrize("round_number", range(5))
-def test_of_twenty_racing_writers_exactly_one_wins_and_its_bytes_stay(store: Store, round_number: int) -> None:
+def test_of_twenty_racing_writers_exactly_one_wins_and_its_bytes_stay(
+    store: Store, round_number: int
+) -> None:
     barrier = threading.Barrier(20)
     won: dict[int, bool] = {}
 
     def race(number: int) -> None:
         barrier.wait()
-        won[number] = store.put_if_absent("units/u/manifest.json", f"attempt {number}".encode() * 1000)
+        won[number] = store.put_if_absent(
+            "units/u/manifest.json", f"attempt {number}".encode() * 1000
+        )
 
     threads = [threading.Thread(target=race, args=(number,)) for number in range(20)]
     for thread in threads:
@@ -194,11 +240,19 @@ def test_of_twenty_racing_writers_exactly_one_wins_and_its_bytes_stay(store: Sto
 
 
 class Pieces:
-    """Buffers of given pieces. Each is handed out in the same memory, as a caller that fills one buffer again and again would."""
+    """Buffers of given pieces. Each is handed out in the same memory, as a caller that fills one
+    buffer again and again would."""
 
-    def __init__(self, pieces: Iterable[Any], announced: int | None = None, then: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self,
+        pieces: Iterable[Any],
+        announced: int | None = None,
+        then: Callable[[], None] = lambda: None,
+    ) -> None:
         self.pieces = [memoryview(piece) for piece in pieces]
-        self.size_bytes = sum(piece.nbytes for piece in self.pieces) if announced is None else announced
+        self.size_bytes = (
+            sum(piece.nbytes for piece in self.pieces) if announced is None else announced
+        )
         self.then, self.num_passes = then, 0
 
     def __iter__(self) -> Iterator[memoryview]:
@@ -228,7 +282,16 @@ def claim(data: bytes, is_ours: bool = True) -> Written:
     return Written(len(data), hashlib.sha256(data).hexdigest(), is_ours)
 
 
-THRESHOLDS = [0, 1, PART_BYTES, ONE_REQUEST_BYTES, CHUNK_BYTES, 2 * PART_BYTES, 2 * CHUNK_BYTES, 3 * PART_BYTES]
+THRESHOLDS = [
+    0,
+    1,
+    PART_BYTES,
+    ONE_REQUEST_BYTES,
+    CHUNK_BYTES,
+    2 * PART_BYTES,
+    2 * CHUNK_BYTES,
+    3 * PART_BYTES,
+]
 
 
 @pytest.mark.usefixtures("small_parts")
@@ -256,13 +319,17 @@ def test_write_once_of_many_tiny_buffers_of_nothing_and_of_numbers(store: Store)
     numbers = torch.arange(3 * MIB, dtype=torch.int16).numpy()
     values = torch.linspace(0, 1, MIB).numpy()
     expected = numbers.tobytes() + values.tobytes() + b"end"
-    assert store.write_once("numbers", Pieces([numbers.data, values.data, b"end"])) == claim(expected)
+    assert store.write_once("numbers", Pieces([numbers.data, values.data, b"end"])) == claim(
+        expected
+    )
     assert store.get("numbers") == expected
 
 
 @pytest.mark.usefixtures("small_parts")
 @pytest.mark.parametrize("size", [1000, 17 * MIB])
-def test_second_write_once_keeps_the_first_and_tells_the_callers_own_digest(store: Store, size: int) -> None:
+def test_second_write_once_keeps_the_first_and_tells_the_callers_own_digest(
+    store: Store, size: int
+) -> None:
     first, second = DATA[:size], DATA[1 : size + 5]
     assert store.write_once("a", Pieces([first])) == claim(first)
     before = store.traffic.bytes_written
@@ -277,17 +344,32 @@ def test_second_write_once_keeps_the_first_and_tells_the_callers_own_digest(stor
 
 @pytest.mark.usefixtures("small_parts")
 @pytest.mark.parametrize(
-    ("size", "announced"), [(10, 9), (10, 11), (0, 1), (17 * MIB, 17 * MIB - 1), (17 * MIB, 18 * MIB), (10, 17 * MIB), (17 * MIB, 10)]
+    ("size", "announced"),
+    [
+        (10, 9),
+        (10, 11),
+        (0, 1),
+        (17 * MIB, 17 * MIB - 1),
+        (17 * MIB, 18 * MIB),
+        (10, 17 * MIB),
+        (17 * MIB, 10),
+    ],
 )
-def test_write_once_of_more_or_less_than_announced_leaves_nothing(store: Store, size: int, announced: int) -> None:
-    with pytest.raises(ShardCorruptError, match=f"expected {announced} bytes to write, found {size}"):
+def test_write_once_of_more_or_less_than_announced_leaves_nothing(
+    store: Store, size: int, announced: int
+) -> None:
+    with pytest.raises(
+        ShardCorruptError, match=f"expected {announced} bytes to write, found {size}"
+    ):
         store.write_once("folder/a", Pieces([DATA[:size]], announced))
     assert_nothing_is_left(store)
 
 
 @pytest.mark.usefixtures("small_parts")
 @pytest.mark.parametrize("size", [10, 17 * MIB])
-def test_write_once_of_buffers_that_raise_leaves_nothing_and_the_error_comes_through(store: Store, size: int) -> None:
+def test_write_once_of_buffers_that_raise_leaves_nothing_and_the_error_comes_through(
+    store: Store, size: int
+) -> None:
     def fail() -> None:
         raise ZeroDivisionError("in the middle of the bytes")
 
@@ -300,13 +382,16 @@ def test_write_once_of_buffers_that_raise_leaves_nothing_and_the_error_comes_thr
 @pytest.mark.usefixtures("small_parts")
 @pytest.mark.parametrize("size", [5000, 7 * MIB])
 def test_of_twenty_racing_write_once_one_wins_and_its_bytes_stay(store: Store, size: int) -> None:
-    """Exactly one, where completing an upload is atomic: the servers here look first and write then, so that two may believe they won (MultipartUpload.complete)."""
+    """Exactly one, where completing an upload is atomic: the servers here look first and write
+    then, so that two may believe they won (MultipartUpload.complete)."""
     barrier = threading.Barrier(20)
     found: dict[int, Written] = {}
 
     def race(number: int) -> None:
         barrier.wait()
-        found[number] = store.write_once("units/u/part.arrow", Pieces([bytes([number]), DATA[:size]]))
+        found[number] = store.write_once(
+            "units/u/part.arrow", Pieces([bytes([number]), DATA[:size]])
+        )
 
     threads = [threading.Thread(target=race, args=(number,)) for number in range(20)]
     for thread in threads:
@@ -316,10 +401,15 @@ def test_of_twenty_racing_write_once_one_wins_and_its_bytes_stay(store: Store, s
     winners = {number for number, written in found.items() if written.is_ours}
     held = store.get("units/u/part.arrow")
     assert len(found) == 20
-    assert len(winners) == 1 or (len(winners) < 5 and isinstance(store, S3Store) and size > ONE_REQUEST_BYTES)
+    assert len(winners) == 1 or (
+        len(winners) < 5 and isinstance(store, S3Store) and size > ONE_REQUEST_BYTES
+    )
     assert held[0] in winners
     assert held[1:] == DATA[:size]
-    assert all(written == claim(bytes([number]) + DATA[:size], number in winners) for number, written in found.items())
+    assert all(
+        written == claim(bytes([number]) + DATA[:size], number in winners)
+        for number, written in found.items()
+    )
     assert keys(store) == ["units/u/part.arrow"]
     assert store.sweep(-3600.0) == 0
 
@@ -347,7 +437,14 @@ def test_readers_see_one_version_or_the_other_while_an_object_is_replaced(store:
 def test_compose_joins_bytes_and_ranges_of_both_stores(store: Store, other: Store) -> None:
     store.put("mine", b"0123456789")
     other.put("theirs", bytes(range(256)) * 1000)
-    pieces = [b"head", ByteRange(other, "theirs", 100, 200_000), b"", ByteRange(store, "mine", 2, 3), ByteRange(store, "mine", 5, 0), b"!"]
+    pieces = [
+        b"head",
+        ByteRange(other, "theirs", 100, 200_000),
+        b"",
+        ByteRange(store, "mine", 2, 3),
+        ByteRange(store, "mine", 5, 0),
+        b"!",
+    ]
     expected = b"head" + (bytes(range(256)) * 1000)[100:200_100] + b"234" + b"!"
     assert store.compose("joined/out", iter(pieces)) == len(expected)
     assert store.get("joined/out") == expected
@@ -385,14 +482,20 @@ def test_pickled_store_is_the_same_store(store: Store) -> None:
     assert again.uri == store.uri
 
 
-def test_traffic_counts_the_bytes_that_passed_through_and_starts_at_zero_in_a_copy(store: Store) -> None:
+def test_traffic_counts_the_bytes_that_passed_through_and_starts_at_zero_in_a_copy(
+    store: Store,
+) -> None:
     before = (store.traffic.bytes_written, store.traffic.bytes_read, store.traffic.requests)
     store.put("a", b"0123456789")
     store.put_if_absent("b", b"01234")
     store.get("a")
     store.get_range("a", 2, 3)
     counted = store.traffic
-    assert (counted.bytes_written - before[0], counted.bytes_read - before[1], counted.retries) == (15, 13, 0)
+    assert (counted.bytes_written - before[0], counted.bytes_read - before[1], counted.retries) == (
+        15,
+        13,
+        0,
+    )
     assert counted.requests - before[2] == 4
     assert pickle.loads(pickle.dumps(store)).traffic.bytes_written == 0
 

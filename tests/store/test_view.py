@@ -13,14 +13,22 @@ from p48ray.store.view import SubStore
 @pytest.fixture
 def behind() -> MemoryStore:
     store = MemoryStore(uuid.uuid4().hex)
-    for key in ("plan.json", "checkpoint/config.json", "checkpoint-old/config.json", "checkpoint/sub/x"):
+    for key in (
+        "plan.json",
+        "checkpoint/config.json",
+        "checkpoint-old/config.json",
+        "checkpoint/sub/x",
+    ):
         store.put(key, key.encode())
     return store
 
 
 def test_view_lists_what_lies_under_its_prefix_and_nothing_beside_it(behind: MemoryStore) -> None:
     view = SubStore(behind, "checkpoint/")
-    assert [(info.key, info.size_bytes) for info in view.list()] == [("config.json", 22), ("sub/x", 16)]
+    assert [(info.key, info.size_bytes) for info in view.list()] == [
+        ("config.json", 22),
+        ("sub/x", 16),
+    ]
     assert [info.key for info in view.list("s")] == ["sub/x"]
     assert view.head("plan.json") is None
 
@@ -39,7 +47,13 @@ def test_view_writes_and_deletes_under_its_prefix(behind: MemoryStore) -> None:
 @pytest.mark.parametrize("key", ["../plan.json", "..", "sub/../../plan.json", "/plan.json", ""])
 def test_view_can_not_be_left(behind: MemoryStore, key: str) -> None:
     view = SubStore(behind, "checkpoint/")
-    for operation in (view.get, view.head, view.delete, lambda k: view.put(k, b""), lambda k: list(view.list(k or "../"))):
+    for operation in (
+        view.get,
+        view.head,
+        view.delete,
+        lambda k: view.put(k, b""),
+        lambda k: list(view.list(k or "../")),
+    ):
         with pytest.raises(P48Error, match="bad object key"):
             operation(key)
     assert behind.get("plan.json") == b"plan.json"
@@ -53,7 +67,9 @@ def test_view_of_a_view_is_a_deeper_folder(behind: MemoryStore) -> None:
     assert behind.get("joined/y") == b"checkpoint"
 
 
-def test_ranges_of_a_view_are_copied_by_the_store_behind_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranges_of_a_view_are_copied_by_the_store_behind_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The kernel copies between files of local stores; through a view as well."""
     source, target = LocalStore(tmp_path / "source"), LocalStore(tmp_path / "target")
     source.put("folder/a", b"0123456789")

@@ -1,4 +1,5 @@
-"""Where texts may lie and in which forms, what is read of a large source, and what is refused with which words."""
+"""Where texts may lie and in which forms, what is read of a large source, and what is refused with
+which words."""
 
 import json
 from collections import Counter
@@ -47,7 +48,9 @@ def jsonl(path: Path, *rows: dict[str, Any]) -> Path:
     return path
 
 
-def table(path: Path, rows: list[dict[str, Any]], group: int = 1000, **types: pyarrow.DataType) -> Path:
+def table(
+    path: Path, rows: list[dict[str, Any]], group: int = 1000, **types: pyarrow.DataType
+) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     made = pyarrow.Table.from_pylist(rows)
     for name, kind in types.items():
@@ -73,7 +76,11 @@ def test_parquet_texts_are_those_of_the_same_jsonl(tmp_path: Path, kind: pyarrow
     assert a == read(jsonl(tmp_path / "b.jsonl", *rows)) == KEPT
 
 
-MESSAGES = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]
+MESSAGES = [
+    {"role": "system", "content": "s"},
+    {"role": "user", "content": "u"},
+    {"role": "assistant", "content": "a"},
+]
 TURNS = [{"from": "human", "value": "u"}, {"from": "gpt", "value": "a"}]
 
 
@@ -88,14 +95,22 @@ TURNS = [{"from": "human", "value": "u"}, {"from": "gpt", "value": "a"}]
         ({"messages": MESSAGES[:1], "conversations": TURNS}, "<system>s"),
     ],
 )
-def test_chats_go_through_the_template_and_bos_is_left_to_packing(tmp_path: Path, suffix: str, row: dict[str, Any], text: str) -> None:
-    path = jsonl(tmp_path / "a.jsonl", row) if suffix == "jsonl" else table(tmp_path / "a.parquet", [row])
+def test_chats_go_through_the_template_and_bos_is_left_to_packing(
+    tmp_path: Path, suffix: str, row: dict[str, Any], text: str
+) -> None:
+    path = (
+        jsonl(tmp_path / "a.jsonl", row)
+        if suffix == "jsonl"
+        else table(tmp_path / "a.parquet", [row])
+    )
     assert read(path, Chat()) == [text]
 
 
 def test_parts_of_a_message_are_joined_and_a_chat_without_turns_is_skipped(tmp_path: Path) -> None:
     parts = [{"type": "text", "text": "u"}, {"type": "text", "text": "v"}]
-    path = jsonl(tmp_path / "a.jsonl", {"messages": []}, {"messages": [{"role": "user", "content": parts}]})
+    path = jsonl(
+        tmp_path / "a.jsonl", {"messages": []}, {"messages": [{"role": "user", "content": parts}]}
+    )
     assert read(path, Chat()) == ["<user>uv"]
 
 
@@ -108,16 +123,36 @@ class NoTemplate(Chat):
     [
         ({"messages": "hello"}, Chat(), "'messages' should be a list of objects, found str"),
         ({"messages": ["hello"]}, Chat(), "'messages' should be a list of objects, found list"),
-        ({"messages": [{"role": "user"}]}, Chat(), r"messages\[0\].content should be a string, found NoneType"),
-        ({"messages": [{"content": "u"}]}, Chat(), r"messages\[0\].role should be a string, found NoneType"),
+        (
+            {"messages": [{"role": "user"}]},
+            Chat(),
+            r"messages\[0\].content should be a string, found NoneType",
+        ),
+        (
+            {"messages": [{"content": "u"}]},
+            Chat(),
+            r"messages\[0\].role should be a string, found NoneType",
+        ),
         (
             {"conversations": [{"from": "ghost", "value": "u"}]},
             Chat(),
             r"conversations\[0\].from: expected one of .*human.*, found 'ghost'",
         ),
-        ({"conversations": [{"from": "gpt", "value": 3}]}, Chat(), r"conversations\[0\].value should be a string, found int"),
-        ({"messages": [{"role": "user", "content": "!"}]}, Chat(), "chat template refuses it: ValueError: no exclamations"),
-        ({"messages": MESSAGES}, NoTemplate(), "'messages' holds a chat, and the source's tokenizer has no chat template"),
+        (
+            {"conversations": [{"from": "gpt", "value": 3}]},
+            Chat(),
+            r"conversations\[0\].value should be a string, found int",
+        ),
+        (
+            {"messages": [{"role": "user", "content": "!"}]},
+            Chat(),
+            "chat template refuses it: ValueError: no exclamations",
+        ),
+        (
+            {"messages": MESSAGES},
+            NoTemplate(),
+            "'messages' holds a chat, and the source's tokenizer has no chat template",
+        ),
         ({"text": 3}, Chat(), "'text' should be a string, found int"),
     ],
 )
@@ -125,23 +160,32 @@ class NoTemplate(Chat):
 def test_bad_record_is_refused_by_file_place_and_column(
     tmp_path: Path, suffix: str, row: dict[str, Any], tokenizer: Any, words: str
 ) -> None:
-    good = {name: ([] if isinstance(value, list) else value) for name, value in row.items()}
+    good = {name: [] if isinstance(value, list) else value for name, value in row.items()}
     if suffix == "jsonl":
         path, place = jsonl(tmp_path / "a.jsonl", {"text": "fine"}, row), "line 2"
     elif row.get("messages") == ["hello"]:
         return  # not a type that a column may have beside objects
     else:
-        path, place = table(tmp_path / "a.parquet", [row if good == row else good, row]), "row 1" if good == row else "row 2"
-    with pytest.raises(CalibrationError, match=rf"calibration\.documents: .*a\.{suffix}, {place}: .*{words}"):
+        path, place = (
+            table(tmp_path / "a.parquet", [row if good == row else good, row]),
+            "row 1" if good == row else "row 2",
+        )
+    with pytest.raises(
+        CalibrationError, match=rf"calibration\.documents: .*a\.{suffix}, {place}: .*{words}"
+    ):
         read(path, tokenizer)
 
 
 def test_parquet_text_that_is_absent_or_not_utf8_is_refused_by_row(tmp_path: Path) -> None:
-    with pytest.raises(CalibrationError, match=r"a\.parquet, row 3: 'text' should be a string, found NoneType"):
+    with pytest.raises(
+        CalibrationError, match=r"a\.parquet, row 3: 'text' should be a string, found NoneType"
+    ):
         read(table(tmp_path / "a.parquet", [{"text": "a"}, {"text": "b"}, {"text": None}], group=1))
     array = pyarrow.array([b"fine", b"\xff"], pyarrow.binary()).view(pyarrow.string())
     parquet.write_table(pyarrow.table({"text": array}), tmp_path / "b.parquet")
-    with pytest.raises(CalibrationError, match=r"b\.parquet, row 2: 'text' is not UTF-8 \(byte 0\)"):
+    with pytest.raises(
+        CalibrationError, match=r"b\.parquet, row 2: 'text' is not UTF-8 \(byte 0\)"
+    ):
         read(tmp_path / "b.parquet")
 
 
@@ -151,7 +195,11 @@ def test_file_that_is_no_parquet_or_has_no_column_of_ours_is_refused(tmp_path: P
         read(tmp_path / "a.parquet")
     table(tmp_path / "b.parquet", [{"prompt": "a", "answer": "b"}])
     with pytest.raises(
-        CalibrationError, match=r"b\.parquet: expected a column 'text', 'messages' or 'conversations', found prompt, answer"
+        CalibrationError,
+        match=(
+            r"b\.parquet: expected a column 'text', 'messages' or 'conversations', found prompt,"
+            r" answer"
+        ),
     ):
         read(tmp_path / "b.parquet")
     whole = table(tmp_path / "c.parquet", [{"text": str(i) * 50} for i in range(200)])
@@ -180,7 +228,9 @@ def test_home_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert read("~/a.jsonl") == ["a"]
 
 
-@pytest.mark.parametrize("path", ["memory://texts/d", "memory://texts/d/", "memory://texts/d/a.jsonl"])
+@pytest.mark.parametrize(
+    "path", ["memory://texts/d", "memory://texts/d/", "memory://texts/d/a.jsonl"]
+)
 def test_file_and_folder_of_a_store_are_told_apart(path: str) -> None:
     store = MemoryStore("texts")
     store.put("d/a.jsonl", b'{"text": "a"}\n')
@@ -193,14 +243,22 @@ def test_place_without_texts_is_refused_by_key_and_path(tmp_path: Path) -> None:
     (tmp_path / "d" / "README.md").write_text("no text")
     with pytest.raises(
         ConfigError,
-        match=r"calibration\.documents: .*d: expected a file, or a folder with \.jsonl or \.parquet files in it, found README.md",
+        match=(
+            r"calibration\.documents: .*d: expected a file, or a folder with \.jsonl or \.parquet"
+            r" files in it, found README.md"
+        ),
     ):
         read(tmp_path / "d")
-    with pytest.raises(ConfigError, match=r"calibration\.documents: memory://texts/nowhere: expected a file, or a folder"):
+    with pytest.raises(
+        ConfigError,
+        match=r"calibration\.documents: memory://texts/nowhere: expected a file, or a folder",
+    ):
         read("memory://texts/nowhere")
     with pytest.raises(ConfigError, match=r"calibration\.documents: gs://bucket: unknown scheme"):
         read("gs://bucket/a.jsonl")
-    with pytest.raises(ConfigError, match=r"calibration\.documents: hf://owner/name: expected hf://datasets"):
+    with pytest.raises(
+        ConfigError, match=r"calibration\.documents: hf://owner/name: expected hf://datasets"
+    ):
         read("hf://owner/name")
 
 
@@ -224,7 +282,9 @@ def test_digest_of_a_folder_covers_names_sizes_bytes_and_weight(tmp_path: Path) 
 def test_digest_of_one_file_is_the_same_in_a_store(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "a.jsonl", {"text": "one"})
     MemoryStore("digest").put("x/a.jsonl", path.read_bytes())
-    assert digest_documents([source("memory://digest/x/a.jsonl")], KEY) == digest_documents([source(path)], KEY)
+    assert digest_documents([source("memory://digest/x/a.jsonl")], KEY) == digest_documents(
+        [source(path)], KEY
+    )
 
 
 # Parts and lines.
@@ -232,13 +292,24 @@ def test_digest_of_one_file_is_the_same_in_a_store(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("span", [1, 7, 16, 64, 1000])
 @pytest.mark.parametrize("ends", [True, False])
-def test_spans_of_a_jsonl_give_every_line_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, span: int, ends: bool) -> None:
+def test_spans_of_a_jsonl_give_every_line_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, span: int, ends: bool
+) -> None:
     monkeypatch.setattr(text_rows, "SPAN_BYTES", span)
     monkeypatch.setattr(text_rows, "READ_BYTES", 5)
-    lines = [json.dumps({"text": "x" * n}) for n in (0, 1, 5, 40, 3)] + [""] + [json.dumps({"text": "last"})]
+    lines = (
+        [json.dumps({"text": "x" * n}) for n in (0, 1, 5, 40, 3)]
+        + [""]
+        + [json.dumps({"text": "last"})]
+    )
     (tmp_path / "a.jsonl").write_text("\n".join(lines) + ("\n" if ends else ""))
-    file = TextFile(LocalStore(tmp_path), "a.jsonl", (tmp_path / "a.jsonl").stat().st_size, "a.jsonl")
-    parts = [[row.values["text"] for row in read_part(file, part, KEY)] for part in range(num_parts(file, KEY))]
+    file = TextFile(
+        LocalStore(tmp_path), "a.jsonl", (tmp_path / "a.jsonl").stat().st_size, "a.jsonl"
+    )
+    parts = [
+        [row.values["text"] for row in read_part(file, part, KEY)]
+        for part in range(num_parts(file, KEY))
+    ]
     assert (
         [t for part in parts for t in part]
         == [row.values["text"] for row in read_rows(file, KEY)]
@@ -246,11 +317,15 @@ def test_spans_of_a_jsonl_give_every_line_once(tmp_path: Path, monkeypatch: pyte
     )
 
 
-def test_line_without_end_is_refused_before_it_fills_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_line_without_end_is_refused_before_it_fills_the_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(text_rows, "MAX_LINE_BYTES", 100)
     monkeypatch.setattr(text_rows, "READ_BYTES", 64)
     (tmp_path / "a.jsonl").write_text("x" * 1000)
-    with pytest.raises(CalibrationError, match=r"a\.jsonl: the line at byte 0 is longer than 100 bytes"):
+    with pytest.raises(
+        CalibrationError, match=r"a\.jsonl: the line at byte 0 is longer than 100 bytes"
+    ):
         read(tmp_path / "a.jsonl")
 
 
@@ -269,7 +344,8 @@ class Counting(LocalStore):
 
 @pytest.fixture
 def large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Six files of 40 documents of 20 letters in parts of 10, where 2,000 bytes are large and a visit takes 60 characters."""
+    """Six files of 40 documents of 20 letters in parts of 10, where 2,000 bytes are large and a
+    visit takes 60 characters."""
     monkeypatch.setattr(documents, "WHOLE_BYTES", 2000)
     monkeypatch.setattr(documents, "VISIT_CHARACTERS", 60)
     monkeypatch.setattr(text_rows, "SPAN_BYTES", 400)
@@ -287,7 +363,9 @@ def large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_large_source_gives_every_document_once_when_read_to_its_end(large: Path) -> None:
     found = read(large)
-    assert sorted(found) == sorted(f"{f}:{i:03d}:abcdefghijklmn" for f in range(6) for i in range(40))
+    assert sorted(found) == sorted(
+        f"{f}:{i:03d}:abcdefghijklmn" for f in range(6) for i in range(40)
+    )
 
 
 def test_sample_of_a_large_source_is_spread_over_its_files_and_parts(large: Path) -> None:
@@ -310,15 +388,23 @@ def test_sample_follows_the_seed_alone(large: Path, tmp_path: Path) -> None:
     assert draw(3, tmp_path / "moved") == draw(3, tmp_path / "moved")
 
 
-def test_no_more_is_read_of_a_large_source_than_the_sample_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_more_is_read_of_a_large_source_than_the_sample_needs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """24 MB in 12 files of which two sequences are wanted."""
     monkeypatch.setattr(documents, "WHOLE_BYTES", 10**6)
     monkeypatch.setattr(documents, "open_store", lambda path, *_: Counting(path))
     Counting.read_bytes = Counter()
     generator = torch.Generator().manual_seed(0)
     for f in range(12):
-        letters = torch.randint(97, 123, (2000, 1000), generator=generator, dtype=torch.uint8).numpy()
-        table(tmp_path / "d" / f"{f:02d}.parquet", [{"text": bytes(row).decode()} for row in letters], group=200)
+        letters = torch.randint(
+            97, 123, (2000, 1000), generator=generator, dtype=torch.uint8
+        ).numpy()
+        table(
+            tmp_path / "d" / f"{f:02d}.parquet",
+            [{"text": bytes(row).decode()} for row in letters],
+            group=200,
+        )
     rows = load_sequences([source(tmp_path / "d")], Chat(), 2, 500, 0, 128, "calibration")
     assert rows.shape == (2, 500)
     assert sum(Counting.read_bytes.values()) < 3 * 10**6
@@ -331,7 +417,11 @@ def test_large_sequences_are_drawn_by_the_seed_and_are_enough(large: Path) -> No
 
     assert torch.equal(draw(1), draw(1)) and not torch.equal(draw(1), draw(2))
     with pytest.raises(
-        CalibrationError, match=r"calibration\.documents: .*d: expected text for 1000 sequences of 16 tokens, found 315; add text"
+        CalibrationError,
+        match=(
+            r"calibration\.documents: .*d: expected text for 1000 sequences of 16 tokens, found"
+            r" 315; add text"
+        ),
     ):
         load_sequences([source(large)], Chat(), 1000, 16, 0, 128, "calibration")
 
@@ -347,13 +437,21 @@ def test_document_that_is_over_long_is_cut_in_a_large_source_and_whole_in_a_smal
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
-def test_bad_record_of_a_large_source_is_named_by_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str) -> None:
+def test_bad_record_of_a_large_source_is_named_by_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
+) -> None:
     monkeypatch.setattr(documents, "WHOLE_BYTES", 100)
     monkeypatch.setattr(text_rows, "SPAN_BYTES", 100)
     rows: list[dict[str, Any]] = [{"text": "x" * 50}] * 10 + [{"text": None}]
-    path = jsonl(tmp_path / "a.jsonl", *rows) if suffix == "jsonl" else table(tmp_path / "a.parquet", rows, group=2)
+    path = (
+        jsonl(tmp_path / "a.jsonl", *rows)
+        if suffix == "jsonl"
+        else table(tmp_path / "a.parquet", rows, group=2)
+    )
     place = f"line at byte {63 * 10}" if suffix == "jsonl" else "row 11"
-    with pytest.raises(CalibrationError, match=rf"a\.{suffix}, {place}: 'text' should be a string, found NoneType"):
+    with pytest.raises(
+        CalibrationError, match=rf"a\.{suffix}, {place}: 'text' should be a string, found NoneType"
+    ):
         read(path)
 
 

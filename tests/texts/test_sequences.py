@@ -1,4 +1,5 @@
-"""From files of texts to packed sequences: what is cut where, what is drawn, and what is refused."""
+"""From files of texts to packed sequences: what is cut where, what is drawn, and what is
+refused."""
 
 import json
 from collections.abc import Iterator
@@ -13,7 +14,13 @@ from p48ray.config import DocumentSource
 from p48ray.errors import CalibrationError, ConfigError, SourceError
 from p48ray.store import LocalStore
 from p48ray.texts.documents import digest_documents, read_documents
-from p48ray.texts.sequences import digest_tokenizer, load_sequences, load_tokenizer, pack_sequences, shares
+from p48ray.texts.sequences import (
+    digest_tokenizer,
+    load_sequences,
+    load_tokenizer,
+    pack_sequences,
+    shares,
+)
 from tests.conftest import TINY
 
 BOS = 1000
@@ -56,7 +63,11 @@ def test_no_text_packs_to_no_rows() -> None:
 def test_documents_are_read_line_by_line_and_empty_ones_skipped(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", "one", "  ", "two\nlines", "")
     path.write_text(path.read_text() + "\n\n" + '{"text": "ünd", "other": 1}')
-    assert list(read_documents(source(path), "calibration.documents")) == ["one", "two\nlines", "ünd"]
+    assert list(read_documents(source(path), "calibration.documents")) == [
+        "one",
+        "two\nlines",
+        "ünd",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -74,7 +85,9 @@ def test_documents_are_read_line_by_line_and_empty_ones_skipped(tmp_path: Path) 
 def test_bad_line_is_refused_by_file_and_number(tmp_path: Path, line: bytes, words: str) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"text": "fine"}\n\n' + line + b"\n")
-    with pytest.raises(CalibrationError, match=rf"calibration\.documents: .*a\.jsonl, line 3: {words}"):
+    with pytest.raises(
+        CalibrationError, match=rf"calibration\.documents: .*a\.jsonl, line 3: {words}"
+    ):
         list(read_documents(source(path), "calibration.documents"))
 
 
@@ -91,7 +104,9 @@ def test_bad_line_is_refused_by_file_and_number(tmp_path: Path, line: bytes, wor
         ([1e-9, 1], 10, [0, 10]),
     ],
 )
-def test_shares_add_up_and_follow_the_weights_by_largest_remainder(weights: list[float], total: int, expected: list[int]) -> None:
+def test_shares_add_up_and_follow_the_weights_by_largest_remainder(
+    weights: list[float], total: int, expected: list[int]
+) -> None:
     assert shares(weights, total) == expected
 
 
@@ -102,14 +117,20 @@ def test_shares_of_any_mix_add_up_and_are_within_one_of_the_ideal(seed: int) -> 
     total = int(torch.randint(1, 1000, (), generator=generator))
     found = shares(weights, total)
     assert sum(found) == total
-    assert all(abs(share - total * weight / sum(weights)) < 1 for share, weight in zip(found, weights, strict=True))
+    assert all(
+        abs(share - total * weight / sum(weights)) < 1
+        for share, weight in zip(found, weights, strict=True)
+    )
 
 
 def mix(tmp_path: Path, seed: int = 0, num_sequences: int = 8) -> torch.Tensor:
-    """Sequences of 4 tokens from a source of a's (weight 3) and one of b's (weight 1), every document another length."""
+    """Sequences of 4 tokens from a source of a's (weight 3) and one of b's (weight 1), every
+    document another length."""
     a = write(tmp_path / "a.jsonl", *("a" * n for n in range(1, 30)))
     b = write(tmp_path / "b.jsonl", *("b" * n for n in range(1, 30)))
-    return load_sequences([source(a, 3.0), source(b, 1.0)], Letters(), num_sequences, 4, seed, 2000, "calibration")
+    return load_sequences(
+        [source(a, 3.0), source(b, 1.0)], Letters(), num_sequences, 4, seed, 2000, "calibration"
+    )
 
 
 def test_every_source_of_a_mix_gives_exactly_its_share(tmp_path: Path) -> None:
@@ -140,9 +161,16 @@ def test_sequences_are_drawn_without_replacement(tmp_path: Path) -> None:
 
 
 def test_too_little_text_is_refused_by_file_with_both_counts(tmp_path: Path) -> None:
-    plenty, little = write(tmp_path / "plenty.jsonl", "a" * 1000), write(tmp_path / "little.jsonl", "b" * 11)
+    plenty, little = (
+        write(tmp_path / "plenty.jsonl", "a" * 1000),
+        write(tmp_path / "little.jsonl", "b" * 11),
+    )
     with pytest.raises(
-        CalibrationError, match=r"calibration\.documents: .*little\.jsonl: expected text for 4 sequences of 4 tokens, found 3; "
+        CalibrationError,
+        match=(
+            r"calibration\.documents: .*little\.jsonl: expected text for 4 sequences of 4 tokens,"
+            r" found 3; "
+        ),
     ):
         load_sequences([source(plenty), source(little)], Letters(), 8, 4, 0, 2000, "calibration")
 
@@ -150,22 +178,33 @@ def test_too_little_text_is_refused_by_file_with_both_counts(tmp_path: Path) -> 
 def test_id_beyond_the_vocabulary_is_refused_with_both_numbers(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", "abcdz" * 10)
     load_sequences([source(path)], Letters(None), 10, 5, 0, 26, "evaluation")
-    with pytest.raises(SourceError, match="evaluation: the tokenizer gave id 25, but the model's vocab_size is 25"):
+    with pytest.raises(
+        SourceError, match="evaluation: the tokenizer gave id 25, but the model's vocab_size is 25"
+    ):
         load_sequences([source(path)], Letters(None), 10, 5, 0, 25, "evaluation")
 
 
 def test_digest_covers_bytes_weights_and_order_of_a_mix(tmp_path: Path) -> None:
-    a, b, copy = (write(tmp_path / name, text) for name, text in (("a", "one"), ("b", "two"), ("copy", "one")))
+    a, b, copy = (
+        write(tmp_path / name, text) for name, text in (("a", "one"), ("b", "two"), ("copy", "one"))
+    )
     base = digest_documents([source(a), source(b)], "k")
     assert digest_documents([source(copy), source(b)], "k") == base
-    others = [[source(b), source(a)], [source(a, 2.0), source(b)], [source(a)], [source(a), source(b), source(b)]]
+    others = [
+        [source(b), source(a)],
+        [source(a, 2.0), source(b)],
+        [source(a)],
+        [source(a), source(b), source(b)],
+    ]
     assert len({base, *(digest_documents(other, "k") for other in others)}) == 5
     write(a, "one more")
     assert digest_documents([source(a), source(b)], "k") != base
 
 
 def test_absent_file_is_refused_by_key_and_path(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"evaluation\.documents: .*nowhere\.jsonl: can not be read: No such file"):
+    with pytest.raises(
+        ConfigError, match=r"evaluation\.documents: .*nowhere\.jsonl: can not be read: No such file"
+    ):
         digest_documents([source(tmp_path / "nowhere.jsonl")], "evaluation.documents")
 
 
@@ -189,7 +228,13 @@ def test_tokenizers_digest_covers_its_files_and_code_and_nothing_else(folder: Pa
     (folder / "LICENSE").write_text("other")
     assert digest() == base
     found = {base}
-    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenization_x.py", "tiktoken.model"):
+    for name in (
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "tokenization_x.py",
+        "tiktoken.model",
+    ):
         path = folder / name
         path.write_bytes((path.read_bytes() if path.exists() else b"") + b"\n")
         found.add(digest())
@@ -209,9 +254,14 @@ def test_small_models_own_tokenizer_packs_what_its_texts_hold() -> None:
 
 def test_code_of_a_source_folder_runs_only_when_it_is_trusted(folder: Path) -> None:
     marker = folder / "ran"
-    (folder / "tokenization_mine.py").write_text(f"open({str(marker)!r}, 'w').close()\nraise RuntimeError('ran')\n")
+    (folder / "tokenization_mine.py").write_text(
+        f"open({str(marker)!r}, 'w').close()\nraise RuntimeError('ran')\n"
+    )
     settings = json.loads((folder / "tokenizer_config.json").read_text())
-    settings |= {"tokenizer_class": "Mine", "auto_map": {"AutoTokenizer": ["tokenization_mine.Mine", None]}}
+    settings |= {
+        "tokenizer_class": "Mine",
+        "auto_map": {"AutoTokenizer": ["tokenization_mine.Mine", None]},
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     index = open_checkpoint(LocalStore(folder))
     try:

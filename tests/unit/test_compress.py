@@ -1,9 +1,9 @@
-"""One unit: what it stores, what its manifest claims, and what it makes of experts that saw little or nothing."""
+"""One unit: what it stores, what its manifest claims, and what it makes of experts that saw little
+or nothing."""
 
 import hashlib
 import json
 import uuid
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,14 +19,10 @@ from p48ray.checkpoint.index import open_checkpoint
 from p48ray.errors import CorruptObjectError, NumericsError, ShardCorruptError
 from p48ray.model.experts import RoutedInputs
 from p48ray.numerics import block_int8
-from p48ray.run import arrow, run_root
+from p48ray.run import run_root
 from p48ray.run.manifest import LayerScales, LinearRecord, UnitManifest
 from p48ray.run.plan import WorkUnit
-from p48ray.stages.blobs import BlobWriter
-from p48ray.stages.capture import combine_scales, write_activations
 from p48ray.stages.evaluate import compressed_expert
-from p48ray.stages.gradients import write_gradients
-from p48ray.stages.prepare import prepare
 from p48ray.store import LocalStore
 from p48ray.unit import moments, refinement, token_columns
 from p48ray.unit.compress import compress_unit
@@ -34,11 +30,12 @@ from p48ray.unit.context import StageContext
 from tests.conftest import TINY
 from tests.reference import whole_model
 from tests.stages.slow_nvfp4 import decode_weights, quantize_tokens
-from tests.stages.small_run import SmallRun, configure
+from tests.stages.small_run import SmallRun
+from tests.unit.conftest import PAIR, Opener, shard_bytes
 
 PREFIX = "language_model.model.layers"
-SHAPES = {"gate_proj": (128, 256), "up_proj": (128, 256), "down_proj": (256, 128)}  # (out, in) in the small model
-PAIR = WorkUnit(layer=1, first_expert=4, num_experts=2)
+# (out, in) in the small model
+SHAPES = {"gate_proj": (128, 256), "up_proj": (128, 256), "down_proj": (256, 128)}
 
 
 @dataclass
@@ -56,64 +53,16 @@ class Shard:
 
     def linear(self, layer: int, expert: int, projection: str) -> dict[str, Tensor]:
         stem = f"{PREFIX}.{layer}.mlp.experts.{expert}.{projection}."
-        return {name.removeprefix(stem): tensor for name, tensor in self.tensors.items() if name.startswith(stem)}
+        return {
+            name.removeprefix(stem): tensor
+            for name, tensor in self.tensors.items()
+            if name.startswith(stem)
+        }
 
 
 @pytest.fixture(scope="module")
 def source_tensors() -> dict[str, Tensor]:
     return whole_model.read_all(TINY)
-
-
-@pytest.fixture(scope="module")
-def layer_inputs(finished: SmallRun) -> RoutedInputs:
-    """What layer 1's experts saw in the finished run, all parts in one."""
-    store = finished.prepared.store
-    parts = [arrow.decode(store.get(run_root.activation_part(1, p.part)), "part") for p in finished.prepared.plan.parts]
-    columns = {name: torch.cat([p[name] for p in parts]) for name in parts[0]}
-    scales = LayerScales.load(store, run_root.layer_scales(1))
-    amax = torch.tensor(scales.amax_intermediate)
-    return RoutedInputs(columns["hidden"], columns["expert_ids"].long(), columns["router_weights"], amax)
-
-
-Opener = Callable[..., StageContext]
-
-
-@pytest.fixture(scope="module")
-def random_delta(layer_inputs: RoutedInputs) -> Tensor:
-    """Gradients at the mixture's output, a few tokens' much larger than the others'."""
-    generator = torch.Generator().manual_seed(0)
-    size_T1 = torch.rand(len(layer_inputs.hidden_TH), 1, generator=generator).pow(4) + 0.01
-    return (size_T1 * torch.randn(layer_inputs.hidden_TH.shape, generator=generator)).bfloat16()
-
-
-@pytest.fixture
-def opened(finished: SmallRun, layer_inputs: RoutedInputs, random_delta: Tensor) -> Opener:
-    """Makes a fresh run in memory whose layer 1 saw `seen` (the finished run's tokens by default), under other settings.
-
-    Where they ask for gradients, `delta` is what came back.
-    """
-
-    def make(*overrides: str, seen: RoutedInputs = layer_inputs, delta_TH: Tensor = random_delta) -> StageContext:
-        config = configure(finished.source, f"memory://{uuid.uuid4().hex}", *overrides)
-        context = prepare(config).context
-        tokens = [p.num_sequences * config.calibration.sequence_length for p in context.plan.parts]
-        rows = zip(*(seen_part.split(tokens) for seen_part in seen[:3]), strict=True)
-        with BlobWriter(context) as writer:
-            for part, three in zip(context.plan.parts, rows, strict=True):
-                write_activations(context, writer, 1, part, RoutedInputs(*three, seen.amax_intermediate), 0.0)
-            parts = writer.drain()
-        context.store.put(run_root.layer_scales(1), combine_scales(context, 1, parts).to_json())
-        if config.compression.output_curvature:
-            with BlobWriter(context) as writer:
-                for part, rows_TH in zip(context.plan.parts, delta_TH.split(tokens), strict=True):
-                    write_gradients(context, writer, 1, part, rows_TH, 0.0)
-        return context
-
-    return make
-
-
-def shard_bytes(context: StageContext, manifest: UnitManifest) -> bytes:
-    return context.store.get(run_root.unit_shard(manifest.unit, manifest.attempt))
 
 
 def compress(context: StageContext, unit: WorkUnit = PAIR) -> bytes:
@@ -128,7 +77,9 @@ def record_of(manifest: UnitManifest, expert: int, projection: str) -> LinearRec
 # What is stored
 
 
-def test_shard_has_exactly_the_four_tensors_of_every_linear(finished: SmallRun, tmp_path: Path) -> None:
+def test_shard_has_exactly_the_four_tensors_of_every_linear(
+    finished: SmallRun, tmp_path: Path
+) -> None:
     for unit in finished.prepared.plan.units:
         manifest = UnitManifest.load(finished.prepared.store, run_root.unit_manifest(unit.id))
         shard = Shard.of(shard_bytes(finished.context, manifest), tmp_path)
@@ -143,22 +94,38 @@ def test_shard_has_exactly_the_four_tensors_of_every_linear(finished: SmallRun, 
         assert {name: (t.dtype, tuple(t.shape)) for name, t in shard.tensors.items()} == expected
 
 
-def test_global_scales_are_positive_and_shared_where_servers_fuse(finished: SmallRun, tmp_path: Path) -> None:
+def test_global_scales_are_positive_and_shared_where_servers_fuse(
+    finished: SmallRun, tmp_path: Path
+) -> None:
     """Gate and up share both; input scales are the layer's."""
     for unit in finished.prepared.plan.units:
         manifest = UnitManifest.load(finished.prepared.store, run_root.unit_manifest(unit.id))
         shard = Shard.of(shard_bytes(finished.context, manifest), tmp_path)
-        scales = json.loads(finished.prepared.store.get(f"activations/layer-{unit.layer:03d}/scales.json"))
-        wanted = {"gate_proj": scales["gate_up"], "up_proj": scales["gate_up"], "down_proj": scales["down"]}
+        scales = json.loads(
+            finished.prepared.store.get(f"activations/layer-{unit.layer:03d}/scales.json")
+        )
+        wanted = {
+            "gate_proj": scales["gate_up"],
+            "up_proj": scales["gate_up"],
+            "down_proj": scales["down"],
+        }
         for expert in unit.experts:
             linears = {p: shard.linear(unit.layer, expert, p) for p in SHAPES}
-            assert torch.equal(linears["gate_proj"]["weight_global_scale"], linears["up_proj"]["weight_global_scale"])
+            assert torch.equal(
+                linears["gate_proj"]["weight_global_scale"],
+                linears["up_proj"]["weight_global_scale"],
+            )
             for projection, linear in linears.items():
-                assert torch.isfinite(linear["weight_global_scale"]).all() and (linear["weight_global_scale"] > 0).all()
+                assert (
+                    torch.isfinite(linear["weight_global_scale"]).all()
+                    and (linear["weight_global_scale"] > 0).all()
+                )
                 assert torch.equal(linear["input_global_scale"], torch.tensor([wanted[projection]]))
 
 
-def test_compressed_tensors_decodes_the_shard_to_the_projects_own_values(finished: SmallRun, tmp_path: Path) -> None:
+def test_compressed_tensors_decodes_the_shard_to_the_projects_own_values(
+    finished: SmallRun, tmp_path: Path
+) -> None:
     """Bit for bit after the rounding to bf16 that compressed-tensors ends with."""
     scheme = preset_name_to_scheme("NVFP4", ["Linear"])
     checkpoint = open_checkpoint(LocalStore(finished.checkpoint))
@@ -168,12 +135,16 @@ def test_compressed_tensors_decodes_the_shard_to_the_projects_own_values(finishe
     for expert in unit.experts:
         ours = compressed_expert(checkpoint, finished.context, unit.layer, expert)
         for projection, weight in zip(("gate_proj", "up_proj", "down_proj"), ours, strict=True):
-            theirs = NVFP4PackedCompressor.decompress(shard.linear(unit.layer, expert, projection), scheme)["weight"]
+            theirs = NVFP4PackedCompressor.decompress(
+                shard.linear(unit.layer, expert, projection), scheme
+            )["weight"]
             assert theirs.dtype == torch.bfloat16
             assert torch.equal(theirs, weight.to(torch.bfloat16))
 
 
-def test_claimed_weight_errors_are_those_of_the_stored_bytes(finished: SmallRun, source_tensors: dict[str, Tensor], tmp_path: Path) -> None:
+def test_claimed_weight_errors_are_those_of_the_stored_bytes(
+    finished: SmallRun, source_tensors: dict[str, Tensor], tmp_path: Path
+) -> None:
     for unit in finished.prepared.plan.units[::3]:
         manifest = UnitManifest.load(finished.prepared.store, run_root.unit_manifest(unit.id))
         shard = Shard.of(shard_bytes(finished.context, manifest), tmp_path)
@@ -208,9 +179,9 @@ def test_second_run_of_a_unit_leaves_the_first_manifest_and_no_second_shard(open
     stored = context.store.get(run_root.unit_manifest(PAIR.id))
     assert compress_unit(context, PAIR) == first
     assert context.store.get(run_root.unit_manifest(PAIR.id)) == stored
-    assert [info.key for info in context.store.list("units/") if info.key.endswith("shard.safetensors")] == [
-        run_root.unit_shard(PAIR.id, first.attempt)
-    ]
+    assert [
+        info.key for info in context.store.list("units/") if info.key.endswith("shard.safetensors")
+    ] == [run_root.unit_shard(PAIR.id, first.attempt)]
 
 
 @pytest.mark.parametrize("solver", ["block_descent", "sparsegpt_gptq", "round_to_nearest"])
@@ -219,7 +190,9 @@ def test_two_runs_of_a_unit_make_the_same_bytes(opened: Opener, solver: str) -> 
     assert compress(opened(*settings)) == compress(opened(*settings))
 
 
-def test_unit_that_streams_its_tokens_makes_the_bytes_of_one_that_holds_them(opened: Opener, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unit_that_streams_its_tokens_makes_the_bytes_of_one_that_holds_them(
+    opened: Opener, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Held in a file of the node, and read again from the parts where its disk has no room."""
     held = compress(opened())
     monkeypatch.setattr(moments, "GATHERED_BYTES", 0)
@@ -231,7 +204,9 @@ def test_unit_that_streams_its_tokens_makes_the_bytes_of_one_that_holds_them(ope
 
 
 @pytest.mark.parametrize(("span", "is_shared"), [(16, False), (32, True)])
-def test_scales_are_shared_by_32_inputs_only_where_the_span_says_so(opened: Opener, tmp_path: Path, span: int, is_shared: bool) -> None:
+def test_scales_are_shared_by_32_inputs_only_where_the_span_says_so(
+    opened: Opener, tmp_path: Path, span: int, is_shared: bool
+) -> None:
     shard = Shard.of(compress(opened(f"compression.scale_span={span}")), tmp_path)
     for expert in PAIR.experts:
         for projection in SHAPES:
@@ -244,17 +219,26 @@ def test_scales_are_shared_by_32_inputs_only_where_the_span_says_so(opened: Open
 
 @pytest.mark.slow
 def test_router_weight_exponent_changes_the_result(opened: Opener) -> None:
-    results = {compress(opened(f"compression.router_weight_exponent={exponent}")) for exponent in (0.0, 1.0, 2.0)}
+    results = {
+        compress(opened(f"compression.router_weight_exponent={exponent}"))
+        for exponent in (0.0, 1.0, 2.0)
+    }
     assert len(results) == 3
 
 
-def test_router_weight_exponent_means_nothing_where_all_router_weights_are_one(opened: Opener, layer_inputs: RoutedInputs) -> None:
+def test_router_weight_exponent_means_nothing_where_all_router_weights_are_one(
+    opened: Opener, layer_inputs: RoutedInputs
+) -> None:
     seen = layer_inputs._replace(router_weights_TK=torch.ones_like(layer_inputs.router_weights_TK))
-    first, second = (compress(opened(f"compression.router_weight_exponent={e}", seen=seen)) for e in (0.0, 2.0))
+    first, second = (
+        compress(opened(f"compression.router_weight_exponent={e}", seen=seen)) for e in (0.0, 2.0)
+    )
     assert first == second
 
 
-def test_raw_inputs_are_used_where_activation_quantization_is_off(opened: Opener, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_raw_inputs_are_used_where_activation_quantization_is_off(
+    opened: Opener, monkeypatch: pytest.MonkeyPatch
+) -> None:
     quantized = compress(opened())
 
     def refuse(*_: object) -> None:
@@ -275,19 +259,26 @@ def test_activation_group_of_32_changes_the_result(opened: Opener) -> None:
 
 @dataclass
 class TokenView:
-    """Everything that one expert saw, token by token, in float64: x as the original and as the kernel sees it, token weights."""
+    """Everything that one expert saw, token by token, in float64: x as the original and as the
+    kernel sees it, token weights."""
 
     x_TH: Tensor
     xq_TH: Tensor
     weights_T: Tensor
 
 
-def view(seen: RoutedInputs, expert: int | None, scale: float, is_quantized: bool, exponent: float = 2.0) -> TokenView:
+def view(
+    seen: RoutedInputs, expert: int | None, scale: float, is_quantized: bool, exponent: float = 2.0
+) -> TokenView:
     """The tokens routed to an expert; None: every token of the layer, weight 1."""
     hidden_TH = seen.hidden_TH.float()
     quantized_TH = quantize_tokens(hidden_TH, scale) if is_quantized else hidden_TH
     if expert is None:
-        return TokenView(hidden_TH.double(), quantized_TH.double(), torch.ones(len(hidden_TH), dtype=torch.float64))
+        return TokenView(
+            hidden_TH.double(),
+            quantized_TH.double(),
+            torch.ones(len(hidden_TH), dtype=torch.float64),
+        )
     rows, slots = torch.where(seen.expert_ids_TK == expert)
     weights_T = seen.router_weights_TK[rows, slots].double() ** exponent
     return TokenView(hidden_TH[rows].double(), quantized_TH[rows].double(), weights_T)
@@ -302,9 +293,14 @@ def mean_squared(rows_TO: Tensor, weights_T: Tensor) -> float:
 
 
 def down_sides(
-    tokens: TokenView, originals: dict[str, Tensor], stored: dict[str, Tensor], scale: float, is_quantized: bool
+    tokens: TokenView,
+    originals: dict[str, Tensor],
+    stored: dict[str, Tensor],
+    scale: float,
+    is_quantized: bool,
 ) -> tuple[float, float, float]:
-    """(E|W h - Q h'|^2, E|W h|^2, mean square of h') by running every token through the expert, original and compressed."""
+    """(E|W h - Q h'|^2, E|W h|^2, mean square of h') by running every token through the expert,
+    original and compressed."""
     h_TF = swiglu(tokens.x_TH, originals["gate_proj"], originals["up_proj"])
     raw_TF = swiglu(tokens.xq_TH, stored["gate_proj"], stored["up_proj"])
     hq_TF = quantize_tokens(raw_TF.float(), scale) if is_quantized else raw_TF
@@ -316,8 +312,13 @@ def down_sides(
     )
 
 
-def weights_of(shard: Shard, source_tensors: dict[str, Tensor], expert: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    originals = {p: whole_model.decode_int4(source_tensors, f"{PREFIX}.1.mlp.experts.{expert}.{p}").double() for p in SHAPES}
+def weights_of(
+    shard: Shard, source_tensors: dict[str, Tensor], expert: int
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    originals = {
+        p: whole_model.decode_int4(source_tensors, f"{PREFIX}.1.mlp.experts.{expert}.{p}").double()
+        for p in SHAPES
+    }
     return originals, {p: decode_weights(shard.linear(1, expert, p)) for p in SHAPES}
 
 
@@ -333,7 +334,8 @@ def test_relative_output_errors_are_those_of_every_token_run_through_the_expert(
     is_quantized: bool,
     half_tokens: float,
 ) -> None:
-    """Weighted by router weight squared; with shrinkage s, own and layer's means are mixed (1 - s) to s, the layer's at the own size of h'."""
+    """Weighted by router weight squared; with shrinkage s, own and layer's means are mixed (1 - s)
+    to s, the layer's at the own size of h'."""
     monkeypatch.setattr(moments, "DOWN_HALF_TOKENS", half_tokens)
     monkeypatch.setattr(moments, "GATE_UP_HALF_TOKENS", 0.0)
     context = opened(f"compression.activation_quantization={str(is_quantized).lower()}")
@@ -347,16 +349,24 @@ def test_relative_output_errors_are_those_of_every_token_run_through_the_expert(
         per_input = len(own.weights_T) / 128
         share = half_tokens / (half_tokens + per_input)
         error, energy, size = down_sides(own, originals, stored, scales.down, is_quantized)
-        error_of_layer, energy_of_layer, size_of_layer = down_sides(layer, originals, stored, scales.down, is_quantized)
+        error_of_layer, energy_of_layer, size_of_layer = down_sides(
+            layer, originals, stored, scales.down, is_quantized
+        )
         ratio = size / size_of_layer
-        expected = ((1 - share) * error + share * ratio * error_of_layer) / ((1 - share) * energy + share * ratio * energy_of_layer)
+        expected = ((1 - share) * error + share * ratio * error_of_layer) / (
+            (1 - share) * energy + share * ratio * energy_of_layer
+        )
         record = record_of(manifest, expert, "down_proj")
         assert record.shrinkage == pytest.approx(share, rel=1e-6)
         assert record.relative_output_error == pytest.approx(expected, rel=1e-3)
         for projection in ("gate_proj", "up_proj"):  # both sides see what the kernel sees
             delta, whole = originals[projection] - stored[projection], originals[projection]
-            ratio = mean_squared(own.xq_TH @ delta.T, own.weights_T) / mean_squared(own.xq_TH @ whole.T, own.weights_T)
-            assert record_of(manifest, expert, projection).relative_output_error == pytest.approx(ratio, rel=1e-3)
+            ratio = mean_squared(own.xq_TH @ delta.T, own.weights_T) / mean_squared(
+                own.xq_TH @ whole.T, own.weights_T
+            )
+            assert record_of(manifest, expert, projection).relative_output_error == pytest.approx(
+                ratio, rel=1e-3
+            )
 
 
 # What gradients change
@@ -365,7 +375,9 @@ GRADIENTS = "compression.output_curvature=true"
 
 
 @pytest.mark.slow
-def test_gradients_change_the_result_and_the_same_ones_give_the_same_bytes(opened: Opener, random_delta: Tensor) -> None:
+def test_gradients_change_the_result_and_the_same_ones_give_the_same_bytes(
+    opened: Opener, random_delta: Tensor
+) -> None:
     first = compress(opened(GRADIENTS))
     assert compress(opened(GRADIENTS)) == first
     assert compress(opened()) != first
@@ -391,20 +403,29 @@ def test_unit_that_streams_tokens_and_gradients_makes_the_bytes_of_one_that_hold
 def test_a_unit_gathers_its_own_tokens_rows_in_the_parts_order(
     opened: Opener, bits: int, gathered_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Expert by expert, rows ascending: sums are taken in this order, and with it their last bits."""
+    """Expert by expert, rows ascending: sums are taken in this order, and with it their last
+    bits."""
     monkeypatch.setattr(moments, "GATHERED_BYTES", gathered_bytes)
     context = opened(GRADIENTS, f"calibration.stored_bits={bits}")
     expected = []
     for part in context.activation_parts(1):
         for position, expert in enumerate(PAIR.experts):
             rows_R, slots_R = torch.where(part["expert_ids"] == expert)
-            rows = [part[name][rows_R] for name in ("hidden", "hidden_scale", "delta", "delta_scale") if name in part]
+            rows = [
+                part[name][rows_R]
+                for name in ("hidden", "hidden_scale", "delta", "delta_scale")
+                if name in part
+            ]
             expected.append((position, part["router_weights"][rows_R, slots_R], rows))
     found = list(moments.RoutedTokens(context, PAIR, context.layer_scales(1)).stored())
     assert [s.position for s in found] == [position for position, _, _ in expected]
     for s, (_, router_R, rows) in zip(found, expected, strict=True):
         assert s.delta is not None
-        taken = [t for t in (s.x.values_TH, s.x.scale_TG, s.delta.values_TH, s.delta.scale_TG) if t is not None]
+        taken = [
+            t
+            for t in (s.x.values_TH, s.x.scale_TG, s.delta.values_TH, s.delta.scale_TG)
+            if t is not None
+        ]
         assert torch.equal(s.router_T, router_R)
         assert all(torch.equal(ours, theirs) for ours, theirs in zip(taken, rows, strict=True))
 
@@ -413,18 +434,25 @@ def test_a_unit_gathers_its_own_tokens_rows_in_the_parts_order(
 def test_tokens_of_a_unit_take_the_bytes_that_are_expected_and_parts_are_read_once(
     opened: Opener, monkeypatch: pytest.MonkeyPatch, bits: int
 ) -> None:
-    """As codes where they are stored as codes; in a file of exactly the size that the layer's token counts give."""
+    """As codes where they are stored as codes; in a file of exactly the size that the layer's token
+    counts give."""
     monkeypatch.setattr(moments, "GATHERED_BYTES", 0)
     context = opened(GRADIENTS, f"calibration.stored_bits={bits}", "compression.refine_steps=3")
     spills, reads = [], []
     reserve, read = moments.reserve_spill, StageContext.checked
 
-    def reserved(num_bytes: int, num_tensors: int, folder: Path | None) -> token_columns.Spill | None:
+    def reserved(
+        num_bytes: int, num_tensors: int, folder: Path | None
+    ) -> token_columns.Spill | None:
         spills.append((num_bytes, num_tensors, reserve(num_bytes, num_tensors, folder)))
         return spills[-1][2]
 
     monkeypatch.setattr(moments, "reserve_spill", reserved)
-    monkeypatch.setattr(StageContext, "checked", lambda self, key, *rest: reads.append(key) or read(self, key, *rest))
+    monkeypatch.setattr(
+        StageContext,
+        "checked",
+        lambda self, key, *rest: reads.append(key) or read(self, key, *rest),
+    )
     compress(context)
     assert len(reads) == len(set(reads)) == 2 * len(context.plan.parts)
     ((expected, num_tensors, spill),) = spills
@@ -438,8 +466,12 @@ def test_tokens_of_a_unit_take_the_bytes_that_are_expected_and_parts_are_read_on
 def test_eight_bits_store_what_the_coder_makes_of_the_original_values_and_leave_scales_alone(
     opened: Opener, layer_inputs: RoutedInputs, random_delta: Tensor
 ) -> None:
-    wide = layer_inputs._replace(hidden_TH=layer_inputs.hidden_TH.float() * 1.001)  # not bf16 numbers
-    coarse, fine = opened(GRADIENTS, "calibration.stored_bits=8", seen=wide), opened(GRADIENTS, seen=wide)
+    # not bf16 numbers
+    wide = layer_inputs._replace(hidden_TH=layer_inputs.hidden_TH.float() * 1.001)
+    coarse, fine = (
+        opened(GRADIENTS, "calibration.stored_bits=8", seen=wide),
+        opened(GRADIENTS, seen=wide),
+    )
     assert coarse.layer_scales(1).gate_up == fine.layer_scales(1).gate_up
     parts = list(coarse.activation_parts(1))
     for name, original_TH in (("hidden", wide.hidden_TH), ("delta", random_delta)):
@@ -450,14 +482,18 @@ def test_eight_bits_store_what_the_coder_makes_of_the_original_values_and_leave_
     assert compress(coarse) != compress(fine)
 
 
-def test_eight_bits_refuse_activations_that_are_not_finite(opened: Opener, layer_inputs: RoutedInputs) -> None:
+def test_eight_bits_refuse_activations_that_are_not_finite(
+    opened: Opener, layer_inputs: RoutedInputs
+) -> None:
     broken_TH = layer_inputs.hidden_TH.clone()
     broken_TH[3, 7] = float("inf")
     with pytest.raises(NumericsError, match="not"):
         opened("calibration.stored_bits=8", seen=layer_inputs._replace(hidden_TH=broken_TH))
 
 
-def test_refinement_gathers_no_more_tokens_than_it_uses(opened: Opener, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_refinement_gathers_no_more_tokens_than_it_uses(
+    opened: Opener, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The first of the plan's order, and nothing held beyond them."""
     context = opened("compression.refine_steps=1")
     tokens = moments.RoutedTokens(context, PAIR, context.layer_scales(1))
@@ -467,7 +503,9 @@ def test_refinement_gathers_no_more_tokens_than_it_uses(opened: Opener, monkeypa
     monkeypatch.setattr(refinement, "MAX_TOKENS", 40)
     for few, all_of_it in zip(refinement.gather_tokens(tokens, side, 2, 256), whole, strict=True):
         held = few.rows.values_TH
-        assert torch.equal(held, all_of_it.rows.values_TH[:40]) and torch.equal(few.weight_T, all_of_it.weight_T[:40])
+        assert torch.equal(held, all_of_it.rows.values_TH[:40]) and torch.equal(
+            few.weight_T, all_of_it.weight_T[:40]
+        )
         assert held.untyped_storage().nbytes() == held.nbytes
 
 
@@ -479,24 +517,33 @@ def test_tokens_weigh_by_the_norm_of_their_gradient_clipped_at_20_times_its_mean
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Seen in down_proj's output error over the expert's own tokens; one token's gradient is beyond the clip."""
+    """Seen in down_proj's output error over the expert's own tokens; one token's gradient is beyond
+    the clip."""
     monkeypatch.setattr(moments, "DOWN_HALF_TOKENS", 0.0)
     rows, slots = torch.where(layer_inputs.expert_ids_TK == 4)
     delta_TH = random_delta.clone()
     delta_TH[rows[3]] = 500.0
     context = opened(GRADIENTS, delta_TH=delta_TH)
     manifest = compress_unit(context, PAIR)
-    originals, stored = weights_of(Shard.of(shard_bytes(context, manifest), tmp_path), source_tensors, 4)
+    originals, stored = weights_of(
+        Shard.of(shard_bytes(context, manifest), tmp_path), source_tensors, 4
+    )
     scales = context.layer_scales(1)
-    norms_T = (delta_TH[rows].double() * layer_inputs.router_weights_TK[rows, slots, None].double()).norm(dim=1)
+    norms_T = (
+        delta_TH[rows].double() * layer_inputs.router_weights_TK[rows, slots, None].double()
+    ).norm(dim=1)
     clipped_T = (norms_T / norms_T.mean()).clamp_max(20.0)
     assert int((clipped_T == 20).sum()) == 1
     own = replace(view(layer_inputs, 4, scales.gate_up, is_quantized=True), weights_T=clipped_T)
     error, energy, _ = down_sides(own, originals, stored, scales.down, is_quantized=True)
-    assert record_of(manifest, 4, "down_proj").relative_output_error == pytest.approx(error / energy, rel=1e-3)
+    assert record_of(manifest, 4, "down_proj").relative_output_error == pytest.approx(
+        error / energy, rel=1e-3
+    )
 
 
-def test_expert_without_tokens_is_compressed_where_gradients_are_used(opened: Opener, uneven: RoutedInputs, tmp_path: Path) -> None:
+def test_expert_without_tokens_is_compressed_where_gradients_are_used(
+    opened: Opener, uneven: RoutedInputs, tmp_path: Path
+) -> None:
     context = opened(GRADIENTS, seen=uneven)
     manifest = compress_unit(context, TRIO)
     shard = Shard.of(shard_bytes(context, manifest), tmp_path)
@@ -504,11 +551,16 @@ def test_expert_without_tokens_is_compressed_where_gradients_are_used(opened: Op
         for projection in SHAPES:
             linear = shard.linear(1, expert, projection)
             assert record_of(manifest, expert, projection).outcome in ("solved", "one_shot")
-            assert legal_patterns(linear["weight_packed"]) and torch.isfinite(decode_weights(linear)).all()
+            assert (
+                legal_patterns(linear["weight_packed"])
+                and torch.isfinite(decode_weights(linear)).all()
+            )
             assert record_of(manifest, expert, projection).relative_weight_error < 0.6
 
 
-def test_gradients_that_are_all_zero_leave_legal_finite_weights(opened: Opener, random_delta: Tensor, tmp_path: Path) -> None:
+def test_gradients_that_are_all_zero_leave_legal_finite_weights(
+    opened: Opener, random_delta: Tensor, tmp_path: Path
+) -> None:
     context = opened(GRADIENTS, delta_TH=torch.zeros_like(random_delta))
     manifest = compress_unit(context, PAIR)
     shard = Shard.of(shard_bytes(context, manifest), tmp_path)
@@ -545,18 +597,33 @@ def test_experts_with_few_tokens_or_none_are_compressed_with_the_layers_statisti
     shard = Shard.of(shard_bytes(context, manifest), tmp_path)
     for expert, tokens in ((STARVED, 0), (RARE, 3), (BUSY, 384)):
         for projection in SHAPES:
-            record, linear = record_of(manifest, expert, projection), shard.linear(1, expert, projection)
+            record, linear = (
+                record_of(manifest, expert, projection),
+                shard.linear(1, expert, projection),
+            )
             assert (record.tokens, record.outcome, record.reason) == (tokens, "solved", "")
-            assert torch.isfinite(decode_weights(linear)).all() and decode_weights(linear).abs().max() > 0
-            assert torch.isfinite(linear["weight_scale"].float()).all() and (linear["weight_scale"].float() > 0).all()
+            assert (
+                torch.isfinite(decode_weights(linear)).all()
+                and decode_weights(linear).abs().max() > 0
+            )
+            assert (
+                torch.isfinite(linear["weight_scale"].float()).all()
+                and (linear["weight_scale"].float() > 0).all()
+            )
             assert legal_patterns(linear["weight_packed"])
             assert 0 < record.relative_weight_error < 0.6
             assert 0 < record.relative_output_error < 1
 
 
-def test_shrinkage_follows_from_the_token_count_and_is_in_the_manifest(opened: Opener, uneven: RoutedInputs) -> None:
+def test_shrinkage_follows_from_the_token_count_and_is_in_the_manifest(
+    opened: Opener, uneven: RoutedInputs
+) -> None:
     manifest = compress_unit(opened(seen=uneven), TRIO)
-    for projection, half, inputs in (("gate_proj", 2.0, 256), ("up_proj", 2.0, 256), ("down_proj", 12.0, 128)):
+    for projection, half, inputs in (
+        ("gate_proj", 2.0, 256),
+        ("up_proj", 2.0, 256),
+        ("down_proj", 12.0, 128),
+    ):
         found = {e: record_of(manifest, e, projection).shrinkage for e in TRIO.experts}
         assert found[STARVED] == 1
         assert found[RARE] == pytest.approx(half / (half + 3 / inputs))
@@ -564,7 +631,9 @@ def test_shrinkage_follows_from_the_token_count_and_is_in_the_manifest(opened: O
         assert 0 < found[BUSY] < found[RARE] < 1
 
 
-def test_one_shot_solver_borrows_only_for_experts_with_fewer_tokens_than_inputs(opened: Opener, uneven: RoutedInputs) -> None:
+def test_one_shot_solver_borrows_only_for_experts_with_fewer_tokens_than_inputs(
+    opened: Opener, uneven: RoutedInputs
+) -> None:
     manifest = compress_unit(opened("compression.solver=sparsegpt_gptq", seen=uneven), TRIO)
     for projection in SHAPES:
         assert record_of(manifest, STARVED, projection).shrinkage == 1
@@ -574,16 +643,22 @@ def test_one_shot_solver_borrows_only_for_experts_with_fewer_tokens_than_inputs(
 
 
 @pytest.mark.slow
-def test_expert_without_tokens_takes_its_curvature_from_all_tokens_of_the_layer(opened: Opener, uneven: RoutedInputs) -> None:
+def test_expert_without_tokens_takes_its_curvature_from_all_tokens_of_the_layer(
+    opened: Opener, uneven: RoutedInputs
+) -> None:
     """Another expert's routing does not matter to it, the layer's tokens do."""
     alone = WorkUnit(layer=1, first_expert=STARVED, num_experts=1)
-    rerouted = uneven._replace(expert_ids_TK=torch.where(uneven.expert_ids_TK == 0, 3, uneven.expert_ids_TK))
+    rerouted = uneven._replace(
+        expert_ids_TK=torch.where(uneven.expert_ids_TK == 0, 3, uneven.expert_ids_TK)
+    )
     assert compress(opened(seen=uneven), alone) == compress(opened(seen=rerouted), alone)
     halved = uneven._replace(hidden_TH=torch.cat([uneven.hidden_TH[:192]] * 2))
     assert compress(opened(seen=halved), alone) != compress(opened(seen=uneven), alone)
 
 
-def test_expert_whose_tokens_all_weigh_nothing_is_rounded_and_says_so(opened: Opener, layer_inputs: RoutedInputs, tmp_path: Path) -> None:
+def test_expert_whose_tokens_all_weigh_nothing_is_rounded_and_says_so(
+    opened: Opener, layer_inputs: RoutedInputs, tmp_path: Path
+) -> None:
     weights_TK = torch.where(layer_inputs.expert_ids_TK == 4, 0.0, layer_inputs.router_weights_TK)
     context = opened(seen=layer_inputs._replace(router_weights_TK=weights_TK))
     manifest = compress_unit(context, PAIR)
@@ -613,14 +688,21 @@ def refused(context: StageContext, *words: str) -> None:
 def test_scales_of_another_plan_are_refused_by_name(opened: Opener) -> None:
     context, other = opened(), opened("compression.sweeps=2")
     context.store.put(run_root.layer_scales(1), other.store.get(run_root.layer_scales(1)))
-    refused(context, "activations/layer-001/scales.json", context.plan.digest[:12], other.plan.digest[:12])
+    refused(
+        context,
+        "activations/layer-001/scales.json",
+        context.plan.digest[:12],
+        other.plan.digest[:12],
+    )
 
 
 def test_activations_of_another_plan_are_refused_by_name(opened: Opener) -> None:
     context, other = opened(), opened("compression.sweeps=2")
     key = run_root.activation_manifest(1, 1)
     context.store.put(key, other.store.get(key))
-    refused(context, "activations/layer-001/part-0001", context.plan.digest[:12], other.plan.digest[:12])
+    refused(
+        context, "activations/layer-001/part-0001", context.plan.digest[:12], other.plan.digest[:12]
+    )
 
 
 @pytest.mark.parametrize("kept", [0, 5, 1000, -1])

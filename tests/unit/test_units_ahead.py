@@ -1,4 +1,5 @@
-"""Units that share a process: what one reads and writes beside what another computes. Reads, computations and writes wait for each other by events."""
+"""Units that share a process: what one reads and writes beside what another computes. Reads,
+computations and writes wait for each other by events."""
 
 import hashlib
 import math
@@ -39,7 +40,8 @@ def nothing(what: str) -> None:
 
 
 class WatchedStore(LocalStore):
-    """Calls `on_read` after each part was mapped and `on_write` before each write, in the thread that asks for it."""
+    """Calls `on_read` after each part was mapped and `on_write` before each write, in the thread
+    that asks for it."""
 
     on_read: Hook = staticmethod(nothing)
     on_write: Hook = staticmethod(nothing)
@@ -55,7 +57,8 @@ class WatchedStore(LocalStore):
 
 @dataclass
 class Shop:
-    """A workplace whose store and computations are watched. `computing`: units in the middle of it; `on_compute` is called with each, before it begins."""
+    """A workplace whose store and computations are watched. `computing`: units in the middle of it;
+    `on_compute` is called with each, before it begins."""
 
     workplace: Workplace
     store: WatchedStore
@@ -66,7 +69,8 @@ class Shop:
     tokens: dict[str, "weakref.ref[moments.RoutedTokens]"] = field(default_factory=dict)
 
     def run(self, *units: WorkUnit) -> list["Future[TaskResult]"]:
-        """Each in a thread of its own; the next one begins when the one before has begun to compute."""
+        """Each in a thread of its own; the next one begins when the one before has begun to
+        compute."""
         pool, futures = ThreadPoolExecutor(len(units)), []
         begun = {unit.id: threading.Event() for unit in units}
         hook = self.on_compute
@@ -77,19 +81,24 @@ class Shop:
 
         self.on_compute = on_compute
         for unit in units:
-            futures.append(pool.submit(self.workplace.execute, Task(stage="compress", id=unit.id, item=unit)))
+            futures.append(
+                pool.submit(self.workplace.execute, Task(stage="compress", id=unit.id, item=unit))
+            )
             assert unit is units[-1] or begun[unit.id].wait(WAIT_S)
         pool.shutdown(wait=True)
         return futures
 
     def shard_digest(self, unit: WorkUnit) -> str:
         manifest = UnitManifest.load(self.store, run_root.unit_manifest(unit.id))
-        return hashlib.sha256(self.store.get(run_root.unit_shard(unit.id, manifest.attempt))).hexdigest()
+        return hashlib.sha256(
+            self.store.get(run_root.unit_shard(unit.id, manifest.attempt))
+        ).hexdigest()
 
 
 @pytest.fixture
 def shop(finished: SmallRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Shop:
-    """The finished run without its units; `first` and `second` belong to different layers, so that keys tell whose they are."""
+    """The finished run without its units; `first` and `second` belong to different layers, so that
+    keys tell whose they are."""
     root = tmp_path / "run"
     shutil.copytree(finished.root, root)
     shutil.rmtree(root / "units")
@@ -126,7 +135,9 @@ def last_part(shop: Shop, unit: WorkUnit) -> str:
     return run_root.activation_part(unit.layer, shop.workplace.plan.parts[-1].part)
 
 
-def test_next_unit_is_read_while_one_computes_and_one_is_written_while_the_next_computes(shop: Shop, finished: SmallRun) -> None:
+def test_next_unit_is_read_while_one_computes_and_one_is_written_while_the_next_computes(
+    shop: Shop, finished: SmallRun
+) -> None:
     is_read, computes = threading.Event(), threading.Event()
     order: list[str] = []
 
@@ -158,15 +169,22 @@ def test_next_unit_is_read_while_one_computes_and_one_is_written_while_the_next_
 
 
 def test_units_of_one_process_compute_one_at_a_time(shop: Shop) -> None:
-    """The fixture's computation refuses to begin while another is under way; the first one's lasts until the others have read all they need."""
+    """The fixture's computation refuses to begin while another is under way; the first one's lasts
+    until the others have read all they need."""
     reads = threading.Semaphore(0)
     others = [u for u in shop.workplace.plan.units if u.layer != shop.first.layer][:3]
-    shop.store.on_read = lambda key: reads.release() if key in {last_part(shop, u) for u in others} else None
+    shop.store.on_read = lambda key: (
+        reads.release() if key in {last_part(shop, u) for u in others} else None
+    )
 
     def on_compute(unit: str) -> None:
         if unit == shop.first.id:
             for other in others:
-                futures.append(pool.submit(shop.workplace.execute, Task(stage="compress", id=other.id, item=other)))
+                futures.append(
+                    pool.submit(
+                        shop.workplace.execute, Task(stage="compress", id=other.id, item=other)
+                    )
+                )
             for _ in others:
                 assert reads.acquire(timeout=WAIT_S)
 
@@ -185,7 +203,9 @@ def test_tokens_are_let_go_before_the_shard_is_written(shop: Shop) -> None:
     assert held == [None]
 
 
-def test_error_of_a_unit_read_ahead_is_its_own_and_the_one_that_computes_goes_on(shop: Shop) -> None:
+def test_error_of_a_unit_read_ahead_is_its_own_and_the_one_that_computes_goes_on(
+    shop: Shop,
+) -> None:
     Path(shop.store.path(last_part(shop, shop.second))).unlink()
     failed = threading.Event()
     shop.store.on_write = lambda key: failed.set() if key.startswith(run_root.FAILURES) else None
@@ -218,7 +238,9 @@ def test_failed_write_is_the_failure_of_its_unit_alone(shop: Shop) -> None:
     assert shop.workplace.execute(first.task).is_done
 
 
-def test_turn_passes_on_after_an_error_and_says_since_when_nothing_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_turn_passes_on_after_an_error_and_says_since_when_nothing_computes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(compute_lock.time, "perf_counter", iter((3.0, 8.0)).__next__)
     lock = compute_lock.ComputeLock()
     with lock.held() as free_since:
@@ -234,7 +256,14 @@ def test_turn_passes_on_after_an_error_and_says_since_when_nothing_computes(monk
 @pytest.mark.parametrize(
     ("free_since", "expected"),
     [(-math.inf, 4.0), (9.0, 4.0), (10.0, 4.0), (11.5, 2.5), (14.0, 0.0), (20.0, 0.0)],
-    ids=["nothing before", "long ago", "as it began", "in the middle", "as it ended", "computes still"],
+    ids=[
+        "nothing before",
+        "long ago",
+        "as it began",
+        "in the middle",
+        "as it ended",
+        "computes still",
+    ],
 )
 def test_fetch_counts_only_while_nothing_computes(free_since: float, expected: float) -> None:
     assert compute_lock.idle_seconds(10.0, 14.0, free_since) == expected
@@ -250,9 +279,17 @@ def test_units_of_a_worker_share_the_memory_for_tokens(
     context, unit = workplace.open_context(plan, finished.prepared.store), plan.units[0]
     scales = context.layer_scales(unit.layer)
     num_tokens = sum(scales.tokens_per_expert[e] for e in unit.experts)
-    monkeypatch.setattr(moments, "GATHERED_BYTES", num_tokens * moments.routed_token_bytes(context.layout.hidden_size, plan.config))
+    monkeypatch.setattr(
+        moments,
+        "GATHERED_BYTES",
+        num_tokens * moments.routed_token_bytes(context.layout.hidden_size, plan.config),
+    )
     spills: list[int] = []
     reserve = moments.reserve_spill
-    monkeypatch.setattr(moments, "reserve_spill", lambda num_bytes, *rest: spills.append(num_bytes) or reserve(num_bytes, *rest))
+    monkeypatch.setattr(
+        moments,
+        "reserve_spill",
+        lambda num_bytes, *rest: spills.append(num_bytes) or reserve(num_bytes, *rest),
+    )
     moments.RoutedTokens(context, unit, scales)
     assert len(spills) == num_spills

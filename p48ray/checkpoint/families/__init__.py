@@ -1,28 +1,51 @@
-"""From an index to a layout: which family a checkpoint is, and whether it holds what that family holds.
+"""From an index to a layout: which family a checkpoint is, and whether it holds what that family
+holds.
 
-What differs between families stands in their files (see record and docs/families.md). Where the text model's names start is read off the
-experts' names, sizes come from the config, and the two are checked against each other.
+What differs between families stands in their files (see record and docs/families.md). Where the
+text model's names start is read off the experts' names, sizes come from the config, and the two are
+checked against each other.
 """
 
 from collections.abc import Mapping
 from typing import Any
 
-from p48ray.checkpoint.expert_checks import ExpertEntries, check_divisibility, check_experts, check_untouched, int4_group_size
+from p48ray.checkpoint.expert_checks import (
+    ExpertEntries,
+    check_divisibility,
+    check_experts,
+    check_untouched,
+    int4_group_size,
+)
 from p48ray.checkpoint.families.record import Family, TextConfig
 from p48ray.checkpoint.families.registry import FAMILIES
 from p48ray.checkpoint.fp8 import check_fp8
 from p48ray.checkpoint.header import TensorEntry
 from p48ray.checkpoint.index import CONFIG_FILE, CheckpointIndex
-from p48ray.checkpoint.layout import EXPERT_NAME, EXPERT_SUFFIXES, PROJECTIONS, ExpertStorage, ModelLayout
+from p48ray.checkpoint.layout import (
+    EXPERT_NAME,
+    EXPERT_SUFFIXES,
+    PROJECTIONS,
+    ExpertStorage,
+    ModelLayout,
+)
 from p48ray.errors import SourceError
 
-__all__ = ["FAMILIES", "PROJECTIONS", "Family", "ModelLayout", "check_divisibility", "describe_model"]
+__all__ = [
+    "FAMILIES",
+    "PROJECTIONS",
+    "Family",
+    "ModelLayout",
+    "check_divisibility",
+    "describe_model",
+]
 
 
 def describe_model(index: CheckpointIndex) -> ModelLayout:
-    """The layout of a checkpoint, all of whose expert tensors have been checked to be there with the right dtype and shape.
+    """The layout of a checkpoint, all of whose expert tensors have been checked to be there with
+    the right dtype and shape.
 
-    Raises: SourceError, naming file and key, for a family that is not known and whatever config and headers disagree on.
+    Raises: SourceError, naming file and key, for a family that is not known and whatever config and
+        headers disagree on.
     """
     family = _family(index.config)
     text = _text_config(index.config, family)
@@ -60,35 +83,48 @@ def _family(config: Mapping[str, Any]) -> Family:
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise SourceError(
-            f"{CONFIG_FILE}: model_type: expected one of {', '.join(FAMILIES)}, found {model_type!r}; "
-            "a family is one file in p48ray/checkpoint/families (docs/families.md shows how to add it)"
+            f"{CONFIG_FILE}: model_type: expected one of {', '.join(FAMILIES)}, found"
+            f" {model_type!r}; a family is one file in p48ray/checkpoint/families (docs/families.md"
+            " shows how to add it)"
         )
     return FAMILIES[model_type]
 
 
 def _text_config(config: Mapping[str, Any], family: Family) -> TextConfig:
-    """The text model's config. Raises: SourceError if it is not there, or is of another architecture."""
+    """The text model's config. Raises: SourceError if it is not there, or is of another
+    architecture."""
     found: Any = config
     for key in family.text_config_path:
         found = found.get(key) if isinstance(found, dict) else None
     if not isinstance(found, dict):
-        raise SourceError(f"{CONFIG_FILE}: {'.'.join(family.text_config_path)}: expected an object, found {found!r}")
+        raise SourceError(
+            f"{CONFIG_FILE}: {'.'.join(family.text_config_path)}: expected an object, found"
+            f" {found!r}"
+        )
     text = TextConfig(found, family.text_config_path)
     if found.get("model_type") not in family.text_model_types:
         known = ", ".join(family.text_model_types)
-        raise SourceError(f"{text.where('model_type')}: expected one of {known}, found {found.get('model_type')!r}")
+        raise SourceError(
+            f"{text.where('model_type')}: expected one of {known}, found"
+            f" {found.get('model_type')!r}"
+        )
     return text
 
 
 def _moe_layers(family: Family, text: TextConfig) -> tuple[int, ...]:
     layers = tuple(family.moe_layers(text))
     if not layers:
-        raise SourceError(f"{text.where(family.moe_layers_key)}: expected a layer with experts, found none")
+        raise SourceError(
+            f"{text.where(family.moe_layers_key)}: expected a layer with experts, found none"
+        )
     return layers
 
 
-def _find_experts(index: CheckpointIndex, num_layers: int) -> tuple[str, ExpertEntries, tuple[int, ...]]:
-    """Returns: (what stands before "layers.", the experts' tensors in layers below num_layers, the layers behind that have experts)."""
+def _find_experts(
+    index: CheckpointIndex, num_layers: int
+) -> tuple[str, ExpertEntries, tuple[int, ...]]:
+    """Returns: (what stands before "layers.", the experts' tensors in layers below num_layers, the
+    layers behind that have experts)."""
     prefixes: dict[str, TensorEntry] = {}
     experts: dict[tuple[int, int, str], dict[str, TensorEntry]] = {}
     layers_behind: set[int] = set()
@@ -103,32 +139,49 @@ def _find_experts(index: CheckpointIndex, num_layers: int) -> tuple[str, ExpertE
             layers_behind.add(layer)
     if len(prefixes) != 1:
         names = [f"{entry.name} ({entry.file})" for entry in prefixes.values()]
-        raise SourceError(f"expected routed experts under one (prefix)layers.N.mlp.experts.E, found {', '.join(names) or 'none'}")
+        raise SourceError(
+            "expected routed experts under one (prefix)layers.N.mlp.experts.E, found"
+            f" {', '.join(names) or 'none'}"
+        )
     if not experts:
-        raise SourceError(f"expected routed experts in layers below num_hidden_layers {num_layers}, found only {sorted(layers_behind)}")
+        raise SourceError(
+            f"expected routed experts in layers below num_hidden_layers {num_layers}, found only"
+            f" {sorted(layers_behind)}"
+        )
     return next(iter(prefixes)), experts, tuple(sorted(layers_behind))
 
 
 def _storage(experts: ExpertEntries) -> ExpertStorage:
-    """How the experts are stored, by the first one; check_experts then holds all others to it. Raises: SourceError for an unknown way."""
+    """How the experts are stored, by the first one; check_experts then holds all others to it.
+    Raises: SourceError for an unknown way."""
     entries = experts[min(experts)]
     for storage, suffixes in EXPERT_SUFFIXES.items():
         if suffixes[0] in entries:
             return storage
     entry = next(iter(entries.values()))
     found = ", ".join(sorted(entries))
-    raise SourceError(f"{entry.file}: tensor {entry.name}: expected weight_packed or weight for this linear, found {found}")
+    raise SourceError(
+        f"{entry.file}: tensor {entry.name}: expected weight_packed or weight for this linear,"
+        f" found {found}"
+    )
 
 
 def _head_name(index: CheckpointIndex, text_config: Mapping[str, Any], prefix: str) -> str:
-    """The head lies beside the inner "model."; a model whose config ties it to the embedding need not store it."""
+    """The head lies beside the inner "model."; a model whose config ties it to the embedding need
+    not store it."""
     name = f"{prefix.removesuffix('model.')}lm_head.weight"
-    is_tied = bool(text_config.get("tie_word_embeddings", index.config.get("tie_word_embeddings", False)))
+    is_tied = bool(
+        text_config.get("tie_word_embeddings", index.config.get("tie_word_embeddings", False))
+    )
     return f"{prefix}embed_tokens.weight" if is_tied and name not in index.tensors else name
 
 
 def _check_ends(index: CheckpointIndex, layout: ModelLayout) -> None:
-    """Raises: SourceError unless embedding, last norm and head are there: the calibration's forward pass needs them."""
+    """Raises: SourceError unless embedding, last norm and head are there: the calibration's forward
+    pass needs them."""
     for name in (layout.embed_name, layout.norm_name, layout.head_name):
         if name not in index.tensors:
-            raise SourceError(f"tensor {name}: expected in the checkpoint (the experts' names start the same way), found none")
+            raise SourceError(
+                f"tensor {name}: expected in the checkpoint (the experts' names start the same"
+                " way), found none"
+            )

@@ -1,6 +1,8 @@
-"""DeepSeek-V3 and R1, and the architecture of the Kimi models: latent attention, sigmoid router with groups of experts, a shared expert.
+"""DeepSeek-V3 and R1, and the architecture of the Kimi models: latent attention, sigmoid router
+with groups of experts, a shared expert.
 
-Releases store every linear in FP8 (see checkpoint.fp8) and one layer of multi-token prediction behind the last one.
+Releases store every linear in FP8 (see checkpoint.fp8) and one layer of multi-token prediction
+behind the last one.
 """
 
 from p48ray.checkpoint.families.record import Family, TransformersClasses, layers_from_first_dense
@@ -13,7 +15,12 @@ CLASSES = TransformersClasses(
     norm="DeepseekV3RMSNorm",
 )
 
-SUPPORTED = {"hidden_act": ("silu",), "scoring_func": ("sigmoid",), "topk_method": ("noaux_tc",), "moe_layer_freq": (1,)}
+SUPPORTED = {
+    "hidden_act": ("silu",),
+    "scoring_func": ("sigmoid",),
+    "topk_method": ("noaux_tc",),
+    "moe_layer_freq": (1,),
+}
 """transformers' classes heed none of these keys: they compute what the values here mean."""
 
 FLOAT32_TENSORS = ("e_score_correction_bias",)

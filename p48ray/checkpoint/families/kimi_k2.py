@@ -1,4 +1,5 @@
-"""Kimi-K2: DeepSeek-V3's architecture without groups of experts, text only. Instruct releases are FP8, Kimi-K2-Thinking has INT4 experts."""
+"""Kimi-K2: DeepSeek-V3's architecture without groups of experts, text only. Instruct releases are
+FP8, Kimi-K2-Thinking has INT4 experts."""
 
 from p48ray.checkpoint.families.deepseek_v3 import CLASSES, FLOAT32_TENSORS, SUPPORTED
 from p48ray.checkpoint.families.record import Family, layers_from_first_dense

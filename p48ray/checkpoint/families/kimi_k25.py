@@ -1,4 +1,5 @@
-"""Kimi-K2.5: Kimi-K2's text model under `language_model.`, INT4 experts, and a vision tower with its projector."""
+"""Kimi-K2.5: Kimi-K2's text model under `language_model.`, INT4 experts, and a vision tower with
+its projector."""
 
 from p48ray.checkpoint.families.deepseek_v3 import CLASSES, FLOAT32_TENSORS, SUPPORTED
 from p48ray.checkpoint.families.record import Family, layers_from_first_dense
@@ -14,5 +15,10 @@ FAMILY = Family(
     float32_tensors=FLOAT32_TENSORS,
     vision_prefixes=("vision_tower.", "mm_projector."),
     transformers=CLASSES,
-    serving_flags=("--mm-encoder-tp-mode data", "--trust-remote-code", "--tool-call-parser kimi_k2", "--reasoning-parser kimi_k2"),
+    serving_flags=(
+        "--mm-encoder-tp-mode data",
+        "--trust-remote-code",
+        "--tool-call-parser kimi_k2",
+        "--reasoning-parser kimi_k2",
+    ),
 )

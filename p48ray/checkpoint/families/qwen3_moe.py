@@ -1,4 +1,5 @@
-"""Qwen3-MoE (30B-A3B, 235B-A22B): grouped-query attention with norms on query and key, softmax router, no shared expert, BF16."""
+"""Qwen3-MoE (30B-A3B, 235B-A22B): grouped-query attention with norms on query and key, softmax
+router, no shared expert, BF16."""
 
 from collections.abc import Iterator
 
@@ -6,9 +7,14 @@ from p48ray.checkpoint.families.record import Family, TextConfig, TransformersCl
 
 
 def sparse_layers(text: TextConfig) -> Iterator[int]:
-    """Every decoder_sparse_step-th layer, counted from 1, but for those that mlp_only_layers names."""
+    """Every decoder_sparse_step-th layer, counted from 1, but for those that mlp_only_layers
+    names."""
     step, dense = text.integer("decoder_sparse_step", default=1), text.integers("mlp_only_layers")
-    return (layer for layer in range(text.integer("num_hidden_layers")) if (layer + 1) % step == 0 and layer not in dense)
+    return (
+        layer
+        for layer in range(text.integer("num_hidden_layers"))
+        if (layer + 1) % step == 0 and layer not in dense
+    )
 
 
 FAMILY = Family(

@@ -1,8 +1,9 @@
 """What a model family is: where its config and names differ from the others', as one frozen record.
 
-A family is one file of this package with a constant FAMILY (docs/families.md). The names of its routed experts follow one pattern,
-`layers.N.mlp.experts.E.{gate,up,down}_proj`, and its decoder layers have the parts `input_layernorm`, `self_attn`,
-`post_attention_layernorm` and `mlp`; whatever else there is comes from the record, from the config or from the headers.
+A family is one file of this package with a constant FAMILY (docs/families.md). The names of its
+routed experts follow one pattern, `layers.N.mlp.experts.E.{gate,up,down}_proj`, and its decoder
+layers have the parts `input_layernorm`, `self_attn`, `post_attention_layernorm` and `mlp`; whatever
+else there is comes from the record, from the config or from the headers.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -15,7 +16,8 @@ from p48ray.errors import SourceError
 
 @dataclass(frozen=True, slots=True)
 class TextConfig:
-    """The text model's part of config.json, read with checks: every error names the dotted path of its key."""
+    """The text model's part of config.json, read with checks: every error names the dotted path of
+    its key."""
 
     values: Mapping[str, Any]
     path: tuple[str, ...] = ()
@@ -25,7 +27,8 @@ class TextConfig:
         return f"{CONFIG_FILE}: {'.'.join((*self.path, key))}"
 
     def integer(self, key: str, *, least: int = 1, default: int | None = None) -> int:
-        """A number. Raises: SourceError if it is no integer of at least `least`; an absent one is `default`, where there is one."""
+        """A number. Raises: SourceError if it is no integer of at least `least`; an absent one is
+        `default`, where there is one."""
         value = self.values.get(key) if key in self.values or default is None else default
         if type(value) is not int or value < least:
             raise SourceError(f"{self.where(key)}: expected an integer >= {least}, found {value!r}")
@@ -35,14 +38,19 @@ class TextConfig:
         """A list of numbers >= 0; absent or null: none. Raises: SourceError for anything else."""
         value = self.values.get(key)
         found = [] if value is None else value
-        if not isinstance(found, list) or not all(type(item) is int and item >= 0 for item in found):
-            raise SourceError(f"{self.where(key)}: expected a list of integers >= 0, found {value!r}")
+        if not isinstance(found, list) or not all(
+            type(item) is int and item >= 0 for item in found
+        ):
+            raise SourceError(
+                f"{self.where(key)}: expected a list of integers >= 0, found {value!r}"
+            )
         return tuple(found)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TransformersClasses:
-    """The family's classes in transformers, by name: this package reads headers and imports no model code (model.decoder resolves them)."""
+    """The family's classes in transformers, by name: this package reads headers and imports no
+    model code (model.decoder resolves them)."""
 
     module: str
     config: str
@@ -53,7 +61,8 @@ class TransformersClasses:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
-    """One model family. Config keys are those of the release's config.json; sizes are named where families disagree on the name."""
+    """One model family. Config keys are those of the release's config.json; sizes are named where
+    families disagree on the name."""
 
     model_type: str
     text_model_types: tuple[str, ...]
@@ -68,28 +77,39 @@ class Family:
     top_k_key: str = "num_experts_per_tok"
     hidden_size_key: str = "hidden_size"
     moe_intermediate_size_key: str = "moe_intermediate_size"
-    supported: Mapping[str, tuple[object, ...]] = field(default_factory=lambda: {"hidden_act": ("silu",)})
-    """Config keys whose other values are refused: nothing here would compute what they say. An absent key is fine."""
+    supported: Mapping[str, tuple[object, ...]] = field(
+        default_factory=lambda: {"hidden_act": ("silu",)}
+    )
+    """Config keys whose other values are refused: nothing here would compute what they say. An
+    absent key is fine."""
     float32_tensors: tuple[str, ...] = ()
     """Ends of names that stay in float32 whatever layers are computed in."""
     recomputed_tensors: tuple[str, ...] = ("rotary_emb.inv_freq",)
-    """Ends of names that some releases store although the model computes them: they pass through, and no layer is filled with them."""
+    """Ends of names that some releases store although the model computes them: they pass through,
+    and no layer is filled with them."""
     vision_prefixes: tuple[str, ...] = ()
-    """Starts of the names of parts that read images: they pass through, and calibration never runs them."""
+    """Starts of the names of parts that read images: they pass through, and calibration never runs
+    them."""
     serving_flags: tuple[str, ...] = ()
     """Flags for vLLM that this family's models need, for the card."""
 
     def check_supported(self, text: TextConfig) -> None:
-        """Raises: SourceError for a setting that neither this project nor the transformers classes above would heed."""
+        """Raises: SourceError for a setting that neither this project nor the transformers classes
+        above would heed."""
         for key, allowed in self.supported.items():
             found = text.values.get(key)
             if key in text.values and not any(
                 type(found) is type(value) and found == value for value in allowed
             ):  # JSON's true is Python's 1
                 expected = " or ".join(repr(value) for value in allowed)
-                raise SourceError(f"{text.where(key)}: expected {expected} for model_type {self.model_type}, found {found!r}")
+                raise SourceError(
+                    f"{text.where(key)}: expected {expected} for model_type {self.model_type},"
+                    f" found {found!r}"
+                )
 
 
 def layers_from_first_dense(text: TextConfig) -> Iterator[int]:
     """DeepSeek-V3's rule: all layers from first_k_dense_replace on."""
-    return iter(range(text.integer("first_k_dense_replace", least=0), text.integer("num_hidden_layers")))
+    return iter(
+        range(text.integer("first_k_dense_replace", least=0), text.integer("num_hidden_layers"))
+    )

@@ -1,4 +1,5 @@
-"""The known families: every file of this package that defines FAMILY. Nothing lists them, so that a new family is a new file."""
+"""The known families: every file of this package that defines FAMILY. Nothing lists them, so that a
+new family is a new file."""
 
 import pkgutil
 from collections.abc import Iterable, Mapping
@@ -22,7 +23,9 @@ def find_families(package: str) -> Mapping[str, Family]:
         if family is None:
             continue
         if not isinstance(family, Family):
-            raise P48Error(f"{package}.{name}: expected FAMILY to be a Family, found {type(family).__name__}")
+            raise P48Error(
+                f"{package}.{name}: expected FAMILY to be a Family, found {type(family).__name__}"
+            )
         if family.model_type in found:
             raise P48Error(f"{package}.{name}: model_type {family.model_type!r} has a file already")
         found[family.model_type] = family

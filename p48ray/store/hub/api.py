@@ -146,9 +146,11 @@ def told_wait_s(error: Any) -> float | None:
 
 @contextmanager
 def response(url: str, token: str | None, first: int, last: int | None) -> Iterator[Any]:
-    """A GET of the bytes from `first` to `last` (inclusive; None: the end), redirects followed; its body is not read yet.
+    """A GET of the bytes from `first` to `last` (inclusive; None: the end), redirects followed; its
+    body is not read yet.
 
-    Raises: HfHubHTTPError for a status of 400 and above (of a 404, that there is no such file), and whatever the transport raises.
+    Raises: HfHubHTTPError for a status of 400 and above (of a 404, that there is no such file), and
+        whatever the transport raises.
     """
     import httpx2
     from huggingface_hub.errors import HfHubHTTPError, RemoteEntryNotFoundError
@@ -156,12 +158,16 @@ def response(url: str, token: str | None, first: int, last: int | None) -> Itera
 
     from p48ray import __version__
 
-    headers = build_hf_headers(token=token or False, library_name="p48ray", library_version=__version__)
+    headers = build_hf_headers(
+        token=token or False, library_name="p48ray", library_version=__version__
+    )
     headers |= {"Accept-Encoding": "identity"}
     if first or last is not None:
         headers["Range"] = f"bytes={first}-{'' if last is None else last}"
     timeout = httpx2.Timeout(READ_TIMEOUT_S, connect=CONNECT_TIMEOUT_S)
-    with get_session().stream("GET", url, headers=headers, timeout=timeout, follow_redirects=True) as reply:
+    with get_session().stream(
+        "GET", url, headers=headers, timeout=timeout, follow_redirects=True
+    ) as reply:
         try:
             hf_raise_for_status(reply)
         except HfHubHTTPError as error:

@@ -1,9 +1,10 @@
 """HubStore: the files of one repository on the Hugging Face Hub at one commit, to be read.
 
-A branch moves, so a store that was opened at one looks its commit up once and keeps to it. A commit's files never change: their sizes and digests
-(SHA-256 of what git LFS or Xet keeps, git's own SHA-1 of the rest) come from one listing, and whatever is read whole is held against them. The
-token is taken from huggingface_hub's own places (HF_TOKEN, the login file) where the store is made; it travels with the store to other
-processes, and is in no text that the store makes.
+A branch moves, so a store that was opened at one looks its commit up once and keeps to it. A
+commit's files never change: their sizes and digests (SHA-256 of what git LFS or Xet keeps, git's
+own SHA-1 of the rest) come from one listing, and whatever is read whole is held against them. The
+token is taken from huggingface_hub's own places (HF_TOKEN, the login file) where the store is made;
+it travels with the store to other processes, and is in no text that the store makes.
 """
 
 import hashlib
@@ -15,7 +16,16 @@ from typing import Any, NoReturn
 from urllib.parse import quote, unquote
 
 from p48ray.errors import ConfigError, ObjectMissingError, P48Error, TransientStoreError
-from p48ray.store.base import Buffers, ObjectInfo, Piece, Traffic, Written, check_key, check_prefix, check_range
+from p48ray.store.base import (
+    Buffers,
+    ObjectInfo,
+    Piece,
+    Traffic,
+    Written,
+    check_key,
+    check_prefix,
+    check_range,
+)
 from p48ray.store.hub.api import api, ask, response
 
 STREAM_BYTES = 2**20
@@ -25,12 +35,16 @@ SKIPPED_BYTES = 32 * 2**20
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
 _NAME = r"(?!(?:spaces|kernels|buckets|datasets|models)/)[A-Za-z0-9][A-Za-z0-9._-]*"
-_PLACE = re.compile(rf"(?i:hf)://(?:(datasets|models)/)?({_NAME}/{_NAME})(?:@(refs/(?:pr|convert)/[^/@]+|[^/@]+))?(?:/(.*))?", re.DOTALL)
+_PLACE = re.compile(
+    rf"(?i:hf)://(?:(datasets|models)/)?({_NAME}/{_NAME})(?:@(refs/(?:pr|convert)/[^/@]+|[^/@]+))?(?:/(.*))?",
+    re.DOTALL,
+)
 
 
 @dataclass(frozen=True, slots=True)
 class HubPlace:
-    """What a hf:// uri names: a repository, a revision of it (None: main), and a folder or file in it ("" for the whole)."""
+    """What a hf:// uri names: a repository, a revision of it (None: main), and a folder or file in
+    it ("" for the whole)."""
 
     kind: str
     repo: str
@@ -40,7 +54,11 @@ class HubPlace:
     @property
     def uri(self) -> str:
         kind = "datasets/" if self.kind == "dataset" else ""
-        at = f"@{quote(self.revision, safe='/' if self.revision.startswith('refs/') else '')}" if self.revision else ""
+        at = (
+            f"@{quote(self.revision, safe='/' if self.revision.startswith('refs/') else '')}"
+            if self.revision
+            else ""
+        )
         return f"hf://{kind}{self.repo}{at}{'/' if self.path else ''}{self.path}"
 
     @property
@@ -54,13 +72,22 @@ class HubPlace:
 
 
 def parse_place(uri: str) -> HubPlace:
-    """hf://[datasets/]owner/name[@revision][/path]. Raises: ConfigError for anything else, P48Error for a path that is no key."""
+    """hf://[datasets/]owner/name[@revision][/path]. Raises: ConfigError for anything else, P48Error
+    for a path that is no key."""
     found = _PLACE.fullmatch(uri)
     if not found:
-        raise ConfigError(f"{uri}: expected hf://owner/name[@revision] or hf://datasets/owner/name[@revision][/path]")
+        raise ConfigError(
+            f"{uri}: expected hf://owner/name[@revision] or"
+            " hf://datasets/owner/name[@revision][/path]"
+        )
     path = (found[4] or "").rstrip("/")
     revision = unquote(found[3]) if found[3] else None
-    return HubPlace("dataset" if found[1] == "datasets" else "model", found[2], revision, check_key(path) if path else "")
+    return HubPlace(
+        "dataset" if found[1] == "datasets" else "model",
+        found[2],
+        revision,
+        check_key(path) if path else "",
+    )
 
 
 def split_texts(uri: str) -> tuple[str, str]:
@@ -103,7 +130,8 @@ def open_model(uri: str) -> "HubStore":
 
 @dataclass(frozen=True, slots=True)
 class HubFile:
-    """One file of a commit. `sha256`: of files in LFS or Xet; `git_sha1`: of the others, over git's blob header and the bytes."""
+    """One file of a commit. `sha256`: of files in LFS or Xet; `git_sha1`: of the others, over git's
+    blob header and the bytes."""
 
     path: str
     size_bytes: int
@@ -128,21 +156,28 @@ class FileDigest:
             self.git_sha1.update(data)
 
     def check(self, where: str) -> None:
-        """Raises: TransientStoreError if the bytes are not those that the Hub names: a cut or changed transfer is worth another try."""
+        """Raises: TransientStoreError if the bytes are not those that the Hub names: a cut or
+        changed
+        transfer is worth another try."""
         f = self.file
         name, expected = ("SHA-256", f.sha256) if f.sha256 else ("git's SHA-1", f.git_sha1)
         found = self.sha256.hexdigest() if f.sha256 else self.git_sha1.hexdigest()
         if (self.num_bytes, found) != (f.size_bytes, expected):
             raise TransientStoreError(
-                f"{where}: expected {f.size_bytes} bytes with {name} {expected} as the Hub lists it, downloaded {self.num_bytes} bytes with {found}"
+                f"{where}: expected {f.size_bytes} bytes with {name} {expected} as the Hub lists"
+                f" it, downloaded {self.num_bytes} bytes with {found}"
             )
 
 
 class HubStore:
-    """Files under a folder of a repository, read-only. Picklable; listings and counters belong to the process."""
+    """Files under a folder of a repository, read-only. Picklable; listings and counters belong to
+    the process."""
 
     def __init__(self, uri: str, endpoint: str | None = None, token: str | None = None) -> None:
-        """Args: uri: see parse_place; its path is a folder. endpoint, token: None for those of this process's huggingface_hub, at first use."""
+        """Args:
+        uri: see parse_place; its path is a folder.
+        endpoint, token: None for those of this process's huggingface_hub, at first use.
+        """
         self.place = parse_place(uri)
         self.uri = self.place.uri
         self._prefix = f"{self.place.path}/" if self.place.path else ""
@@ -152,9 +187,17 @@ class HubStore:
         self.traffic = Traffic()
 
     def __reduce__(self) -> tuple[type["HubStore"], tuple[str, str, str | None]]:
-        """At the commit, and with the endpoint and the token of this process: another one need have none of them."""
+        """At the commit, and with the endpoint and the token of this process: another one need have
+        none of them."""
         self._connect()
-        return (HubStore, (self.place.at(self._commit or self.place.revision).uri, self._endpoint or "", self._token))
+        return (
+            HubStore,
+            (
+                self.place.at(self._commit or self.place.revision).uri,
+                self._endpoint or "",
+                self._token,
+            ),
+        )
 
     def __repr__(self) -> str:
         """Without the token."""
@@ -162,10 +205,14 @@ class HubStore:
 
     @property
     def commit(self) -> str:
-        """The commit whose files these are, looked up once. Raises: ConfigError, naming the reason, if there is none to be read."""
+        """The commit whose files these are, looked up once. Raises: ConfigError, naming the reason,
+        if there is none to be read."""
         if self._commit is None:
             place, hub = self.place, self._api()
-            info = self._ask(place.uri, lambda: hub.repo_info(place.repo, repo_type=place.kind, revision=place.revision))
+            info = self._ask(
+                place.uri,
+                lambda: hub.repo_info(place.repo, repo_type=place.kind, revision=place.revision),
+            )
             self._commit = str(info.sha)
         return self._commit
 
@@ -184,17 +231,22 @@ class HubStore:
         return self.download(self._existing(key).digest())
 
     def download(self, digest: FileDigest) -> Iterator[bytes]:
-        """A whole file in pieces of STREAM_BYTES at most, taken up again where a connection breaks, and held against its digest at the end.
+        """A whole file in pieces of STREAM_BYTES at most, taken up again where a connection breaks,
+        and held against its digest at the end.
 
-        Args:   digest: of the file, nothing counted yet; it counts what is handed on. What the Hub lists is not asked for again.
-        Raises: TransientStoreError, after the last piece, if the bytes are not those that the Hub lists.
+        Args:
+            digest: of the file, nothing counted yet; it counts what is handed on. What the Hub
+                lists is not asked for again.
+        Raises: TransientStoreError, after the last piece, if the bytes are not those that the Hub
+            lists.
         """
         file = digest.file
         pieces: Iterator[bytes] | None = None
         where = self._where(file.path)
 
         def next_piece() -> bytes:
-            """b"" at the end. An attempt that fails leaves no answer, so the next one asks for what is left."""
+            """b"" at the end. An attempt that fails leaves no answer, so the next one asks for what
+            is left."""
             nonlocal pieces
             at = digest.num_bytes
             if pieces is None and at >= file.size_bytes:
@@ -212,7 +264,8 @@ class HubStore:
         digest.check(where)
 
     def get(self, key: str) -> bytes:
-        """See Store.get. Raises: TransientStoreError if what came is not what the Hub lists, several times over."""
+        """See Store.get. Raises: TransientStoreError if what came is not what the Hub lists,
+        several times over."""
         file = self._existing(key)
 
         def read() -> bytes:
@@ -233,7 +286,10 @@ class HubStore:
         def read() -> bytes:
             data = b"".join(self._pieces(file.path, start, start + num_bytes - 1))
             if len(data) != num_bytes:
-                raise TransientStoreError(f"{self._where(file.path)}: asked for {num_bytes} bytes from byte {start} on, got {len(data)}")
+                raise TransientStoreError(
+                    f"{self._where(file.path)}: asked for {num_bytes} bytes from byte {start} on,"
+                    f" got {len(data)}"
+                )
             return data
 
         return self._ask(self._where(file.path), read)
@@ -247,7 +303,9 @@ class HubStore:
         """See Store.list."""
         full = self._prefix + check_prefix(prefix)
         files = [f for f in self._tree(full.rpartition("/")[0]).values() if f.path.startswith(full)]
-        infos = [ObjectInfo(f.path.removeprefix(self._prefix), f.size_bytes, f.sha256) for f in files]
+        infos = [
+            ObjectInfo(f.path.removeprefix(self._prefix), f.size_bytes, f.sha256) for f in files
+        ]
         return iter(sorted(infos, key=lambda info: info.key.encode()))
 
     def put(self, key: str, data: bytes) -> None:
@@ -276,7 +334,10 @@ class HubStore:
 
     def _refuse(self) -> NoReturn:
         """Raises: ConfigError: jobs/publish.py is what writes to the Hub, in commits."""
-        raise ConfigError(f"{self.uri}: a repository on the Hub can only be read from; use a local folder or s3://bucket/prefix")
+        raise ConfigError(
+            f"{self.uri}: a repository on the Hub can only be read from; use a local folder or"
+            " s3://bucket/prefix"
+        )
 
     def _connect(self) -> str:
         """Endpoint (and token) as huggingface_hub finds them, once."""
@@ -296,8 +357,16 @@ class HubStore:
         return ask(what, call, partial(self.traffic.add, requests=1, retries=1))
 
     def _tree(self, folder: str) -> dict[str, HubFile]:
-        """Every file under a folder of the repository, by its path there; listed once. Empty if there is no such folder."""
-        held = next((tree for name, tree in self._trees.items() if not name or f"{folder}/".startswith(f"{name}/")), None)
+        """Every file under a folder of the repository, by its path there; listed once. Empty if
+        there is no such folder."""
+        held = next(
+            (
+                tree
+                for name, tree in self._trees.items()
+                if not name or f"{folder}/".startswith(f"{name}/")
+            ),
+            None,
+        )
         if held is not None:
             return held
         hub, where, commit = self._api(), self._where(folder), self.commit
@@ -306,9 +375,17 @@ class HubStore:
             from huggingface_hub.errors import HfHubHTTPError
 
             try:
-                entries = hub.list_repo_tree(self.place.repo, folder or None, recursive=True, revision=commit, repo_type=self.place.kind)
+                entries = hub.list_repo_tree(
+                    self.place.repo,
+                    folder or None,
+                    recursive=True,
+                    revision=commit,
+                    repo_type=self.place.kind,
+                )
                 return {e.path: _described(e) for e in entries if hasattr(e, "blob_id")}
-            except HfHubHTTPError as error:  # a 404 without a reason, at a commit that was just looked up: the folder is what is missing
+            # a 404 without a reason, at a commit that was just looked up: the folder is what is
+            # missing
+            except HfHubHTTPError as error:
                 if folder and type(error) is HfHubHTTPError and error.response.status_code == 404:
                     return {}
                 raise
@@ -330,7 +407,8 @@ class HubStore:
         return self.place.at(self._commit or self.place.revision, path).uri
 
     def _pieces(self, path: str, start: int, last: int | None) -> Iterator[bytes]:
-        """Bytes of one answer, from `start` to `last` inclusive. Raises: whatever the transport raises, for a body cut short too."""
+        """Bytes of one answer, from `start` to `last` inclusive. Raises: whatever the transport
+        raises, for a body cut short too."""
         kind = "datasets/" if self.place.kind == "dataset" else ""
         url = f"{self._connect()}/{kind}{self.place.repo}/resolve/{self.commit}/{quote(path)}"
         with response(url, self._token, start, last) as reply:
@@ -350,18 +428,30 @@ class HubStore:
 
 
 def _skipped_bytes(reply: Any, start: int, where: str) -> int:
-    """Bytes of the body before those that were asked for: none, or where a server knows no ranges, `start`."""
+    """Bytes of the body before those that were asked for: none, or where a server knows no ranges,
+    `start`."""
     if reply.status_code == 206:
         found = re.fullmatch(r"bytes (\d+)-\d+/(?:\d+|\*)", reply.headers.get("content-range", ""))
         if not found or int(found[1]) != start:
-            raise P48Error(f"{where}: asked for bytes from {start} on, found {reply.headers.get('content-range', 'no Content-Range')!r}")
+            raise P48Error(
+                f"{where}: asked for bytes from {start} on, found"
+                f" {reply.headers.get('content-range', 'no Content-Range')!r}"
+            )
         return 0
     if start > SKIPPED_BYTES:
-        raise P48Error(f"{where}: asked for bytes from {start} on, the server sends the whole file: it does not do ranges")
+        raise P48Error(
+            f"{where}: asked for bytes from {start} on, the server sends the whole file: it does"
+            " not do ranges"
+        )
     return start
 
 
 def _described(entry: Any) -> HubFile:
     """A huggingface_hub RepoFile."""
     sha256 = entry.lfs.sha256 if entry.lfs else None
-    return HubFile(entry.path, entry.lfs.size if entry.lfs else entry.size, sha256, None if sha256 else entry.blob_id)
+    return HubFile(
+        entry.path,
+        entry.lfs.size if entry.lfs else entry.size,
+        sha256,
+        None if sha256 else entry.blob_id,
+    )

@@ -1,12 +1,15 @@
-"""Objects made of parts: multipart uploads, and composing an object from byte ranges that the server copies on its side.
+"""Objects made of parts: multipart uploads, and composing an object from byte ranges that the
+server copies on its side.
 
-    pieces      [header 90 KB][range, 700 MiB, of shard A             ][range, 2 MiB, of C][range, 900 MiB, of shard B       ]
-    parts       [1: header + the first bytes of A, 5 MiB, uploaded][2..4: rest of A, copied][5: C + first 3 MiB of B][6..9: copied]
+    pieces  [header 90 KB][range, 700 MiB, of A          ][2 MiB, of C][range, 900 MiB, of B]
+    parts   [1: header + first 5 MiB of A][2..4: rest of A][5: C + first 3 MiB of B][6..9: B]
+             uploaded                      copied           uploaded                copied
 
-A part has 5 MiB at least (the last one is free), so what is smaller travels through this process with as much of its neighbour as makes
-it a legal part. Neighbouring pieces that are neighbours in one source object as well become one range first: what crosses the network
-depends on where the sources break, not on the number of pieces.
-Source: Amazon S3 User Guide, "Multipart upload limits" and "UploadPartCopy".
+A part has 5 MiB at least (the last one is free), so what is smaller travels through this process
+with as much of its neighbour as makes it a legal part. Neighbouring pieces that are neighbours in
+one source object as well become one range first: what crosses the network depends on where the
+sources break, not on the number of pieces. Source: Amazon S3 User Guide, "Multipart upload limits"
+and "UploadPartCopy".
 """
 
 import base64
@@ -28,18 +31,24 @@ MIN_PART_BYTES = 5 * 2**20
 MAX_PART_BYTES = 5 * 2**30
 MAX_PARTS = 10_000
 UPLOAD_PART_BYTES = 16 * 2**20
-"""Size of a part that is uploaded. PARALLEL_PARTS of them and one being filled are the memory of an upload."""
+"""Size of a part that is uploaded. PARALLEL_PARTS of them and one being filled are the memory of an
+upload."""
 STREAM_PART_BYTES = 64 * 2**20
 """The same where all parts must be equal: 10,000 of them must hold the largest shard."""
 COPY_PART_BYTES = 256 * 2**20
-"""Ranges are copied in parts of about this size, because a server copies several parts at once but each at its own pace."""
+"""Ranges are copied in parts of about this size, because a server copies several parts at once but
+each at its own pace."""
 PARALLEL_PARTS = 4
 PARTS_PER_DOUBLING = 1000
-"""After so many parts the smallest part allowed doubles, so that 10,000 parts hold any object though its size is not known at the start."""
+"""After so many parts the smallest part allowed doubles, so that 10,000 parts hold any object
+though its size is not known at the start."""
 WRITER = "p48ray-writer"
-"""Metadata field with an id that is new in every call that writes: after a lost reply it tells whether the object there is ours."""
+"""Metadata field with an id that is new in every call that writes: after a lost reply it tells
+whether the object there is ours."""
 
 log = logging.getLogger(__name__)
+CHANGED_SOURCE = frozenset({"NoSuchKey", "PreconditionFailed", "InvalidRange", "412", "416"})
+"""What a copy answers when its source is not what it was when it was looked at."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +67,8 @@ def sha256_base64(data: bytes) -> str:
 
 
 def part_size(size_bytes: int) -> int:
-    """Bytes of each part but the last of an object whose size is known, so that MAX_PARTS hold it; equal, as some servers want them."""
+    """Bytes of each part but the last of an object whose size is known, so that MAX_PARTS hold it;
+    equal, as some servers want them."""
     return max(UPLOAD_PART_BYTES, -(-size_bytes // MAX_PARTS))
 
 
@@ -68,7 +78,8 @@ def checksum_fields(data: bytes) -> dict[str, Any]:
 
 
 def is_written_by(api: Api, key: str, writer: str) -> bool | None:
-    """Whether the object at `key` is the one that this writer's id marks. None if there is no object."""
+    """Whether the object at `key` is the one that this writer's id marks. None if there is no
+    object."""
     try:
         reply = api.call("head_object", key, expected=frozenset({"404", "NoSuchKey"}))
     except ExpectedError:
@@ -77,12 +88,17 @@ def is_written_by(api: Api, key: str, writer: str) -> bool | None:
 
 
 class MultipartUpload:
-    """One multipart upload with a few parts in flight. As a context it aborts the upload unless `complete` was reached and succeeded."""
+    """One multipart upload with a few parts in flight. As a context it aborts the upload unless
+    `complete` was reached and succeeded."""
 
     def __init__(self, api: Api, key: str, writer: str) -> None:
         self._api, self._key, self._writer = api, key, writer
         reply = api.call(
-            "create_multipart_upload", key, read=with_member("UploadId"), ChecksumAlgorithm="SHA256", Metadata={WRITER: writer}
+            "create_multipart_upload",
+            key,
+            read=with_member("UploadId"),
+            ChecksumAlgorithm="SHA256",
+            Metadata={WRITER: writer},
         )
         self._id = reply["UploadId"]
         self._pool = ThreadPoolExecutor(PARALLEL_PARTS, thread_name_prefix="s3-part")
@@ -112,16 +128,28 @@ class MultipartUpload:
             body = bytes(data)
             checksum = checksum_fields(body)
             reply = self._api.call(
-                "upload_part", self._key, UploadId=self._id, PartNumber=number, Body=body, read=with_member("ETag"), **checksum
+                "upload_part",
+                self._key,
+                UploadId=self._id,
+                PartNumber=number,
+                Body=body,
+                read=with_member("ETag"),
+                **checksum,
             )
-            return {"PartNumber": number, "ETag": reply["ETag"], "ChecksumSHA256": checksum["ChecksumSHA256"]}
+            return {
+                "PartNumber": number,
+                "ETag": reply["ETag"],
+                "ChecksumSHA256": checksum["ChecksumSHA256"],
+            }
 
         self._submit(upload)
 
     def add_chunks(self, chunks: Iterable[memoryview], part_bytes: int) -> None:
-        """Uploads bytes that come in chunks, each valid until the next, as parts of `part_bytes` each but the last.
+        """Uploads bytes that come in chunks, each valid until the next, as parts of `part_bytes`
+        each but the last.
 
-        Cost: memory for PARALLEL_PARTS parts and the one being filled. Raises: what `chunks` raises.
+        Cost: memory for PARALLEL_PARTS parts and the one being filled. Raises: what `chunks`
+            raises.
         """
         part = BytesIO()
         for chunk in chunks:
@@ -135,34 +163,52 @@ class MultipartUpload:
             self.add_bytes(part.getvalue())
 
     def add_copy(self, source: CopySource, start: int, num_bytes: int) -> None:
-        """Has the server copy a part from another object; as `add_bytes`. A source that changed since it was looked at is refused."""
+        """Has the server copy a part from another object; as `add_bytes`. A source that changed
+        since it was looked at is refused."""
 
         def copy(number: int) -> dict[str, Any]:
             try:
                 reply = self._api.call(
-                    "upload_part_copy", self._key, UploadId=self._id, PartNumber=number, CopySourceIfMatch=source.etag,
-                    CopySource={"Bucket": source.bucket, "Key": source.key}, CopySourceRange=f"bytes={start}-{start + num_bytes - 1}",
-                    expected=frozenset({"NoSuchKey", "PreconditionFailed", "InvalidRange", "412", "416"}), read=with_member("CopyPartResult", "ETag"),
-                )["CopyPartResult"]  # fmt: skip
+                    "upload_part_copy",
+                    self._key,
+                    UploadId=self._id,
+                    PartNumber=number,
+                    CopySourceIfMatch=source.etag,
+                    CopySource={"Bucket": source.bucket, "Key": source.key},
+                    CopySourceRange=f"bytes={start}-{start + num_bytes - 1}",
+                    expected=CHANGED_SOURCE,
+                    read=with_member("CopyPartResult", "ETag"),
+                )["CopyPartResult"]
             except ExpectedError as error:
-                raise ShardCorruptError(f"s3://{source.bucket}/{source.key} changed or went while it was copied ({error})") from error
-            return {"PartNumber": number, **{name: reply[name] for name in ("ETag", "ChecksumSHA256") if name in reply}}
+                raise ShardCorruptError(
+                    f"s3://{source.bucket}/{source.key} changed or went while it was copied"
+                    f" ({error})"
+                ) from error
+            return {
+                "PartNumber": number,
+                **{name: reply[name] for name in ("ETag", "ChecksumSHA256") if name in reply},
+            }
 
         self._submit(copy)
 
     def complete(self, *, is_conditional: bool = False) -> bool:
-        """Makes the object. Args: is_conditional: only if there is none yet. Returns: False if there was one, from another writer.
+        """Makes the object. Args: is_conditional: only if there is none yet. Returns: False if
+        there was one, from another writer.
 
-        A reply that is lost makes the server answer a retry with "no such upload" or "there is one already": the writer's id tells.
-        AWS lets one of several conditional completions pass. SeaweedFS (4.48) and moto look first and write then, so that of two at the
-        same moment both may pass and the later one's object stays: a look afterwards tells most, not all, earlier ones that they lost.
+        A reply that is lost makes the server answer a retry with "no such upload" or "there is one
+        already": the writer's id tells. AWS lets one of several conditional completions pass.
+        SeaweedFS (4.48) and moto look first and write then, so that of two at the same moment both
+        may pass and the later one's object stays: a look afterwards tells most, not all, earlier
+        ones that they lost.
         """
         parts = [part.result() for part in self._parts]
         condition: dict[str, Any] = {"IfNoneMatch": "*"} if is_conditional else {}
         try:
             self._api.call(
-                "complete_multipart_upload", self._key, UploadId=self._id, MultipartUpload={"Parts": parts},
-                expected=frozenset({"NoSuchUpload", "PreconditionFailed", "404", "412"}), read=with_member("ETag"), **condition,
+                "complete_multipart_upload", self._key, UploadId=self._id,
+                MultipartUpload={"Parts": parts},
+                expected=frozenset({"NoSuchUpload", "PreconditionFailed", "404", "412"}),
+                read=with_member("ETag"), **condition,
             )  # fmt: skip
         except ExpectedError as error:
             is_ours = is_written_by(self._api, self._key, self._writer)
@@ -170,14 +216,19 @@ class MultipartUpload:
                 return False
             if not is_ours:
                 where = f"s3://{self._api.bucket}/{self._key}"
-                raise TransientStoreError(f"{where}: its upload went before it was completed ({error}); was it swept?") from error
+                raise TransientStoreError(
+                    f"{where}: its upload went before it was completed ({error}); was it swept?"
+                ) from error
         self._is_complete = True
         return not is_conditional or is_written_by(self._api, self._key, self._writer) is not False
 
     def _submit(self, make: Callable[[int], dict[str, Any]]) -> None:
         number = len(self._parts) + 1
         if number > MAX_PARTS:
-            raise P48Error(f"s3://{self._api.bucket}/{self._key} would need more than {MAX_PARTS} parts, S3's limit; write smaller shards")
+            raise P48Error(
+                f"s3://{self._api.bucket}/{self._key} would need more than {MAX_PARTS} parts, S3's"
+                " limit; write smaller shards"
+            )
         self._free.acquire()
         while self._num_checked < len(self._parts) and self._parts[self._num_checked].done():
             self._parts[self._num_checked].result()
@@ -192,20 +243,42 @@ class MultipartUpload:
         self._parts.append(self._pool.submit(run))
 
     def _abort(self) -> None:
-        """An upload that cannot be aborted either stays for `sweep`; the error that led here matters more."""
+        """An upload that cannot be aborted either stays for `sweep`; the error that led here
+        matters more."""
         try:
-            self._api.call("abort_multipart_upload", self._key, UploadId=self._id, expected=frozenset({"NoSuchUpload", "404"}))
+            self._api.call(
+                "abort_multipart_upload",
+                self._key,
+                UploadId=self._id,
+                expected=frozenset({"NoSuchUpload", "404"}),
+            )
         except ExpectedError:
             pass
         except P48Error as error:
-            log.warning("s3://%s/%s: upload %s is left behind: %s", self._api.bucket, self._key, self._id, error)
+            log.warning(
+                "s3://%s/%s: upload %s is left behind: %s",
+                self._api.bucket,
+                self._key,
+                self._id,
+                error,
+            )
 
 
 class Composer:
-    """Turns pieces into the parts of one upload; the module's picture shows how. The upload begins with the first full part."""
+    """Turns pieces into the parts of one upload; the module's picture shows how. The upload begins
+    with the first full part."""
 
-    def __init__(self, api: Api, key: str, writer: str, copy_source: Callable[[ByteRange], CopySource | None], is_streaming: bool) -> None:
-        """Args: copy_source: the object to copy a range from, checked to hold it; None where it must be streamed through this process.
+    def __init__(
+        self,
+        api: Api,
+        key: str,
+        writer: str,
+        copy_source: Callable[[ByteRange], CopySource | None],
+        is_streaming: bool,
+    ) -> None:
+        """Args:
+        copy_source: the object to copy a range from, checked to hold it; None where it must be
+            streamed through this process.
         is_streaming: all parts are uploaded, and equal.
         """
         self._api, self._key, self._writer = api, key, writer
@@ -228,11 +301,16 @@ class Composer:
             for data in _slices(memoryview(piece), self._room):
                 self._append(data)
         else:
-            source = None if self._is_streaming or piece.num_bytes <= self._min_part_bytes() else self._copy_source(piece)
+            source = (
+                None
+                if self._is_streaming or piece.num_bytes <= self._min_part_bytes()
+                else self._copy_source(piece)
+            )
             self._add_copied(piece, source) if source else self._stream(piece)
 
     def finish(self) -> bytes | None:
-        """Completes the upload. Returns: the whole object instead, if it was too small to begin one."""
+        """Completes the upload. Returns: the whole object instead, if it was too small to begin
+        one."""
         if self._upload is None:
             return bytes(self._pending)
         if self._pending:
@@ -258,11 +336,14 @@ class Composer:
         self.num_bytes += end - start
 
     def _stream(self, piece: ByteRange) -> None:
-        """Appends a range through memory, one part at most at a time. An empty one is asked for as well: it must be there."""
+        """Appends a range through memory, one part at most at a time. An empty one is asked for as
+        well: it must be there."""
         done, is_done = 0, False
         while not is_done:
             num_bytes = min(piece.num_bytes - done, self._room())
-            self._append(memoryview(piece.store.get_range(piece.key, piece.start + done, num_bytes)))
+            self._append(
+                memoryview(piece.store.get_range(piece.key, piece.start + done, num_bytes))
+            )
             done += num_bytes
             is_done = done >= piece.num_bytes
 
@@ -274,7 +355,11 @@ class Composer:
 
     def _room(self) -> int:
         """Bytes that the part being filled still takes."""
-        part_bytes = STREAM_PART_BYTES if self._is_streaming else max(UPLOAD_PART_BYTES, self._min_part_bytes())
+        part_bytes = (
+            STREAM_PART_BYTES
+            if self._is_streaming
+            else max(UPLOAD_PART_BYTES, self._min_part_bytes())
+        )
         return part_bytes - len(self._pending)
 
     def _min_part_bytes(self) -> int:
@@ -315,7 +400,9 @@ def merged_ranges(pieces: Iterable[Piece]) -> Iterator[Piece]:
 
 
 def _is_same_store(one: Store, other: Store) -> bool:
-    names = [(type(store), store.uri, getattr(store, "endpoint_url", None)) for store in (one, other)]
+    names = [
+        (type(store), store.uri, getattr(store, "endpoint_url", None)) for store in (one, other)
+    ]
     return one is other or names[0] == names[1]
 
 

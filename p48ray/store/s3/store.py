@@ -1,8 +1,9 @@
 """S3Store: objects in a bucket, on AWS or any server that speaks S3.
 
-Every write is one request that the server makes visible at once (PutObject, or the completion of a multipart upload), so a killed writer
-leaves at most an unfinished upload, which nobody sees and `sweep` removes. Uploads carry SHA-256 checksums that the server enforces and
-keeps. The one race that matters, first writer wins, is the server's `If-None-Match: *`.
+Every write is one request that the server makes visible at once (PutObject, or the completion of a
+multipart upload), so a killed writer leaves at most an unfinished upload, which nobody sees and
+`sweep` removes. Uploads carry SHA-256 checksums that the server enforces and keeps. The one race
+that matters, first writer wins, is the server's `If-None-Match: *`.
 """
 
 import base64
@@ -19,7 +20,18 @@ from typing import Any
 from botocore.exceptions import IncompleteReadError
 
 from p48ray.errors import ConfigError, P48Error, ShardCorruptError, TransientStoreError
-from p48ray.store.base import Buffers, ByteRange, Hashing, ObjectInfo, Piece, Traffic, Written, check_key, check_prefix, check_range
+from p48ray.store.base import (
+    Buffers,
+    ByteRange,
+    Hashing,
+    ObjectInfo,
+    Piece,
+    Traffic,
+    Written,
+    check_key,
+    check_prefix,
+    check_range,
+)
 from p48ray.store.s3.api import Api, ExpectedError, body_of, with_member
 from p48ray.store.s3.multipart import (
     WRITER,
@@ -35,34 +47,48 @@ from p48ray.store.s3.multipart import (
 from p48ray.store.view import SubStore
 
 PUT_MAX_BYTES = 512 * 2**20
-"""Larger objects are uploaded in parts: a part that fails is retried alone, and parts travel in parallel."""
+"""Larger objects are uploaded in parts: a part that fails is retried alone, and parts travel in
+parallel."""
 ONCE_PUT_MAX_BYTES = 64 * 2**20
-"""The same for `write_once`, whose caller does not hold the bytes: one request wants all of them in memory."""
+"""The same for `write_once`, whose caller does not hold the bytes: one request wants all of them in
+memory."""
 LIST_PAGE = 1000
 READ_ATTEMPTS = 3
-"""How often a whole object is read before stored bytes that differ from the stored checksum are believed to be so in the store."""
+"""How often a whole object is read before stored bytes that differ from the stored checksum are
+believed to be so in the store."""
 ABSENT = frozenset({"404", "NoSuchKey"})
 EXISTS = frozenset({"412", "PreconditionFailed"})
 
 
 class S3Store:
-    """Objects under `prefix` in a bucket. Credentials and region come from boto3's standard chain, never from here.
+    """Objects under `prefix` in a bucket. Credentials and region come from boto3's standard chain,
+    never from here.
 
-    Several processes on many machines may write at once. A bucket of AWS is consistent from write to read and to listing; a server that is
-    not cannot hold a run root.
+    Several processes on many machines may write at once. A bucket of AWS is consistent from write
+    to read and to listing; a server that is not cannot hold a run root.
     """
 
     def __init__(self, uri: str, endpoint_url: str | None = None, server_copy: bool = True) -> None:
-        """Args: uri: s3://bucket or s3://bucket/prefix. endpoint_url: of a server that is not AWS. server_copy: whether it copies byte
-        ranges on its side and takes parts of unequal size (`probe` tells); if not, `compose` streams through this process in equal parts.
+        """Args:
+            uri: s3://bucket or s3://bucket/prefix.
+            endpoint_url: of a server that is not AWS.
+            server_copy: whether it copies byte ranges on its side and takes parts of unequal size
+                (`probe` tells); if not, `compose` streams through this process in equal parts.
 
         Raises: ConfigError for a uri that names no bucket, P48Error for a prefix that is no key.
         """
-        found = re.fullmatch(r"s3://([a-zA-Z0-9][a-zA-Z0-9._-]{1,253}[a-zA-Z0-9])(?:/(.*))?", uri, flags=re.DOTALL)
+        found = re.fullmatch(
+            r"s3://([a-zA-Z0-9][a-zA-Z0-9._-]{1,253}[a-zA-Z0-9])(?:/(.*))?", uri, flags=re.DOTALL
+        )
         if not found:
-            raise ConfigError(f"{uri}: expected s3://BUCKET or s3://BUCKET/PREFIX, found no bucket's name")
+            raise ConfigError(
+                f"{uri}: expected s3://BUCKET or s3://BUCKET/PREFIX, found no bucket's name"
+            )
         if endpoint_url is not None and not re.match(r"https?://[^/]", endpoint_url):
-            raise ConfigError(f"{uri}: its endpoint must be http://HOST[:PORT] or https://HOST[:PORT], found {endpoint_url!r}")
+            raise ConfigError(
+                f"{uri}: its endpoint must be http://HOST[:PORT] or https://HOST[:PORT], found"
+                f" {endpoint_url!r}"
+            )
         self.bucket, prefix = found[1], (found[2] or "").rstrip("/")
         self._prefix = check_key(prefix) + "/" if prefix else ""
         self.uri = f"s3://{self.bucket}/{prefix}".rstrip("/")
@@ -79,15 +105,21 @@ class S3Store:
         return f"S3Store({self.uri!r}, {self.endpoint_url!r}, {self.server_copy!r})"
 
     def get(self, key: str) -> bytes:
-        """See Store.get. Raises: ShardCorruptError if the bytes differ from the checksum that the server keeps for them."""
+        """See Store.get. Raises: ShardCorruptError if the bytes differ from the checksum that the
+        server keeps for them."""
         full = self._full(key)
         for _ in range(READ_ATTEMPTS):
-            data, checksum = self._api.call("get_object", full, read=lambda reply: (body_of(reply), _full_checksum(reply)))
+            data, checksum = self._api.call(
+                "get_object", full, read=lambda reply: (body_of(reply), _full_checksum(reply))
+            )
             self.traffic.add(bytes_read=len(data))
             found = sha256_base64(data) if checksum else None
             if found == checksum:
                 return data
-        raise ShardCorruptError(f"s3://{self.bucket}/{full}: stored SHA-256 is {checksum}, that of the bytes read {found} (base64)")
+        raise ShardCorruptError(
+            f"s3://{self.bucket}/{full}: stored SHA-256 is {checksum}, that of the bytes read"
+            f" {found} (base64)"
+        )
 
     def get_range(self, key: str, start: int, num_bytes: int) -> bytes:
         """See Store.get_range. One request; two for an empty range and for one that is refused."""
@@ -106,16 +138,22 @@ class S3Store:
                 return data
         check_range(key, start, num_bytes, self._existing(full)["ContentLength"])
         if num_bytes:
-            raise TransientStoreError(f"s3://{self.bucket}/{full} was replaced while {num_bytes} bytes from byte {start} on were asked for")
+            raise TransientStoreError(
+                f"s3://{self.bucket}/{full} was replaced while {num_bytes} bytes from byte {start}"
+                " on were asked for"
+            )
         return b""
 
     def head(self, key: str) -> ObjectInfo | None:
-        """See Store.head. A bucket that does not exist reads as None: HEAD answers have no body that could tell."""
+        """See Store.head. A bucket that does not exist reads as None: HEAD answers have no body
+        that could tell."""
         reply = self._head(self._full(key))
         if reply is None:
             return None
         checksum = _full_checksum(reply)
-        return ObjectInfo(key, reply["ContentLength"], base64.b64decode(checksum).hex() if checksum else None)
+        return ObjectInfo(
+            key, reply["ContentLength"], base64.b64decode(checksum).hex() if checksum else None
+        )
 
     def identity(self, key: str) -> str | None:
         """SHA-256 where the server keeps that of the whole object, else the ETag.
@@ -126,15 +164,24 @@ class S3Store:
         return held.sha256 if held and held.sha256 else self.copy_source(key).etag.strip('"')
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
-        """See Store.list. Names that are no keys are left out, such as the folder markers ("a/") that bucket browsers make.
+        """See Store.list. Names that are no keys are left out, such as the folder markers ("a/")
+        that bucket browsers make.
 
-        Cost: one request per 1,000 objects, and all of them in memory: some servers list by folder, which is another order than by key.
+        Cost: one request per 1,000 objects, and all of them in memory: some servers list by folder,
+            which is another order than by key.
         """
         found: dict[str, ObjectInfo] = {}
         position: dict[str, Any] = {}
         full = self._prefix + check_prefix(prefix)
         while True:
-            page = self._api.call("list_objects_v2", None, Prefix=full, MaxKeys=LIST_PAGE, read=with_member("IsTruncated"), **position)
+            page = self._api.call(
+                "list_objects_v2",
+                None,
+                Prefix=full,
+                MaxKeys=LIST_PAGE,
+                read=with_member("IsTruncated"),
+                **position,
+            )
             for entry in page.get("Contents", []):
                 key = entry["Key"].removeprefix(self._prefix)
                 if _is_key(key):
@@ -150,9 +197,11 @@ class S3Store:
     def put_if_absent(self, key: str, data: bytes) -> bool:
         """See Store.put_if_absent.
 
-        If the reply to the first try is lost, the server answers the next one with "there is one already", of our own making. Each call
-        marks its object with an id of its own, so one look tells who wrote it. Raises: TransientStoreError if no try was answered; whether
-        the object was written is then unknown, and a later call says False though it may be of this caller: its contents must tell.
+        If the reply to the first try is lost, the server answers the next one with "there is one
+        already", of our own making. Each call marks its object with an id of its own, so one look
+        tells who wrote it. Raises: TransientStoreError if no try was answered; whether the object
+        was written is then unknown, and a later call says False though it may be of this caller:
+        its contents must tell.
         """
         full = self._full(key)
         if len(data) > PUT_MAX_BYTES and self._head(full) is not None:
@@ -160,11 +209,14 @@ class S3Store:
         return self._write(full, data, is_conditional=True)
 
     def write_once(self, key: str, buffers: Buffers) -> Written:
-        """See Store.write_once. Where there is an object already the bytes are hashed and nothing is uploaded.
+        """See Store.write_once. Where there is an object already the bytes are hashed and nothing
+        is uploaded.
 
-        Up to ONCE_PUT_MAX_BYTES the object is one request, and `head` tells its SHA-256. A larger one travels in parts while it is hashed:
-        S3 then keeps SHA-256 of the parts only, so `head` says None and the digest returned here is the one to be recorded.
-        Cost:   memory for the whole object, or for five parts of 16 MiB (more beyond 160 GB, where parts grow).
+        Up to ONCE_PUT_MAX_BYTES the object is one request, and `head` tells its SHA-256. A larger
+        one travels in parts while it is hashed: S3 then keeps SHA-256 of the parts only, so `head`
+        says None and the digest returned here is the one to be recorded.
+        Cost: memory for the whole object, or for five parts of 16 MiB (more beyond 160 GB, where
+            parts grow).
         Raises: TransientStoreError as `put_if_absent` does.
         """
         full, hashing = self._full(key), Hashing(buffers)
@@ -182,9 +234,11 @@ class S3Store:
             return hashing.written(is_ours=upload.complete(is_conditional=True))
 
     def compose(self, key: str, pieces: Iterable[Piece]) -> int:
-        """See Store.compose. Ranges of stores at the same endpoint are copied by the server (`multipart` says which).
+        """See Store.compose. Ranges of stores at the same endpoint are copied by the server
+        (`multipart` says which).
 
-        Cost: memory for about eight parts of 16 MiB (of 64 where the server does not copy). Traffic: 5 MiB or less per break between sources.
+        Cost: memory for about eight parts of 16 MiB (of 64 where the server does not copy).
+            Traffic: 5 MiB or less per break between sources.
         """
         full, writer = self._full(key), uuid.uuid4().hex
         sources: dict[tuple[str, str], CopySource] = {}
@@ -199,7 +253,9 @@ class S3Store:
             check_range(piece.key, piece.start, piece.num_bytes, sources[name].size_bytes)
             return sources[name]
 
-        with Composer(self._api, full, writer, copy_source, is_streaming=not self.server_copy) as composer:
+        with Composer(
+            self._api, full, writer, copy_source, is_streaming=not self.server_copy
+        ) as composer:
             for piece in merged_ranges(SubStore.resolved(piece) for piece in pieces):
                 composer.add(piece)
             small = composer.finish()
@@ -207,18 +263,24 @@ class S3Store:
             self._write(full, small, is_conditional=False)
             return len(small)
         reply = self._existing(full)
-        if reply["ContentLength"] != composer.num_bytes and reply.get("Metadata", {}).get(WRITER, writer) == writer:
+        if (
+            reply["ContentLength"] != composer.num_bytes
+            and reply.get("Metadata", {}).get(WRITER, writer) == writer
+        ):
             raise ShardCorruptError(
-                f"s3://{self.bucket}/{full}: composed {composer.num_bytes} bytes, the server holds {reply['ContentLength']}"
+                f"s3://{self.bucket}/{full}: composed {composer.num_bytes} bytes, the server holds"
+                f" {reply['ContentLength']}"
             )
         return composer.num_bytes
 
     def upload(self, key: str) -> MultipartUpload:
-        """A multipart upload to be filled part by part, as a context. For probing; `put` and `compose` choose the parts themselves."""
+        """A multipart upload to be filled part by part, as a context. For probing; `put` and
+        `compose` choose the parts themselves."""
         return MultipartUpload(self._api, self._full(key), uuid.uuid4().hex)
 
     def copy_source(self, key: str) -> CopySource:
-        """An object as other stores at this endpoint may copy from it. Raises: ObjectMissingError."""
+        """An object as other stores at this endpoint may copy from it. Raises:
+        ObjectMissingError."""
         full = self._full(key)
         reply = self._existing(full)
         return CopySource(self.bucket, full, reply["ContentLength"], reply["ETag"])
@@ -229,35 +291,58 @@ class S3Store:
             self._api.call("delete_object", self._full(key), expected=ABSENT)
 
     def sweep(self, older_than_s: float, prefix: str = "") -> int:
-        """See Store.sweep. What is left behind are unfinished multipart uploads, whose parts are stored and paid for."""
+        """See Store.sweep. What is left behind are unfinished multipart uploads, whose parts are
+        stored and paid for."""
         full = self._prefix + check_prefix(prefix)
         position: dict[str, Any] = {}
         num_removed = 0
         while True:
-            page = self._api.call("list_multipart_uploads", None, Prefix=full, read=with_member("IsTruncated"), **position)
+            page = self._api.call(
+                "list_multipart_uploads",
+                None,
+                Prefix=full,
+                read=with_member("IsTruncated"),
+                **position,
+            )
             oldest_kept = _server_time(page) - timedelta(seconds=older_than_s)
             for upload in page.get("Uploads", []):
                 if upload["Key"].startswith(full) and upload["Initiated"] < oldest_kept:
                     with suppress(ExpectedError):
                         expected = frozenset({"NoSuchUpload", "404"})
-                        self._api.call("abort_multipart_upload", upload["Key"], UploadId=upload["UploadId"], expected=expected)
+                        self._api.call(
+                            "abort_multipart_upload",
+                            upload["Key"],
+                            UploadId=upload["UploadId"],
+                            expected=expected,
+                        )
                         num_removed += 1
             if not page.get("IsTruncated"):
                 return num_removed
-            position = {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page.get("NextUploadIdMarker", "")}
+            position = {
+                "KeyMarker": page["NextKeyMarker"],
+                "UploadIdMarker": page.get("NextUploadIdMarker", ""),
+            }
 
     def _full(self, key: str) -> str:
         return self._prefix + check_key(key)
 
     def _head(self, full: str) -> Any:
         try:
-            return self._api.call("head_object", full, expected=ABSENT, read=with_member("ContentLength"), ChecksumMode="ENABLED")
+            return self._api.call(
+                "head_object",
+                full,
+                expected=ABSENT,
+                read=with_member("ContentLength"),
+                ChecksumMode="ENABLED",
+            )
         except ExpectedError:
             return None
 
     def _existing(self, full: str) -> Any:
         """The reply to a HEAD. Raises: ObjectMissingError."""
-        return self._api.call("head_object", full, read=with_member("ContentLength"), ChecksumMode="ENABLED")
+        return self._api.call(
+            "head_object", full, read=with_member("ContentLength"), ChecksumMode="ENABLED"
+        )
 
     def _write(self, full: str, data: bytes, *, is_conditional: bool) -> bool:
         """Returns: False if the write is conditional and another writer's object is there."""
@@ -270,11 +355,21 @@ class S3Store:
                 return upload.complete(is_conditional=is_conditional)
         condition: dict[str, Any] = {"IfNoneMatch": "*"} if is_conditional else {}
         try:
-            self._api.call("put_object", full, Body=data, Metadata={WRITER: writer}, expected=EXISTS, **checksum_fields(data), **condition)
+            self._api.call(
+                "put_object",
+                full,
+                Body=data,
+                Metadata={WRITER: writer},
+                expected=EXISTS,
+                **checksum_fields(data),
+                **condition,
+            )
         except ExpectedError as error:
             is_ours = is_written_by(self._api, full, writer)
             if is_ours is None:
-                raise TransientStoreError(f"s3://{self.bucket}/{full}: there was an object ({error}), now there is none") from error
+                raise TransientStoreError(
+                    f"s3://{self.bucket}/{full}: there was an object ({error}), now there is none"
+                ) from error
             return is_ours
         return True
 
@@ -290,22 +385,31 @@ def _is_key(key: str) -> bool:
 def _full_checksum(reply: Any) -> str | None:
     """The SHA-256 of all bytes, base64, if that is what the server keeps.
 
-    An object of several parts (its ETag ends in their number) has a checksum of the parts' checksums, which not all servers mark as such.
+    An object of several parts (its ETag ends in their number) has a checksum of the parts'
+    checksums, which not all servers mark as such.
     """
-    is_of_parts = bool(re.search(r'-\d+"?$', reply.get("ETag", ""))) or reply.get("ChecksumType") == "COMPOSITE"
+    is_of_parts = (
+        bool(re.search(r'-\d+"?$', reply.get("ETag", "")))
+        or reply.get("ChecksumType") == "COMPOSITE"
+    )
     checksum: str | None = None if is_of_parts else reply.get("ChecksumSHA256")
     return checksum if checksum and "-" not in checksum else None
 
 
 def _ranged_body(start: int, reply: Any) -> tuple[bytes, int]:
-    """The body of a GET of a range from `start` on, and the size of the whole object: the range ends early only where the object does.
+    """The body of a GET of a range from `start` on, and the size of the whole object: the range
+    ends early only where the object does.
 
-    Refuses a server that sends the whole object, before reading it. Raises: IncompleteReadError if the body is not what its headers say.
+    Refuses a server that sends the whole object, before reading it. Raises: IncompleteReadError if
+    the body is not what its headers say.
     """
     found = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+)", reply.get("ContentRange", ""))
     if not found or int(found[1]) != start:
         reply["Body"].close()
-        message = f"asked for bytes from {start} on, the server sent {reply.get('ContentRange', 'the whole object')}: it does not do ranges"
+        message = (
+            f"asked for bytes from {start} on, the server sent"
+            f" {reply.get('ContentRange', 'the whole object')}: it does not do ranges"
+        )
         raise P48Error(f"{message}, so it cannot hold a run root or a checkpoint")
     data, num_bytes = body_of(reply), int(found[2]) - start + 1
     if len(data) != num_bytes:

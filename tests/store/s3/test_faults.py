@@ -1,4 +1,5 @@
-"""Every operation under every fault of the network and of the server: the right bytes or an error of ours, never other bytes."""
+"""Every operation under every fault of the network and of the server: the right bytes or an error
+of ours, never other bytes."""
 
 import hashlib
 import random
@@ -25,7 +26,13 @@ MIB = 2**20
 DATA = random.Random(1).randbytes(16 * MIB)
 SMALL = DATA[:5000]
 WRITTEN = Written(len(SMALL), hashlib.sha256(SMALL).hexdigest(), is_ours=True)
-AFTER_FORWARDING = {Fault.LOST_REPLY, Fault.GARBLED_REPLY, Fault.EMPTIED_BODY, Fault.SHORTENED_BODY, Fault.FLIPPED_BIT}
+AFTER_FORWARDING = {
+    Fault.LOST_REPLY,
+    Fault.GARBLED_REPLY,
+    Fault.EMPTIED_BODY,
+    Fault.SHORTENED_BODY,
+    Fault.FLIPPED_BIT,
+}
 AFTER_FORWARDING |= {Fault.RESET_IN_BODY, Fault.TRUNCATED_BODY}
 
 
@@ -54,16 +61,28 @@ SMALL_OPERATIONS: list[tuple[str, Callable[[Store], Any], Any, dict[str, bytes |
     ("put", lambda s: s.put("a", SMALL[::-1]), None, {"a": SMALL[::-1]}),
     ("put_if_absent", lambda s: s.put_if_absent("new", SMALL), True, {"new": SMALL}),
     ("put_if_absent of another's", lambda s: s.put_if_absent("a", SMALL), False, {}),
-    ("write_once", lambda s: s.write_once("new", Pieces([SMALL[:9], SMALL[9:]])), WRITTEN, {"new": SMALL}),
+    (
+        "write_once",
+        lambda s: s.write_once("new", Pieces([SMALL[:9], SMALL[9:]])),
+        WRITTEN,
+        {"new": SMALL},
+    ),
     ("write_once of another's", lambda s: s.write_once("a", Pieces([SMALL])).is_ours, False, {}),
-    ("compose", lambda s: s.compose("c", [b"x", ByteRange(s, "a", 1, 2)]), 3, {"c": b"x" + SMALL[1:3]}),
+    (
+        "compose",
+        lambda s: s.compose("c", [b"x", ByteRange(s, "a", 1, 2)]),
+        3,
+        {"c": b"x" + SMALL[1:3]},
+    ),
     ("delete", lambda s: s.delete("folder/b"), None, {"folder/b": None}),
     ("sweep", lambda s: s.sweep(3600.0), 0, {}),
 ]
 
 
 @pytest.mark.parametrize("fault", PASSING_FAULTS)
-def test_small_operations_pass_every_fault_with_the_right_bytes(seaweedfs: Server, fault: Fault) -> None:
+def test_small_operations_pass_every_fault_with_the_right_bytes(
+    seaweedfs: Server, fault: Fault
+) -> None:
     with fault_proxy(seaweedfs.endpoint_url) as proxy:
         roots = pair(seaweedfs, proxy)
         for number, (name, operation, result, changed) in enumerate(SMALL_OPERATIONS):
@@ -77,13 +96,20 @@ def test_small_operations_pass_every_fault_with_the_right_bytes(seaweedfs: Serve
             assert [request.fault for request in proxy.requests if request.fault] == [fault], name
             proxy.requests.clear()
             expected = {"a": SMALL, "folder/b": b"1"} | changed
-            assert listed(direct) == sorted((key, len(data)) for key, data in expected.items() if data is not None), name
-            assert all(direct.get(key) == data for key, data in expected.items() if data is not None), name
+            assert listed(direct) == sorted(
+                (key, len(data)) for key, data in expected.items() if data is not None
+            ), name
+            assert all(
+                direct.get(key) == data for key, data in expected.items() if data is not None
+            ), name
 
 
 @pytest.mark.parametrize("fault", PASSING_FAULTS)
-def test_every_request_of_a_multipart_upload_passes_every_fault(seaweedfs: Server, monkeypatch: pytest.MonkeyPatch, fault: Fault) -> None:
-    """Created, a part uploaded, a part copied, completed, looked at; and conditionally, in equal parts."""
+def test_every_request_of_a_multipart_upload_passes_every_fault(
+    seaweedfs: Server, monkeypatch: pytest.MonkeyPatch, fault: Fault
+) -> None:
+    """Created, a part uploaded, a part copied, completed, looked at; and conditionally, in equal
+    parts."""
     monkeypatch.setattr(s3, "PUT_MAX_BYTES", 6 * MIB)
     monkeypatch.setattr(s3, "ONCE_PUT_MAX_BYTES", 6 * MIB)
     monkeypatch.setattr(multipart, "UPLOAD_PART_BYTES", 6 * MIB)
@@ -93,9 +119,14 @@ def test_every_request_of_a_multipart_upload_passes_every_fault(seaweedfs: Serve
         direct.put("a", DATA[: 6 * MIB])
         for nth in range(1, 9):
             proxy.rules[:], proxy.requests[:] = [Rule(fault, "PUT|POST|HEAD", nth=nth)], []
-            size_bytes = store.compose(f"c{nth}", [DATA[: 5 * MIB], ByteRange(store, "a", 0, 5 * MIB + 1), b"end"])
+            size_bytes = store.compose(
+                f"c{nth}", [DATA[: 5 * MIB], ByteRange(store, "a", 0, 5 * MIB + 1), b"end"]
+            )
             is_met = any(request.fault for request in proxy.requests)
-            assert (size_bytes, direct.get(f"c{nth}")) == (10 * MIB + 4, DATA[: 5 * MIB] + DATA[: 5 * MIB + 1] + b"end"), nth
+            assert (size_bytes, direct.get(f"c{nth}")) == (
+                10 * MIB + 4,
+                DATA[: 5 * MIB] + DATA[: 5 * MIB + 1] + b"end",
+            ), nth
             if not is_met:
                 break
         assert nth > 5
@@ -104,12 +135,19 @@ def test_every_request_of_a_multipart_upload_passes_every_fault(seaweedfs: Serve
             assert store.put_if_absent(f"d{nth}", DATA[: 7 * MIB]) is True, nth
             assert direct.get(f"d{nth}") == DATA[: 7 * MIB], nth
             proxy.rules[:] = [Rule(fault, "PUT|POST", nth=nth)]
-            assert store.write_once(f"e{nth}", Pieces([DATA[:MIB], DATA[MIB : 7 * MIB]])) == written, nth
+            assert (
+                store.write_once(f"e{nth}", Pieces([DATA[:MIB], DATA[MIB : 7 * MIB]])) == written
+            ), nth
             assert direct.get(f"e{nth}") == DATA[: 7 * MIB], nth
     prefix = direct.uri.rpartition("/")[2]
-    left = plain_client(seaweedfs.endpoint_url).list_multipart_uploads(Bucket=BUCKET, Prefix=prefix).get("Uploads", [])
+    left = (
+        plain_client(seaweedfs.endpoint_url)
+        .list_multipart_uploads(Bucket=BUCKET, Prefix=prefix)
+        .get("Uploads", [])
+    )
     lost = [upload["Key"] for upload in left if upload["Key"].startswith(prefix)]
-    # the id of an upload whose creation was answered into the void is known to nobody: that is what `sweep` is for
+    # the id of an upload whose creation was answered into the void is known to nobody: that is what
+    # `sweep` is for
     assert len(lost) == (3 if fault in AFTER_FORWARDING else 0), lost
 
 
@@ -117,7 +155,8 @@ def test_every_request_of_a_multipart_upload_passes_every_fault(seaweedfs: Serve
 def test_random_operations_under_random_faults_give_right_bytes_or_our_errors(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
-    """Few attempts and many faults, so that operations fail as well: then an object is as it was, or as it should have become."""
+    """Few attempts and many faults, so that operations fail as well: then an object is as it was,
+    or as it should have become."""
     server: Server = request.getfixturevalue("seaweedfs" if seed % 3 else "moto_server")
     monkeypatch.setattr(retry, "S3", replace(retry.S3, attempts=2))
     monkeypatch.setattr("tests.servers.fault_proxy.LATENCY_S", 0.01)
@@ -128,7 +167,19 @@ def test_random_operations_under_random_faults_give_right_bytes_or_our_errors(
         store, direct = pair(server, proxy)
         for _ in range(120):
             key, data = source.choice("abcd"), source.randbytes(source.choice([0, 1, 3000]))
-            operation = source.choice(["get", "get_range", "put", "put_if_absent", "write_once", "compose", "delete", "head", "list"])
+            operation = source.choice(
+                [
+                    "get",
+                    "get_range",
+                    "put",
+                    "put_if_absent",
+                    "write_once",
+                    "compose",
+                    "delete",
+                    "head",
+                    "list",
+                ]
+            )
             try:
                 step(store, operation, key, data, possible)
                 outcomes["right"] += 1
@@ -141,8 +192,11 @@ def test_random_operations_under_random_faults_give_right_bytes_or_our_errors(
     assert min(outcomes.values()) > 10, outcomes
 
 
-def step(store: S3Store, operation: str, key: str, data: bytes, possible: dict[str, set[bytes | None]]) -> None:
-    """One operation, checked against what may be there; `possible` is narrowed by what was learnt and widened before a write is tried."""
+def step(
+    store: S3Store, operation: str, key: str, data: bytes, possible: dict[str, set[bytes | None]]
+) -> None:
+    """One operation, checked against what may be there; `possible` is narrowed by what was learnt
+    and widened before a write is tried."""
     before = possible[key]
     if operation == "get":
         possible[key] = {store.get(key)}
@@ -153,24 +207,36 @@ def step(store: S3Store, operation: str, key: str, data: bytes, possible: dict[s
         return
     elif operation == "head":
         held = store.head(key)
-        possible[key] = {value for value in before if (None if value is None else len(value)) == (held.size_bytes if held else None)}
+        possible[key] = {
+            value
+            for value in before
+            if (None if value is None else len(value)) == (held.size_bytes if held else None)
+        }
     elif operation == "list":
         sizes = {info.key: info.size_bytes for info in store.list()}
         for name, values in possible.items():
-            assert sizes.get(name) in {None if value is None else len(value) for value in values}, name
+            assert sizes.get(name) in {None if value is None else len(value) for value in values}, (
+                name
+            )
         return
     elif operation in ("put_if_absent", "write_once"):
         possible[key] = before | ({data} if None in before else set())
         is_once = operation == "write_once"
-        is_ours = store.write_once(key, Pieces([data[:5], data[5:]])).is_ours if is_once else store.put_if_absent(key, data)
+        is_ours = (
+            store.write_once(key, Pieces([data[:5], data[5:]])).is_ours
+            if is_once
+            else store.put_if_absent(key, data)
+        )
         assert None in before if is_ours else before != {None}
         possible[key] = {data} if is_ours else before - {None}
     else:
         after = None if operation == "delete" else data
         possible[key] = before | {after}
-        {"put": store.put, "compose": lambda k, d: store.compose(k, [d[:1], d[1:]]), "delete": lambda k, d: store.delete(k)}[operation](
-            key, data
-        )
+        {
+            "put": store.put,
+            "compose": lambda k, d: store.compose(k, [d[:1], d[1:]]),
+            "delete": lambda k, d: store.delete(k),
+        }[operation](key, data)
         possible[key] = {after}
     assert possible[key] and possible[key] <= before | {data, None}, (operation, key)
     if operation in ("get", "head"):

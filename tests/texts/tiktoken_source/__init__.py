@@ -13,7 +13,9 @@ TEMPLATE = "[BOS]{% for m in messages %}<|turn|>{{ m.role }}: {{ m.content }}[EO
 def ranks_file() -> bytes:
     """Every byte, then a few merges: "base64 rank" a line, as tiktoken reads it."""
     tokens = [bytes([i]) for i in range(256)] + MERGES
-    return b"".join(base64.b64encode(token) + f" {rank}\n".encode() for rank, token in enumerate(tokens))
+    return b"".join(
+        base64.b64encode(token) + f" {rank}\n".encode() for rank, token in enumerate(tokens)
+    )
 
 
 def tokenizer_files() -> dict[str, bytes]:
@@ -34,5 +36,9 @@ def tokenizer_files() -> dict[str, bytes]:
 
 def model_files(files: dict[str, bytes]) -> dict[str, bytes]:
     """A checkpoint's files with this tokenizer in place of its own."""
-    own = {name: data for name, data in files.items() if "token" not in name or name.endswith(".safetensors")}
+    own = {
+        name: data
+        for name, data in files.items()
+        if "token" not in name or name.endswith(".safetensors")
+    }
     return own | tokenizer_files()

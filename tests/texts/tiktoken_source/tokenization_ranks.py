@@ -1,4 +1,5 @@
-"""A tokenizer in the form in which some checkpoints ship theirs: Python on top of tiktoken, with the merge ranks in a file beside it."""
+"""A tokenizer in the form in which some checkpoints ship theirs: Python on top of tiktoken, with
+the merge ranks in a file beside it."""
 
 from pathlib import Path
 
@@ -18,7 +19,9 @@ class RanksTokenizer(PreTrainedTokenizer):
     def __init__(self, vocab_file, bos_token="[BOS]", eos_token="[EOS]", **settings):
         ranks = load_tiktoken_bpe(str(Path(vocab_file)))
         special = {name: len(ranks) + i for i, name in enumerate(SPECIAL)}
-        self.encoding = tiktoken.Encoding("ranks", pat_str=r"\w+|\s+|[^\w\s]+", mergeable_ranks=ranks, special_tokens=special)
+        self.encoding = tiktoken.Encoding(
+            "ranks", pat_str=r"\w+|\s+|[^\w\s]+", mergeable_ranks=ranks, special_tokens=special
+        )
         self.special = special
         super().__init__(bos_token=bos_token, eos_token=eos_token, **settings)
 
@@ -30,14 +33,24 @@ class RanksTokenizer(PreTrainedTokenizer):
         return {self._convert_id_to_token(i): i for i in range(self.vocab_size)}
 
     def _tokenize(self, text, **_):
-        return [self._convert_id_to_token(i) for i in self.encoding.encode(text, allowed_special="all")]
+        return [
+            self._convert_id_to_token(i) for i in self.encoding.encode(text, allowed_special="all")
+        ]
 
     def _convert_token_to_id(self, token):
-        return self.special[token] if token in self.special else self.encoding.encode_single_token(token.encode("latin-1"))
+        return (
+            self.special[token]
+            if token in self.special
+            else self.encoding.encode_single_token(token.encode("latin-1"))
+        )
 
     def _convert_id_to_token(self, index):
         names = {i: name for name, i in self.special.items()}
-        return names[index] if index in names else self.encoding.decode_single_token_bytes(index).decode("latin-1")
+        return (
+            names[index]
+            if index in names
+            else self.encoding.decode_single_token_bytes(index).decode("latin-1")
+        )
 
     def convert_tokens_to_string(self, tokens):
         return b"".join(t.encode("latin-1") for t in tokens).decode("utf-8", "replace")
