@@ -1,14 +1,13 @@
 """A finished run root, made once, and a Hub to publish it on."""
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.jobs.command import ROUNDED, arguments, invoke
 from tests.runner.conftest import local_run, ray_session  # noqa: F401 (fixtures)
-from tests.servers.hub import Hub
+from tests.servers.hub import hub  # noqa: F401 (a fixture)
 
 
 @pytest.fixture(scope="session")
@@ -45,11 +44,3 @@ def root(finished_once: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def sparse_root(finished_sparse: Path, tmp_path: Path) -> Path:
     return copied(finished_sparse, tmp_path / "run")
-
-
-@pytest.fixture
-def hub(tmp_path: Path) -> Iterator[Hub]:
-    """Shards of the small model go up in one part or in two: the limit lies between their sizes."""
-    server = Hub(tmp_path / "hub", part_bytes=300_000)
-    yield server
-    server.close()

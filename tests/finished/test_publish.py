@@ -18,8 +18,7 @@ from p48ray.report.plan_table import size
 from p48ray.run.manifest import CheckpointManifest, PublishedShard
 from p48ray.store import LocalStore
 from tests.finished.publish_command import REPO_NAME, checkpoint_files, files_with, invoke_publish, launch_publish, published
-from tests.servers import hub as hub_server
-from tests.servers.hub import TOKEN, Handler, Hub, LostConnectionError
+from tests.servers.hub import TOKEN, Fault, Handler, Hub, LostConnectionError
 
 FIRST = "model-00001-of-00006.safetensors"
 
@@ -110,7 +109,7 @@ def test_a_lost_reply_is_not_a_second_commit(root: Path, hub: Hub) -> None:
 def test_a_commit_that_came_first_is_built_upon(root: Path, hub: Hub) -> None:
     def overtake(handler: Handler) -> None:
         hub.on.clear()
-        hub.repos[REPO_NAME].commit("main", "a hand's", {"NOTES.md": {"content": b"mine"}})
+        hub.commit(REPO_NAME, hub.files(REPO_NAME) | {"NOTES.md": b"mine"}, message="a hand's")
 
     hub.on["commit"] = overtake
     assert invoke_publish(root, hub).code == 0
@@ -177,7 +176,7 @@ def test_records_of_an_earlier_checkpoint_do_not_count(root: Path, hub: Hub) -> 
 
 def test_branch_and_private_repository_are_made(root: Path, hub: Hub) -> None:
     assert invoke_publish(root, hub, "--private", "--revision", "release/1").code == 0
-    assert hub.repos[REPO_NAME].private
+    assert hub.repos[REPO_NAME].is_private
     assert published(hub, "release/1") == checkpoint_files(root)
     assert published(hub) == {}
 
@@ -340,17 +339,10 @@ def test_an_operation_made_from_a_record_is_as_huggingface_hub_leaves_its_own(
     assert ours.path_or_fileobj == b"" and ours._is_uploaded
 
 
-def test_a_hub_that_is_out_of_breath_is_asked_again(root: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
-    failures = 2
-
-    def whoami(handler: Handler) -> None:
-        nonlocal failures
-        failures -= 1
-        handler.answer(503 if failures >= 0 else 200, {"name": "owner"})
-
-    monkeypatch.setattr(hub_server, "ROUTES", [("GET /api/whoami-v2", True, whoami), *hub_server.ROUTES])
+def test_a_hub_that_is_out_of_breath_is_asked_again(root: Path, hub: Hub) -> None:
+    hub.faults += [Fault("GET /api/whoami-v2", 503)] * 2
     assert invoke_publish(root, hub).code == 0
-    assert failures == -1
+    assert not hub.faults and hub.requests["GET /api/whoami-v2"] == 3
 
 
 def test_no_text_of_a_client_has_its_token() -> None:
@@ -359,10 +351,9 @@ def test_no_text_of_a_client_has_its_token() -> None:
     assert TOKEN not in f"{client} {client!r} {uploader} {uploader!r} {[client]}"
 
 
-def test_a_crash_shows_no_token(root: Path, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The library's functions have it in their locals."""
-    nonsense = (f"GET /api/models/{REPO_NAME}/revision/main", True, lambda handler: handler.answer(200, {}))
-    monkeypatch.setattr(hub_server, "ROUTES", [nonsense, *hub_server.ROUTES])
+def test_a_crash_shows_no_token(root: Path, hub: Hub, tmp_path: Path) -> None:
+    """The library's functions have it in their locals. A description of nothing makes one."""
+    hub.faults.append(Fault(f"GET /api/models/{REPO_NAME}/revision/main", 200))
     process = launch_publish(root, hub, "--dry-run", env={"HF_HOME": str(tmp_path)})
     out, err = process.communicate(timeout=60)
     assert process.returncode == 1 and "KeyError" in err
@@ -373,7 +364,7 @@ def test_a_crash_shows_no_token(root: Path, hub: Hub, tmp_path: Path, monkeypatc
 def test_the_server_refuses_an_object_that_is_not_what_its_name_says(hub: Hub, path: str) -> None:
     oid = hashlib.sha256(b"abc").hexdigest()
     data = b"abd" if path.endswith("3") else b"abc"
-    request = urllib.request.Request(f"{hub.url}/lfs/{path.format(oid=oid)}", data=data, method="PUT")
+    request = urllib.request.Request(f"{hub.storage_url}/lfs/{path.format(oid=oid)}", data=data, method="PUT")
     with pytest.raises(urllib.error.HTTPError, match="400"):
         urllib.request.urlopen(request)
     assert not hub.object(oid).exists()

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.jobs.command import arguments, invoke
-from tests.servers.read_hub import hub  # noqa: F401 (a fixture)
+from tests.servers.hub import hub  # noqa: F401 (a fixture)
 from tests.servers.s3 import aws_identity, moto_server, seaweedfs  # noqa: F401 (fixtures)
 
 

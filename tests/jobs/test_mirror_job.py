@@ -16,8 +16,7 @@ from p48ray.store import HubStore, LocalStore, open_store
 from tests.conftest import TINY
 from tests.finished.publish_command import files_with
 from tests.jobs.command import ROUNDED, Outcome, arguments, copy_model, invoke, launch, narrow_model, snapshot
-from tests.servers.hub import TOKEN
-from tests.servers.read_hub import EDGE_BYTES, MODEL, Fault, ReadHub, tiny_files
+from tests.servers.hub import EDGE_BYTES, MODEL, TOKEN, Fault, Hub, tiny_files
 from tests.servers.s3 import BUCKET, Server
 
 SHARDS = [f"model-0000{i}-of-000003.safetensors" for i in (1, 2, 3)]
@@ -60,7 +59,7 @@ def assert_same_checkpoint(root: Path, local: Path) -> None:
     assert ours.pop("README.md") != theirs.pop("README.md") and ours == theirs
 
 
-def test_run_from_the_hub_ends_in_the_bytes_of_a_run_from_a_folder(hub: ReadHub, tmp_path: Path, local: Path) -> None:
+def test_run_from_the_hub_ends_in_the_bytes_of_a_run_from_a_folder(hub: Hub, tmp_path: Path, local: Path) -> None:
     commit = hub.commit(MODEL, tiny_files())
     root = tmp_path / "run"
     outcome = run(root)
@@ -79,7 +78,7 @@ def test_run_from_the_hub_ends_in_the_bytes_of_a_run_from_a_folder(hub: ReadHub,
         assert len(tiny_files()[shard]) <= hub.sent[shard] < len(tiny_files()[shard]) + EDGE_BYTES
 
 
-def test_dry_run_reads_headers_only_and_writes_nothing(hub: ReadHub, tmp_path: Path) -> None:
+def test_dry_run_reads_headers_only_and_writes_nothing(hub: Hub, tmp_path: Path) -> None:
     commit = hub.commit(MODEL, tiny_files())
     outcome = run(tmp_path / "run", "hf://owner/tiny", "--dry-run", calibration__documents="hf://datasets/nobody/nothing")
     assert outcome.code == 0, outcome
@@ -89,7 +88,7 @@ def test_dry_run_reads_headers_only_and_writes_nothing(hub: ReadHub, tmp_path: P
     assert not any("datasets" in request for request in hub.requests), "a dry run does not touch the texts"
 
 
-def test_finished_run_needs_no_hub(hub: ReadHub, tmp_path: Path) -> None:
+def test_finished_run_needs_no_hub(hub: Hub, tmp_path: Path) -> None:
     hub.commit(MODEL, tiny_files())
     root = tmp_path / "run"
     finish(root)
@@ -99,7 +98,7 @@ def test_finished_run_needs_no_hub(hub: ReadHub, tmp_path: Path) -> None:
     assert snapshot(root / "checkpoint") == before
 
 
-def test_resume_keeps_to_the_commit_though_the_branch_has_moved(hub: ReadHub, tmp_path: Path, local: Path) -> None:
+def test_resume_keeps_to_the_commit_though_the_branch_has_moved(hub: Hub, tmp_path: Path, local: Path) -> None:
     commit = hub.commit(MODEL, tiny_files())
     root = tmp_path / "run"
     hub.faults += [Fault(f"OBJECT {SHARDS[1]}", 404, is_whole=True)] * 9  # the mirror ends without this file
@@ -119,7 +118,7 @@ def test_resume_keeps_to_the_commit_though_the_branch_has_moved(hub: ReadHub, tm
     assert_same_checkpoint(root, local)
 
 
-def test_another_revision_is_refused_by_name(hub: ReadHub, tmp_path: Path) -> None:
+def test_another_revision_is_refused_by_name(hub: Hub, tmp_path: Path) -> None:
     first = hub.commit(MODEL, tiny_files())
     root = tmp_path / "run"
     finish(root)
@@ -131,7 +130,7 @@ def test_another_revision_is_refused_by_name(hub: ReadHub, tmp_path: Path) -> No
     finish(root, f"hf://owner/tiny@{first}")  # the same commit in other words is the same source
 
 
-def test_damaged_mirror_is_copied_again_file_by_file(hub: ReadHub, tmp_path: Path) -> None:
+def test_damaged_mirror_is_copied_again_file_by_file(hub: Hub, tmp_path: Path) -> None:
     hub.commit(MODEL, tiny_files())
     root = tmp_path / "run"
     finish(root)
@@ -152,7 +151,7 @@ def test_damaged_mirror_is_copied_again_file_by_file(hub: ReadHub, tmp_path: Pat
         assert hub.sent[SHARDS[2]] - sent[SHARDS[2]] >= len(tiny_files()[SHARDS[2]]), damage
 
 
-def test_download_that_is_corrupted_once_is_made_again(hub: ReadHub, tmp_path: Path, local: Path) -> None:
+def test_download_that_is_corrupted_once_is_made_again(hub: Hub, tmp_path: Path, local: Path) -> None:
     hub.commit(MODEL, tiny_files())
     root = tmp_path / "run"
     middle = len(tiny_files()[SHARDS[0]]) // 2  # not in the header or the edges, which the plan's fingerprint covers
@@ -164,7 +163,7 @@ def test_download_that_is_corrupted_once_is_made_again(hub: ReadHub, tmp_path: P
     assert "as the Hub lists it, downloaded" in json.loads(failure.read_text())["error"]
 
 
-def test_status_and_estimate_count_the_mirror(hub: ReadHub, tmp_path: Path) -> None:
+def test_status_and_estimate_count_the_mirror(hub: Hub, tmp_path: Path) -> None:
     from p48ray.report.status import read_status
 
     hub.commit(MODEL, tiny_files())
@@ -177,7 +176,7 @@ def test_status_and_estimate_count_the_mirror(hub: ReadHub, tmp_path: Path) -> N
     assert status["mirror"] == (len(copied()) - 1, len(copied()))
 
 
-def test_source_that_is_a_data_set_or_a_folder_of_a_repository_is_refused(hub: ReadHub, tmp_path: Path) -> None:
+def test_source_that_is_a_data_set_or_a_folder_of_a_repository_is_refused(hub: Hub, tmp_path: Path) -> None:
     hub.commit("datasets/owner/tiny", tiny_files())
     hub.commit(MODEL, tiny_files())
     for place in ("hf://datasets/owner/tiny", "hf://owner/tiny@main/original"):
@@ -188,7 +187,7 @@ def test_source_that_is_a_data_set_or_a_folder_of_a_repository_is_refused(hub: R
     assert not (tmp_path / "run").exists()
 
 
-def test_checkpoint_is_verified_against_its_source_on_the_hub(hub: ReadHub, local: Path) -> None:
+def test_checkpoint_is_verified_against_its_source_on_the_hub(hub: Hub, local: Path) -> None:
     from p48ray.finished.verify_checkpoint import verify_checkpoint
 
     hub.commit(MODEL, tiny_files())
@@ -196,13 +195,13 @@ def test_checkpoint_is_verified_against_its_source_on_the_hub(hub: ReadHub, loca
     assert not verdict.problems
 
 
-def environment(hub: ReadHub, tmp_path: Path) -> Mapping[str, str]:
+def environment(hub: Hub, tmp_path: Path) -> Mapping[str, str]:
     return {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "0", "RAY_DEDUP_LOGS": "0"}
 
 
 @pytest.mark.ray
 def test_killed_in_the_middle_of_the_mirror_it_resumes_without_copying_a_finished_file(
-    hub: ReadHub, tmp_path: Path, local: Path, request: pytest.FixtureRequest
+    hub: Hub, tmp_path: Path, local: Path, request: pytest.FixtureRequest
 ) -> None:
     """On Ray, a private repository: the workers get the token from the driver, and it is in no file of the run root and in no output."""
     hub.commit(MODEL, tiny_files(), is_private=True)
@@ -232,7 +231,7 @@ def test_killed_in_the_middle_of_the_mirror_it_resumes_without_copying_a_finishe
 
 
 def test_mirror_in_a_bucket_is_what_the_stitch_copies_from(
-    hub: ReadHub, tmp_path: Path, local: Path, moto_server: Server, aws_identity: None
+    hub: Hub, tmp_path: Path, local: Path, moto_server: Server, aws_identity: None
 ) -> None:
     hub.commit(MODEL, tiny_files())
     finish(f"s3://{BUCKET}/from-hub", run__endpoint_url=moto_server.endpoint_url)
@@ -245,7 +244,7 @@ def test_mirror_in_a_bucket_is_what_the_stitch_copies_from(
             assert store.get(f"checkpoint/{path.name}") == path.read_bytes(), path.name
 
 
-def test_baseline_reads_the_mirror_and_makes_none_of_its_own(hub: ReadHub, tmp_path: Path) -> None:
+def test_baseline_reads_the_mirror_and_makes_none_of_its_own(hub: Hub, tmp_path: Path) -> None:
     hub.commit(MODEL, tiny_files())
     root = tmp_path / "run"
     held_out = f"{{documents: {TINY}/heldout.jsonl, num_sequences: 2, sequence_length: 64, baseline: true}}"

@@ -1,6 +1,6 @@
-"""Where texts may lie."""
+"""Where texts may lie: a Hub, and a bucket."""
 
-from tests.servers.read_hub import hub
-from tests.servers.s3 import aws_identity, moto_server, seaweedfs
+from tests.servers.hub import hub
+from tests.servers.s3 import aws_identity, moto_server
 
-__all__ = ["aws_identity", "hub", "moto_server", "seaweedfs"]
+__all__ = ["aws_identity", "hub", "moto_server"]

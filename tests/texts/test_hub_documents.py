@@ -16,8 +16,7 @@ from p48ray.texts import documents
 from p48ray.texts.documents import digest_documents, read_documents
 from tests.conftest import TINY
 from tests.jobs.command import ROUNDED, arguments, invoke, snapshot
-from tests.servers.hub import TOKEN
-from tests.servers.read_hub import Fault, ReadHub
+from tests.servers.hub import TOKEN, Fault, Hub
 from tests.servers.s3 import BUCKET, Server
 
 KEY = "calibration.documents"
@@ -50,7 +49,7 @@ def data_set() -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("path", ["", "/data", "@main/data"])
-def test_folder_of_a_data_set_reads_like_the_files_on_disk(hub: ReadHub, tmp_path: Path, path: str) -> None:
+def test_folder_of_a_data_set_reads_like_the_files_on_disk(hub: Hub, tmp_path: Path, path: str) -> None:
     hub.commit(DATA, data_set())
     for name, data in data_set().items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -60,7 +59,7 @@ def test_folder_of_a_data_set_reads_like_the_files_on_disk(hub: ReadHub, tmp_pat
     assert not hub.leaked
 
 
-def test_one_file_of_a_data_set_is_the_same_source_as_that_file(hub: ReadHub, tmp_path: Path) -> None:
+def test_one_file_of_a_data_set_is_the_same_source_as_that_file(hub: Hub, tmp_path: Path) -> None:
     hub.commit(DATA, data_set())
     (tmp_path / "a.jsonl").write_bytes(data_set()["data/a.jsonl"])
     remote, local = source(f"{PLACE}@main/data/a.jsonl"), source(str(tmp_path / "a.jsonl"))
@@ -68,7 +67,7 @@ def test_one_file_of_a_data_set_is_the_same_source_as_that_file(hub: ReadHub, tm
     assert digest_documents([remote], KEY) == digest_documents([local], KEY)
 
 
-def test_digest_of_a_large_data_set_needs_its_listing_only(hub: ReadHub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_digest_of_a_large_data_set_needs_its_listing_only(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(documents, "WHOLE_BYTES", 1000)
     hub.commit(DATA, data_set())
     before = digest_documents([source(f"{PLACE}/data")], KEY)
@@ -79,7 +78,7 @@ def test_digest_of_a_large_data_set_needs_its_listing_only(hub: ReadHub, monkeyp
     assert digest_documents([source(f"{PLACE}/data")], KEY) != before
 
 
-def test_sample_of_a_large_data_set_reads_a_part_of_it(hub: ReadHub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sample_of_a_large_data_set_reads_a_part_of_it(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(documents, "WHOLE_BYTES", 1000)
     monkeypatch.setattr(documents, "VISIT_CHARACTERS", 5000)
     generator = [{"text": f"{i} " + "".join(chr(97 + (i * i + 7 * j * j + j) % 26) for j in range(2000))} for i in range(600)]
@@ -92,7 +91,7 @@ def test_sample_of_a_large_data_set_reads_a_part_of_it(hub: ReadHub, monkeypatch
     assert not [asked for path, asked in hub.ranges if asked is None], "a file was asked for whole"
 
 
-def test_corrupted_data_set_is_not_taken_for_texts(hub: ReadHub) -> None:
+def test_corrupted_data_set_is_not_taken_for_texts(hub: Hub) -> None:
     data = bytearray(data_set()["data/b.parquet"])
     data[10:-200] = bytes(len(data) - 210)
     hub.commit(DATA, {"b.parquet": bytes(data)})
@@ -109,13 +108,13 @@ def test_corrupted_data_set_is_not_taken_for_texts(hub: ReadHub) -> None:
         (f"{PLACE}/other", "found other/c.csv"),
     ],
 )
-def test_place_that_is_not_there_is_a_users_mistake_by_key(hub: ReadHub, path: str, words: str) -> None:
+def test_place_that_is_not_there_is_a_users_mistake_by_key(hub: Hub, path: str, words: str) -> None:
     hub.commit(DATA, data_set())
     with pytest.raises(ConfigError, match=rf"calibration\.documents: .*{words}"):
         digest_documents([source(path)], KEY)
 
 
-def test_private_data_set_is_read_with_the_token(hub: ReadHub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_private_data_set_is_read_with_the_token(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     hub.commit(DATA, data_set(), is_private=True)
     with pytest.raises(ConfigError, match="no such repository, or one that this token may not read"):
         list(read_documents(source(PLACE), KEY))
@@ -156,7 +155,7 @@ def mix(hub_path: str) -> dict[str, str]:
     }
 
 
-def test_run_keeps_to_the_commit_of_its_texts_though_the_branch_has_moved(hub: ReadHub, tmp_path: Path) -> None:
+def test_run_keeps_to_the_commit_of_its_texts_though_the_branch_has_moved(hub: Hub, tmp_path: Path) -> None:
     commit = hub.commit(DATA, data_set())
     root = tmp_path / "run"
     outcome = invoke(*arguments(root, mix(PLACE)))
@@ -175,7 +174,7 @@ def test_run_keeps_to_the_commit_of_its_texts_though_the_branch_has_moved(hub: R
     assert outcome.code == 2 and "calibration documents' digest" in outcome.err, "other words are looked up anew"
 
 
-def test_hub_that_is_away_ends_the_job_with_what_was_asked(hub: ReadHub, tmp_path: Path) -> None:
+def test_hub_that_is_away_ends_the_job_with_what_was_asked(hub: Hub, tmp_path: Path) -> None:
     hub.commit(DATA, data_set())
     hub.faults += [Fault(".*", 503)] * retry.HUB.attempts
     outcome = invoke(*arguments(tmp_path / "run", mix(PLACE)))
@@ -183,7 +182,7 @@ def test_hub_that_is_away_ends_the_job_with_what_was_asked(hub: ReadHub, tmp_pat
     assert not (tmp_path / "run").exists()
 
 
-def test_fewer_tokens_than_a_sequence_are_refused_by_place(hub: ReadHub, tmp_path: Path) -> None:
+def test_fewer_tokens_than_a_sequence_are_refused_by_place(hub: Hub, tmp_path: Path) -> None:
     hub.commit(DATA, {"a.jsonl": b'{"text": "few"}\n{"text": ""}\n'})
     outcome = invoke(*arguments(tmp_path / "run", ROUNDED | {"calibration.documents": PLACE}))
     assert outcome.code == 2, outcome

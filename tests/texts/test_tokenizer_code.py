@@ -15,7 +15,7 @@ from p48ray.run import arrow
 from p48ray.store import HubStore, LocalStore, Store, open_store
 from p48ray.texts.sequences import load_sequences, load_tokenizer, pack_sequences
 from tests.jobs.command import ROUNDED, arguments, invoke
-from tests.servers.read_hub import MODEL, ReadHub, tiny_files
+from tests.servers.hub import MODEL, Hub, tiny_files
 from tests.servers.s3 import BUCKET, Server
 from tests.texts.tiktoken_source import MERGES, NUM_RANKS, model_files
 
@@ -109,7 +109,7 @@ class Absent:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 
-def test_job_from_the_hub_tokenizes_and_carries_the_code_over(hub: ReadHub, tmp_path: Path) -> None:
+def test_job_from_the_hub_tokenizes_and_carries_the_code_over(hub: Hub, tmp_path: Path) -> None:
     files = model_files(tiny_files())
     hub.commit(MODEL, files)
     chat = tmp_path / "chat.jsonl"

@@ -1,6 +1,5 @@
 """A Hub to read from."""
 
-from tests.servers.read_hub import hub
-from tests.servers.s3 import aws_identity, moto_server, seaweedfs
+from tests.servers.hub import hub
 
-__all__ = ["aws_identity", "hub", "moto_server", "seaweedfs"]
+__all__ = ["hub"]

@@ -12,32 +12,30 @@ from p48ray.finished.branch import Hub as Publisher
 from p48ray.finished.branch import Target
 from p48ray.store import HubStore, retry
 from p48ray.store.hub import api as hub_api
-from tests.servers.hub import TOKEN
-from tests.servers.read_hub import MODEL, Fault, ReadHub, tiny_files
+from tests.servers.hub import MODEL, TOKEN, Fault, Hub, tiny_files
 
 pytestmark = pytest.mark.server
 
 
-def read(hub: ReadHub) -> object:
+def read(hub: Hub) -> object:
     return HubStore("hf://owner/tiny", hub.url, TOKEN).commit
 
 
-def look_before_publishing(hub: ReadHub) -> object:
+def look_before_publishing(hub: Hub) -> object:
     return Publisher(Target(hub.url, "owner/tiny", "main"), TOKEN).state([])
 
 
-def ask_whose_token(hub: ReadHub) -> object:
+def ask_whose_token(hub: Hub) -> object:
     return Publisher(Target(hub.url, "owner/tiny", "main"), TOKEN).check_access()
 
 
 ASKING = [read, look_before_publishing, ask_whose_token]
-ANSWERED = ASKING[:2]  # which this server can answer
 
-Ask = Callable[[ReadHub], object]
+Ask = Callable[[Hub], object]
 
 
 @pytest.fixture
-def waits(hub: ReadHub, monkeypatch: pytest.MonkeyPatch) -> list[float]:
+def waits(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> list[float]:
     hub.commit(MODEL, tiny_files())
     found: list[float] = []
     monkeypatch.setattr(retry, "pause", found.append)
@@ -46,7 +44,7 @@ def waits(hub: ReadHub, monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 @pytest.mark.parametrize("ask", ASKING)
 def test_a_rate_limit_is_waited_out_as_it_says_and_given_up_after_eight_tries(
-    hub: ReadHub, waits: list[float], caplog: pytest.LogCaptureFixture, ask: Ask
+    hub: Hub, waits: list[float], caplog: pytest.LogCaptureFixture, ask: Ask
 ) -> None:
     hub.faults += [Fault(".*", 429, {"Retry-After": "42"})] * 8
     caplog.set_level(logging.DEBUG, "p48ray")
@@ -57,8 +55,8 @@ def test_a_rate_limit_is_waited_out_as_it_says_and_given_up_after_eight_tries(
     assert TOKEN not in caplog.text + repr(caught.value)
 
 
-@pytest.mark.parametrize("ask", ANSWERED)
-def test_an_answer_after_a_rate_limit_is_taken(hub: ReadHub, waits: list[float], ask: Ask) -> None:
+@pytest.mark.parametrize("ask", ASKING)
+def test_an_answer_after_a_rate_limit_is_taken(hub: Hub, waits: list[float], ask: Ask) -> None:
     hub.faults.append(Fault(".*", 429, {"Retry-After": "42"}))
     hub.faults.append(Fault(".*", 429, {"RateLimit": '"api";r=0;t=7'}))
     hub.faults.append(Fault(".*", 503, {"Retry-After": "9999"}))
@@ -66,8 +64,8 @@ def test_an_answer_after_a_rate_limit_is_taken(hub: ReadHub, waits: list[float],
     assert waits == [42.0, 7.0, 330.0]
 
 
-@pytest.mark.parametrize("ask", ANSWERED)
-def test_a_servers_error_waits_by_the_policy(hub: ReadHub, waits: list[float], ask: Ask) -> None:
+@pytest.mark.parametrize("ask", ASKING)
+def test_a_servers_error_waits_by_the_policy(hub: Hub, waits: list[float], ask: Ask) -> None:
     """The Hub sets RateLimit on every answer; only of a 429 is it the reason."""
     hub.faults.append(Fault(".*", 500, {"RateLimit": '"api";r=499;t=189'}))
     assert ask(hub)
@@ -84,7 +82,7 @@ def test_a_servers_error_waits_by_the_policy(hub: ReadHub, waits: list[float], a
     ],
 )
 def test_what_is_refused_is_the_users_to_mend_and_names_the_repository(
-    hub: ReadHub, waits: list[float], ask: Ask, status: int, words: str
+    hub: Hub, waits: list[float], ask: Ask, status: int, words: str
 ) -> None:
     hub.faults.append(Fault(".*", status, {"X-Request-Id": "r-1"}))
     with pytest.raises(ConfigError, match=rf"owner/tiny.*({words})") as caught:
@@ -95,7 +93,7 @@ def test_what_is_refused_is_the_users_to_mend_and_names_the_repository(
     assert not waits and TOKEN not in said
 
 
-def test_bytes_that_are_gone_are_a_missing_object_and_end_nothing_else(hub: ReadHub, waits: list[float]) -> None:
+def test_bytes_that_are_gone_are_a_missing_object_and_end_nothing_else(hub: Hub, waits: list[float]) -> None:
     """A file that is listed, and whose bytes' server has no reason to give."""
     hub.faults.append(Fault("GET .*/config.json", 404))
     with pytest.raises(ObjectMissingError, match=r"owner/tiny@.*/config.json: no such file .*404"):
@@ -103,7 +101,7 @@ def test_bytes_that_are_gone_are_a_missing_object_and_end_nothing_else(hub: Read
     assert not waits
 
 
-def test_a_commit_waits_as_long_as_a_rate_limit_says(hub: ReadHub, waits: list[float]) -> None:
+def test_a_commit_waits_as_long_as_a_rate_limit_says(hub: Hub, waits: list[float]) -> None:
     publisher = Publisher(Target(hub.url, "owner/tiny", "main"), TOKEN)
     hub.faults += [Fault(".*", 429, {"Retry-After": "42"})] * 5
     with pytest.raises(GaveUpError, match=r"owner/tiny: commit: .*rate limit.*failed 5 times"):

@@ -14,8 +14,7 @@ from p48ray.store.hub import store as hub_store
 from p48ray.store.hub.store import HubPlace, parse_place
 from tests.conftest import REPO
 from tests.jobs.command import narrow_model
-from tests.servers.hub import TOKEN
-from tests.servers.read_hub import EDGE_BYTES, MODEL, Fault, ReadHub, tiny_files
+from tests.servers.hub import EDGE_BYTES, MODEL, TOKEN, Fault, Hub, tiny_files
 from tests.store.test_store_contract import Pieces
 
 pytestmark = pytest.mark.server
@@ -61,14 +60,14 @@ def test_opening_imports_no_huggingface_hub() -> None:
     assert subprocess.run([sys.executable, "-c", code], cwd=REPO, env=os.environ | {"PYTHONPATH": str(REPO)}, check=False).returncode == 0
 
 
-def opened(hub: ReadHub, **settings: bool) -> HubStore:
+def opened(hub: Hub, **settings: bool) -> HubStore:
     hub.commit(MODEL, tiny_files(), **settings)
     store = open_store("hf://owner/tiny@main")
     assert isinstance(store, HubStore) and isinstance(store, Store)
     return store
 
 
-def test_reads_like_the_folder_it_is_a_copy_of(hub: ReadHub) -> None:
+def test_reads_like_the_folder_it_is_a_copy_of(hub: Hub) -> None:
     store, local = opened(hub), LocalStore(narrow_model())
     files = tiny_files()
     assert [i.key for i in store.list()] == sorted(files)  # a listing in pages
@@ -85,7 +84,7 @@ def test_reads_like_the_folder_it_is_a_copy_of(hub: ReadHub) -> None:
     assert not hub.leaked, "a token reached the server that large files are redirected to"
 
 
-def test_missing_files_and_ranges_beyond_the_end_are_named(hub: ReadHub) -> None:
+def test_missing_files_and_ranges_beyond_the_end_are_named(hub: Hub) -> None:
     store = opened(hub)
     with pytest.raises(ObjectMissingError, match=r"nowhere: no such file in hf://owner/tiny@[0-9a-f]{40}"):
         store.get("nowhere")
@@ -93,7 +92,7 @@ def test_missing_files_and_ranges_beyond_the_end_are_named(hub: ReadHub) -> None
         store.get_range(SHARD, 10**9, 2)
 
 
-def test_checkpoint_is_opened_by_headers_alone(hub: ReadHub) -> None:
+def test_checkpoint_is_opened_by_headers_alone(hub: Hub) -> None:
     store = opened(hub)
     index = open_checkpoint(store)
     local = open_checkpoint(LocalStore(narrow_model()))
@@ -103,7 +102,7 @@ def test_checkpoint_is_opened_by_headers_alone(hub: ReadHub) -> None:
     assert not [asked for path, asked in hub.ranges if path in index.files and asked is None], "a weight file was asked for whole"
 
 
-def test_branch_is_looked_up_once_and_kept_to(hub: ReadHub) -> None:
+def test_branch_is_looked_up_once_and_kept_to(hub: Hub) -> None:
     first = hub.commit(MODEL, {"a.txt": b"one"})
     store = HubStore("hf://owner/tiny")
     assert store.commit == first
@@ -114,7 +113,7 @@ def test_branch_is_looked_up_once_and_kept_to(hub: ReadHub) -> None:
     assert HubStore(f"hf://owner/tiny@{first}").get("a.txt") == b"one"
 
 
-def test_folder_of_a_data_set_is_a_store_of_its_own(hub: ReadHub) -> None:
+def test_folder_of_a_data_set_is_a_store_of_its_own(hub: Hub) -> None:
     hub.commit("datasets/o/d", {"a/x.jsonl": b"1", "a/b/y.jsonl": b"22", "ab/z.jsonl": b"3"})
     store = HubStore("hf://datasets/o/d/a")
     assert [(i.key, i.size_bytes) for i in store.list()] == [("b/y.jsonl", 2), ("x.jsonl", 1)]
@@ -122,7 +121,7 @@ def test_folder_of_a_data_set_is_a_store_of_its_own(hub: ReadHub) -> None:
     assert list(HubStore("hf://datasets/o/d/nowhere").list()) == []
 
 
-def test_nothing_is_written(hub: ReadHub) -> None:
+def test_nothing_is_written(hub: Hub) -> None:
     store = opened(hub)
     for write in (
         lambda: store.put("a", b""),
@@ -136,7 +135,7 @@ def test_nothing_is_written(hub: ReadHub) -> None:
     assert store.sweep(0.0) == 0
 
 
-def test_pickled_store_is_at_the_commit_and_knows_endpoint_and_token(hub: ReadHub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pickled_store_is_at_the_commit_and_knows_endpoint_and_token(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     store = opened(hub, is_private=True)
     commit = store.commit
@@ -158,7 +157,7 @@ def test_pickled_store_is_at_the_commit_and_knows_endpoint_and_token(hub: ReadHu
     ],
 )
 def test_access_that_is_refused_is_the_users_to_mend(
-    hub: ReadHub, monkeypatch: pytest.MonkeyPatch, token: str | None, settings: dict[str, bool], words: str
+    hub: Hub, monkeypatch: pytest.MonkeyPatch, token: str | None, settings: dict[str, bool], words: str
 ) -> None:
     if token:
         monkeypatch.setenv("HF_TOKEN", token)
@@ -168,7 +167,7 @@ def test_access_that_is_refused_is_the_users_to_mend(
     assert sum(hub.requests.values()) == 1, "no retry mends this"
 
 
-def test_absent_repository_and_revision_are_named(hub: ReadHub) -> None:
+def test_absent_repository_and_revision_are_named(hub: Hub) -> None:
     opened(hub)
     with pytest.raises(ConfigError, match="hf://owner/other: no such repository"):
         list(HubStore("hf://owner/other").list())
@@ -178,14 +177,14 @@ def test_absent_repository_and_revision_are_named(hub: ReadHub) -> None:
         list(HubStore(f"hf://owner/tiny@{COMMIT}").list())
 
 
-def test_offline_setting_is_named(hub: ReadHub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_offline_setting_is_named(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     store = opened(hub)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ConfigError, match="HF_HUB_OFFLINE is set"):
         list(store.list())
 
 
-def test_passing_faults_are_asked_again(hub: ReadHub) -> None:
+def test_passing_faults_are_asked_again(hub: Hub) -> None:
     store = opened(hub)
     hub.faults += [Fault("GET /api/models/owner/tiny/revision/main", 503), Fault("GET /api/models/owner/tiny/tree/.*", 500)]
     hub.faults += [Fault(f"GET .*/{SHARD}", 502), Fault(f"OBJECT {SHARD}", 503), Fault(f"OBJECT {SHARD}", cut=10)]
@@ -193,7 +192,7 @@ def test_passing_faults_are_asked_again(hub: ReadHub) -> None:
     assert not hub.faults and store.traffic.retries >= 4
 
 
-def test_rate_limit_is_waited_out_as_long_as_it_says(hub: ReadHub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rate_limit_is_waited_out_as_long_as_it_says(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     store, waits = opened(hub), []
     monkeypatch.setattr(retry, "pause", waits.append)
     hub.faults += [
@@ -204,14 +203,14 @@ def test_rate_limit_is_waited_out_as_long_as_it_says(hub: ReadHub, monkeypatch: 
     assert waits == [7.0, 42.0]
 
 
-def test_rate_limit_without_end_is_given_up_with_a_hint(hub: ReadHub) -> None:
+def test_rate_limit_without_end_is_given_up_with_a_hint(hub: Hub) -> None:
     store = opened(hub)
     hub.faults += [Fault("GET .*/config.json", 429, {"Retry-After": "0"})] * retry.HUB.attempts
     with pytest.raises(TransientStoreError, match=r"rate limit is reached .*a token \(HF_TOKEN\) has a higher one"):
         store.get("config.json")
 
 
-def test_broken_stream_is_taken_up_where_it_broke(hub: ReadHub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_broken_stream_is_taken_up_where_it_broke(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hub_store, "STREAM_BYTES", 2**16)  # the small model's files would be one piece
     store, data = opened(hub), tiny_files()[SHARD]
     hub.faults += [Fault(f"OBJECT {SHARD}", cut=300_000), Fault(f"OBJECT {SHARD}", cut=400_000), Fault(f"OBJECT {SHARD}", 503)]
@@ -221,7 +220,7 @@ def test_broken_stream_is_taken_up_where_it_broke(hub: ReadHub, monkeypatch: pyt
     assert hub.sent[SHARD] < len(data) + 2 * 2**16
 
 
-def test_changed_bytes_are_found_in_what_is_read_whole(hub: ReadHub) -> None:
+def test_changed_bytes_are_found_in_what_is_read_whole(hub: Hub) -> None:
     store = opened(hub)
     hub.faults.append(Fault(f"OBJECT {SHARD}", flip=1000))
     with pytest.raises(TransientStoreError, match=rf"{SHARD}: expected \d+ bytes with SHA-256 .* as the Hub lists it"):
@@ -233,7 +232,7 @@ def test_changed_bytes_are_found_in_what_is_read_whole(hub: ReadHub) -> None:
         store.get("config.json")
 
 
-def test_signed_addresses_are_in_no_message(hub: ReadHub, caplog: pytest.LogCaptureFixture) -> None:
+def test_signed_addresses_are_in_no_message(hub: Hub, caplog: pytest.LogCaptureFixture) -> None:
     store = opened(hub)
     hub.faults += [Fault(f"OBJECT {SHARD}", 403)]
     with pytest.raises(ConfigError) as caught:
