@@ -29,9 +29,16 @@ def upload_here(uploader: Uploader, shards: Mapping[str, int]) -> Iterator[Publi
         yield upload_and_record(uploader, shard, size_bytes)
 
 
-def invoke_publish(root: Path, hub: Hub, *args: str, token: str = TOKEN, repo: str = REPO_NAME) -> Outcome:
+def invoke_publish(
+    root: Path, hub: Hub, *args: str, token: str = TOKEN, repo: str = REPO_NAME
+) -> Outcome:
     """The command in this process, from the command line on."""
-    settings = {"ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": True, "HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_TELEMETRY": True}
+    settings = {
+        "ENDPOINT": hub.url,
+        "HF_HUB_DISABLE_XET": True,
+        "HF_HUB_OFFLINE": False,
+        "HF_HUB_DISABLE_TELEMETRY": True,
+    }
     with ExitStack() as stack:
         for name, value in {**settings, "HF_TOKEN_PATH": str(root / "no-login")}.items():
             stack.enter_context(mock.patch.object(constants, name, value))
@@ -47,13 +54,30 @@ def invoke_publish(root: Path, hub: Hub, *args: str, token: str = TOKEN, repo: s
     return Outcome(result.exit_code, result.stdout, result.stderr)
 
 
-def launch_publish(root: Path | str, hub: Hub, *args: str, env: Mapping[str, str]) -> subprocess.Popen[str]:
+def launch_publish(
+    root: Path | str, hub: Hub, *args: str, env: Mapping[str, str]
+) -> subprocess.Popen[str]:
     """The command as a person starts it, with a Ray of its own."""
-    own = {"HF_TOKEN": TOKEN, "HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    own = {
+        "HF_TOKEN": TOKEN,
+        "HF_ENDPOINT": hub.url,
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+    }
     return subprocess.Popen(
-        [sys.executable, str(REPO / "jobs" / "publish.py"), "--run-root", str(root), "--repo", REPO_NAME, *args],
+        [
+            sys.executable,
+            str(REPO / "jobs" / "publish.py"),
+            "--run-root",
+            str(root),
+            "--repo",
+            REPO_NAME,
+            *args,
+        ],
         cwd=REPO,
-        env={name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"} | own | dict(env),
+        env={name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
+        | own
+        | dict(env),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -67,10 +91,19 @@ def checkpoint_files(root: Path) -> dict[str, bytes]:
 
 def published(hub: Hub, branch: str = "main") -> dict[str, bytes]:
     """The branch's files but for the one that the Hub itself makes."""
-    return {name: data for name, data in hub.files(REPO_NAME, branch).items() if name != ".gitattributes"}
+    return {
+        name: data
+        for name, data in hub.files(REPO_NAME, branch).items()
+        if name != ".gitattributes"
+    }
 
 
 def files_with(secret: str, *folders: Path) -> list[Path]:
     """Files under the folders that hold the text."""
-    found = [path for folder in folders for path in folder.rglob("*") if path.is_file() and not path.is_symlink()]
+    found = [
+        path
+        for folder in folders
+        for path in folder.rglob("*")
+        if path.is_file() and not path.is_symlink()
+    ]
     return [path for path in found if secret.encode() in path.read_bytes()]

@@ -17,7 +17,14 @@ from p48ray.finished.branch import Target, uploaded_shard
 from p48ray.report.plan_table import size
 from p48ray.run.manifest import CheckpointManifest, PublishedShard
 from p48ray.store import LocalStore
-from tests.finished.publish_command import REPO_NAME, checkpoint_files, files_with, invoke_publish, launch_publish, published
+from tests.finished.publish_command import (
+    REPO_NAME,
+    checkpoint_files,
+    files_with,
+    invoke_publish,
+    launch_publish,
+    published,
+)
 from tests.servers.hub import TOKEN, Fault, Handler, Hub, LostConnectionError
 
 FIRST = "model-00001-of-00006.safetensors"
@@ -33,7 +40,9 @@ def sent(hub: Hub) -> dict[str, int]:
 
 
 def each_once(root: Path) -> dict[str, int]:
-    return {hashlib.sha256(path.read_bytes()).hexdigest(): path.stat().st_size for path in shards(root)}
+    return {
+        hashlib.sha256(path.read_bytes()).hexdigest(): path.stat().st_size for path in shards(root)
+    }
 
 
 def test_hub_has_the_checkpoint_byte_for_byte_in_one_commit(root: Path, hub: Hub) -> None:
@@ -42,14 +51,18 @@ def test_hub_has_the_checkpoint_byte_for_byte_in_one_commit(root: Path, hub: Hub
     assert published(hub) == checkpoint_files(root)
     assert len(hub.commits(REPO_NAME)) == 2  # with that of the creation
     assert sent(hub) == each_once(root)
-    assert any("/complete" in r for r in hub.requests) and any(r.count("/") == 3 for r in hub.requests if r.startswith("PUT"))
+    assert any("/complete" in r for r in hub.requests) and any(
+        r.count("/") == 3 for r in hub.requests if r.startswith("PUT")
+    )
     total = size(sum(path.stat().st_size for path in shards(root)))
     assert f"6/6 shards  {total} of {total}  100 %" in outcome.out
     records = [json.loads(p.read_bytes()) for p in sorted((root / "publish").rglob("*.json"))]
     assert {r["path"]: (r["sha256"], r["size_bytes"]) for r in records} == {
         p.name: (hashlib.sha256(p.read_bytes()).hexdigest(), p.stat().st_size) for p in shards(root)
     }
-    assert {(r["repo"], r["revision"], r["endpoint"]) for r in records} == {(REPO_NAME, "main", hub.url)}
+    assert {(r["repo"], r["revision"], r["endpoint"]) for r in records} == {
+        (REPO_NAME, "main", hub.url)
+    }
 
 
 def test_again_sends_nothing_and_makes_no_commit(root: Path, hub: Hub) -> None:
@@ -79,7 +92,11 @@ def test_the_driver_commits_shards_without_reading_them(root: Path, hub: Hub) ->
         path.write_bytes(bytes(path.stat().st_size))  # nobody looks at them again
     hub.on.clear()
     assert invoke_publish(root, hub).code == 0
-    assert {hashlib.sha256(data).hexdigest() for name, data in published(hub).items() if name.endswith(".safetensors")} == set(sent(hub))
+    assert {
+        hashlib.sha256(data).hexdigest()
+        for name, data in published(hub).items()
+        if name.endswith(".safetensors")
+    } == set(sent(hub))
 
 
 def interrupt(handler: Handler) -> None:
@@ -144,7 +161,9 @@ def test_a_card_that_was_edited_is_a_commit_of_the_card_alone(root: Path, hub: H
     assert len(hub.commits(REPO_NAME)) == 3 and sent(hub) == each_once(root)
 
 
-def test_a_card_that_the_hub_does_not_take_is_refused_before_the_upload(root: Path, hub: Hub) -> None:
+def test_a_card_that_the_hub_does_not_take_is_refused_before_the_upload(
+    root: Path, hub: Hub
+) -> None:
     card = root / "checkpoint" / "README.md"
     card.write_text(card.read_text().replace("---\n", "---\npipeline_tag: no-such-task\n", 1))
     outcome = invoke_publish(root, hub)
@@ -162,13 +181,21 @@ def test_records_of_an_earlier_checkpoint_do_not_count(root: Path, hub: Hub) -> 
     last.write_bytes(data)
     header_bytes = 8 + int.from_bytes(data[:8], "little")
     name, end = max(
-        ((n, e["data_offsets"]) for n, e in json.loads(data[8:header_bytes]).items() if n != "__metadata__"), key=lambda pair: pair[1][1]
+        (
+            (n, e["data_offsets"])
+            for n, e in json.loads(data[8:header_bytes]).items()
+            if n != "__metadata__"
+        ),
+        key=lambda pair: pair[1][1],
     )
     store = LocalStore(root / "checkpoint")
     manifest = CheckpointManifest.load(store, "p48ray.json")
     digest = hashlib.sha256(data[header_bytes + end[0] :]).hexdigest()
     untouched = manifest.untouched_sha256 | {name: digest}
-    store.put("p48ray.json", manifest.model_copy(update={"untouched_sha256": untouched}).sealed().to_json())
+    store.put(
+        "p48ray.json",
+        manifest.model_copy(update={"untouched_sha256": untouched}).sealed().to_json(),
+    )
     assert invoke_publish(root, hub).code == 0
     assert published(hub) == checkpoint_files(root)
     assert sent(hub) == before | each_once(root)
@@ -210,7 +237,9 @@ def test_dry_run_sends_nothing(root: Path, hub: Hub) -> None:
 
 
 @pytest.mark.parametrize("args", [(), ("--dry-run",)], ids=["publish", "dry"])
-def test_a_wrong_token_is_the_users_mistake_and_is_shown_nowhere(root: Path, hub: Hub, args: tuple[str, ...]) -> None:
+def test_a_wrong_token_is_the_users_mistake_and_is_shown_nowhere(
+    root: Path, hub: Hub, args: tuple[str, ...]
+) -> None:
     outcome = invoke_publish(root, hub, *args, token="hf_WrongWrongWrong")
     assert outcome.code == 2 and "owner/tiny: whoami: the Hub refuses access (401" in outcome.err
     assert "hf_WrongWrongWrong" not in outcome.out + outcome.err
@@ -223,13 +252,26 @@ def test_without_a_token_nobody_is_asked(root: Path, hub: Hub) -> None:
     assert outcome.code == 2 and "HF_TOKEN" in outcome.err and not hub.requests
 
 
-def test_a_token_that_may_only_read_is_refused_before_anything_is_sent(root: Path, hub: Hub) -> None:
+def test_a_token_that_may_only_read_is_refused_before_anything_is_sent(
+    root: Path, hub: Hub
+) -> None:
     hub.role = "read"
     outcome = invoke_publish(root, hub)
     assert outcome.code == 2 and "may only read" in outcome.err and hub.repos == {}
 
 
-@pytest.mark.parametrize("repo", ["tiny", "a/b/c", "owner/", "/tiny", "owner/a..b", "https://huggingface.co/owner/tiny", "owner/ti ny"])
+@pytest.mark.parametrize(
+    "repo",
+    [
+        "tiny",
+        "a/b/c",
+        "owner/",
+        "/tiny",
+        "owner/a..b",
+        "https://huggingface.co/owner/tiny",
+        "owner/ti ny",
+    ],
+)
 def test_what_is_not_owner_and_name_is_refused(root: Path, hub: Hub, repo: str) -> None:
     outcome = invoke_publish(root, hub, repo=repo)
     assert outcome.code == 2 and "owner/name" in outcome.err and not hub.requests
@@ -260,17 +302,31 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "no shard": (remove(f"checkpoint/{FIRST}"), FIRST),
     "no verdict": (remove(VERDICT), f"{FIRST}: no verdict at {VERDICT}"),
     "no tokenizer": (remove("checkpoint/tokenizer.json"), "tokenizer.json: missing"),
-    "problems": (edit(VERDICT, b'"problems": []', b'"problems": ["an illegal pattern"]'), "an illegal pattern"),
-    "verdict of another plan": (edit(VERDICT, b'"plan_digest": "', b'"plan_digest": "0'), "its verdict is of plan"),
+    "problems": (
+        edit(VERDICT, b'"problems": []', b'"problems": ["an illegal pattern"]'),
+        "an illegal pattern",
+    ),
+    "verdict of another plan": (
+        edit(VERDICT, b'"plan_digest": "', b'"plan_digest": "0'),
+        "its verdict is of plan",
+    ),
     "another size": (resize, "bytes when it was verified"),
     "another config": (edit("checkpoint/config.json", b"{", b"{ "), "config.json"),
-    "manifest changed": (edit("checkpoint/p48ray.json", b'"unit_sha256": {', b'"unit_sha256": {"x": "y", '), "p48ray.json"),
-    "stray shard": (lambda root: (root / "checkpoint" / "model-x.safetensors").touch(), "model-x.safetensors"),
+    "manifest changed": (
+        edit("checkpoint/p48ray.json", b'"unit_sha256": {', b'"unit_sha256": {"x": "y", '),
+        "p48ray.json",
+    ),
+    "stray shard": (
+        lambda root: (root / "checkpoint" / "model-x.safetensors").touch(),
+        "model-x.safetensors",
+    ),
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_what_is_not_complete_and_verified_is_refused_by_name(root: Path, hub: Hub, damage: str) -> None:
+def test_what_is_not_complete_and_verified_is_refused_by_name(
+    root: Path, hub: Hub, damage: str
+) -> None:
     act, said = DAMAGES[damage]
     act(root)
     outcome = invoke_publish(root, hub)
@@ -286,24 +342,42 @@ def test_a_folder_that_is_no_run_root_is_refused(tmp_path: Path, hub: Hub) -> No
 @pytest.mark.parametrize("where", ["length", "header", "unit", "untouched"])
 def test_a_shard_changed_after_verification_is_refused(root: Path, hub: Hub, where: str) -> None:
     """One bit, the size as it was."""
-    index = json.loads((root / "checkpoint" / "model.safetensors.index.json").read_text())["weight_map"]
-    wanted = next(name for name in sorted(index) if name.endswith(".weight_packed" if where == "unit" else "embed_tokens.weight"))
+    index = json.loads((root / "checkpoint" / "model.safetensors.index.json").read_text())[
+        "weight_map"
+    ]
+    wanted = next(
+        name
+        for name in sorted(index)
+        if name.endswith(".weight_packed" if where == "unit" else "embed_tokens.weight")
+    )
     path = root / "checkpoint" / index[wanted]
     data = bytearray(path.read_bytes())
     header_bytes = 8 + int.from_bytes(data[:8], "little")
     first, end = json.loads(data[8:header_bytes])[wanted]["data_offsets"]
-    at = {"length": 2, "header": header_bytes // 2, "unit": header_bytes + first, "untouched": header_bytes + end - 1}[where]
+    at = {
+        "length": 2,
+        "header": header_bytes // 2,
+        "unit": header_bytes + first,
+        "untouched": header_bytes + end - 1,
+    }[where]
     data[at] ^= 1
     path.write_bytes(data)
     outcome = invoke_publish(root, hub)
-    assert outcome.code == 2 and f"{path.name}: changed since it was verified" in outcome.err, outcome
+    assert outcome.code == 2 and f"{path.name}: changed since it was verified" in outcome.err, (
+        outcome
+    )
     if where in ("unit", "untouched"):
-        assert "unit L001" in outcome.err if where == "unit" else ".weight: expected SHA-256" in outcome.err
+        assert (
+            "unit L001" in outcome.err
+            if where == "unit"
+            else ".weight: expected SHA-256" in outcome.err
+        )
     assert published(hub) == {} and hashlib.sha256(data).hexdigest() not in sent(hub)
 
 
 def test_every_byte_of_every_shard_is_held_against_the_manifest(root: Path, tmp_path: Path) -> None:
-    """Ranges much smaller than tensors, and not a divisor of anything, give the same answer, and none is larger than said."""
+    """Ranges much smaller than tensors, and not a divisor of anything, give the same answer, and
+    none is larger than said."""
     checkpoint = LocalStore(root / "checkpoint")
     manifest = CheckpointManifest.load(checkpoint, "p48ray.json")
     asked: list[int] = []
@@ -321,7 +395,11 @@ def test_every_byte_of_every_shard_is_held_against_the_manifest(root: Path, tmp_
 def test_an_operation_made_from_a_record_is_as_huggingface_hub_leaves_its_own(
     root: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, value in {"HF_HUB_DISABLE_XET": True, "HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_TELEMETRY": True}.items():
+    for name, value in {
+        "HF_HUB_DISABLE_XET": True,
+        "HF_HUB_OFFLINE": False,
+        "HF_HUB_DISABLE_TELEMETRY": True,
+    }.items():
         monkeypatch.setattr(constants, name, value)
     api = HfApi(endpoint=hub.url, token=TOKEN)
     api.create_repo(REPO_NAME)
@@ -329,13 +407,21 @@ def test_an_operation_made_from_a_record_is_as_huggingface_hub_leaves_its_own(
     api.preupload_lfs_files(REPO_NAME, [theirs])
     size_bytes, sha256 = theirs.upload_info.size, theirs.upload_info.sha256
     record = PublishedShard(
-        endpoint="", repo="", revision="", path=FIRST, size_bytes=size_bytes, sha256=sha256.hex(), checkpoint_sha256="", finished_at=0.0
+        endpoint="",
+        repo="",
+        revision="",
+        path=FIRST,
+        size_bytes=size_bytes,
+        sha256=sha256.hex(),
+        checkpoint_sha256="",
+        finished_at=0.0,
     )
     ours = uploaded_shard(record)
     assert (ours.upload_info.size, ours.upload_info.sha256) == (size_bytes, sha256)
     names = [f.name for f in dataclasses.fields(CommitOperationAdd)]
     differing = {name for name in names if getattr(theirs, name) != getattr(ours, name)}
-    assert differing == {"upload_info", "_should_ignore"}  # the latter False for None; both let it pass
+    # the latter False for None; both let it pass
+    assert differing == {"upload_info", "_should_ignore"}
     assert ours.path_or_fileobj == b"" and ours._is_uploaded
 
 
@@ -364,7 +450,9 @@ def test_a_crash_shows_no_token(root: Path, hub: Hub, tmp_path: Path) -> None:
 def test_the_server_refuses_an_object_that_is_not_what_its_name_says(hub: Hub, path: str) -> None:
     oid = hashlib.sha256(b"abc").hexdigest()
     data = b"abd" if path.endswith("3") else b"abc"
-    request = urllib.request.Request(f"{hub.storage_url}/lfs/{path.format(oid=oid)}", data=data, method="PUT")
+    request = urllib.request.Request(
+        f"{hub.storage_url}/lfs/{path.format(oid=oid)}", data=data, method="PUT"
+    )
     with pytest.raises(urllib.error.HTTPError, match="400"):
         urllib.request.urlopen(request)
     assert not hub.object(oid).exists()

@@ -15,14 +15,22 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.finished.publish_command import REPO_NAME, checkpoint_files, files_with, invoke_publish, launch_publish, published
+from tests.finished.publish_command import (
+    REPO_NAME,
+    checkpoint_files,
+    files_with,
+    invoke_publish,
+    launch_publish,
+    published,
+)
 from tests.servers.hub import TOKEN, Handler, Hub, LostConnectionError
 
 pytestmark = pytest.mark.ray
 
 TIMEOUT_S = 120
 SURVIVORS_TIMEOUT_S = 90
-"""Ray's agents notice by a few slow looks in a row that their node is gone: 20 s were too few on a busy machine."""
+"""Ray's agents notice by a few slow looks in a row that their node is gone: 20 s were too few on a
+busy machine."""
 TASK = "ray::upload_and_record"
 
 
@@ -51,7 +59,10 @@ class Publishing:
         found = []
         for process in psutil.process_iter():
             with suppress(psutil.Error):
-                if process.environ().get("RAY_TMPDIR") == self.env["RAY_TMPDIR"] and process.status() != psutil.STATUS_ZOMBIE:
+                if (
+                    process.environ().get("RAY_TMPDIR") == self.env["RAY_TMPDIR"]
+                    and process.status() != psutil.STATUS_ZOMBIE
+                ):
                     found.append(f"{process.pid} {process.cmdline()[:2]}")
         return found
 
@@ -74,16 +85,26 @@ class Publishing:
 
 @pytest.fixture
 def publishing(root: Path, hub: Hub) -> Iterator[Publishing]:
-    temp = Path(tempfile.mkdtemp(prefix="p48pub-", dir="/tmp"))  # short, because Ray keeps sockets there
+    # short, because Ray keeps sockets there
+    temp = Path(tempfile.mkdtemp(prefix="p48pub-", dir="/tmp"))
     (temp / "staging").mkdir()
-    yield Publishing(root, hub, {"RAY_TMPDIR": str(temp), "TMPDIR": str(temp / "staging"), "HF_HOME": str(temp / "hf")})
+    yield Publishing(
+        root,
+        hub,
+        {"RAY_TMPDIR": str(temp), "TMPDIR": str(temp / "staging"), "HF_HOME": str(temp / "hf")},
+    )
     shutil.rmtree(temp, ignore_errors=True)
 
 
-def test_killed_again_and_again_it_ends_with_one_commit_and_nothing_sent_twice(publishing: Publishing) -> None:
+def test_killed_again_and_again_it_ends_with_one_commit_and_nothing_sent_twice(
+    publishing: Publishing,
+) -> None:
     root, hub = publishing.root, publishing.hub
     temp = Path(publishing.env["RAY_TMPDIR"])
-    sizes = {hashlib.sha256(p.read_bytes()).hexdigest(): p.stat().st_size for p in (root / "checkpoint").glob("*.safetensors")}
+    sizes = {
+        hashlib.sha256(p.read_bytes()).hexdigest(): p.stat().st_size
+        for p in (root / "checkpoint").glob("*.safetensors")
+    }
 
     hub.on["object"] = publishing.kill  # the Hub has the first shard, nobody knows of it
     assert publishing.run() == -signal.SIGKILL
@@ -117,4 +138,5 @@ def test_killed_again_and_again_it_ends_with_one_commit_and_nothing_sent_twice(p
     assert hub.received == received  # nothing was sent after the second kill
     assert list((temp / "staging").iterdir()) == []
     assert TOKEN not in "".join(publishing.said) + last.out + last.err
-    assert files_with(TOKEN, temp, root) == [] and list(temp.glob("ray/session_*/logs/*"))  # Ray's logs among them
+    # Ray's logs among them
+    assert files_with(TOKEN, temp, root) == [] and list(temp.glob("ray/session_*/logs/*"))

@@ -136,7 +136,8 @@ class Hub:
     ) -> str:
         """A commit that holds these files and no others, by no client. Returns its id.
 
-        Args: settings: is_private, is_gated, of a repository that is not there yet.
+        Args:
+            settings: is_private, is_gated, of a repository that is not there yet.
         """
         with self.lock:
             repo = self.repos.setdefault(name, Repo(**settings))

@@ -1,4 +1,5 @@
-"""Texts in data sets on the Hub and in buckets: the same tokens as from a folder, at one commit, without reading more than is needed."""
+"""Texts in data sets on the Hub and in buckets: the same tokens as from a folder, at one commit,
+without reading more than is needed."""
 
 import io
 import json
@@ -49,13 +50,17 @@ def data_set() -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("path", ["", "/data", "@main/data"])
-def test_folder_of_a_data_set_reads_like_the_files_on_disk(hub: Hub, tmp_path: Path, path: str) -> None:
+def test_folder_of_a_data_set_reads_like_the_files_on_disk(
+    hub: Hub, tmp_path: Path, path: str
+) -> None:
     hub.commit(DATA, data_set())
     for name, data in data_set().items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(data)
     found = list(read_documents(source(PLACE + path), KEY))
-    assert found == list(read_documents(source(str(tmp_path / "data")), KEY)) and len(found) == len(LINES)
+    assert found == list(read_documents(source(str(tmp_path / "data")), KEY)) and len(found) == len(
+        LINES
+    )
     assert not hub.leaked
 
 
@@ -67,7 +72,9 @@ def test_one_file_of_a_data_set_is_the_same_source_as_that_file(hub: Hub, tmp_pa
     assert digest_documents([remote], KEY) == digest_documents([local], KEY)
 
 
-def test_digest_of_a_large_data_set_needs_its_listing_only(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_digest_of_a_large_data_set_needs_its_listing_only(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(documents, "WHOLE_BYTES", 1000)
     hub.commit(DATA, data_set())
     before = digest_documents([source(f"{PLACE}/data")], KEY)
@@ -78,11 +85,18 @@ def test_digest_of_a_large_data_set_needs_its_listing_only(hub: Hub, monkeypatch
     assert digest_documents([source(f"{PLACE}/data")], KEY) != before
 
 
-def test_sample_of_a_large_data_set_reads_a_part_of_it(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sample_of_a_large_data_set_reads_a_part_of_it(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(documents, "WHOLE_BYTES", 1000)
     monkeypatch.setattr(documents, "VISIT_CHARACTERS", 5000)
-    generator = [{"text": f"{i} " + "".join(chr(97 + (i * i + 7 * j * j + j) % 26) for j in range(2000))} for i in range(600)]
-    files = {f"data/{n}.parquet": table(generator[100 * n : 100 * n + 100], group=20) for n in range(6)}
+    generator = [
+        {"text": f"{i} " + "".join(chr(97 + (i * i + 7 * j * j + j) % 26) for j in range(2000))}
+        for i in range(600)
+    ]
+    files = {
+        f"data/{n}.parquet": table(generator[100 * n : 100 * n + 100], group=20) for n in range(6)
+    }
     hub.commit(DATA, files)
     found = read_documents(source(PLACE), KEY, 1)
     first = [next(found) for _ in range(4)]
@@ -95,7 +109,9 @@ def test_corrupted_data_set_is_not_taken_for_texts(hub: Hub) -> None:
     data = bytearray(data_set()["data/b.parquet"])
     data[10:-200] = bytes(len(data) - 210)
     hub.commit(DATA, {"b.parquet": bytes(data)})
-    with pytest.raises(CalibrationError, match=r"calibration\.documents: hf://datasets/owner/texts/b\.parquet"):
+    with pytest.raises(
+        CalibrationError, match=r"calibration\.documents: hf://datasets/owner/texts/b\.parquet"
+    ):
         list(read_documents(source(PLACE), KEY))
 
 
@@ -104,7 +120,10 @@ def test_corrupted_data_set_is_not_taken_for_texts(hub: Hub) -> None:
     [
         ("hf://datasets/owner/nothing", "no such repository"),
         (f"{PLACE}@v9", "no such branch, tag or commit"),
-        (f"{PLACE}/nowhere", "expected a file, or a folder with .jsonl or .parquet files in it, found nothing"),
+        (
+            f"{PLACE}/nowhere",
+            "expected a file, or a folder with .jsonl or .parquet files in it, found nothing",
+        ),
         (f"{PLACE}/other", "found other/c.csv"),
     ],
 )
@@ -116,19 +135,30 @@ def test_place_that_is_not_there_is_a_users_mistake_by_key(hub: Hub, path: str, 
 
 def test_private_data_set_is_read_with_the_token(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     hub.commit(DATA, data_set(), is_private=True)
-    with pytest.raises(ConfigError, match="no such repository, or one that this token may not read"):
+    with pytest.raises(
+        ConfigError, match="no such repository, or one that this token may not read"
+    ):
         list(read_documents(source(PLACE), KEY))
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     assert len(list(read_documents(source(PLACE), KEY))) == len(LINES)
 
 
-def test_file_and_prefix_in_a_bucket_read_like_the_files_on_disk(moto_server: Server, aws_identity: None) -> None:
+def test_file_and_prefix_in_a_bucket_read_like_the_files_on_disk(
+    moto_server: Server, aws_identity: None
+) -> None:
     store = open_store(f"s3://{BUCKET}/texts", moto_server.endpoint_url)
     for name, data in data_set().items():
         store.put(name, data)
     whole = list(read_documents(source(f"s3://{BUCKET}/texts/data", moto_server.endpoint_url), KEY))
     assert whole == [t["text"] for t in texts()]
-    assert list(read_documents(source(f"s3://{BUCKET}/texts/data/a.jsonl", moto_server.endpoint_url), KEY)) == whole[:100]
+    assert (
+        list(
+            read_documents(
+                source(f"s3://{BUCKET}/texts/data/a.jsonl", moto_server.endpoint_url), KEY
+            )
+        )
+        == whole[:100]
+    )
 
 
 def test_digest_of_large_texts_in_a_bucket_is_what_the_bucket_keeps(
@@ -150,12 +180,16 @@ def test_digest_of_large_texts_in_a_bucket_is_what_the_bucket_keeps(
 def mix(hub_path: str) -> dict[str, str]:
     held_out = f"{{documents: '{hub_path}/data/a.jsonl', num_sequences: 2, sequence_length: 64}}"
     return ROUNDED | {
-        "calibration.documents": f"[{{path: '{hub_path}/data', weight: 3}}, {{path: {TINY}/heldout.jsonl}}]",
+        "calibration.documents": (
+            f"[{{path: '{hub_path}/data', weight: 3}}, {{path: {TINY}/heldout.jsonl}}]"
+        ),
         "evaluation": held_out,
     }
 
 
-def test_run_keeps_to_the_commit_of_its_texts_though_the_branch_has_moved(hub: Hub, tmp_path: Path) -> None:
+def test_run_keeps_to_the_commit_of_its_texts_though_the_branch_has_moved(
+    hub: Hub, tmp_path: Path
+) -> None:
     commit = hub.commit(DATA, data_set())
     root = tmp_path / "run"
     outcome = invoke(*arguments(root, mix(PLACE)))
@@ -169,16 +203,23 @@ def test_run_keeps_to_the_commit_of_its_texts_though_the_branch_has_moved(hub: H
     outcome = invoke(*arguments(root, mix(PLACE)))
     assert outcome.code == 0 and commit in outcome.out, outcome
     after = snapshot(root)
-    assert {n for n in before if after.get(n) != before[n]} <= {"report/report.json", "report/report.html"}
+    assert {n for n in before if after.get(n) != before[n]} <= {
+        "report/report.json",
+        "report/report.html",
+    }
     outcome = invoke(*arguments(root, mix(f"{PLACE}@main")))
-    assert outcome.code == 2 and "calibration documents' digest" in outcome.err, "other words are looked up anew"
+    assert outcome.code == 2 and "calibration documents' digest" in outcome.err, (
+        "other words are looked up anew"
+    )
 
 
 def test_hub_that_is_away_ends_the_job_with_what_was_asked(hub: Hub, tmp_path: Path) -> None:
     hub.commit(DATA, data_set())
     hub.faults += [Fault(".*", 503)] * retry.HUB.attempts
     outcome = invoke(*arguments(tmp_path / "run", mix(PLACE)))
-    assert outcome.code == 1 and "hf://datasets/owner/texts: the Hub answered 503" in outcome.err, outcome
+    assert outcome.code == 1 and "hf://datasets/owner/texts: the Hub answered 503" in outcome.err, (
+        outcome
+    )
     assert not (tmp_path / "run").exists()
 
 

@@ -1,4 +1,5 @@
-"""A tokenizer that is code on top of tiktoken, as Kimi's is: from a folder, a bucket, the Hub and the mirror, and only where it is trusted."""
+"""A tokenizer that is code on top of tiktoken, as Kimi's is: from a folder, a bucket, the Hub
+and the mirror, and only where it is trusted."""
 
 import json
 import sys
@@ -27,7 +28,9 @@ TEXT = "the rain in Ünterland 'ther'"
 @pytest.fixture(autouse=True)
 def module_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where transformers copies a checkpoint's code to before it imports it."""
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(
+        "transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules")
+    )
 
 
 def fill(store: Store) -> Store:
@@ -50,7 +53,8 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
 
 
 def slow_bpe(text: bytes) -> list[int]:
-    """Byte pair encoding by its definition: merge the neighbours whose union has the lowest rank, until none has one."""
+    """Byte pair encoding by its definition: merge the neighbours whose union has the lowest rank,
+    until none has one."""
     ranks = {token: 256 + i for i, token in enumerate(MERGES)} | {bytes([i]): i for i in range(256)}
     parts = [bytes([b]) for b in text]
     while True:
@@ -71,7 +75,9 @@ def test_trusted_code_tokenizes_as_its_ranks_say(place: Store) -> None:
     tokenizer = load_tokenizer(open_checkpoint(place), trust_remote_code=True)
     expected = [i for word in words(TEXT) for i in slow_bpe(word)]
     assert max(expected) >= 256, "a text without a merge would prove little"
-    assert pack_sequences(iter([TEXT]), tokenizer, 1 + len(expected)).tolist() == [[NUM_RANKS, *expected]]
+    assert pack_sequences(iter([TEXT]), tokenizer, 1 + len(expected)).tolist() == [
+        [NUM_RANKS, *expected]
+    ]
     assert tokenizer.decode(expected) == TEXT
 
 
@@ -80,24 +86,37 @@ def test_chats_go_through_its_template_with_one_bos(place: Store, tmp_path: Path
     path = tmp_path / "chat.jsonl"
     path.write_text(json.dumps({"messages": [{"role": "user", "content": "the"}]}) + "\n")
     turn = [NUM_RANKS + 2, *(i for w in words("user: the") for i in slow_bpe(w)), NUM_RANKS + 1]
-    rows = load_sequences([DocumentSource(path=str(path))], tokenizer, 1, 1 + len(turn), 0, 2048, "calibration")
+    rows = load_sequences(
+        [DocumentSource(path=str(path))], tokenizer, 1, 1 + len(turn), 0, 2048, "calibration"
+    )
     assert rows.tolist() == [[NUM_RANKS, *turn]]
 
 
-def test_untrusted_code_is_refused_with_the_hint_and_does_not_run(place: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_untrusted_code_is_refused_with_the_hint_and_does_not_run(
+    place: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in [m for m in sys.modules if "tokenization_ranks" in m]:
         monkeypatch.delitem(sys.modules, name)
-    with pytest.raises(SourceError, match=r"the tokenizer can not be loaded.*set source\.trust_remote_code: true"):
+    with pytest.raises(
+        SourceError, match=r"the tokenizer can not be loaded.*set source\.trust_remote_code: true"
+    ):
         load_tokenizer(open_checkpoint(place), trust_remote_code=False)
     assert not [m for m in sys.modules if "tokenization_ranks" in m]
 
 
-def test_missing_tiktoken_is_named_with_the_way_to_install_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_tiktoken_is_named_with_the_way_to_install_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     store = fill(LocalStore(tmp_path / "model"))
-    for name in [m for m in sys.modules if "tokenization_ranks" in m or m.partition(".")[0] == "tiktoken"]:
+    for name in [
+        m for m in sys.modules if "tokenization_ranks" in m or m.partition(".")[0] == "tiktoken"
+    ]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setattr(sys, "meta_path", [Absent(), *sys.meta_path])
-    with pytest.raises(SourceError, match=r"needs tiktoken, which is not installed here: pip install 'tiktoken>=0\.14'"):
+    with pytest.raises(
+        SourceError,
+        match=r"needs tiktoken, which is not installed here: pip install 'tiktoken>=0\.14'",
+    ):
         load_tokenizer(open_checkpoint(store), trust_remote_code=True)
 
 
@@ -113,9 +132,15 @@ def test_job_from_the_hub_tokenizes_and_carries_the_code_over(hub: Hub, tmp_path
     files = model_files(tiny_files())
     hub.commit(MODEL, files)
     chat = tmp_path / "chat.jsonl"
-    turns = [{"from": "human", "value": "the rain in the inn " * 20}, {"from": "gpt", "value": "then the other one " * 20}]
+    turns = [
+        {"from": "human", "value": "the rain in the inn " * 20},
+        {"from": "gpt", "value": "then the other one " * 20},
+    ]
     chat.write_text("".join(json.dumps({"conversations": turns}) + "\n" for _ in range(8)))
-    settings = ROUNDED | {"source.checkpoint": "hf://owner/tiny", "calibration.documents": str(chat)}
+    settings = ROUNDED | {
+        "source.checkpoint": "hf://owner/tiny",
+        "calibration.documents": str(chat),
+    }
     refused = invoke(*arguments(tmp_path / "run", settings))
     assert refused.code == 2 and "source.trust_remote_code: true" in refused.err, refused
     assert not (tmp_path / "run").exists()
@@ -123,7 +148,11 @@ def test_job_from_the_hub_tokenizes_and_carries_the_code_over(hub: Hub, tmp_path
     outcome = invoke(*arguments(root, settings | {"source.trust_remote_code": "true"}))
     assert outcome.code == 0, outcome
     for name in ("tokenization_ranks.py", "tiktoken.model", "tokenizer_config.json"):
-        assert (root / "source" / name).read_bytes() == (root / "checkpoint" / name).read_bytes() == files[name]
+        assert (
+            (root / "source" / name).read_bytes()
+            == (root / "checkpoint" / name).read_bytes()
+            == files[name]
+        )
     ids = arrow.decode((root / "calibration" / "tokens.arrow").read_bytes(), "tokens")["token_ids"]
     assert int(ids.max()) < NUM_RANKS + 3 and int((ids == NUM_RANKS).sum()) > 0
     mirrored = load_tokenizer(open_checkpoint(LocalStore(root / "source")), trust_remote_code=True)

@@ -7,7 +7,13 @@ import httpx2
 import pytest
 from huggingface_hub.errors import OfflineModeIsEnabled
 
-from p48ray.errors import ConfigError, GaveUpError, ObjectMissingError, P48Error, TransientStoreError
+from p48ray.errors import (
+    ConfigError,
+    GaveUpError,
+    ObjectMissingError,
+    P48Error,
+    TransientStoreError,
+)
 from p48ray.finished.branch import Hub as Publisher
 from p48ray.finished.branch import Target
 from p48ray.store import HubStore, retry
@@ -93,7 +99,9 @@ def test_what_is_refused_is_the_users_to_mend_and_names_the_repository(
     assert not waits and TOKEN not in said
 
 
-def test_bytes_that_are_gone_are_a_missing_object_and_end_nothing_else(hub: Hub, waits: list[float]) -> None:
+def test_bytes_that_are_gone_are_a_missing_object_and_end_nothing_else(
+    hub: Hub, waits: list[float]
+) -> None:
     """A file that is listed, and whose bytes' server has no reason to give."""
     hub.faults.append(Fault("GET .*/config.json", 404))
     with pytest.raises(ObjectMissingError, match=r"owner/tiny@.*/config.json: no such file .*404"):
