@@ -63,7 +63,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from bench.simulated_ray import Attempt, Fleet, Node, SimulatedRay, Tally
 from p48ray.checkpoint.layout import PROJECTIONS
 from p48ray.checkpoint.skeleton import write_kimi_k25_skeleton
-from p48ray.config import load_config
+from p48ray.config.load import load_config
 from p48ray.estimate.duration import loop_seconds, product_seconds
 from p48ray.estimate.memory import row_bytes
 from p48ray.estimate.plan_cost import estimate
@@ -111,9 +111,11 @@ class Costs:
 
 
 def costs_of(prepared: Prepared, unit_seconds: float | None = None) -> Costs:
-    """Args:
-    unit_seconds: measured, of a unit with the mean number of tokens; the shares of loops and
-        products stay.
+    """Costs of a plan.
+
+    Args:
+        unit_seconds: measured, of a unit with the mean number of tokens; the shares of loops and
+            products stay.
     """
     plan, layout = prepared.plan, prepared.layout
     e = estimate(plan, prepared.source, layout, prepared.shards)

@@ -41,7 +41,7 @@ from bench.job_report import Interval, actual_figures, compare, describe_job, pl
 from bench.job_tables import print_facts
 from bench.job_watch import Watch, workers
 from bench.wide_checkpoint import TINY, WIDTHS, write_texts
-from p48ray.config import load_config
+from p48ray.config.load import load_config
 from p48ray.trace import TRACE_VARIABLE
 
 HERE = Path(__file__).resolve().parents[1]

@@ -31,7 +31,8 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from p48ray.config import RunConfig, load_config
+from p48ray.config import RunConfig
+from p48ray.config.load import load_config
 from p48ray.model.experts import ExpertWeights
 from p48ray.numerics.solvers import sparse_values
 from p48ray.report.report import Report

@@ -42,7 +42,8 @@ from p48ray.numerics.factor import inverse_factor
 from p48ray.numerics.output_gradients import expert_gradients
 from p48ray.numerics.products import tensor_float_32
 from p48ray.numerics.solution import SolverSettings
-from p48ray.numerics.solvers import damped_output_hessian, solve
+from p48ray.numerics.solver_inputs import damped_output_hessian
+from p48ray.numerics.solvers import solve
 from p48ray.numerics.sparsegpt import quantize_columns
 from p48ray.numerics.two_sided import two_sided_descent
 

@@ -37,7 +37,7 @@ from bench.capture import tell, write_layer
 from bench.solver import make_tokens
 from p48ray.checkpoint.families import describe_model
 from p48ray.checkpoint.index import open_checkpoint
-from p48ray.config import load_config
+from p48ray.config.load import load_config
 from p48ray.model.experts import RoutedInputs
 from p48ray.run import run_root
 from p48ray.run.manifest import UnitManifest

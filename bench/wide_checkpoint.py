@@ -120,7 +120,8 @@ def write_checkpoint(
     Args:
         width: of WIDTHS.
         device: where random numbers are drawn; another one draws others.
-    Returns: bytes of tensors. Raises: OSError.
+    Returns: bytes of tensors.
+    Raises: OSError.
     """
     layers = 1 + mixture_layers
     sizes = dict(WIDTHS[width]) | {"NUM_EXPERTS": experts, "NUM_LAYERS": layers, "VOCAB": VOCAB}

@@ -19,7 +19,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from p48ray.config import RunConfig, load_config
+from p48ray.config import RunConfig
+from p48ray.config.load import load_config
 from p48ray.errors import ConfigError, P48Error, UserError
 from p48ray.report.plan_table import print_plan
 from p48ray.report.report import print_report

@@ -21,8 +21,8 @@ from rich.console import Console
 
 from p48ray.benchmarks.job import Evaluation, prepare_evaluation, run_evaluation
 from p48ray.benchmarks.ray_server import RayServer
-from p48ray.config import load_config
 from p48ray.config.benchmarks import Role
+from p48ray.config.load import load_config
 from p48ray.errors import P48Error, UserError
 from p48ray.report.benchmark_section import print_benchmarks
 from p48ray.runner.console import configure_logging

@@ -53,35 +53,26 @@ def print_states(states: list[FileState], hub: Hub) -> None:
     for s in states:
         table.add_row(s.name, f"{s.size_bytes:,}", s.state)
     Console(width=None if os.isatty(1) else 160).print(table)
-    to_send = sum(s.size_bytes for s in states if s.state == "to send")
-    print(
-        f"{len(states)} files, {size(sum(s.size_bytes for s in states))}, to send at most"
-        f" {size(to_send)}; nothing was sent"
-    )
+    total = size(sum(s.size_bytes for s in states))
+    left = size(sum(s.size_bytes for s in states if s.state == "to send"))
+    print(f"{len(states)} files, {total}, to send at most {left}; nothing was sent")
+
+
+IS_PRIVATE = typer.Option("--private", help="Make the repository private.")
+IS_DRY = typer.Option("--dry-run", help="Print files, bytes and what is there already, and stop.")
+WORKERS = typer.Option(min=1, help="Shards sent at once, each staged in its worker's TMPDIR.")
+ENDPOINT = typer.Option(envvar=ENDPOINT_VARIABLES, help="Of an S3 run root that is not on AWS.")
 
 
 @app.command()
 def main(
     run_root: Annotated[str, typer.Option(help="Folder or URI of a finished run.")],
     repo: Annotated[str, typer.Option(help="owner/name; made if it is not there.")],
-    private: Annotated[
-        bool, typer.Option("--private", help="Make the repository private.")
-    ] = False,
+    private: Annotated[bool, IS_PRIVATE] = False,
     revision: Annotated[str, typer.Option(help="Branch; made if it is not there.")] = "main",
-    dry_run: Annotated[
-        bool,
-        typer.Option("--dry-run", help="Print files, bytes and what is there already, and stop."),
-    ] = False,
-    workers: Annotated[
-        int,
-        typer.Option(
-            min=1, help="Shards on their way at once, each staged in its worker's TMPDIR."
-        ),
-    ] = 4,
-    endpoint_url: Annotated[
-        str | None,
-        typer.Option(envvar=ENDPOINT_VARIABLES, help="Of an S3 run root that is not on AWS."),
-    ] = None,
+    dry_run: Annotated[bool, IS_DRY] = False,
+    workers: Annotated[int, WORKERS] = 4,
+    endpoint_url: Annotated[str | None, ENDPOINT] = None,
 ) -> None:
     """Publish a finished run's checkpoint on the Hugging Face Hub."""
     configure_logging()
@@ -89,10 +80,8 @@ def main(
         hub, store = connect(repo, revision), open_store(run_root, endpoint_url)
         if dry_run:
             return print_states(rehearse(store, hub), hub)
-        is_shared = (
-            store.head(names.PLAN) is not None
-            and RunPlan.load(store, names.PLAN).config.run.root_is_shared
-        )
+        is_planned = store.head(names.PLAN) is not None
+        is_shared = is_planned and RunPlan.load(store, names.PLAN).config.run.root_is_shared
         settings = {name: os.environ[name] for name in SHARED_SETTINGS if name in os.environ}
         tasks = RayTasks(
             what="publish",

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from p48ray import config_page
-from p48ray.config import dotted_keys
+from p48ray.config.load import dotted_keys
 from tests.conftest import REPO
 
 README = REPO / "README.md"

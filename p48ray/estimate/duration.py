@@ -18,7 +18,7 @@ from p48ray.checkpoint.layout import ModelLayout
 from p48ray.config import RunConfig
 from p48ray.numerics import code_descent
 from p48ray.numerics.paired48 import INPUTS_IN_GROUP
-from p48ray.numerics.refine import BATCH_TOKENS
+from p48ray.numerics.refine_tokens import BATCH_TOKENS
 from p48ray.numerics.solvers import SOLVERS
 from p48ray.numerics.two_sided import ROW_GROUPS
 from p48ray.run.plan import RunPlan
@@ -173,9 +173,11 @@ def times(
     dense_elements: int,
     rates: Rates = H200_NODE,
 ) -> Times:
-    """Args:
-    layer_passes: of all layers, by the streams, a backward pass counted as two.
-    dense_elements: weights of all layers outside the experts.
+    """Seconds of every stage.
+
+    Args:
+        layer_passes: of all layers, by the streams, a backward pass counted as two.
+        dense_elements: weights of all layers outside the experts.
     """
     run = plan.config.run
     workers = run.num_workers

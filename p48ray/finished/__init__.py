@@ -3,6 +3,7 @@
 Belongs here: work on a checkpoint folder that needs no run root.
 
 Read in this order:
+    survey                        what a checkpoint announces, before its shards are read
     verify_checkpoint, verifier   every byte against p48ray.json and, where given, the source
     convert, converter            dense to sparse storage and back, without loss
     publish, publisher            shards to the Hub, then one commit

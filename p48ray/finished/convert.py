@@ -32,18 +32,12 @@ from p48ray.checkpoint.sparse_storage import (
 )
 from p48ray.checkpoint.storage_stream import StoredUnit, recoded_unit
 from p48ray.errors import ConfigError, ShardCorruptError, SourceError
-from p48ray.finished.verify_checkpoint import (
-    check_files,
-    check_form,
-    read_headers,
-    read_manifest,
-    units_of,
-)
+from p48ray.finished.survey import check_files, check_form, read_headers, read_manifest, units_of
 from p48ray.run.cleanup import ABANDONED_S
 from p48ray.run.manifest import MANIFEST_FILE, CheckpointManifest
 from p48ray.run.output_layout import unit_tensor_names
 from p48ray.run.records import Record
-from p48ray.stages.shard_proof import check_index_files
+from p48ray.stages.index_proof import check_index_files
 from p48ray.stages.verify import LISTED_PROBLEMS
 from p48ray.store.base import ByteRange, Piece, Store
 

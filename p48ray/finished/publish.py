@@ -24,10 +24,10 @@ from p48ray.errors import (
     TransientStoreError,
 )
 from p48ray.finished.branch import Hub, Target, uploaded_shard
-from p48ray.finished.verify_checkpoint import check_files
+from p48ray.finished.survey import check_files
 from p48ray.run import run_root
 from p48ray.run.manifest import MANIFEST_FILE, CheckpointManifest, PublishedShard, ShardVerdict
-from p48ray.stages.shard_proof import check_index_files
+from p48ray.stages.index_proof import check_index_files
 from p48ray.stages.verify import LISTED_PROBLEMS
 from p48ray.store import retry
 from p48ray.store.base import Store

@@ -3,12 +3,8 @@
 import logging
 from collections.abc import Iterator
 
-from p48ray.finished.verify_checkpoint import (
-    CheckpointVerdict,
-    check_shard,
-    combine_findings,
-    survey_checkpoint,
-)
+from p48ray.finished.survey import survey_checkpoint
+from p48ray.finished.verify_checkpoint import CheckpointVerdict, check_shard, combine_findings
 from p48ray.report.plan_table import size
 from p48ray.runner.progress import Amount, each_file
 from p48ray.runner.ray_tasks import RayTasks

@@ -6,9 +6,10 @@ Read in this order (docs/DESIGN.md has the equations):
     activation, products                        what a server does to activations; TF32
     curvature, output_gradients, token_rows     second moments of inputs and of the loss's gradients
     factor                                      the inverse that the column loops read
-    solvers, solution                           the solvers by name; what they take and give
+    solvers, solution, solver_inputs            the solvers by name; what they take, give and refuse
     sparsegpt, block_descent, two_sided, code_descent, asymmetric   how they solve
-    refine, relative_errors                     an expert's three linears together; what was lost
+    refine, refine_tokens                       an expert's three linears together
+    relative_errors                             what was lost
 
 A fast path has a slow float64 reference in tests/reference. To add a solver: docs/EXTENDING.md.
 Capitals at the end of a tensor's name are its axes; the `Legend:` of its module names them.

@@ -45,15 +45,16 @@ from p48ray.numerics import e2m1, nvfp4
 from p48ray.numerics.activation import quantize_activations
 from p48ray.numerics.e2m1 import round_to_e2m1
 from p48ray.numerics.nvfp4 import SCALE_GROUP, effective_scale
-from p48ray.numerics.token_rows import TokenRows, joined
+from p48ray.numerics.refine_tokens import (
+    MIN_TOKENS,
+    Batch,
+    ExpertTokens,
+    TokenTable,
+)
 
-BATCH_TOKENS = 256
 # of the root mean square of a linear's kept values: 2e-4 on weights of about 0.04
 LEARNING_RATE_REL = 0.005
 BETAS = (0.9, 0.95)
-HELD_OUT_SHARE = 8  # every eighth token is held out
-MAX_HELD_OUT_TOKENS = 1024
-MIN_TOKENS = 512  # below it nothing is learned that the held-out tokens could confirm
 CHECKS = 10  # held-out losses taken on the way
 
 
@@ -66,14 +67,6 @@ class QuantizedLinear:
     scale_NOG: Tensor
     global_scale_N: Tensor
     keep_NOP: Tensor
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ExpertTokens:
-    """What one expert is refined on: inputs (T, H) as stored, token weights (T,)."""
-
-    rows: TokenRows
-    weight_T: Tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,13 +88,6 @@ class Refined:
     down: QuantizedLinear
     loss_before: tuple[float, ...]
     loss_after: tuple[float, ...]
-
-
-class Batch(NamedTuple):
-    """The same number of tokens of every expert: inputs (N, T, H) float32, weights (N, T)."""
-
-    x_NTH: Tensor
-    weight_NT: Tensor
 
 
 class Gradients(NamedTuple):
@@ -308,7 +294,7 @@ class _Refinement:
         self.linears = [_Linear(start, self.loss.dtype) for start in (gate_up, down)]
         self.gradient_scales = (1.0 / (scales.gate_up or 1.0), 1.0 / (scales.down or 1.0))
         self.is_frozen = [len(t.rows) < MIN_TOKENS for t in tokens]
-        self.tokens = _TokenTable(tokens)
+        self.tokens = TokenTable(tokens)
 
     @torch.no_grad()
     def run(self, steps: int) -> Refined:
@@ -343,65 +329,6 @@ class _Refinement:
 
     def grids(self) -> list[Tensor]:
         return [linear.grid_NOI for linear in self.linears]
-
-
-class _TokenTable:
-    """All experts' tokens one below the other, as stored, and a last row of zeros and weight 0 for
-    an expert that has too few.
-
-    Every eighth token of an expert is held out, at most MAX_HELD_OUT_TOKENS of them; it learns from
-    the others.
-    """
-
-    def __init__(self, tokens: Sequence[ExpertTokens]) -> None:
-        none = tokens[0].rows.pick(slice(0))
-        zero = TokenRows(
-            none.values_TH.new_zeros(1, none.values_TH.shape[1]),
-            None if none.scale_TG is None else none.scale_TG.new_ones(1, none.scale_TG.shape[1]),
-        )
-        self.rows = joined([*(t.rows for t in tokens), zero])
-        self.device = self.rows.values_TH.device
-        self.weight_T = torch.cat(
-            [*(t.weight_T for t in tokens), torch.zeros(1, device=self.device)]
-        )
-        self.train, self.held = [], []
-        first, last = 0, len(self.rows) - 1
-        for t in tokens:
-            index = torch.arange(first, first + len(t.rows))
-            first += len(t.rows)
-            is_held = (index - index[:1]) % HELD_OUT_SHARE == 0
-            enough = len(index) >= HELD_OUT_SHARE
-            self.train.append(index[~is_held] if enough else torch.tensor([last]))
-            self.held.append(
-                index[is_held][:MAX_HELD_OUT_TOKENS] if enough else torch.tensor([last])
-            )
-
-    def draw(self, steps: int) -> Tensor:
-        """Rows of every step and expert to learn from, (S, N, BATCH_TOKENS); the same every
-        time."""
-        generator = torch.Generator().manual_seed(0)
-        drawn = [
-            [t[torch.randint(0, len(t), (BATCH_TOKENS,), generator=generator)] for t in self.train]
-            for _ in range(steps)
-        ]
-        return (
-            torch.stack([torch.stack(rows) for rows in drawn]).to(self.device)
-            if steps
-            else torch.empty(0)
-        )
-
-    def held_out(self) -> Batch:
-        """Short experts are padded with the row of zeros."""
-        longest = max(map(len, self.held))
-        return self.batch(
-            torch.stack(
-                [F.pad(t, (0, longest - len(t)), value=len(self.rows) - 1) for t in self.held]
-            ).to(self.device)
-        )
-
-    def batch(self, index_NT: Tensor) -> Batch:
-        x_TH = self.rows.pick(index_NT.flatten()).decoded(self.device)
-        return Batch(x_TH.view(*index_NT.shape, -1), self.weight_T[index_NT])
 
 
 def on_grid(values_NOI: Tensor, unit_NOG: Tensor, scale_NOG: Tensor) -> Tensor:

@@ -31,9 +31,9 @@ from p48ray.errors import NumericsError
 from p48ray.numerics import e2m1, nvfp4
 from p48ray.numerics.block_descent import block_descent
 from p48ray.numerics.code_descent import code_descent
-from p48ray.numerics.curvature import damp, damp_from_tokens, mean_diagonal, output_damp_from_tokens
-from p48ray.numerics.factor import Factor, inverse_factor
-from p48ray.numerics.paired48 import INPUTS_IN_GROUP, keep_top_pairs, pairs_to_inputs
+from p48ray.numerics.curvature import damp, damp_from_tokens
+from p48ray.numerics.factor import inverse_factor
+from p48ray.numerics.paired48 import keep_top_pairs, pairs_to_inputs
 from p48ray.numerics.refine import QuantizedLinear
 from p48ray.numerics.solution import (
     NO_SPARSITY,
@@ -43,6 +43,7 @@ from p48ray.numerics.solution import (
     Solution,
     SolverSettings,
 )
+from p48ray.numerics.solver_inputs import check_problem, damped_output_hessian, failure_reasons
 from p48ray.numerics.sparsegpt import prune_columns, quantize_columns
 from p48ray.numerics.two_sided import two_sided_descent
 
@@ -103,7 +104,7 @@ def solve(
     Raises: NumericsError for unknown or unfitting settings, bad shapes, weights or targets that are
         not finite.
     """
-    _check(weight, hessian, tokens_per_input, settings, target)
+    check_problem(weight, hessian, tokens_per_input, settings, target, _sparsities())
     aim_NOI = weight if target is None else target
     solver = SOLVERS[settings.solver]
     if not solver.needs_hessian:
@@ -123,7 +124,7 @@ def solve(
                 Problem(target_NOI=weight, hessian_NII=hessian, factor=None, settings=settings)
             ),
         )
-    return _solution(draft, _failure_reasons(hessian, factor), factor.damp_rel)
+    return _solution(draft, failure_reasons(hessian, factor), factor.damp_rel)
 
 
 def sparse_values(
@@ -140,7 +141,7 @@ def sparse_values(
     Raises: as `solve`; NumericsError too for a solver without sparsity or a Hessian without a
         factor.
     """
-    _check(weight, hessian, tokens_per_input, settings, target)
+    check_problem(weight, hessian, tokens_per_input, settings, target, _sparsities())
     solver = SOLVERS[settings.solver]
     if PAIRED_48 not in solver.sparsities or not solver.needs_hessian:
         raise NumericsError(
@@ -153,7 +154,7 @@ def sparse_values(
     assert problem.factor is not None
     if any(problem.factor.failed):
         raise NumericsError(
-            f"sparse_values: {'; '.join(filter(None, _failure_reasons(hessian, problem.factor)))}"
+            f"sparse_values: {'; '.join(filter(None, failure_reasons(hessian, problem.factor)))}"
         )
     values_NOI, keep_NOP = prune_columns(problem.target_NOI, problem.factor.upper_NII)
     return _descend(problem, values_NOI, keep_NOP)[0] if solver.descends else values_NOI
@@ -331,27 +332,8 @@ SOLVERS = {
 """By name, the default first."""
 
 
-def damped_output_hessian(
-    output_hessian: Float32[Tensor, "n o o"],
-    tokens_per_input: Sequence[float],
-    num_inputs: int,
-    output_damp: float | None,
-) -> Float32[Tensor, "n o o"]:
-    """G with its diagonal raised (output_damp, else from tokens per output); the identity for an
-    expert whose G is zero or not finite."""
-    num_outputs = output_hessian.shape[1]
-    automatic = [output_damp_from_tokens(t * num_inputs / num_outputs) for t in tokens_per_input]
-    rels = automatic if output_damp is None else [output_damp] * len(automatic)
-    damped_NOO = damp(output_hessian, torch.tensor(rels, device=output_hessian.device))
-    is_usable_N = torch.isfinite(output_hessian).all(-1).all(-1) & (
-        mean_diagonal(output_hessian) > 0
-    )
-    return torch.where(
-        is_usable_N[:, None, None],
-        damped_NOO,
-        torch.eye(num_outputs, device=output_hessian.device),
-        out=damped_NOO,
-    )
+def _sparsities() -> dict[str, tuple[str, ...]]:
+    return {name: solver.sparsities for name, solver in SOLVERS.items()}
 
 
 def _global_scale(values_NOI: Tensor) -> Tensor:
@@ -381,58 +363,3 @@ def _solution(draft: Draft, failures: tuple[str, ...], damp_rel: tuple[float, ..
         damp_rel=damp_rel,
         start=draft.start,
     )
-
-
-def _failure_reasons(hessian_NII: Tensor, factor: Factor) -> tuple[str, ...]:
-    """Why each expert has no factor; "" where it has one."""
-    if not any(factor.failed):
-        return ("",) * len(factor.failed)
-    finite = torch.isfinite(hessian_NII).all(-1).all(-1).tolist()
-    positive = (mean_diagonal(hessian_NII) > 0).tolist()
-    texts = []
-    for is_failed, is_finite, is_positive, rel in zip(
-        factor.failed, finite, positive, factor.damp_rel, strict=True
-    ):
-        why = (
-            "is not finite"
-            if not is_finite
-            else "is zero"
-            if not is_positive
-            else f"has no Cholesky factor up to damping {rel:g}"
-        )
-        texts.append(f"the Hessian {why}" if is_failed else "")
-    return tuple(texts)
-
-
-def _check(
-    weight: Tensor,
-    hessian: Tensor,
-    tokens_per_input: Sequence[float],
-    settings: SolverSettings,
-    target: Tensor | None,
-) -> None:
-    solver = SOLVERS.get(settings.solver)
-    if solver is None or settings.sparsity not in solver.sparsities:
-        known = {s.name: s.sparsities for s in SOLVERS.values()}
-        raise NumericsError(
-            f"solver {settings.solver!r} with sparsity {settings.sparsity!r}: expected one of"
-            f" {known}"
-        )
-    if (
-        settings.scale_span not in nvfp4.SCALE_SPANS
-        or weight.shape[2] % settings.scale_span
-        or weight.shape[2] % INPUTS_IN_GROUP
-    ):
-        raise NumericsError(
-            f"solve: expected scale_span 16 or 32 dividing {weight.shape[2]} inputs, found"
-            f" {settings.scale_span}"
-        )
-    n, _, i = weight.shape
-    if hessian.shape != (n, i, i) or len(tokens_per_input) != n:
-        raise NumericsError(
-            f"solve: expected {n} Hessians of {i} inputs and as many token counts, found"
-            f" {tuple(hessian.shape)}, {len(tokens_per_input)}"
-        )
-    for name, values in (("weight", weight), ("target", target)):
-        if values is not None and not bool(torch.isfinite(values).all()):
-            raise NumericsError(f"solve: {name} holds values that are not finite")

@@ -5,7 +5,8 @@ read bounded pieces of a checkpoint.
 
 Read in this order:
     report, fold          numbers of a run; its manifests folded once
-    html and *_section(s) the page, by templates/ (Jinja2); charts, heat, scales draw for it
+    html                  the page, by templates/ (Jinja2): run_sections, expert_sections,
+                          ladder_section, benchmark_section; charts, heat, scales draw for it
     card, front_matter    the model card; storage_card: its paragraph on sparse storage
     status, work          how far a run is, and what the rest will take
     plan_table            a plan before it is paid for

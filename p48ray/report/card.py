@@ -21,7 +21,7 @@ from p48ray.run.manifest import UnitManifest
 from p48ray.run.output_layout import unit_bytes
 from p48ray.run.plan import NUMERICS_VERSION, RunPlan
 from p48ray.stages.evaluate import EvaluationResult
-from p48ray.store.hub.store import HubPlace
+from p48ray.store.hub.place import HubPlace
 from p48ray.store.open import scheme_of
 from p48ray.unit.context import StageContext
 

@@ -16,8 +16,9 @@ from pydantic import Field, JsonValue
 from p48ray.checkpoint.families import ModelLayout, check_divisibility
 from p48ray.checkpoint.fp8 import Fp8Weight, plain_tensors
 from p48ray.checkpoint.index import CheckpointIndex
-from p48ray.config import RunConfig, dotted_keys, lookup
+from p48ray.config import RunConfig
 from p48ray.config.benchmarks import BenchmarksConfig
+from p48ray.config.load import dotted_keys, lookup
 from p48ray.errors import ConfigError, PlanMismatchError
 from p48ray.run import run_root
 from p48ray.run.records import Record, canonical_json

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack
 from itertools import groupby
 
-from p48ray.config import baseline_config
+from p48ray.config.load import baseline_config
 from p48ray.errors import StageFailedError
 from p48ray.numerics.solvers import SOLVERS
 from p48ray.report.card import model_card

@@ -9,7 +9,7 @@ Read in this order:
     prepare, revisions, inputs      before anything is written, then the first things written
     mirror                          the Hub's files, copied once
     capture, gradients, propagate   what experts see; streaming, recompute, blobs are their parts
-    reduce, verify, final_files     the checkpoint; shard_proof and read_ahead do the verifying
+    reduce, verify, final_files     the checkpoint; shard_proof, index_proof and read_ahead verify
     evaluate                        held-out text through source and checkpoint
 
 To add a stage: a module here and a record in table (docs/EXTENDING.md).

@@ -8,9 +8,7 @@ alike by safetensors where a shard is a file.
 """
 
 import hashlib
-import json
 import math
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -23,7 +21,7 @@ from torch import Tensor
 from p48ray.checkpoint.decode import decode_expert_on, decode_plain
 from p48ray.checkpoint.fp8 import Fp8Weight, PlainTensor
 from p48ray.checkpoint.header import TensorEntry, parse_header, read_header_bytes
-from p48ray.checkpoint.index import CONFIG_FILE, INDEX_FILE, CheckpointIndex
+from p48ray.checkpoint.index import CheckpointIndex
 from p48ray.checkpoint.layout import PROJECTIONS, ModelLayout
 from p48ray.checkpoint.sparse_storage import Storage
 from p48ray.checkpoint.storage_stream import dense_sha256
@@ -372,77 +370,3 @@ def linear_problems(facts: LinearFacts) -> Iterator[str]:
             f"weight_packed: {int(facts.num_illegal)} groups of 8 inputs keep more than 2 of 4"
             " pairs"
         )
-
-
-def check_index(
-    checkpoint: Store, shards: tuple[OutputShard, ...], layout: ModelLayout
-) -> list[str]:
-    """The index names exactly the planned tensors in their shards; no other safetensors file lies
-    beside them; no old quantization config is left."""
-    problems = check_index_files(checkpoint)
-    if problems:
-        return problems
-    planned = {name: shard.name for shard in shards for name, _, _ in shard_rows(shard, layout)}
-    problems += compare_index(checkpoint, planned, sum(shard.num_bytes for shard in shards))
-    files = {info.key for info in checkpoint.list() if info.key.endswith(".safetensors")}
-    return problems + [f"{name}: not planned" for name in sorted(files - {s.name for s in shards})]
-
-
-def compare_index(checkpoint: Store, expected: Mapping[str, str], total: int) -> list[str]:
-    """The index (which check_index_files has found readable) against tensor -> file and the sum of
-    all tensors' bytes."""
-    index = json.loads(checkpoint.get(INDEX_FILE))
-    found, metadata = index["weight_map"], index.get("metadata")
-    differing = sorted(n for n in expected.keys() | found.keys() if expected.get(n) != found.get(n))
-    problems = [
-        f"{INDEX_FILE}: {n}: expected {expected.get(n)}, found {found.get(n)}"
-        for n in differing[:5]
-    ]
-    stated = metadata.get("total_size") if isinstance(metadata, dict) else None
-    return (
-        problems
-        if stated == total
-        else [*problems, f"{INDEX_FILE}: metadata.total_size: expected {total}, found {stated}"]
-    )
-
-
-def check_index_files(checkpoint: Store) -> list[str]:
-    """config.json and the index are there, are JSON, and name files that are there."""
-    parsed = {}
-    for name in (CONFIG_FILE, INDEX_FILE):
-        if checkpoint.head(name) is None:
-            return [f"{name}: missing"]
-        try:
-            parsed[name] = json.loads(checkpoint.get(name))
-        except ValueError as error:
-            return [f"{name}: not JSON: {error}"]
-    weight_map = (
-        parsed[INDEX_FILE].get("weight_map") if isinstance(parsed[INDEX_FILE], dict) else None
-    )
-    if not isinstance(weight_map, dict) or not isinstance(parsed[CONFIG_FILE], dict):
-        return [f"{INDEX_FILE}: expected an object with a weight_map"]
-    files = {str(v) for v in weight_map.values()}
-    missing = sorted(
-        f
-        for f in files
-        if not re.fullmatch(r"\w[\w.-]*\.safetensors", f) or checkpoint.head(f) is None
-    )
-    return [f"{INDEX_FILE}: names {f!r}, which is not there" for f in missing] + check_config(
-        parsed[CONFIG_FILE]
-    )
-
-
-def check_config(config: dict) -> list[str]:
-    """The output's quantization config is the NVFP4 one, at the top level and nowhere else."""
-    quantization = config.get("quantization_config")
-    found = quantization.get("format") if isinstance(quantization, dict) else None
-    problems = []
-    if found != "nvfp4-pack-quantized":
-        problems.append(
-            "config.json: quantization_config.format: expected 'nvfp4-pack-quantized', found"
-            f" {found!r}"
-        )
-    for key, value in config.items():
-        if isinstance(value, dict) and "quantization_config" in value:
-            problems.append(f"config.json: {key}.quantization_config: left over from the source")
-    return problems

@@ -10,7 +10,8 @@ from p48ray.run.manifest import ShardVerdict, UnitManifest
 from p48ray.run.output_layout import OutputShard, shard_rows
 from p48ray.run.plan import WorkUnit
 from p48ray.stages.final_files import finish_checkpoint
-from p48ray.stages.shard_proof import Promise, check_index, verify_shard
+from p48ray.stages.index_proof import check_index
+from p48ray.stages.shard_proof import Promise, verify_shard
 from p48ray.stages.tasks import Task
 from p48ray.store.view import SubStore
 from p48ray.unit.context import StageContext

@@ -80,8 +80,11 @@ class Workplace:
     """
 
     def __init__(self, plan: RunPlan, store_uri: str, node: str | None = None) -> None:
-        """Args:
-        node: see open_context. Raises: SourceError when the source is not the one that was
+        """Open the run root; the source too where it is there already.
+
+        Args:
+            node: see open_context.
+        Raises: SourceError when the source is not the one that was
             planned.
         """
         self.plan, self.store, self.node = plan, open_run_root(plan, store_uri), node

@@ -17,6 +17,7 @@ from urllib.parse import unquote
 from p48ray.errors import ConfigError
 from p48ray.store.base import Store
 from p48ray.store.hub import store as hub
+from p48ray.store.hub.place import at_commit, repository, split_texts
 from p48ray.store.hub.store import HubStore
 from p48ray.store.local import LocalStore
 from p48ray.store.memory import MemoryStore
@@ -160,9 +161,9 @@ SCHEMES: dict[str, Scheme] = {
         keeps_sha256=True,
         lists_digests=True,
         identity=HubStore.identity,
-        split=hub.split_texts,
-        served=hub.repository,
-        revisions=Revisions(commit=hub.latest_commit, at=hub.at_commit),
+        split=split_texts,
+        served=repository,
+        revisions=Revisions(commit=hub.latest_commit, at=at_commit),
         mirror=hub.open_model,
     ),
 }

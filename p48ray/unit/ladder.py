@@ -27,7 +27,8 @@ from torch import Tensor
 from p48ray.numerics import nvfp4
 from p48ray.numerics.refine import QuantizedLinear
 from p48ray.numerics.solution import Solution
-from p48ray.numerics.solvers import SOLVERS, damped_output_hessian
+from p48ray.numerics.solver_inputs import damped_output_hessian
+from p48ray.numerics.solvers import SOLVERS
 from p48ray.run.manifest import LadderStep
 from p48ray.unit.context import StageContext
 from p48ray.unit.moments import Curvature

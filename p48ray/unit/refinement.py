@@ -4,9 +4,10 @@ numerics.refine."""
 import torch
 from torch import Tensor
 
-from p48ray.numerics.refine import ExpertTokens, InputScales, Refined, refine
+from p48ray.numerics.refine import InputScales, Refined, refine
+from p48ray.numerics.refine_tokens import ExpertTokens
 from p48ray.numerics.solution import Solution
-from p48ray.numerics.solvers import damped_output_hessian
+from p48ray.numerics.solver_inputs import damped_output_hessian
 from p48ray.numerics.token_rows import TokenRows, joined
 from p48ray.unit.moments import Curvature, OutputSide, RoutedTokens
 

@@ -66,9 +66,12 @@ class Spill:
     ALIGNMENT = 64
 
     def __init__(self, num_bytes: int, folder: str | os.PathLike[str] | None) -> None:
-        """Args:
-        num_bytes: of all tensors.
-        folder: where; None: the system's for temporary files. Raises: OSError when the disk has
+        """Reserve the room.
+
+        Args:
+            num_bytes: of all tensors.
+            folder: where; None: the system's for temporary files.
+        Raises: OSError when the disk has
             no room.
         """
         with tempfile.TemporaryFile(dir=folder) as file:

@@ -11,7 +11,7 @@ from rich.console import Console
 from bench import fleet
 from bench.simulated_ray import Fleet, SimulatedRay
 from p48ray.checkpoint.layout import PROJECTIONS
-from p48ray.config import load_config
+from p48ray.config.load import load_config
 from p48ray.run import run_root
 from p48ray.run.manifest import UnitManifest
 from p48ray.runner import dispatch, layer_units, overlap, pipeline, ray_runner

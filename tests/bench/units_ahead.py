@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
-from p48ray.config import load_config
+from p48ray.config.load import load_config
 from p48ray.run import run_root
 from p48ray.run.manifest import LayerScales, UnitManifest
 from p48ray.run.plan import RunPlan

@@ -75,9 +75,11 @@ class Site:
     are not lost with a node."""
 
     def __init__(self, health_check: dict[str, int]) -> None:
-        """Args:
-        health_check: Ray's settings of how it finds out that a node is gone; empty: its
-            defaults.
+        """A machine of the scene.
+
+        Args:
+            health_check: Ray's settings of how it finds out that a node is gone; empty: its
+                defaults.
         """
         head = NODE_ROOM | {
             "num_cpus": 0,

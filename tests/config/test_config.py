@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from p48ray.config import RunConfig, baseline_config, dotted_keys, load_config, lookup
+from p48ray.config import RunConfig
+from p48ray.config.load import baseline_config, dotted_keys, load_config, lookup
 from p48ray.errors import ConfigError
 from p48ray.run.plan import SETTINGS
 from tests.conftest import REPO

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from p48ray.checkpoint.layout import ModelLayout
-from p48ray.config import load_config
+from p48ray.config.load import load_config
 from p48ray.estimate.duration import H200_NODE, Rate, is_near
 from p48ray.estimate.fit import shortages, warn_of_memory
 from p48ray.estimate.memory import Memory, stream_bytes, unit_peak_bytes

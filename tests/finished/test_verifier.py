@@ -11,8 +11,9 @@ import ray
 
 from p48ray.errors import ConfigError, SourceError, StageFailedError, TransientStoreError
 from p48ray.finished import verifier
+from p48ray.finished.survey import ShardCheck
 from p48ray.finished.verifier import verify_folder
-from p48ray.finished.verify_checkpoint import ShardCheck, check_shard
+from p48ray.finished.verify_checkpoint import check_shard
 from p48ray.runner import ray_tasks
 from p48ray.runner.cluster import Cluster
 from p48ray.runner.progress import Amount, each_file

@@ -16,7 +16,7 @@ from ray.autoscaler._private.resource_demand_scheduler import (
 )
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-from p48ray.config import load_config
+from p48ray.config.load import load_config
 from tests.conftest import REPO
 from tests.infra.conftest import load_yaml
 

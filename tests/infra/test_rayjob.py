@@ -10,7 +10,7 @@ import typer
 import typer.main
 
 from jobs import compress
-from p48ray.config import load_config
+from p48ray.config.load import load_config
 from tests.conftest import REPO
 from tests.infra.conftest import load_yaml
 

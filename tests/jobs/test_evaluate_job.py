@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 from jobs import evaluate
 from p48ray.benchmarks import harness
 from p48ray.benchmarks.server_process import ServerProcess
-from p48ray.config import assign, read_yaml
+from p48ray.config.load import assign, read_yaml
 from p48ray.run.run_root import BENCHMARK_TABLE
 from tests.conftest import REPO
 from tests.jobs.command import CONFIG, Outcome, own_logging, small

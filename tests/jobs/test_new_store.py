@@ -7,7 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from p48ray.cli import app
-from p48ray.config import load_config
+from p48ray.config.load import load_config
 from p48ray.store import SCHEMES, MemoryStore, Scheme, Store, open_store, scheme_of
 from p48ray.store.view import SubStore
 from tests.conftest import TINY

@@ -11,7 +11,8 @@ from torch import Tensor
 from p48ray.model.experts import ExpertWeights, RoutedCall, RoutedExperts
 from p48ray.numerics.activation import quantize_activations
 from p48ray.numerics.int4 import decode_int4
-from p48ray.numerics.refine import ExpertTokens, InputScales, refine
+from p48ray.numerics.refine import InputScales, refine
+from p48ray.numerics.refine_tokens import ExpertTokens
 from p48ray.numerics.solution import Solution, SolverSettings
 from p48ray.numerics.solvers import solve
 from p48ray.numerics.token_rows import TokenRows

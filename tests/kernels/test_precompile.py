@@ -247,7 +247,7 @@ def is_running(pid: int) -> bool:
 
 def test_command_of_a_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("pydantic")
-    from p48ray.config import load_config
+    from p48ray.config.load import load_config
     from p48ray.stages.prepare import prepare
     from p48ray.unit.compiling import command, start_compiling
 

@@ -8,16 +8,14 @@ from torch import Tensor
 from p48ray.numerics import e2m1, nvfp4
 from p48ray.numerics.activation import input_global_scale, quantize_activations
 from p48ray.numerics.refine import (
-    MIN_TOKENS,
-    Batch,
     ExpertLoss,
-    ExpertTokens,
     InputScales,
     QuantizedLinear,
     Refined,
     on_grid,
     refine,
 )
+from p48ray.numerics.refine_tokens import MIN_TOKENS, Batch, ExpertTokens
 from p48ray.numerics.solution import SolverSettings
 from p48ray.numerics.solvers import solve
 from p48ray.numerics.token_rows import TokenRows

@@ -12,7 +12,8 @@ from p48ray.numerics.block_descent import block_descent
 from p48ray.numerics.curvature import damp
 from p48ray.numerics.paired48 import keep_top_pairs, pairs_to_inputs
 from p48ray.numerics.solution import Solution, SolverSettings
-from p48ray.numerics.solvers import damped_output_hessian, solve
+from p48ray.numerics.solver_inputs import damped_output_hessian
+from p48ray.numerics.solvers import solve
 from p48ray.numerics.two_sided import row_partitions, two_sided_descent, two_sided_loss
 from tests.reference import two_sided as slow
 from tests.reference.problems import correlated, identity

@@ -10,7 +10,7 @@ import pytest
 from huggingface_hub import ModelCard
 from safetensors import safe_open
 
-from p48ray.config import load_config
+from p48ray.config.load import load_config
 from p48ray.report.card import model_card
 from p48ray.run import run_root
 from p48ray.run.manifest import UnitManifest

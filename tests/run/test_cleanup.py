@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 import pytest
 
-from p48ray.config import load_config
+from p48ray.config.load import load_config
 from p48ray.errors import P48Error, TransientStoreError
 from p48ray.run import run_root
 from p48ray.run.cleanup import (

@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 
-from p48ray.config import load_config
+from p48ray.config.load import load_config
 from p48ray.run import run_root
 from p48ray.run.needs import Needs, read_needs
 from p48ray.run.plan import RunPlan

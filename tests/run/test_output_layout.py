@@ -3,7 +3,7 @@
 import pytest
 
 from p48ray.checkpoint.header import DTYPE_BYTES, encode_header, parse_header
-from p48ray.config import load_config
+from p48ray.config.load import load_config
 from p48ray.run.output_layout import (
     plan_output,
     shard_rows,

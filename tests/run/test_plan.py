@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from p48ray.config import load_config
+from p48ray.config.load import load_config
 from p48ray.errors import ConfigError, PlanMismatchError, ShardCorruptError, SourceError
 from p48ray.run import run_root
 from p48ray.run.plan import NUMERICS_VERSION, SETTINGS, RunPlan, check_plan, cut

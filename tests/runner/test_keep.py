@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import load
 
 from p48ray.checkpoint.storage_stream import StoredUnit
-from p48ray.config import load_config
+from p48ray.config.load import load_config
 from p48ray.errors import (
     ConfigError,
     CorruptObjectError,

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from p48ray.config import load_config
+from p48ray.config.load import load_config
 from p48ray.errors import CorruptObjectError
 from p48ray.estimate.plan_cost import estimate
 from p48ray.run import arrow, run_root

@@ -8,7 +8,7 @@ from unittest import mock
 
 import pytest
 
-from p48ray.config import load_config
+from p48ray.config.load import load_config
 from p48ray.errors import CalibrationError, P48Error, TransientStoreError
 from p48ray.run import run_root
 from p48ray.run.manifest import ActivationPart, GradientPart, UnitManifest

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import psutil
 import pytest
 
-from p48ray.config import load_config
+from p48ray.config.load import load_config
 from p48ray.errors import CorruptObjectError, GaveUpError, SourceError, StageFailedError
 from p48ray.run import run_root
 from p48ray.run.manifest import Failure

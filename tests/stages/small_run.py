@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from p48ray.config import RunConfig, load_config
+from p48ray.config import RunConfig
+from p48ray.config.load import load_config
 from p48ray.report.report import Report
 from p48ray.run import run_root
 from p48ray.run.plan import RunPlan

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from p48ray.config import load_config
+from p48ray.config.load import load_config
 from p48ray.model import decoder as decoder_module
 from p48ray.model.experts import RoutedInputs
 from p48ray.run import arrow, run_root

@@ -18,16 +18,16 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer
 
-from p48ray.config import load_config
+from p48ray.config.load import load_config
 from p48ray.errors import CorruptObjectError, P48Error, ShardCorruptError
 from p48ray.finished.verify_checkpoint import CheckpointVerdict, verify_checkpoint
 from p48ray.run import run_root
 from p48ray.run.manifest import CheckpointManifest, ShardVerdict, UnitManifest
 from p48ray.runner.pipeline import read_units
 from p48ray.stages.final_files import finish_checkpoint
+from p48ray.stages.index_proof import check_index
 from p48ray.stages.prepare import prepare
 from p48ray.stages.reduce import stitch_shard
-from p48ray.stages.shard_proof import check_index
 from p48ray.stages.verify import verify_and_record
 from p48ray.store import LocalStore, MemoryStore
 from p48ray.store.base import ObjectInfo

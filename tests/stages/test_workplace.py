@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from p48ray import trace
-from p48ray.config import load_config
+from p48ray.config.load import load_config
 from p48ray.run import run_root
 from p48ray.run.manifest import ActivationPart
 from p48ray.run.plan import RunPlan

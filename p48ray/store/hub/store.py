@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NoReturn
-from urllib.parse import quote, unquote
+from urllib.parse import quote
 
 from p48ray.errors import ConfigError, ObjectMissingError, P48Error, TransientStoreError
 from p48ray.store.base import (
@@ -27,96 +27,20 @@ from p48ray.store.base import (
     check_range,
 )
 from p48ray.store.hub.api import api, ask, response
+from p48ray.store.hub.place import (
+    parse_place,
+)
 
 STREAM_BYTES = 2**20
 """Bytes of one piece of a streamed file."""
 SKIPPED_BYTES = 32 * 2**20
 """Where a server sends a whole file instead of a range, so much of it is read past at most."""
-COMMIT = re.compile(r"[0-9a-f]{40}")
-
-_NAME = r"(?!(?:spaces|kernels|buckets|datasets|models)/)[A-Za-z0-9][A-Za-z0-9._-]*"
-_PLACE = re.compile(
-    rf"(?i:hf)://(?:(datasets|models)/)?({_NAME}/{_NAME})(?:@(refs/(?:pr|convert)/[^/@]+|[^/@]+))?(?:/(.*))?",
-    re.DOTALL,
-)
-
-
-@dataclass(frozen=True, slots=True)
-class HubPlace:
-    """What a hf:// uri names: a repository, a revision of it (None: main), and a folder or file in
-    it ("" for the whole)."""
-
-    kind: str
-    repo: str
-    revision: str | None
-    path: str
-
-    @property
-    def uri(self) -> str:
-        kind = "datasets/" if self.kind == "dataset" else ""
-        at = (
-            f"@{quote(self.revision, safe='/' if self.revision.startswith('refs/') else '')}"
-            if self.revision
-            else ""
-        )
-        return f"hf://{kind}{self.repo}{at}{'/' if self.path else ''}{self.path}"
-
-    @property
-    def commit(self) -> str | None:
-        """The revision, where it is a commit and not a name that may move."""
-        return self.revision if self.revision and COMMIT.fullmatch(self.revision) else None
-
-    def at(self, revision: str | None, path: str | None = None) -> "HubPlace":
-        """The same place at another revision (and path)."""
-        return HubPlace(self.kind, self.repo, revision, self.path if path is None else path)
-
-
-def parse_place(uri: str) -> HubPlace:
-    """hf://[datasets/]owner/name[@revision][/path]. Raises: ConfigError for anything else, P48Error
-    for a path that is no key."""
-    found = _PLACE.fullmatch(uri)
-    if not found:
-        raise ConfigError(
-            f"{uri}: expected hf://owner/name[@revision] or"
-            " hf://datasets/owner/name[@revision][/path]"
-        )
-    path = (found[4] or "").rstrip("/")
-    revision = unquote(found[3]) if found[3] else None
-    return HubPlace(
-        "dataset" if found[1] == "datasets" else "model",
-        found[2],
-        revision,
-        check_key(path) if path else "",
-    )
-
-
-def split_texts(uri: str) -> tuple[str, str]:
-    """A place of texts: the repository's uri, and the file or folder in it.
-
-    Raises: ConfigError unless it is a data set's.
-    """
-    place = parse_place(uri)
-    if place.kind != "dataset":
-        expected = "hf://datasets/owner/name[@revision][/path]"
-        raise ConfigError(f"{uri}: expected {expected}, found a model's repository")
-    return place.at(place.revision, "").uri, place.path
-
-
-def repository(uri: str) -> tuple[str, str | None]:
-    """owner/name and revision, as huggingface_hub and whoever is built on it take them."""
-    place = parse_place(uri)
-    return place.repo, place.revision
 
 
 def latest_commit(uri: str) -> str:
     """The commit that a place's revision stands at now. Raises: ConfigError if none can be read."""
     place = parse_place(uri)
     return HubStore(place.at(place.revision, "").uri).commit
-
-
-def at_commit(uri: str, commit: str) -> str:
-    """The same place at a commit."""
-    return parse_place(uri).at(commit).uri
 
 
 def open_model(uri: str) -> "HubStore":
@@ -174,9 +98,11 @@ class HubStore:
     the process."""
 
     def __init__(self, uri: str, endpoint: str | None = None, token: str | None = None) -> None:
-        """Args:
-        uri: see parse_place; its path is a folder.
-        endpoint, token: None for those of this process's huggingface_hub, at first use.
+        """Nothing is asked before first use.
+
+        Args:
+            uri: see parse_place; its path is a folder.
+            endpoint, token: None for those of this process's huggingface_hub, at first use.
         """
         self.place = parse_place(uri)
         self.uri = self.place.uri

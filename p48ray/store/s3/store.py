@@ -11,15 +11,12 @@ import re
 import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from datetime import UTC, datetime, timedelta
-from email.utils import parsedate_to_datetime
+from datetime import timedelta
 from functools import partial
 from io import BytesIO
 from typing import Any
 
-from botocore.exceptions import IncompleteReadError
-
-from p48ray.errors import ConfigError, P48Error, ShardCorruptError, TransientStoreError
+from p48ray.errors import ConfigError, ShardCorruptError, TransientStoreError
 from p48ray.store.base import (
     Buffers,
     ByteRange,
@@ -33,17 +30,17 @@ from p48ray.store.base import (
     check_range,
 )
 from p48ray.store.s3.api import Api, ExpectedError, body_of, with_member
+from p48ray.store.s3.compose import Composer, merged_ranges
 from p48ray.store.s3.multipart import (
     WRITER,
-    Composer,
     CopySource,
     MultipartUpload,
     checksum_fields,
     is_written_by,
-    merged_ranges,
     part_size,
     sha256_base64,
 )
+from p48ray.store.s3.replies import full_checksum, is_key, ranged_body, server_time
 from p48ray.store.view import SubStore
 
 PUT_MAX_BYTES = 512 * 2**20
@@ -69,7 +66,9 @@ class S3Store:
     """
 
     def __init__(self, uri: str, endpoint_url: str | None = None, server_copy: bool = True) -> None:
-        """Args:
+        """Nothing is asked before first use.
+
+        Args:
             uri: s3://bucket or s3://bucket/prefix.
             endpoint_url: of a server that is not AWS.
             server_copy: whether it copies byte ranges on its side and takes parts of unequal size
@@ -110,7 +109,7 @@ class S3Store:
         full = self._full(key)
         for _ in range(READ_ATTEMPTS):
             data, checksum = self._api.call(
-                "get_object", full, read=lambda reply: (body_of(reply), _full_checksum(reply))
+                "get_object", full, read=lambda reply: (body_of(reply), full_checksum(reply))
             )
             self.traffic.add(bytes_read=len(data))
             found = sha256_base64(data) if checksum else None
@@ -130,7 +129,7 @@ class S3Store:
                     "get_object",
                     full,
                     Range=f"bytes={start}-{start + num_bytes - 1}",
-                    read=partial(_ranged_body, start),
+                    read=partial(ranged_body, start),
                     expected=frozenset({"InvalidRange", "416"}),
                 )
                 self.traffic.add(bytes_read=len(data))
@@ -150,7 +149,7 @@ class S3Store:
         reply = self._head(self._full(key))
         if reply is None:
             return None
-        checksum = _full_checksum(reply)
+        checksum = full_checksum(reply)
         return ObjectInfo(
             key, reply["ContentLength"], base64.b64decode(checksum).hex() if checksum else None
         )
@@ -184,7 +183,7 @@ class S3Store:
             )
             for entry in page.get("Contents", []):
                 key = entry["Key"].removeprefix(self._prefix)
-                if _is_key(key):
+                if is_key(key):
                     found[key] = ObjectInfo(key, entry["Size"])
             if not page.get("IsTruncated"):
                 return iter(sorted(found.values(), key=lambda info: info.key.encode()))
@@ -304,7 +303,7 @@ class S3Store:
                 read=with_member("IsTruncated"),
                 **position,
             )
-            oldest_kept = _server_time(page) - timedelta(seconds=older_than_s)
+            oldest_kept = server_time(page) - timedelta(seconds=older_than_s)
             for upload in page.get("Uploads", []):
                 if upload["Key"].startswith(full) and upload["Initiated"] < oldest_kept:
                     with suppress(ExpectedError):
@@ -372,52 +371,3 @@ class S3Store:
                 ) from error
             return is_ours
         return True
-
-
-def _is_key(key: str) -> bool:
-    try:
-        check_key(key)
-    except P48Error:
-        return False
-    return True
-
-
-def _full_checksum(reply: Any) -> str | None:
-    """The SHA-256 of all bytes, base64, if that is what the server keeps.
-
-    An object of several parts (its ETag ends in their number) has a checksum of the parts'
-    checksums, which not all servers mark as such.
-    """
-    is_of_parts = (
-        bool(re.search(r'-\d+"?$', reply.get("ETag", "")))
-        or reply.get("ChecksumType") == "COMPOSITE"
-    )
-    checksum: str | None = None if is_of_parts else reply.get("ChecksumSHA256")
-    return checksum if checksum and "-" not in checksum else None
-
-
-def _ranged_body(start: int, reply: Any) -> tuple[bytes, int]:
-    """The body of a GET of a range from `start` on, and the size of the whole object: the range
-    ends early only where the object does.
-
-    Refuses a server that sends the whole object, before reading it. Raises: IncompleteReadError if
-    the body is not what its headers say.
-    """
-    found = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+)", reply.get("ContentRange", ""))
-    if not found or int(found[1]) != start:
-        reply["Body"].close()
-        message = (
-            f"asked for bytes from {start} on, the server sent"
-            f" {reply.get('ContentRange', 'the whole object')}: it does not do ranges"
-        )
-        raise P48Error(f"{message}, so it cannot hold a run root or a checkpoint")
-    data, num_bytes = body_of(reply), int(found[2]) - start + 1
-    if len(data) != num_bytes:
-        raise IncompleteReadError(actual_bytes=len(data), expected_bytes=num_bytes)
-    return data, int(found[3])
-
-
-def _server_time(reply: Any) -> datetime:
-    """Of the reply, so that the clock of this machine does not matter."""
-    date = reply["ResponseMetadata"]["HTTPHeaders"].get("date")
-    return parsedate_to_datetime(date) if date else datetime.now(UTC)

@@ -18,7 +18,7 @@ from p48ray.errors import (
 )
 from p48ray.store import HubStore, LocalStore, Store, open_store, retry
 from p48ray.store.hub import store as hub_store
-from p48ray.store.hub.store import HubPlace, parse_place
+from p48ray.store.hub.place import HubPlace, parse_place
 from tests.conftest import REPO
 from tests.jobs.command import narrow_model
 from tests.servers.hub import EDGE_BYTES, MODEL, TOKEN, Fault, Hub, tiny_files

@@ -11,7 +11,8 @@ from p48ray.errors import P48Error
 from p48ray.store import ByteRange, MemoryStore
 from p48ray.store.base import Piece
 from p48ray.store.s3 import multipart
-from p48ray.store.s3.multipart import Composer, CopySource, merged_ranges
+from p48ray.store.s3.compose import Composer, merged_ranges
+from p48ray.store.s3.multipart import CopySource
 
 pytestmark = pytest.mark.server
 
