@@ -20,7 +20,7 @@ from p48ray.runner.cluster import Cluster, first_line
 
 log = logging.getLogger("p48ray.progress")
 
-POLL_S = 2.0
+HEALTH_POLL_S = 2.0
 START_REPORT_EVERY_S = 30.0
 
 
@@ -84,7 +84,7 @@ class RayServer(AbstractContextManager[str]):
             state = ServerState(False, None, "waiting for a node with its GPUs")
             try:
                 if url is None:
-                    url = ray.get(actor.where.remote(), timeout=POLL_S)
+                    url = ray.get(actor.where.remote(), timeout=HEALTH_POLL_S)
                     started = time.monotonic()
                 state = ray.get(actor.state.remote(), timeout=self.settings.start_timeout_s)
             except GetTimeoutError:
@@ -121,7 +121,7 @@ class RayServer(AbstractContextManager[str]):
                     duration(said - asked),
                     (last or [""])[-1][:120],
                 )
-            time.sleep(POLL_S)
+            time.sleep(HEALTH_POLL_S)
 
 
 class NodeServer(ServerProcess):

@@ -119,11 +119,6 @@ class TensorFile:
         yield from map(tensor_view, self.tensors.values())
 
 
-def serialize(tensors: Mapping[str, Tensor]) -> bytes:
-    """A whole safetensors file, joined. Raises: as TensorFile."""
-    return b"".join(TensorFile(tensors))
-
-
 def header_of(tensors: Mapping[str, Tensor]) -> bytes:
     """The start of that file, up to the first tensor's bytes."""
     return encode_header(

@@ -14,7 +14,7 @@ log = logging.getLogger("p48ray.progress")
 
 
 def verify_folder(
-    checkpoint: Store, source: Store | None, tasks: RayTasks | None
+    checkpoint: Store, source: Store | None, tasks: RayTasks | None = None
 ) -> CheckpointVerdict:
     """Verify a checkpoint, shard by shard, with progress in bytes.
 

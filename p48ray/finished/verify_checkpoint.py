@@ -10,13 +10,12 @@ together, in the files' order.
 from collections.abc import Mapping
 
 from p48ray.checkpoint.layout import PROJECTIONS
-from p48ray.finished.survey import ShardCheck, SourcedCheck, Survey, survey_checkpoint
+from p48ray.finished.survey import ShardCheck, SourcedCheck, Survey
 from p48ray.run.output_layout import unit_tensor_names
 from p48ray.run.plan import WorkUnit
 from p48ray.run.records import Record
 from p48ray.stages.read_ahead import ReadUnit, read_unit, readers, tensor_digest
 from p48ray.stages.shard_proof import check_unit, verify_shard
-from p48ray.store.base import Store
 
 
 class CheckpointVerdict(Record):
@@ -27,13 +26,6 @@ class CheckpointVerdict(Record):
     num_shards: int
     num_linears: int
     problems: tuple[str, ...]
-
-
-def verify_checkpoint(checkpoint: Store, source: Store | None) -> CheckpointVerdict:
-    """Verify a folder in this process, against its source where one is given. Raises: as
-    survey_checkpoint and check_shard."""
-    survey = survey_checkpoint(checkpoint, source)
-    return combine_findings(survey, {check.file: check_shard(check) for check in survey.checks})
 
 
 def check_shard(check: ShardCheck) -> tuple[str, ...]:

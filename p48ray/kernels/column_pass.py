@@ -12,8 +12,8 @@ and the error feedback inside the panel.
         at the end                 feedback of the strip's errors to the panel's later columns by
                                    tensor cores (TF32, see numerics.products)
 
-Legend: N experts, O out, I in, P pairs (I/2), S spans, C columns of a column_block; in kernels: j
-column, r row.
+Legend: N experts, O out, I in, P pairs (I/2), S spans, C columns of a column_block, R rows
+of a program; in kernels: j column, r row.
 """
 
 import functools

@@ -11,8 +11,8 @@ six 4 x 4 solves in registers, corrections inside the panel.
         at the end                      slopes of the panel's later strips -= change H_strip,later
                                         by tensor cores (TF32, see numerics.products)
 
-Legend: N experts, O out, I in, K pair_groups (I/8), B columns of the slope's column_block, R rows;
-in kernels: j column, r row, c a later column.
+Legend: N experts, O out, I in, K pair_groups (I/8), B columns of the slope's column_block, R rows,
+S strips (I/32), C columns of a strip; in kernels: j column, r row, c a later column.
 """
 
 import triton

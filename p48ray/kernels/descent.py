@@ -14,7 +14,7 @@ Products round their operands to TF32 (numerics.products): a slope's error then 
 its terms, so a sweep is monotone to that, not to 1e-7.
 
 Legend: N experts, O out, I in, K pair_groups (I/8), B columns of a column_block, R rows of a row
-group.
+group, S strips (I/32), C columns of a strip.
 """
 
 import gc

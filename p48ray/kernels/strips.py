@@ -3,7 +3,7 @@ registers and reads the strip's own 32 x 32 block of H or U as uniform 8-byte lo
 copy, so that a strip's block is 4 KiB in one piece and not 32 pieces of a matrix that no cache
 holds.
 
-Legend: N experts, I in, S strips (I/32, rounded up).
+Legend: N experts, I in, S strips (I/32, rounded up), C columns of a strip.
 """
 
 import torch

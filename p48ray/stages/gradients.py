@@ -52,7 +52,7 @@ def gradient_parts(context: StageContext, parts: Sequence[int]) -> list[Gradient
     ways = {p: needs.backward_layers(p) for p in parts}
     with BlobWriter(context) as writer:
         stream = GradientStream(context, writer)
-        descent = Descent(
+        backward = BackwardPass(
             context, decoder, stream, ways, {p: needs.gradient_layers(p) for p in parts}
         )
         for number in range(plan.source.num_layers, -1, -1):
@@ -68,18 +68,18 @@ def gradient_parts(context: StageContext, parts: Sequence[int]) -> list[Gradient
                     writer.flush()
                 needs = remake_boundaries(context, decoder, needs, stepping, number)
                 for p in stepping:
-                    descent.spent[p] += (time.monotonic() - start) / len(stepping)  # type: ignore[assignment]
+                    backward.spent[p] += (time.monotonic() - start) / len(stepping)  # type: ignore[assignment]
             with layer_or_head(context, decoder, number) if stepping else nullcontext() as module:
                 if any(number - 1 > ways[part.part][0] for part in waiting):
                     decoder.prefetch(number - 1)
                 for wave in waves(plan, waiting):
-                    descent.step(number, module, wave)
+                    backward.step(number, module, wave)
             del module  # the layer above goes before the next is read
         return [manifest for manifest in writer.drain() if isinstance(manifest, GradientPart)]
 
 
 @dataclass(slots=True)
-class Descent:
+class BackwardPass:
     """The backward pass of some parts. `wanted`: layers whose gradient is still to be written, by
     part."""
 

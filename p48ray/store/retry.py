@@ -24,6 +24,9 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+CONNECT_TIMEOUT_S = 10.0
+"""Of every outside service; how long an answer may take is each client's own."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Policy:

@@ -29,7 +29,7 @@ from p48ray.texts.rows import TextFile, num_parts, read_part, read_rows
 WHOLE_BYTES = 64 * 2**20
 VISIT_CHARACTERS = 2**20
 TEXT_SUFFIXES = (".jsonl", ".parquet")
-RANGE_BYTES = 16 * 2**20
+DOWNLOAD_BYTES = 16 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,8 +156,10 @@ def _identity(file: TextFile, is_whole: bool, key: str) -> str:
 
 def _stream(file: TextFile, key: str) -> Iterator[bytes]:
     try:
-        for start in range(0, file.size_bytes, RANGE_BYTES):
-            yield file.store.get_range(file.key, start, min(RANGE_BYTES, file.size_bytes - start))
+        for start in range(0, file.size_bytes, DOWNLOAD_BYTES):
+            yield file.store.get_range(
+                file.key, start, min(DOWNLOAD_BYTES, file.size_bytes - start)
+            )
     except ObjectMissingError as error:
         raise ConfigError(f"{key}: {file.where}: can not be read: {error}") from error
 

@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 
 from p48ray.checkpoint.index import EDGE_BYTES, CheckpointIndex, open_checkpoint
-from p48ray.checkpoint.tensors import serialize
 from p48ray.errors import SourceError
 from p48ray.store import ByteRange, LocalStore, MemoryStore
-from tests.checkpoint.entries import read_entries
+from tests.checkpoint.entries import read_entries, serialize
 from tests.checkpoint.tiny_variants import TINY
 
 INDEX = "model.safetensors.index.json"

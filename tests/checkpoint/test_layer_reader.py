@@ -13,10 +13,11 @@ import torch
 from p48ray.checkpoint.index import CheckpointIndex, open_checkpoint
 from p48ray.checkpoint.layer_reader import MAP_ALIGNMENT, LayerReader, placed
 from p48ray.checkpoint.layout import ModelLayout
-from p48ray.checkpoint.tensors import read_tensors, serialize
+from p48ray.checkpoint.tensors import read_tensors
 from p48ray.errors import ObjectMissingError
 from p48ray.store import LocalStore, MemoryStore, Store
 from p48ray.store.node_cache import NodeCache
+from tests.checkpoint.entries import serialize
 from tests.conftest import TINY
 
 

@@ -16,12 +16,11 @@ from p48ray.checkpoint.tensors import (
     merge_ranges,
     read_tensors,
     read_together,
-    serialize,
     tensor_bytes,
 )
 from p48ray.errors import P48Error, ShardCorruptError
 from p48ray.store import LocalStore, MemoryStore
-from tests.checkpoint.entries import read_entries
+from tests.checkpoint.entries import read_entries, serialize
 
 
 def same(left: Tensor, right: Tensor) -> bool:

@@ -11,7 +11,7 @@ import torch
 from p48ray.errors import ConfigError, P48Error, ShardCorruptError, SourceError
 from p48ray.finished.convert import NOTE_FILE, begin_conversion, convert_shard, survey_conversion
 from p48ray.finished.converter import convert_folder
-from p48ray.finished.verify_checkpoint import verify_checkpoint
+from p48ray.finished.verifier import verify_folder
 from p48ray.run.manifest import CheckpointManifest
 from p48ray.runner.ray_tasks import returning_errors
 from p48ray.store import LocalStore, MemoryStore
@@ -134,7 +134,7 @@ def test_card_says_what_is_stored_and_forgets_it_again(dense: Folder, sparse: Fo
 
 
 def test_sparse_checkpoint_passes_verification(sparse: Folder) -> None:
-    verdict = verify_checkpoint(sparse.store(), None)
+    verdict = verify_folder(sparse.store(), None)
     assert (verdict.problems, verdict.num_linears, verdict.num_shards) == ((), 192, 6)
 
 
@@ -151,9 +151,7 @@ def test_sparse_checkpoint_passes_verification(sparse: Folder) -> None:
 def test_verification_of_a_sparse_checkpoint_finds_a_changed_bit(
     sparse: Folder, suffix: str, bits: int, words: str
 ) -> None:
-    problems = verify_checkpoint(
-        sparse.flipped(f"{LINEAR}.{suffix}", 0, bits).store(), None
-    ).problems
+    problems = verify_folder(sparse.flipped(f"{LINEAR}.{suffix}", 0, bits).store(), None).problems
     assert any(words in p for p in problems), problems
 
 
@@ -171,7 +169,7 @@ def test_verification_finds_a_mask_over_other_zero_bytes(sparse: Folder) -> None
         c for c, nibble in enumerate(nibbles) if nibble in (0b0101, 0b1001) and kept[2 * c] == 0
     )
     changed = mask[chunk // 2] ^ 0b0011 << 4 * (chunk % 2)
-    problems = verify_checkpoint(
+    problems = verify_folder(
         sparse.with_bytes(f"{LINEAR}.weight_sparse_mask", chunk // 2, bytes([changed])).store(),
         None,
     ).problems
@@ -181,14 +179,14 @@ def test_verification_finds_a_mask_over_other_zero_bytes(sparse: Folder) -> None
 def test_verification_names_what_is_missing_from_a_sparse_checkpoint(sparse: Folder) -> None:
     file = sparse.file_of(f"{LINEAR}.weight_scale")
     tensors = {n: t for n, t in sparse.tensors(file).items() if n != f"{LINEAR}.weight_sparse_mask"}
-    problems = verify_checkpoint(sparse.with_tensors(file, tensors).store(), None).problems
+    problems = verify_folder(sparse.with_tensors(file, tensors).store(), None).problems
     assert f"{LINEAR}.weight_sparse_mask: missing" in problems
 
 
 def test_sparse_checkpoint_passes_verification_beside_its_source(
     sparse: Folder, finished: SmallRun
 ) -> None:
-    verdict = verify_checkpoint(sparse.store(), LocalStore(finished.source))
+    verdict = verify_folder(sparse.store(), LocalStore(finished.source))
     assert (verdict.problems, verdict.compared_with_source, verdict.num_linears) == ((), True, 192)
 
 
@@ -206,7 +204,7 @@ def test_verification_of_a_sparse_checkpoint_beside_its_source_finds_a_changed_b
     sparse: Folder, finished: SmallRun, tensor: str, words: str
 ) -> None:
     bits = 0x40 if tensor.endswith("weight_scale") else 0x01
-    problems = verify_checkpoint(
+    problems = verify_folder(
         sparse.flipped(tensor, 0, bits).store(), LocalStore(finished.source)
     ).problems
     assert any(re.search(words, p) for p in problems), problems
@@ -277,7 +275,7 @@ def test_unknown_sparse_layouts_are_refused(sparse: Folder) -> None:
     folder = resealed(sparse.with_json("config.json", newer))
     for act in (
         lambda: converted(folder, "dense"),
-        lambda: verify_checkpoint(folder.store(), None),
+        lambda: verify_folder(folder.store(), None),
     ):
         with pytest.raises(
             SourceError,

@@ -240,10 +240,10 @@ def test_source_that_is_a_data_set_or_a_folder_of_a_repository_is_refused(
 
 
 def test_checkpoint_is_verified_against_its_source_on_the_hub(hub: Hub, local: Path) -> None:
-    from p48ray.finished.verify_checkpoint import verify_checkpoint
+    from p48ray.finished.verifier import verify_folder
 
     hub.commit(MODEL, tiny_files())
-    verdict = verify_checkpoint(LocalStore(local / "checkpoint"), HubStore("hf://owner/tiny@main"))
+    verdict = verify_folder(LocalStore(local / "checkpoint"), HubStore("hf://owner/tiny@main"))
     assert not verdict.problems
 
 

@@ -16,7 +16,8 @@ from safetensors.torch import load
 from torch import Tensor
 from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
 
-from p48ray.finished.verify_checkpoint import CheckpointVerdict, verify_checkpoint
+from p48ray.finished.verifier import verify_folder
+from p48ray.finished.verify_checkpoint import CheckpointVerdict
 from p48ray.integrations import transformers as integration
 from p48ray.run.manifest import CheckpointManifest
 from p48ray.runner.pipeline import run_job
@@ -47,7 +48,7 @@ def run(family: str, tmp_path_factory: pytest.TempPathFactory) -> SmallRun:
 
 
 def verdict(folder: Folder, source: Path | None) -> CheckpointVerdict:
-    return verify_checkpoint(folder.store(), LocalStore(source) if source else None)
+    return verify_folder(folder.store(), LocalStore(source) if source else None)
 
 
 def as_output(stored: dict[str, Tensor], name: str) -> Tensor:
@@ -229,7 +230,7 @@ def test_weights_are_decoded_into_a_bucket_too(seaweedfs: Server, tmp_path: Path
     prepared = prepare(configure(f"{place}/source", f"{place}/run", *SETTINGS, *overrides))
     run_locally(prepared)
     checkpoint = open_store(f"{place}/run/checkpoint", endpoint)
-    assert verify_checkpoint(checkpoint, LocalStore(alone.source)).problems == ()
+    assert verify_folder(checkpoint, LocalStore(alone.source)).problems == ()
     files = [info.key for info in checkpoint.list() if info.key.endswith(".safetensors")]
     assert len(files) == 1
     written, expected = load(checkpoint.get(files[0])), whole_model.read_all(alone.checkpoint)

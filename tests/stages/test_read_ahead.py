@@ -16,7 +16,7 @@ import torch
 from p48ray.checkpoint.header import TensorEntry
 from p48ray.checkpoint.index import CheckpointIndex
 from p48ray.errors import ShardCorruptError
-from p48ray.finished.verify_checkpoint import verify_checkpoint
+from p48ray.finished.verifier import verify_folder
 from p48ray.run import run_root
 from p48ray.run.manifest import UnitManifest
 from p48ray.run.output_layout import OutputShard
@@ -143,7 +143,7 @@ def test_damage_is_found_in_the_same_order_without_the_source(
     finished: SmallRun, clean: Folder
 ) -> None:
     folder, _, expected = damaged(finished, clean)
-    found = [verify_checkpoint(in_slow_store(folder, seed), None).problems for seed in range(2)]
+    found = [verify_folder(in_slow_store(folder, seed), None).problems for seed in range(2)]
     assert found[0] == found[1]
     units = [text for text in expected if "bytes differ" not in text]
     assert [text[: len(words)] for text, words in zip(found[0], units, strict=False)] == units

@@ -11,7 +11,7 @@ import pytest
 from p48ray.errors import CorruptObjectError, PlanMismatchError
 from p48ray.estimate.plan_cost import estimate
 from p48ray.finished.converter import convert_folder
-from p48ray.finished.verify_checkpoint import verify_checkpoint
+from p48ray.finished.verifier import verify_folder
 from p48ray.report.plan_table import plan_rows
 from p48ray.run import run_root
 from p48ray.run.manifest import CheckpointManifest, ShardVerdict, UnitManifest
@@ -156,7 +156,7 @@ def test_evaluation_reads_the_same_weights_as_from_dense_storage(
 
 @pytest.mark.parametrize("with_source", [True, False])
 def test_verification_as_a_stranger_passes(sparse_run: SmallRun, with_source: bool) -> None:
-    verdict = verify_checkpoint(
+    verdict = verify_folder(
         LocalStore(sparse_run.checkpoint), LocalStore(sparse_run.source) if with_source else None
     )
     assert (verdict.problems, verdict.compared_with_source, verdict.num_linears) == (

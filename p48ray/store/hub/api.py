@@ -11,9 +11,9 @@ from typing import Any, TypeVar
 
 from p48ray.errors import ConfigError, ObjectMissingError, P48Error, TransientStoreError
 from p48ray.store import retry
+from p48ray.store.retry import CONNECT_TIMEOUT_S
 
-CONNECT_TIMEOUT_S = 10.0
-READ_TIMEOUT_S = 60.0
+HUB_READ_TIMEOUT_S = 60.0
 """Silence on a connection, not the length of a transfer."""
 PASSING = frozenset({408, 409, 412, 429})
 """What another attempt may cure, beside 500 and above. 412: another commit came in between."""
@@ -164,7 +164,7 @@ def response(url: str, token: str | None, first: int, last: int | None) -> Itera
     headers |= {"Accept-Encoding": "identity"}
     if first or last is not None:
         headers["Range"] = f"bytes={first}-{'' if last is None else last}"
-    timeout = httpx2.Timeout(READ_TIMEOUT_S, connect=CONNECT_TIMEOUT_S)
+    timeout = httpx2.Timeout(HUB_READ_TIMEOUT_S, connect=CONNECT_TIMEOUT_S)
     with get_session().stream(
         "GET", url, headers=headers, timeout=timeout, follow_redirects=True
     ) as reply:

@@ -23,9 +23,9 @@ from botocore.parsers import ResponseParserError
 from p48ray.errors import ConfigError, ObjectMissingError, P48Error, TransientStoreError
 from p48ray.store import retry
 from p48ray.store.base import Traffic
+from p48ray.store.retry import CONNECT_TIMEOUT_S
 
-CONNECT_TIMEOUT_S = 10.0
-READ_TIMEOUT_S = 120.0
+S3_READ_TIMEOUT_S = 120.0
 """Silence on a connection, not the length of a transfer: a copied part of 256 MiB is answered well
 within it."""
 MAX_CONNECTIONS = 32
@@ -197,7 +197,7 @@ def _make_client(endpoint_url: str | None) -> Any:
         endpoint_url=endpoint_url,
         config=Config(
             connect_timeout=CONNECT_TIMEOUT_S,
-            read_timeout=READ_TIMEOUT_S,
+            read_timeout=S3_READ_TIMEOUT_S,
             max_pool_connections=MAX_CONNECTIONS,
             retries={"total_max_attempts": 1, "mode": "standard"},
             s3={"addressing_style": "path" if endpoint_url else "auto"},

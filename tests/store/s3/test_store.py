@@ -23,7 +23,7 @@ from p48ray.errors import (
     TransientStoreError,
 )
 from p48ray.store import ByteRange, MemoryStore, S3Store, open_store, retry
-from p48ray.store.s3 import multipart
+from p48ray.store.s3 import multipart, replies
 from p48ray.store.s3 import store as s3
 from p48ray.store.view import SubStore
 from tests.servers.fault_proxy import COPY_MARK, Fault, Rule, fault_proxy
@@ -279,7 +279,7 @@ def test_server_that_ignores_ranges_is_refused_before_its_body_is_read() -> None
 
     body = Body()
     with pytest.raises(P48Error, match="it does not do ranges"):
-        s3._ranged_body(0, {"Body": body, "ContentLength": 10**12})
+        replies.ranged_body(0, {"Body": body, "ContentLength": 10**12})
     assert body.is_closed
 
 

@@ -1,0 +1,176 @@
+"""What a stranger goes by: folders that say what belongs there, one meaning a name, axes that a
+legend explains, a line for each of many arguments, tests where their module is."""
+
+import ast
+import re
+import subprocess
+import sys
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.test_architecture import PACKAGE, REPO, modules
+
+TESTS = REPO / "tests"
+FOLDERS = sorted({path.parent for _, path in modules()})
+MODULES = [(name, path) for name, path in modules() if path.stem != "__init__"]
+BY_NAME = {"ids": lambda value: value if isinstance(value, str) else ""}
+
+FOUND_BY_FILES = {PACKAGE / "checkpoint" / "families"}
+"""Nothing lists the families, so that a new one is a new file."""
+
+
+def doc_of(path: Path) -> str:
+    return ast.get_docstring(ast.parse(path.read_text())) or ""
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda path: str(path.relative_to(REPO)))
+def test_folder_says_what_belongs_there_and_names_every_module(folder: Path) -> None:
+    doc = doc_of(folder / "__init__.py")
+    assert len(doc.splitlines()) >= 5
+    if folder in FOUND_BY_FILES:
+        return
+    stems = [path.stem for path in folder.glob("*.py") if path.stem != "__init__"]
+    assert [stem for stem in stems if not re.search(rf"\b{stem}\b", doc)] == []
+
+
+# A kernel has the name of the function that it makes fast; `module.name` is how these are called.
+QUALIFIED = {"encode", "decode", "pack", "main", "log", "T", "FAMILY"}
+
+
+def test_name_means_one_thing() -> None:
+    """Public top-level names stand in one module each."""
+    found = defaultdict(list)
+    for name, path in MODULES:
+        if not name.startswith("p48ray.kernels"):
+            for defined in top_level_names(ast.parse(path.read_text())):
+                found[defined].append(name)
+    twice = {name: places for name, places in found.items() if len(places) > 1}
+    assert {n: p for n, p in twice.items() if not n.startswith("_") and n not in QUALIFIED} == {}
+
+
+def top_level_names(tree: ast.Module) -> Iterator[str]:
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            yield node.name
+        elif isinstance(node, ast.Assign):
+            yield from (target.id for target in node.targets if isinstance(target, ast.Name))
+
+
+def axes_of(tree: ast.AST) -> set[str]:
+    """Capitals at the end of tensors' names: {"N", "O", "I"} of weight_NOI."""
+    names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    names |= {node.arg for node in ast.walk(tree) if isinstance(node, ast.arg)}
+    ends = (re.fullmatch(r"[a-z0-9_]+_([A-Z]{1,4})\d*", name) for name in names)
+    return {letter for end in ends if end for letter in end[1]}
+
+
+@pytest.mark.parametrize(("name", "path"), MODULES, **BY_NAME)
+def test_axes_have_a_legend(name: str, path: Path) -> None:
+    axes = axes_of(ast.parse(path.read_text()))
+    legend = " ".join(doc_of(path).partition("Legend:")[2].split())
+    assert {axis for axis in axes if not re.search(rf"\b{axis}\b", legend)} == set()
+
+
+MANY = 4
+OPTIONS = {"p48ray.cli"}  # each explains itself in --help
+
+
+def silent_arguments(tree: ast.AST) -> Iterator[str]:
+    """Of public functions with many: those that no docstring names. A class speaks for its
+    __init__."""
+    for owner in ast.walk(tree):
+        body = getattr(owner, "body", None)
+        for node in body if isinstance(body, list) else []:
+            if not isinstance(node, ast.FunctionDef):
+                continue
+            if node.name.startswith("_") and node.name != "__init__":
+                continue
+            names = [a.arg for a in (*node.args.args, *node.args.kwonlyargs)]
+            names = [n for n in names if n not in ("self", "cls")]
+            doc = ast.get_docstring(node) or ""
+            if node.name == "__init__" and isinstance(owner, ast.ClassDef):
+                if owner.name.startswith("_"):
+                    continue
+                doc += ast.get_docstring(owner) or ""
+            if len(names) >= MANY:
+                yield from (
+                    f"{node.name}: {n}" for n in names if not re.search(rf"\b{n}\b[^\n]*: ", doc)
+                )
+
+
+@pytest.mark.parametrize(("name", "path"), MODULES, **BY_NAME)
+def test_many_arguments_have_a_line_each(name: str, path: Path) -> None:
+    if name not in OPTIONS and not name.startswith("p48ray.kernels"):
+        assert list(silent_arguments(ast.parse(path.read_text()))) == []
+
+
+def test_silent_argument_is_seen() -> None:
+    doc = "Does.\n\nArgs:\n    a, b: one.\n    c: two.\n"
+    code = f"def f(a, b, c, d):\n    {doc!r}"
+    assert list(silent_arguments(ast.parse(code))) == ["f: d"]
+
+
+TESTED_IN = {
+    "p48ray.benchmarks.harness": "jobs/test_evaluate_job.py",
+    "p48ray.benchmarks.job": "jobs/test_evaluate_job.py",
+    "p48ray.benchmarks.process_group": "benchmarks/test_server_process.py",
+    "p48ray.benchmarks.ray_server": "benchmarks/test_server_process.py",
+    "p48ray.estimate.duration": "estimate/test_plan_cost.py",
+    "p48ray.estimate.fit": "estimate/test_plan_cost.py",
+    "p48ray.estimate.memory": "estimate/test_plan_cost.py",
+    "p48ray.finished.branch": "finished/test_publish.py",
+    "p48ray.finished.publisher": "finished/test_publish_on_ray.py",
+    "p48ray.finished.survey": "stages/test_verify.py",
+    "p48ray.finished.upload": "finished/test_publish.py",
+    "p48ray.run.manifest": "stages/test_reduce.py",
+    "p48ray.run.records": "run/test_plan.py",
+    "p48ray.run.run_root": "chaos/checks.py",
+    "p48ray.runner.base": "runner/test_ray_runner.py",
+    "p48ray.runner.console": "jobs/test_ray_job.py",
+    "p48ray.runner.layer_units": "runner/test_overlap.py",
+    "p48ray.runner.local_runner": "runner/test_ray_runner.py",
+    "p48ray.runner.ray_tasks": "finished/test_verifier.py",
+    "p48ray.runner.streams": "runner/test_overlap.py",
+    "p48ray.stages.final_files": "stages/test_reduce.py",
+    "p48ray.stages.index_proof": "stages/test_verify.py",
+    "p48ray.stages.inputs": "jobs/test_bad_input.py",
+    "p48ray.stages.mirror": "jobs/test_mirror_job.py",
+    "p48ray.stages.prepare": "jobs/test_bad_input.py",
+    "p48ray.stages.recompute": "stages/test_gradients.py",
+    "p48ray.stages.revisions": "jobs/test_mirror_job.py",
+    "p48ray.stages.shard_proof": "stages/test_verify.py",
+    "p48ray.stages.streaming": "stages/test_gradients.py",
+    "p48ray.stages.table": "test_one_record.py",
+    "p48ray.unit.compiling": "kernels/test_precompile.py",
+    "p48ray.unit.compute_lock": "unit/test_units_ahead.py",
+    "p48ray.unit.context": "stages/test_blobs.py",
+    "p48ray.unit.moments": "unit/test_compress.py",
+    "p48ray.unit.refinement": "unit/test_compress.py",
+    "p48ray.unit.staging": "model/test_experts_cuda.py",
+    "p48ray.unit.token_columns": "unit/test_compress.py",
+}
+"""Modules that only a larger piece shows, and where it does."""
+MIRRORED = ("run", "estimate", "unit", "stages", "runner", "finished", "benchmarks")
+
+
+@pytest.mark.parametrize(("name", "path"), MODULES, **BY_NAME)
+def test_tests_lie_where_their_module_does(name: str, path: Path) -> None:
+    if name.split(".")[1] in MIRRORED:
+        folder = TESTS / path.parent.relative_to(PACKAGE)
+        own = list(folder.glob(f"test_{path.stem}*.py"))
+        assert bool(own) != (name in TESTED_IN), (
+            "a file of its own name, or where else it is tested"
+        )
+        assert name not in TESTED_IN or (TESTS / TESTED_IN[name]).is_file()
+
+
+def test_names_in_the_numerics_are_defined() -> None:
+    """Axes in annotations are texts, so ruff and mypy do not look for undefined names there."""
+    ruff = Path(sys.executable).parent / "ruff"
+    command = [ruff, "check", "--isolated", "--select=F821", "--output-format=concise"]
+    found = subprocess.run([*command, PACKAGE / "numerics"], capture_output=True, text=True)
+    lines = [line for line in found.stdout.splitlines() if "F821" in line]
+    assert lines and [line for line in lines if not re.search(r"name `[a-z]{1,5}`$", line)] == []
