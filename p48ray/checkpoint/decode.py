@@ -24,8 +24,13 @@ from p48ray.store import Store
 def read_expert(
     index: CheckpointIndex, layout: ModelLayout, layer: int, expert: int
 ) -> dict[str, Tensor]:
-    """One expert's weights: projection -> (out, in) on the CPU, in the source's float dtype. See
-    read_experts."""
+    """One expert's weights: projection -> (out, in) on the CPU, in the source's float dtype.
+
+    Args:
+        index, layout, layer: as read_experts takes them.
+        expert: its number in the layer.
+    Raises: as read_experts.
+    """
     return read_experts(index, layout, layer, range(expert, expert + 1))[expert]
 
 
@@ -35,6 +40,11 @@ def read_experts(
     """Weights of several experts of a layer: expert -> projection -> (out, in). Reads their tensors
     only, neighbours in one request.
 
+    Args:
+        index: of the source.
+        layout: made for that index.
+        layer: its number in the model.
+        experts: their numbers in the layer.
     Raises: SourceError, naming file and tensor, for weights that are not finite or a weight_shape
         that contradicts the packed words.
     Cost: 2 bytes a weight for the result, half a byte as stored, and 3 more for the one linear
@@ -48,15 +58,23 @@ def read_experts(
 def fetch_experts(
     index: CheckpointIndex, layout: ModelLayout, layer: int, experts: Iterable[int]
 ) -> dict[str, Tensor]:
-    """The tensors of several experts as stored, by name: half a byte a weight for INT4."""
+    """The tensors of several experts as stored, by name: half a byte a weight for INT4.
+
+    Args:
+        index, layout, layer, experts: as read_experts takes them.
+    """
     return read_tensors(index.store, expert_entries(index, layout, layer, experts))
 
 
 def expert_entries(
     index: CheckpointIndex, layout: ModelLayout, layer: int, experts: Iterable[int]
 ) -> list[TensorEntry]:
-    """Where several experts' tensors lie. Raises: SourceError if the layout was made for another
-    index."""
+    """Where several experts' tensors lie, in the order of the experts.
+
+    Args:
+        index, layout, layer, experts: as read_experts takes them.
+    Raises: SourceError if the layout was made for another index.
+    """
     return [
         _entry(index, name)
         for expert in experts
@@ -74,7 +92,14 @@ def decode_expert_on(
 ) -> dict[str, Tensor]:
     """decode_expert on another device, out of tensors on the CPU that travel as stored. INT4 is
     checked on the CPU, where its few scales lie, so that nothing waits for the device; other forms
-    are checked there."""
+    are checked there.
+
+    Args:
+        device: of the result.
+        index, layout, layer, expert: as read_expert takes them.
+        tensors: by their full names, on the CPU; those of other experts are left alone.
+    Raises: SourceError as read_experts.
+    """
     is_int4 = layout.int4_group_size is not None and layout.expert_storage != "fp8"
     if is_int4:
         check_expert(index, layout, layer, expert, tensors)
@@ -98,7 +123,12 @@ def decode_expert(
     expert: int,
     tensors: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
-    """One expert's weights out of fetched tensors. See read_experts."""
+    """One expert's weights out of fetched tensors, on their device. See read_experts.
+
+    Args:
+        index, layout, layer, expert: as read_expert takes them.
+        tensors: by their full names; those of other experts are left alone.
+    """
     linears = {
         projection: layout.expert_linear_name(layer, expert, projection)
         for projection in PROJECTIONS
@@ -199,8 +229,13 @@ def decode_plain(stored: Mapping[str, Tensor], tensors: Iterable[PlainTensor]) -
 def decode_fp8(
     weight: Tensor, scale_inv: Tensor, block: tuple[int, int], where: str = "weight"
 ) -> Tensor:
-    """(out, in) E4M3 and the scales of its blocks, (out blocks, in blocks) -> (out, in) BF16.
+    """A weight of blocks with a scale each -> (out, in) BF16.
 
+    Args:
+        weight: (out, in) E4M3.
+        scale_inv: (out blocks, in blocks), what values are multiplied with.
+        block: outputs and inputs of a block.
+        where: file and name of the tensor, for messages.
     Raises: SourceError, saying `where`, for weights or scales that are not finite.
     """
     decoded = fp8_values(weight, scale_inv, block)
@@ -236,8 +271,13 @@ def check_expert(
     expert: int,
     tensors: Mapping[str, Tensor],
 ) -> None:
-    """Raises: SourceError as read_experts does, for tensors that are decoded later on another
-    device."""
+    """Look at tensors that are decoded later on another device.
+
+    Args:
+        index, layout, layer, expert: as read_expert takes them.
+        tensors: by their full names; those of other experts are left alone.
+    Raises: SourceError as read_experts.
+    """
     for projection in PROJECTIONS:
         check_linear(
             *_named(index, layout, tensors, layout.expert_linear_name(layer, expert, projection))

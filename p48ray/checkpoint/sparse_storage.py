@@ -186,7 +186,14 @@ def convert_config(config: Mapping[str, Any], to: Storage) -> dict[str, Any]:
 def convert_index(
     index: Mapping[str, Any], linears: Collection[str], to: Storage, total_bytes: int
 ) -> dict[str, Any]:
-    """model.safetensors.index.json in the other storage. total_bytes: of all its tensors."""
+    """model.safetensors.index.json in the other storage.
+
+    Args:
+        index: the parsed file in the storage it has.
+        linears: names of the compressed linears, without suffixes.
+        to: the storage of the result.
+        total_bytes: of all tensors in that storage.
+    """
     weight_map: dict[str, str] = {}
     for name, file in index["weight_map"].items():
         linear, _, suffix = name.rpartition(".")

@@ -1,7 +1,5 @@
-"""How long a plan will take: the stages' FLOP, steps and bytes over measured rates. Arithmetic;
-every rate stands in `Rates`, nowhere else.
+"""How long a plan will take: the stages' FLOP, steps and bytes over the rates of `Rates`.
 
-    job_seconds:
     start | mirror | streams ......................... | units left | reduce | verify | evaluate
                         units of layers that are complete, by the workers that do not stream
 
@@ -39,8 +37,7 @@ class Rate(float):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rates:
-    """What the hardware does in a second, or how long a step takes. `_s`: seconds a step; others:
-    FLOP, bytes or weights a second."""
+    """What the hardware does: FLOP, bytes or weights a second; `_s`: seconds that a step takes."""
 
     # The solver: a part that a unit pays whatever it holds, because columns wait for each other,
     # and a part for every weight.
@@ -119,8 +116,7 @@ H200_NODE = Rates(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bytes:
-    """What the stages move, all workers and nodes together; stream_read, of the source, a node.
-    routed_token and unit_experts: of one."""
+    """What the stages move, all workers and nodes together; stream_read, of the source, a node."""
 
     mirror: int
     stream_read: int
@@ -137,8 +133,7 @@ class Bytes:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Times:
-    """Seconds of wall clock by stage, each as if it had the workers for itself; job_seconds has the
-    overlap. `_gpu_hours` are of computing alone."""
+    """Seconds of every stage as if it had the workers for itself; job_seconds has the overlap."""
 
     start_seconds: float
     mirror_seconds: float
@@ -176,6 +171,7 @@ def times(
     """Seconds of every stage.
 
     Args:
+        plan, layout, moved, rates: of the run and its hardware.
         layer_passes: of all layers, by the streams, a backward pass counted as two.
         dense_elements: weights of all layers outside the experts.
     """
@@ -218,7 +214,12 @@ def times(
 
 
 def stream_seconds(plan: RunPlan, moved: Bytes, flops: float, rates: Rates) -> float:
-    """From the first layer up to the last one back, of the worker that has the most parts."""
+    """From the first layer up to the last one back, of the worker that has the most parts.
+
+    Args:
+        plan, moved, rates: as for `times`.
+        flops: of all parts.
+    """
     run = plan.config.run
     workers = min(run.capture_workers or run.num_workers, len(plan.parts))
     share = math.ceil(len(plan.parts) / workers) / len(plan.parts)
@@ -233,10 +234,12 @@ def stream_seconds(plan: RunPlan, moved: Bytes, flops: float, rates: Rates) -> f
 
 
 def fetch_seconds(plan: RunPlan, layout_tokens: float, moved: Bytes, rates: Rates) -> float:
-    """What one worker needs for one unit, without what waits for a shared link.
+    """What one worker needs for one unit, without what waits for a shared link: hashing its share
+    of parts from afar (who wrote near ones hashed them), gathering rows, experts from near.
 
-    Hashing its share of the parts, where they come from afar (near ones were hashed by who wrote
-    them); gathering rows; experts from near.
+    Args:
+        plan, moved, rates: as for `times`.
+        layout_tokens: routed tokens of the unit.
     """
     is_hashed_by_writers = is_near(plan.config.run.root, plan.config.run.root_is_shared)
     hashed = (
@@ -264,11 +267,12 @@ def tokens_of_unit(plan: RunPlan) -> float:
 def unit_seconds(
     plan: RunPlan, moved: Bytes, computed: float, rates: Rates, units: int | None = None
 ) -> float:
-    """Of all units (or so many of them) by all workers, and the first fetch, which nothing is
-    computed beside.
+    """Of units by all workers, and the first fetch, which nothing is computed beside.
 
     Args:
-        computed: seconds that all units compute, together.
+        plan, moved, rates: as for `times`.
+        computed: seconds that all units of the plan compute, together.
+        units: so many of them; None for all.
     """
     run, total = plan.config.run, len(plan.units)
     left = total if units is None else units
@@ -292,10 +296,12 @@ def overlapped_seconds(
     plan: RunPlan, stream: float, moved: Bytes, computed: float, rates: Rates
 ) -> float:
     """Streams, and the units that are left when they end: workers that do not stream solve what is
-    complete by then.
+    complete by then. Layers come down from the top after the forward pass, a third of the streams'
+    work, or with no backward pass as they are passed. In a run layer by layer nothing overlaps.
 
-    Layers come down from the top after the forward pass, a third of the streams' work, or with no
-    backward pass as they are passed. Where the run goes layer by layer nothing overlaps.
+    Args:
+        plan, moved, computed, rates: as for unit_seconds.
+        stream: seconds of the streams.
     """
     run, total = plan.config.run, len(plan.units)
     if plan.propagates:
@@ -311,8 +317,11 @@ def overlapped_seconds(
 def evaluate_seconds(
     plan: RunPlan, layout: ModelLayout, dense_elements: int, rates: Rates
 ) -> float:
-    """Source and result on held-out text, part by part; every part decodes every expert, of the
-    result once a view of its activations."""
+    """Source and result on held-out text; each part decodes each expert, the result's once a view.
+
+    Args:
+        plan, layout, dense_elements, rates: as for `times`.
+    """
     settings, c = plan.config.evaluation, plan.config.compression
     if settings is None:
         return 0.0
@@ -338,8 +347,7 @@ def evaluate_seconds(
 
 
 def forward_flops(tokens: int, layout: ModelLayout, dense_elements: int) -> float:
-    """Two FLOP per weight that a token meets, layer weights outside the experts and top_k experts a
-    layer."""
+    """Two FLOP per weight that a token meets, outside the experts and in top_k experts a layer."""
     routed = (
         len(layout.moe_layers)
         * layout.top_k
@@ -351,8 +359,7 @@ def forward_flops(tokens: int, layout: ModelLayout, dense_elements: int) -> floa
 
 
 def loop_seconds(plan: RunPlan, layout: ModelLayout, rates: Rates = H200_NODE) -> float:
-    """The column loops of all units: one-shot passes and descent sweeps of gate and up (hidden
-    inputs) and of down (intermediate inputs)."""
+    """The column loops of all units, over hidden inputs (gate, up) and intermediate ones (down)."""
     c = plan.config.compression
     inputs = layout.hidden_size + layout.moe_intermediate_size
     row_groups = ROW_GROUPS if c.output_curvature else 1
@@ -372,8 +379,7 @@ def loop_seconds(plan: RunPlan, layout: ModelLayout, rates: Rates = H200_NODE) -
 
 
 def product_seconds(plan: RunPlan, layout: ModelLayout, rates: Rates = H200_NODE) -> float:
-    """The products of all experts outside the loops: moments and expert forwards, factors, the
-    gradients' side, refinement."""
+    """Products outside the loops: moments, expert forwards, factors, gradients, refinement."""
     h, f = layout.hidden_size, layout.moe_intermediate_size
     calibration, c = plan.config.calibration, plan.config.compression
     routed = (

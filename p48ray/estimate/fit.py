@@ -46,7 +46,13 @@ def warn_of_memory(
     plan: RunPlan, index: CheckpointIndex, layout: ModelLayout, device: torch.device
 ) -> None:
     """Log what will not fit on this worker's card and machine. An estimate: nothing is refused for
-    it."""
+    it.
+
+    Args:
+        plan, layout: of the run.
+        index: of its source.
+        device: the worker's own; only a GPU is looked at.
+    """
     if device.type != "cuda" or not torch.cuda.is_available():
         return
     share = (

@@ -101,7 +101,13 @@ def part_tokens(plan: RunPlan) -> int:
 
 
 def stream_bytes(plan: RunPlan, layout: ModelLayout, packed_expert: int, other_weights: int) -> int:
-    """Of the worker that has the most parts, in the backward pass where there is one."""
+    """Of the worker that has the most parts, in the backward pass where there is one.
+
+    Args:
+        plan, layout: of the run.
+        packed_expert: bytes of one expert as stored.
+        other_weights: bytes of a layer's tensors outside its experts, at most.
+    """
     run, part = plan.config.run, part_tokens(plan)
     workers = min(run.capture_workers or run.num_workers, len(plan.parts))
     own = -(-len(plan.parts) // workers) * part

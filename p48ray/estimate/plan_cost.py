@@ -69,7 +69,14 @@ def estimate(
     shards: tuple[OutputShard, ...],
     rates: Rates = H200_NODE,
 ) -> Estimate:
-    """Estimate a plan; of a pilot, its own layers. Manifests and headers are not counted."""
+    """Estimate a plan; of a pilot, its own layers. Manifests and headers are not counted.
+
+    Args:
+        plan, layout: of the run.
+        index: of its source.
+        shards: of the output, empty for a pilot.
+        rates: of the hardware.
+    """
     c, moe = plan.config.calibration, len(plan.layers)
     tokens = c.num_sequences * c.sequence_length
     boundary = tokens * layout.hidden_size * (4 if c.compute_dtype == "float32" else 2)
@@ -183,6 +190,14 @@ def peak_stored_bytes(
     units can be in together: so many layers streamed (from the top where there is a backward pass,
     else from the bottom), so many of them finished, whose tokens are gone, and units under way in
     as many more as there are workers that do not stream. Last, unit shards beside the checkpoint.
+
+    Args:
+        plan: of the run.
+        boundary: bytes of all tokens' residual stream at one boundary.
+        seen: bytes of all planned layers' activations and routing.
+        felt: bytes of all planned layers' gradients; 0 without a backward pass.
+        units: bytes of all unit shards.
+        checkpoint: bytes of the output's shards.
     """
     boundaries_back = plan.source.num_layers - plan.layers[0] if plan.uses_gradients else 0
     if plan.config.run.keep == "all":
@@ -226,7 +241,12 @@ def peak_in_turn(
     plan: RunPlan, boundary: int, boundaries_back: int, seen: int, felt: int, units: int
 ) -> int:
     """The same where the run goes layer by layer: first the gradients of all layers, then one
-    layer's activations at a time beside those that still wait."""
+    layer's activations at a time beside those that still wait.
+
+    Args:
+        plan, boundary, seen, felt, units: as for peak_stored_bytes.
+        boundaries_back: how many boundaries the gradient comes back through.
+    """
     layers = len(plan.layers)
     most = (boundaries_back + 1) * boundary if felt else 0
     for streamed in range(1, layers + 1 if felt else 1):

@@ -77,7 +77,15 @@ def decode_experts(
     decoder: Any, scheme: Any, tensors: dict[str, Any], stem: str, dtype: torch.dtype
 ) -> Tensor:
     """(experts, out, in) of one projection in the model's dtype; the buffer is allocated once,
-    because a list and its stack would take twice the memory."""
+    because a list and its stack would take twice the memory.
+
+    Args:
+        decoder: compressed-tensors' compressor for the format.
+        scheme: how the experts are quantized.
+        tensors: pattern of names -> a tensor per expert.
+        stem: of these patterns, up to "weight_packed" and the like.
+        dtype: of the result.
+    """
     names = ("weight_packed", "weight_scale", "weight_global_scale")
     stacked: Tensor | None = None
     for i, one in enumerate(zip(*(tensors[stem + name] for name in names), strict=True)):

@@ -3,6 +3,8 @@ filled by byte range, run, dropped.
 
 Nothing here ever holds more than one layer. The routed experts are replaced by `RoutedExperts`,
 which is handed an expert when it is used.
+
+Legend: B sequences, S positions, H hidden size, V vocabulary, R values of a rotary embedding.
 """
 
 from importlib import import_module
@@ -54,13 +56,7 @@ def architecture(family: Family) -> Architecture:
 
 class Decoder:
     """The model as a stream: embedding, layers on demand, final norm and head. Holds the
-    configuration and file positions, and one layer as stored.
-
-    Args:
-        index, layout: the source.
-        device, dtype: where and in what precision layers run.
-        cache: of this node, for sources in a bucket.
-    """
+    configuration and file positions, and one layer as stored."""
 
     def __init__(
         self,
@@ -70,6 +66,13 @@ class Decoder:
         dtype: torch.dtype,
         cache: NodeCache | None = None,
     ) -> None:
+        """No weight is read yet.
+
+        Args:
+            index, layout: the source.
+            device, dtype: where and in what precision layers run.
+            cache: of this node, for sources in a bucket; None reads the source itself.
+        """
         self.index, self.layout, self.device, self.dtype = index, layout, device, dtype
         self.reader = LayerReader(index, layout.layer_prefix, cache)
         self.family = FAMILIES[layout.family]
@@ -166,12 +169,23 @@ def run_layer(
 
     The split is the same whoever runs the part, so the sums are too. Source:
     DeepseekV3DecoderLayer.forward of transformers.
+
+    Args:
+        layer: of Decoder.layer.
+        x_BSH: the residual stream that enters it, of all sequences of the part.
+        positions: Decoder.positions(S).
+        micro_batch: sequences that attention takes together.
     """
     return mix(layer, [attend(layer, x_BSH, positions, micro_batch)])[0]
 
 
 def attend(layer: Any, x_BSH: Tensor, positions: tuple[Tensor, Tensor], micro_batch: int) -> Tensor:
-    """The first half of a layer: the residual stream after attention."""
+    """The first half of a layer: the residual stream after attention.
+
+    Args:
+        layer, x_BSH, positions, micro_batch: as run_layer takes them.
+    Returns: (B, S, H), a new tensor.
+    """
     attended = []
     for x in x_BSH.split(micro_batch):
         out, _ = layer.self_attn(

@@ -5,6 +5,8 @@ What is stored (half a byte a weight for INT4) stays where the file is mapped: i
 for as long as the layer is open (model.pinned_pages), a stream of its own copies the next experts
 from them, and an expert is decoded on the device when it is asked for. Device memory: EXPERTS_AHEAD
 + 1 packed experts, and what the caller holds decoded.
+
+Legend: H hidden size, F expert intermediate size, Z = 2 F (gate's rows, then up's).
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -92,13 +94,7 @@ class Slot:
 
 class ExpertLoader:
     """Calls `decode` with an expert's stored tensors on the device. As a context: at its end the
-    stored pages are given back.
-
-    Args:
-        stored: expert -> its tensors as stored, on the CPU.
-        decode: those tensors on the device -> the expert.
-        num_experts: asked for in ascending order mostly, some perhaps not at all.
-    """
+    stored pages are given back."""
 
     def __init__(
         self,
@@ -107,6 +103,14 @@ class ExpertLoader:
         decode: Callable[[int, Mapping[str, Tensor]], ExpertWeights],
         device: torch.device,
     ) -> None:
+        """Pins what is stored; nothing is copied yet.
+
+        Args:
+            num_experts: asked for in ascending order mostly, some perhaps not at all.
+            stored: expert -> its tensors as stored, on the CPU.
+            decode: an expert and those tensors on the device -> its weights.
+            device: a GPU.
+        """
         self.num_experts, self.stored, self.decode, self.device = (
             num_experts,
             stored,

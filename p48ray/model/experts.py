@@ -1,7 +1,8 @@
 """Routed experts, one at a time: the forward of a mixture whose weights are decoded when they are
 used, with or without W4A4.
 
-Legend: T tokens, H hidden size, F expert intermediate size, K experts a token.
+Legend: T tokens, H hidden size, F expert intermediate size, Z = 2 F (gate's values, then up's), K
+experts a token.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -76,11 +77,6 @@ class RoutedExperts(nn.Module):
     Calls can be deferred, so that several parts of a stream meet an expert together and it is
     decoded once for all of them. Every part is multiplied on its own, in the shapes that the plan
     gives it: what comes out does not depend on which parts share a worker.
-
-    Args:
-        weights: expert id -> ExpertWeights in the compute dtype.
-        scales: emulate W4A4 activations when given.
-        observe: receives what the experts saw, after each call.
     """
 
     def __init__(
@@ -90,6 +86,14 @@ class RoutedExperts(nn.Module):
         scales: ActivationScales | None = None,
         observe: Callable[[RoutedInputs], None] | None = None,
     ) -> None:
+        """No weight is asked for yet.
+
+        Args:
+            num_experts: of the layer.
+            weights: expert id -> ExpertWeights in the compute dtype.
+            scales: emulate W4A4 activations when given.
+            observe: receives what the experts saw, after each call; None for nobody.
+        """
         super().__init__()
         self.num_experts, self.weights, self.scales, self.observe = (
             num_experts,

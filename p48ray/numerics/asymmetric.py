@@ -32,9 +32,10 @@ def compensated_target(
     """W (X + lambda I) (H + lambda I)^-1 per expert, lambda = ridge_rel * mean(diag H).
 
     Args:
-        gram: (N, I, I), symmetric;
-        cross: (N, I, I), rows belong to the original inputs. Sums or means, as long as both are the
-            same.
+        weight: W, (N, O, I), the original.
+        gram: H, (N, I, I), symmetric.
+        cross: X, (N, I, I), rows belong to the original inputs. A sum or a mean, as gram is.
+        ridge_rel: lambda as a fraction of the mean diagonal of H.
     Returns: (N, O, I), a new tensor. W itself for an expert whose gram is zero, not finite or not
         positive definite even with the ridge, or whose cross moment is not finite; nothing waits
         for the device.

@@ -27,8 +27,8 @@ corrects the columns to its right.
 Sources: the method is this project's (DESIGN 7.2); block coordinate descent, Bertsekas 1999 section
 2.7.
 
-Legend: N experts, O out, I in, P pairs (I/2), K pair_groups (I/8), C columns of a column_block, 8
-inputs of a pair_group, 6 patterns, 48 = 6 * 8.
+Legend: N experts, O out, I in, P pairs (I/2), K pair_groups (I/8), C columns of a column_block, R
+some of the rows, 8 inputs of a pair_group, 6 patterns, 48 = 6 * 8.
 """
 
 from dataclasses import dataclass, replace
@@ -86,8 +86,11 @@ def check_inputs(target: Tensor) -> None:
 def start_descent(
     target: Tensor, start_values: Tensor, start_keep: Tensor, hessian_damped: Tensor
 ) -> Descent:
-    """Fresh buffers and the solvers of every pair_group; shapes as in block_descent.
+    """Fresh buffers and the solvers of every pair_group.
 
+    Args:
+        target, hessian_damped: as block_descent takes them; held, and not changed.
+        start_values, start_keep: as block_descent takes them; copied.
     Raises: NumericsError if the inputs are not a multiple of 8.
     """
     check_inputs(target)
@@ -113,10 +116,12 @@ def block_descent(
     yet.
 
     Args:
-        start_keep: exactly 2 of 4 pairs;
-        start_values: zero elsewhere.
-        hessian_damped: symmetric positive definite.
+        target: T, (N, O, I).
+        start_values: (N, O, I), zero where start_keep is False.
+        start_keep: (N, O, P), exactly 2 of 4 pairs.
+        hessian_damped: H, (N, I, I), symmetric positive definite.
         sweeps: passes over all columns.
+        column_block: columns whose slope is recomputed together; a GPU's kernel has its own.
         min_relative_gain: stop after a sweep that lowered the summed loss by less than this
             fraction; 0 runs all sweeps and never waits for the device.
     Raises: NumericsError if i or column_block is not a multiple of 8.

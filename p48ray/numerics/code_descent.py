@@ -22,7 +22,8 @@ Source: this project's. Coordinate descent after GPTQ is known from QuantEase (B
 masks, scales and G are added here.
 
 Legend: N experts, O out, I in, G scale groups (I/16), P pairs, K pair_groups, R rows of a group, S
-= 16 or 32 inputs of a span, C candidates (7), 8 inputs of a pair_group, 6 patterns.
+= 16 or 32 inputs of a span, C candidates (7, the 6 patterns first; of a slope: columns of a
+column_block), 8 inputs of a pair_group, 6 patterns.
 """
 
 from dataclasses import dataclass
@@ -71,8 +72,15 @@ def code_descent(
     """Improve quantized weights; returns (codes, scale, keep), new tensors. The global scale stays.
 
     Args:
+        target: T, (N, O, I).
+        codes: E2M1 codes to start from, (N, O, I), 0 where keep is False.
+        scale: E4M3, (N, O, G); equal for the two groups of a span of 32.
+        global_scale: (N,), the divisor.
+        keep: (N, O, P), exactly 2 of 4 pairs.
+        hessian_damped: H, (N, I, I), symmetric positive definite.
+        output_hessian_damped: G, (N, O, O), likewise; None for the identity.
         span: inputs that share a scale, 16 or 32.
-        sweeps: visits of every row. Everything else as in two_sided_descent.
+        sweeps: visits of every row.
     Cost: about eight times a sweep of block descent.
     """
     values = nvfp4.dequantize(codes, scale, global_scale)

@@ -60,8 +60,14 @@ class GpuSums:
         return (self.x_scale or 1.0) ** (2 if self.is_symmetric else 1)
 
     def add_(self, x: Tensor, weight: Tensor | None, y: Tensor | None, x_scale: float) -> None:
-        """Arguments as in SecondMoment.add_. All calls for one sum must have, or all lack, a y, and
-        share x_scale."""
+        """Add tokens; nothing is multiplied before GPU_SLICE_TOKENS wait.
+
+        Args:
+            x, weight: as SecondMoment.add_ takes them.
+            y: likewise; all calls for one sum have one, or none has.
+            x_scale: likewise; the same in all calls for one sum.
+        Raises: NumericsError where y or x_scale are not as before.
+        """
         if self.x_scale is None:
             self.is_symmetric, self.x_scale = y is None, x_scale
         if (self.is_symmetric, self.x_scale) != (y is None, x_scale):
@@ -150,11 +156,14 @@ class SecondMoment:
         y: Float[Tensor, "t i"] | None = None,
         x_scale: float = 1.0,
     ) -> None:
-        """Add tokens: sum += sum_t w_t y_t^T x_t, so sum[j, k] holds y_j x_k. weight: >= 0, None
-        for all 1. y None: x itself.
+        """Add tokens: sum += sum_t w_t y_t^T x_t, so sum[j, k] holds y_j x_k.
 
-        x_scale: a factor under which x is exact in bf16, for quantized activations their global
-        scale. It changes nothing but rounding on a GPU (GpuSums).
+        Args:
+            x: (T, I).
+            weight: (T,), >= 0; None for all 1.
+            y: (T, I); None for x itself.
+            x_scale: a factor under which x is exact in bf16, for quantized activations their global
+                scale. It changes nothing but rounding on a GPU (GpuSums).
         """
         if self.on_gpu is not None:
             self.on_gpu.add_(x, weight, y, x_scale)
@@ -217,6 +226,9 @@ def shrink_towards(
     size.
 
     Args:
+        own: M, the expert's own.
+        pool: what is borrowed from.
+        fraction: f, weight of the pool, 0 to 1.
         by: the two moments that say the sizes, where M is not symmetric; None for M and the pool.
     Returns: a new tensor; the pool as it is where M has no tokens, M where the pool is zero. A
         moment of zeros with tokens (which all weigh nothing) stays zero, and its solver says so.

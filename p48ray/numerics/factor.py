@@ -19,7 +19,7 @@ when those after it are free to compensate.
 Source: [Frantar2022gptq] GPTQ, arXiv 2210.17323. Departure: the damping ladder; an expert that
 exhausts it is reported, never patched over.
 
-Legend: N experts, I in.
+Legend: N experts, I in, L leaves on the diagonal, C columns of a leaf.
 """
 
 from collections.abc import Sequence

@@ -13,7 +13,8 @@ everywhere, which differs in the last bit.
 Deliberate departures: no code 8 (see e2m1); a scale is never below E4M3's smallest subnormal
 (compressed-tensors puts 0.125 for a scale that rounds to 0).
 
-Legend: N experts, O out, I in, G scale groups (I/16), S spans (I/16 or I/32), C candidates.
+Legend: N experts, O out, I in, G scale groups (I/16), S spans (I/16 or I/32), V values of a span, C
+candidates.
 """
 
 import torch
@@ -63,7 +64,8 @@ def choose_scales(
     """One E4M3 scale per `span` consecutive inputs, stored once per scale_group of 16.
 
     Args:
-        values: weights with pruned ones as zeros (a zero has no error under any scale).
+        values: (N, O, I), weights with pruned ones as zeros (a zero has no error under any scale).
+        global_scale: (N,), the divisor.
         span: 16, or 32 for the sparse kernels, whose MMA applies one scale to 32 inputs: the byte
             is then stored twice.
         search: take the SCALE_FACTORS multiple of amax / 6 with the least squared error of the

@@ -33,9 +33,11 @@ def expert_gradients(
     """Gradients at the outputs of gate and up (stacked, z = 2 f) and of down, a row per token.
 
     Args:
-        x: the expert's inputs.
-        delta: gradient at the mixture's routed output.
-        router_weight: of this expert for each token.
+        x: (T, H), the expert's inputs.
+        delta: (T, H), gradient at the mixture's routed output.
+        router_weight: (T,), of this expert for each token.
+        gate, up: (F, H), the original weights.
+        down: (H, F), the original weight.
     Cost: 6 T H F multiply-adds.
     """
     g_TH = delta * router_weight[:, None]

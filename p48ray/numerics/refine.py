@@ -28,7 +28,8 @@ gradients.
 Sources: straight-through estimator, Bengio et al. 2013; Adam, Kingma and Ba 2015.
 
 Legend: N experts, T tokens of a batch, H hidden size, F intermediate size, Z = 2 F (gate's rows,
-then up's), O out, I in, G scale groups, P pairs (I/2), K kept weights of a linear.
+then up's), O out, I in, G scale groups, V values of a scale group, P pairs (I/2), K kept weights of
+a linear, S steps.
 """
 
 import math
@@ -112,7 +113,11 @@ def refine(
 
     Args:
         tokens: one entry per expert; one with fewer than MIN_TOKENS keeps its start.
-        output_hessian: G of down, damped, symmetric.
+        gate_up_original: (N, Z, H), gate above up.
+        down_original: (N, H, F).
+        gate_up, down: the start; their masks and scales stay.
+        output_hessian: G of down, (N, H, H), damped, symmetric.
+        scales: of the inputs, as the server will quantize them.
         steps: of Adam, 256 tokens of each expert each, cosine rate.
     Cost: 10 H F + 2 H^2 multiply-adds a token and step (original and quantized forward, gradients,
         the metric), and one pass over all weights a step.
@@ -125,13 +130,7 @@ def refine(
 
 class ExpertLoss:
     """L and its gradient for a batch of experts, from operands as they are multiplied: bf16 on a
-    GPU, float32 (or what they are) elsewhere.
-
-    Args:
-        originals: gate and up (N, Z, H), down (N, H, F).
-        metric: M, (N, H, H), symmetric.
-        divisors: global scales of both quantized linears, (N,) each.
-    """
+    GPU, float32 (or what they are) elsewhere."""
 
     def __init__(
         self,
@@ -140,6 +139,14 @@ class ExpertLoss:
         divisors: Sequence[Tensor],
         scales: InputScales,
     ) -> None:
+        """Takes the operands that do not change.
+
+        Args:
+            originals: gate and up (N, Z, H), down (N, H, F).
+            metric: M, (N, H, H), symmetric.
+            divisors: global scales of both quantized linears, (N,) each.
+            scales: of both inputs.
+        """
         self.dtype = torch.bfloat16 if metric.is_cuda else metric.dtype
         self.gate_up_NZH, self.down_NHF = (self.operand(w) for w in originals)
         self.metric_NHH, self.scales = self.operand(metric), scales
@@ -234,8 +241,14 @@ class _Linear:
         self.grid_NOI = on_grid(values_NOI, self.unit_NOG, self.scale_NOG).to(dtype)
 
     def step_(self, gradient_NOI: Tensor, gradient_scale: float, rate: float, step: int) -> None:
-        """One step of Adam with a rate per expert; gradient_scale: what the gradient is to be
-        multiplied with."""
+        """One step of Adam with a rate per expert.
+
+        Args:
+            gradient_NOI: with respect to the whole matrix; only kept values take it.
+            gradient_scale: what the gradient is to be multiplied with.
+            rate: a factor on the linear's own rates.
+            step: its number, from 1 on.
+        """
         if self.latent_NK.is_cuda:
             from p48ray.kernels import refine_step as kernel
 
@@ -341,7 +354,15 @@ def on_grid(values_NOI: Tensor, unit_NOG: Tensor, scale_NOG: Tensor) -> Tensor:
 def adam_(
     value: Tensor, gradient: Tensor, first: Tensor, second: Tensor, rate: Tensor, step: int
 ) -> None:
-    """One step of Adam with a rate per expert."""
+    """One step of Adam with a rate per expert.
+
+    Args:
+        value: (N, K), changed in place.
+        gradient: (N, K).
+        first, second: Adam's moments, (N, K), changed in place.
+        rate: (N, 1).
+        step: its number, from 1 on.
+    """
     first.lerp_(gradient, 1 - BETAS[0])
     second.lerp_(gradient.square(), 1 - BETAS[1])
     corrected = (second / (1 - BETAS[1] ** step)).sqrt_().add_(1e-12)

@@ -1,7 +1,7 @@
 """The tokens of several experts as batches for refinement: drawn without replacement, every eighth
 held out.
 
-Legend: N experts, T tokens of a batch, H hidden size, O outputs.
+Legend: N experts, T tokens, H hidden size, G blocks of a stored row (H/16).
 """
 
 from collections.abc import Sequence

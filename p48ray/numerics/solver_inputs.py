@@ -26,7 +26,14 @@ def damped_output_hessian(
     output_damp: float | None,
 ) -> Float32[Tensor, "n o o"]:
     """G with its diagonal raised (output_damp, else from tokens per output); the identity for an
-    expert whose G is zero or not finite."""
+    expert whose G is zero or not finite.
+
+    Args:
+        output_hessian: G, (N, O, O), undamped.
+        tokens_per_input: one number per expert.
+        num_inputs: I, by which tokens per input become tokens per output.
+        output_damp: fraction of the mean diagonal; None to take it from the tokens.
+    """
     num_outputs = output_hessian.shape[1]
     automatic = [output_damp_from_tokens(t * num_inputs / num_outputs) for t in tokens_per_input]
     rels = automatic if output_damp is None else [output_damp] * len(automatic)

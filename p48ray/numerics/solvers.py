@@ -92,12 +92,13 @@ def solve(
     """Quantize a batch of linears.
 
     Args:
-        weight: the original weights.
-        hessian: mean second moment of each expert's inputs, undamped.
-        tokens_per_input: decides the damping where settings.damp is None.
+        weight: the original weights, (N, O, I).
+        hessian: mean second moment of each expert's inputs, (N, I, I), undamped.
+        tokens_per_input: per expert; decides the damping where settings.damp is None.
+        settings: of all experts of the batch.
         target: what the values aim at (asymmetric.compensated_target), None for the weight itself.
-        output_hessian: G, mean second moment of the gradients at the outputs, undamped;
-            block_descent then works on both sides.
+        output_hessian: G, mean second moment of the gradients at the outputs, (N, O, O), undamped;
+            block_descent then works on both sides. None for the identity.
     Returns: new tensors on weight's device; values_NOI is what the codes decode to. An expert whose
         Hessian is zero, not finite or indefinite beyond the damping ladder is rounded to nearest
         from its WEIGHT, because its target came from the same statistics.
@@ -136,8 +137,10 @@ def sparse_values(
     output_hessian: Float32[Tensor, "n o o"] | None = None,
 ) -> Float32[Tensor, "n o i"]:
     """The paired-4:8 values that a solver would go on to quantize: bench/quality.py's row of
-    sparsity alone. Arguments as for `solve`.
+    sparsity alone.
 
+    Args:
+        weight, hessian, tokens_per_input, settings, target, output_hessian: as for `solve`.
     Raises: as `solve`; NumericsError too for a solver without sparsity or a Hessian without a
         factor.
     """

@@ -29,7 +29,8 @@ weights; no column reordering.
 
 Inside, the input dimension comes before the output dimension: a column is then contiguous memory.
 
-Legend: N experts, O out, I in, P pairs (I/2), G scale groups (I/16), C columns of the column_block.
+Legend: N experts, O out, I in, P pairs (I/2), G scale groups (I/16), S spans, C columns of the
+column_block.
 """
 
 from dataclasses import dataclass
@@ -86,12 +87,14 @@ def quantize_columns(
     """Quantize to NVFP4 with error feedback; with `sparsity`, to paired-4:8.
 
     Args:
-        weight: what to quantize.
-        upper: U with inv(H) = U^T U (factor.inverse_factor).
-        global_scale: the divisor.
+        weight: what to quantize, (N, O, I).
+        upper: U with inv(H) = U^T U (factor.inverse_factor), (N, I, I).
+        global_scale: the divisor, (N,).
         span: inputs per scale, 16 or 32.
-        keep: a mask to hold on to; None lets the pass choose it.
+        keep: a mask to hold on to, (N, O, P); None lets the pass choose it.
         sparsity: False keeps every pair (`keep` must then be None).
+        column_block: columns whose errors go to later ones in one product; a GPU's kernel has its
+            own.
     Raises: NumericsError if span is not 16 or 32, or does not divide i and column_block, or a mask
         comes without sparsity.
     Cost: O I^2 / 2 multiply-adds an expert, all but O I column_block / 2 of them in matrix

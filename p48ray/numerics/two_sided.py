@@ -23,7 +23,7 @@ the bound, groups of O/8 rows diverged on down_proj (DESIGN 7.3).
 Sources: Martens and Grosse 2015 (K-FAC); YAQA, Tseng et al. 2025, for quantization; the majorised
 row groups are this project's.
 
-Legend: N experts, O out, I in, R rows of a row group, K pair_groups.
+Legend: N experts, O out, I in, P pairs (I/2), R rows of a row group, K pair_groups.
 """
 
 from collections.abc import Iterator
@@ -62,10 +62,14 @@ def two_sided_descent(
     yet.
 
     Args:
-        start_keep: exactly 2 of 4 pairs;
-        start_values: zero elsewhere. Both Hessians symmetric positive definite.
+        target: T, (N, O, I).
+        start_values: (N, O, I), zero where start_keep is False.
+        start_keep: (N, O, P), exactly 2 of 4 pairs.
+        hessian_damped: H, (N, I, I), symmetric positive definite.
+        output_hessian_damped: G, (N, O, O), likewise.
         sweeps: visits of every row.
         row_groups: groups a sweep; the rows of a group are drawn anew each sweep from a fixed seed.
+        column_block: as block_descent takes it.
     Cost: O I^2 + O^2 I multiply-adds an expert and sweep.
     """
     if target.is_cuda:
@@ -122,7 +126,14 @@ def row_partitions(
     num_rows: int, row_groups: int, sweeps: int, device: torch.device
 ) -> Iterator[Tensor]:
     """Index tensors of random row groups, all rows once a sweep; the same for every call with the
-    same arguments."""
+    same arguments.
+
+    Args:
+        num_rows: O.
+        row_groups: groups a sweep, at most: they are of equal size, but for the last.
+        sweeps: how often all rows come.
+        device: of the index tensors.
+    """
     generator = torch.Generator().manual_seed(0)
     for _ in range(sweeps):
         yield from torch.randperm(num_rows, generator=generator).to(device).chunk(row_groups)
@@ -134,7 +145,15 @@ def majorised_target(
     output_hessian: Float32[Tensor, "n o o"],
     rows: Tensor,
 ) -> Float32[Tensor, "n r i"]:
-    """T' of some rows: the one-sided target under which their step minimises the bound on f."""
+    """T' of some rows: the one-sided target under which their step minimises the bound on f.
+
+    Args:
+        target: T, (N, O, I).
+        values: Q, (N, O, I).
+        output_hessian: G, (N, O, O), damped.
+        rows: indices, (R,).
+    Returns: (N, R, I).
+    """
     coupling_NRO = output_hessian[:, rows]
     bound_NR1 = coupling_NRO[:, :, rows].abs().sum(-1, keepdim=True)
     return values[:, rows] + (coupling_NRO @ (target - values)) / bound_NR1

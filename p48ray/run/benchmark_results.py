@@ -214,6 +214,12 @@ def read_harness(
 ) -> BenchmarkResult:
     """The figure of a task in the harness's own results.
 
+    Args:
+        output: what the harness returned for this task.
+        identity: of the checkpoint (see identify).
+        task: as it was asked for.
+        config: with the limits that it was measured under.
+        server: what answered, as the table is to name it.
     Raises: StageFailedError where it says something else than was asked; ConfigError for a metric
         or a filter that the task has not.
     """

@@ -70,7 +70,14 @@ def unit_rows(layout: ModelLayout, unit: WorkUnit, storage: Storage = "dense") -
 def unit_entries(
     layout: ModelLayout, unit: WorkUnit, file: str, start: int
 ) -> tuple[TensorEntry, ...]:
-    """Where a unit's tensors lie in its own shard. start: of the first one."""
+    """Where a unit's tensors lie in its own shard, in shard order.
+
+    Args:
+        layout: of the source.
+        unit: whose tensors they are.
+        file: key of the shard.
+        start: byte of the file at which its first tensor begins.
+    """
     entries: list[TensorEntry] = []
     for name, dtype, shape in unit_rows(layout, unit):
         num_bytes = prod(shape) * DTYPE_BYTES[dtype]
@@ -125,8 +132,15 @@ def plan_output(
     layout: ModelLayout,
     storage: Storage = "dense",
 ) -> tuple[OutputShard, ...]:
-    """Fill shards in order up to `max_shard_bytes` of dense storage; a unit or tensor larger than
-    that gets a shard of its own."""
+    """Fill shards in order up to `max_shard_bytes`; a unit or tensor larger than that gets a shard
+    of its own.
+
+    Args:
+        units: all of the plan; those of a layer are laid out in this order.
+        max_shard_bytes: of tensors in dense storage.
+        index, layout: of the source.
+        storage: of the shards.
+    """
     filled: list[list[Segment]] = [[]]
     sizes = [0]
     for segment in ordered_segments(units, index, layout):

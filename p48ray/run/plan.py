@@ -237,6 +237,8 @@ def make_plan(
 
     Args:
         config: its hf:// places are at commits.
+        index, layout: of the source.
+        documents_digest, tokenizer_digest: of what the calibration tokens are made from.
         mirror, revisions: as SourceRecord and RunPlan hold them.
     Raises: SourceError for shapes that do not divide, ConfigError for settings that do not fit the
         checkpoint.

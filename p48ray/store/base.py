@@ -50,7 +50,14 @@ class Traffic:
     def add(
         self, *, bytes_read: int = 0, bytes_written: int = 0, requests: int = 0, retries: int = 0
     ) -> None:
-        """Adds to the counters; from any thread."""
+        """Adds to the counters; from any thread.
+
+        Args:
+            bytes_read: that came from the store.
+            bytes_written: that were sent to it.
+            requests: that were made, retries too.
+            retries: how many of these were another attempt.
+        """
         with self._lock:
             self.bytes_read += bytes_read
             self.bytes_written += bytes_written
@@ -203,9 +210,16 @@ def check_prefix(prefix: str) -> str:
 
 
 def check_range(key: str, start: int, num_bytes: int, size_bytes: int) -> None:
-    """Raises: ShardCorruptError, naming key, asked and found, unless `num_bytes` bytes from `start`
-    on
-    lie inside the object."""
+    """Lets a range pass that lies inside its object.
+
+    Args:
+        key: of the object, for messages.
+        start: the first byte.
+        num_bytes: from there on.
+        size_bytes: of the whole object.
+    Raises: ShardCorruptError, naming key, asked and found, where it does not; P48Error for negative
+        numbers.
+    """
     if start < 0 or num_bytes < 0:
         raise P48Error(
             f"bad range of {key}: start {start} and length {num_bytes} must not be negative"

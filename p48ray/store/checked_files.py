@@ -42,7 +42,13 @@ class CheckedFiles:
 
     def trust(self, path: str, inode: int, size_bytes: int, sha256: str) -> None:
         """Note a file that this process has just written, hashing what it wrote. One of another
-        inode or size is another's by now."""
+        inode or size is another's by now.
+
+        Args:
+            path: where it was put.
+            inode, size_bytes: of the file that was written.
+            sha256: of what was written, in hexadecimal.
+        """
         facts = os.stat(path)
         if (facts.st_ino, facts.st_size) == (inode, size_bytes):
             self.note(note_name(facts, sha256))

@@ -81,8 +81,16 @@ class SubStore:
 
 
 def read_into(store: Store, key: str, start: int, target: memoryview) -> None:
-    """Fills `target` with the object's bytes from `start` on; straight from the file where it lies
-    in a folder. Raises: as Store.get_range."""
+    """As Store.get_range, into memory that is there; straight from the file where the object lies
+    in a folder.
+
+    Args:
+        store: any, a view too.
+        key: of the object in that store.
+        start: the first byte.
+        target: writable bytes, all to be filled.
+    Raises: as Store.get_range.
+    """
     while isinstance(store, SubStore):
         key, store = store.full(key), store.store
     if isinstance(store, LocalStore):

@@ -171,6 +171,9 @@ def read_documents(
     order of the sample that this module describes.
 
     Args:
+        source: with the path of the texts.
+        key: dotted configuration key, for messages.
+        seed: draws the sample; without effect on texts that are read whole.
         tokenizer: renders chats; without one they are refused.
     Raises: CalibrationError naming file, line or row, and column.
     """
@@ -235,7 +238,15 @@ def _window(
 def too_little(
     source: DocumentSource, key: str, share: int, length: int, found: int
 ) -> CalibrationError:
-    """The error of a source that holds less text than its share of the mix."""
+    """The error of a source that holds less text than its share of the mix.
+
+    Args:
+        source: the one that is short of text.
+        key: dotted configuration key that ends in ".documents", for the message.
+        share: sequences that were wanted of it.
+        length: tokens a sequence.
+        found: sequences that its text makes.
+    """
     section = key.removesuffix(".documents")
     return CalibrationError(
         f"{key}: {source.path}: expected text for {share} sequences of {length} tokens, found"

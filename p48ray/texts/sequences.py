@@ -133,7 +133,10 @@ def pack_sequences(
     Returns (rows, length) int32.
 
     Args:
-        most: rows after which no further text is asked for.
+        texts: taken one by one, until there are enough.
+        tokenizer: of the source; none of its special tokens but bos.
+        length: tokens a row.
+        most: rows after which no further text is asked for; None takes all texts.
     """
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     ids = array("i")
@@ -157,8 +160,13 @@ def load_sequences(
     """A seeded sample of packed sequences from a weighted mix.
 
     Args:
-        key: dotted configuration key of the section, for messages.
+        documents: the sources of the mix with their weights.
+        tokenizer: of the source.
+        num_sequences: of all sources together.
+        length: tokens a sequence.
+        seed: draws texts, sequences and their order.
         vocab_size: ids at or above it are refused.
+        key: dotted configuration key of the section, for messages.
     Returns: (num_sequences, length) int32.
     Raises: CalibrationError when a source is empty or holds fewer sequences than its share.
     """

@@ -146,9 +146,13 @@ def told_wait_s(error: Any) -> float | None:
 
 @contextmanager
 def response(url: str, token: str | None, first: int, last: int | None) -> Iterator[Any]:
-    """A GET of the bytes from `first` to `last` (inclusive; None: the end), redirects followed; its
-    body is not read yet.
+    """A GET of some bytes of a file, redirects followed; its body is not read yet.
 
+    Args:
+        url: of the file.
+        token: None to ask without one.
+        first: byte, from 0 on.
+        last: byte, inclusive; None for the end.
     Raises: HfHubHTTPError for a status of 400 and above (of a 404, that there is no such file), and
         whatever the transport raises.
     """

@@ -26,6 +26,9 @@ class Composer:
         """Nothing is begun before the first full part.
 
         Args:
+            api: of the bucket.
+            key: of the object, with the store's prefix.
+            writer: an id of this writing alone, by which its object is known again.
             copy_source: the object to copy a range from, checked to hold it; None where it must be
                 streamed through this process.
             is_streaming: all parts are uploaded, and equal.
