@@ -306,6 +306,11 @@ def find_model(
 ) -> ServedModel:
     """The served model that is the checkpoint, by its name or by the place that it was loaded from.
 
+    Args:
+        served: every model of the server.
+        config: the benchmarks' settings.
+        column: of the checkpoint that is measured.
+        url: of the server, for messages.
     Raises: ConfigError when the server has another model, or takes shorter requests than the
         harness would send.
     """

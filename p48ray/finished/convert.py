@@ -168,9 +168,16 @@ def refuse(checkpoint: Store, problems: list[str]) -> None:
 def check_storage(
     checkpoint: Store, manifest: CheckpointManifest, config: Mapping[str, Any], to: Storage
 ) -> None:
-    """Raises: ConfigError where nothing is to be converted, SourceError where the plan's settings
-    rule
-    sparse storage out."""
+    """See that there is something to convert, and that sparse storage can hold it.
+
+    Args:
+        checkpoint: for messages.
+        manifest: of the checkpoint.
+        config: its config.json.
+        to: the storage that is wanted.
+    Raises: ConfigError where nothing is to be converted, SourceError where the plan's settings rule
+        sparse storage out.
+    """
     if storage_of(config) == to:
         raise ConfigError(
             f"--storage {to}: {checkpoint.uri} has {to} storage already; nothing was written"
@@ -215,8 +222,15 @@ def shard_conversions(
     entries: Mapping[str, TensorEntry],
     to: Storage,
 ) -> Iterator[ShardConversion]:
-    """One a file, with header and size of what it becomes. Raises: SourceError for a file that is
-    not laid out as p48ray lays it out."""
+    """One a file, with header and size of what it becomes.
+
+    Args:
+        checkpoint, target: stores, each rooted at its folder.
+        manifest: of the checkpoint.
+        entries: every tensor of the checkpoint by name: file by file, and in header order.
+        to: storage of the target; the checkpoint has the other.
+    Raises: SourceError for a file that is not laid out as p48ray lays it out.
+    """
     have: Storage = "dense" if to == "sparse" else "sparse"
     linears = manifest.relative_weight_errors
     unit_names = {unit.id: unit_tensor_names(names, have) for unit, names in units_of(manifest)}

@@ -29,6 +29,8 @@ def convert_folder(
     bytes. The same call goes on where it was interrupted.
 
     Args:
+        checkpoint, target: stores, each rooted at its folder.
+        to: storage of the target.
         tasks: where shards are converted; None for this process.
     Raises: UserError, ShardCorruptError or StageFailedError; shards that were finished stay.
     """

@@ -39,6 +39,11 @@ def publish(store: Store, hub: Hub, is_private: bool, upload: UploadShards) -> s
     """Put a run root's checkpoint on the Hub; returns the commit that has it. What is there already
     is neither sent nor committed again.
 
+    Args:
+        store: the run root, where uploads are recorded.
+        hub: with repository, branch and token.
+        is_private: make the repository private if it is new; one that is public is refused.
+        upload: uploads the shards that it is given with their sizes in bytes.
     Raises: UserError, StageFailedError; what was uploaded stays, and the same call goes on from
         there.
     """

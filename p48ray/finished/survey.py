@@ -135,7 +135,15 @@ def survey_beside(
     storage: Storage,
 ) -> tuple[list[str], list[SourcedCheck]]:
     """Every planned byte: the plan follows from the source's headers, two settings in the manifest
-    and the storage."""
+    and the storage.
+
+    Args:
+        checkpoint, source: stores, each rooted at its folder.
+        manifest: of the checkpoint.
+        sizes: bytes of every shard that is there, by file.
+        storage: of the checkpoint.
+    Returns: problems, and one check for each planned shard; none where the source is another.
+    """
     index = open_checkpoint(source)
     if index.fingerprint != manifest.source_fingerprint:
         expected, found = manifest.source_fingerprint[:12], index.fingerprint[:12]
@@ -166,6 +174,14 @@ def sourced_check(
     manifest: CheckpointManifest,
     size_bytes: int,
 ) -> SourcedCheck:
+    """The check of one planned shard.
+
+    Args:
+        checkpoint, manifest: as survey_beside takes them.
+        index, layout: of the whole source.
+        shard: as planned.
+        size_bytes: of its file, 0 where there is none.
+    """
     units = [s for s in shard.segments if isinstance(s, WorkUnit)]
     experts = [(u.layer, e) for u in units for e in u.experts]
     needed = [name for expert in experts for name in layout.expert_tensor_names(*expert)]
@@ -190,7 +206,12 @@ def survey_alone(
     checkpoint: Store, manifest: CheckpointManifest, sizes: Mapping[str, int], storage: Storage
 ) -> tuple[list[str], list[LoneCheck]]:
     """Headers against the index, and every tensor of the manifest in some file's header, in a form
-    that fits."""
+    that fits.
+
+    Args:
+        checkpoint, manifest, sizes, storage: as survey_beside takes them.
+    Returns: problems, and one check for each file that is there.
+    """
     problems = check_index_files(checkpoint)
     is_index_readable = not problems
     entries, unsound = read_headers(checkpoint, manifest, sorted(sizes))
@@ -264,6 +285,14 @@ def lone_check(
     units: list[tuple[WorkUnit, tuple[str, ...]]],
     storage: Storage,
 ) -> LoneCheck:
+    """The check of one file.
+
+    Args:
+        checkpoint, manifest, storage: as survey_beside takes them.
+        file, size_bytes: its name and size.
+        entries: tensors of all files by name.
+        units: those that lie in the file, with their linears in shard order.
+    """
     of_units = [name for _, linears in units for name in unit_tensor_names(linears, storage)]
     untouched = {
         n: digest

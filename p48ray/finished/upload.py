@@ -33,10 +33,17 @@ RANGE_BYTES = 32 * 2**20  # of a shard, in memory at once
 
 
 class CheckedRange:
-    """Bytes of a shard that p48ray.json has a digest of. `start` of the hash: what the digest
-    covers besides."""
+    """Bytes of a shard that p48ray.json has a digest of."""
 
     def __init__(self, what: str, end: int, expected: str | None, start: bytes = b"") -> None:
+        """Begin the hash.
+
+        Args:
+            what: name of the range, for messages.
+            end: offset in the file behind its last byte.
+            expected: its SHA-256 in hex; None where p48ray.json has none, which no bytes match.
+            start: hashed first: what the digest covers besides.
+        """
         self.what, self.end, self.expected, self.digest = what, end, expected, hashlib.sha256(start)
 
     def update(self, data: memoryview) -> None:
@@ -57,6 +64,12 @@ class SparseRange(CheckedRange):
     def __init__(
         self, what: str, end: int, expected: str | None, rows: Sequence[TensorEntry]
     ) -> None:
+        """Begin with no bytes.
+
+        Args:
+            what, end, expected: as CheckedRange takes them.
+            rows: the unit's stored tensors in file order, with nothing between them.
+        """
         super().__init__(what, end, expected)
         self.rows, self.data = rows, bytearray()
 
@@ -89,7 +102,14 @@ def segments_of(
     shard: str, header_bytes: int, entries: Mapping[str, TensorEntry], manifest: CheckpointManifest
 ) -> list[CheckedRange]:
     """Header, units and untouched tensors in file order. Together they are the whole file, which
-    the header's parser has seen to."""
+    the header's parser has seen to.
+
+    Args:
+        shard: name of the file.
+        header_bytes: of the header with the eight that give its length.
+        entries: all tensors of the file.
+        manifest: of the checkpoint.
+    """
     header = CheckedRange("header", header_bytes, manifest.header_sha256.get(shard))
     units: dict[tuple[int, int], list[TensorEntry]] = {}
     found: list[CheckedRange] = []
@@ -128,6 +148,12 @@ def stage_shard(
     """Copy a shard to a local file, range by range, and hold every byte against the manifest on the
     way. Returns its SHA-256.
 
+    Args:
+        checkpoint: rooted at the checkpoint folder.
+        shard: name of the file in it.
+        size_bytes: that it was verified with.
+        manifest: of the checkpoint.
+        file: empty; written from its start, and flushed.
     Raises: ConfigError if it is not the shard that was verified.
     """
     try:

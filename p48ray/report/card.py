@@ -41,7 +41,15 @@ def model_card(
     benchmarks: BenchmarkTable | None = None,
 ) -> str:
     """README.md of the checkpoint. With sparse storage it is the dense one's with the note that a
-    conversion puts in."""
+    conversion puts in.
+
+    Args:
+        context: of the run.
+        units: manifests of all the run's units.
+        quality: of this checkpoint on held-out text; None where nothing was evaluated.
+        baseline: of the one-shot reference; None where there is none.
+        benchmarks: the table; None where none was made.
+    """
     plan = context.plan
     sections = [
         f"# {plan.config.name}",
@@ -263,6 +271,12 @@ def evaluation(
     baseline: EvaluationResult | None,
     benchmarks: BenchmarkTable | None,
 ) -> str:
+    """The section about held-out text.
+
+    Args:
+        plan: of the run.
+        quality, baseline, benchmarks: as model_card takes them.
+    """
     settings = plan.config.evaluation
     if quality is None or settings is None:
         own = "on held-out text " if is_measured(benchmarks) else ""

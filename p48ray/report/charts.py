@@ -110,7 +110,14 @@ def axis(marks: Iterable[tuple[float, str]]) -> Markup:
 
 
 def upright(css: str, at: float, top: float, bottom: float, *inside: object) -> Markup:
-    """A line from top to bottom at a share of the width."""
+    """A line from top to bottom at a share of the width.
+
+    Args:
+        css: its class.
+        at: share of the width, 0 to 1.
+        top, bottom: pixels from the top of the chart.
+        inside: elements of the line, a title for instance.
+    """
     return tag("line", *inside, css=css, x1=pct(at), x2=pct(at), y1=f"{top:g}", y2=f"{bottom:g}")
 
 

@@ -81,7 +81,11 @@ def gather_facts(
     units: Sequence[UnitManifest],
     baseline_store: Store | None,
 ) -> Facts:
-    """Read what the units' manifests do not hold, from the run root and the finished checkpoint."""
+    """Read what the units' manifests do not hold, from the run root and the finished checkpoint.
+
+    Args:
+        context, report, units, baseline_store: as html.report_html takes them.
+    """
     plan, store = context.plan, context.store
     layer_of = {u.id: u.layer for u in plan.units}
     work, spans = [], []
@@ -148,7 +152,13 @@ def shared_seconds(some: Iterable[Span], others: Iterable[Span]) -> float:
 
 
 def busy(spans: Iterable[Span], start: float, end: float, steps: int) -> list[float]:
-    """Mean number of workers at work in each of `steps` equal stretches of time."""
+    """Mean number of workers at work in each of `steps` equal stretches of time.
+
+    Args:
+        spans: of one stage or of several.
+        start, end: of the whole time, Unix seconds; end is later.
+        steps: how many stretches.
+    """
     width = (end - start) / steps
     found = [0.0] * steps
     for span in spans:
@@ -174,7 +184,14 @@ def quantiles(values: Sequence[float]) -> tuple[float, float, float, float, floa
 
 
 def binned(values: Sequence[float], low: float, high: float, bins: int, is_log: bool) -> list[int]:
-    """Counts in equal bins between the ends, equal factors where `is_log` (values above 0)."""
+    """Counts in equal bins between the ends, equal factors where `is_log` (values above 0).
+
+    Args:
+        values: one beyond an end counts in the bin there.
+        low, high: the ends, low < high.
+        bins: how many.
+        is_log: ends and values are above 0.
+    """
     counts = [0] * bins
     a, b = (math.log(low), math.log(high)) if is_log else (low, high)
     for value in values:

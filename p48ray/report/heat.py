@@ -152,6 +152,13 @@ def legend(
     high: str,
     marks: Sequence[tuple[float, str]] | None = None,
 ) -> Legend:
-    """The key to a heat map. `marks`: (place, label), by default round numbers of the scale."""
+    """The key to a heat map.
+
+    Args:
+        scale: where a value lies on the ramp.
+        ramp: the colours.
+        low, high: words at the ends.
+        marks: (place on the ramp, label); None for round numbers of the scale.
+    """
     ticks = [(scale.place(t) or 0.0, number(t)) for t in scale.ticks()] if marks is None else marks
     return Legend(ramp=ramp.name, low=low, high=high, axis=axis(ticks))

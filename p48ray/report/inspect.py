@@ -1,5 +1,8 @@
 """One compressed linear up close: which pairs were kept, how the scales and codes are spread, how
-far the weights moved."""
+far the weights moved.
+
+Legend: O out, G scale groups (16 inputs each).
+"""
 
 from collections.abc import Mapping
 

@@ -84,8 +84,15 @@ def build_report(
     quality: EvaluationResult | None,
     stage_seconds: dict[str, float],
 ) -> Report:
-    """Fold manifests into one record. `stage_seconds` are this driver's; `unit_seconds` are summed
-    over all units, whoever did them."""
+    """Fold manifests into one record.
+
+    Args:
+        context: of the run.
+        units: manifests of all its units, whose seconds are summed whoever did them.
+        shards: all that the plan has.
+        quality: on held-out text; None where nothing was evaluated.
+        stage_seconds: by stage, of this driver.
+    """
     plan = context.plan
     records = [r for u in units for r in u.linears]
     gates = [r for r in records if r.name.endswith("gate_proj")]

@@ -73,7 +73,14 @@ def quality(facts: Facts) -> Values | None:
 
 
 def quality_row(name: str, q: EvaluationResult, worst: float, is_own: bool) -> QualityRow:
-    """A row of the table. `worst`: the KL that has the longest bar."""
+    """A row of the table.
+
+    Args:
+        name: of the row.
+        q: what it shows.
+        worst: the KL that has the longest bar.
+        is_own: it is this run's result, not the baseline's.
+    """
     return QualityRow(
         name=name,
         kl=q.kl,
@@ -127,8 +134,14 @@ def layer_segments(
     start: float,
     whole: float,
 ) -> list[charts.TimelineBar]:
-    """A layer's stretches of work. `stages`: see timed_stages. `start` and `whole`: of the
-    timeline, seconds."""
+    """A layer's stretches of work.
+
+    Args:
+        spans: of all layers and stages.
+        stages: see timed_stages.
+        layer: the layer's number.
+        start, whole: where the timeline begins, Unix seconds, and how many seconds it has.
+    """
     found = []
     for stage, css in stages:
         own = [s for s in spans if s.layer == layer and s.stage == stage]

@@ -102,6 +102,14 @@ def sample_linear(
     expert: int,
     projection: str,
 ) -> LinearSample:
+    """Some rows of one linear, and how far the reference's mask agrees.
+
+    Args:
+        context: of the run.
+        ours: the run's checkpoint.
+        theirs: that of the one-shot reference; None without one.
+        layer, expert, projection: of the linear.
+    """
     name = context.layout.expert_linear_name(layer, expert, projection)
     packed_OB, scale_OG = middle_rows(ours, name, PACKED), middle_rows(ours, name, SCALE)
     is_sparse = context.plan.config.compression.sparsity == PAIRED_48

@@ -131,7 +131,14 @@ def run_all(runner: Runner, source: WorkSource, store: Store) -> None:
 
 
 def describe_failures(stage: str, failed: Sequence[TaskResult], handed: int, store: Store) -> str:
-    """What failed of a stage, in words."""
+    """What failed of a stage, in words.
+
+    Args:
+        stage: its name.
+        failed: at least one; the first LISTED_FAILURES are listed.
+        handed: how many tasks of the stage the runner was given.
+        store: the run root.
+    """
     lines = [f"  {r.task.id}: {r.error_type}: {r.error}" for r in failed[:LISTED_FAILURES]]
     rest = f"\n  and {len(failed) - LISTED_FAILURES} more" if len(failed) > LISTED_FAILURES else ""
     return (

@@ -88,6 +88,8 @@ def check_shared(key: str, place: str, is_shared: bool, remedy: str) -> None:
 
     Args:
         key: of the configuration or the command.
+        place: its value, a path or a URI.
+        is_shared: the user says that the path is the same folder on every node.
         remedy: besides a bucket.
     Raises: ConfigError on a cluster of several nodes.
     """

@@ -99,12 +99,7 @@ def run_stages(job: "Job") -> EvaluationResult | None:
 
 class Job:
     """The stages of one run. Each method does what its stage lacks and returns when the stage is
-    complete.
-
-    Args:
-        seconds: taken by each stage, added to.
-        clock: monotonic seconds.
-    """
+    complete."""
 
     def __init__(
         self,
@@ -113,6 +108,14 @@ class Job:
         seconds: dict[str, float],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """No stage has begun.
+
+        Args:
+            prepared: the run, opened.
+            runner: for the tasks of every stage.
+            seconds: taken by each stage, added to.
+            clock: monotonic seconds.
+        """
         self.prepared = prepared
         self.plan, self.store, self.shards = prepared.plan, prepared.store, prepared.shards
         self.context, self.runner, self.seconds, self.clock = (

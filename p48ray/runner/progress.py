@@ -66,15 +66,7 @@ def progress_line(
 
 
 class Progress:
-    """Counts a stage's done-markers from a thread while the stage runs.
-
-    Args:
-        stage: its label.
-        noun: what is counted.
-        total: markers when done.
-        count: how many there are now, by listing the store.
-        interval_s: seconds between two counts.
-    """
+    """Counts a stage's done-markers from a thread while the stage runs."""
 
     def __init__(
         self,
@@ -84,6 +76,15 @@ class Progress:
         count: Callable[[], int],
         interval_s: float = INTERVAL_S,
     ) -> None:
+        """Counting begins with the context.
+
+        Args:
+            stage: its label.
+            noun: what is counted.
+            total: markers when done.
+            count: how many there are now, by listing the store.
+            interval_s: seconds between two counts, at least.
+        """
         self.stage, self.noun, self.total = stage, noun, total
         self.count, self.interval_s = count, interval_s
         self.stopped = threading.Event()

@@ -278,7 +278,14 @@ class RayRunner:
     def handle_loss(
         self, worker: Worker, task: Task, error: RayError, waiting: Dispatcher
     ) -> Iterator[TaskResult]:
-        """Tasks whose worker died under them, alone or with its node."""
+        """Tasks whose worker died under them, alone or with its node.
+
+        Args:
+            worker: that is gone, or out of reach.
+            task: whose result said so; no longer among those that run.
+            error: that came instead of the result.
+            waiting: takes back what is to run again.
+        """
         tasks = [task, *self.unassign(worker)]
         loss = WorkerLostError(first_line(error))
         # A worker that died on a living node is reported as dead; one that can not be reached is on

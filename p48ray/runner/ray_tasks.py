@@ -81,6 +81,13 @@ class RayTasks:
         count: int,
         options: Mapping[str, Any],
     ) -> Iterator[tuple[str, T]]:
+        """The loop of `run`, on a cluster that is joined already.
+
+        Args:
+            body, items: as `run` takes them.
+            count: tasks at once.
+            options: for ray.remote, besides CPUs and retries.
+        """
         task = ray.remote(returning_errors(body)).options(num_cpus=1, max_retries=0, **options)
         waiting = list(items)[::-1]
         attempts: Counter[str] = Counter()

@@ -219,7 +219,12 @@ class BlobWriter:
 
 
 def blob_facts(kind: BlobKind, layer: int, part: int, plan_digest: str) -> dict[str, str]:
-    """What a blob says that it is."""
+    """What a blob says that it is.
+
+    Args:
+        kind, layer, part: as in its key.
+        plan_digest: of the plan that it belongs to.
+    """
     return {"kind": kind, "layer": str(layer), "part": str(part), "plan": plan_digest}
 
 

@@ -4,6 +4,9 @@ the source's packed experts.
 A capture task owns some parts of the calibration sequences and carries their residual stream up the
 layers. Everything it writes is named by layer and part, so a task that died is repeated from the
 last boundary of each of its parts, by whoever takes it, to the same bytes.
+
+Legend: N calibration sequences, B those of a part, S positions, T = B S tokens, H hidden size, K
+experts a token.
 """
 
 import time
@@ -80,7 +83,16 @@ def capture_parts(context: StageContext, parts: Sequence[int]) -> list[Activatio
 def check_finite(
     decoder: Decoder, plan: RunPlan, number: int, part: SequencePart, x_BSH: Tensor
 ) -> None:
-    """Raises: SourceError naming the tensor at fault, where one is; else CalibrationError."""
+    """Look at what leaves a layer.
+
+    Args:
+        decoder: that ran the layer; reads its experts again where something is wrong.
+        plan: of the run.
+        number: the layer's.
+        part: that x_BSH belongs to.
+        x_BSH: what leaves the layer.
+    Raises: SourceError naming the tensor at fault, where one is; else CalibrationError.
+    """
     if not bool(torch.isfinite(x_BSH).all()):
         if number in plan.source.moe_layers:
             check_layer(decoder, number)
@@ -99,6 +111,14 @@ class ResidualStream:
     def __init__(
         self, context: StageContext, decoder: Decoder, needs: Needs, writer: BlobWriter
     ) -> None:
+        """Nothing is held yet.
+
+        Args:
+            context: of the run.
+            decoder: embeds the parts that start at layer 0.
+            needs: say which boundaries the backward pass reads.
+            writer: stores and deletes boundaries; the caller's, who closes it.
+        """
         self.context, self.decoder, self.needs, self.writer = context, decoder, needs, writer
         self.held: dict[int, tuple[int, Tensor]] = {}  # part -> (layer it enters, values)
 
@@ -117,6 +137,9 @@ class ResidualStream:
         start from it.
 
         Args:
+            number: of the layer that is entered.
+            part: that x_BSH belongs to.
+            x_BSH: must not change any more.
             start: when the layer below began with this part, by the monotonic clock.
         """
         self.held[part.part] = (number, x_BSH)
@@ -159,7 +182,17 @@ def write_boundary(
     values_BSH: Tensor,
     start: float,
 ) -> None:
-    """Have what enters a layer, or the gradient with respect to it, stored: one row a token."""
+    """Have what enters a layer, or the gradient with respect to it, stored: one row a token.
+
+    Args:
+        writer: that stores it.
+        kind: of the stream that it belongs to.
+        number: of the layer that is entered.
+        part: that the values belong to.
+        values_BSH: must not change any more.
+        start: when the stream began with this part at the layer passed last, by the monotonic
+            clock.
+    """
     seconds = round(time.monotonic() - start, 3)
     columns = {"values": values_BSH.flatten(0, 1)}
     writer.submit(
@@ -182,10 +215,16 @@ def write_activations(
     observed: RoutedInputs,
     start: float,
 ) -> None:
-    """Have one part of what the experts of a layer saw stored. `start`: when this layer began with
-    it, by the monotonic clock.
+    """Have one part of what the experts of a layer saw stored.
 
     The largest value is that of bf16, in whatever form the part is stored.
+    Args:
+        context: of the run.
+        writer: that stores it.
+        layer: the layer's number.
+        part: whose tokens they are.
+        observed: all tokens of the part, in order.
+        start: when this layer began with the part, by the monotonic clock.
     """
     hidden_TH = observed.hidden_TH.to(torch.bfloat16)
     columns = to_columns("hidden", observed.hidden_TH, context.plan.config.calibration.stored_bits)

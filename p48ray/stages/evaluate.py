@@ -5,6 +5,9 @@ The compressed model's experts are decoded from the written files and their inpu
 NVFP4 as the server does (W4A4 emulation, with the scales of scales.json, from which the units took
 those in the files); everything else is the same bytes in both. So the difference is what a server
 of the checkpoint would lose, kernel rounding apart.
+
+Legend: N held-out sequences, B those of a part, S positions, H hidden size, T tokens whose logits
+exist at once, V vocabulary.
 """
 
 import hashlib
@@ -79,7 +82,13 @@ def evaluation_digest(plan: RunPlan, settings: EvaluationConfig) -> str:
 def compressed_expert(
     index: CheckpointIndex, context: StageContext, layer: int, expert: int
 ) -> ExpertWeights:
-    """One expert of the written checkpoint, in either storage, decoded, float32."""
+    """One expert of the written checkpoint, in either storage, decoded, float32.
+
+    Args:
+        index: of the written checkpoint.
+        context: of the run, with the device that the weights end on.
+        layer, expert: their numbers.
+    """
     storage = storage_of(index.config)
     stored = read_tensors(
         index.store,
@@ -93,7 +102,13 @@ def compressed_expert(
 def compressed_names(
     context: StageContext, layer: int, expert: int, storage: Storage = "dense"
 ) -> list[str]:
-    """Tensors that hold the weights of one compressed expert; those of a unit's shard are dense."""
+    """Tensors that hold the weights of one compressed expert.
+
+    Args:
+        context: of the run.
+        layer, expert: their numbers.
+        storage: of the file that they are read from; a unit's shard is dense.
+    """
     names = (context.layout.expert_linear_name(layer, expert, p) for p in PROJECTIONS)
     return [
         f"{name}.{stored}"
@@ -106,7 +121,13 @@ def compressed_names(
 def decode_compressed(
     context: StageContext, layer: int, expert: int, tensors: Mapping[str, Tensor]
 ) -> ExpertWeights:
-    """One expert from its stored tensors, decoded, float32, on the context's device."""
+    """One expert from its stored tensors, decoded, float32, on the context's device.
+
+    Args:
+        context: of the run.
+        layer, expert: their numbers.
+        tensors: by name, in dense storage, on any device; others may be among them.
+    """
 
     def decode(name: str) -> Tensor:
         packed, scale, divisor = (
@@ -137,10 +158,12 @@ def evaluate_part(
     """Sums of loss, correct next tokens and KL(source || compressed) over some held-out sequences.
 
     Args:
+        context: of the run.
         compressed: (layer, expert) -> that expert's weights after compression, decoded, in any
             float dtype.
         token_ids_BS: (sequences of the part, sequence_length + 1); the last column is only
             predicted.
+        part: that the sums are recorded for.
     """
     decoder = context.decoder()
     inputs_BS, labels_BS = token_ids_BS[:, :-1], token_ids_BS[:, 1:].to(context.device).long()
@@ -188,7 +211,14 @@ def mixtures(
     context: StageContext, decoder: Decoder, compressed: CompressedExperts, number: int
 ) -> Iterator[list[RoutedExperts]]:
     """The source's experts as they are, then the compressed ones, once for every view of the
-    activations."""
+    activations.
+
+    Args:
+        context: of the run.
+        decoder: of the source.
+        compressed: as evaluate_part takes it.
+        number: of a layer with experts.
+    """
     count, scales = context.layout.num_experts, context.layer_scales(number)
 
     def smaller(expert: int) -> ExpertWeights:

@@ -24,6 +24,8 @@ def finish_checkpoint(
     last the index.
 
     Args:
+        context: of the run.
+        shards: all that the plan has.
         verdicts: of all shards; whoever read them through has hashed what lies in them.
         units: manifests of all the plan's units.
     """
@@ -63,6 +65,12 @@ def checkpoint_manifest(
     units: Sequence[UnitManifest],
     files: dict[str, str],
 ) -> CheckpointManifest:
+    """The checkpoint's own manifest (p48ray.json), sealed.
+
+    Args:
+        context, verdicts, units: as finish_checkpoint takes them.
+        files: SHA-256 of each file beside the shards, by name; the index among them.
+    """
     plan = context.plan
     compression = plan.config.compression
     return CheckpointManifest(

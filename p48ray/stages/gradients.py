@@ -10,7 +10,7 @@ respect to its activations only; one layer's weights are held at a time.
 A mixture's routed output is added to the residual stream, so the gradient there, delta, is the
 gradient with respect to what leaves the layer.
 
-Legend: B sequences, S positions, T = B S tokens, H hidden size, V vocabulary.
+Legend: B sequences, S positions, T = B S tokens, H hidden size, V vocabulary, K experts a token.
 """
 
 import os
@@ -146,8 +146,15 @@ def step_down(
     above: list[Tensor | None],
     parts: list[SequencePart],
 ) -> list[Tensor]:
-    """Gradients with respect to what enters a layer, or the head where nothing comes from above;
-    (B, S, H) for each part."""
+    """Gradients with respect to what enters a layer, or the head; (B, S, H) for each part.
+
+    Args:
+        context, decoder: of the run.
+        module: the layer, or the head.
+        entering: what entered it in the forward pass, (B, S, H) for each part.
+        above: gradients with respect to what leaves the layer, likewise; all None for the head.
+        parts: in the order of both; at the head their numbers seed the labels.
+    """
     calibration = context.plan.config.calibration
     gradients = [gradient for gradient in above if gradient is not None]
     if not gradients:
@@ -174,6 +181,11 @@ def step_back(
     differentiated by hand (RoutedExperts.gradients), all parts together, and their share enters
     autograd at the router's weights and the normalised inputs. So no graph holds an expert, and
     none more than a part.
+    Args:
+        layer: with its weights, which get no gradients.
+        entering, gradients: (B, S, H) for each part, in the same order.
+        positions: cos and sin of the rotary embedding.
+        micro_batch: sequences that attention takes at once, as in the forward pass.
     Cost: attention runs twice forward; the routed experts' outputs are never needed.
     """
     with torch.no_grad():
@@ -217,7 +229,13 @@ def through_attention(
     positions: tuple[Tensor, Tensor],
     micro_batch: int,
 ) -> Tensor:
-    """The rest of the way, by micro-batches of sequences, which are independent."""
+    """The rest of the way, by micro-batches of sequences, which are independent.
+
+    Args:
+        layer, positions, micro_batch: as step_back takes them.
+        entering_BSH: what entered the layer in the forward pass, of one part.
+        gradient_BSH: with respect to the residual stream after attention.
+    """
     pairs = zip(entering_BSH.split(micro_batch), gradient_BSH.split(micro_batch), strict=True)
     with same_bits_every_time(entering_BSH.device):
         return torch.cat(
@@ -320,8 +338,12 @@ class GradientStream:
         return self.read("residual-gradients", number, part)
 
     def put(self, number: int, part: SequencePart, gradient_BSH: Tensor, start: float) -> None:
-        """Keep the gradient with respect to what enters layer `number`. start: when the layer began
-        with it, by the monotonic clock."""
+        """Keep the gradient with respect to what enters layer `number`.
+
+        Args:
+            number, part, start: as capture.write_boundary takes them.
+            gradient_BSH: must not change any more.
+        """
         self.held[part.part] = (number, gradient_BSH)
         write_boundary(self.writer, "residual-gradients", number, part, gradient_BSH, start)
 
@@ -351,6 +373,10 @@ def write_gradients(
 ) -> None:
     """Have one part of a layer's gradients stored.
 
+    Args:
+        context, writer, layer, part: as capture.write_activations takes them.
+        delta_TH: with respect to what leaves the layer, (B S, H).
+        start: by the monotonic clock; the record's seconds are counted from it.
     Raises: CalibrationError when a gradient is not finite.
     """
     mean_square = delta_TH.float().square().sum(1).mean()

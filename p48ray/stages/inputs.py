@@ -1,4 +1,7 @@
-"""The first things in a run root: what its store can do, the plan, and the texts as token ids."""
+"""The first things in a run root: what its store can do, the plan, and the texts as token ids.
+
+Legend: N sequences, S tokens of each.
+"""
 
 import hashlib
 from dataclasses import asdict

@@ -9,6 +9,8 @@ large intermediates get. The stream is stored at every boundary, under a prefix 
 step passes two layers: the one that was just compressed, and its own.
 
 Mixtures that the plan does not compress (run.layers) stay the source's.
+
+Legend: B sequences of a part, S positions, H hidden size.
 """
 
 import struct

@@ -111,7 +111,15 @@ def read_unit(
     storage: Storage,
     originals: Callable[[], Mapping[str, Tensor]],
 ) -> ReadUnit:
-    """Raises: what the stores raise for bytes that are not there."""
+    """A unit's tensors, and what they are compared with.
+
+    Args:
+        checkpoint: rooted at the checkpoint folder.
+        entries: the unit's tensors, in its shard's order; the digest depends on it.
+        storage: that they are in.
+        originals: reads the packed originals, by name; an empty mapping without a source.
+    Raises: what the stores raise for bytes that are not there.
+    """
     with trace.span("read", sum(entry.num_bytes for entry in entries)):
         stored = read_together(checkpoint, entries)
     return ReadUnit(
@@ -134,7 +142,13 @@ def compare_bytes(
     left: Store, a: TensorEntry, right: Store, b: TensorEntry, reads: ThreadPoolExecutor
 ) -> tuple[bool, str]:
     """Whether two tensors' bytes are the same, and the left one's SHA-256; read in chunks, the next
-    of both while this one is hashed."""
+    of both while this one is hashed.
+
+    Args:
+        left, right: stores that they lie in.
+        a, b: the tensor of the left one, and that of the right one.
+        reads: threads that fetch the chunks of large tensors.
+    """
     digest, is_same = hashlib.sha256(), a.num_bytes == b.num_bytes
     theirs = chunks(right, b, reads)
     for data in chunks(left, a, reads):

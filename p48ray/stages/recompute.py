@@ -3,6 +3,8 @@ again from the one below, a segment of layers at a time.
 
 The same parts go through the same layers by the same calls as in capture, so what comes out is what
 was there, bit for bit.
+
+Legend: B sequences of a part, S positions, H hidden size.
 """
 
 import time
@@ -24,6 +26,12 @@ def remake_boundaries(
 ) -> Needs:
     """Run those of the parts that lack a boundary up to it, storing it and those on the way.
 
+    Args:
+        context: of the run.
+        decoder: of the source.
+        needs: as the run root stands now.
+        parts: their numbers.
+        boundary: number of the layer that it enters.
     Returns: needs with what is there now. Raises: CorruptObjectError naming the boundary that a
         part would have started from.
     """

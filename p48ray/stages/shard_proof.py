@@ -5,6 +5,8 @@ finite and positive, gate and up agreeing on their global scales, plain weight e
 source as the unit's manifest claims. Untouched tensors byte-equal, FP8 ones equal to the source's
 as BF16. Over all: exactly the planned set of tensors, in the shards that the index names, read
 alike by safetensors where a shard is a file.
+
+Legend: O out, B packed bytes (two inputs each), G scale groups (16 inputs each).
 """
 
 import hashlib
@@ -82,10 +84,14 @@ def verify_shard(
     promise: Promise,
     device: torch.device = CPU,
 ) -> Findings:
-    """Read one output shard through, beside its source. `checkpoint` is rooted at the checkpoint
-    folder.
+    """Read one output shard through, beside its source.
 
     Args:
+        checkpoint: rooted at the checkpoint folder.
+        source: with at least the tensors of this shard's experts.
+        layout: of the source.
+        shard: as the plan has it.
+        promise: for the linears and units in it.
         device: where units and their originals are decoded and compared; what travels there is what
             is stored. Hashes are made on the CPU.
     Cost: memory for three units and the packed originals of their experts. Threads that read and
@@ -160,6 +166,13 @@ class ReadPlain:
 def read_plain_tensor(
     checkpoint: Store, entry: TensorEntry, source: Store, original: PlainTensor, threads: Readers
 ) -> ReadPlain:
+    """Read a tensor outside the experts and hold it against the source's.
+
+    Args:
+        checkpoint, entry: where it lies.
+        source, original: the same of the source.
+        threads: those of its `reads` read.
+    """
     if isinstance(original, Fp8Weight):
         digest = tensor_digest(checkpoint, entry, threads.reads)
         return ReadPlain(
@@ -189,9 +202,13 @@ def check_unit(
     alone can not tell, because one wrong code in a million moves it by less than rounding.
 
     Args:
+        file, unit_id: for messages; the promise knows the unit by its id.
         found: as read, in the order of unit_rows, so that dense tensors serialize to the unit's own
             shard.
-        experts: see check_expert_tensors.
+        experts, promise: as check_expert_tensors takes them.
+        storage: of `found`.
+        threads: of the shard; one hashes the dense form of a sparse unit.
+        device: where it is decoded and checked; the originals lie there too.
     """
     try:
         tensors = found.dense(storage, device)
@@ -332,7 +349,13 @@ def measure_linear(
 def expert_problems(
     names: Mapping[str, str], facts: Mapping[str, LinearFacts], is_compared: bool, promise: Promise
 ) -> Iterator[str]:
-    """What is wrong with one expert, in words. is_compared: with the source."""
+    """What is wrong with one expert, in words.
+
+    Args:
+        names, facts: module name and facts of each projection.
+        is_compared: with the source, so that the weight error says something.
+        promise: with the weight errors that are claimed.
+    """
     for projection, name in names.items():
         found = [f"{name}.{text}" for text in linear_problems(facts[projection])]
         yield from found

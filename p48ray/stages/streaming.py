@@ -40,7 +40,14 @@ def opened_layer(
     observe: Callable[[RoutedInputs], None] | None = None,
 ) -> Iterator[Any]:
     """Layer `number` for as long as the context lasts; its routed experts stay packed as the source
-    stores them until they are used."""
+    stores them until they are used.
+
+    Args:
+        context: of the run.
+        decoder: of the source.
+        number: of any layer, with or without routed experts.
+        observe: receives what the routed experts saw, after each call; None: nobody asks.
+    """
     if number not in context.plan.source.moe_layers:
         yield decoder.layer(number, None)
         return

@@ -5,8 +5,8 @@ Units are independent: any order, any machine, any number of times. Gate and up 
 curvature and global scale and are solved as one stacked matrix. down_proj comes second: its inputs
 are recomputed from the compressed gate and up, its target from the original weights (DESIGN 7.4).
 
-Legend: N experts of the unit, T tokens of one expert in one part, H hidden size, F intermediate
-size.
+Legend: N experts of the unit, O outputs, I inputs, H hidden size, F intermediate size, Z = 2 F
+(gate's rows, then up's), G scale groups (I/16), B packed bytes (I/2).
 """
 
 import json
@@ -132,7 +132,13 @@ def fetch_unit(context: StageContext, unit: WorkUnit) -> Fetched:
 
 
 def solve_unit(context: StageContext, unit: WorkUnit, fetched: Fetched, clock: Clock) -> Solved:
-    """All that is computed of a unit; nothing of it is left on the device."""
+    """All that is computed of a unit; nothing of it is left on the device.
+
+    Args:
+        context, unit: of the run, and the unit at hand.
+        fetched: what fetch_unit read for it.
+        clock: of this attempt; every phase is added to it.
+    """
     ladder, tokens = Ladder(context), fetched.tokens
     with clock.phase("fetch"):
         gate_up_NOI, down_NOI = decode_originals(context, unit, fetched.experts)
@@ -235,7 +241,12 @@ SolvedLinears = tuple[Tensor, Solution, list[Curvature]]
 def describe_linears(
     context: StageContext, unit: WorkUnit, gate_up: SolvedLinears, down: SolvedLinears
 ) -> tuple[LinearRecord, ...]:
-    """One record per linear: tokens, outcome, damping and both errors."""
+    """One record per linear: tokens, outcome, damping and both errors.
+
+    Args:
+        context, unit: as solve_unit takes them.
+        gate_up, down: originals (N, O, I), their solution, and one curvature an expert.
+    """
     size = context.layout.moe_intermediate_size
     rows = {
         "gate_proj": (gate_up, slice(0, size)),
@@ -284,7 +295,13 @@ def output_error(w_NOI: Tensor, q_NOI: Tensor, curvature: list[Curvature]) -> Te
 def pack_unit(
     context: StageContext, unit: WorkUnit, scales: LayerScales, gate_up: Solution, down: Solution
 ) -> dict[str, Tensor]:
-    """The unit's shard: tensors on the CPU, in the order of output_layout.unit_rows."""
+    """The unit's shard: tensors on the CPU, in the order of output_layout.unit_rows.
+
+    Args:
+        context, unit: as solve_unit takes them.
+        scales: of the unit's layer; they become the input global scales.
+        gate_up, down: final solutions of all experts of the unit, in its order.
+    """
     size = context.layout.moe_intermediate_size
     parts = {
         "gate_proj": (gate_up, slice(0, size), scales.gate_up),
@@ -308,7 +325,13 @@ def pack_unit(
 
 
 def store_unit(context: StageContext, unit: WorkUnit, solved: Solved, clock: Clock) -> UnitManifest:
-    """Shard first, checked; manifest last, first writer wins."""
+    """Shard first, checked; manifest last, first writer wins.
+
+    Args:
+        context, unit, clock: as solve_unit takes them.
+        solved: what solve_unit returned.
+    Returns: the manifest that counts, as compress_unit does. Raises: ShardCorruptError.
+    """
     attempt = uuid.uuid4().hex[:12]
     key = run_root.unit_shard(unit.id, attempt)
     shard = context.store.write_once(key, TensorFile(solved.tensors))

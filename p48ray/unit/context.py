@@ -131,6 +131,11 @@ class StageContext:
         """Columns of a blob, read-only and on the CPU, after a check of what it is: kind, layer,
         part, plan, size and digest.
 
+        Args:
+            record: class of its manifest.
+            kind: of blob.
+            layer: that it belongs to; of a boundary, the layer that it enters.
+            part: its number.
         Raises: CorruptObjectError, naming what to delete so that it is made again, when it is gone
             or another; ShardCorruptError for a manifest of another plan.
         """
@@ -173,6 +178,8 @@ class StageContext:
         They are hashed once a node and file (store.checked_files), once a call where they come from
         afar and are not cached.
         Args:
+            key: in the run root.
+            size_bytes, sha256: as its manifest says.
             made_of: what to delete so that the object is made again.
         Raises: CorruptObjectError when it is gone, or not what its manifest says.
         """
@@ -211,8 +218,15 @@ class StageContext:
     def mapped(
         self, path: str, key: str, sha256: str, check: Callable[[memoryview], None]
     ) -> memoryview:
-        """A file of the run root, mapped; checked unless this node did that before. Raises:
-        ObjectMissingError; what `check` raises."""
+        """A file of the run root, mapped; checked unless this node did that before.
+
+        Args:
+            path: of the file.
+            key: the same in the run root, for messages.
+            sha256: under which the file is known once it was checked.
+            check: given the mapped bytes; raises where they are not what they should be.
+        Raises: ObjectMissingError; what `check` raises.
+        """
         try:
             with open(path, "rb") as file:
                 facts = os.fstat(file.fileno())

@@ -15,7 +15,7 @@ expert.
 Measured on one expert of a unit and on up to LADDER_ROWS of its rows, because that costs next to
 nothing; nothing here takes part in the result.
 
-Legend: N experts, O out, I in, R sampled rows.
+Legend: N experts, O out, I in, R sampled rows, G scale groups (I/16).
 """
 
 from collections.abc import Sequence
@@ -52,7 +52,14 @@ class Ladder:
         self, side: str, weight_NOI: Tensor, solution: Solution, curvature: Sequence[Curvature]
     ) -> Solution:
         """Note the steps up to the solver's last; returns the solution without its start, which
-        takes memory and has served."""
+        takes memory and has served.
+
+        Args:
+            side: "gate_up" or "down".
+            weight_NOI: the originals of all experts.
+            solution: of all experts.
+            curvature: that the solver worked with, one an expert.
+        """
         n = self.position
         self.note(
             DENSE,
@@ -75,6 +82,13 @@ class Ladder:
     def refined(
         self, side: str, weight_NOI: Tensor, solution: Solution, curvature: Sequence[Curvature]
     ) -> None:
+        """Note the step of refinement.
+
+        Args:
+            side, weight_NOI: as `solved` takes them.
+            solution: with the refined codes.
+            curvature: one an expert; for down from behind the refined gate and up.
+        """
         n = self.position
         self.note(REFINED, side, weight_NOI, solution.values_NOI[n : n + 1], curvature)
 
@@ -86,6 +100,13 @@ class Ladder:
         values_1OI: Tensor,
         curvature: Sequence[Curvature],
     ) -> None:
+        """Measure one step of one side for the expert that is looked at.
+
+        Args:
+            step: its name.
+            side, weight_NOI, curvature: as `solved` takes them.
+            values_1OI: that expert's weights after the step, decoded.
+        """
         own, w_OI, q_OI = curvature[self.position], weight_NOI[self.position], values_1OI[0]
         weighted = None
         if own.output_hessian_OO is not None:
@@ -140,10 +161,13 @@ def linear_error(
     metric_OO: Tensor | None,
     rows: int = LADDER_ROWS,
 ) -> float:
-    """E (W h - Q h')^T G (W h - Q h') / E (W h)^T G (W h), from moments; G is the identity where
-    `metric_OO` is None.
+    """E (W h - Q h')^T G (W h - Q h') / E (W h)^T G (W h), from moments.
 
     Args:
+        w_OI: W, the original.
+        q_OI: Q, quantized and decoded.
+        curvature: moments of h and h'; without cross moments h' stands for both.
+        metric_OO: G; None for the identity.
         rows: at most so many, evenly spaced, stand for the outer sum over rows; with all of them
             the value is exact.
     Cost: R O I + R I^2 multiply-adds for each of a few products.

@@ -3,8 +3,8 @@
 An expert with few tokens borrows from its layer: its moments are shrunk towards those of a sample
 of all the layer's tokens, the more the fewer it has.
 
-Legend: N experts of the unit, T tokens, K experts a token, H hidden size, F intermediate size, I
-either of the two.
+Legend: N experts of the unit, T tokens, K experts a token, E (token, expert) pairs, R those of one
+expert, H hidden size, F intermediate size, Z = 2 F (gate, then up), I, O in and out of a linear.
 """
 
 from collections.abc import Iterator
@@ -52,12 +52,9 @@ DEVICE_SHARE = 0.3  # of a GPU's memory for routed tokens, those of units read a
 
 @dataclass(slots=True)
 class Curvature:
-    """Second moments of one expert's linear. `tokens` counts its own routed tokens, `shrinkage` is
-    the layer's weight in `hessian_II`.
-
-    For down: `cross_II` = mean of (original intermediate)^T (compressed one), `energy_II` that of
-    the originals. `output_hessian_OO`: G, where gradients are used.
-    """
+    """Second moments of one expert's linear. `tokens`: its own routed ones; `shrinkage`: the
+    layer's weight in `hessian_II`. For down: `cross_II` = mean of (original intermediate)^T
+    (compressed one), `energy_II` that of the originals. `output_hessian_OO`: G, with gradients."""
 
     hessian_II: Tensor
     tokens: int
@@ -68,8 +65,7 @@ class Curvature:
 
 
 class StoredSlice(NamedTuple):
-    """The tokens of one expert in one part: x as stored, router weights, and delta as stored where
-    gradients are used."""
+    """One expert's tokens in one part, as stored, with router weights; delta with gradients."""
 
     position: int
     x: TokenRows
@@ -95,8 +91,7 @@ class LayerRows(NamedTuple):
 
 
 class LayerSample(NamedTuple):
-    """Some tokens of the whole layer, whatever experts they went to; router_T is the root mean
-    square of a token's router weights."""
+    """Tokens of the whole layer. router_T: root mean square of a token's router weights."""
 
     x_TH: Tensor
     router_T: Tensor
@@ -109,8 +104,7 @@ class RoutedTokens:
     One pass over the layer's parts takes both. The tokens are kept as stored: on a GPU where they
     fit the unit's share of DEVICE_SHARE, else in memory, and where they pass the unit's share of
     GATHERED_BYTES in a mapped file of this node. `gathered` is None where its disk has no room:
-    then every pass reads the layer's parts again.
-    """
+    then every pass reads the layer's parts again."""
 
     def __init__(self, context: StageContext, unit: WorkUnit, scales: LayerScales) -> None:
         self.context, self.unit, self.scales = context, unit, scales
@@ -166,8 +160,7 @@ class RoutedTokens:
         )
 
     def routed(self, part: dict[str, Tensor], room: Room) -> Iterator[StoredSlice]:
-        """Slices of a part, one for every expert that has tokens in it. Only their rows of hidden
-        and delta are read."""
+        """Slices of a part, one for every expert with tokens in it; only their rows are read."""
         hidden = of_columns(part, "hidden")
         delta = of_columns(part, "delta") if self.settings.output_curvature else None
         ids_TK, router_E = part["expert_ids"], part["router_weights"].reshape(-1)
@@ -210,8 +203,7 @@ class RoutedTokens:
         return global_scale if self.settings.activation_quantization else 1.0
 
     def quantized(self, values: Tensor, global_scale: float) -> Tensor:
-        """Values as the kernel will see them (compression.activation_quantization), else as they
-        are."""
+        """Values as the kernel sees them: quantized if compression.activation_quantization."""
         if not self.settings.activation_quantization:
             return values
         return quantize_activations(values, global_scale, self.settings.activation_group)
@@ -223,8 +215,7 @@ def take(room: Room, rows_R: Tensor, source: Tensor) -> Tensor:
 
 @dataclass(slots=True)
 class OutputSide:
-    """G of every expert, and the token weights of every slice in the order of RoutedTokens; G is
-    None where gradients are not used."""
+    """G of every expert, None without gradients; token weights of every slice, in order."""
 
     gate_up: list[Tensor | None]
     down: list[Tensor | None]
@@ -311,8 +302,7 @@ def token_weights(
 
 
 def gate_up_curvature(tokens: RoutedTokens, side: OutputSide) -> tuple[list[Curvature], float]:
-    """H of every expert's quantized inputs, shrunk towards the layer's; and the share of input
-    values clipped."""
+    """H of every expert's quantized inputs, shrunk towards the layer's; share of values clipped."""
     scale, sample_TH = tokens.scales.gate_up, tokens.sample.x_TH
     hidden = sample_TH.shape[1]
     own = [SecondMoment.zeros(hidden, sample_TH.device) for _ in tokens.unit.experts]
@@ -344,7 +334,12 @@ def down_curvature(
     tokens: RoutedTokens, side: OutputSide, originals: list[ExpertWeights], gate_up_NOI: Tensor
 ) -> tuple[list[Curvature], float]:
     """Moments of the intermediates: compressed-and-quantized ones (hessian), original times those
-    (cross), originals (energy)."""
+    (cross), originals (energy); and the share of compressed ones clipped.
+    Args:
+        tokens, side: as gate_up_curvature takes them.
+        originals: one an expert of the unit.
+        gate_up_NOI: gate above up of the same experts, after compression.
+    """
     size, sample_TH = originals[0].gate_FH.shape[0], tokens.sample.x_TH
     compressed = [
         ExpertWeights(w[:size], w[size:], o.down_HF)
@@ -355,6 +350,11 @@ def down_curvature(
     down_scale = tokens.exact_scale(tokens.scales.down)
 
     def add(moments: list[SecondMoment], n: int, x_TH: Tensor, weights_T: Tensor | None) -> Tensor:
+        """Add tokens to one expert's moments; returns its compressed intermediates.
+        Args:
+            moments: hessian, cross and energy.
+            n, x_TH, weights_T: the expert's position, its inputs, their weights (None: all 1).
+        """
         with tensor_float_32():
             h_TF = intermediate(x_TH, originals[n])
             raw_TF = intermediate(tokens.quantized(x_TH, tokens.scales.gate_up), compressed[n])
@@ -387,8 +387,12 @@ def down_curvature(
 
 
 def shrinkage(tokens: RoutedTokens, num_tokens: int, in_features: int, half_tokens: float) -> float:
-    """Weight of the layer's statistics for an expert that saw `num_tokens` (see
-    GATE_UP_HALF_TOKENS)."""
+    """Weight of the layer's statistics in an expert's (see GATE_UP_HALF_TOKENS).
+    Args:
+        tokens: of the unit; only the settings are looked at.
+        num_tokens, in_features: tokens that the expert saw, inputs of its linear.
+        half_tokens: tokens per input at which both weigh the same.
+    """
     per_input = num_tokens / in_features
     if not SOLVERS[tokens.settings.solver].uses_model_loss and per_input >= MIN_TOKENS_PER_INPUT:
         return 0.0

@@ -1,5 +1,8 @@
 """Refinement of a unit: gathers each expert's tokens and hands them, with the solved linears, to
-numerics.refine."""
+numerics.refine.
+
+Legend: N experts of the unit, T tokens of one expert, O outputs, I inputs, H hidden size.
+"""
 
 import torch
 from torch import Tensor
@@ -23,7 +26,15 @@ def refine_experts(
     curvature: list[Curvature],
 ) -> Refined:
     """Refine all experts of a unit together, in down's G (the identity where gradients are not
-    used). originals: gate above up, and down, of all experts."""
+    used).
+
+    Args:
+        tokens: of the unit, with the settings and input scales that count.
+        side: of the same tokens; its weights for down are used.
+        originals: gate above up (N, 2 F, H), and down (N, H, F), of all experts.
+        gate_up, down: the solved linears of all experts.
+        curvature: of down, one an expert.
+    """
     settings = tokens.settings
     gate_up_NOI, down_NOI = originals
     num_experts, hidden, size = down_NOI.shape
@@ -59,7 +70,15 @@ def refine_experts(
 def gather_tokens(
     tokens: RoutedTokens, side: OutputSide, num_experts: int, hidden: int
 ) -> list[ExpertTokens]:
-    """The first MAX_TOKENS tokens of every expert as they are stored, in the plan's order."""
+    """The first MAX_TOKENS tokens of every expert as they are stored, in the plan's order.
+
+    Args:
+        tokens: of the unit.
+        side: of the same tokens; its weights for down are taken.
+        num_experts: of the unit.
+        hidden: hidden size, of the empty rows where the unit has no token.
+    Returns: one entry an expert, on the context's device.
+    """
     device = tokens.context.device
     none = TokenRows(torch.zeros(0, hidden, device=device))
     slices: list[list[tuple[TokenRows, Tensor]]] = [[] for _ in range(num_experts)]

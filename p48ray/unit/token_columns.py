@@ -3,6 +3,8 @@ with their scales.
 
 And rooms for rows that a unit takes out of parts: in memory, in a file of the node, on a GPU. Parts
 are mapped, so only those rows are read.
+
+Legend: T tokens, H values of a token, G blocks of a row (H/16), R rows that are taken.
 """
 
 import logging
@@ -71,8 +73,7 @@ class Spill:
         Args:
             num_bytes: of all tensors.
             folder: where; None: the system's for temporary files.
-        Raises: OSError when the disk has
-            no room.
+        Raises: OSError when the disk has no room.
         """
         with tempfile.TemporaryFile(dir=folder) as file:
             # a full disk is an error here, and a killed process later
