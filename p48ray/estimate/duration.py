@@ -233,13 +233,13 @@ def stream_seconds(plan: RunPlan, moved: Bytes, flops: float, rates: Rates) -> f
     return rates.stream_begin_s + max(flops * share / rates.stream_flops, written, read, hashed)
 
 
-def fetch_seconds(plan: RunPlan, layout_tokens: float, moved: Bytes, rates: Rates) -> float:
+def fetch_seconds(plan: RunPlan, unit_tokens: float, moved: Bytes, rates: Rates) -> float:
     """What one worker needs for one unit, without what waits for a shared link: hashing its share
     of parts from afar (who wrote near ones hashed them), gathering rows, experts from near.
 
     Args:
         plan, moved, rates: as for `times`.
-        layout_tokens: routed tokens of the unit.
+        unit_tokens: routed tokens of the unit.
     """
     is_hashed_by_writers = is_near(plan.config.run.root, plan.config.run.root_is_shared)
     hashed = (
@@ -247,7 +247,7 @@ def fetch_seconds(plan: RunPlan, layout_tokens: float, moved: Bytes, rates: Rate
     )
     return (
         hashed / rates.hash_bytes
-        + layout_tokens * moved.routed_token / rates.gather_bytes
+        + unit_tokens * moved.routed_token / rates.gather_bytes
         + moved.unit_experts / rates.near_read
     )
 

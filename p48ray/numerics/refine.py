@@ -316,10 +316,10 @@ class _Refinement:
         best = [linear.latent_NK.clone() for linear in self.linears]
         frozen_N = torch.tensor(self.is_frozen, device=best_N.device)
         interval = max(1, steps // CHECKS)
-        drawn_STN = self.tokens.draw(steps)
+        drawn_SNT = self.tokens.draw(steps)
         for step in range(1, steps + 1):
             rate = 0.1 + 0.45 * (1 + math.cos(math.pi * (step - 1) / steps))
-            gradients = self.loss.gradients(self.tokens.batch(drawn_STN[step - 1]), self.grids())
+            gradients = self.loss.gradients(self.tokens.batch(drawn_SNT[step - 1]), self.grids())
             for linear, gradient, scale in zip(
                 self.linears, gradients, self.gradient_scales, strict=True
             ):

@@ -1,5 +1,5 @@
 """A function over many items as Ray tasks, for commands that need no more of a cluster than that:
-publishing, verifying.
+publishing, verifying, converting.
 
 What becomes of a task that fails:
     a user's mistake        ends everything

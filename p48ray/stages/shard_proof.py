@@ -240,7 +240,7 @@ def compare_rows(
         yield f"{shard.name}: {name}: missing"
     for name in sorted(found.keys() - planned.keys()):
         yield f"{shard.name}: {name}: not planned"
-    for name in planned.keys() & found.keys():
+    for name in sorted(planned.keys() & found.keys()):
         if planned[name] != (found[name].dtype, tuple(found[name].shape)):
             yield (
                 f"{shard.name}: {name}: expected {planned[name]}, found"

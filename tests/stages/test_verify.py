@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from p48ray.checkpoint.header import TensorEntry
 from p48ray.config.load import load_config
 from p48ray.errors import P48Error, ShardCorruptError
 from p48ray.finished.verifier import verify_folder
@@ -18,6 +19,7 @@ from p48ray.run import run_root
 from p48ray.run.manifest import CheckpointManifest, ShardVerdict
 from p48ray.stages.index_proof import check_index
 from p48ray.stages.prepare import prepare
+from p48ray.stages.shard_proof import compare_rows
 from p48ray.stages.verify import verify_and_record
 from p48ray.store import LocalStore, MemoryStore
 from p48ray.store.view import SubStore
@@ -292,3 +294,15 @@ def test_verification_reads_and_changes_nothing(finished: SmallRun, clean: Folde
     store = clean.store()
     verify_folder(store, LocalStore(finished.source))
     assert {info.key: store.get(info.key) for info in store.list()} == clean.files
+
+
+def test_findings_have_an_order_of_their_own(finished: SmallRun) -> None:
+    """A set's order changes from process to process, and verdicts are compared."""
+    shard = finished.prepared.shards[0]
+    rows = [(f"{n:02}", "U8", (2,)) for n in range(20)]
+    found = {
+        name: TensorEntry(name=name, file=shard.name, dtype="U8", shape=(3,), start=0, num_bytes=3)
+        for name, _, _ in reversed(rows)
+    }
+    problems = list(compare_rows(shard, rows, found))
+    assert len(problems) == 20 and problems == sorted(problems)
