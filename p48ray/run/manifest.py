@@ -11,6 +11,16 @@ from p48ray.run.run_root import BlobKind
 MANIFEST_FILE = "p48ray.json"
 """Of a finished checkpoint, beside its weights."""
 
+Phase = Literal[
+    "fetch",  # what nothing was computed in, while experts and tokens came
+    "curvature",  # H and G of gate-up, then of down
+    "solve",  # both solvers' calls
+    "ladder",  # the error after each step
+    "refine",  # the three linears together
+    "describe",  # records, and tensors in the form of the shard
+]
+"""What a unit's seconds are spent on, in order."""
+
 Outcome = Literal["solved", "one_shot", "round_to_nearest"]
 
 
@@ -164,7 +174,7 @@ class UnitManifest(Record):
     )
     clipped_input_share: float
     clipped_intermediate_share: float
-    seconds: dict[str, float]
+    seconds: dict[str, float] = Field(description="By Phase; writing the shard is in none.")
     peak_gpu_bytes: dict[str, int] = Field(
         default_factory=dict, description="Largest allocated GPU memory by phase; empty on a CPU."
     )

@@ -34,7 +34,7 @@ from p48ray.numerics.relative_errors import relative_output_error, relative_weig
 from p48ray.numerics.solution import Solution, SolverSettings
 from p48ray.numerics.solvers import SOLVERS, solve
 from p48ray.run import run_root
-from p48ray.run.manifest import LadderStep, LayerScales, LinearRecord, UnitManifest
+from p48ray.run.manifest import LadderStep, LayerScales, LinearRecord, Phase, UnitManifest
 from p48ray.run.output_layout import unit_bytes, unit_rows
 from p48ray.run.plan import WorkUnit
 from p48ray.unit.compute_lock import idle_seconds
@@ -64,7 +64,7 @@ class Clock:
     peak_gpu_bytes: dict[str, int] = field(default_factory=dict)
 
     @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
+    def phase(self, name: Phase) -> Iterator[None]:
         is_gpu, start = self.device.type == "cuda", time.perf_counter()
         if is_gpu:
             torch.cuda.reset_peak_memory_stats(self.device)
