@@ -491,7 +491,7 @@ def measure_driver(prepared: Prepared, fleet: Fleet, costs: Costs) -> dict[str, 
     start = time.process_time()
     build_report(whole.context, read_units(whole), whole.shards, None, {})
     facts |= {"report_s": time.process_time() - start, "peak_bytes": peak_bytes()}
-    facts["row_bytes"] = sum(info.size_bytes for info in MemoryStore.list(store))
+    facts["stored_bytes"] = sum(info.size_bytes for info in MemoryStore.list(store))
     start = time.process_time()
     keys = {info.key for info in store.list(run_root.UNITS)}
     len({run_root.unit_manifest(u.id) for u in whole.plan.units} & keys)
@@ -585,7 +585,7 @@ def assumptions(args: argparse.Namespace, c: Costs) -> list[str]:
     return [
         (
             f"A unit takes {c.loop_s:.0f} s of launches and {c.product_s:.0f} s of products at the"
-            f" mean {c.mean_load:,.0f} routed tokens (estimate_time.py's figures of one H100)."
+            f" mean {c.mean_load:,.0f} routed tokens (estimate/duration.py's figures of one H100)."
             f" Tokens per expert: lognormal popularity, sigma {POPULARITY_SIGMA}, not measured."
         ),
         (
@@ -670,7 +670,7 @@ def driver_lines(d: dict[str, Any]) -> list[str]:
     asked, run = d["resume_counts"], d["run_counts"]
     mb = {
         key: f"{d[key] / 1e6:.0f} MB"
-        for key in ("prepare_peak_bytes", "run_peak_bytes", "peak_bytes", "row_bytes")
+        for key in ("prepare_peak_bytes", "run_peak_bytes", "peak_bytes", "stored_bytes")
     }
     lines = [
         (
@@ -680,7 +680,7 @@ def driver_lines(d: dict[str, Any]) -> list[str]:
         ),
         (
             f"Peak RSS: {mb['prepare_peak_bytes']} after planning, {mb['run_peak_bytes']} after"
-            f" compress, {mb['peak_bytes']} with the report; {mb['row_bytes']} of it are the"
+            f" compress, {mb['peak_bytes']} with the report; {mb['stored_bytes']} of it are the"
             " store's objects, which a bucket holds elsewhere."
         ),
         (

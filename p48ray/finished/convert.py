@@ -38,10 +38,11 @@ from p48ray.run.manifest import MANIFEST_FILE, CheckpointManifest
 from p48ray.run.output_layout import unit_tensor_names
 from p48ray.run.records import Record
 from p48ray.stages.index_proof import check_index_files
-from p48ray.stages.verify import LISTED_PROBLEMS
 from p48ray.store.base import ByteRange, Piece, Store
 
 NOTE_FILE = "p48ray-convert.json"
+
+LISTED_REFUSALS = 5  # in one line
 
 
 class ConversionNote(Record):
@@ -156,12 +157,12 @@ def refuse(checkpoint: Store, problems: list[str]) -> None:
     """Raises: ShardCorruptError where there are any."""
     if problems:
         more = (
-            f" (and {len(problems) - LISTED_PROBLEMS} more)"
-            if len(problems) > LISTED_PROBLEMS
+            f" (and {len(problems) - LISTED_REFUSALS} more)"
+            if len(problems) > LISTED_REFUSALS
             else ""
         )
         raise ShardCorruptError(
-            f"{checkpoint.uri}: can not be converted: {'; '.join(problems[:LISTED_PROBLEMS])}{more}"
+            f"{checkpoint.uri}: can not be converted: {'; '.join(problems[:LISTED_REFUSALS])}{more}"
         )
 
 

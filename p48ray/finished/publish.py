@@ -27,7 +27,7 @@ from p48ray.finished.branch import Hub, Target, uploaded_shard
 from p48ray.finished.survey import check_files
 from p48ray.run import run_root
 from p48ray.run.manifest import MANIFEST_FILE, CheckpointManifest, PublishedShard, ShardVerdict
-from p48ray.stages.index_proof import check_index_files
+from p48ray.stages.index_proof import check_index_files, check_strangers
 from p48ray.stages.verify import LISTED_PROBLEMS
 from p48ray.store import retry
 from p48ray.store.base import Store
@@ -84,6 +84,12 @@ def read_release(store: Store) -> Release:
         raise ConfigError(
             f"{checkpoint.uri}: not complete and verified; run jobs/compress.py to its"
             f" end\n{listed}{rest}"
+        )
+    if strangers := check_strangers(checkpoint, manifest):
+        listed = "\n".join(f"  {p}" for p in strangers[:LISTED_PROBLEMS])
+        raise ConfigError(
+            f"{checkpoint.uri}: {len(strangers)} files that the job did not make; nothing was"
+            f" sent\n{listed}"
         )
     files = {name: checkpoint.get(name) for name in sizes if name not in shards}
     return Release(manifest, {shard: sizes[shard] for shard in shards}, files)

@@ -9,14 +9,25 @@ from dataclasses import dataclass, replace
 
 from p48ray.checkpoint.families import describe_model
 from p48ray.checkpoint.header import TensorEntry, parse_header, read_header_bytes
-from p48ray.checkpoint.index import CONFIG_FILE, HEADER_THREADS, CheckpointIndex, open_checkpoint
+from p48ray.checkpoint.index import (
+    CONFIG_FILE,
+    HEADER_THREADS,
+    CheckpointIndex,
+    open_checkpoint,
+)
 from p48ray.checkpoint.layout import EXPERT_NAME, PROJECTIONS, ModelLayout
 from p48ray.checkpoint.sparse_storage import KEPT, PACKED, Storage, linear_form, storage_of
 from p48ray.errors import ConfigError, ShardCorruptError
 from p48ray.run.manifest import MANIFEST_FILE, CheckpointManifest
 from p48ray.run.output_layout import OutputShard, plan_output, unit_tensor_names
 from p48ray.run.plan import WorkUnit, plan_units, ranges
-from p48ray.stages.index_proof import check_index, check_index_files, compare_index
+from p48ray.stages.index_proof import (
+    WEIGHT_SUFFIX,
+    check_index,
+    check_index_files,
+    check_strangers,
+    compare_index,
+)
 from p48ray.stages.shard_proof import DAMAGE, Promise, header_digest
 from p48ray.store.base import Store
 
@@ -76,7 +87,7 @@ def survey_checkpoint(checkpoint: Store, source: Store | None) -> Survey:
     manifest = read_manifest(checkpoint)
     storage = announced_storage(checkpoint)
     sizes = {
-        info.key: info.size_bytes for info in checkpoint.list() if info.key.endswith(".safetensors")
+        info.key: info.size_bytes for info in checkpoint.list() if info.key.endswith(WEIGHT_SUFFIX)
     }
     problems, checks = (
         survey_alone(checkpoint, manifest, sizes, storage)
@@ -91,7 +102,9 @@ def survey_checkpoint(checkpoint: Store, source: Store | None) -> Survey:
         checks=tuple(checks),
         problems=tuple(problems),
         file_problems=(
-            tuple(check_files(checkpoint, manifest)) if checks or source is None else ()
+            (*check_files(checkpoint, manifest), *check_strangers(checkpoint, manifest))
+            if checks or source is None
+            else ()
         ),  # another source's: nothing else is said
     )
 

@@ -1,13 +1,17 @@
-"""What the index and config.json of a checkpoint say, against its shards."""
+"""What the index and config.json of a checkpoint say, against its shards; and what else lies
+there."""
 
 import json
 import re
 from collections.abc import Mapping
 
-from p48ray.checkpoint.index import CONFIG_FILE, INDEX_FILE
+from p48ray.checkpoint.index import CARD_FILE, CONFIG_FILE, INDEX_FILE
 from p48ray.checkpoint.layout import ModelLayout
+from p48ray.run.manifest import MANIFEST_FILE, CheckpointManifest
 from p48ray.run.output_layout import OutputShard, shard_rows
 from p48ray.store.base import Store
+
+WEIGHT_SUFFIX = ".safetensors"
 
 
 def check_index(
@@ -82,3 +86,15 @@ def check_config(config: dict) -> list[str]:
         if isinstance(value, dict) and "quantization_config" in value:
             problems.append(f"config.json: {key}.quantization_config: left over from the source")
     return problems
+
+
+def check_strangers(checkpoint: Store, manifest: CheckpointManifest) -> list[str]:
+    """Files that no manifest names: nobody verified them, and a loader may run what they hold.
+    Weight files are the index's to name; the card is for people to edit."""
+    known = {*manifest.file_sha256, *manifest.header_sha256, MANIFEST_FILE, CARD_FILE}
+    found = sorted(info.key for info in checkpoint.list())
+    return [
+        f"{name}: not in {MANIFEST_FILE}, so nobody made or verified it; move it out of the folder"
+        for name in found
+        if name not in known and not name.endswith(WEIGHT_SUFFIX)
+    ]

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from p48ray.errors import VerificationError
 from p48ray.run import run_root
 from p48ray.run.cleanup import delete_unit_shards
-from p48ray.run.manifest import ShardVerdict, UnitManifest
+from p48ray.run.manifest import MANIFEST_FILE, CheckpointManifest, ShardVerdict, UnitManifest
 from p48ray.run.output_layout import OutputShard, shard_rows
 from p48ray.run.plan import WorkUnit
 from p48ray.stages.final_files import finish_checkpoint
-from p48ray.stages.index_proof import check_index
+from p48ray.stages.index_proof import check_index, check_strangers
 from p48ray.stages.shard_proof import Promise, verify_shard
 from p48ray.stages.tasks import Task
 from p48ray.store.view import SubStore
@@ -63,6 +63,14 @@ def verify_and_record(context: StageContext, shard: OutputShard) -> None:
     context.store.put(run_root.shard_verdict(shard.name), verdict.to_json())
 
 
+def check_folder(context: StageContext, shards: tuple[OutputShard, ...]) -> list[str]:
+    """What lies beside the shards: the index, and nothing that no manifest names."""
+    checkpoint = SubStore(context.store, run_root.CHECKPOINT)
+    manifest = CheckpointManifest.load(checkpoint, MANIFEST_FILE)
+    problems = check_index(checkpoint, shards, context.layout)
+    return problems + check_strangers(checkpoint, manifest)
+
+
 def finish_verification(
     context: StageContext, shards: tuple[OutputShard, ...], units: Sequence[UnitManifest]
 ) -> None:
@@ -78,7 +86,7 @@ def finish_verification(
     ]
     if not problems:
         finish_checkpoint(context, shards, verdicts, units)
-        problems += check_index(SubStore(store, run_root.CHECKPOINT), shards, context.layout)
+        problems += check_folder(context, shards)
     if problems:
         listed = "\n".join(f"  {p}" for p in problems[:LISTED_PROBLEMS])
         unlisted = len(problems) - LISTED_PROBLEMS

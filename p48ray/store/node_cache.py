@@ -39,7 +39,7 @@ FREE_SHARE = 0.5
 REMOVE_TIMEOUT_S = 2.0
 REMOVE_PAUSE_S = 0.02
 
-_ALIVE = "in-use"
+_ALIVE, _GONE = "in-use", ".gone"
 
 
 class NodeCache:
@@ -169,7 +169,13 @@ def node_folder(base: str | None, node: str) -> Path:
 def sweep_unused(base: str | None) -> int:
     """Remove caches that killed processes left on this node. Returns how many."""
     folders = Path(base or tempfile.gettempdir()).glob(f"{FOLDER_PREFIX}*")
-    return sum(sweep(folder) for folder in folders if (folder / _ALIVE).exists())
+    removed = 0
+    for folder in folders:
+        if folder.name.endswith(_GONE):  # whoever removed it was killed
+            shutil.rmtree(folder, ignore_errors=True)
+        elif (folder / _ALIVE).exists():
+            removed += sweep(folder)
+    return removed
 
 
 def sweep(folder: Path) -> bool:
@@ -185,13 +191,19 @@ def sweep(folder: Path) -> bool:
         return False
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not os.path.samestat(os.fstat(descriptor), os.stat(folder / _ALIVE)):
+            return False  # the one that was opened is gone, and somebody has joined anew
+        # aside first: whoever joins while files go finds no half of a folder
+        gone = folder.with_name(f"{folder.name}.{os.getpid()}{_GONE}")
+        os.rename(folder, gone)
     except BlockingIOError:
         return False
-    else:
-        shutil.rmtree(folder, ignore_errors=True)
+    except FileNotFoundError:
         return True
     finally:
         os.close(descriptor)
+    shutil.rmtree(gone, ignore_errors=True)
+    return True
 
 
 def reserve_file(path: Path, num_bytes: int) -> None:

@@ -48,7 +48,7 @@ def in_the_repository(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     long."""
     monkeypatch.setenv("PYTHONPATH", str(REPO))
     monkeypatch.setenv("P48RAY_GRACE_S", "1")
-    monkeypatch.setattr(ray_server, "POLL_S", 0.1)
+    monkeypatch.setattr(ray_server, "HEALTH_POLL_S", 0.1)
     yield
 
 

@@ -152,6 +152,19 @@ def test_a_commit_that_is_never_taken_ends_with_1(root: Path, hub: Hub) -> None:
     assert set(published(hub)) == set()
 
 
+@pytest.mark.parametrize("name", [".env", "modeling_more.py", "weights.bin", "more/notes.md"])
+def test_what_the_job_did_not_make_is_refused_by_name(root: Path, hub: Hub, name: str) -> None:
+    stranger = root / "checkpoint" / name
+    stranger.parent.mkdir(exist_ok=True)
+    stranger.write_bytes(b"whatever")
+    outcome = invoke_publish(root, hub)
+    assert outcome.code == 2, outcome
+    assert f"{name}: not in p48ray.json" in outcome.err and "nothing was sent" in outcome.err
+    assert not hub.received
+    stranger.unlink()
+    assert invoke_publish(root, hub).code == 0
+
+
 def test_a_card_that_was_edited_is_a_commit_of_the_card_alone(root: Path, hub: Hub) -> None:
     invoke_publish(root, hub)
     card = root / "checkpoint" / "README.md"

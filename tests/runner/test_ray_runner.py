@@ -114,9 +114,9 @@ class TwoAtOnceKillingRunner(RayRunner):
     killed: ClassVar[list[Task]]
     handed: ClassVar[list[tuple[Task, list[Task]]]]
 
-    def hand(self, worker: Worker, task: Task) -> None:
+    def assign(self, worker: Worker, task: Task) -> None:
         self.handed.append((task, self.assigned().get(worker, [])))
-        super().hand(worker, task)
+        super().assign(worker, task)
 
     def assign_ahead(self, waiting: Dispatcher, assigned: Mapping[Worker, Sequence[Task]]) -> None:
         super().assign_ahead(waiting, assigned)

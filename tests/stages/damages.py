@@ -235,6 +235,12 @@ DAMAGES: dict[str, Damage] = {
     "extra shard that is no safetensors file": Damage(
         lambda f: f.with_file(EXTRA_FILE, b"abc"), (EXTRA_FILE,)
     ),
+    "code that nobody made": Damage(
+        lambda f: f.with_file("modeling_more.py", b"import os"), ("modeling_more.py", "nobody made")
+    ),
+    "a pickle": Damage(lambda f: f.with_file("extra.bin", b"abc"), ("extra.bin", "nobody made")),
+    "a dot file": Damage(lambda f: f.with_file(".env", b"A=b"), (".env", "nobody made")),
+    "a folder": Damage(lambda f: f.with_file("more/a.json", b"{}"), ("more/a.json", "nobody made")),
     "shard gone": Damage(lambda f: f.without_file(SHARD_2), (SHARD_2,)),
     "shard truncated": Damage(with_shard(lambda data: data[:-10]), (SHARD_2, "truncated")),
     "shard truncated in its header": Damage(

@@ -17,12 +17,10 @@ from p48ray.finished.verifier import verify_folder
 from p48ray.finished.verify_checkpoint import CheckpointVerdict
 from p48ray.run import run_root
 from p48ray.run.manifest import CheckpointManifest, ShardVerdict
-from p48ray.stages.index_proof import check_index
 from p48ray.stages.prepare import prepare
 from p48ray.stages.shard_proof import compare_rows
-from p48ray.stages.verify import verify_and_record
+from p48ray.stages.verify import check_folder, verify_and_record
 from p48ray.store import LocalStore, MemoryStore
-from p48ray.store.view import SubStore
 from tests.checkpoint.tiny_variants import flat_names, load_tiny, plain_experts, write_folder
 from tests.conftest import REPO, TINY
 from tests.reference import whole_model
@@ -50,9 +48,7 @@ def problems_by_the_job(
         if shard.name in chosen:
             verify_and_record(context, shard)
             problems += ShardVerdict.load(store, run_root.shard_verdict(shard.name)).problems
-    return problems + check_index(
-        SubStore(store, run_root.CHECKPOINT), run.prepared.shards, run.context.layout
-    )
+    return problems + check_folder(context, run.prepared.shards)
 
 
 def verdict_of(run: SmallRun, folder: Folder, with_source: bool) -> CheckpointVerdict:

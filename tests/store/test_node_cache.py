@@ -188,6 +188,34 @@ def test_last_one_out_waits_for_a_process_that_is_being_killed(tmp_path: Path) -
     assert not (tmp_path / "c").exists()
 
 
+def test_folder_that_somebody_joined_anew_is_not_removed_by_who_opened_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between opening the mark and locking it, the folder is removed and made again."""
+    real, lock = module.fcntl.flock, []
+
+    def flock(descriptor: int, how: int) -> None:
+        if how & module.fcntl.LOCK_EX and not lock:
+            lock.append(descriptor)
+            module.shutil.rmtree(tmp_path / "c")
+            lock.append(NodeCache(tmp_path / "c", 10))
+        real(descriptor, how)
+
+    NodeCache(tmp_path / "c", 10)
+    monkeypatch.setattr(module.fcntl, "flock", flock)
+    assert not module.sweep(tmp_path / "c")
+    assert (tmp_path / "c").exists()
+    lock[1].open("a", 1, filler(b"a"))
+
+
+def test_half_of_a_removal_is_swept(tmp_path: Path) -> None:
+    gone = Path(f"{node_folder(str(tmp_path), 'n')}.7.gone")
+    gone.mkdir()
+    (gone / "a").write_bytes(b"a")
+    assert sweep_unused(str(tmp_path)) == 0
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_sweep_removes_what_the_dead_left_and_nothing_that_is_in_use(tmp_path: Path) -> None:
     living = NodeCache(node_folder(str(tmp_path), "living"), 10)
     dead = NodeCache(node_folder(str(tmp_path), "dead"), 10)

@@ -12,8 +12,8 @@ from p48ray.store.s3.multipart import CopySource, MultipartUpload
 
 
 class Composer:
-    """Turns pieces into the parts of one upload; the module's picture shows how. The upload begins
-    with the first full part."""
+    """Turns pieces into the parts of one upload; the picture in `multipart` shows how. The
+    upload begins with the first full part."""
 
     def __init__(
         self,

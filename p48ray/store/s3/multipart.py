@@ -1,5 +1,5 @@
-"""Objects made of parts: multipart uploads, and composing an object from byte ranges that the
-server copies on its side.
+"""Objects made of parts: multipart uploads. `compose` makes them of byte ranges that the server
+copies on its side:
 
     pieces  [header 90 KB][range, 700 MiB, of A          ][2 MiB, of C][range, 900 MiB, of B]
     parts   [1: header + first 5 MiB of A][2..4: rest of A][5: C + first 3 MiB of B][6..9: B]
