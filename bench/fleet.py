@@ -8,7 +8,7 @@
         other measured times, another store
 
 Real: plan and output layout from a header-only checkpoint, `Job.compress` with its `Overlap`,
-`run_all`, `RayRunner` with its `Dispatcher`, attempts and preemptions, needs, collect,
+`run_all`, `RayRunner` with its `Dispatcher`, attempts and preemptions, needs, cleanup,
 `finish_layer`, all records (a UnitManifest of 24 linears a unit), a store in memory. Pretended: the
 module `ray` as `RayRunner` sees it (`SimulatedRay`: a queue of events with a clock), and the
 stages' bodies, which only write the objects that mark work as done.

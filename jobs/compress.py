@@ -1,8 +1,9 @@
 """The main job: compress a checkpoint as a configuration file says. Run the same command again to
 resume.
 
-    python jobs/compress.py --config configs/tiny.yaml ray job submit --working-dir . -- python
-    jobs/compress.py --config configs/tiny.yaml --run-root /abs/path
+    python jobs/compress.py --config configs/tiny.yaml
+    ray job submit --working-dir . -- \\
+        python jobs/compress.py --config configs/tiny.yaml --run-root /abs/path
 
 Exit code 0 only if checkpoint/ is complete and verified; 2 for a mistake in what the user supplied;
 1 otherwise.

@@ -2,8 +2,8 @@
 same command again to resume.
 
     python jobs/evaluate.py --config configs/kimi_k25_p48_nvfp4.yaml --run-root s3://bucket/run
-    python jobs/evaluate.py --config FILE --run-root ROOT --checkpoint ours --server
-    http://host:8000
+    python jobs/evaluate.py --config FILE --run-root ROOT --checkpoint ours \\
+        --server http://host:8000
 
 lm-evaluation-harness asks an OpenAI-compatible server: the one at --server, or one that is started
 for each checkpoint as a Ray actor. The table goes to report.json, report.html and the card. Exit

@@ -2,8 +2,8 @@
 preemptible GPUs.
 
 Folders, from the bottom up; each imports only what stands before it:
-    numerics, kernels    store    config    checkpoint    texts, model    run    estimate
-    unit    stages    report    runner    finished, benchmarks
+    integrations    numerics, kernels    store    config    checkpoint    texts, model    run
+    estimate    unit    stages    report    runner    finished, benchmarks
 Everywhere: errors, trace. Entry points: jobs/, cli and config_page.
 docs/DESIGN.md follows one unit from plan to checkpoint.
 """

@@ -55,7 +55,7 @@ class CorruptObjectError(ShardCorruptError):
 
 
 class TransientStoreError(P48Error):
-    """A store operation failed in a way that a retry may cure. The only error that runners retry.
+    """A store operation failed in a way that a retry may cure. Runners try again.
 
     Arguments: the message; then, where the service said so, the seconds after which it wants to be
     asked again.

@@ -4,11 +4,12 @@ config.
 Belongs here: knowledge of files. Weights are read by range, never a file as a whole.
 
 Read in this order:
-    header, index            a safetensors header; a folder: where every tensor lies
-    families, layout         which family a checkpoint is; every name of an expert follows from it
-    expert_checks            the index holds exactly the experts that the config announces
+    header, index, layout    a safetensors header; a folder: where every tensor lies; every name of
+                             an expert
+    fp8                      linears in blocks of E4M3, read as BF16
+    expert_checks, families  the experts that the config announces are there; which family it is
     tensors, layer_reader    tensors from byte ranges; one layer, mapped where possible
-    decode, fp8              source weights as floats
+    decode                   source weights as floats
     output_config, sparse_storage, storage_stream   what is written, in both storages
     skeleton                 a checkpoint of true size without its weights, for estimates
 

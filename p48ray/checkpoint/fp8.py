@@ -24,7 +24,7 @@ from p48ray.errors import SourceError
 FP8_DTYPE = "F8_E4M3"
 FP8_SCALE_DTYPES = ("F32", "BF16")
 PLAIN_DTYPE = "BF16"
-WEIGHT, SCALE = ".weight", ".weight_scale_inv"
+FP8_WEIGHT, FP8_SCALE = ".weight", ".weight_scale_inv"
 PLAIN_BYTES = 2
 
 
@@ -78,7 +78,7 @@ def as_plain(index: CheckpointIndex, layout: ModelLayout, entry: TensorEntry) ->
         return None
     if layout.fp8_block is None:
         return entry
-    if entry.name.endswith(SCALE):
+    if entry.name.endswith(FP8_SCALE):
         return None
     return (
         Fp8Weight(entry, index.tensors[scale_name(entry.name)], layout.fp8_block)
@@ -88,7 +88,7 @@ def as_plain(index: CheckpointIndex, layout: ModelLayout, entry: TensorEntry) ->
 
 
 def scale_name(name: str) -> str:
-    return name.removesuffix(WEIGHT) + SCALE
+    return name.removesuffix(FP8_WEIGHT) + FP8_SCALE
 
 
 def scale_shape(shape: tuple[int, int], block: tuple[int, int]) -> tuple[int, int]:
@@ -104,14 +104,14 @@ def check_fp8(index: CheckpointIndex, text_config: Mapping[str, Any]) -> tuple[i
         form that can be read.
     """
     eights = [entry for entry in index.tensors.values() if entry.dtype.startswith("F8")]
-    scales = [entry for name, entry in index.tensors.items() if name.endswith(SCALE)]
+    scales = [entry for name, entry in index.tensors.items() if name.endswith(FP8_SCALE)]
     if not eights and not scales:
         return None
     block = fp8_block(index.config, text_config, (eights or scales)[0])
     for entry in eights:
         _check_weight(index, entry, block)
     for entry in scales:
-        weight = entry.name.removesuffix(SCALE) + WEIGHT
+        weight = entry.name.removesuffix(FP8_SCALE) + FP8_WEIGHT
         if weight not in index.tensors or index.tensors[weight].dtype != FP8_DTYPE:
             found = index.tensors[weight].dtype if weight in index.tensors else "none"
             raise SourceError(
@@ -123,9 +123,9 @@ def check_fp8(index: CheckpointIndex, text_config: Mapping[str, Any]) -> tuple[i
 
 def _check_weight(index: CheckpointIndex, entry: TensorEntry, block: tuple[int, int]) -> None:
     where = f"{entry.file}: tensor {entry.name}"
-    if entry.dtype != FP8_DTYPE or not entry.name.endswith(WEIGHT) or len(entry.shape) != 2:
+    if entry.dtype != FP8_DTYPE or not entry.name.endswith(FP8_WEIGHT) or len(entry.shape) != 2:
         raise SourceError(
-            f"{where}: expected FP8 in matrices called {WEIGHT}, as {FP8_DTYPE}, found"
+            f"{where}: expected FP8 in matrices called {FP8_WEIGHT}, as {FP8_DTYPE}, found"
             f" {entry.dtype} {list(entry.shape)}"
         )
     scale = index.tensors.get(scale_name(entry.name))

@@ -1,7 +1,7 @@
 """What a plan will cost before it is run. Arithmetic on a plan; nothing is measured on the spot.
 
-Belongs here: hours, bytes and memory as functions of a plan, with every measured rate and every
-fitted factor in one record.
+Belongs here: hours, bytes and memory as functions of a plan. Every measured rate is a field of
+`Rates`, every count of copies fitted to measured peaks a constant of `memory`.
 
 Read in this order:
     plan_cost   the whole: bytes read, written and stored, time and memory

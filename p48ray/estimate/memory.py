@@ -24,12 +24,9 @@ WAVE_TOKENS = 2**18
 """Tokens that a streaming worker takes through a layer together, unless one part has more
 (stages.streaming)."""
 WAVE_COPIES = 6  # of (tokens of a wave, hidden)
-PART_COPIES_UP, PART_COPIES_BACK = (
-    1,
-    13,
-    # of (tokens of a part, hidden) on top: 14.2 to 15.6 GB up, 18.0 to 36.3 GB back at 131k tokens,
-    # 4 parts to 1
-)
+# of (tokens of a part, hidden) on top: 14.2 to 15.6 GB forward, 18.0 to 36.3 GB backward at 131k
+# tokens, 4 parts to 1
+PART_COPIES_UP, PART_COPIES_BACK = 1, 13
 WRITES_BEHIND = 2  # blobs of a part's residual that wait to be written
 EXPERT_SLOTS = 10  # packed experts on the device: those on their way, one in use
 # of an expert's weights in float32: until it is solved, and more while it is refined

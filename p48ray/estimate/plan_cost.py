@@ -102,10 +102,10 @@ def estimate(
     streamed = plan.num_streamed_layers / layout.num_layers
     again = layers_run_again(plan)
     # each layer as the source has it, then compressed
-    in_turn = plan.propagates * (plan.layers[-1] + 1) / layout.num_layers
+    layer_by_layer = plan.propagates * (plan.layers[-1] + 1) / layout.num_layers
     mirror = sum(f.size_bytes for f in plan.source.mirror)
     stream_read = round(
-        source * (streamed * min(directions, 2) + again / layout.num_layers + in_turn)
+        source * (streamed * min(directions, 2) + again / layout.num_layers + layer_by_layer)
         + units * plan.propagates
     )
     activations, residuals, gradients = (
@@ -128,7 +128,7 @@ def estimate(
         verified=checkpoint + source * bool(shards),
         num_shards=len(shards),
     )
-    passes = directions * streamed + again / layout.num_layers + 2 * in_turn
+    passes = directions * streamed + again / layout.num_layers + 2 * layer_by_layer
     return Estimate(
         num_tokens=tokens,
         source_bytes=source,
@@ -211,7 +211,8 @@ def peak_stored_bytes(
         )
     if plan.propagates:
         return max(
-            peak_in_turn(plan, boundary, boundaries_back, seen, felt, units), units + checkpoint
+            peak_layer_by_layer(plan, boundary, boundaries_back, seen, felt, units),
+            units + checkpoint,
         )
     layers, workers = len(plan.layers), plan.config.run.num_workers
     most = (
@@ -237,7 +238,7 @@ def peak_stored_bytes(
     return max(most, units + checkpoint)
 
 
-def peak_in_turn(
+def peak_layer_by_layer(
     plan: RunPlan, boundary: int, boundaries_back: int, seen: int, felt: int, units: int
 ) -> int:
     """The same where the run goes layer by layer: first the gradients of all layers, then one

@@ -1,14 +1,15 @@
 """What is done to a finished checkpoint: verified by a stranger, converted, published.
 
-Belongs here: work on a checkpoint folder that needs no run root.
+Belongs here: work on a checkpoint folder. Only publishing asks the run root too, for verdicts, and
+leaves records there.
 
 Read in this order:
     survey                        what a checkpoint announces, before its shards are read
     verify_checkpoint, verifier   every byte against p48ray.json and, where given, the source
     convert, converter            dense to sparse storage and back, without loss
-    publish, publisher            shards to the Hub, then one commit
+    publish, publisher            what the Hub lacks of it, then one commit
     upload, branch                one shard on its way; what is asked of a repository's branch
 
-The first of each pair says what is done to a shard, the second runs it in one process or in many.
+verifier, converter and publisher run what the module beside them says, in one process or in many.
 To add a command: a pair here, a few lines in cli or in jobs/.
 """

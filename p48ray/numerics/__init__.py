@@ -6,7 +6,7 @@ Read in this order (docs/DESIGN.md has the equations):
     activation, products                        what a server does to activations; TF32
     curvature, output_gradients, token_rows     second moments of inputs and of the loss's gradients
     factor                                      the inverse that the column loops read
-    solvers, solution, solver_inputs            the solvers by name; what they take, give and refuse
+    solution, solvers, solver_inputs            what solvers take and give; the solvers by name
     sparsegpt, block_descent, two_sided, code_descent, asymmetric   how they solve
     refine, refine_tokens                       an expert's three linears together
     relative_errors                             what was lost

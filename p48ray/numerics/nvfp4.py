@@ -1,8 +1,9 @@
 """NVFP4 weights: E2M1 codes, one E4M3 scale per scale_group of 16 inputs, one float32 global scale
 per linear.
 
-    w = e2m1(code) * (e4m3(scale) / global) global = 448 * 6 / amax: a DIVISOR, so that the largest
-    scale_group's scale lands on E4M3's largest value
+    w = e2m1(code) * (e4m3(scale) / global)
+    global = 448 * 6 / amax: a DIVISOR, so that the largest scale_group's scale lands on E4M3's
+             largest value
 
 Sources: [NVFP4] NVIDIA, "Introducing NVFP4", 2025; compressed-tensors 0.20, format
 `nvfp4-pack-quantized`: `quantize` and `dequantize` give its codes and values bit for bit (its

@@ -27,7 +27,7 @@ from p48ray.stages.table import COMPRESS_STAGE, stages_of
 
 BUSY_STEPS = 160
 PHASE_COLOURS = ("s3", "s2", "s1", "s4", "s5")
-SETTINGS = {"calibration", "compression", "evaluation", "output"}
+SHOWN_SECTIONS = {"calibration", "compression", "evaluation", "output"}
 """Sections of the configuration that the page shows."""
 
 
@@ -229,7 +229,7 @@ def sizes(facts: Facts) -> Values:
 def made(facts: Facts) -> Values:
     """What the page is about, exactly."""
     config = facts.context.plan.config
-    settings = config.model_dump(mode="json", include=SETTINGS)
+    settings = config.model_dump(mode="json", include=SHOWN_SECTIONS)
     return {
         "report": facts.report,
         "calibration": config.calibration,

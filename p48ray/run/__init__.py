@@ -1,7 +1,8 @@
 """The run root: all that is state. Records of what will be done and what was done, and where they
 lie.
 
-Belongs here: a stored record, the name of an object, and pure functions of both. Nothing computes.
+Belongs here: a stored record, the name of an object, and what follows from both: which are missing,
+which can go. Nothing touches a weight.
 
 Read in this order:
     run_root        the name of every object

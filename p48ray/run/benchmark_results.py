@@ -3,7 +3,7 @@ puts checkpoints side by side.
 
 Results are fractions, as the harness gives them; the table is in per cent. A figure that is not
 there stays empty: nothing is carried over, averaged around or assumed. The processes behind the
-figures are the runner's.
+figures are in `benchmarks`.
 """
 
 import hashlib

@@ -1,5 +1,5 @@
-"""What a run root still lacks, from one listing: the whole of resuming, as a pure function of the
-plan and the keys that are there.
+"""What a run root still lacks of streams and units, from one listing: their resuming, as a function
+of the plan and the keys that are there.
 
 A layer is open while one of its units has no manifest. Only open layers need activations and
 gradients, so what `run.keep` deleted is not made again unless a unit has to be. A part of the

@@ -4,8 +4,8 @@ Belongs here: order, retries, progress. Nothing about what a task does. Only clu
 ray_tasks and metrics import ray.
 
 Read in this order:
-    pipeline                    the job: every stage does what the bucket lacks
     base                        WorkSource and Runner, the two sides of the loop
+    pipeline                    the job: every stage does what the run root lacks
     overlap, layer_by_layer     which work can be done by now; streams, layer_units are their parts
     local_runner, ray_runner    one process, or actors on a cluster; dispatch picks the next task
     cluster, ray_tasks          the connection to Ray; a function over many items

@@ -1,4 +1,4 @@
-"""What a runner is: something that takes a stage's tasks and returns how each one ended."""
+"""What a runner is: something that takes tasks from a source and returns how each one ended."""
 
 import logging
 from collections import Counter

@@ -98,7 +98,7 @@ def run_stages(job: "Job") -> EvaluationResult | None:
 
 
 class Job:
-    """The stages of one run. Each method does what its stage lacks and returns when the stage is
+    """The stages of one run. `run` does what the run root lacks and returns when the stage is
     complete."""
 
     def __init__(

@@ -1,7 +1,8 @@
-"""The stages of a job, one module each: what a task of the stage does, and which tasks are left.
+"""The stages of a job: what a task of each does. Where tasks follow from each other (the streams
+and the units), runner names them; else a stage lists what is left of it.
 
 Belongs here: bodies of tasks, and what is done once before them. No Ray: a stage does not know who
-runs it. (compress has a folder of its own, `unit`.)
+runs it. compress, and the context that every task gets, have a folder of their own, `unit`.
 
 Read in this order:
     table                           one record a stage, in the order of a job

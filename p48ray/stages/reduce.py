@@ -56,7 +56,7 @@ def stitch_shard(context: StageContext, shard: OutputShard) -> StitchedShard:
         try:
             compose_shard(context, shard, done)
         except (CorruptObjectError, ObjectMissingError):
-            # else another driver was faster, and its units' shards are collected by now
+            # else another driver was faster, and its units' shards are deleted by now
             if not is_whole(context, done):
                 raise
     return done

@@ -48,11 +48,8 @@ from p48ray.store.view import local_path
 # relative; the manifest's error was summed on the solver's device, this one here
 CLAIM_TOLERANCE = 1e-3
 CPU = torch.device("cpu")
-DAMAGE = (
-    SourceError,
-    ShardCorruptError,
-    ObjectMissingError,
-)  # a finding; a store that is away or refuses says nothing about the checkpoint
+# findings; a store that is away or refuses says nothing about the checkpoint
+DAMAGE = (SourceError, ShardCorruptError, ObjectMissingError)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,8 +5,8 @@ Keys are relative posix paths under the store's root. Belongs here: whatever ask
 Read in this order:
     base                        the protocol: ten operations over whole objects
     open                        from a text to a store; one Scheme says what a kind of store can do
-    local, memory, s3, hub      the backends; view: a folder of a store as a store
     retry                       how often an outside service is asked again, by named policy
+    local, memory, s3, hub      the backends; view: a folder of a store as a store
     probe                       what a bucket can do, tried out
     node_cache, checked_files   what the processes of a node share
 

@@ -7,7 +7,7 @@ from typing import Any
 from p48ray.errors import CalibrationError
 from p48ray.texts.rows import COLUMNS, Row
 
-ROLES = {
+CHAT_ROLES = {
     "human": "user",
     "user": "user",
     "gpt": "assistant",
@@ -71,14 +71,14 @@ def _turns(row: Row, value: Any) -> list[dict[str, Any]]:
         messages.append({"role": "system", "content": system})
     for i, turn in enumerate(_list_of_objects(row, "conversations", value)):
         speaker = _string(row, f"conversations[{i}].from", turn.get("from"))
-        if speaker not in ROLES:
+        if speaker not in CHAT_ROLES:
+            known = ", ".join(sorted(CHAT_ROLES))
             raise CalibrationError(
-                f"{row.where}: conversations[{i}].from: expected one of {', '.join(sorted(ROLES))},"
-                f" found {speaker!r}"
+                f"{row.where}: conversations[{i}].from: expected one of {known}, found {speaker!r}"
             )
         messages.append(
             {
-                "role": ROLES[speaker],
+                "role": CHAT_ROLES[speaker],
                 "content": _string(row, f"conversations[{i}].value", turn.get("value")),
             }
         )

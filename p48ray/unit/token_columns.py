@@ -45,7 +45,7 @@ class Room(Protocol):
     """Where rows go that are taken out of a part."""
 
     def copy_rows(self, source: Tensor, rows_R: Tensor) -> Tensor:
-        """A copy of some rows of a tensor on the CPU; complete once the room is settled."""
+        """A copy of some rows of a tensor on the CPU; complete once the room is synchronized."""
 
     def synchronize(self) -> None:
         """Wait until all copies are complete."""
