@@ -7,11 +7,11 @@
     python bench/fleet.py --out runs/fleet --unit-seconds 40 --bandwidth 5
         other measured times, another store
 
-Real: plan and output layout from a header-only checkpoint, `Job.compress` with its `Overlap`,
-`run_all`, `RayRunner` with its `Dispatcher`, attempts and preemptions, needs, cleanup,
-`finish_layer`, all records (a UnitManifest of 24 linears a unit), a store in memory. Pretended: the
-module `ray` as `RayRunner` sees it (`SimulatedRay`: a queue of events with a clock), and the
-stages' bodies, which only write the objects that mark work as done.
+Real: plan and output layout from a header-only checkpoint, `Job.stream_and_compress` with its
+`Overlap`, `run_all`, `RayRunner` with its `Dispatcher`, attempts and preemptions, needs, cleanup,
+`write_layer_scales`, all records (a UnitManifest of 24 linears a unit), a store in memory.
+Pretended: the module `ray` as `RayRunner` sees it (`SimulatedRay`: a queue of events with a clock),
+and the stages' bodies, which only write the objects that mark work as done.
 
 What is assumed (printed with the results, with the numbers in force):
     time of a unit     measured launch costs (whatever the unit holds) plus products (in proportion
@@ -437,7 +437,7 @@ def simulate(prepared: Prepared, fleet: Fleet, costs: Costs) -> tuple[Outcome, S
     ):
         job = Job(prepared, runner, {}, lambda: sim.now)
         mark()
-        job.compress()
+        job.stream_and_compress()
         mark()
         end, streamed = sim.now, sim.streamed
     (_, cpu_0), (_, cpu_1) = clock

@@ -37,7 +37,7 @@ from p48ray.model.experts import ExpertWeights
 from p48ray.numerics.solvers import sparse_values
 from p48ray.report.report import Report
 from p48ray.run import arrow, run_root
-from p48ray.run.plan import WorkUnit, cut
+from p48ray.run.plan import WorkUnit, cut_parts
 from p48ray.runner.console import configure_logging
 from p48ray.runner.pipeline import run_job
 from p48ray.stages.evaluate import EvaluationResult, combine_parts, evaluate_part, evaluation_digest
@@ -178,7 +178,7 @@ def sparsity_alone(config: RunConfig) -> EvaluationResult:
     key = run_root.evaluation_tokens(evaluation_digest(plan, settings))
     ids_NS = arrow.decode(prepared.store.get(key), key)["token_ids"]
     sums = []
-    for part in cut(settings.num_sequences, settings.sequences_per_part):
+    for part in cut_parts(settings.num_sequences, settings.sequences_per_part):
         rows = slice(part.first_sequence, part.first_sequence + part.num_sequences)
         sums.append(
             evaluate_part(context, lambda layer, expert: experts[layer, expert], ids_NS[rows], part)

@@ -133,6 +133,35 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> "SmallRun":
     return finished_run(tmp_path_factory.getbasetemp() / "small-run")
 
 
+@pytest.fixture(scope="session")
+def ray_session() -> Iterator[None]:
+    """A local Ray of two CPUs, which the runners find and leave running. Here, because a fixture
+    that two conftests import is two fixtures."""
+    import ray  # the serving clients' environment has none
+
+    with pytest.MonkeyPatch.context() as patch:
+        # Workers import the workers that tests define. A runtime environment would do too, and make
+        # Ray drop the processes it has at hand.
+        patch.setenv("PYTHONPATH", str(REPO), prepend=os.pathsep)
+        ray.init(
+            address="local",
+            num_cpus=2,
+            include_dashboard=False,
+            object_store_memory=100 * 2**20,
+            log_to_driver=False,
+        )
+        yield
+        ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def local_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run root of the small job, done by LocalRunner. Not to be changed."""
+    from tests.runner.conftest import run_to_end  # which imports this module
+
+    return run_to_end(tmp_path_factory.mktemp("local") / "run", {}, on_ray=False)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def no_network() -> None:
     """Nothing in the tests may ask a Hub, or tell Ray's makers. Ray's workers are what is waited

@@ -160,7 +160,7 @@ def num_nodes(workers: int, config: RunConfig, rates: Rates) -> int:
     return max(1, math.ceil(workers * config.run.gpus_per_worker / rates.gpus_a_node))
 
 
-def times(
+def stage_times(
     plan: RunPlan,
     layout: ModelLayout,
     moved: Bytes,
@@ -217,7 +217,7 @@ def stream_seconds(plan: RunPlan, moved: Bytes, flops: float, rates: Rates) -> f
     """From the first layer up to the last one back, of the worker that has the most parts.
 
     Args:
-        plan, moved, rates: as for `times`.
+        plan, moved, rates: as for `stage_times`.
         flops: of all parts.
     """
     run = plan.config.run
@@ -238,7 +238,7 @@ def fetch_seconds(plan: RunPlan, unit_tokens: float, moved: Bytes, rates: Rates)
     of parts from afar (who wrote near ones hashed them), gathering rows, experts from near.
 
     Args:
-        plan, moved, rates: as for `times`.
+        plan, moved, rates: as for `stage_times`.
         unit_tokens: routed tokens of the unit.
     """
     is_hashed_by_writers = is_near(plan.config.run.root, plan.config.run.root_is_shared)
@@ -270,7 +270,7 @@ def unit_seconds(
     """Of units by all workers, and the first fetch, which nothing is computed beside.
 
     Args:
-        plan, moved, rates: as for `times`.
+        plan, moved, rates: as for `stage_times`.
         computed: seconds that all units of the plan compute, together.
         units: so many of them; None for all.
     """
@@ -320,7 +320,7 @@ def evaluate_seconds(
     """Source and result on held-out text; each part decodes each expert, the result's once a view.
 
     Args:
-        plan, layout, dense_elements, rates: as for `times`.
+        plan, layout, dense_elements, rates: as for `stage_times`.
     """
     settings, c = plan.config.evaluation, plan.config.compression
     if settings is None:

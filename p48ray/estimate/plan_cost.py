@@ -13,7 +13,7 @@ from p48ray.estimate.duration import (
     Times,
     is_near,
     num_nodes,
-    times,
+    stage_times,
     tokens_of_unit,
 )
 from p48ray.estimate.memory import Memory, memory_of, routed_token_bytes, row_bytes
@@ -144,7 +144,7 @@ def estimate(
         peak_stored_bytes=mirror
         + peak_stored_bytes(plan, boundary, moe * seen, moe * felt, units, checkpoint),
         memory=memory_of(plan, index, layout),
-        **asdict(times(plan, layout, moved, passes, dense, rates)),
+        **asdict(stage_times(plan, layout, moved, passes, dense, rates)),
     )
 
 

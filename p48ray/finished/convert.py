@@ -93,7 +93,9 @@ def survey_conversion(checkpoint: Store, target: Store, to: Storage) -> Conversi
         storage can not hold; ShardCorruptError for a checkpoint that is not what its manifest says.
     """
     manifest = read_manifest(checkpoint)
-    refuse(checkpoint, check_index_files(checkpoint) or check_files(checkpoint, manifest))
+    raise_for_problems(
+        checkpoint, check_index_files(checkpoint) or check_files(checkpoint, manifest)
+    )
     config, index = (json.loads(checkpoint.get(name)) for name in (CONFIG_FILE, INDEX_FILE))
     check_storage(checkpoint, manifest, config, to)
     entries, problems = read_headers(
@@ -101,7 +103,7 @@ def survey_conversion(checkpoint: Store, target: Store, to: Storage) -> Conversi
     )
     have: Storage = "dense" if to == "sparse" else "sparse"
     linears = manifest.relative_weight_errors
-    refuse(
+    raise_for_problems(
         checkpoint,
         problems or [text for linear in linears for text in check_form(linear, entries, have)],
     )
@@ -153,7 +155,7 @@ def check_restored(checkpoint: Store, name: str, restored: bytes) -> None:
         )
 
 
-def refuse(checkpoint: Store, problems: list[str]) -> None:
+def raise_for_problems(checkpoint: Store, problems: list[str]) -> None:
     """Raises: ShardCorruptError where there are any."""
     if problems:
         more = (

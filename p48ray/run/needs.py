@@ -23,7 +23,7 @@ from p48ray.run.plan import RunPlan, WorkUnit
 from p48ray.run.run_root import BlobKind
 from p48ray.store.base import Store
 
-STREAM_PREFIXES = (
+NEEDED_PREFIXES = (
     run_root.RESIDUALS,
     run_root.COMPRESSED_RESIDUALS,
     run_root.ACTIVATIONS,
@@ -149,6 +149,6 @@ class Needs:
         return range(entry, layer + 1)
 
 
-def read_needs(plan: RunPlan, store: Store, prefixes: Iterable[str] = STREAM_PREFIXES) -> Needs:
+def read_needs(plan: RunPlan, store: Store, prefixes: Iterable[str] = NEEDED_PREFIXES) -> Needs:
     """Needs as the store stands now."""
     return Needs(plan, frozenset(info.key for prefix in prefixes for info in store.list(prefix)))

@@ -279,7 +279,7 @@ def make_plan(
         source=source,
         documents_digest=documents_digest,
         tokenizer_digest=tokenizer_digest,
-        parts=cut(config.calibration.num_sequences, config.calibration.sequences_per_part),
+        parts=cut_parts(config.calibration.num_sequences, config.calibration.sequences_per_part),
         units=plan_units(layout, config.run.experts_per_unit, config.run.layers),
         revisions=dict(revisions),
         digest="",
@@ -316,7 +316,7 @@ def ranges(total: int, size: int) -> list[tuple[int, int]]:
     return [(first, min(size, total - first)) for first in range(0, total, size)]
 
 
-def cut(num_sequences: int, per_part: int) -> tuple[SequencePart, ...]:
+def cut_parts(num_sequences: int, per_part: int) -> tuple[SequencePart, ...]:
     slices = enumerate(ranges(num_sequences, per_part))
     return tuple(
         SequencePart(part=i, first_sequence=first, num_sequences=count)

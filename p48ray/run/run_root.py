@@ -85,7 +85,7 @@ def gradient_folder(layer: int) -> str:
     return f"{GRADIENTS}layer-{layer:03d}/"
 
 
-def unit_folder(layer: int) -> str:
+def unit_prefix(layer: int) -> str:
     """Prefix of all units of a layer."""
     return f"{UNITS}L{layer:03d}-"
 

@@ -15,7 +15,7 @@ from p48ray.run.cleanup import delete_spent_streams
 from p48ray.run.needs import Needs, read_needs
 from p48ray.runner.layer_units import LayerUnits
 from p48ray.runner.overlap import Spans
-from p48ray.runner.streams import Streams, name_of, slices
+from p48ray.runner.streams import Streams, share_out_parts, slice_id
 from p48ray.stages.table import COMPRESS_STAGE, PROPAGATE_STAGE
 from p48ray.stages.tasks import Task
 from p48ray.unit.context import StageContext
@@ -74,11 +74,11 @@ class LayerByLayer:
     def name_tasks(self, needs: Needs, layer: int) -> list[Task]:
         missing = [p.part for p in self.plan.parts if needs.layers_up_to(layer, p.part)]
         tasks = [
-            Task(stage=PROPAGATE_STAGE.name, id=f"layer-{layer:03d}-{name_of(s)}", item=(layer, s))
-            for s in slices(self.plan, missing)
+            Task(stage=PROPAGATE_STAGE.name, id=f"layer-{layer:03d}-{slice_id(s)}", item=(layer, s))
+            for s in share_out_parts(self.plan, missing)
         ]
         self.open_captures = len(tasks)
-        tasks = tasks or self.units.tasks(
+        tasks = tasks or self.units.begin_layer(
             layer, read_needs(self.plan, self.store, [run_root.UNITS])
         )
         self.ready += tasks

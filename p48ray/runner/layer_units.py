@@ -6,7 +6,7 @@ from p48ray.run import run_root
 from p48ray.run.cleanup import delete_layer_data
 from p48ray.run.manifest import LayerScales
 from p48ray.run.needs import Needs
-from p48ray.stages.capture import finish_layer
+from p48ray.stages.capture import write_layer_scales
 from p48ray.stages.table import COMPRESS_STAGE
 from p48ray.stages.tasks import Task
 from p48ray.unit.context import StageContext
@@ -19,12 +19,12 @@ class LayerUnits:
         self.context = context
         self.left: Counter[int] = Counter()
 
-    def tasks(self, layer: int, needs: Needs) -> list[Task]:
+    def begin_layer(self, layer: int, needs: Needs) -> list[Task]:
         """For the units of a complete layer that nobody has done.
 
         Raises: CalibrationError if the layer's scales can not be made.
         """
-        finish_layer(self.context, layer)
+        write_layer_scales(self.context, layer)
         scales = LayerScales.load(self.context.store, run_root.layer_scales(layer))
         load = scales.tokens_per_expert
         units = [u for u in needs.missing_units if u.layer == layer]

@@ -73,7 +73,7 @@ class Overlap:
         if not self.streams.num_open:
             self.end_streams()
         for layer in sorted(n for n in self.waiting if needs.is_complete(n)):
-            self.ready += self.units.tasks(layer, needs)
+            self.ready += self.units.begin_layer(layer, needs)
             self.waiting.remove(layer)
 
     def next(self, is_idle: bool) -> Sequence[Task]:
@@ -96,8 +96,8 @@ class Overlap:
         try:
             for layer in list(self.waiting):
                 if Needs(self.plan, self.keys_of(layer)).is_complete(layer):
-                    lacking = read_needs(self.plan, self.store, [run_root.unit_folder(layer)])
-                    found += self.units.tasks(layer, lacking)
+                    lacking = read_needs(self.plan, self.store, [run_root.unit_prefix(layer)])
+                    found += self.units.begin_layer(layer, lacking)
                     self.waiting.remove(layer)
                 elif not is_all:
                     break

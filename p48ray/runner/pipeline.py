@@ -25,7 +25,7 @@ from p48ray.runner.base import RedoError, Runner, TaskList, run_all
 from p48ray.runner.layer_by_layer import LayerByLayer
 from p48ray.runner.overlap import Overlap
 from p48ray.runner.progress import Progress
-from p48ray.stages.capture import finish_layer
+from p48ray.stages.capture import write_layer_scales
 from p48ray.stages.evaluate import EvaluationResult
 from p48ray.stages.inputs import check_run_root, write_inputs
 from p48ray.stages.prepare import Prepared, prepare
@@ -132,7 +132,7 @@ class Job:
         results: dict[str, object] = {}
         for streams, stages in groupby(stages_of(self.plan), lambda stage: stage.work is None):
             if streams:
-                self.compress()
+                self.stream_and_compress()
                 continue
             for stage in stages:
                 results[stage.name] = self.run_stage(stage)
@@ -148,7 +148,7 @@ class Job:
         start = time.monotonic()
         with self.progress(stage, self.markers(stage)) as progress:
             run_all(self.runner, TaskList(tasks), self.store)
-        self.end(progress, time.monotonic() - start)
+        self.check_complete(progress, time.monotonic() - start)
         return stage.finish(self.context, self.shards, self.units) if stage.finish else None
 
     def markers(self, stage: Stage) -> list[str]:
@@ -160,10 +160,13 @@ class Job:
     def progress(self, stage: Stage, markers: Sequence[str]) -> Progress:
         expected = set(markers)
         return Progress(
-            stage.name, stage.noun, len(expected), lambda: len(expected & self.keys(stage.prefix))
+            stage.name,
+            stage.noun,
+            len(expected),
+            lambda: len(expected & self.list_keys(stage.prefix)),
         )
 
-    def end(self, progress: Progress, seconds: float) -> None:
+    def check_complete(self, progress: Progress, seconds: float) -> None:
         """Raises: StageFailedError when a stage that came to its end is not complete."""
         if progress.final != progress.total:
             raise StageFailedError(
@@ -172,10 +175,10 @@ class Job:
             )
         self.seconds[progress.stage] = round(self.seconds.get(progress.stage, 0.0) + seconds, 1)
 
-    def keys(self, prefix: str) -> set[str]:
+    def list_keys(self, prefix: str) -> set[str]:
         return {info.key for info in self.store.list(prefix)}
 
-    def compress(self) -> None:
+    def stream_and_compress(self) -> None:
         """Capture, gradients and compress, each layer's units as soon as its parts are there
         (runner.overlap), or layer by layer (runner.layer_by_layer)."""
         needs = read_needs(self.plan, self.store)
@@ -197,10 +200,10 @@ class Job:
                 stack.enter_context(progress)
             run_all(self.runner, work, self.store)
         for progress in shown:
-            self.end(progress, work.spans.seconds(progress.stage))
+            self.check_complete(progress, work.spans.seconds(progress.stage))
         # one that was complete long ago may have lost its scales, which evaluation reads
         for layer in self.plan.layers:
-            finish_layer(self.context, layer)
+            write_layer_scales(self.context, layer)
         delete_lost_attempts(self.plan, self.store)
         self.units = read_units(self.context)
         check_fallbacks(self.plan, self.units)

@@ -27,14 +27,14 @@ class Streams:
             for p in plan.parts
             if needs.forward_layers(p.part) or needs.backward_layers(p.part)
         ]
-        for share in slices(plan, parts):
+        for share in share_out_parts(plan, parts):
             self.begin(needs, share)
 
     def begin(self, needs: Needs, parts: list[int]) -> None:
         up = [p for p in parts if needs.forward_layers(p)]
         back = [p for p in parts if needs.backward_layers(p)]
         steps = ((CAPTURE_STAGE.name, up), (GRADIENTS_STAGE.name, back))
-        tasks = [Task(stage=stage, id=name_of(s), item=s) for stage, s in steps if s]
+        tasks = [Task(stage=stage, id=slice_id(s), item=s) for stage, s in steps if s]
         self.ready.append(tasks[0])
         if len(tasks) > 1:
             self.backward_tasks[tasks[0].id] = tasks[1]
@@ -56,11 +56,11 @@ class Streams:
         return not self.num_open
 
 
-def slices(plan: RunPlan, parts: Sequence[int]) -> list[list[int]]:
+def share_out_parts(plan: RunPlan, parts: Sequence[int]) -> list[list[int]]:
     """Parts shared out to the workers that stream."""
     workers = plan.config.run.capture_workers or plan.config.run.num_workers
     return [list(s) for s in (parts[i::workers] for i in range(workers)) if s]
 
 
-def name_of(parts: Sequence[int]) -> str:
+def slice_id(parts: Sequence[int]) -> str:
     return f"parts-{parts[0]:04d}-and-{len(parts) - 1}-more"

@@ -254,7 +254,7 @@ def write_activations(
     )
 
 
-def finish_layer(context: StageContext, layer: int) -> None:
+def write_layer_scales(context: StageContext, layer: int) -> None:
     """Write scales.json of a layer whose parts are all there, unless it has one."""
     if context.store.head(run_root.layer_scales(layer)) is None:
         scales = combine_scales(context, layer, read_manifests(context, layer))

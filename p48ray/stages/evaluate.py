@@ -33,7 +33,7 @@ from p48ray.numerics import e2m1, nvfp4
 from p48ray.run import run_root
 from p48ray.run.manifest import CompressedSums, EvaluationPart, UnitManifest
 from p48ray.run.output_layout import OutputShard
-from p48ray.run.plan import RunPlan, SequencePart, cut
+from p48ray.run.plan import RunPlan, SequencePart, cut_parts
 from p48ray.run.records import Record, canonical_json
 from p48ray.stages.tasks import Task
 from p48ray.store.view import SubStore
@@ -168,12 +168,12 @@ def evaluate_part(
     decoder = context.decoder()
     inputs_BS, labels_BS = token_ids_BS[:, :-1], token_ids_BS[:, 1:].to(context.device).long()
     positions = decoder.positions(inputs_BS.shape[1])
-    streams = [decoder.embed(inputs_BS)] * (1 + len(views(context.plan.config)))
+    streams = [decoder.embed(inputs_BS)] * (1 + len(activation_groups(context.plan.config)))
     micro_batch = context.plan.config.calibration.sequences_per_micro_batch
     for number in range(context.plan.source.num_layers):
         is_mixture = number in context.plan.source.moe_layers
         with (
-            mixtures(context, decoder, compressed, number) if is_mixture else nullcontext()
+            both_mixtures(context, decoder, compressed, number) if is_mixture else nullcontext()
         ) as experts:
             layer = decoder.layer(number, experts[0] if experts else None)
             for k, x_BSH in enumerate(streams):
@@ -207,7 +207,7 @@ def evaluate_part(
 
 
 @contextmanager
-def mixtures(
+def both_mixtures(
     context: StageContext, decoder: Decoder, compressed: CompressedExperts, number: int
 ) -> Iterator[list[RoutedExperts]]:
     """The source's experts as they are, then the compressed ones, once for every view of the
@@ -226,7 +226,7 @@ def mixtures(
 
     seen = [
         None if group is None else ActivationScales(scales.gate_up, scales.down, group)
-        for group in views(context.plan.config)
+        for group in activation_groups(context.plan.config)
     ]
     with layer_experts(decoder, number) as originals:
         yield [
@@ -235,7 +235,7 @@ def mixtures(
         ]
 
 
-def views(config: RunConfig) -> list[int | None]:
+def activation_groups(config: RunConfig) -> list[int | None]:
     """How the compressed experts' inputs are quantized under evaluation, the served way first:
     values that share a scale; None for original activations."""
     settings = config.evaluation
@@ -314,7 +314,7 @@ def held_out_parts(context: StageContext) -> tuple[str, tuple[SequencePart, ...]
     digest = context.known.get("evaluation")
     if digest is None:
         digest = context.known["evaluation"] = evaluation_digest(context.plan, settings)
-    return digest, tuple(cut(settings.num_sequences, settings.sequences_per_part))
+    return digest, tuple(cut_parts(settings.num_sequences, settings.sequences_per_part))
 
 
 def parts_to_evaluate(context: StageContext, shards: tuple[OutputShard, ...]) -> list[Task]:

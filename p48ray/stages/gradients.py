@@ -293,7 +293,7 @@ def head_gradient(head: nn.Module, entering_BSH: Tensor, generator: torch.Genera
         leaf = x_TH.detach().requires_grad_(True)
         logits_TV = head(leaf)
         probabilities_TV = logits_TV.detach().float().softmax(-1)
-        labels_T = sample(probabilities_TV, generator)
+        labels_T = sample_labels(probabilities_TV, generator)
         residue_TV = probabilities_TV.scatter_add(
             1, labels_T[:, None], -torch.ones_like(labels_T, dtype=torch.float32)[:, None]
         )
@@ -301,7 +301,7 @@ def head_gradient(head: nn.Module, entering_BSH: Tensor, generator: torch.Genera
     return torch.cat(gradients).reshape(entering_BSH.shape)
 
 
-def sample(probabilities_TV: Tensor, generator: torch.Generator) -> Tensor:
+def sample_labels(probabilities_TV: Tensor, generator: torch.Generator) -> Tensor:
     """One index a row by inverse transform; the uniform numbers come from the CPU, so that labels
     do not depend on the device's generator."""
     cumulative_TV = probabilities_TV.double().cumsum(-1)

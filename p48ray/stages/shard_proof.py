@@ -100,7 +100,7 @@ def verify_shard(
     except DAMAGE as error:
         return Findings(problems=[str(error)])
     problems = list(compare_rows(shard, shard_rows(shard, layout), entries))
-    problems += second_opinion(checkpoint, shard.name, entries)
+    problems += compare_with_safetensors(checkpoint, shard.name, entries)
     if problems:
         return Findings(problems=problems)
     digests: dict[str, str] = {}
@@ -245,7 +245,7 @@ def compare_rows(
             )
 
 
-def second_opinion(
+def compare_with_safetensors(
     checkpoint: Store, file: str, entries: Mapping[str, TensorEntry]
 ) -> Iterator[str]:
     """What the library that servers load with says of the header, where the shard is a file of this

@@ -14,7 +14,7 @@ from typing import Any
 from p48ray.run import run_root
 from p48ray.run.manifest import ActivationPart, GradientPart, UnitManifest
 from p48ray.run.output_layout import OutputShard
-from p48ray.run.plan import RunPlan, cut
+from p48ray.run.plan import RunPlan, cut_parts
 from p48ray.stages.capture import capture_parts
 from p48ray.stages.evaluate import (
     evaluate_and_record,
@@ -82,7 +82,7 @@ def count_evaluated(plan: RunPlan, keys: set[str]) -> tuple[int, int]:
     """Of the evaluation that has come furthest: which one is the newest only its texts could
     tell."""
     settings = plan.config.evaluation
-    total = len(cut(settings.num_sequences, settings.sequences_per_part)) if settings else 0
+    total = len(cut_parts(settings.num_sequences, settings.sequences_per_part)) if settings else 0
     parts = (k for k in keys if k.startswith(run_root.EVALUATION) and "/part-" in k)
     found = Counter(key.rpartition("/")[0] for key in parts)
     return min(total, max(found.values(), default=0)), total

@@ -171,7 +171,7 @@ class RoutedTokens:
         for n, expert in enumerate(self.unit.experts):
             own_R = places_E[experts_E == expert]
             if len(own_R):
-                taken = partial(take, room, own_R // ids_TK.shape[1])
+                taken = partial(copy_rows_to, room, own_R // ids_TK.shape[1])
                 yield StoredSlice(
                     n,
                     hidden.mapped(taken),
@@ -209,7 +209,7 @@ class RoutedTokens:
         return quantize_activations(values, global_scale, self.settings.activation_group)
 
 
-def take(room: Room, rows_R: Tensor, source: Tensor) -> Tensor:
+def copy_rows_to(room: Room, rows_R: Tensor, source: Tensor) -> Tensor:
     return room.copy_rows(source, rows_R)
 
 

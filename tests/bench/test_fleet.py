@@ -129,26 +129,26 @@ def test_driver_is_the_product(planned: Prepared, monkeypatch: pytest.MonkeyPatc
         monkeypatch.setattr(owner, name, watched)
 
     for owner, name in [
-        (pipeline.Job, "compress"),
+        (pipeline.Job, "stream_and_compress"),
         (ray_runner.RayRunner, "handle_loss"),
         (dispatch.Dispatcher, "take"),
         (dispatch.Dispatcher, "forget"),
         (pipeline, "run_all"),
         (overlap, "read_needs"),
         (layer_units, "delete_layer_data"),
-        (layer_units, "finish_layer"),
+        (layer_units, "write_layer_scales"),
     ]:
         watch(owner, name)
     simulated(planned, STORMY, "units")
     assert used == {
-        "compress",
+        "stream_and_compress",
         "handle_loss",
         "take",
         "forget",
         "run_all",
         "read_needs",
         "delete_layer_data",
-        "finish_layer",
+        "write_layer_scales",
     }
     assert (fleet.Job, fleet.RayRunner) == (pipeline.Job, ray_runner.RayRunner)
 

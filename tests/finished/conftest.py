@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 
 from tests.jobs.command import ROUNDED, arguments, invoke
-from tests.runner.conftest import local_run, ray_session  # noqa: F401 (fixtures)
 from tests.servers.hub import hub  # noqa: F401 (a fixture)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from p48ray.stages.shard_proof import second_opinion
+from p48ray.stages.shard_proof import compare_with_safetensors
 from p48ray.store import LocalStore, MemoryStore
 from p48ray.store.view import SubStore
 from tests.checkpoint.entries import read_entries
@@ -32,7 +32,7 @@ def test_a_sound_shard_is_read_alike_in_a_folder_of_a_run_root_too(tmp_path: Pat
         LocalStore(tmp_path / "checkpoint"),
         SubStore(LocalStore(tmp_path), "checkpoint/"),
     ):
-        assert list(second_opinion(store, FILE, read_entries(store, FILE))) == []
+        assert list(compare_with_safetensors(store, FILE, read_entries(store, FILE))) == []
 
 
 def test_what_the_two_read_otherwise_is_named(tmp_path: Path) -> None:
@@ -43,7 +43,7 @@ def test_what_the_two_read_otherwise_is_named(tmp_path: Path) -> None:
         "a": replace(entries["a"], shape=(3, 2)),
         "c": replace(entries["b"], name="c"),
     }
-    assert list(second_opinion(store, FILE, ours)) == [
+    assert list(compare_with_safetensors(store, FILE, ours)) == [
         f"{FILE}: b: only safetensors finds this tensor",
         f"{FILE}: c: only p48ray finds this tensor",
         f"{FILE}: a: expected ('F8_E4M3', (3, 2)), safetensors reads ('F8_E4M3', (2, 3))",
@@ -59,7 +59,7 @@ def test_what_the_library_refuses_is_a_problem_with_its_reason(damage: str, tmp_
         "metadata": {"__metadata__": {"format": 1}} | TENSORS,
     }
     write(tmp_path, bad[damage])
-    (problem,) = second_opinion(LocalStore(tmp_path), FILE, entries)
+    (problem,) = compare_with_safetensors(LocalStore(tmp_path), FILE, entries)
     assert problem.startswith(f"{FILE}: safetensors does not read it: ")
 
 
@@ -67,4 +67,4 @@ def test_of_what_is_no_file_of_this_machine_there_is_none(tmp_path: Path) -> Non
     store = MemoryStore("second-opinion")
     write(tmp_path, TENSORS)
     store.put(FILE, (tmp_path / FILE).read_bytes())
-    assert list(second_opinion(store, FILE, {})) == []
+    assert list(compare_with_safetensors(store, FILE, {})) == []

@@ -15,7 +15,7 @@ from p48ray.run.plan import SequencePart
 from p48ray.stages import capture, gradients
 from p48ray.stages.blobs import BlobWriter
 from p48ray.stages.capture import capture_parts
-from p48ray.stages.gradients import gradient_parts, sample
+from p48ray.stages.gradients import gradient_parts, sample_labels
 from p48ray.stages.prepare import prepare
 from p48ray.stages.streaming import opened_layer
 from p48ray.unit.context import StageContext
@@ -113,7 +113,10 @@ def labels_of(context: StageContext, probabilities_TV: Tensor) -> Tensor:
         [p.num_sequences * calibration.sequence_length for p in context.plan.parts]
     )
     return torch.cat(
-        [sample(piece, generator) for piece, generator in zip(pieces, generators, strict=True)]
+        [
+            sample_labels(piece, generator)
+            for piece, generator in zip(pieces, generators, strict=True)
+        ]
     )
 
 

@@ -7,7 +7,7 @@ import pytest
 from p48ray.config.load import load_config
 from p48ray.errors import ConfigError, PlanMismatchError, ShardCorruptError, SourceError
 from p48ray.run import run_root
-from p48ray.run.plan import NUMERICS_VERSION, SETTINGS, RunPlan, check_plan, cut
+from p48ray.run.plan import NUMERICS_VERSION, SETTINGS, RunPlan, check_plan, cut_parts
 from p48ray.stages.prepare import Prepared, prepare
 from p48ray.store.memory import MemoryStore
 from tests.conftest import REPO
@@ -67,7 +67,7 @@ def test_plan_covers_every_expert_and_sequence_once() -> None:
     assert [
         s for p in plan.parts for s in range(p.first_sequence, p.first_sequence + p.num_sequences)
     ] == list(range(192))
-    assert [p.num_sequences for p in cut(5, 2)] == [2, 2, 1]
+    assert [p.num_sequences for p in cut_parts(5, 2)] == [2, 2, 1]
 
 
 def test_unit_ids_are_the_public_names() -> None:

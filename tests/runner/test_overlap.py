@@ -73,7 +73,7 @@ class WaitingWorker(WorkerProcess):
             return super().execute(task)
 
     def before_last(self, store: Store, first: int) -> None:
-        wait_for(store, run_root.unit_folder(first))
+        wait_for(store, run_root.unit_prefix(first))
 
 
 class CorruptingWorker(WaitingWorker):
@@ -110,7 +110,7 @@ def test_units_of_the_top_layer_are_done_before_the_lowest_has_its_gradients(
     felt = [GradientPart.load(store, run_root.gradient_manifest(BOTTOM, p)) for p in (0, 1)]
     keys = [
         info.key
-        for info in store.list(run_root.unit_folder(TOP))
+        for info in store.list(run_root.unit_prefix(TOP))
         if info.key.endswith("manifest.json")
     ]
     assert min(UnitManifest.load(store, key).finished_at for key in keys) < min(

@@ -152,7 +152,7 @@ def test_source_against_itself_has_no_divergence_and_the_same_losses(
     held_out: Tensor,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    real = evaluate.mixtures
+    real = evaluate.both_mixtures
 
     @contextmanager
     def source_thrice(
@@ -161,7 +161,7 @@ def test_source_against_itself_has_no_divergence_and_the_same_losses(
         with real(context, decoder, compressed, number) as (source, *others):
             yield [source] * (1 + len(others))
 
-    monkeypatch.setattr(evaluate, "mixtures", source_thrice)
+    monkeypatch.setattr(evaluate, "both_mixtures", source_thrice)
     found = evaluate_part(finished.context, checkpoint, held_out, everything(held_out))
     assert found.kl == 0
     assert found.compressed_loss == found.source_loss > 0
@@ -235,11 +235,11 @@ def test_groups_of_32_are_looked_at_where_sparse_kernels_could_run(
     finished: SmallRun, section: str, changes: dict[str, object]
 ) -> None:
     plan = finished.prepared.plan
-    assert evaluate.views(plan.config) == [16, 32]
+    assert evaluate.activation_groups(plan.config) == [16, 32]
     other = plan.config.model_copy(
         update={section: getattr(plan.config, section).model_copy(update=changes)}
     )
-    assert len(evaluate.views(other)) == 1
+    assert len(evaluate.activation_groups(other)) == 1
     assert (
         finished.report.quality is not None and finished.report.quality.in_groups_of_32 is not None
     )

@@ -21,7 +21,13 @@ from p48ray.run.plan import SequencePart
 from p48ray.stages import gradients, streaming
 from p48ray.stages.blobs import BlobWriter
 from p48ray.stages.capture import capture_parts, write_boundary
-from p48ray.stages.gradients import GradientStream, gradient_parts, head_gradient, sample, step_back
+from p48ray.stages.gradients import (
+    GradientStream,
+    gradient_parts,
+    head_gradient,
+    sample_labels,
+    step_back,
+)
 from p48ray.unit.context import StageContext
 from tests.conftest import REPO, TINY
 from tests.reference import whole_gradients, whole_model
@@ -69,7 +75,10 @@ def labels_of(context: StageContext, probabilities_TV: Tensor) -> Tensor:
     ]
     pieces = probabilities_TV.split([p.num_sequences * length for p in context.plan.parts])
     return torch.cat(
-        [sample(piece, generator) for piece, generator in zip(pieces, generators, strict=True)]
+        [
+            sample_labels(piece, generator)
+            for piece, generator in zip(pieces, generators, strict=True)
+        ]
     )
 
 
@@ -445,14 +454,16 @@ def test_samples_follow_the_distribution() -> None:
     ]
     probabilities_V /= probabilities_V.sum()
     num_draws = 40_000
-    labels = sample(probabilities_V.expand(num_draws, 16), torch.Generator().manual_seed(0))
+    labels = sample_labels(probabilities_V.expand(num_draws, 16), torch.Generator().manual_seed(0))
     expected = probabilities_V.double() * num_draws
     statistic = ((torch.bincount(labels, minlength=16) - expected).square() / expected).sum()
     assert 2.0 < statistic < 37.7
 
 
 def test_samples_of_two_rows_are_independent() -> None:
-    labels = sample(torch.full((40_000, 2), 0.5), torch.Generator().manual_seed(0)).view(-1, 2)
+    labels = sample_labels(torch.full((40_000, 2), 0.5), torch.Generator().manual_seed(0)).view(
+        -1, 2
+    )
     counts = torch.bincount(2 * labels[:, 0] + labels[:, 1], minlength=4)
     assert ((counts - 5000.0).square() / 5000).sum() < 16.3  # 3 degrees of freedom, 99.9 %
 
@@ -460,7 +471,7 @@ def test_samples_of_two_rows_are_independent() -> None:
 def test_samples_depend_on_the_generator_alone() -> None:
     probabilities = torch.rand(500, 50, generator=torch.Generator().manual_seed(1)).softmax(-1)
     first, again, other = (
-        sample(probabilities, torch.Generator().manual_seed(s)) for s in (4, 4, 5)
+        sample_labels(probabilities, torch.Generator().manual_seed(s)) for s in (4, 4, 5)
     )
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
@@ -473,7 +484,7 @@ def test_a_one_hot_row_gives_its_index_whatever_is_drawn(
     monkeypatch.setattr(
         torch, "rand", lambda n, **_: torch.full((n,), uniform, dtype=torch.float64)
     )
-    assert torch.equal(sample(torch.eye(9), torch.Generator()), torch.arange(9))
+    assert torch.equal(sample_labels(torch.eye(9), torch.Generator()), torch.arange(9))
 
 
 @pytest.mark.parametrize("uniform", [0.0, 1 - 2**-53])
@@ -485,13 +496,13 @@ def test_the_ends_of_the_uniform_range_give_the_first_and_the_last_index(
     )
     # sums that are 1 but for rounding
     probabilities = torch.randn(400, 33, generator=torch.Generator().manual_seed(2)).softmax(-1)
-    assert (sample(probabilities, torch.Generator()) == (32 if uniform else 0)).all()
+    assert (sample_labels(probabilities, torch.Generator()) == (32 if uniform else 0)).all()
 
 
 def test_impossible_labels_are_never_sampled() -> None:
     probabilities = torch.rand(2000, 30, generator=torch.Generator().manual_seed(3))
     probabilities[:, ::3] = 0
-    labels = sample(
+    labels = sample_labels(
         probabilities / probabilities.sum(1, keepdim=True), torch.Generator().manual_seed(0)
     )
     assert labels.min() >= 0

@@ -16,7 +16,7 @@ from p48ray.run.manifest import ActivationPart, LayerScales, UnitManifest
 from p48ray.run.plan import SequencePart
 from p48ray.stages import propagate
 from p48ray.stages.blobs import BlobWriter
-from p48ray.stages.capture import capture_parts, finish_layer
+from p48ray.stages.capture import capture_parts, write_layer_scales
 from p48ray.stages.propagate import propagate_parts
 from p48ray.unit.compress import compress_unit
 from p48ray.unit.context import StageContext
@@ -53,7 +53,7 @@ def take_turns(context: StageContext, *layers: int) -> None:
     """Capture and compress layers one after the other."""
     for layer in layers:
         propagate_parts(context, (layer, [0, 1, 2]))
-        finish_layer(context, layer)
+        write_layer_scales(context, layer)
         for unit in context.plan.units:
             if unit.layer == layer:
                 compress_unit(context, unit)

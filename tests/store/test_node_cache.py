@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from multiprocessing.synchronize import Event
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -192,7 +193,7 @@ def test_folder_that_somebody_joined_anew_is_not_removed_by_who_opened_the_old_o
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Between opening the mark and locking it, the folder is removed and made again."""
-    real, lock = module.fcntl.flock, []
+    real, lock = module.fcntl.flock, list[Any]()
 
     def flock(descriptor: int, how: int) -> None:
         if how & module.fcntl.LOCK_EX and not lock:
