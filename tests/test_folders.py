@@ -82,9 +82,9 @@ OPTIONS = {"p48ray.cli"}  # each explains itself in --help
 def silent_arguments(tree: ast.AST) -> Iterator[str]:
     """Of public functions with many: those that no docstring names. A class speaks for its
     __init__."""
-    for owner in ast.walk(tree):
-        body = getattr(owner, "body", None)
-        for node in body if isinstance(body, list) else []:
+    owners = (node for node in ast.walk(tree) if isinstance(node, ast.Module | ast.ClassDef))
+    for owner in owners:
+        for node in owner.body:
             if not isinstance(node, ast.FunctionDef):
                 continue
             if node.name.startswith("_") and node.name != "__init__":

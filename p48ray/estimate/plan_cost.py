@@ -62,6 +62,63 @@ class Estimate(Times):
         return self.memory.host
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StreamedBytes:
+    """What the streaming stages read and leave, bytes.
+
+    boundary: one, of all tokens. seen, felt: activations and gradients of one layer. passes: of all
+    layers, a backward pass counted as two.
+    """
+
+    num_tokens: int
+    boundary: int
+    seen: int
+    felt: int
+    read: int
+    activations: int
+    residuals: int
+    gradients: int
+    passes: float
+
+    @property
+    def layer_tokens(self) -> int:
+        return self.seen + self.felt
+
+
+def streamed_bytes(plan: RunPlan, layout: ModelLayout, source: int, units: int) -> StreamedBytes:
+    """Of one plan.
+
+    Args:
+        plan, layout: of the run.
+        source, units: bytes of the source, and of all units.
+    """
+    c, moe = plan.config.calibration, len(plan.layers)
+    tokens = c.num_sequences * c.sequence_length
+    boundary = tokens * layout.hidden_size * (4 if c.compute_dtype == "float32" else 2)
+    seen = tokens * (row_bytes(layout.hidden_size, c.stored_bits) + ROUTING_BYTES * layout.top_k)
+    felt = tokens * row_bytes(layout.hidden_size, c.stored_bits) if plan.uses_gradients else 0
+    boundaries_back = layout.num_layers - plan.layers[0] if plan.uses_gradients else 0
+    # In the backward pass every layer is run again, then differentiated with respect to its
+    # activations.
+    directions = 3 if plan.uses_gradients else 0 if plan.propagates else 1
+    streamed = plan.num_streamed_layers / layout.num_layers
+    again = layers_run_again(plan)
+    # each layer as the source has it, then compressed
+    layer_by_layer = plan.propagates * (plan.layers[-1] + 1) / layout.num_layers
+    layers_read = streamed * min(directions, 2) + again / layout.num_layers + layer_by_layer
+    return StreamedBytes(
+        num_tokens=tokens,
+        boundary=boundary,
+        seen=seen,
+        felt=felt,
+        read=round(source * layers_read + units * plan.propagates),
+        activations=moe * seen,
+        residuals=(num_boundaries(plan) + again) * boundary,
+        gradients=moe * felt + boundaries_back * boundary,
+        passes=directions * streamed + again / layout.num_layers + 2 * layer_by_layer,
+    )
+
+
 def estimate(
     plan: RunPlan,
     index: CheckpointIndex,
@@ -77,74 +134,56 @@ def estimate(
         shards: of the output, empty for a pilot.
         rates: of the hardware.
     """
-    c, moe = plan.config.calibration, len(plan.layers)
-    tokens = c.num_sequences * c.sequence_length
-    boundary = tokens * layout.hidden_size * (4 if c.compute_dtype == "float32" else 2)
-    seen = tokens * (row_bytes(layout.hidden_size, c.stored_bits) + ROUTING_BYTES * layout.top_k)
-    felt = tokens * row_bytes(layout.hidden_size, c.stored_bits) if plan.uses_gradients else 0
-    boundaries_back = layout.num_layers - plan.layers[0] if plan.uses_gradients else 0
+    moe, untouched = len(plan.layers), untouched_tensors(index, layout)
     units = sum(unit_bytes(layout, u) for u in plan.units)
     source = sum(e.num_bytes for e in index.tensors.values())
-    untouched = untouched_tensors(index, layout)
-    untouched_bytes = sum(e.num_bytes for e in untouched)
-    experts_bytes = sum(
-        e.num_bytes for e in index.tensors.values() if layout.is_expert_tensor(e.name)
-    )
+    experts = sum(e.num_bytes for e in index.tensors.values() if layout.is_expert_tensor(e.name))
     checkpoint = sum(s.num_bytes for s in shards)
     dense = sum(
         e.num_bytes // DTYPE_BYTES[e.dtype]
         for e in untouched
         if layer_of(layout, e.name) is not None
     )
-    # In the backward pass every layer is run again, then differentiated with respect to its
-    # activations.
-    directions = 3 if plan.uses_gradients else 0 if plan.propagates else 1
-    streamed = plan.num_streamed_layers / layout.num_layers
-    again = layers_run_again(plan)
-    # each layer as the source has it, then compressed
-    layer_by_layer = plan.propagates * (plan.layers[-1] + 1) / layout.num_layers
     mirror = sum(f.size_bytes for f in plan.source.mirror)
-    stream_read = round(
-        source * (streamed * min(directions, 2) + again / layout.num_layers + layer_by_layer)
-        + units * plan.propagates
-    )
-    activations, residuals, gradients = (
-        moe * seen,
-        (num_boundaries(plan) + again) * boundary,
-        moe * felt + boundaries_back * boundary,
-    )
-    own_experts = experts_bytes * moe // len(layout.moe_layers)
-    unit_read = own_experts + token_bytes_read(plan, moe * (seen + felt), rates)
+    streams = streamed_bytes(plan, layout, source, units)
+    own_experts = experts * moe // len(layout.moe_layers)
+    unit_read = own_experts + token_bytes_read(plan, moe * streams.layer_tokens, rates)
     moved = Bytes(
         mirror=mirror,
-        stream_read=stream_read,
-        boundaries_read=residuals * plan.uses_gradients,
-        stream_written=activations + residuals + gradients,
+        stream_read=streams.read,
+        boundaries_read=streams.residuals * plan.uses_gradients,
+        stream_written=streams.activations + streams.residuals + streams.gradients,
         unit_read=unit_read,
-        layer_tokens=seen + felt,
+        layer_tokens=streams.layer_tokens,
         routed_token=routed_token_bytes(plan.source.hidden_size, plan.config),
         unit_experts=own_experts // len(plan.units),
         checkpoint=checkpoint,
         verified=checkpoint + source * bool(shards),
         num_shards=len(shards),
     )
-    passes = directions * streamed + again / layout.num_layers + 2 * layer_by_layer
     return Estimate(
-        num_tokens=tokens,
+        num_tokens=streams.num_tokens,
         source_bytes=source,
         mirror_bytes=mirror,
-        stream_read_bytes=stream_read,
-        activation_bytes=activations,
-        residual_bytes=residuals,
-        gradient_bytes=gradients,
+        stream_read_bytes=streams.read,
+        activation_bytes=streams.activations,
+        residual_bytes=streams.residuals,
+        gradient_bytes=streams.gradients,
         unit_read_bytes=unit_read,
         unit_bytes=units,
-        untouched_bytes=untouched_bytes,
+        untouched_bytes=sum(e.num_bytes for e in untouched),
         checkpoint_bytes=checkpoint,
         peak_stored_bytes=mirror
-        + peak_stored_bytes(plan, boundary, moe * seen, moe * felt, units, checkpoint),
+        + peak_stored_bytes(
+            plan,
+            streams.boundary,
+            moe * streams.seen,
+            moe * streams.felt,
+            units,
+            checkpoint,
+        ),
         memory=memory_of(plan, index, layout),
-        **asdict(stage_times(plan, layout, moved, passes, dense, rates)),
+        **asdict(stage_times(plan, layout, moved, streams.passes, dense, rates)),
     )
 
 

@@ -29,13 +29,53 @@ def print_plan(prepared: Prepared, console: Console) -> None:
     console.print(table)
 
 
-def plan_rows(prepared: Prepared, e: Estimate) -> list[tuple[str, str]]:
+Rows = list[tuple[str, str]]
+
+
+def plan_rows(prepared: Prepared, e: Estimate) -> Rows:
+    """What and how much, line by line."""
+    return [
+        *source_rows(prepared, e),
+        *work_rows(prepared, e),
+        *traffic_rows(prepared, e),
+        *output_rows(prepared, e),
+        *cost_rows(prepared, e),
+    ]
+
+
+def source_rows(prepared: Prepared, e: Estimate) -> Rows:
+    plan, source = prepared.plan, prepared.source
+    form = f"{prepared.layout.family}, {size(e.source_bytes)}, {len(source.files)} shards"
+    rows = [("source", f"{source.store.uri} ({form})")]
+    for place, commit in plan.revisions.items():
+        rows.append((place, f"commit {commit}, as found when the run was first planned"))
+    if plan.source.mirror:
+        copied = f"{len(plan.source.mirror)} files, {size(e.mirror_bytes)}"
+        rows.append(("mirrored first", f"{copied}, into {plan.config.run.root}/{SOURCE}"))
+    return [*rows, ("run root", plan.config.run.root)]
+
+
+def work_rows(prepared: Prepared, e: Estimate) -> Rows:
     plan, layout = prepared.plan, prepared.layout
-    linears = len(plan.layers) * layout.num_experts * 3
-    layers = f"{len(plan.layers)} layers" + (
-        f" of {len(layout.moe_layers)}" if plan.is_pilot else ""
-    )
     c, r = plan.config.calibration, plan.config.run
+    linears = len(plan.layers) * layout.num_experts * 3
+    of_all = f" of {len(layout.moe_layers)}" if plan.is_pilot else ""
+    layers = f"{len(plan.layers)} layers{of_all} x {layout.num_experts} experts x 3"
+    texts = f"{c.num_sequences:,} x {c.sequence_length:,} = {e.num_tokens:,} tokens"
+    each = f"{r.threads_per_worker} threads, {r.gpus_per_worker:g} GPUs each"
+    return [
+        ("expert linears", f"{linears:,} ({layers}, stored as {layout.expert_storage})"),
+        ("units", f"{len(plan.units):,} of up to {r.experts_per_unit} experts"),
+        ("calibration", f"{texts} in {len(plan.parts):,} parts"),
+        ("workers", f"{r.num_workers:,} x {each}"),
+    ]
+
+
+def traffic_rows(prepared: Prepared, e: Estimate) -> Rows:
+    r = prepared.plan.config.run
+    reading = "a node a layer once for all its units, while its cache has room"
+    if is_near(r.root, r.root_is_shared):
+        reading = "each its own tokens"
     written = {
         "activations": e.activation_bytes,
         "residuals": e.residual_bytes,
@@ -43,90 +83,38 @@ def plan_rows(prepared: Prepared, e: Estimate) -> list[tuple[str, str]]:
         "units": e.unit_bytes,
         "checkpoint": e.checkpoint_bytes,
     }
-    mirror = (
-        [
-            (
-                "mirrored first",
-                f"{len(plan.source.mirror)} files, {size(e.mirror_bytes)}, into {r.root}/{SOURCE}",
-            )
-        ]
-        if plan.source.mirror
-        else []
-    )
-    reading = (
-        "each its own tokens"
-        if is_near(r.root, r.root_is_shared)
-        else "a node a layer once for all its units, while its cache has room"
-    )
-    storage = (
-        "" if plan.config.output.storage == "dense" else f", {plan.config.output.storage} storage"
-    )
-    rows = [
-        (
-            "source",
-            (
-                f"{prepared.source.store.uri} ({layout.family}, {size(e.source_bytes)},"
-                f" {len(prepared.source.files)} shards)"
-            ),
-        ),
-        *(
-            (place, f"commit {commit}, as found when the run was first planned")
-            for place, commit in plan.revisions.items()
-        ),
-        *mirror,
-        ("run root", plan.config.run.root),
-        (
-            "expert linears",
-            (
-                f"{linears:,} ({layers} x {layout.num_experts} experts x 3, stored as"
-                f" {layout.expert_storage})"
-            ),
-        ),
-        ("units", f"{len(plan.units):,} of up to {r.experts_per_unit} experts"),
-        (
-            "calibration",
-            (
-                f"{c.num_sequences:,} x {c.sequence_length:,} = {e.num_tokens:,} tokens in"
-                f" {len(plan.parts):,} parts"
-            ),
-        ),
-        (
-            "workers",
-            f"{r.num_workers:,} x {r.threads_per_worker} threads, {r.gpus_per_worker:g} GPUs each",
-        ),
+    return [
         ("read by streaming stages", f"{size(e.stream_read_bytes)} a node"),
         ("read by units", f"{size(e.unit_read_bytes)} ({reading})"),
-        (
-            "written",
-            ", ".join(f"{name} {size(value)}" for name, value in written.items()),
-        ),
+        ("written", ", ".join(f"{name} {size(value)}" for name, value in written.items())),
         ("stored at the peak", f"{size(e.peak_stored_bytes)} (run.keep: {r.keep})"),
-        (
-            ("output", "none: a pilot of some layers (run.layers)")
-            if plan.is_pilot
-            else (
-                "output",
-                (
-                    f"{len(prepared.shards)} shards, {size(e.checkpoint_bytes)}, of it untouched"
-                    f" {size(e.untouched_bytes)}{storage}"
-                ),
-            )
-        ),
     ]
+
+
+def output_rows(prepared: Prepared, e: Estimate) -> Rows:
+    plan = prepared.plan
+    storage = plan.config.output.storage
+    words = f"{len(prepared.shards)} shards, {size(e.checkpoint_bytes)}, of it untouched"
+    words += f" {size(e.untouched_bytes)}{'' if storage == 'dense' else f', {storage} storage'}"
+    if plan.is_pilot:
+        words = "none: a pilot of some layers (run.layers)"
+    rows = [("output", words)]
     if count := plan.source.num_fp8_outside_experts:
-        rows.append(
-            (
-                "FP8 outside the experts",
-                f"{count:,} weights become BF16 in the output, among the untouched",
-            )
-        )
-    if r.gpus_per_worker:
-        rows += [
-            ("time, estimated", time_words(e)),
-            ("GPU-hours", hours_words(e, r.gpu_hour_price)),
-            ("memory a worker", memory_words(e.memory)),
-        ]
+        became = f"{count:,} weights become BF16 in the output, among the untouched"
+        rows.append(("FP8 outside the experts", became))
     return rows
+
+
+def cost_rows(prepared: Prepared, e: Estimate) -> Rows:
+    """None for a run on CPUs: rates are a GPU's."""
+    r = prepared.plan.config.run
+    if not r.gpus_per_worker:
+        return []
+    return [
+        ("time, estimated", time_words(e)),
+        ("GPU-hours", hours_words(e, r.gpu_hour_price)),
+        ("memory a worker", memory_words(e.memory)),
+    ]
 
 
 def time_words(e: Estimate) -> str:

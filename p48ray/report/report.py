@@ -180,54 +180,11 @@ def projection_errors(records: list[LinearRecord], projection: str) -> Projectio
 
 def print_report(report: Report, console: Console) -> None:
     """The report as tables for a person."""
-    if report.quality is not None:
-        q = report.quality
-        table = Table(
-            title=f"{report.name}: quality on {q.num_tokens:,} held-out tokens (W4A4 emulated)",
-            title_justify="left",
-        )
-        for column in ("", "perplexity", "token accuracy", "KL to source"):
-            table.add_column(column, justify="left" if not column else "right")
-        table.add_row("source", f"{q.source_perplexity:.4f}", f"{q.source_accuracy:.4f}", "0")
-        if report.baseline is not None:
-            b = report.baseline
-            table.add_row(
-                "one-shot baseline",
-                f"{b.compressed_perplexity:.4f}",
-                f"{b.compressed_accuracy:.4f}",
-                f"{b.kl:.4f}",
-            )
-        table.add_row(
-            f"{report.solver}, {report.sparsity}",
-            f"{q.compressed_perplexity:.4f}",
-            f"{q.compressed_accuracy:.4f}",
-            f"{q.kl:.4f}",
-        )
-        if (other := q.in_groups_of_32) is not None:
-            table.add_row(
-                "the same, activations in groups of 32",
-                f"{other.perplexity:.4f}",
-                f"{other.accuracy:.4f}",
-                f"{other.kl:.4f}",
-            )
-        console.print(table)
-    if report.quality is not None and report.baseline is not None and report.baseline.kl > 0:
-        console.print(
-            f"KL ratio to the one-shot baseline: {report.quality.kl / report.baseline.kl:.3f}"
-        )
-    table = Table(title="expert linears", title_justify="left")
-    for column in ("", "mean relative output error", "worst", "of"):
-        table.add_column(column, justify="left" if column in ("", "of") else "right")
-    for projection, errors in report.relative_output_error.items():
-        table.add_row(projection, f"{errors.mean:.4f}", f"{errors.worst:.4f}", errors.worst_linear)
-    console.print(table)
-    outcomes = ", ".join(
-        f"{count} {name.replace('_', ' ')}" for name, count in sorted(report.outcomes.items())
-    )
-    console.print(f"{report.num_linears} linears: {outcomes}")
+    print_quality(report, console)
+    print_linears(report, console)
+    few = f"(under {report.few_tokens:,}, {FEW_TOKENS_SHARE:.0%} of the average)"
     console.print(
-        f"experts without calibration tokens: {report.experts_without_tokens}, with few (under"
-        f" {report.few_tokens:,}, {FEW_TOKENS_SHARE:.0%} of the average):"
+        f"experts without calibration tokens: {report.experts_without_tokens}, with few {few}:"
         f" {report.experts_with_few_tokens}"
     )
     console.print(
@@ -245,3 +202,43 @@ def print_report(report: Report, console: Console) -> None:
         console.print(f"checkpoint: {report.checkpoint}", soft_wrap=True)
         return
     console.print(pilot_words(report.pilot), soft_wrap=True)
+
+
+def print_quality(report: Report, console: Console) -> None:
+    """Nothing without an evaluation."""
+    if (q := report.quality) is None:
+        return
+    table = Table(
+        title=f"{report.name}: quality on {q.num_tokens:,} held-out tokens (W4A4 emulated)",
+        title_justify="left",
+    )
+    for column in ("", "perplexity", "token accuracy", "KL to source"):
+        table.add_column(column, justify="left" if not column else "right")
+
+    def add(name: str, perplexity: float, accuracy: float, kl: float) -> None:
+        table.add_row(name, f"{perplexity:.4f}", f"{accuracy:.4f}", f"{kl:.4f}")
+
+    table.add_row("source", f"{q.source_perplexity:.4f}", f"{q.source_accuracy:.4f}", "0")
+    if (b := report.baseline) is not None:
+        add("one-shot baseline", b.compressed_perplexity, b.compressed_accuracy, b.kl)
+    own = f"{report.solver}, {report.sparsity}"
+    add(own, q.compressed_perplexity, q.compressed_accuracy, q.kl)
+    if (other := q.in_groups_of_32) is not None:
+        name = "the same, activations in groups of 32"
+        add(name, other.perplexity, other.accuracy, other.kl)
+    console.print(table)
+    if b is not None and b.kl > 0:
+        console.print(f"KL ratio to the one-shot baseline: {q.kl / b.kl:.3f}")
+
+
+def print_linears(report: Report, console: Console) -> None:
+    table = Table(title="expert linears", title_justify="left")
+    for column in ("", "mean relative output error", "worst", "of"):
+        table.add_column(column, justify="left" if column in ("", "of") else "right")
+    for projection, errors in report.relative_output_error.items():
+        table.add_row(projection, f"{errors.mean:.4f}", f"{errors.worst:.4f}", errors.worst_linear)
+    console.print(table)
+    outcomes = ", ".join(
+        f"{count} {name.replace('_', ' ')}" for name, count in sorted(report.outcomes.items())
+    )
+    console.print(f"{report.num_linears} linears: {outcomes}")

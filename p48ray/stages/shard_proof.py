@@ -135,18 +135,8 @@ def verify_shard(
                 continue
             assert isinstance(found, ReadPlain)
             digests[segment.name] = found.digest
-            if isinstance(segment, Fp8Weight):
-                there = {name: tensor.to(device) for name, tensor in found.stored.items()}
-                expected = tensor_view(decode_plain(there, [segment])[segment.name])
-                if found.digest != hashlib.sha256(expected).hexdigest():
-                    problems.append(
-                        f"{shard.name}: {segment.name}: values differ from the source's FP8 weight"
-                        f" as BF16 ({segment.file})"
-                    )
-            elif not found.is_same:
-                problems.append(
-                    f"{shard.name}: {segment.name}: bytes differ from the source's ({segment.file})"
-                )
+            if difference := plain_difference(segment, found, device):
+                problems.append(f"{shard.name}: {segment.name}: {difference} ({segment.file})")
     return Findings(problems=problems, header_sha256=header_digest(raw), untouched_sha256=digests)
 
 
@@ -177,6 +167,17 @@ def read_plain_tensor(
         )
     is_same, digest = compare_bytes(checkpoint, entry, source, original, threads.reads)
     return ReadPlain(digest=digest, is_same=is_same)
+
+
+def plain_difference(segment: PlainTensor, found: ReadPlain, device: torch.device) -> str | None:
+    """How a tensor outside the experts differs from the source's; None where it does not."""
+    if not isinstance(segment, Fp8Weight):
+        return None if found.is_same else "bytes differ from the source's"
+    there = {name: tensor.to(device) for name, tensor in found.stored.items()}
+    expected = tensor_view(decode_plain(there, [segment])[segment.name])
+    if found.digest == hashlib.sha256(expected).hexdigest():
+        return None
+    return "values differ from the source's FP8 weight as BF16"
 
 
 def header_digest(raw: bytes) -> str:
