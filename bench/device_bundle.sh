@@ -16,7 +16,7 @@ PACKAGES=(
   ray jsonschema jsonschema-specifications referencing rpds-py  # what `import ray` asks for
   pydantic pydantic_core annotated-types typing-inspection
   boto3 botocore s3transfer jmespath
-  compressed-tensors loguru
+  compressed-tensors loguru tenacity
 )
 
 if [ $# -ne 1 ]; then
