@@ -3,6 +3,7 @@ of them come to."""
 
 from collections.abc import Sequence
 
+from p48ray.checkpoint.index import INDEX_FILE
 from p48ray.errors import VerificationError
 from p48ray.run import run_root
 from p48ray.run.cleanup import delete_unit_shards
@@ -87,6 +88,8 @@ def finish_verification(
     if not problems:
         finish_checkpoint(context, shards, verdicts, units)
         problems += check_folder(context, shards)
+        if problems:  # a folder with an index is a verified one
+            store.delete(run_root.checkpoint_file(INDEX_FILE))
     if problems:
         listed = "\n".join(f"  {p}" for p in problems[:LISTED_PROBLEMS])
         unlisted = len(problems) - LISTED_PROBLEMS

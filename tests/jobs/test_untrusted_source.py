@@ -170,9 +170,13 @@ def test_pickles_in_source_and_run_root_are_never_read(opened: OpenedFiles, tmp_
     opened.is_watching = True
     outcome = invoke(*arguments(root, ROUNDED | {"source.checkpoint": str(folder)}))
     opened.is_watching = False
-    assert outcome.code == 0, outcome
+    assert outcome.code == 1 and "pytorch_model.bin: not in p48ray.json" in outcome.err, outcome
     assert any(path.endswith(".safetensors") for path in opened.paths)
     assert not {path for path in opened.paths if path.endswith((".bin", ".pkl", ".pt"))}
+    assert not (root / "checkpoint" / "model.safetensors.index.json").exists()
     assert {path.name for path in (root / "checkpoint").iterdir()} & {
         path.name for path in pickles
     } == {"pytorch_model.bin"}
+    (root / "checkpoint" / "pytorch_model.bin").unlink()
+    assert invoke(*arguments(root, ROUNDED | {"source.checkpoint": str(folder)})).code == 0
+    assert (root / "checkpoint" / "model.safetensors.index.json").exists()
