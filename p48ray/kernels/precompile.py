@@ -269,9 +269,9 @@ def compile_all(
                 while number := os.read(taken, 1):
                     compile_one(*found[number[0]], with_launchers)
                 code = 0
-            # whatever it is: the worker's first unit compiles that kernel, and the exit code says
-            # so
             except Exception:
+                # whatever it is: the worker's first unit compiles that kernel, and the exit code
+                # says so
                 log.exception("a kernel was not compiled ahead")
             finally:
                 os._exit(code)

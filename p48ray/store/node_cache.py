@@ -151,8 +151,13 @@ def join_folder(folder: Path) -> int:
     """Make the folder, if it is not there, and hold its `in-use` file under a shared lock. Returns
     the descriptor."""
     while True:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with contextlib.suppress(FileNotFoundError):  # somebody removes the folder at this moment
+        try:
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        except FileExistsError:  # mkdir found it, and then no folder: somebody removes it just now
+            if os.path.lexists(folder) and not folder.is_dir():
+                raise
+            continue
+        with contextlib.suppress(FileNotFoundError):  # removed at this moment
             descriptor = os.open(folder / _ALIVE, os.O_CREAT | os.O_RDWR, 0o600)
             fcntl.flock(descriptor, fcntl.LOCK_SH)
             with contextlib.suppress(FileNotFoundError):

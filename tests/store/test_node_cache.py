@@ -202,11 +202,34 @@ def test_folder_that_somebody_joined_anew_is_not_removed_by_who_opened_the_old_o
             lock.append(NodeCache(tmp_path / "c", 10))
         real(descriptor, how)
 
-    NodeCache(tmp_path / "c", 10)
+    os.close(NodeCache(tmp_path / "c", 10).alive)  # nobody holds the old one's mark
     monkeypatch.setattr(module.fcntl, "flock", flock)
     assert not module.sweep(tmp_path / "c")
     assert (tmp_path / "c").exists()
     lock[1].open("a", 1, filler(b"a"))
+
+
+def test_folder_that_goes_while_it_is_made_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """pathlib's mkdir sees that something is there, then that it is no folder."""
+    real, tries = Path.mkdir, []
+
+    def mkdir(path: Path, *args: Any, **kwargs: Any) -> None:
+        tries.append(path)
+        if len(tries) == 1:
+            raise FileExistsError(17, "File exists", str(path))
+        real(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "mkdir", mkdir)
+    NodeCache(tmp_path / "c", 10).open("a", 1, filler(b"a"))
+    assert len(tries) == 2
+
+
+def test_file_in_the_folders_place_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "c").write_bytes(b"")
+    with pytest.raises(FileExistsError):
+        NodeCache(tmp_path / "c", 10)
 
 
 def test_half_of_a_removal_is_swept(tmp_path: Path) -> None:

@@ -16,7 +16,8 @@ _NAME = r"(?!(?:spaces|kernels|buckets|datasets|models)/)[A-Za-z0-9][A-Za-z0-9._
 
 
 _PLACE = re.compile(
-    rf"(?i:hf)://(?:(datasets|models)/)?({_NAME}/{_NAME})(?:@(refs/(?:pr|convert)/[^/@]+|[^/@]+))?(?:/(.*))?",
+    rf"(?i:hf)://(?:(datasets|models)/)?({_NAME}/{_NAME})"
+    r"(?:@(refs/(?:pr|convert)/[^/@]+|[^/@]+))?(?:/(.*))?",
     re.DOTALL,
 )
 
