@@ -69,14 +69,21 @@ from p48ray.estimate.memory import row_bytes
 from p48ray.estimate.plan_cost import estimate
 from p48ray.report.report import build_report
 from p48ray.run import run_root
-from p48ray.run.manifest import ActivationPart, GradientPart, LinearRecord, UnitManifest
+from p48ray.run.checked import unit_manifests
+from p48ray.run.manifest import (
+    ActivationPart,
+    GradientPart,
+    LayerScales,
+    LinearRecord,
+    UnitManifest,
+)
 from p48ray.run.needs import Needs, read_needs
 from p48ray.run.output_layout import unit_bytes
 from p48ray.run.plan import RunPlan, WorkUnit
 from p48ray.run.run_root import BlobKind
 from p48ray.runner import cluster, ray_runner
 from p48ray.runner.base import TaskList
-from p48ray.runner.pipeline import Job, read_units
+from p48ray.runner.pipeline import Job
 from p48ray.runner.progress import INTERVAL_S
 from p48ray.runner.ray_runner import RayRunner
 from p48ray.stages.prepare import Prepared, prepare
@@ -224,13 +231,16 @@ class Stubs:
             for projection in PROJECTIONS
             for n, expert in enumerate(unit.experts)
         )
+        layer = LayerScales.load(self.store, run_root.layer_scales(unit.layer))
+        scales = (layer.gate_up, layer.down)
         manifest = UnitManifest(
-            plan_digest=self.plan.digest,
+            units_digest=self.plan.units_digest,
             unit=unit.id,
             attempt=attempt,
             size_bytes=self.costs.unit_bytes,
             sha256=hashlib.sha256(unit.id.encode()).hexdigest(),
             data_offset=11768,
+            input_global_scales=scales,
             linears=linears,
             clipped_input_share=0.0,
             clipped_intermediate_share=2.5e-7,
@@ -338,7 +348,7 @@ class Stubs:
             "sha256": "0" * 64,
         }
         return {
-            "plan_digest": self.plan.digest,
+            "units_digest": self.plan.units_digest,
             "layer": layer,
             "part": part,
             "seconds": 1.0,
@@ -489,7 +499,7 @@ def measure_driver(prepared: Prepared, fleet: Fleet, costs: Costs) -> dict[str, 
     facts |= {"run_counts": dict(store.counts), "ms_per_unit": outcome.driver_ms_per_unit}
     facts["run_peak_bytes"] = peak_bytes()
     start = time.process_time()
-    build_report(whole.context, read_units(whole), whole.shards, None, {})
+    build_report(whole.context, unit_manifests(whole.plan, whole.store), whole.shards, None, {})
     facts |= {"report_s": time.process_time() - start, "peak_bytes": peak_bytes()}
     facts["stored_bytes"] = sum(info.size_bytes for info in MemoryStore.list(store))
     start = time.process_time()

@@ -42,8 +42,9 @@ from p48ray.model.experts import RoutedInputs
 from p48ray.run import run_root
 from p48ray.run.manifest import UnitManifest
 from p48ray.run.plan import SequencePart, make_plan
+from p48ray.run.scales import write_layer_scales
 from p48ray.stages.blobs import BlobWriter
-from p48ray.stages.capture import write_activations, write_layer_scales
+from p48ray.stages.capture import write_activations
 from p48ray.stages.gradients import write_gradients
 from p48ray.stages.workplace import open_context
 from p48ray.store.local import LocalStore
@@ -81,7 +82,7 @@ def prepare_units(args: argparse.Namespace, folder: Path) -> StageContext:
     with BlobWriter(context) as writer:
         for part in plan.parts:
             write_part(context, writer, part, ids_TK, generator)
-    write_layer_scales(context, 0)
+    write_layer_scales(context.plan, context.store, 0)
     return context
 
 

@@ -22,7 +22,7 @@ from p48ray.finished.branch import Hub, Target
 from p48ray.finished.publisher import FileState, RayUploads, publish, rehearse
 from p48ray.report.plan_table import size
 from p48ray.run import run_root as names
-from p48ray.run.plan import RunPlan
+from p48ray.run.changing_hands import root_is_shared
 from p48ray.runner.console import configure_logging
 from p48ray.runner.ray_tasks import RayTasks
 from p48ray.store.open import ENDPOINT_VARIABLES, open_store
@@ -81,7 +81,7 @@ def main(
         if dry_run:
             return print_states(rehearse(store, hub), hub)
         is_planned = store.head(names.PLAN) is not None
-        is_shared = is_planned and RunPlan.load(store, names.PLAN).config.run.root_is_shared
+        is_shared = is_planned and root_is_shared(store)
         settings = {name: os.environ[name] for name in SHARED_SETTINGS if name in os.environ}
         tasks = RayTasks(
             what="publish",

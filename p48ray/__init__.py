@@ -8,4 +8,4 @@ Everywhere: errors, trace. Entry points: jobs/, cli and config_page.
 docs/DESIGN.md follows one unit from plan to checkpoint.
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

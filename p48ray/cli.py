@@ -16,7 +16,11 @@ from p48ray.checkpoint.sparse_storage import Storage
 from p48ray.errors import ConfigError, P48Error, UserError
 from p48ray.report.inspect import inspect_linear, print_inspection
 from p48ray.report.status import print_status, read_status
+from p48ray.run.changing_hands import read_plan
+from p48ray.run.cleanup import delete_all, describe_removable, find_removable
+from p48ray.run.doctor import describe, diagnose, run_roots_in
 from p48ray.runner.console import configure_logging
+from p48ray.store.base import Store
 from p48ray.store.open import ENDPOINT_VARIABLES, open_store, scheme_of
 
 app = typer.Typer(
@@ -48,6 +52,17 @@ def guarded(action: Callable[[], bool]) -> None:
     raise typer.Exit(0 if is_good else 1)
 
 
+def open_run_root(uri: str, endpoint_url: str | None) -> Store:
+    """The store of a run root.
+
+    Raises: ConfigError where none can lie.
+    """
+    scheme = scheme_of(uri)
+    if not scheme.is_writable:
+        raise ConfigError(f"{uri}: expected a run root, found {scheme.noun}, where none can lie")
+    return open_store(uri, endpoint_url)
+
+
 @app.command()
 def status(
     run_root: Annotated[str, typer.Argument(help="Folder or URI of a run.")],
@@ -56,11 +71,77 @@ def status(
     """How far a run has come: each stage, each layer, and what failed."""
 
     def action() -> bool:
-        store, scheme = open_store(run_root, endpoint_url), scheme_of(run_root)
-        if not scheme.is_writable:
-            found = f"found {scheme.noun}, where none can lie"
-            raise ConfigError(f"{run_root}: expected a run root, {found}")
-        print_status(read_status(store), console)
+        print_status(read_status(open_run_root(run_root, endpoint_url)), console)
+        return True
+
+    guarded(action)
+
+
+@app.command()
+def doctor(
+    run_root: Annotated[str, typer.Argument(help="Folder or URI of a run.")],
+    fix: Annotated[
+        bool,
+        typer.Option("--fix", help="Delete what is unsound, so that the next run makes it anew."),
+    ] = False,
+    sizes_only: Annotated[
+        bool, typer.Option("--sizes-only", help="Read records, but no bytes of what they name.")
+    ] = False,
+    endpoint_url: Endpoint = None,
+) -> None:
+    """Read every record and every digest of a run root and say what is unsound, what to delete, and
+    what the next run makes anew. The finished checkpoint's own bytes are `verify`'s. Exit 0 if
+    nothing is unsound, or all of it was deleted; 1 otherwise."""
+
+    def action() -> bool:
+        found = [
+            (part, diagnose(part, reads_bytes=not sizes_only))
+            for part in run_roots_in(open_run_root(run_root, endpoint_url))
+        ]
+        for part, diagnosis in found:
+            for line in describe(diagnosis):
+                typer.echo(line)
+            if fix:
+                delete_all(part, diagnosis.keys)
+                typer.echo(f"  deleted {len(diagnosis.keys)} objects")
+            elif diagnosis.unsound:
+                typer.echo("  to delete what is unsound: the same command with --fix")
+        return fix or not any(diagnosis.unsound for _, diagnosis in found)
+
+    guarded(action)
+
+
+@app.command()
+def clean(
+    run_root: Annotated[str, typer.Argument(help="Folder or URI of a run.")],
+    units: Annotated[
+        bool, typer.Option("--units", help="Unit shards too, once the run is at its end.")
+    ] = False,
+    mirror: Annotated[
+        bool, typer.Option("--mirror", help="The copy of a hf:// source too, likewise.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what may go, and delete nothing.")
+    ] = False,
+    endpoint_url: Endpoint = None,
+) -> None:
+    """Delete what nothing in a run root will read again: streams of finished layers and attempts
+    that lost; with options more."""
+
+    def action() -> bool:
+        wanted = {"streams", "attempts", *(["units"] * units), *(["mirror"] * mirror)}
+        for part in run_roots_in(open_run_root(run_root, endpoint_url)):
+            found = find_removable(read_plan(part), part)
+            waiting = [f for f in found if f.name in wanted and f.keys and f.waits_for]
+            if waiting and not dry_run:
+                raise ConfigError(
+                    f"--{waiting[0].name}: {part.uri}: expected {waiting[0].waits_for}; nothing was"
+                    " deleted"
+                )
+            for line in describe_removable(part.uri, found, set() if dry_run else wanted):
+                typer.echo(line)
+            if not dry_run:
+                delete_all(part, [key for f in found if f.name in wanted for key in f.keys])
         return True
 
     guarded(action)

@@ -25,7 +25,11 @@ from p48ray.run.plan import SETTINGS
 
 WIDTH = 100
 UNIT = re.compile(r"^\[(.+?)\] ")
-EFFECTS = {"digest": "**Changes bytes.**", "free": "Free."}
+EFFECTS = {
+    "units": "**Changes bytes.**",
+    "checkpoint": "**Changes the checkpoint**, not its units.",
+    "free": "Free.",
+}
 NOTHING = type(None)
 WORDS: dict[Any, str] = {
     int: "integer",

@@ -90,6 +90,10 @@ class StageFailedError(P48Error):
     failures/ in the run root."""
 
 
+class BudgetSpentError(P48Error):
+    """run.max_gpu_hours is reached. Says the sum; what is finished stays."""
+
+
 class VerificationError(P48Error):
     """The finished checkpoint does not hold what its plan and manifests promise. Lists what was
     found."""

@@ -55,6 +55,85 @@ def clean(finished: SmallRun) -> Folder:
     return Folder.read(finished.checkpoint)
 
 
+# doctor and clean
+
+
+def copied(finished: SmallRun, tmp_path: Path) -> Path:
+    shutil.copytree(finished.root, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def test_doctor_names_what_to_delete_and_deletes_it(finished: SmallRun, tmp_path: Path) -> None:
+    root = copied(finished, tmp_path)
+    assert call("doctor", root).exit_code == 0
+    manifest = root / "units/L001-E000-007/manifest.json"
+    manifest.write_bytes(manifest.read_bytes()[:50])
+    (root / "notes.txt").write_text("whose?")
+    found = call("doctor", root)
+    assert found.exit_code == 1
+    for words in (
+        "1 unsound",
+        f"unsound: {manifest}: gone or unreadable",
+        "delete: units/L001-E000-007/manifest.json",
+        "unknown: notes.txt",
+        "the next run makes: 1 of 8 units, of layers 1",
+        "the same command with --fix",
+    ):
+        assert words in found.stdout
+    assert manifest.exists()
+    fixed = call("doctor", root, "--fix")
+    assert fixed.exit_code == 0
+    assert "deleted 1 objects" in fixed.stdout
+    assert not manifest.exists() and (root / "notes.txt").exists()
+    assert call("doctor", root).exit_code == 0
+
+
+def test_doctor_reads_bytes_unless_told_not_to(finished: SmallRun, tmp_path: Path) -> None:
+    root = copied(finished, tmp_path)
+    (shard,) = (root / "units/L002-E008-015").rglob("*.safetensors")
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+    assert call("doctor", root, "--sizes-only").exit_code == 0
+    found = call("doctor", root)
+    assert found.exit_code == 1
+    assert f"unsound: {shard}: expected {len(data)} bytes with SHA-256" in found.stdout
+
+
+@pytest.mark.parametrize("command", ["doctor", "clean"])
+def test_place_without_a_run_is_refused(command: str, tmp_path: Path) -> None:
+    refused(call(command, tmp_path), 2, "expected a run root with plan.json, found none")
+
+
+def test_clean_deletes_what_nobody_reads_and_says_what_more_may_go(
+    finished: SmallRun, tmp_path: Path
+) -> None:
+    root = copied(finished, tmp_path)
+    before = {p.relative_to(root) for p in root.rglob("*") if p.is_file()}
+    shown = call("clean", root, "--dry-run")
+    assert shown.exit_code == 0
+    assert {p.relative_to(root) for p in root.rglob("*") if p.is_file()} == before
+    streams = [p for p in before if p.parts[0] in ("activations", "residuals")]
+    blobs = [p for p in streams if p.suffix == ".arrow" or p.parts[0] == "residuals"]
+    assert f"streams   {len(blobs)} objects" in shown.stdout
+    for words in ("may go", "units     8 objects", "mirror    0 objects, 0 bytes: none"):
+        assert words in shown.stdout
+    assert call("clean", root).exit_code == 0
+    assert before - {p.relative_to(root) for p in root.rglob("*") if p.is_file()} == set(blobs)
+    assert call("clean", root, "--units").exit_code == 0
+    assert not list((root / "units").rglob("*.safetensors"))
+    assert len(list((root / "units").rglob("manifest.json"))) == 8
+    assert call("doctor", root).exit_code == 0, "a finished run needs no unit shards"
+
+
+def test_clean_keeps_units_until_the_run_is_at_its_end(finished: SmallRun, tmp_path: Path) -> None:
+    root = copied(finished, tmp_path)
+    shutil.rmtree(root / "report")
+    before = {p for p in root.rglob("*") if p.is_file()}
+    refused(call("clean", root, "--units"), 2, "--units: ", "the end of the run", "nothing was")
+    assert {p for p in root.rglob("*") if p.is_file()} == before
+
+
 # status
 
 

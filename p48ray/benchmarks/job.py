@@ -26,9 +26,11 @@ from p48ray.run.benchmark_results import (
     read_harness,
     result_digest,
 )
+from p48ray.run.changing_hands import read_plan
+from p48ray.run.checked import unit_manifests
 from p48ray.run.plan import RunPlan
 from p48ray.run.records import canonical_json
-from p48ray.runner.pipeline import read_units, write_report
+from p48ray.runner.pipeline import write_report
 from p48ray.stages.prepare import absolute
 from p48ray.stages.workplace import open_context
 from p48ray.store.base import Store
@@ -169,7 +171,7 @@ def read_run(config: RunConfig, store: Store) -> tuple[RunPlan, Report]:
     Raises: ConfigError where there is none, or another one.
     """
     try:
-        plan, report = RunPlan.load(store, run_root.PLAN), Report.load(store, run_root.REPORT)
+        plan, report = read_plan(store), Report.load(store, run_root.REPORT)
     except ObjectMissingError as error:
         raise ConfigError(
             f"--run-root: expected a finished run in {store.uri}: {error}; run jobs/compress.py to"
@@ -342,6 +344,5 @@ def publish_table(evaluation: Evaluation, table: BenchmarkTable) -> None:
         return
     evaluation.store.put(run_root.BENCHMARK_TABLE, table.to_json())
     context = open_context(evaluation.plan, evaluation.store)
-    write_report(
-        context, evaluation.report.model_copy(update={"benchmarks": table}), read_units(context)
-    )
+    units = unit_manifests(context.plan, context.store)
+    write_report(context, evaluation.report.model_copy(update={"benchmarks": table}), units)

@@ -283,6 +283,14 @@ class RunSettings(Section):
             " status`."
         ),
     )
+    max_gpu_hours: float | None = Field(
+        None,
+        gt=0,
+        description=(
+            "[GPU-hours] When workers have had so many, those of finished work of before included,"
+            " no task is begun any more; the job ends with 1 once those under way are done."
+        ),
+    )
     max_attempts: int = Field(
         3,
         gt=0,

@@ -189,7 +189,7 @@ def stage_times(
     read = rates.near_read if near else rates.link
     checkers = max(1, min(workers, moved.num_shards))
     verify = max(moved.verified / (read * nodes), moved.verified / (rates.check_bytes * checkers))
-    evaluate = 0.0 if plan.is_pilot else evaluate_seconds(plan, layout, dense_elements, rates)
+    evaluate = evaluate_seconds(plan, layout, dense_elements, rates)
     job = (
         start
         + mirror

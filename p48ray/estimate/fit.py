@@ -1,8 +1,10 @@
-"""Whether a worker's memory will do, said before hours are spent: what the plan needs at its peaks
-against what a card and a machine have."""
+"""Whether a worker's memory and a run root's disk will do, said before hours are spent: what the
+plan needs at its peaks against what a card, a machine and a disk have."""
 
 import logging
 import os
+import shutil
+from pathlib import Path
 
 import torch
 
@@ -10,6 +12,8 @@ from p48ray.checkpoint.index import CheckpointIndex
 from p48ray.checkpoint.layout import ModelLayout
 from p48ray.estimate.memory import Memory, memory_of
 from p48ray.run.plan import RunPlan
+from p48ray.store.local import LocalStore
+from p48ray.store.open import scheme_of
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +44,28 @@ def shortages(memory: Memory, gpu_bytes: float | None, host_bytes: float | None)
             f" {host_bytes / GB:.0f}: lower {KEY_OF_UNITS}, or {KEY_OF_STREAMS}"
         )
     return found
+
+
+def lack_of_space(plan: RunPlan, peak_bytes: int) -> str | None:
+    """What the disk of a local run root lacks, in words; None where it has room, or where this
+    machine does not have the folder that it is to lie in.
+
+    Args:
+        plan: of the run.
+        peak_bytes: that the run root holds at the most (Estimate.peak_stored_bytes).
+    """
+    root = Path(plan.config.run.root)
+    folder = next((place for place in (root, root.parent) if place.is_dir()), None)
+    if not scheme_of(plan.config.run.root).is_local or folder is None:
+        return None
+    held = sum(info.size_bytes for info in LocalStore(root).list()) if root.is_dir() else 0
+    free = shutil.disk_usage(folder).free
+    if peak_bytes - held <= free:
+        return None
+    return (
+        f"{root} needs about {(peak_bytes - held) / GB:,.1f} GB more at the peak and its disk has"
+        f" {free / GB:,.1f} GB free: see run.keep, or take another run root"
+    )
 
 
 def warn_of_memory(

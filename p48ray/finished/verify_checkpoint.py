@@ -54,7 +54,7 @@ def check_shard(check: ShardCheck) -> tuple[str, ...]:
             ]
             problems += check_unit(
                 check.file, unit.id, stored, experts, check.promise, check.storage, threads
-            )
+            ).all
         for name, found in threads.in_order(digest_of, sorted(check.untouched)):
             if found != (digest := check.untouched[name]):
                 problems.append(

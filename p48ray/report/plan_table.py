@@ -4,7 +4,7 @@ from rich.console import Console
 from rich.table import Table
 
 from p48ray.estimate.duration import is_near
-from p48ray.estimate.fit import GB, shortages
+from p48ray.estimate.fit import GB, lack_of_space, shortages
 from p48ray.estimate.memory import Memory
 from p48ray.estimate.plan_cost import Estimate, estimate
 from p48ray.report.work import duration
@@ -72,7 +72,7 @@ def work_rows(prepared: Prepared, e: Estimate) -> Rows:
 
 
 def traffic_rows(prepared: Prepared, e: Estimate) -> Rows:
-    r = prepared.plan.config.run
+    r, lack = prepared.plan.config.run, lack_of_space(prepared.plan, e.peak_stored_bytes)
     reading = "a node a layer once for all its units, while its cache has room"
     if is_near(r.root, r.root_is_shared):
         reading = "each its own tokens"
@@ -88,6 +88,7 @@ def traffic_rows(prepared: Prepared, e: Estimate) -> Rows:
         ("read by units", f"{size(e.unit_read_bytes)} ({reading})"),
         ("written", ", ".join(f"{name} {size(value)}" for name, value in written.items())),
         ("stored at the peak", f"{size(e.peak_stored_bytes)} (run.keep: {r.keep})"),
+        *([("warning", lack)] if lack else []),
     ]
 
 

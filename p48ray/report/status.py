@@ -6,7 +6,6 @@ from typing import Literal
 from rich.console import Console
 from rich.table import Table
 
-from p48ray.errors import ConfigError
 from p48ray.report.work import (
     Extrapolation,
     Work,
@@ -17,9 +16,9 @@ from p48ray.report.work import (
     read_work,
 )
 from p48ray.run import run_root
+from p48ray.run.changing_hands import read_plan
 from p48ray.run.manifest import Failure
 from p48ray.run.output_layout import shard_count, shard_names
-from p48ray.run.plan import RunPlan
 from p48ray.run.records import Record
 from p48ray.stages.table import count_markers
 from p48ray.store.base import Store
@@ -55,9 +54,7 @@ def read_status(store: Store) -> RunStatus:
 
     Raises: ConfigError when there is no plan.
     """
-    if store.head(run_root.PLAN) is None:
-        raise ConfigError(f"{store.uri}: expected a run root with {run_root.PLAN}, found none")
-    plan = RunPlan.load(store, run_root.PLAN)
+    plan = read_plan(store)
     sizes = {info.key: info.size_bytes for info in store.list()}
     keys = set(sizes)
     parts = Counter(

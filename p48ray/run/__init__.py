@@ -9,8 +9,12 @@ Read in this order:
     records         the base of all that is stored: frozen, closed to unknown keys, strict JSON
     plan            what will be done: a function of the configuration and the checkpoint's headers
     manifest        what was done: one record for each finished piece of work
+    checked         those records as readers get them: held against what was asked for
+    scales          a layer's input scales, held against its parts
+    changing_hands  whose run root it is, and how a pilot's becomes the full run's
     output_layout   where every byte of the output lies
     needs, cleanup  what a run root still lacks, and what of it nobody will read again
+    doctor          what is unsound in a run root, and what to delete
     arrow           rows of tokens as files; benchmark_results: records of an evaluation by tasks
 
 To add a record: derive it from records.Record with a schema_version, name its object in run_root.

@@ -50,7 +50,7 @@ class TokensManifest(Record):
     """Packed token ids: of the calibration sequences, or of an evaluation's."""
 
     schema_version: Literal[1] = 1
-    owner: str = Field(description="The plan's digest, or the evaluation's.")
+    owner: str = Field(description="The digest of the plan's units, or the evaluation's.")
     size_bytes: int
     sha256: str
 
@@ -59,7 +59,7 @@ class PartManifest(Record):
     """One blob of a stream: one part at one layer. `kind` says of what."""
 
     schema_version: Literal[1] = 1
-    plan_digest: str
+    units_digest: str
     kind: BlobKind
     layer: int
     part: int
@@ -110,7 +110,7 @@ class LayerScales(Record):
     layer, so that units stay independent)."""
 
     schema_version: Literal[1] = 1
-    plan_digest: str
+    units_digest: str
     layer: int
     amax_input: float
     amax_intermediate: float
@@ -162,12 +162,15 @@ class UnitManifest(Record):
     """One finished unit. Names the attempt whose shard counts."""
 
     schema_version: Literal[1] = 1
-    plan_digest: str
+    units_digest: str
     unit: str
     attempt: str
     size_bytes: int
     sha256: str
     data_offset: int = Field(description="Where the tensors begin in the shard, after its header.")
+    input_global_scales: tuple[float, float] = Field(
+        description="Of gate and up, and of down: the layer's when the unit was made."
+    )
     linears: tuple[LinearRecord, ...]
     ladder: tuple[LadderStep, ...] = Field(
         (), description="Of one of the experts, step by step; empty in manifests of before."
@@ -237,6 +240,9 @@ class ShardVerdict(Record):
     num_tensors: int
     num_linears: int
     problems: tuple[str, ...]
+    unsound_units: tuple[str, ...] = Field(
+        (), description="Units that are refused as they were made, not as they were stitched."
+    )
     header_sha256: str
     untouched_sha256: dict[str, str] = Field(description="By tensor, as read here.")
 
@@ -254,6 +260,7 @@ class EvaluationPart(Record):
 
     schema_version: Literal[1] = 1
     plan_digest: str
+    evaluation: str = Field(description="Digest of what the figures depend on.")
     part: int
     num_tokens: int
     source_loss: float

@@ -1,9 +1,11 @@
 """What will be done: a pure function of the configuration and the checkpoint's headers. No weight
 is read to make a plan.
 
-The plan's digest covers everything that can change an output byte. `SETTINGS` says for every
-configuration key whether it is covered; a run root that holds a plan with another digest is refused
-by the name of the first setting that differs.
+Two digests. `units_digest` covers everything that can change a byte of a unit's shard, and is what
+parts, scales and units carry; `digest` covers the checkpoint's bytes too, and is what verdicts and
+p48ray.json carry. `SETTINGS` says of every configuration key which of the two it belongs to. A run
+root with units of other settings is refused by the name of the first setting that differs; one that
+differs in settings of the checkpoint alone changes hands (check_plan), with all its units.
 """
 
 import hashlib
@@ -13,55 +15,55 @@ from typing import Literal
 
 from pydantic import Field, JsonValue
 
+from p48ray import __version__
 from p48ray.checkpoint.families import ModelLayout, check_divisibility
 from p48ray.checkpoint.fp8 import Fp8Weight, plain_tensors
 from p48ray.checkpoint.index import CheckpointIndex
 from p48ray.config import RunConfig
 from p48ray.config.benchmarks import BenchmarksConfig
 from p48ray.config.load import dotted_keys, lookup
-from p48ray.errors import ConfigError, PlanMismatchError
-from p48ray.run import run_root
+from p48ray.errors import ConfigError
 from p48ray.run.records import Record, canonical_json
-from p48ray.store.base import Store
 
-FORMAT_VERSION = 3  # layout of the run root and of unit shards
+FORMAT_VERSION = 4  # layout of the run root and of unit shards
 NUMERICS_VERSION = 3  # bumped by whoever changes a number that reaches an output byte
 
-Effect = Literal["digest", "free"]
+Effect = Literal["units", "checkpoint", "free"]
 
-# Every configuration key: does it belong to the digest, or may it change on resume? (free: who
-# works, where, and what is measured afterwards)
+# What every configuration key may change: a unit's bytes, only how units are put together
+# (checkpoint), or neither (free: who works, where, and what is measured afterwards). Where
+# compressed layers feed the next, `run.layers` belongs to the units (units_facts).
 SETTINGS: dict[str, Effect] = {
-    "name": "digest",  # stands in the checkpoint's README
+    "name": "checkpoint",  # stands in the checkpoint's README
     # the fingerprint counts, not the place; of two hf:// sources the commit too (check_plan)
     "source.checkpoint": "free",
     "source.trust_remote_code": "free",
     "source.endpoint_url": "free",
     "calibration.documents": "free",  # their bytes and weights count (documents_digest)
-    "calibration.num_sequences": "digest",
-    "calibration.sequence_length": "digest",
-    "calibration.seed": "digest",
-    "calibration.propagate": "digest",
-    "calibration.sequences_per_part": "digest",
-    "calibration.sequences_per_micro_batch": "digest",
-    "calibration.compute_dtype": "digest",
-    "calibration.stored_bits": "digest",
-    "compression.solver": "digest",
-    "compression.sparsity": "digest",
-    "compression.scale_span": "digest",
-    "compression.activation_group": "digest",
-    "compression.output_curvature": "digest",
-    "compression.damp": "digest",
-    "compression.output_damp": "digest",
-    "compression.router_weight_exponent": "digest",
-    "compression.sweeps": "digest",
-    "compression.code_sweeps": "digest",
-    "compression.refine_steps": "digest",
-    "compression.activation_quantization": "digest",
+    "calibration.num_sequences": "units",
+    "calibration.sequence_length": "units",
+    "calibration.seed": "units",
+    "calibration.propagate": "units",
+    "calibration.sequences_per_part": "units",
+    "calibration.sequences_per_micro_batch": "units",
+    "calibration.compute_dtype": "units",
+    "calibration.stored_bits": "units",
+    "compression.solver": "units",
+    "compression.sparsity": "units",
+    "compression.scale_span": "units",
+    "compression.activation_group": "units",
+    "compression.output_curvature": "units",
+    "compression.damp": "units",
+    "compression.output_damp": "units",
+    "compression.router_weight_exponent": "units",
+    "compression.sweeps": "units",
+    "compression.code_sweeps": "units",
+    "compression.refine_steps": "units",
+    "compression.activation_quantization": "units",
     "compression.max_fallback_share": "free",
-    "output.max_shard_size": "digest",
-    "output.storage": "digest",
-    "output.base_model": "digest",  # stands in the card
+    "output.max_shard_size": "checkpoint",
+    "output.storage": "checkpoint",
+    "output.base_model": "checkpoint",  # stands in the card
     # so does this, but the source's fingerprint says more, and run roots of before keep their
     # digest
     "output.base_revision": "free",
@@ -80,17 +82,18 @@ SETTINGS: dict[str, Effect] = {
     "run.endpoint_url": "free",
     "run.root_is_shared": "free",
     # experts of a unit are solved as one batch, and lie together in the output
-    "run.experts_per_unit": "digest",
+    "run.experts_per_unit": "units",
     "run.num_workers": "free",
     "run.capture_workers": "free",
     # a matrix product's rounding depends on how many threads share it
-    "run.threads_per_worker": "digest",
+    "run.threads_per_worker": "units",
     # across device models: within tolerance; manifests record the device
     "run.gpus_per_worker": "free",
     "run.gpu_hour_price": "free",
+    "run.max_gpu_hours": "free",
     "run.max_attempts": "free",
     "run.prefetch_units": "free",
-    "run.layers": "digest",
+    "run.layers": "checkpoint",
     "run.keep": "free",
     "run.boundary_every": "free",  # what is run again comes out bit for bit
     "run.node_cache": "free",
@@ -110,6 +113,11 @@ class WorkUnit(Record):
     def id(self) -> str:
         last = self.first_expert + self.num_experts - 1
         return f"L{self.layer:03d}-E{self.first_expert:03d}-{last:03d}"
+
+    @staticmethod
+    def layer_of(unit_id: str) -> int:
+        """The layer that an id names."""
+        return int(unit_id.removeprefix("L").partition("-")[0])
 
     @property
     def experts(self) -> range:
@@ -157,7 +165,8 @@ class SourceRecord(Record):
 
 
 class RunPlan(Record):
-    """Everything that will be done. `digest` is SHA-256 over `digest_facts`.
+    """Everything that will be done. `digest` and `units_digest` are SHA-256 over `digest_facts` and
+    `units_facts`. `made_by`: the version of p48ray that planned it.
 
     `revisions`: the commit of every hf:// place that the user named, as it was found when the run
     was first planned. `config` names those commits.
@@ -173,6 +182,8 @@ class RunPlan(Record):
     parts: tuple[SequencePart, ...]
     units: tuple[WorkUnit, ...]
     revisions: dict[str, str] = Field(default_factory=dict)
+    made_by: str = ""
+    units_digest: str
     digest: str
 
     @property
@@ -282,10 +293,15 @@ def make_plan(
         parts=cut_parts(config.calibration.num_sequences, config.calibration.sequences_per_part),
         units=plan_units(layout, config.run.experts_per_unit, config.run.layers),
         revisions=dict(revisions),
+        made_by=__version__,
+        units_digest="",
         digest="",
     )
     return plan.model_copy(
-        update={"digest": hashlib.sha256(canonical_json(digest_facts(plan))).hexdigest()}
+        update={
+            "units_digest": fact_digest(units_facts(plan)),
+            "digest": fact_digest(digest_facts(plan)),
+        }
     )
 
 
@@ -324,10 +340,16 @@ def cut_parts(num_sequences: int, per_part: int) -> tuple[SequencePart, ...]:
     )
 
 
-def digest_facts(plan: RunPlan) -> dict[str, JsonValue]:
-    """Every fact that can change an output byte, by name."""
-    changing = [key for key, effect in SETTINGS.items() if effect == "digest"]
-    facts: dict[str, JsonValue] = {key: lookup(plan.config, key) for key in changing}  # type: ignore[misc]
+def fact_digest(facts: Mapping[str, JsonValue]) -> str:
+    return hashlib.sha256(canonical_json(facts)).hexdigest()
+
+
+def units_facts(plan: RunPlan) -> dict[str, JsonValue]:
+    """Every fact that can change a byte of a unit, by name."""
+    keys = [key for key, effect in SETTINGS.items() if effect == "units"]
+    if plan.propagates:
+        keys.append("run.layers")  # the layers below are compressed, or they are the source's
+    facts: dict[str, JsonValue] = {key: lookup(plan.config, key) for key in keys}  # type: ignore[misc]
     return facts | {
         "numerics version": plan.numerics_version,
         "format version": plan.format_version,
@@ -337,35 +359,8 @@ def digest_facts(plan: RunPlan) -> dict[str, JsonValue]:
     }
 
 
-def check_plan(plan: RunPlan, store: Store) -> bool:
-    """Compare with the plan that the run root holds, if any. Returns whether the run root already
-    has this plan.
-
-    Raises: PlanMismatchError naming the first setting that differs, and both values.
-    """
-    if store.head(run_root.PLAN) is None:
-        return False
-    held = RunPlan.load(store, run_root.PLAN)
-    ours, theirs = digest_facts(plan), digest_facts(held)
-    # the fingerprint does not cover the small files, which are mirrored and carried over too
-    if plan.source.mirror and held.source.mirror:
-        ours, theirs = (
-            {"source.checkpoint": p.config.source.checkpoint, **facts}
-            for p, facts in ((plan, ours), (held, theirs))
-        )
-    if held.digest == plan.digest and ours == theirs:
-        return True
-    differing = [name for name in ours if ours[name] != theirs.get(name)]
-    name = differing[0] if differing else "plan digest"
-    instead = (
-        "; `p48ray convert` makes the other storage of a finished checkpoint"
-        if differing == ["output.storage"]
-        else ""
-    )
-    more = f" and {len(differing) - 1} more differences" if len(differing) > 1 else ""
-    raise PlanMismatchError(
-        f"{store.uri}/{run_root.PLAN}: this run root belongs to another plan: {name}: expected"
-        f" {ours.get(name, plan.digest)!r} (this run), found"
-        f" {theirs.get(name, held.digest)!r}{more};"
-        f" take the old setting back, or another --run-root{instead}"
-    )
+def digest_facts(plan: RunPlan) -> dict[str, JsonValue]:
+    """Every fact that can change a byte of the output, by name."""
+    keys = [key for key, effect in SETTINGS.items() if effect == "checkpoint"]
+    facts: dict[str, JsonValue] = {key: lookup(plan.config, key) for key in keys}  # type: ignore[misc]
+    return facts | units_facts(plan)

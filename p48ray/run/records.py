@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Self
+from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -44,6 +44,20 @@ class Record(BaseModel):
         are asked for side by side."""
         with ThreadPoolExecutor(LOADS_AT_ONCE) as pool:
             return list(pool.map(lambda key: cls.load(store, key), keys))
+
+
+def read_json(data: bytes, where: str) -> dict[str, Any]:
+    """A JSON object whose keys are not known yet.
+
+    Raises: ShardCorruptError naming the place.
+    """
+    try:
+        found = json.loads(data)
+    except ValueError as error:
+        raise ShardCorruptError(f"{where}: not JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise ShardCorruptError(f"{where}: expected a JSON object, found {type(found).__name__}")
+    return found
 
 
 def canonical_json(value: object) -> bytes:

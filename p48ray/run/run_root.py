@@ -63,10 +63,32 @@ VERIFICATION = "verification/"
 EVALUATION = "evaluation/"
 BENCHMARKS = "benchmarks/"
 BENCHMARK_TABLE = "benchmarks/table.json"
+REPORT_FOLDER = "report/"
 REPORT = "report/report.json"
 REPORT_PAGE = "report/report.html"
 BASELINE = "baseline/"  # run root of the one-shot reference (evaluation.baseline)
 PUBLISH = "publish/"
+PREFIXES = (
+    SOURCE,
+    MIRROR,
+    "calibration/",
+    ACTIVATIONS,
+    GRADIENTS,
+    RESIDUALS,
+    COMPRESSED_RESIDUALS,
+    RESIDUAL_GRADIENTS,
+    UNITS,
+    FAILURES,
+    CHECKPOINT,
+    VERIFICATION,
+    EVALUATION,
+    BENCHMARKS,
+    REPORT_FOLDER,
+    BASELINE,
+    PUBLISH,
+)
+"""Of everything but the single objects, which lie at the top."""
+SINGLE_OBJECTS = (STORE, PLAN)
 
 
 def source_file(name: str) -> str:

@@ -98,15 +98,8 @@ def run_all(runner: Runner, source: WorkSource, store: Store) -> None:
         return
     for result in failed:
         if result.redo:
-            log.warning(
-                "%s %s: %s; deleting %s, made anew next",
-                result.task.stage,
-                result.task.id,
-                result.error,
-                ", ".join(result.redo),
-            )
-        for key in result.redo:
-            store.delete(key)
+            message = f"{result.task.stage} {result.task.id}: {result.error}"
+            delete_corrupt(store, message, result.redo)
     stages = dict.fromkeys(result.task.stage for result in failed)
     mistakes = [
         error
@@ -128,6 +121,13 @@ def run_all(runner: Runner, source: WorkSource, store: Store) -> None:
             for stage in stages
         )
     )
+
+
+def delete_corrupt(store: Store, message: str, keys: Sequence[str]) -> None:
+    """Delete what was found corrupt, and say so."""
+    log.warning("%s; deleting %s, made anew next", message, ", ".join(keys))
+    for key in keys:
+        store.delete(key)
 
 
 def describe_failures(stage: str, failed: Sequence[TaskResult], handed: int, store: Store) -> str:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from p48ray.run import run_root
+from p48ray.run.changing_hands import is_still_ours
 from p48ray.run.cleanup import delete_spent_streams
 from p48ray.run.needs import Needs, read_needs
 from p48ray.runner.layer_units import LayerUnits
@@ -86,5 +87,5 @@ class LayerByLayer:
 
     def delete_streams(self) -> None:
         """What streams left goes, unless all is kept."""
-        if self.plan.config.run.keep != "all":
+        if self.plan.config.run.keep != "all" and is_still_ours(self.plan, self.store):
             delete_spent_streams(self.plan, self.store)

@@ -1,15 +1,18 @@
 """Units of layers that are complete: their tasks, and how many are left of each layer."""
 
+import logging
 from collections import Counter
 
+from p48ray.errors import CorruptObjectError
 from p48ray.run import run_root
 from p48ray.run.cleanup import delete_layer_data
-from p48ray.run.manifest import LayerScales
 from p48ray.run.needs import Needs
-from p48ray.stages.capture import write_layer_scales
+from p48ray.run.scales import write_layer_scales
 from p48ray.stages.table import COMPRESS_STAGE
 from p48ray.stages.tasks import Task
 from p48ray.unit.context import StageContext
+
+log = logging.getLogger(__name__)
 
 
 class LayerUnits:
@@ -24,9 +27,7 @@ class LayerUnits:
 
         Raises: CalibrationError if the layer's scales can not be made.
         """
-        write_layer_scales(self.context, layer)
-        scales = LayerScales.load(self.context.store, run_root.layer_scales(layer))
-        load = scales.tokens_per_expert
+        load = self.tokens_per_expert(layer)
         units = [u for u in needs.missing_units if u.layer == layer]
         self.left[layer] = len(units)
         return [
@@ -40,6 +41,19 @@ class LayerUnits:
             )
             for u in units
         ]
+
+    def tokens_per_expert(self, layer: int) -> tuple[int, ...]:
+        """Of a complete layer, whose scales are written on the way.
+
+        Raises: CalibrationError if the layer's scales can not be made.
+        """
+        plan, store = self.context.plan, self.context.store
+        try:
+            return write_layer_scales(plan, store, layer).tokens_per_expert
+        except CorruptObjectError as error:
+            # the layer's units meet it too, and what they say is deleted
+            log.warning("%s", error)
+            return (0,) * plan.source.num_experts
 
     def done(self, task: Task) -> bool:
         """Returns whether it was its layer's last."""

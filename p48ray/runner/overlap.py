@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from p48ray.errors import TransientStoreError
 from p48ray.run import run_root
+from p48ray.run.changing_hands import is_still_ours
 from p48ray.run.cleanup import delete_spent_streams
 from p48ray.run.needs import Needs, read_needs
 from p48ray.runner.base import POLL_S
@@ -123,5 +124,5 @@ class Overlap:
             self.end_streams()
 
     def end_streams(self) -> None:
-        if self.plan.config.run.keep != "all":
+        if self.plan.config.run.keep != "all" and is_still_ours(self.plan, self.store):
             delete_spent_streams(self.plan, self.store)

@@ -10,22 +10,24 @@ from contextlib import AbstractContextManager, ExitStack
 from itertools import groupby
 
 from p48ray.config.load import baseline_config
-from p48ray.errors import StageFailedError
+from p48ray.errors import CorruptObjectError, StageFailedError
 from p48ray.numerics.solvers import SOLVERS
 from p48ray.report.card import model_card
 from p48ray.report.html import report_html
 from p48ray.report.report import Report, build_report
 from p48ray.run import run_root
 from p48ray.run.benchmark_results import read_table
+from p48ray.run.changing_hands import check_still_ours
+from p48ray.run.checked import unit_manifests
 from p48ray.run.cleanup import ABANDONED_S, delete_lost_attempts
 from p48ray.run.manifest import UnitManifest
 from p48ray.run.needs import read_needs
 from p48ray.run.plan import RunPlan
-from p48ray.runner.base import RedoError, Runner, TaskList, run_all
+from p48ray.run.scales import check_units, known_scales
+from p48ray.runner.base import RedoError, Runner, TaskList, delete_corrupt, run_all
 from p48ray.runner.layer_by_layer import LayerByLayer
 from p48ray.runner.overlap import Overlap
 from p48ray.runner.progress import Progress
-from p48ray.stages.capture import write_layer_scales
 from p48ray.stages.evaluate import EvaluationResult
 from p48ray.stages.inputs import check_run_root, write_inputs
 from p48ray.stages.prepare import Prepared, prepare
@@ -55,6 +57,7 @@ def run_job(prepared: Prepared, make_runner: RunnerFactory) -> Report:
             inputs.result()
             job = Job(prepared, runner, seconds)
             result = run_stages(job)
+    check_still_ours(plan, store)
     baseline = None
     if plan.config.evaluation is not None and plan.config.evaluation.baseline and not plan.is_pilot:
         log.info("baseline  the published one-shot reference, under %s/baseline", store.uri)
@@ -88,7 +91,9 @@ def run_stages(job: "Job") -> EvaluationResult | None:
     for left in reversed(range(rounds)):
         try:
             return job.run()
-        except RedoError as error:
+        except (RedoError, CorruptObjectError) as error:
+            if isinstance(error, CorruptObjectError):  # the driver's own look
+                delete_corrupt(job.store, str(error), error.keys)
             if not left:
                 raise StageFailedError(
                     f"objects were found corrupt {rounds} times in a row: {error}"
@@ -144,6 +149,7 @@ class Job:
         """A stage's tasks. Progress, and whether it is complete, is how many of its markers are
         there."""
         assert stage.work is not None
+        check_still_ours(self.plan, self.store)
         tasks = stage.work(self.context, self.shards)
         start = time.monotonic()
         with self.progress(stage, self.markers(stage)) as progress:
@@ -201,11 +207,9 @@ class Job:
             run_all(self.runner, work, self.store)
         for progress in shown:
             self.check_complete(progress, work.spans.seconds(progress.stage))
-        # one that was complete long ago may have lost its scales, which evaluation reads
-        for layer in self.plan.layers:
-            write_layer_scales(self.context, layer)
+        self.units = unit_manifests(self.plan, self.store)
+        check_units(self.units, known_scales(self.plan, self.store))
         delete_lost_attempts(self.plan, self.store)
-        self.units = read_units(self.context)
         check_fallbacks(self.plan, self.units)
 
 
@@ -216,10 +220,6 @@ def layer_markers(plan: RunPlan, layer: int) -> list[str]:
         for name in (run_root.activation_manifest, run_root.gradient_manifest)
         for p in plan.parts
     ]
-
-
-def read_units(run: Prepared | StageContext) -> list[UnitManifest]:
-    return UnitManifest.load_all(run.store, [run_root.unit_manifest(u.id) for u in run.plan.units])
 
 
 def check_fallbacks(plan: RunPlan, units: Sequence[UnitManifest]) -> None:

@@ -18,6 +18,7 @@ on.
 """
 
 import logging
+import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -31,6 +32,7 @@ from ray.exceptions import ActorUnavailableError, RayError
 from p48ray.errors import P48Error, StageFailedError, UserError, WorkerLostError
 from p48ray.run.plan import RunPlan
 from p48ray.runner.base import POLL_S, WorkSource
+from p48ray.runner.budget import budget_of
 from p48ray.runner.cluster import START_TIMEOUT_S, Cluster, check_shared, first_line
 from p48ray.runner.console import configure_logging
 from p48ray.runner.dispatch import Dispatcher
@@ -109,6 +111,7 @@ class RayRunner:
         # tasks that failed or were lost: they share no worker any more
         self.isolated: set[str] = set()
         self.failed_starts = 0
+        self.budget = budget_of(plan, self.store, time.monotonic)
 
     def __enter__(self) -> Self:
         """Raises: ConfigError for an address without a cluster, or a local run root on several
@@ -153,7 +156,10 @@ class RayRunner:
 
     def run(self, source: WorkSource) -> Iterator[TaskResult]:
         """Hand each task to an idle worker; yield results as they finish. Workers stay for the next
-        stage."""
+        stage.
+
+        Raises: BudgetSpentError, once nothing is under way, with tasks left.
+        """
         waiting = Dispatcher(source.next(False))
         self.failures.clear()
         self.preemptions.clear()
@@ -162,9 +168,13 @@ class RayRunner:
         try:
             while True:
                 waiting.add(source.next(not waiting and not self.running))
-                if not waiting and not self.running:
+                self.budget.count(self.num_held())
+                if not self.running and (not waiting or self.budget.is_spent):
+                    if waiting:
+                        raise self.budget.error()
                     return
-                self.dispatch(waiting)
+                if not self.budget.is_spent:
+                    self.dispatch(waiting)
                 done, _ = ray.wait([*self.starting, *self.running], num_returns=1, timeout=POLL_S)
                 quiet_s = 0.0 if done or self.running else quiet_s + POLL_S
                 if quiet_s >= START_TIMEOUT_S:
@@ -180,6 +190,10 @@ class RayRunner:
             for worker in self.assigned():
                 ray.kill(worker.actor)
             self.running.clear()
+
+    def num_held(self) -> int:
+        """Workers that Ray was asked for and that are not gone."""
+        return len(self.starting) + len(self.idle) + len(self.assigned())
 
     def dispatch(self, waiting: Dispatcher) -> None:
         """Give tasks to idle workers; start workers while there are fewer than wanted and tasks

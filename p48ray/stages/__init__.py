@@ -11,7 +11,8 @@ Read in this order:
     mirror                          the Hub's files, copied once
     capture, gradients, propagate   what experts see; streaming, recompute, blobs are their parts
     reduce, verify, final_files     the checkpoint; shard_proof, index_proof and read_ahead verify
-    evaluate                        held-out text through source and checkpoint
+    evaluate                        held-out text through source and checkpoint;
+                                    compressed_experts: where its experts come from
 
 To add a stage: a module here and a record in table (docs/EXTENDING.md).
 """

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from p48ray import trace
 from p48ray.run import arrow, run_root
+from p48ray.run.checked import blob_facts, part_manifest
 from p48ray.run.manifest import PartManifest
 from p48ray.run.run_root import BlobKind
 from p48ray.store.base import Written
@@ -186,15 +187,14 @@ class BlobWriter:
         if ready is not None:
             with trace.span("wait"):
                 ready.synchronize()
-        start, owner = time.monotonic(), self.context.plan.digest
+        start, plan = time.monotonic(), self.context.plan
         with trace.span("encode"):
             chunks = arrow.host_chunks if ready is None else partial(self.leave, ready)
-            file = arrow.encode(
-                blob.columns, blob_facts(blob.kind, blob.layer, blob.part, owner), chunks
-            )
+            facts = blob_facts(plan, blob.kind, blob.layer, blob.part)
+            file = arrow.encode(blob.columns, facts, chunks)
         written = store_once(self.context, run_root.blob(blob.kind, blob.layer, blob.part), file)
         manifest = blob.record(
-            plan_digest=owner,
+            units_digest=plan.units_digest,
             kind=blob.kind,
             layer=blob.layer,
             part=blob.part,
@@ -209,23 +209,13 @@ class BlobWriter:
         key = run_root.blob_manifest(blob.kind, blob.layer, blob.part)
         if self.context.store.put_if_absent(key, manifest.to_json()):
             return manifest
-        return blob.record.load(self.context.store, key)
+        return part_manifest(plan, self.context.store, blob.kind, blob.layer, blob.part)
 
     def leave(self, ready: torch.cuda.Event, tensor: Tensor) -> Iterator[memoryview]:
         if not hasattr(self.own, "staging"):
             self.own.staging = Staging(self.context.device)
         staging: Staging = self.own.staging
         return staging.pieces(tensor, ready)
-
-
-def blob_facts(kind: BlobKind, layer: int, part: int, plan_digest: str) -> dict[str, str]:
-    """What a blob says that it is.
-
-    Args:
-        kind, layer, part: as in its key.
-        plan_digest: of the plan that it belongs to.
-    """
-    return {"kind": kind, "layer": str(layer), "part": str(part), "plan": plan_digest}
 
 
 def store_once(context: StageContext, key: str, file: arrow.ArrowFile) -> Written:

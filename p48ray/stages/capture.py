@@ -19,9 +19,8 @@ from p48ray.errors import CalibrationError
 from p48ray.model.decoder import Decoder, attend, mix
 from p48ray.model.expert_loader import check_layer
 from p48ray.model.experts import RoutedInputs
-from p48ray.numerics.activation import input_global_scale
 from p48ray.run import run_root
-from p48ray.run.manifest import ActivationPart, BoundaryPart, LayerScales
+from p48ray.run.manifest import ActivationPart, BoundaryPart
 from p48ray.run.needs import Needs, read_needs
 from p48ray.run.plan import RunPlan, SequencePart
 from p48ray.run.run_root import BlobKind
@@ -29,10 +28,6 @@ from p48ray.stages.blobs import Blob, BlobWriter
 from p48ray.stages.streaming import opened_layer, waves
 from p48ray.unit.context import StageContext
 from p48ray.unit.token_columns import to_columns
-
-# Compressed gate and up change the intermediate's range, so down's input scale leaves room above
-# what the original weights gave (DESIGN 2.2).
-INTERMEDIATE_MARGIN = 1.25
 
 
 @torch.no_grad()
@@ -170,7 +165,7 @@ class ResidualStream:
         self.writer.delete_after(part.part, keys)
 
     def token_ids(self, part: SequencePart) -> Tensor:
-        ids_NS = self.context.tokens(run_root.TOKENS, self.context.plan.digest)
+        ids_NS = self.context.tokens(run_root.TOKENS, self.context.plan.units_digest)
         return ids_NS[part.first_sequence : part.first_sequence + part.num_sequences]
 
 
@@ -251,44 +246,4 @@ def write_activations(
             seconds=seconds,
             values=values,
         )
-    )
-
-
-def write_layer_scales(context: StageContext, layer: int) -> None:
-    """Write scales.json of a layer whose parts are all there, unless it has one."""
-    if context.store.head(run_root.layer_scales(layer)) is None:
-        scales = combine_scales(context, layer, read_manifests(context, layer))
-        context.store.put_if_absent(run_root.layer_scales(layer), scales.to_json())
-
-
-def read_manifests(context: StageContext, layer: int) -> list[ActivationPart]:
-    keys = [run_root.activation_manifest(layer, part.part) for part in context.plan.parts]
-    manifests = ActivationPart.load_all(context.store, keys)
-    for key, manifest in zip(keys, manifests, strict=True):
-        context.check_owner(manifest.plan_digest, key)
-    return manifests
-
-
-def combine_scales(context: StageContext, layer: int, parts: list[ActivationPart]) -> LayerScales:
-    """A layer's input global scales from the maxima of its parts.
-
-    Raises: CalibrationError when the layer's inputs are all zero or not finite.
-    """
-    amax_input = max(p.amax_input for p in parts)
-    amax_intermediate = max(p.amax_intermediate for p in parts)
-    if not (0 < amax_input < float("inf") and 0 < amax_intermediate < float("inf")):
-        raise CalibrationError(
-            f"layer {layer}: expected finite activations above 0, found maxima {amax_input}"
-            f" (input), {amax_intermediate} (intermediate)"
-        )
-    return LayerScales(
-        plan_digest=context.plan.digest,
-        layer=layer,
-        amax_input=amax_input,
-        amax_intermediate=amax_intermediate,
-        gate_up=input_global_scale(amax_input),
-        down=input_global_scale(INTERMEDIATE_MARGIN * amax_intermediate),
-        tokens_per_expert=tuple(
-            sum(counts) for counts in zip(*(p.tokens_per_expert for p in parts), strict=True)
-        ),
     )

@@ -2,8 +2,8 @@
 layer at a time.
 
 The compressed model's experts are decoded from the written files and their inputs quantized to
-NVFP4 as the server does (W4A4 emulation, with the scales of scales.json, from which the units took
-those in the files); everything else is the same bytes in both. So the difference is what a server
+NVFP4 as the server does (W4A4 emulation, with the scales that the units put into the files);
+everything else is the same bytes in both. So the difference is what a server
 of the checkpoint would lose, kernel rounding apart.
 
 Legend: N held-out sequences, B those of a part, S positions, H hidden size, T tokens whose logits
@@ -12,37 +12,30 @@ exist at once, V vocabulary.
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from p48ray.checkpoint.index import CheckpointIndex, open_checkpoint
-from p48ray.checkpoint.layout import PROJECTIONS
-from p48ray.checkpoint.sparse_storage import Storage, dense_tensors, storage_of, stored_suffixes
-from p48ray.checkpoint.tensors import read_tensors
 from p48ray.config import EvaluationConfig, RunConfig
 from p48ray.errors import ConfigError
 from p48ray.model.decoder import Decoder, run_layer
 from p48ray.model.expert_loader import layer_experts
 from p48ray.model.experts import ActivationScales, ExpertWeights, RoutedExperts
-from p48ray.numerics import e2m1, nvfp4
 from p48ray.run import run_root
+from p48ray.run.checked import evaluation_part, load_each
 from p48ray.run.manifest import CompressedSums, EvaluationPart, UnitManifest
 from p48ray.run.output_layout import OutputShard
 from p48ray.run.plan import RunPlan, SequencePart, cut_parts
 from p48ray.run.records import Record, canonical_json
+from p48ray.stages.compressed_experts import CompressedExperts, finished_experts
 from p48ray.stages.tasks import Task
-from p48ray.store.view import SubStore
 from p48ray.texts.documents import digest_documents
 from p48ray.unit.context import StageContext
 
 TOKENS_PER_HEAD_CALL = 4096  # tokens whose logits exist at once
-WEIGHT_SUFFIXES = ("weight_packed", "weight_scale", "weight_global_scale")
-CompressedExperts = Callable[[int, int], ExpertWeights]
 
 
 class CompressedQuality(Record):
@@ -79,70 +72,6 @@ def evaluation_digest(plan: RunPlan, settings: EvaluationConfig) -> str:
     return hashlib.sha256(canonical_json(facts)).hexdigest()[:16]
 
 
-def compressed_expert(
-    index: CheckpointIndex, context: StageContext, layer: int, expert: int
-) -> ExpertWeights:
-    """One expert of the written checkpoint, in either storage, decoded, float32.
-
-    Args:
-        index: of the written checkpoint.
-        context: of the run, with the device that the weights end on.
-        layer, expert: their numbers.
-    """
-    storage = storage_of(index.config)
-    stored = read_tensors(
-        index.store,
-        [index.tensors[name] for name in compressed_names(context, layer, expert, storage)],
-    )
-    return decode_compressed(
-        context, layer, expert, dense_tensors(stored) if storage == "sparse" else stored
-    )
-
-
-def compressed_names(
-    context: StageContext, layer: int, expert: int, storage: Storage = "dense"
-) -> list[str]:
-    """Tensors that hold the weights of one compressed expert.
-
-    Args:
-        context: of the run.
-        layer, expert: their numbers.
-        storage: of the file that they are read from; a unit's shard is dense.
-    """
-    names = (context.layout.expert_linear_name(layer, expert, p) for p in PROJECTIONS)
-    return [
-        f"{name}.{stored}"
-        for name in names
-        for suffix in WEIGHT_SUFFIXES
-        for stored in stored_suffixes(suffix, storage)
-    ]
-
-
-def decode_compressed(
-    context: StageContext, layer: int, expert: int, tensors: Mapping[str, Tensor]
-) -> ExpertWeights:
-    """One expert from its stored tensors, decoded, float32, on the context's device.
-
-    Args:
-        context: of the run.
-        layer, expert: their numbers.
-        tensors: by name, in dense storage, on any device; others may be among them.
-    """
-
-    def decode(name: str) -> Tensor:
-        packed, scale, divisor = (
-            tensors[f"{name}.{suffix}"].to(context.device) for suffix in WEIGHT_SUFFIXES
-        )
-        return nvfp4.dequantize(e2m1.unpack(packed)[None], scale[None], divisor)[0]
-
-    return ExpertWeights(
-        *(
-            decode(context.layout.expert_linear_name(layer, expert, p))
-            for p in ("gate_proj", "up_proj", "down_proj")
-        )
-    )
-
-
 def check_length(plan: RunPlan, settings: EvaluationConfig, longest: int | None) -> None:
     if longest is not None and settings.sequence_length > longest:
         raise ConfigError(
@@ -173,7 +102,7 @@ def evaluate_part(
     for number in range(context.plan.source.num_layers):
         is_mixture = number in context.plan.source.moe_layers
         with (
-            both_mixtures(context, decoder, compressed, number) if is_mixture else nullcontext()
+            mixtures(context, decoder, compressed, number) if is_mixture else nullcontext()
         ) as experts:
             layer = decoder.layer(number, experts[0] if experts else None)
             for k, x_BSH in enumerate(streams):
@@ -193,6 +122,7 @@ def evaluate_part(
     source_loss, source_correct, loss, correct, kl, *other = sums.tolist()
     return EvaluationPart(
         plan_digest=context.plan.digest,
+        evaluation="",  # whoever records it says of which
         part=part.part,
         num_tokens=labels_BS.numel(),
         source_loss=source_loss,
@@ -207,11 +137,11 @@ def evaluate_part(
 
 
 @contextmanager
-def both_mixtures(
+def mixtures(
     context: StageContext, decoder: Decoder, compressed: CompressedExperts, number: int
 ) -> Iterator[list[RoutedExperts]]:
     """The source's experts as they are, then the compressed ones, once for every view of the
-    activations.
+    activations; in a layer that a pilot leaves out, the source's again.
 
     Args:
         context: of the run.
@@ -219,15 +149,17 @@ def both_mixtures(
         compressed: as evaluate_part takes it.
         number: of a layer with experts.
     """
-    count, scales = context.layout.num_experts, context.layer_scales(number)
+    count, groups = context.layout.num_experts, activation_groups(context.plan.config)
+    if number not in context.plan.layers:
+        with layer_experts(decoder, number) as originals:
+            yield [RoutedExperts(count, originals)] * (1 + len(groups))
+        return
+    scales = context.stored_scales(number)
 
     def smaller(expert: int) -> ExpertWeights:
         return ExpertWeights(*(w.to(decoder.dtype) for w in compressed(number, expert)))
 
-    seen = [
-        None if group is None else ActivationScales(scales.gate_up, scales.down, group)
-        for group in activation_groups(context.plan.config)
-    ]
+    seen = [None if group is None else ActivationScales(*scales, group) for group in groups]
     with layer_experts(decoder, number) as originals:
         yield [
             RoutedExperts(count, originals),
@@ -333,13 +265,15 @@ def evaluate_and_record(context: StageContext, item: tuple[str, SequencePart]) -
     """Evaluate one part of the held-out sequences; the sums are the done-marker."""
     digest, part = item
     ids_NS = context.tokens(run_root.evaluation_tokens(digest), digest)
-    checkpoint = open_checkpoint(SubStore(context.store, run_root.CHECKPOINT))
     ids_BS = ids_NS[part.first_sequence : part.first_sequence + part.num_sequences]
-    sums = evaluate_part(context, partial(compressed_expert, checkpoint, context), ids_BS, part)
-    context.store.put(run_root.evaluation_part(digest, part.part), sums.to_json())
+    sums = evaluate_part(context, finished_experts(context), ids_BS, part)
+    record = sums.model_copy(update={"evaluation": digest})
+    context.store.put(run_root.evaluation_part(digest, part.part), record.to_json())
 
 
 def finish_evaluation(
     context: StageContext, shards: tuple[OutputShard, ...], units: Sequence[UnitManifest]
 ) -> EvaluationResult:
-    return combine_parts(EvaluationPart.load_all(context.store, evaluation_markers(context)))
+    digest, parts = held_out_parts(context)
+    plan, store = context.plan, context.store
+    return combine_parts(load_each(lambda p: evaluation_part(plan, store, digest, p.part), parts))

@@ -4,18 +4,23 @@ Legend: N sequences, S tokens of each.
 """
 
 import hashlib
+import logging
 from dataclasses import asdict
 
 from p48ray.config import CalibrationConfig, EvaluationConfig
+from p48ray.errors import ObjectMissingError, ShardCorruptError
 from p48ray.run import arrow, run_root
+from p48ray.run.changing_hands import check_plan, take_over
 from p48ray.run.manifest import StoreFacts, TokensManifest
-from p48ray.run.plan import RunPlan, check_plan
+from p48ray.run.plan import RunPlan
 from p48ray.stages.evaluate import evaluation_digest
 from p48ray.stages.prepare import Prepared
 from p48ray.store.base import Store
 from p48ray.store.open import open_store, scheme_of
 from p48ray.store.probe import Capabilities, probe
 from p48ray.texts.sequences import load_sequences, load_tokenizer
+
+log = logging.getLogger(__name__)
 
 
 def open_run_root(plan: RunPlan, store_uri: str) -> Store:
@@ -31,16 +36,22 @@ def open_run_root(plan: RunPlan, store_uri: str) -> Store:
 
 
 def probe_once(store: Store) -> None:
-    """Try a bucket out before a run trusts it, once a run root.
+    """Try a bucket out before a run trusts it, once a run root; again where what was found out can
+    not be read.
 
     Raises: ConfigError when it lacks what a run can not do without.
     """
-    if scheme_of(store.uri).must_be_probed and store.head(run_root.STORE) is None:
+    if not scheme_of(store.uri).must_be_probed:
+        return
+    try:
+        StoreFacts.load(store, run_root.STORE)
+    except (ObjectMissingError, ShardCorruptError):
         store.put(run_root.STORE, StoreFacts(**asdict(probe(store))).to_json())
 
 
-def check_run_root(prepared: Prepared) -> bool:
-    """Whether the run root already has this plan, once its store can hold a run.
+def check_run_root(prepared: Prepared) -> RunPlan | None:
+    """The plan that the run root holds, once its store can hold a run: this one, or one with the
+    same units (see changing_hands.check_plan).
 
     Raises: ConfigError for a store that cannot, PlanMismatchError for a run root of another plan.
     """
@@ -52,11 +63,11 @@ def write_inputs(prepared: Prepared) -> None:
     """plan.json first, then the packed texts; the texts are read before either is written, so that
     a bad one leaves nothing behind."""
     plan, store = prepared.plan, prepared.store
-    is_ours = check_run_root(prepared)
+    held = check_run_root(prepared)
     packed: list[tuple[str, TokensManifest, bytes]] = []
     c, e = plan.config.calibration, plan.config.evaluation
     wanted: list[tuple[str, CalibrationConfig | EvaluationConfig, int, str, str]] = [
-        (run_root.TOKENS, c, c.sequence_length, "calibration", plan.digest)
+        (run_root.TOKENS, c, c.sequence_length, "calibration", plan.units_digest)
     ]
     if e is not None:
         digest = evaluation_digest(plan, e)
@@ -92,8 +103,11 @@ def write_inputs(prepared: Prepared) -> None:
                 data,
             )
         )
-    if not is_ours and not store.put_if_absent(run_root.PLAN, plan.to_json()):
-        check_plan(plan, store)  # another driver was faster: fine if its plan is ours
+    if held is None and not store.put_if_absent(run_root.PLAN, plan.to_json()):
+        held = check_plan(plan, store)  # another driver was faster
+    if held is not None and held.digest != plan.digest:
+        log.info("%s: goes on with the units of the plan that was there", store.uri)
+        take_over(plan, store)
     for key, manifest, data in packed:
         store.put(key, data)
         store.put(run_root.manifest_of(key), manifest.to_json())

@@ -13,7 +13,6 @@ Mixtures that the plan does not compress (run.layers) stay the source's.
 Legend: B sequences of a part, S positions, H hidden size.
 """
 
-import struct
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,22 +20,18 @@ from typing import Any
 
 import torch
 
-from p48ray.checkpoint.header import parse_header
-from p48ray.checkpoint.tensors import from_bytes
-from p48ray.errors import CalibrationError, CorruptObjectError
+from p48ray.errors import CalibrationError
 from p48ray.model.decoder import Decoder, attend, mix
 from p48ray.model.experts import ActivationScales, ExpertWeights, RoutedExperts, RoutedInputs
 from p48ray.run.manifest import ActivationPart
 from p48ray.run.needs import read_needs
-from p48ray.run.plan import SequencePart, WorkUnit
+from p48ray.run.plan import SequencePart
 from p48ray.run.run_root import BlobKind
 from p48ray.stages.blobs import BlobWriter
 from p48ray.stages.capture import ResidualStream, write_activations
-from p48ray.stages.evaluate import compressed_names, decode_compressed
+from p48ray.stages.compressed_experts import UnitShards
 from p48ray.stages.streaming import opened_layer, waves
 from p48ray.unit.context import StageContext
-
-HEADER_LENGTH_BYTES = 8  # of a safetensors file, before its header
 
 
 @torch.no_grad()
@@ -117,55 +112,15 @@ def opened_compressed(context: StageContext, decoder: Decoder, layer: int) -> It
 
 def compressed_experts(context: StageContext, decoder: Decoder, layer: int) -> RoutedExperts:
     """A finished layer's experts as a server will run them."""
-    scales, settings = context.layer_scales(layer), context.plan.config.compression
+    settings = context.plan.config.compression
     seen = (
-        ActivationScales(scales.gate_up, scales.down, settings.activation_group)
+        ActivationScales(*context.stored_scales(layer), settings.activation_group)
         if settings.activation_quantization
         else None
     )
-    return RoutedExperts(context.layout.num_experts, UnitShards(context, decoder, layer), seen)
+    shards = UnitShards(context, layer)
 
+    def expert(number: int) -> ExpertWeights:
+        return ExpertWeights(*(w.to(decoder.dtype) for w in shards(number)))
 
-class UnitShards:
-    """Experts of a finished layer by their number, in the decoder's dtype, decoded when asked for.
-    One unit's shard is held at a time."""
-
-    def __init__(self, context: StageContext, decoder: Decoder, layer: int) -> None:
-        self.context, self.decoder, self.layer = context, decoder, layer
-        self.units = [u for u in context.plan.units if u.layer == layer]
-        self.held: WorkUnit | None = None
-
-    def __call__(self, expert: int) -> ExpertWeights:
-        """Raises: CorruptObjectError when the shard is not what its unit's manifest says."""
-        unit = next(u for u in self.units if expert in u.experts)
-        if unit != self.held:
-            self.held, self.key, self.data = None, *read_unit_shard(self.context, unit)
-            (length,) = struct.unpack("<Q", self.data[:HEADER_LENGTH_BYTES])
-            self.entries = parse_header(
-                self.key, bytes(self.data[HEADER_LENGTH_BYTES:][:length]), len(self.data)
-            )
-            self.held = unit
-        wanted = [self.entries[name] for name in compressed_names(self.context, self.layer, expert)]
-        tensors = {
-            e.name: from_bytes(self.data[e.start :][: e.num_bytes], e.dtype, e.shape)
-            for e in wanted
-        }
-        return ExpertWeights(
-            *(
-                w.to(self.decoder.dtype)
-                for w in decode_compressed(self.context, self.layer, expert, tensors)
-            )
-        )
-
-
-def read_unit_shard(context: StageContext, unit: WorkUnit) -> tuple[str, memoryview]:
-    """Key and bytes of the attempt that a unit's manifest names, after a check of owner, size and
-    digest: once a node where there is a cache."""
-    done = context.finished_unit(unit)
-    manifest, manifest_key, key = done.manifest, done.manifest_key, done.shard_key
-    try:
-        return key, memoryview(
-            context.checked(key, manifest.size_bytes, manifest.sha256, (manifest_key, key))
-        )
-    except CorruptObjectError as error:
-        raise CorruptObjectError(f"{error} ({manifest_key} names it)", manifest_key, key) from error
+    return RoutedExperts(context.layout.num_experts, expert, seen)

@@ -6,12 +6,10 @@ exists is whole and is not made again. With sparse storage a unit's range is rea
 digest and recoded on the way, one unit at a time; unit shards themselves stay dense.
 """
 
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from p48ray import trace
 from p48ray.checkpoint.decode import read_plain
 from p48ray.checkpoint.fp8 import Fp8Weight
 from p48ray.checkpoint.header import encode_header
@@ -28,11 +26,9 @@ from p48ray.run.plan import WorkUnit
 from p48ray.stages.tasks import Task
 from p48ray.store.base import ByteRange, ObjectInfo, Piece, Store
 from p48ray.store.open import scheme_of
-from p48ray.store.view import read_into
+from p48ray.store.view import sha256_of
 from p48ray.unit.context import StageContext
 
-# read at once while a shard on a disk is hashed: still in the processor's cache then
-HASHED_BYTES = 8 * 2**20
 HASH_THREADS = 4
 """Units whose bytes are hashed at a time, or whose heads are asked of a bucket."""
 
@@ -133,7 +129,7 @@ def find_units(
     so that one round makes them all anew.
 
     Raises: as find_unit does but for CorruptObjectError. Cost: HASH_THREADS units are read at a
-        time, HASHED_BYTES of each in memory.
+        time, a chunk of each in memory.
     """
 
     def find_or_error(unit: WorkUnit) -> StoredUnit | CorruptObjectError:
@@ -181,14 +177,7 @@ def stored_sha256(store: Store, held: ObjectInfo) -> str | None:
     the bytes. None where only `verify` will tell."""
     if held.sha256 is not None or scheme_of(store.uri).keeps_sha256:
         return held.sha256
-    digest, buffer = hashlib.sha256(), memoryview(bytearray(min(HASHED_BYTES, held.size_bytes)))
-    for start in range(0, held.size_bytes, HASHED_BYTES):
-        data = buffer[: held.size_bytes - start]
-        with trace.span("read", len(data)):
-            read_into(store, held.key, start, data)
-        with trace.span("hash", len(data)):
-            digest.update(data)
-    return digest.hexdigest()
+    return sha256_of(store, held.key, held.size_bytes)
 
 
 def shards_to_stitch(context: StageContext, shards: tuple[OutputShard, ...]) -> list[Task]:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 
 from p48ray.config import DocumentSource, RunConfig
 from p48ray.run import run_root
+from p48ray.run.changing_hands import read_plan
 from p48ray.run.plan import RunPlan
 from p48ray.store.base import Store
 from p48ray.store.open import scheme_of
@@ -27,7 +28,7 @@ def hub_places(config: RunConfig) -> list[str]:
 
 def read_held_plan(store: Store) -> RunPlan | None:
     """The plan in a run root, if there is one."""
-    return RunPlan.load(store, run_root.PLAN) if store.head(run_root.PLAN) is not None else None
+    return read_plan(store) if store.head(run_root.PLAN) is not None else None
 
 
 def resolve(

@@ -54,23 +54,43 @@ DAMAGE = (SourceError, ShardCorruptError, ObjectMissingError)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Promise:
-    """What a checkpoint's linears are held to. `weight_errors` by module name, `unit_sha256` by
-    unit id; what is in neither claims nothing."""
+    """What a checkpoint's linears are held to. `weight_errors` and `input_scales` by module name,
+    `unit_sha256` by unit id; what is in none of them claims nothing."""
 
     is_sparse: bool
     scale_span: int
     weight_errors: Mapping[str, float]
     unit_sha256: Mapping[str, str]
+    input_scales: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Findings:
-    """What was found in one output shard: problems in words, and digests for the checkpoint's own
-    manifest."""
+    """What was found in one output shard: problems in words, digests for the checkpoint's own
+    manifest, and the units that are no better in the shard that they were stitched from."""
 
     problems: list[str]
     header_sha256: str = ""
     untouched_sha256: Mapping[str, str] = field(default_factory=dict)
+    unsound_units: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class UnitProblems:
+    """Of one unit, in words. damage: its bytes are not those that were stored. content: what they
+    hold is not what was promised."""
+
+    damage: list[str]
+    content: list[str]
+
+    @property
+    def all(self) -> list[str]:
+        return [*self.damage, *self.content]
+
+    @property
+    def is_unsound(self) -> bool:
+        """To stitch it again would not help."""
+        return bool(self.content) and not self.damage
 
 
 def verify_shard(
@@ -104,6 +124,7 @@ def verify_shard(
     if problems:
         return Findings(problems=problems)
     digests: dict[str, str] = {}
+    unsound: list[str] = []
     with readers(size_bytes) as threads:
 
         def look(segment: WorkUnit | PlainTensor) -> ReadUnit | ReadPlain:
@@ -129,15 +150,22 @@ def verify_shard(
                     )
                     for e in segment.experts
                 )
-                problems += check_unit(
+                unit = check_unit(
                     shard.name, segment.id, found, experts, promise, shard.storage, threads, device
                 )
+                problems += unit.all
+                unsound += [segment.id] if unit.is_unsound else []
                 continue
             assert isinstance(found, ReadPlain)
             digests[segment.name] = found.digest
             if difference := plain_difference(segment, found, device):
                 problems.append(f"{shard.name}: {segment.name}: {difference} ({segment.file})")
-    return Findings(problems=problems, header_sha256=header_digest(raw), untouched_sha256=digests)
+    return Findings(
+        problems=problems,
+        header_sha256=header_digest(raw),
+        untouched_sha256=digests,
+        unsound_units=tuple(unsound),
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -195,7 +223,7 @@ def check_unit(
     storage: Storage,
     threads: Readers,
     device: torch.device = CPU,
-) -> list[str]:
+) -> UnitProblems:
     """Every check of one unit. First, the bytes are those that the unit stored: the weight error
     alone can not tell, because one wrong code in a million moves it by less than rounding.
 
@@ -211,21 +239,19 @@ def check_unit(
     try:
         tensors = found.dense(storage, device)
     except SourceError as error:
-        return [f"{file}: unit {unit_id}: {error}"]
+        return UnitProblems([f"{file}: unit {unit_id}: {error}"], [])
     digest: Future[str] | None = (
         threads.segments.submit(dense_sha256, tensors) if found.digest is None else None
     )
     problems = check_expert_tensors(experts, tensors, promise)
     sha256, claim = digest.result() if digest else found.digest, promise.unit_sha256.get(unit_id)
     if sha256 == claim:
-        return problems
-    return [
-        (
-            f"{file}: unit {unit_id}: expected the bytes with SHA-256 {claim} that its manifest"
-            f" names, found {sha256}"
-        ),
-        *problems,
-    ]
+        return UnitProblems([], problems)
+    damage = (
+        f"{file}: unit {unit_id}: expected the bytes with SHA-256 {claim} that its manifest names,"
+        f" found {sha256}"
+    )
+    return UnitProblems([damage], problems)
 
 
 def compare_rows(
@@ -356,6 +382,9 @@ def expert_problems(
     """
     for projection, name in names.items():
         found = [f"{name}.{text}" for text in linear_problems(facts[projection])]
+        scale, claim = facts[projection].input_global_scale, promise.input_scales.get(name)
+        if claim not in (None, scale):
+            found.append(f"{name}.input_global_scale: expected its layer's {claim}, found {scale}")
         yield from found
         if not found and is_compared:
             yield from claim_problems(name, facts[projection].weight_error, promise)

@@ -89,7 +89,7 @@ def count_evaluated(plan: RunPlan, keys: set[str]) -> tuple[int, int]:
 
 
 def is_evaluated(plan: RunPlan) -> bool:
-    return has_checkpoint(plan) and plan.config.evaluation is not None
+    return plan.config.evaluation is not None
 
 
 MIRROR_STAGE = Stage(

@@ -1,15 +1,20 @@
 """Verify, shard by shard: what is left to look at, the verdict that each look leaves, and what all
 of them come to."""
 
+import logging
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 from p48ray.checkpoint.index import INDEX_FILE
-from p48ray.errors import VerificationError
+from p48ray.checkpoint.layout import PROJECTIONS
+from p48ray.errors import CorruptObjectError, VerificationError
 from p48ray.run import run_root
+from p48ray.run.checked import keys_of_refused, load_each, shard_verdict
 from p48ray.run.cleanup import delete_unit_shards
 from p48ray.run.manifest import MANIFEST_FILE, CheckpointManifest, ShardVerdict, UnitManifest
 from p48ray.run.output_layout import OutputShard, shard_rows
 from p48ray.run.plan import WorkUnit
+from p48ray.run.records import LOADS_AT_ONCE
 from p48ray.stages.final_files import finish_checkpoint
 from p48ray.stages.index_proof import check_index, check_strangers
 from p48ray.stages.shard_proof import Promise, verify_shard
@@ -17,18 +22,30 @@ from p48ray.stages.tasks import Task
 from p48ray.store.view import SubStore
 from p48ray.unit.context import StageContext
 
+log = logging.getLogger(__name__)
+
 LISTED_PROBLEMS = 20
 
 
 def shards_to_verify(context: StageContext, shards: tuple[OutputShard, ...]) -> list[Task]:
     """A verdict that found problems is not the last word: its shard may have been mended since. It
-    goes, and its shard is looked at again."""
+    goes, as one of another plan does, and its shard is looked at again."""
     held = {info.key for info in context.store.list(run_root.VERIFICATION)}
-    for key in sorted(held):
-        if ShardVerdict.load(context.store, key).problems:
+
+    def counts(name: str) -> bool:
+        key = run_root.shard_verdict(name)
+        try:
+            is_clean = key in held and not shard_verdict(context.plan, context.store, name).problems
+        except CorruptObjectError as error:
+            log.warning("%s; the shard is verified again", error)
+            is_clean = False
+        if key in held and not is_clean:
             context.store.delete(key)
-            held.remove(key)
-    missing = [s for s in shards if run_root.shard_verdict(s.name) not in held]
+        return is_clean
+
+    with ThreadPoolExecutor(LOADS_AT_ONCE) as pool:
+        good = list(pool.map(counts, [s.name for s in shards]))
+    missing = [s for s, is_good in zip(shards, good, strict=True) if not is_good]
     return [Task(stage="verify", id=s.name, item=s) for s in missing]
 
 
@@ -36,11 +53,17 @@ def verify_and_record(context: StageContext, shard: OutputShard) -> None:
     """Verify one output shard against source and manifests; the verdict is the done-marker."""
     claims: dict[str, float] = {}
     digests: dict[str, str] = {}
+    scales: dict[str, float] = {}
     for segment in shard.segments:
         if isinstance(segment, WorkUnit):
-            manifest = UnitManifest.load(context.store, run_root.unit_manifest(segment.id))
+            manifest = context.finished_unit(segment).manifest
             claims |= {record.name: record.relative_weight_error for record in manifest.linears}
             digests[segment.id] = manifest.sha256
+            gate_up, down = manifest.input_global_scales
+            for expert in segment.experts:
+                for projection in PROJECTIONS:
+                    name = context.layout.expert_linear_name(segment.layer, expert, projection)
+                    scales[name] = down if projection == "down_proj" else gate_up
     checkpoint = SubStore(context.store, run_root.CHECKPOINT)
     compression = context.plan.config.compression
     promise = Promise(
@@ -48,6 +71,7 @@ def verify_and_record(context: StageContext, shard: OutputShard) -> None:
         scale_span=compression.scale_span,
         weight_errors=claims,
         unit_sha256=digests,
+        input_scales=scales,
     )
     found = verify_shard(checkpoint, context.source, context.layout, shard, promise, context.device)
     held = checkpoint.head(shard.name)
@@ -58,6 +82,7 @@ def verify_and_record(context: StageContext, shard: OutputShard) -> None:
         num_tensors=len(shard_rows(shard, context.layout)),
         num_linears=len(claims),
         problems=tuple(found.problems),
+        unsound_units=found.unsound_units,
         header_sha256=found.header_sha256,
         untouched_sha256=dict(found.untouched_sha256),
     )
@@ -78,25 +103,44 @@ def finish_verification(
     """Write what is known only now (index, config, p48ray.json) and hold the index against the
     shards.
 
-    Raises: VerificationError with all problems.
+    Raises: CorruptObjectError for shards that were stitched or read wrongly, so that they are made
+        anew; VerificationError for what only a person can judge: units that are refused as they
+        were made, and what else lies in the folder. Both list the problems.
     """
-    store = context.store
-    verdicts = ShardVerdict.load_all(store, [run_root.shard_verdict(s.name) for s in shards])
-    problems = [
-        p if p.startswith(v.shard) else f"{v.shard}: {p}" for v in verdicts for p in v.problems
-    ]
-    if not problems:
-        finish_checkpoint(context, shards, verdicts, units)
-        problems += check_folder(context, shards)
-        if problems:  # a folder with an index is a verified one
-            store.delete(run_root.checkpoint_file(INDEX_FILE))
-    if problems:
-        listed = "\n".join(f"  {p}" for p in problems[:LISTED_PROBLEMS])
-        unlisted = len(problems) - LISTED_PROBLEMS
-        rest = f"\n  and {unlisted} more" if unlisted > 0 else ""
-        raise VerificationError(
-            f"{store.uri}/{run_root.CHECKPOINT}: {len(problems)} problems; delete the files named"
-            f" here and run the same command again to have them made anew\n{listed}{rest}"
+    plan, store = context.plan, context.store
+    verdicts = load_each(lambda shard: shard_verdict(plan, store, shard.name), shards)
+    refused = [v for v in verdicts if v.problems]
+    if refused:
+        problems = [
+            p if p.startswith(v.shard) else f"{v.shard}: {p}" for v in refused for p in v.problems
+        ]
+        unsound = [unit for v in refused for unit in v.unsound_units]
+        if not unsound:
+            raise CorruptObjectError(
+                listed(context, problems, "the shards are stitched again"),
+                *(key for verdict in refused for key in keys_of_refused(verdict)),
+            )
+        names = ", ".join(run_root.unit_manifest(unit) for unit in unsound[:LISTED_PROBLEMS])
+        advice = (
+            f"{len(unsound)} units are refused as they were made, so the device or the code may be"
+            f" at fault; to have them made anew, delete {names} and the shards named here (`p48ray"
+            " doctor RUN_ROOT --fix` does) and run the same command again"
         )
-    if context.plan.config.run.keep == "checkpoint":
+        raise VerificationError(listed(context, problems, advice))
+    finish_checkpoint(context, shards, verdicts, units)
+    problems = check_folder(context, shards)
+    if problems:  # a folder with an index is a verified one
+        store.delete(run_root.checkpoint_file(INDEX_FILE))
+        advice = "mend or delete the files named here and run the same command again"
+        raise VerificationError(listed(context, problems, advice))
+    if plan.config.run.keep == "checkpoint":
         delete_unit_shards(store)
+
+
+def listed(context: StageContext, problems: Sequence[str], advice: str) -> str:
+    """Problems of a checkpoint as one message, with what to do about them."""
+    lines = "\n".join(f"  {p}" for p in problems[:LISTED_PROBLEMS])
+    unlisted = len(problems) - LISTED_PROBLEMS
+    rest = f"\n  and {unlisted} more" if unlisted > 0 else ""
+    where = f"{context.store.uri}/{run_root.CHECKPOINT}"
+    return f"{where}: {len(problems)} problems; {advice}\n{lines}{rest}"

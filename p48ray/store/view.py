@@ -1,9 +1,12 @@
 """A folder of a store, as a store of its own: the checkpoint inside a run root."""
 
+import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
+from p48ray import trace
 from p48ray.store.base import (
+    CHUNK_BYTES,
     Buffers,
     ByteRange,
     ObjectInfo,
@@ -97,6 +100,25 @@ def read_into(store: Store, key: str, start: int, target: memoryview) -> None:
         store.read_into(key, start, target)
     else:
         target[:] = store.get_range(key, start, len(target))
+
+
+def sha256_of(store: Store, key: str, size_bytes: int) -> str:
+    """SHA-256 of an object's bytes, read through in pieces.
+
+    Args:
+        store: any.
+        key: of the object in that store.
+        size_bytes: of the object, as the store says.
+    Raises: as Store.get_range.
+    """
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(min(CHUNK_BYTES, size_bytes)))
+    for start in range(0, size_bytes, CHUNK_BYTES):
+        data = buffer[: size_bytes - start]
+        with trace.span("read", len(data)):
+            read_into(store, key, start, data)
+        with trace.span("hash", len(data)):
+            digest.update(data)
+    return digest.hexdigest()
 
 
 def local_path(store: Store, key: str) -> str | None:

@@ -94,6 +94,7 @@ class Solved:
     """What a unit came to: its shard's tensors on the CPU, and what its manifest says of them."""
 
     tensors: dict[str, Tensor]
+    scales: LayerScales
     linears: tuple[LinearRecord, ...]
     ladder: tuple[LadderStep, ...]
     clipped: tuple[float, float]
@@ -179,7 +180,8 @@ def solve_unit(context: StageContext, unit: WorkUnit, fetched: Fetched, clock: C
             context, unit, (gate_up_NOI, gate_up, inputs), (down_NOI, down, intermediates)
         )
         tensors = pack_unit(context, unit, fetched.scales, gate_up, down)
-    return Solved(tensors, records, ladder.steps(), (clipped_input, clipped_intermediate))
+    clipped = (clipped_input, clipped_intermediate)
+    return Solved(tensors, fetched.scales, records, ladder.steps(), clipped)
 
 
 def decode_originals(
@@ -342,12 +344,13 @@ def store_unit(context: StageContext, unit: WorkUnit, solved: Solved, clock: Clo
             f" {stored.size_bytes if stored else 'nothing'}"
         )
     manifest = UnitManifest(
-        plan_digest=context.plan.digest,
+        units_digest=context.plan.units_digest,
         unit=unit.id,
         attempt=attempt,
         size_bytes=shard.size_bytes,
         sha256=shard.sha256,
         data_offset=shard.size_bytes - unit_bytes(context.layout, unit),
+        input_global_scales=(solved.scales.gate_up, solved.scales.down),
         linears=solved.linears,
         ladder=solved.ladder,
         clipped_input_share=solved.clipped[0],
@@ -365,7 +368,7 @@ def store_unit(context: StageContext, unit: WorkUnit, solved: Solved, clock: Clo
     if not context.store.put_if_absent(run_root.unit_manifest(unit.id), manifest.to_json()):
         # an attempt that was faster counts; ours is referenced by nothing
         context.store.delete(key)
-        return UnitManifest.load(context.store, run_root.unit_manifest(unit.id))
+        return context.finished_unit(unit).manifest
     log.info(unit_line(manifest))
     return manifest
 

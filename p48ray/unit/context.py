@@ -19,22 +19,16 @@ from p48ray.errors import CorruptObjectError, ObjectMissingError, ShardCorruptEr
 from p48ray.model.decoder import Decoder
 from p48ray.model.experts import ExpertWeights
 from p48ray.run import arrow, run_root
-from p48ray.run.manifest import (
-    ActivationPart,
-    BoundaryPart,
-    GradientPart,
-    LayerScales,
-    PartManifest,
-    TokensManifest,
-    UnitManifest,
-)
+from p48ray.run.checked import blob_facts, part_manifest, tokens_manifest, unit_manifest
+from p48ray.run.manifest import LayerScales, UnitManifest
 from p48ray.run.plan import RunPlan, WorkUnit
 from p48ray.run.run_root import BlobKind
-from p48ray.store.base import CHUNK_BYTES, ByteRange, Store, Written
+from p48ray.run.scales import layer_scales
+from p48ray.store.base import ByteRange, Store, Written
 from p48ray.store.checked_files import CheckedFiles
 from p48ray.store.node_cache import NodeCache, fetch
 from p48ray.store.open import scheme_of
-from p48ray.store.view import local_path
+from p48ray.store.view import local_path, sha256_of
 from p48ray.unit.compiling import Compiling
 from p48ray.unit.compute_lock import ComputeLock
 from p48ray.unit.staging import to_device
@@ -100,17 +94,30 @@ class StageContext:
     def finished_unit(self, unit: WorkUnit) -> FinishedUnit:
         """What a unit's manifest says of it.
 
-        Raises: ShardCorruptError for a manifest of another plan.
+        Raises: CorruptObjectError for a manifest that is not this unit's, or of other settings.
         """
-        manifest_key = run_root.unit_manifest(unit.id)
-        manifest = UnitManifest.load(self.store, manifest_key)
-        self.check_owner(manifest.plan_digest, manifest_key)
-        return FinishedUnit(manifest_key, manifest, run_root.unit_shard(unit.id, manifest.attempt))
+        manifest = unit_manifest(self.plan, self.store, unit)
+        key = run_root.unit_shard(unit.id, manifest.attempt)
+        return FinishedUnit(run_root.unit_manifest(unit.id), manifest, key)
 
     def layer_scales(self, layer: int) -> LayerScales:
-        scales = LayerScales.load(self.store, run_root.layer_scales(layer))
-        self.check_owner(scales.plan_digest, run_root.layer_scales(layer))
+        """A layer's scales, held against its parts once a process and value.
+
+        Raises: CorruptObjectError for scales that are not what the parts say.
+        """
+        known, key = f"scales of layer {layer}", run_root.layer_scales(layer)
+        with suppress(ObjectMissingError):
+            if self.known.get(known) == (data := self.store.get(key)).decode(errors="replace"):
+                return LayerScales.from_json(data, f"{self.store.uri}/{key}")
+        scales = layer_scales(self.plan, self.store, layer)
+        self.known[known] = scales.to_json().decode()
         return scales
+
+    def stored_scales(self, layer: int) -> tuple[float, float]:
+        """The input global scales of gate and up, and of down, that a finished layer's units
+        hold."""
+        unit = next(unit for unit in self.plan.units if unit.layer == layer)
+        return self.finished_unit(unit).manifest.input_global_scales
 
     def activation_parts(self, layer: int) -> Iterator[dict[str, Tensor]]:
         """The captured parts of a layer, in the plan's order: hidden, expert_ids, router_weights;
@@ -120,54 +127,44 @@ class StageContext:
         Raises: ShardCorruptError when a part is not what its manifest says.
         """
         for part in self.plan.parts:
-            columns = self.blob(ActivationPart, "activations", layer, part.part)
+            columns = self.blob("activations", layer, part.part)
             if self.plan.uses_gradients:
-                columns |= self.blob(GradientPart, "gradients", layer, part.part)
+                columns |= self.blob("gradients", layer, part.part)
             yield columns
 
-    def blob(
-        self, record: type[PartManifest], kind: BlobKind, layer: int, part: int
-    ) -> dict[str, Tensor]:
+    def blob(self, kind: BlobKind, layer: int, part: int) -> dict[str, Tensor]:
         """Columns of a blob, read-only and on the CPU, after a check of what it is: kind, layer,
         part, plan, size and digest.
 
         Args:
-            record: class of its manifest.
             kind: of blob.
             layer: that it belongs to; of a boundary, the layer that it enters.
             part: its number.
         Raises: CorruptObjectError, naming what to delete so that it is made again, when it is gone
-            or another; ShardCorruptError for a manifest of another plan.
+            or another.
         """
-        key, manifest_key = (
-            run_root.blob(kind, layer, part),
-            run_root.blob_manifest(kind, layer, part),
-        )
-        where = f"{self.store.uri}/{key}"
+        key = run_root.blob(kind, layer, part)
+        manifest = part_manifest(self.plan, self.store, kind, layer, part)
+        facts = blob_facts(self.plan, kind, layer, part)
+        return self.arrow_columns(key, manifest.size_bytes, manifest.sha256, facts)
+
+    def arrow_columns(
+        self, key: str, size_bytes: int, sha256: str, facts: Mapping[str, str]
+    ) -> dict[str, Tensor]:
+        """Columns of an Arrow file that has a manifest beside it.
+
+        Args:
+            key: of the file.
+            size_bytes, sha256: as its manifest says.
+            facts: what it must say of itself.
+        Raises: CorruptObjectError naming file and manifest.
+        """
+        made_of = (run_root.manifest_of(key), key)
+        data = self.checked(key, size_bytes, sha256, made_of)
         try:
-            manifest = record.load(self.store, manifest_key)
-        except (ObjectMissingError, ShardCorruptError) as error:
-            raise CorruptObjectError(
-                f"{where}: its manifest is gone or unreadable: {error}", manifest_key, key
-            ) from error
-        self.check_owner(manifest.plan_digest, manifest_key)
-        found, expected = (manifest.kind, manifest.layer, manifest.part), (kind, layer, part)
-        if found != expected:
-            raise CorruptObjectError(
-                f"{self.store.uri}/{manifest_key}: expected kind, layer, part {expected}, found"
-                f" {found}",
-                manifest_key,
-                key,
-            )
-        data = self.checked(key, manifest.size_bytes, manifest.sha256, (manifest_key, key))
-        try:
-            return arrow.decode(
-                data,
-                where,
-                {"kind": kind, "layer": str(layer), "part": str(part), "plan": self.plan.digest},
-            )
+            return arrow.decode(data, f"{self.store.uri}/{key}", facts)
         except ShardCorruptError as error:
-            raise CorruptObjectError(str(error), manifest_key, key) from error
+            raise CorruptObjectError(str(error), *made_of) from error
 
     def checked(
         self, key: str, size_bytes: int, sha256: str, made_of: tuple[str, ...]
@@ -251,16 +248,10 @@ class StageContext:
     def digest_of(self, key: str) -> str | None:
         """SHA-256 of an object as it is stored; None if there is none."""
         info = self.store.head(key)
-        digest = hashlib.sha256()
         try:
-            for start in range(0, info.size_bytes if info else 0, CHUNK_BYTES):
-                assert info is not None
-                digest.update(
-                    self.store.get_range(key, start, min(CHUNK_BYTES, info.size_bytes - start))
-                )
+            return None if info is None else sha256_of(self.store, key, info.size_bytes)
         except (ObjectMissingError, ShardCorruptError):
             return None
-        return None if info is None else digest.hexdigest()
 
     def boundary(self, kind: BlobKind, layer: int, part: int) -> Tensor:
         """What a stream left at a layer's boundary, on the context's device, one row a token.
@@ -268,37 +259,15 @@ class StageContext:
         Raises: CorruptObjectError when it is gone or not what was written; whoever owned the part
             takes it up again from further away.
         """
-        return to_device(self.blob(BoundaryPart, kind, layer, part), self.device)["values"]
+        return to_device(self.blob(kind, layer, part), self.device)["values"]
 
     def tokens(self, key: str, owner: str) -> Tensor:
-        """Token ids (N, S) of the calibration sequences, or of an evaluation. owner: the plan's
-        digest, or the evaluation's.
+        """Token ids (N, S) of the calibration sequences, or of an evaluation. owner: the digest of
+        the plan's units, or the evaluation's.
 
         Raises: CorruptObjectError when they are not what was written: the driver packs the texts
             again.
         """
-        manifest_key = run_root.manifest_of(key)
-        try:
-            manifest = TokensManifest.load(self.store, manifest_key)
-        except (ObjectMissingError, ShardCorruptError) as error:
-            raise CorruptObjectError(
-                f"{self.store.uri}/{key}: its manifest is gone or unreadable: {error}",
-                manifest_key,
-                key,
-            ) from error
-        if manifest.owner != owner:
-            raise ShardCorruptError(
-                f"{self.store.uri}/{manifest_key}: expected tokens of {owner[:12]}, found"
-                f" {manifest.owner[:12]}"
-            )
-        data = self.checked(key, manifest.size_bytes, manifest.sha256, (manifest_key, key))
-        return arrow.decode(data, f"{self.store.uri}/{key}", {"kind": "tokens", "owner": owner})[
-            "token_ids"
-        ]
-
-    def check_owner(self, digest: str, key: str) -> None:
-        if digest != self.plan.digest:
-            raise ShardCorruptError(
-                f"{self.store.uri}/{key}: expected plan digest {self.plan.digest[:12]}, found"
-                f" {digest[:12]}"
-            )
+        manifest = tokens_manifest(self.store, key, owner)
+        facts = {"kind": "tokens", "owner": owner}
+        return self.arrow_columns(key, manifest.size_bytes, manifest.sha256, facts)["token_ids"]

@@ -2,6 +2,7 @@
 checkpoint."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -127,26 +128,43 @@ def test_pilot_that_is_run_again_does_nothing_and_ends_well(pilot: tuple[Path, O
     assert attempts(root) == before
 
 
-@pytest.mark.parametrize(
-    ("settings", "found"),
-    [
-        ({}, "None"),
-        ({"run.layers": "[1]"}, "[1]"),
-        ({"run.layers": "[1, 2, 3, 4]"}, "[1, 2, 3, 4]"),
-    ],
-)
-def test_other_layers_in_a_pilots_run_root_are_refused_by_name(
-    settings: dict[str, str], found: str, pilot: tuple[Path, Outcome]
+def test_full_run_goes_on_with_its_pilots_units(
+    pilot: tuple[Path, Outcome], tmp_path: Path
 ) -> None:
-    root, _ = pilot
-    outcome = invoke(
-        *arguments(root, {k: v for k, v in PILOT.items() if k != "run.layers"} | settings)
-    )
+    """One run root: pilot, another pilot, all layers. What was made is not made again, and the
+    checkpoint is that of a run without a pilot."""
+    root, whole = tmp_path / "run", tmp_path / "whole"
+    shutil.copytree(pilot[0], root)
+    settings = {k: v for k, v in PILOT.items() if k != "run.layers"}
+    before = attempts(root)
+    assert invoke(*arguments(root, settings | {"run.layers": "[2, 3]"})).code == 0
+    both = attempts(root)
+    assert {unit: both[unit] for unit in before} == before
+    outcome = invoke(*arguments(root, settings))
+    assert outcome.code == 0, outcome
+    assert "goes on with the units of the plan that was there" in outcome.err
+    after = attempts(root)
+    assert {unit: after[unit] for unit in both} == both
+    assert len(after) == 16
+    assert invoke(*arguments(whole, settings)).code == 0
+    for path in (whole / "checkpoint").iterdir():
+        if path.name != "README.md":
+            assert path.read_bytes() == (root / "checkpoint" / path.name).read_bytes(), path.name
+
+
+def test_finished_checkpoint_is_not_given_up_for_a_pilot(tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    assert invoke(*arguments(root, ROUNDED)).code == 0
+    before = {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
+    outcome = invoke(*arguments(root, ROUNDED | {"run.layers": "[1]"}))
     assert outcome.code == 2, outcome
-    assert (
-        f"this run root belongs to another plan: run.layers: expected {found} (this run), found"
-        " [3, 1]" in outcome.err
-    )
+    for words in (
+        "this run root belongs to another plan: run.layers: expected [1] (this run), found None",
+        "its checkpoint is finished",
+        "delete checkpoint/",
+    ):
+        assert words in outcome.err
+    assert {path: path.read_bytes() for path in root.rglob("*") if path.is_file()} == before
 
 
 @pytest.mark.parametrize(

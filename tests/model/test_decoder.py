@@ -68,7 +68,7 @@ def captured(source: Path) -> dict[str, list[bytes]]:
         if info.key.startswith(("residuals/", "activations/")) and info.key.endswith(".json"):
             kind, layer = info.key.split("/")[0], int(info.key.split("/")[1].removeprefix("layer-"))
             record = ActivationPart if kind == "activations" else BoundaryPart
-            columns = context.blob(record, kind, layer, 0)  # type: ignore[arg-type]
+            columns = context.blob(kind, layer, 0)  # type: ignore[arg-type]
             found[info.key] = [tensor_bytes(tensor) for tensor in columns.values()]
             if record is ActivationPart:
                 manifest = ActivationPart.load(context.store, info.key)

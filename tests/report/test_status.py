@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from p48ray.errors import ConfigError, ShardCorruptError
+from p48ray.errors import ConfigError, PlanMismatchError
 from p48ray.report.status import RunStatus, print_status, read_status
 from p48ray.run import run_root
 from p48ray.run.manifest import Failure
@@ -48,7 +48,9 @@ def test_place_without_a_plan_is_refused_by_name(tmp_path: Path) -> None:
 
 def test_plan_that_is_no_plan_is_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "plan.json").write_text("{}")
-    with pytest.raises(ShardCorruptError, match=r"plan\.json: not a RunPlan: numerics_version"):
+    with pytest.raises(
+        PlanMismatchError, match=r"plan\.json: not a RunPlan: numerics_version.*delete this object"
+    ):
         read_status(LocalStore(tmp_path))
 
 

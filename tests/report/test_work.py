@@ -28,7 +28,7 @@ from tests.stages.small_run import SmallRun, configure, write_inputs_once
 
 def part(layer: int, number: int, finished_at: float, seconds: float = 1.0) -> ActivationPart:
     return ActivationPart(
-        plan_digest="",
+        units_digest="",
         layer=layer,
         part=number,
         num_tokens=1,
@@ -45,7 +45,7 @@ def part(layer: int, number: int, finished_at: float, seconds: float = 1.0) -> A
 
 def felt(layer: int, number: int, finished_at: float, seconds: float = 1.0) -> GradientPart:
     return GradientPart(
-        plan_digest="",
+        units_digest="",
         layer=layer,
         part=number,
         num_tokens=1,
@@ -60,12 +60,13 @@ def felt(layer: int, number: int, finished_at: float, seconds: float = 1.0) -> G
 
 def unit(name: str, finished_at: float, seconds: dict[str, float]) -> UnitManifest:
     return UnitManifest(
-        plan_digest="",
+        units_digest="",
         unit=name,
         attempt="abc",
         size_bytes=1,
         sha256="0",
         data_offset=0,
+        input_global_scales=(1.0, 1.0),
         linears=(),
         clipped_input_share=0,
         clipped_intermediate_share=0,

@@ -175,9 +175,10 @@ def refill(store: MemoryStore, keys: Iterable[str]) -> MemoryStore:
 
 def manifest_of(plan: RunPlan, unit: WorkUnit, attempt: str) -> UnitManifest:
     return UnitManifest(
-        plan_digest=plan.digest,
+        units_digest=plan.units_digest,
         unit=unit.id,
         attempt=attempt,
+        input_global_scales=(1.0, 1.0),
         size_bytes=1,
         sha256="0" * 64,
         data_offset=0,

@@ -7,12 +7,13 @@ import pytest
 from p48ray.config.load import load_config
 from p48ray.errors import ConfigError, PlanMismatchError, ShardCorruptError, SourceError
 from p48ray.run import run_root
-from p48ray.run.plan import NUMERICS_VERSION, SETTINGS, RunPlan, check_plan, cut_parts
+from p48ray.run.changing_hands import check_plan
+from p48ray.run.plan import NUMERICS_VERSION, SETTINGS, RunPlan, cut_parts
 from p48ray.stages.prepare import Prepared, prepare
 from p48ray.store.memory import MemoryStore
 from tests.conftest import REPO
 
-# For every digest setting: another legal value of it.
+# For every setting that changes bytes: another legal value of it.
 OTHER_VALUES = {
     "name": "other",
     "calibration.num_sequences": "8",
@@ -74,19 +75,44 @@ def test_unit_ids_are_the_public_names() -> None:
     assert planned("run.experts_per_unit=6").plan.units[1].id == "L001-E006-011"
 
 
-@pytest.mark.parametrize("key", [k for k, v in OTHER_VALUES.items() if v is not None])
-def test_setting_that_changes_bytes_is_refused_by_name_on_resume(key: str) -> None:
+def settings_of(effect: str) -> list[str]:
+    return [k for k, v in OTHER_VALUES.items() if v is not None and SETTINGS[k] == effect]
+
+
+@pytest.mark.parametrize("key", settings_of("units"))
+def test_setting_that_changes_units_is_refused_by_name_on_resume(key: str) -> None:
     store = MemoryStore(f"mismatch-{key}")
     before, after = planned().plan, planned(f"{key}={OTHER_VALUES[key]}").plan
     assert before.digest != after.digest
+    assert before.units_digest != after.units_digest
     store.put(run_root.PLAN, before.to_json())
     with pytest.raises(PlanMismatchError) as caught:
         check_plan(after, store)
     assert f"another plan: {key}: expected " in str(caught.value)
 
 
-def test_every_digest_setting_is_tried() -> None:
-    assert set(OTHER_VALUES) == {key for key, effect in SETTINGS.items() if effect == "digest"}
+@pytest.mark.parametrize("key", settings_of("checkpoint"))
+def test_setting_that_changes_only_the_checkpoint_keeps_the_units(key: str) -> None:
+    store = MemoryStore(f"takes-over-{key}")
+    before, after = planned().plan, planned(f"{key}={OTHER_VALUES[key]}").plan
+    assert before.digest != after.digest
+    assert before.units_digest == after.units_digest
+    store.put(run_root.PLAN, before.to_json())
+    assert check_plan(after, store) == before
+
+
+def test_layers_belong_to_the_units_where_compressed_layers_feed_the_next() -> None:
+    whole = planned("calibration.propagate=compressed").plan
+    pilot = planned("calibration.propagate=compressed", "run.layers=[1]").plan
+    assert whole.units_digest != pilot.units_digest
+    store = MemoryStore("propagated-pilot")
+    store.put(run_root.PLAN, pilot.to_json())
+    with pytest.raises(PlanMismatchError, match=r"another plan: run\.layers: expected None"):
+        check_plan(whole, store)
+
+
+def test_every_setting_that_changes_bytes_is_tried() -> None:
+    assert set(OTHER_VALUES) == {key for key, effect in SETTINGS.items() if effect != "free"}
 
 
 @pytest.mark.parametrize(
@@ -108,7 +134,9 @@ def test_every_digest_setting_is_tried() -> None:
 def test_setting_that_changes_no_byte_may_change_on_resume(override: str) -> None:
     store = MemoryStore(f"free-{override}")
     store.put(run_root.PLAN, planned().plan.to_json())
-    assert check_plan(planned(override).plan, store)
+    held = check_plan(planned(override).plan, store)
+    assert held is not None
+    assert held.digest == planned(override).plan.digest
 
 
 def test_texts_are_part_of_the_plan(tmp_path: Path) -> None:

@@ -891,11 +891,13 @@ def test_pilot_stores_no_more_than_estimated_and_not_much_less(
         2048, (calibration.num_sequences, calibration.sequence_length), dtype=torch.int32
     )
     data = arrow.encode(
-        {"token_ids": ids_NS}, {"kind": "tokens", "owner": prepared.plan.digest}
+        {"token_ids": ids_NS}, {"kind": "tokens", "owner": prepared.plan.units_digest}
     ).to_bytes()
     prepared.store.put(run_root.TOKENS, data)
     record = TokensManifest(
-        owner=prepared.plan.digest, size_bytes=len(data), sha256=hashlib.sha256(data).hexdigest()
+        owner=prepared.plan.units_digest,
+        size_bytes=len(data),
+        sha256=hashlib.sha256(data).hexdigest(),
     )
     prepared.store.put(run_root.manifest_of(run_root.TOKENS), record.to_json())
     share = peak_bytes(prepared) / estimated_peak(prepared)

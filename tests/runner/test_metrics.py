@@ -188,7 +188,7 @@ def linear(name: str, tokens: int) -> LinearRecord:
 
 def unit_manifest(linears: tuple[LinearRecord, ...], seconds: dict[str, float]) -> UnitManifest:
     return UnitManifest(
-        plan_digest="",
+        units_digest="",
         unit="L001-E000-001",
         attempt="abc",
         size_bytes=1,

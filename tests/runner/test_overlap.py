@@ -190,18 +190,22 @@ def started(prepared: Prepared) -> tuple[Overlap, Clock]:
     return Overlap(prepared.context, read_needs(prepared.plan, prepared.store), clock), clock
 
 
+def tokens_of(prepared: Prepared, part: SequencePart) -> int:
+    return part.num_sequences * prepared.plan.config.calibration.sequence_length
+
+
 def leave(prepared: Prepared, layer: int, *parts: SequencePart, way: str = "both") -> None:
     """A layer's records and stubs of its data, as a stream leaves them."""
     store, size = prepared.store, prepared.layout.num_experts
     shared = {
-        "plan_digest": prepared.plan.digest,
+        "units_digest": prepared.plan.units_digest,
         "layer": layer,
-        "num_tokens": 1,
         "size_bytes": 1,
         "sha256": "0" * 64,
     }
     shared |= {"seconds": 1.0, "write_seconds": 1.0, "finished_at": 1.0}
     for p in parts or prepared.plan.parts:
+        shared |= {"num_tokens": tokens_of(prepared, p)}
         if way != "back":
             seen = ActivationPart(
                 part=p.part,

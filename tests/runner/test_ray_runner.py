@@ -229,7 +229,7 @@ def test_failed_task_is_set_aside_the_stage_goes_on_and_a_mended_run_ends_well(
     root = reopened(local_run, tmp_path / "run", 2, 3)
     scales = root / "activations/layer-002/scales.json"
     sound = scales.read_text()
-    scales.write_text(sound.replace('"plan_digest": "', '"plan_digest": "0'))
+    scales.write_text(sound.replace('"units_digest": "', '"units_digest": "0'))
     outcome = invoke(*arguments(root, ONE_WORKER), on_ray=on_ray)
     assert outcome.code == 1, outcome
     assert outcome.err.count("error: ") == 1

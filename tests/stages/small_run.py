@@ -87,13 +87,13 @@ def run_locally(prepared: Prepared) -> Report:
 
 
 PACKED: dict[str, dict[str, bytes]] = {}
-"""Packed texts by the digest of the plan that they are of."""
+"""Packed texts by the digest of the units that they are for."""
 
 
 def write_inputs_once(prepared: Prepared) -> None:
     """`write_inputs`, with the texts that another run of the same plan has packed in this process:
     a tokenizer takes two seconds for them."""
-    store, digest = prepared.store, prepared.plan.digest
+    store, digest = prepared.store, prepared.plan.units_digest
     for key, data in PACKED.get(digest, {}).items():
         store.put(key, data)
     write_inputs(prepared)

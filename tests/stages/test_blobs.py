@@ -15,7 +15,8 @@ from torch import Tensor
 
 from p48ray.errors import CorruptObjectError, P48Error, ShardCorruptError
 from p48ray.run import run_root
-from p48ray.run.manifest import ActivationPart, BoundaryPart, GradientPart, PartManifest
+from p48ray.run.checked import PART_RECORDS
+from p48ray.run.manifest import BoundaryPart
 from p48ray.stages import blobs
 from p48ray.stages.blobs import BlobWriter
 from p48ray.stages.capture import write_boundary
@@ -114,7 +115,7 @@ def test_a_file_that_was_cut_or_is_empty_is_refused(length: int, context: StageC
 def test_what_is_gone_is_named(gone: str, context: StageContext) -> None:
     leave(context)
     path_of(context, gone).unlink()
-    refused(context, key_of())
+    refused(context, "residuals/layer-002/part-0001")
 
 
 def test_a_manifest_that_is_no_record_is_refused(context: StageContext) -> None:
@@ -139,7 +140,7 @@ def test_another_blob_in_its_place_is_refused_with_and_without_its_manifest(
         path_of(context, run_root.manifest_of(key_of())),
     )
     shutil.copy(path_of(context, run_root.blob(kind, number, part)), path_of(context, key_of()))
-    refused(context, "expected kind, layer, part")
+    refused(context, "(kind|layer|part): expected .*, found ")
     # a manifest edited to fit is not enough: the file says what it is
     record = BoundaryPart.load(context.store, run_root.blob_manifest(kind, number, part))
     edited = record.model_copy(update={"kind": "residuals", "layer": 2, "part": 1})
@@ -151,29 +152,31 @@ def test_a_blob_of_another_plan_is_refused(context: StageContext) -> None:
     leave(context)
     key = run_root.manifest_of(key_of())
     record = BoundaryPart.load(context.store, key)
-    context.store.put(key, record.model_copy(update={"plan_digest": "f" * 64}).to_json())
-    with pytest.raises(ShardCorruptError, match=r"expected plan digest .* found ffff"):
+    context.store.put(key, record.model_copy(update={"units_digest": "f" * 64}).to_json())
+    with pytest.raises(ShardCorruptError, match=r"units_digest: expected .* found 'ffff"):
         context.boundary("residuals", 2, 1)
 
 
-@pytest.mark.parametrize("record", [ActivationPart, GradientPart])
+@pytest.mark.parametrize("kind", ["activations", "gradients"])
 def test_a_manifest_of_another_kind_is_no_record_of_this_one(
-    record: type[PartManifest], context: StageContext
+    kind: run_root.BlobKind, context: StageContext
 ) -> None:
     leave(context)
-    with pytest.raises(CorruptObjectError, match=record.__name__):
-        context.blob(record, "residuals", 2, 1)
+    record = context.store.get(run_root.manifest_of(key_of()))
+    context.store.put(run_root.blob_manifest(kind, 2, 1), record)
+    with pytest.raises(CorruptObjectError, match=f"not a {PART_RECORDS[kind].__name__}"):
+        context.blob(kind, 2, 1)
 
 
 def test_tokens_of_another_owner_or_with_a_wrong_byte_are_refused(context: StageContext) -> None:
-    with pytest.raises(ShardCorruptError, match="expected tokens of other"):
+    with pytest.raises(ShardCorruptError, match="owner: expected 'other', found"):
         context.tokens(run_root.TOKENS, "other")
     path = path_of(context, run_root.TOKENS)
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
     with pytest.raises(CorruptObjectError) as caught:
-        context.tokens(run_root.TOKENS, context.plan.digest)
+        context.tokens(run_root.TOKENS, context.plan.units_digest)
     assert caught.value.keys == (run_root.manifest_of(run_root.TOKENS), run_root.TOKENS)
 
 
@@ -184,7 +187,7 @@ def test_tokens_whose_manifest_is_no_record_are_packed_again(
     path = path_of(context, run_root.manifest_of(run_root.TOKENS))
     path.unlink() if data is None else path.write_bytes(data)
     with pytest.raises(CorruptObjectError) as caught:
-        context.tokens(run_root.TOKENS, context.plan.digest)
+        context.tokens(run_root.TOKENS, context.plan.units_digest)
     assert caught.value.keys == (run_root.manifest_of(run_root.TOKENS), run_root.TOKENS)
 
 

@@ -11,9 +11,10 @@ from p48ray.model.experts import RoutedInputs
 from p48ray.run import arrow, run_root
 from p48ray.run.manifest import LayerScales
 from p48ray.run.plan import RunPlan, SequencePart
+from p48ray.run.scales import write_layer_scales
 from p48ray.stages import capture
 from p48ray.stages.blobs import BlobWriter
-from p48ray.stages.capture import capture_parts, write_layer_scales
+from p48ray.stages.capture import capture_parts
 from p48ray.stages.inputs import write_inputs
 from p48ray.stages.prepare import prepare
 from p48ray.unit.context import StageContext
@@ -116,7 +117,7 @@ def test_scales_are_those_of_the_layers_maxima(context: StageContext) -> None:
     both over all parts and experts."""
     capture_parts(context, [p.part for p in context.plan.parts])
     for layer in context.plan.layers:
-        write_layer_scales(context, layer)
+        write_layer_scales(context.plan, context.store, layer)
     model = whole_model.load(TINY)
     _, seen = whole_model.run_and_record(model, token_ids(context).long())
     for layer in context.plan.source.moe_layers:

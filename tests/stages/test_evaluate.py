@@ -23,12 +23,12 @@ from p48ray.run import arrow, run_root
 from p48ray.run.manifest import CompressedSums, EvaluationPart, LayerScales
 from p48ray.run.plan import SequencePart
 from p48ray.stages import evaluate
+from p48ray.stages.compressed_experts import compressed_expert
 from p48ray.stages.evaluate import (
     CompressedExperts,
     CompressedQuality,
     EvaluationResult,
     combine_parts,
-    compressed_expert,
     evaluate_part,
     evaluation_digest,
 )
@@ -297,6 +297,7 @@ def test_result_folds_parts_by_their_tokens() -> None:
     def part(number: int, tokens: int, loss: float, correct: int) -> EvaluationPart:
         return EvaluationPart(
             plan_digest="d",
+            evaluation="e",
             part=number,
             num_tokens=tokens,
             source_loss=loss,

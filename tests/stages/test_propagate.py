@@ -14,9 +14,10 @@ from p48ray.model.experts import RoutedInputs
 from p48ray.run import run_root
 from p48ray.run.manifest import ActivationPart, LayerScales, UnitManifest
 from p48ray.run.plan import SequencePart
+from p48ray.run.scales import write_layer_scales
 from p48ray.stages import propagate
 from p48ray.stages.blobs import BlobWriter
-from p48ray.stages.capture import capture_parts, write_layer_scales
+from p48ray.stages.capture import capture_parts
 from p48ray.stages.propagate import propagate_parts
 from p48ray.unit.compress import compress_unit
 from p48ray.unit.context import StageContext
@@ -53,7 +54,7 @@ def take_turns(context: StageContext, *layers: int) -> None:
     """Capture and compress layers one after the other."""
     for layer in layers:
         propagate_parts(context, (layer, [0, 1, 2]))
-        write_layer_scales(context, layer)
+        write_layer_scales(context.plan, context.store, layer)
         for unit in context.plan.units:
             if unit.layer == layer:
                 compress_unit(context, unit)
@@ -147,7 +148,7 @@ def test_first_turn_sees_what_the_source_sees(tmp_path: Path) -> None:
     )
     capture_parts(dense, [0, 1, 2])
     manifests = propagate_parts(turn, (1, [0, 1, 2]))
-    ours, its = (context.blob(ActivationPart, "activations", 1, 2) for context in (turn, dense))
+    ours, its = (context.blob("activations", 1, 2) for context in (turn, dense))
     assert list(ours) == list(its) and all(torch.equal(ours[name], its[name]) for name in its)
     theirs = [
         ActivationPart.load(dense.store, run_root.activation_manifest(1, p)) for p in (0, 1, 2)
@@ -254,5 +255,5 @@ def test_mixture_that_the_plan_does_not_compress_stays_the_sources(tmp_path: Pat
     turn = open_run(tmp_path / "turn", *SETTINGS, pilot)
     capture_parts(dense, [0])
     propagate_parts(turn, (2, [0]))
-    ours, its = (context.blob(ActivationPart, "activations", 2, 0) for context in (turn, dense))
+    ours, its = (context.blob("activations", 2, 0) for context in (turn, dense))
     assert list(ours) == list(its) and all(torch.equal(ours[name], its[name]) for name in its)

@@ -10,10 +10,10 @@ from compressed_tensors.quantization import QuantizationConfig
 from safetensors import safe_open
 from transformers import AutoConfig, AutoTokenizer
 
-from p48ray.errors import CorruptObjectError, ShardCorruptError
+from p48ray.errors import CorruptObjectError
 from p48ray.run import run_root
+from p48ray.run.checked import unit_manifests
 from p48ray.run.manifest import CheckpointManifest, ShardVerdict, UnitManifest
-from p48ray.runner.pipeline import read_units
 from p48ray.stages.final_files import finish_checkpoint
 from p48ray.stages.reduce import stitch_shard
 from p48ray.store import MemoryStore
@@ -191,6 +191,10 @@ def units_only(finished: SmallRun) -> StageContext:
     return replace(finished.context, store=store)
 
 
+def units_of(run: SmallRun) -> list[UnitManifest]:
+    return unit_manifests(run.prepared.plan, run.prepared.store)
+
+
 def verdicts_of(run: SmallRun) -> list[ShardVerdict]:
     return [
         ShardVerdict.load(run.prepared.store, run_root.shard_verdict(s.name))
@@ -204,7 +208,10 @@ def test_reduce_makes_the_same_folder_from_the_same_units(
     for shard in reversed(finished.prepared.shards):
         assert stitch_shard(units_only, shard).size_bytes == len(clean.files[shard.name])
     finish_checkpoint(
-        units_only, finished.prepared.shards, verdicts_of(finished), read_units(finished.prepared)
+        units_only,
+        finished.prepared.shards,
+        verdicts_of(finished),
+        units_of(finished),
     )
     made = {
         info.key.removeprefix("checkpoint/"): units_only.store.get(info.key)
@@ -228,7 +235,10 @@ def test_index_is_written_after_everything_else(
         lambda self, key, pieces: written.append(key) or compose(self, key, pieces),
     )
     finish_checkpoint(
-        units_only, finished.prepared.shards, verdicts_of(finished), read_units(finished.prepared)
+        units_only,
+        finished.prepared.shards,
+        verdicts_of(finished),
+        units_of(finished),
     )
     assert written[-1] == f"checkpoint/{INDEX}"
     assert {"checkpoint/config.json", "checkpoint/p48ray.json", "checkpoint/tokenizer.json"} <= set(
@@ -317,10 +327,10 @@ def test_unit_of_another_plan_is_refused_by_name(
     finished: SmallRun, units_only: StageContext
 ) -> None:
     key = run_root.unit_manifest(finished.prepared.plan.units[0].id)
-    other = UnitManifest.load(units_only.store, key).model_copy(update={"plan_digest": "0" * 64})
+    other = UnitManifest.load(units_only.store, key).model_copy(update={"units_digest": "0" * 64})
     units_only.store.put(key, other.to_json())
     with pytest.raises(
-        ShardCorruptError, match=rf"{key}: expected plan digest .*, found 000000000000"
+        CorruptObjectError, match=rf"{key}: units_digest: expected .*, found '000000000000"
     ):
         stitch_shard(units_only, finished.prepared.shards[0])
 

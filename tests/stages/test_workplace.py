@@ -14,7 +14,6 @@ import pytest
 from p48ray import trace
 from p48ray.config.load import load_config
 from p48ray.run import run_root
-from p48ray.run.manifest import ActivationPart
 from p48ray.run.plan import RunPlan
 from p48ray.stages.inputs import write_inputs
 from p48ray.stages.prepare import prepare
@@ -60,7 +59,7 @@ def open_workplace(plan: RunPlan) -> Workplace:
 
 
 def read(workplace: Workplace) -> None:
-    assert len(workplace.context.blob(ActivationPart, "activations", LAYER, PART)["hidden"]) == 128
+    assert len(workplace.context.blob("activations", LAYER, PART)["hidden"]) == 128
 
 
 def times_hashed(tmp_path: Path) -> int:

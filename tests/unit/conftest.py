@@ -11,8 +11,9 @@ from p48ray.model.experts import RoutedInputs
 from p48ray.run import arrow, run_root
 from p48ray.run.manifest import LayerScales, UnitManifest
 from p48ray.run.plan import WorkUnit
+from p48ray.run.scales import combine_scales
 from p48ray.stages.blobs import BlobWriter
-from p48ray.stages.capture import combine_scales, write_activations
+from p48ray.stages.capture import write_activations
 from p48ray.stages.gradients import write_gradients
 from p48ray.stages.prepare import prepare
 from p48ray.unit.context import StageContext
@@ -71,7 +72,9 @@ def opened(finished: SmallRun, layer_inputs: RoutedInputs, random_delta: Tensor)
                     context, writer, 1, part, RoutedInputs(*three, seen.amax_intermediate), 0.0
                 )
             parts = writer.drain()
-        context.store.put(run_root.layer_scales(1), combine_scales(context, 1, parts).to_json())
+        context.store.put(
+            run_root.layer_scales(1), combine_scales(context.plan, 1, parts).to_json()
+        )
         if config.compression.output_curvature:
             with BlobWriter(context) as writer:
                 for part, rows_TH in zip(context.plan.parts, delta_TH.split(tokens), strict=True):

@@ -22,7 +22,7 @@ from p48ray.numerics import block_int8
 from p48ray.run import run_root
 from p48ray.run.manifest import LayerScales, LinearRecord, UnitManifest
 from p48ray.run.plan import WorkUnit
-from p48ray.stages.evaluate import compressed_expert
+from p48ray.stages.compressed_experts import compressed_expert
 from p48ray.store import LocalStore
 from p48ray.unit import moments, refinement, token_columns
 from p48ray.unit.compress import compress_unit
@@ -162,7 +162,8 @@ def test_manifest_names_the_attempt_its_size_and_its_digest(finished: SmallRun) 
     for unit in finished.prepared.plan.units:
         manifest = UnitManifest.load(store, run_root.unit_manifest(unit.id))
         data = store.get(f"units/{unit.id}/{manifest.attempt}/shard.safetensors")
-        assert (manifest.unit, manifest.plan_digest) == (unit.id, finished.prepared.plan.digest)
+        assert manifest.unit == unit.id
+        assert manifest.units_digest == finished.prepared.plan.units_digest
         assert manifest.size_bytes == len(data)
         assert manifest.sha256 == hashlib.sha256(data).hexdigest()
         assert manifest.data_offset == 8 + int.from_bytes(data[:8], "little")
@@ -691,8 +692,8 @@ def test_scales_of_another_plan_are_refused_by_name(opened: Opener) -> None:
     refused(
         context,
         "activations/layer-001/scales.json",
-        context.plan.digest[:12],
-        other.plan.digest[:12],
+        context.plan.units_digest[:12],
+        other.plan.units_digest[:12],
     )
 
 
@@ -701,7 +702,10 @@ def test_activations_of_another_plan_are_refused_by_name(opened: Opener) -> None
     key = run_root.activation_manifest(1, 1)
     context.store.put(key, other.store.get(key))
     refused(
-        context, "activations/layer-001/part-0001", context.plan.digest[:12], other.plan.digest[:12]
+        context,
+        "activations/layer-001/part-0001",
+        context.plan.units_digest[:12],
+        other.plan.units_digest[:12],
     )
 
 

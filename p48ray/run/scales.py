@@ -1,0 +1,123 @@
+"""A layer's two input global scales: combined from what its parts say, and held against them
+whenever they are read."""
+
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+
+from p48ray.errors import CalibrationError, CorruptObjectError
+from p48ray.numerics.activation import input_global_scale
+from p48ray.run import run_root
+from p48ray.run.checked import load_checked, load_each, part_manifest, raise_together
+from p48ray.run.manifest import ActivationPart, LayerScales, UnitManifest
+from p48ray.run.plan import RunPlan, WorkUnit
+from p48ray.store.base import Store
+
+# Compressed gate and up change the intermediate's range, so down's input scale leaves room above
+# what the original weights gave (DESIGN 2.2).
+INTERMEDIATE_MARGIN = 1.25
+
+
+def write_layer_scales(plan: RunPlan, store: Store, layer: int) -> LayerScales:
+    """scales.json of a layer whose parts are all there: made, or made again where what is there is
+    not what the parts say.
+
+    Raises: CorruptObjectError for a part's manifest that is unsound, CalibrationError as
+        combine_scales does.
+    """
+    try:
+        return layer_scales(plan, store, layer)
+    except CorruptObjectError:
+        scales = combine_scales(plan, layer, part_manifests(plan, store, layer))
+        store.put(run_root.layer_scales(layer), scales.to_json())
+        return scales
+
+
+def known_scales(plan: RunPlan, store: Store) -> dict[int, LayerScales]:
+    """Scales by layer, made again where they are unsound; without layers whose parts are gone,
+    which nobody needs once their units are done."""
+    found: dict[int, LayerScales] = {}
+    for layer in plan.layers:
+        with suppress(CorruptObjectError):
+            found[layer] = write_layer_scales(plan, store, layer)
+    return found
+
+
+def layer_scales(plan: RunPlan, store: Store, layer: int) -> LayerScales:
+    """A layer's scales, held against its parts where their manifests are all there; those of a
+    layer that is done may have been deleted by hand.
+
+    Raises: CorruptObjectError for scales that are not what the parts say, or for a manifest of a
+        part that is unsound.
+    """
+    key = run_root.layer_scales(layer)
+    found = load_checked(LayerScales, store, key, layer=layer, units_digest=plan.units_digest)
+    manifests = {run_root.activation_manifest(layer, part.part) for part in plan.parts}
+    if manifests <= {info.key for info in store.list(run_root.activation_folder(layer))}:
+        said = combine_scales(plan, layer, part_manifests(plan, store, layer))
+        if found != said:
+            names = [n for n in LayerScales.model_fields if getattr(found, n) != getattr(said, n)]
+            raise CorruptObjectError(
+                f"{store.uri}/{key}: {names[0]}: expected {getattr(said, names[0])!r} as the"
+                f" layer's parts say, found {getattr(found, names[0])!r}",
+                key,
+            )
+    return found
+
+
+def check_units(units: Sequence[UnitManifest], scales: Mapping[int, LayerScales]) -> None:
+    """Hold finished units against their layers' scales, which may have been made again since; where
+    these are gone, against the layer's first unit.
+
+    Args:
+        units: manifests of units.
+        scales: by layer.
+    Raises: CorruptObjectError naming the units that were made with others.
+    """
+    errors = []
+    expected = {layer: (s.gate_up, s.down) for layer, s in scales.items()}
+    for unit in units:
+        layer, found = WorkUnit.layer_of(unit.unit), unit.input_global_scales
+        if found != expected.setdefault(layer, found):
+            key = run_root.unit_manifest(unit.unit)
+            errors.append(
+                CorruptObjectError(
+                    f"{key}: input_global_scales: expected {expected[layer]} as"
+                    f" {run_root.layer_scales(layer)} says, found {found}",
+                    key,
+                )
+            )
+    raise_together(errors)
+
+
+def part_manifests(plan: RunPlan, store: Store, layer: int) -> list[ActivationPart]:
+    """Of a layer's activations, in the plan's order."""
+    found = load_each(
+        lambda part: part_manifest(plan, store, "activations", layer, part.part), plan.parts
+    )
+    return [manifest for manifest in found if isinstance(manifest, ActivationPart)]
+
+
+def combine_scales(plan: RunPlan, layer: int, parts: list[ActivationPart]) -> LayerScales:
+    """A layer's input global scales from the maxima of its parts.
+
+    Raises: CalibrationError when the layer's inputs are all zero or not finite.
+    """
+    amax_input = max(p.amax_input for p in parts)
+    amax_intermediate = max(p.amax_intermediate for p in parts)
+    if not (0 < amax_input < math.inf and 0 < amax_intermediate < math.inf):
+        raise CalibrationError(
+            f"layer {layer}: expected finite activations above 0, found maxima {amax_input}"
+            f" (input), {amax_intermediate} (intermediate)"
+        )
+    return LayerScales(
+        units_digest=plan.units_digest,
+        layer=layer,
+        amax_input=amax_input,
+        amax_intermediate=amax_intermediate,
+        gate_up=input_global_scale(amax_input),
+        down=input_global_scale(INTERMEDIATE_MARGIN * amax_intermediate),
+        tokens_per_expert=tuple(
+            sum(counts) for counts in zip(*(p.tokens_per_expert for p in parts), strict=True)
+        ),
+    )
