@@ -5,6 +5,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from p48ray.config.addresses import OptionalPlace
 from p48ray.config.section import Section, as_tuple
 
 Role = Literal["base", "baseline", "ours"]
@@ -48,7 +49,7 @@ class ComparedCheckpoint(Section):
     published of it."""
 
     title: str | None = Field(None, description="Name in the table; null: what it is.")
-    checkpoint: str | None = Field(
+    checkpoint: OptionalPlace = Field(
         None,
         description=(
             "Folder, or hf://owner/name@revision; of `ours` null means run.root/checkpoint."
@@ -124,7 +125,7 @@ class BenchmarksConfig(Section):
     batch_size: int = Field(1, gt=0, description="[prompts] How many in one request.")
     concurrency: int = Field(32, gt=0, description="[requests] How many at the same time.")
     timeout_s: int = Field(1200, gt=0, description="[seconds] Time limit of one request.")
-    tokenizer: str | None = Field(
+    tokenizer: OptionalPlace = Field(
         None,
         description="Folder or owner/name on the Hub, for the harness; null: the checkpoint's.",
     )
