@@ -15,12 +15,12 @@ import typer
 from huggingface_hub import constants, get_token
 from huggingface_hub.utils import validate_repo_id
 from rich.console import Console
-from rich.table import Table
 
 from p48ray.errors import ConfigError, P48Error, UserError
 from p48ray.finished.branch import Hub, Target
-from p48ray.finished.publisher import FileState, RayUploads, publish, rehearse
-from p48ray.report.plan_table import size
+from p48ray.finished.publisher import RayUploads, publish
+from p48ray.finished.rehearsal import print_states, rehearse
+from p48ray.finished.release import of_run_root
 from p48ray.run import run_root as names
 from p48ray.run.plan import RunPlan
 from p48ray.runner.console import configure_logging
@@ -47,19 +47,11 @@ def connect(repo: str, revision: str) -> Hub:
     return Hub(Target(constants.ENDPOINT, repo, revision), token)
 
 
-def print_states(states: list[FileState], hub: Hub) -> None:
-    print(f"{hub.target.endpoint}/{hub.target.repo}, branch {hub.target.revision}")
-    table = Table("file", "bytes", "state")
-    for s in states:
-        table.add_row(s.name, f"{s.size_bytes:,}", s.state)
-    Console(width=None if os.isatty(1) else 160).print(table)
-    total = size(sum(s.size_bytes for s in states))
-    left = size(sum(s.size_bytes for s in states if s.state == "to send"))
-    print(f"{len(states)} files, {total}, to send at most {left}; nothing was sent")
-
-
 IS_PRIVATE = typer.Option("--private", help="Make the repository private.")
 IS_DRY = typer.Option("--dry-run", help="Print files, bytes and what is there already, and stop.")
+REPLACES = typer.Option(
+    "--replace", help="Delete weights that are there and are not in this checkpoint."
+)
 WORKERS = typer.Option(min=1, help="Shards sent at once, each staged in its worker's TMPDIR.")
 ENDPOINT = typer.Option(envvar=ENDPOINT_VARIABLES, help="Of an S3 run root that is not on AWS.")
 
@@ -70,6 +62,7 @@ def main(
     repo: Annotated[str, typer.Option(help="owner/name; made if it is not there.")],
     private: Annotated[bool, IS_PRIVATE] = False,
     revision: Annotated[str, typer.Option(help="Branch; made if it is not there.")] = "main",
+    replace: Annotated[bool, REPLACES] = False,
     dry_run: Annotated[bool, IS_DRY] = False,
     workers: Annotated[int, WORKERS] = 4,
     endpoint_url: Annotated[str | None, ENDPOINT] = None,
@@ -78,8 +71,10 @@ def main(
     configure_logging()
     try:
         hub, store = connect(repo, revision), open_store(run_root, endpoint_url)
+        release = of_run_root(store)
         if dry_run:
-            return print_states(rehearse(store, hub), hub)
+            console = Console(width=None if os.isatty(1) else 160)
+            return print_states(rehearse(release, hub, replace), hub, console)
         is_planned = store.head(names.PLAN) is not None
         is_shared = is_planned and RunPlan.load(store, names.PLAN).config.run.root_is_shared
         settings = {name: os.environ[name] for name in SHARED_SETTINGS if name in os.environ}
@@ -90,7 +85,7 @@ def main(
             settings=settings,
             is_shared=is_shared,
         )
-        publish(store, hub, private, RayUploads(tasks))
+        publish(release, hub, private, replace, RayUploads(tasks))
     except P48Error as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2 if isinstance(error, UserError) else 1) from None
