@@ -8,6 +8,7 @@ Read in this order:
     verify_checkpoint, verifier   every byte against p48ray.json and, where given, the source
     convert, converter            dense to sparse storage and back, without loss
     release                       what is published: of a run root, or a folder by itself
+    own_figures, requirements     what the run has measured of it, and what it has to be worth
     publish, publisher            what the Hub lacks of it, then one commit
     upload, branch                one shard on its way; what is asked of a repository's branch
     rehearsal                     what publishing would do

@@ -16,6 +16,7 @@ from huggingface_hub.hf_api import RepoFile
 from p48ray.checkpoint.index import OTHER_WEIGHTS
 from p48ray.errors import ConfigError, GaveUpError, StageFailedError, TransientStoreError
 from p48ray.finished.branch import Hub, Target, uploaded_shard
+from p48ray.finished.own_figures import EVAL_RESULTS_FILE
 from p48ray.finished.release import Release, listed
 from p48ray.run import run_root
 from p48ray.run.manifest import PublishedShard
@@ -73,6 +74,11 @@ def left_over(release: Release, paths: Collection[str]) -> list[str]:
     return sorted(p for p in paths if p not in kept and p.lower().endswith(OTHER_WEIGHTS))
 
 
+def outdated(release: Release, paths: Collection[str]) -> list[str]:
+    """What publishing has told the Hub of another checkpoint, and does not tell of this one."""
+    return [p for p in paths if p == EVAL_RESULTS_FILE and p not in release.files]
+
+
 def check_left_over(hub: Hub, old: Sequence[str], is_replacing: bool) -> None:
     """Raises: ConfigError, naming them, where old weights would stay beside the new ones."""
     if old and not is_replacing:
@@ -114,6 +120,7 @@ def commit_release(
             raise StageFailedError(f"{hub.target.repo}: no branch {hub.target.revision!r} any more")
         old = left_over(release, branch.paths)
         check_left_over(hub, old, is_replacing)
+        old += outdated(release, branch.paths)
         return branch.head, lacking(release, records, branch.files), old
 
     def attempt() -> str:

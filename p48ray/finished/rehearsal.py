@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from p48ray.finished.branch import Hub
-from p48ray.finished.publish import lacking, left_over, read_records
+from p48ray.finished.publish import lacking, left_over, outdated, read_records
 from p48ray.finished.release import Release
 from p48ray.report.plan_table import size
 
@@ -36,20 +36,21 @@ def rehearse(release: Release, hub: Hub, is_replacing: bool) -> list[FileState]:
     ]:
         state = "on the Hub" if name not in missing else "uploaded" if name in records else TO_SEND
         states.append(FileState(name, num_bytes, state))
-    return states + old_weights(release, hub, is_replacing)
+    return states + old_files(release, hub, is_replacing)
 
 
-def old_weights(release: Release, hub: Hub, is_replacing: bool) -> list[FileState]:
-    """Of the branch; of main where there is no such branch yet, since a new one begins as a copy of
-    that."""
+def old_files(release: Release, hub: Hub, is_replacing: bool) -> list[FileState]:
+    """Weights of what was there before, and its figures: of the branch, or of main where there is
+    no such branch yet, since a new one begins as a copy of that."""
     branch = hub.state([])
     if branch.head is None:
         hub = replace(hub, target=replace(hub.target, revision="main"))
         branch = hub.state([])
     old = left_over(release, branch.paths)
-    held = hub.state(old).files if old else {}
-    state = TO_DELETE if is_replacing else IN_THE_WAY
-    return [FileState(name, held[name].size, state) for name in old if name in held]
+    states = dict.fromkeys(old, TO_DELETE if is_replacing else IN_THE_WAY)
+    states |= dict.fromkeys(outdated(release, branch.paths), TO_DELETE)
+    held = hub.state(list(states)).files if states else {}
+    return [FileState(name, held[name].size, states[name]) for name in states if name in held]
 
 
 def print_states(states: list[FileState], hub: Hub, console: Console) -> None:

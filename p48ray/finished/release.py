@@ -2,21 +2,30 @@
 
 It is the one of a run root, whose verdicts it is held to, or any finished folder, such as `p48ray
 convert` writes, which is held to its own p48ray.json. Workers see to the bytes of the shards, in
-either case, while they upload them.
+either case, while they upload them. A folder may have a run root beside it that has the same
+weights: then uploads are recorded there, and what it has measured of them counts.
 """
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from p48ray.checkpoint.index import INDEX_FILE, OTHER_WEIGHTS
 from p48ray.errors import ConfigError, ShardCorruptError
+from p48ray.finished.own_figures import (
+    EVAL_RESULTS_FILE,
+    OwnFigures,
+    eval_results,
+    read_own_figures,
+)
 from p48ray.finished.survey import check_files, survey_checkpoint
 from p48ray.run import run_root
 from p48ray.run.manifest import MANIFEST_FILE, CheckpointManifest, ShardVerdict
+from p48ray.run.plan import RunPlan
 from p48ray.stages.index_proof import check_index_files, check_strangers
 from p48ray.stages.verify import LISTED_PROBLEMS
 from p48ray.store.base import Store
+from p48ray.store.open import open_store
 from p48ray.store.view import SubStore
 
 
@@ -25,7 +34,7 @@ class Release:
     """Shards, which stay where they are, and the small files beside them.
 
     checkpoint: rooted at the folder. records: the run root, where uploads are recorded; None for a
-    folder without one. shards: size by name.
+    folder without one. shards: size by name. figures: what the run root says of this checkpoint.
     """
 
     checkpoint: Store
@@ -33,10 +42,18 @@ class Release:
     manifest: CheckpointManifest
     shards: Mapping[str, int]
     files: Mapping[str, bytes]
+    figures: OwnFigures = field(default_factory=OwnFigures)
 
     @property
     def num_bytes(self) -> int:
         return sum(self.shards.values()) + sum(map(len, self.files.values()))
+
+    @property
+    def is_on_shared_root(self) -> bool:
+        """Its run root declares to be the same folder on every node (run.root_is_shared)."""
+        if self.records is None or self.records.head(run_root.PLAN) is None:
+            return False
+        return RunPlan.load(self.records, run_root.PLAN).config.run.root_is_shared
 
     @property
     def names(self) -> list[str]:
@@ -148,6 +165,46 @@ def check_verdicts(
     return problems
 
 
-def of_run_root(root: Store) -> Release:
-    """The checkpoint of a run root. Raises: as read_release."""
-    return read_release(SubStore(root, run_root.CHECKPOINT), root)
+def open_release(root: str | None, folder: str | None, endpoint_url: str | None) -> Release:
+    """What the command line names: a run root's checkpoint, a folder by itself, or a folder with
+    the weights of a run root.
+
+    Args:
+        root: folder or URI of a run; None for a folder by itself.
+        folder: of a finished checkpoint, or its URI; None for the run root's own.
+        endpoint_url: of an S3 server that is not AWS.
+    Raises: ConfigError for anything else, and as read_release.
+    """
+    if root is None and folder is None:
+        raise ConfigError("expected --run-root or --checkpoint, found neither")
+    records = open_store(root, endpoint_url) if root is not None else None
+    if folder is not None:
+        release = read_release(open_store(folder, endpoint_url), None)
+        if records is not None:
+            check_same_weights(release, SubStore(records, run_root.CHECKPOINT))
+            release = replace(release, records=records)
+    else:
+        assert records is not None
+        release = read_release(SubStore(records, run_root.CHECKPOINT), records)
+    return release if records is None else with_figures(release, records)
+
+
+def check_same_weights(release: Release, own: Store) -> None:
+    """Raises: ConfigError unless a run root's own checkpoint is the same in another storage, or in
+    the same."""
+    expected, found = read_finished(own), release.manifest
+    for key in ("plan_digest", "unit_sha256", "untouched_sha256"):
+        if getattr(expected, key) != getattr(found, key):
+            raise ConfigError(
+                f"--checkpoint {release.checkpoint.uri}: expected the weights of {own.uri}, found"
+                f" others ({MANIFEST_FILE}: {key}); leave --run-root out to publish it without that"
+                " run's figures"
+            )
+
+
+def with_figures(release: Release, root: Store) -> Release:
+    """The release with what the run has measured of it, and with the file that tells the Hub."""
+    figures = read_own_figures(root, release.checkpoint, release.manifest)
+    told = eval_results(figures.table)
+    files = {**release.files, **({EVAL_RESULTS_FILE: told} if told else {})}
+    return replace(release, figures=figures, files=files)
