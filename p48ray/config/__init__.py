@@ -186,6 +186,22 @@ class OutputConfig(Section):
     base_revision: str | None = Field(
         None, description="Its commit there, for the card; default: what an hf:// source says."
     )
+    license: str | None = Field(
+        None,
+        min_length=1,
+        description=(
+            "Licence of the checkpoint, for the card, by the Hub's id (mit); default: what the"
+            " source's card says."
+        ),
+    )
+    pipeline_tag: str | None = Field(
+        None,
+        min_length=1,
+        description=(
+            "Task of the model, for the card, by the Hub's id (text-generation); default: what the"
+            " source's card says."
+        ),
+    )
 
 
 class EvaluationConfig(Section):
