@@ -1,11 +1,12 @@
-"""Publish a finished run's checkpoint on the Hugging Face Hub. Run the same command again to
-resume.
+"""Publish a finished checkpoint on the Hugging Face Hub: a run's, or a folder that `p48ray convert`
+wrote. Run the same command again to resume.
 
     HF_TOKEN=... python jobs/publish.py --run-root runs/tiny --repo owner/name --private
 
 Exit code 0 only if the commit is on the Hub; 2 for a mistake in what the user supplied; 1
-otherwise. The token comes from HF_TOKEN or from the login file (`hf auth login`). HF_ENDPOINT is
-honoured; HF_HUB_DISABLE_XET=1 takes plain LFS calls (the Xet path is untested).
+otherwise, an unmet --require among it. The token comes from HF_TOKEN or from the login file (`hf
+auth login`). HF_ENDPOINT is honoured; HF_HUB_DISABLE_XET=1 takes plain LFS calls (the Xet path is
+untested).
 """
 
 import os
@@ -15,17 +16,16 @@ import typer
 from huggingface_hub import constants, get_token
 from huggingface_hub.utils import validate_repo_id
 from rich.console import Console
-from rich.table import Table
 
 from p48ray.errors import ConfigError, P48Error, UserError
 from p48ray.finished.branch import Hub, Target
-from p48ray.finished.publisher import FileState, RayUploads, publish, rehearse
-from p48ray.report.plan_table import size
-from p48ray.run import run_root as names
-from p48ray.run.changing_hands import root_is_shared
+from p48ray.finished.publisher import RayUploads, publish
+from p48ray.finished.rehearsal import print_states, rehearse
+from p48ray.finished.release import open_release
+from p48ray.finished.requirements import check_requirements, parse_requirement
 from p48ray.runner.console import configure_logging
 from p48ray.runner.ray_tasks import RayTasks
-from p48ray.store.open import ENDPOINT_VARIABLES, open_store
+from p48ray.store.open import ENDPOINT_VARIABLES
 
 # pretty ones print locals, and the token is in some
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -47,50 +47,50 @@ def connect(repo: str, revision: str) -> Hub:
     return Hub(Target(constants.ENDPOINT, repo, revision), token)
 
 
-def print_states(states: list[FileState], hub: Hub) -> None:
-    print(f"{hub.target.endpoint}/{hub.target.repo}, branch {hub.target.revision}")
-    table = Table("file", "bytes", "state")
-    for s in states:
-        table.add_row(s.name, f"{s.size_bytes:,}", s.state)
-    Console(width=None if os.isatty(1) else 160).print(table)
-    total = size(sum(s.size_bytes for s in states))
-    left = size(sum(s.size_bytes for s in states if s.state == "to send"))
-    print(f"{len(states)} files, {total}, to send at most {left}; nothing was sent")
-
-
+RUN_ROOT = typer.Option(help="Folder or URI of a finished run.")
+FOLDER = typer.Option(help="Finished folder that is published in place of the run root's own.")
 IS_PRIVATE = typer.Option("--private", help="Make the repository private.")
+REQUIRED = typer.Option(help="What a figure has to be, as kl<=0.12; may be repeated.")
+REPLACES = typer.Option("--replace", help="Delete weights of what was there before.")
 IS_DRY = typer.Option("--dry-run", help="Print files, bytes and what is there already, and stop.")
 WORKERS = typer.Option(min=1, help="Shards sent at once, each staged in its worker's TMPDIR.")
-ENDPOINT = typer.Option(envvar=ENDPOINT_VARIABLES, help="Of an S3 run root that is not on AWS.")
+IS_SHARED = typer.Option("--shared", help="Local paths are the same folder on every node.")
+ENDPOINT = typer.Option(envvar=ENDPOINT_VARIABLES, help="Of an S3 server that is not AWS.")
 
 
 @app.command()
 def main(
-    run_root: Annotated[str, typer.Option(help="Folder or URI of a finished run.")],
     repo: Annotated[str, typer.Option(help="owner/name; made if it is not there.")],
+    run_root: Annotated[str | None, RUN_ROOT] = None,
+    checkpoint: Annotated[str | None, FOLDER] = None,
     private: Annotated[bool, IS_PRIVATE] = False,
     revision: Annotated[str, typer.Option(help="Branch; made if it is not there.")] = "main",
+    require: Annotated[list[str] | None, REQUIRED] = None,
+    replace: Annotated[bool, REPLACES] = False,
     dry_run: Annotated[bool, IS_DRY] = False,
     workers: Annotated[int, WORKERS] = 4,
+    shared: Annotated[bool, IS_SHARED] = False,
     endpoint_url: Annotated[str | None, ENDPOINT] = None,
 ) -> None:
-    """Publish a finished run's checkpoint on the Hugging Face Hub."""
+    """Publish a finished checkpoint on the Hugging Face Hub."""
     configure_logging()
     try:
-        hub, store = connect(repo, revision), open_store(run_root, endpoint_url)
+        requirements = [parse_requirement(text) for text in require or ()]
+        hub = connect(repo, revision)
+        release = open_release(run_root, checkpoint, endpoint_url)
+        check_requirements(requirements, release.figures)
         if dry_run:
-            return print_states(rehearse(store, hub), hub)
-        is_planned = store.head(names.PLAN) is not None
-        is_shared = is_planned and root_is_shared(store)
+            console = Console(width=None if os.isatty(1) else 160)
+            return print_states(rehearse(release, hub, replace), hub, console)
         settings = {name: os.environ[name] for name in SHARED_SETTINGS if name in os.environ}
         tasks = RayTasks(
             what="publish",
             num_workers=workers,
             address=os.environ.get("RAY_ADDRESS"),
             settings=settings,
-            is_shared=is_shared,
+            is_shared=shared or release.is_on_shared_root,
         )
-        publish(store, hub, private, RayUploads(tasks))
+        publish(release, hub, private, replace, RayUploads(tasks))
     except P48Error as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2 if isinstance(error, UserError) else 1) from None

@@ -97,3 +97,8 @@ class BudgetSpentError(P48Error):
 class VerificationError(P48Error):
     """The finished checkpoint does not hold what its plan and manifests promise. Lists what was
     found."""
+
+
+class RequirementError(P48Error):
+    """A figure that publishing was made to depend on is missing, or is not what was required. Lists
+    each with what was found; nothing was sent."""

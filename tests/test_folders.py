@@ -124,6 +124,7 @@ TESTED_IN = {
     "p48ray.estimate.memory": "estimate/test_plan_cost.py",
     "p48ray.finished.branch": "finished/test_publish.py",
     "p48ray.finished.publisher": "finished/test_publish_on_ray.py",
+    "p48ray.finished.rehearsal": "finished/test_publish.py",
     "p48ray.finished.survey": "stages/test_verify.py",
     "p48ray.finished.upload": "finished/test_publish.py",
     "p48ray.run.checked": "runner/test_unsound_run_root.py",

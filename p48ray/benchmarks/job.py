@@ -12,8 +12,8 @@ from p48ray.benchmarks.server_process import ServedModel, served_models, server_
 from p48ray.config import RunConfig
 from p48ray.config.benchmarks import BenchmarksConfig, BenchmarkTask, ComparedCheckpoint, Role
 from p48ray.errors import ConfigError, ObjectMissingError, P48Error, StageFailedError, UserError
-from p48ray.report.card import serving_flags
 from p48ray.report.report import Report
+from p48ray.report.serving_card import serving_flags
 from p48ray.report.work import duration
 from p48ray.run import run_root
 from p48ray.run.benchmark_results import (

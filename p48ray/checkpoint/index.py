@@ -30,7 +30,7 @@ HEADER_THREADS = 8
 _PLAIN_FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*\.safetensors")
 _CARRIED = (".json", ".py", ".jinja", ".model", ".tiktoken", ".txt")
 _NOTICES = ("LICENSE", "LICENCE", "NOTICE", "THIRD_PARTY", "USE_POLICY")
-_OTHER_WEIGHTS = (
+OTHER_WEIGHTS = (
     ".safetensors",
     ".index.json",
     ".bin",
@@ -40,9 +40,15 @@ _OTHER_WEIGHTS = (
     ".gguf",
     ".h5",
     ".msgpack",
+    ".npz",
     ".onnx",
+    ".onnx_data",
+    ".ot",
+    ".pickle",
+    ".pkl",
 )
-"""Not carried over: they hold or describe the weights of the uncompressed model."""
+"""Endings of files that hold or describe weights, in any client's form; some are pickles. Those of
+the uncompressed model are not carried over."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,7 +209,8 @@ def _sidecars(store: Store) -> tuple[str, ...]:
     return tuple(
         n
         for n in names
-        if (n.endswith(_CARRIED) or n.startswith(_NOTICES)) and not n.endswith(_OTHER_WEIGHTS)
+        if (n.endswith(_CARRIED) or n.startswith(_NOTICES))
+        and not n.lower().endswith(OTHER_WEIGHTS)
     )
 
 

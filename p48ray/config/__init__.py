@@ -5,9 +5,10 @@ Order of a value's sources, later ones win: the defaults below, the file, `--set
 `--run-root`.
 
 Belongs here: keys, their types, defaults, units and rules between them. section has the base of all
-sections, compression and benchmarks are two of them, the others stand below; load makes the tree
-from a file and words its errors. To add a key: a field
-with a description, its class in run.plan (does it change bytes?), `python -m p48ray.config_page`.
+sections, compression and benchmarks are two of them, the others stand below; addresses has the
+types of places and endpoints; load makes the tree from a file and words its errors. To add a key: a
+field with a description, its class in run.plan (does it change bytes?), `python -m
+p48ray.config_page`.
 """
 
 import re
@@ -15,6 +16,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from p48ray.config.addresses import EndpointUrl, Place
 from p48ray.config.benchmarks import BenchmarksConfig
 from p48ray.config.compression import CompressionConfig
 from p48ray.config.section import Section, as_tuple
@@ -52,7 +54,7 @@ SizeBytes = Annotated[int, BeforeValidator(parse_size), Field(gt=0)]
 class SourceConfig(Section):
     """Where the checkpoint to compress comes from."""
 
-    checkpoint: str = Field(
+    checkpoint: Place = Field(
         min_length=1,
         description=(
             "Folder, s3://bucket/prefix, or hf://owner/name@revision. The files count, not where"
@@ -62,7 +64,7 @@ class SourceConfig(Section):
     trust_remote_code: bool = Field(
         False, description="Allow the tokenizer code shipped with the source to run."
     )
-    endpoint_url: str | None = Field(
+    endpoint_url: EndpointUrl = Field(
         None,
         description=(
             "URL of the S3-compatible store that holds the source; null: as the environment says."
@@ -74,7 +76,7 @@ class DocumentSource(Section):
     """One source of texts in a mix: .jsonl or .parquet with a column text, messages or
     conversations."""
 
-    path: str = Field(
+    path: Place = Field(
         min_length=1,
         description=(
             "File or folder, local or s3://, or hf://datasets/owner/name[@revision][/path]."
@@ -85,7 +87,7 @@ class DocumentSource(Section):
         gt=0,
         description="[relative] Share of the sequences, as a proportion of the sum of all weights.",
     )
-    endpoint_url: str | None = Field(
+    endpoint_url: EndpointUrl = Field(
         None,
         description="URL of the S3-compatible store that holds it; null: as the environment says.",
     )
@@ -184,6 +186,22 @@ class OutputConfig(Section):
     base_revision: str | None = Field(
         None, description="Its commit there, for the card; default: what an hf:// source says."
     )
+    license: str | None = Field(
+        None,
+        min_length=1,
+        description=(
+            "Licence of the checkpoint, for the card, by the Hub's id (mit); default: what the"
+            " source's card says."
+        ),
+    )
+    pipeline_tag: str | None = Field(
+        None,
+        min_length=1,
+        description=(
+            "Task of the model, for the card, by the Hub's id (text-generation); default: what the"
+            " source's card says."
+        ),
+    )
 
 
 class EvaluationConfig(Section):
@@ -224,14 +242,14 @@ class RunSettings(Section):
     """Where and how the work runs. Only the keys that fix the order of sums can change an output
     byte (see plan.SETTINGS)."""
 
-    root: str = Field(
+    root: Place = Field(
         min_length=1,
         description=(
             "Folder or s3://bucket/prefix that holds all of the run. On a cluster every node has to"
             " reach it."
         ),
     )
-    endpoint_url: str | None = Field(
+    endpoint_url: EndpointUrl = Field(
         None,
         description=(
             "URL of the S3-compatible store that holds the run root; null: as the environment says."

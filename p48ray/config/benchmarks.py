@@ -5,6 +5,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from p48ray.config.addresses import OptionalPlace
 from p48ray.config.section import Section, as_tuple
 
 Role = Literal["base", "baseline", "ours"]
@@ -24,10 +25,32 @@ class BenchmarkTask(Section):
         "none", description="The harness's filter of the answers, by its name in the task's file."
     )
 
+    hub_dataset: str | None = Field(
+        None,
+        pattern=r"^[\w.-]+/[\w.-]+$",
+        description=(
+            "owner/name of the benchmark on the Hub that this is, for the evaluation results that"
+            " are published beside the card; null: it is none of the Hub's."
+        ),
+    )
+    hub_task: str | None = Field(
+        None, min_length=1, description="Id of the task in that benchmark's eval.yaml."
+    )
+
     @property
     def label(self) -> str:
         return self.title or self.task
 
+    @model_validator(mode="after")
+    def is_named_wholly_or_not(self) -> Self:
+        if (self.hub_dataset is None) != (self.hub_task is None):
+            raise ValueError("expected hub_dataset and hub_task or neither, found one")
+        return self
+
+
+SHOWN_KEYS = {"title", "hub_dataset", "hub_task"}
+"""Of a task: how its figure is shown. The others say what is measured, and a result's digest is of
+them alone."""
 
 LEADERBOARD = (
     BenchmarkTask(task="arc_challenge", title="ARC-Challenge", shots=25, metric="acc_norm"),
@@ -36,11 +59,18 @@ LEADERBOARD = (
     BenchmarkTask(task="truthfulqa_mc2", title="TruthfulQA mc2", shots=0, metric="acc"),
     BenchmarkTask(task="winogrande", title="Winogrande", shots=5, metric="acc"),
     BenchmarkTask(
-        task="gsm8k", title="GSM8K", shots=5, metric="exact_match", filter="strict-match"
+        task="gsm8k",
+        title="GSM8K",
+        shots=5,
+        metric="exact_match",
+        filter="strict-match",
+        hub_dataset="openai/gsm8k",
+        hub_task="gsm8k",
     ),
 )
 """The Open LLM Leaderboard's first version. Its GSM8K took the number behind `####` and nothing
-else, which is the harness's filter strict-match."""
+else, which is the harness's filter strict-match. Of these tasks only GSM8K is known to be a
+benchmark of the Hub."""
 
 
 class ComparedCheckpoint(Section):
@@ -48,7 +78,7 @@ class ComparedCheckpoint(Section):
     published of it."""
 
     title: str | None = Field(None, description="Name in the table; null: what it is.")
-    checkpoint: str | None = Field(
+    checkpoint: OptionalPlace = Field(
         None,
         description=(
             "Folder, or hf://owner/name@revision; of `ours` null means run.root/checkpoint."
@@ -124,7 +154,7 @@ class BenchmarksConfig(Section):
     batch_size: int = Field(1, gt=0, description="[prompts] How many in one request.")
     concurrency: int = Field(32, gt=0, description="[requests] How many at the same time.")
     timeout_s: int = Field(1200, gt=0, description="[seconds] Time limit of one request.")
-    tokenizer: str | None = Field(
+    tokenizer: OptionalPlace = Field(
         None,
         description="Folder or owner/name on the Hub, for the harness; null: the checkpoint's.",
     )

@@ -10,6 +10,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from p48ray.config import RunConfig
+from p48ray.config.addresses import USER_INFO_ERROR
 from p48ray.config.section import Section
 from p48ray.errors import ConfigError
 from p48ray.store.open import scheme_of
@@ -141,6 +142,8 @@ def explain(error: ValidationError) -> list[str]:
             lines.append(f"{dotted}: unknown key" + (f"; did you mean {near[0]}?" if near else ""))
         elif item["type"] == "missing":
             lines.append(f"{dotted}: required key is missing")
+        elif item["type"] == USER_INFO_ERROR:  # which does not show what was found
+            lines.append(f"{dotted}: {item['msg']}")
         elif item["type"] == "value_error":
             lines.append(  # a rule over several sections names its keys itself
                 (f"{dotted}: " if dotted else "")

@@ -6,12 +6,12 @@ hf_xet is installed, they go through Xet storage, and that path has never been r
 """
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 from urllib.parse import quote
 
-from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
 from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.lfs import UploadInfo, post_lfs_batch_info
@@ -48,6 +48,16 @@ class Target:
     def named(self, what: str) -> str:
         """Something of this repository, for messages."""
         return f"{self.repo}: {what}" if what else self.repo
+
+
+@dataclass(frozen=True, slots=True)
+class BranchState:
+    """A branch as it was at one moment. `head`: its last commit, None where there is no such
+    branch. `files`: those that were asked for and are there, by path. `paths`: all that are."""
+
+    head: str | None = None
+    files: Mapping[str, RepoFile] = field(default_factory=dict)
+    paths: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,13 +120,12 @@ class Hub:
 
         self.ask("README.md", ask)
 
-    def state(self, paths: Sequence[str]) -> tuple[str | None, dict[str, RepoFile]]:
-        """The branch's last commit, and those of the paths that it has; (None, {}) where there is
-        no such branch."""
+    def state(self, paths: Sequence[str]) -> BranchState:
+        """The branch, and what it has of the paths."""
 
-        def read_branch() -> tuple[str | None, dict[str, RepoFile]]:
+        def read_branch() -> BranchState:
             try:
-                head = self.api.repo_info(self.target.repo, revision=self.target.revision).sha
+                info = self.api.model_info(self.target.repo, revision=self.target.revision)
                 batches = [
                     list(paths[at : at + PATHS_AT_ONCE])
                     for at in range(0, len(paths), PATHS_AT_ONCE)
@@ -129,8 +138,12 @@ class Hub:
                     )
                 ]
             except (RepositoryNotFoundError, RevisionNotFoundError):
-                return None, {}
-            return head, {f.path: f for f in found if isinstance(f, RepoFile)}
+                return BranchState()
+            return BranchState(
+                info.sha,
+                {f.path: f for f in found if isinstance(f, RepoFile)},
+                frozenset(sibling.rfilename for sibling in info.siblings or ()),
+            )
 
         return self.ask("", read_branch)
 
@@ -189,7 +202,10 @@ class Hub:
             )
 
     def commit(
-        self, operations: Sequence[CommitOperationAdd], parent: str, description: str
+        self,
+        operations: Sequence[CommitOperationAdd | CommitOperationDelete],
+        parent: str,
+        description: str,
     ) -> None:
         """Asked once. Raises: TransientStoreError where it is not known whether the commit was
         made, or another was made first."""

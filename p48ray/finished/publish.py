@@ -8,123 +8,26 @@ way is not a second commit.
 """
 
 import hashlib
-import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
 
-from huggingface_hub import CommitOperationAdd
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 from huggingface_hub.hf_api import RepoFile
 
-from p48ray.checkpoint.index import INDEX_FILE
-from p48ray.errors import (
-    ConfigError,
-    GaveUpError,
-    ShardCorruptError,
-    StageFailedError,
-    TransientStoreError,
-)
+from p48ray.checkpoint.index import OTHER_WEIGHTS
+from p48ray.errors import ConfigError, GaveUpError, StageFailedError, TransientStoreError
 from p48ray.finished.branch import Hub, Target, uploaded_shard
-from p48ray.finished.survey import check_files
+from p48ray.finished.own_figures import EVAL_RESULTS_FILE
+from p48ray.finished.release import Release, listed
 from p48ray.run import run_root
-from p48ray.run.manifest import MANIFEST_FILE, CheckpointManifest, PublishedShard, ShardVerdict
-from p48ray.stages.index_proof import check_index_files, check_strangers
-from p48ray.stages.verify import LISTED_PROBLEMS
+from p48ray.run.manifest import PublishedShard
 from p48ray.store import retry
-from p48ray.store.base import Store
-from p48ray.store.view import SubStore
 
 
-@dataclass(frozen=True, slots=True)
-class Release:
-    """What is published: shards, which stay where they are, and the small files beside them."""
-
-    manifest: CheckpointManifest
-    shards: Mapping[str, int]  # size by name
-    files: Mapping[str, bytes]
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(self.shards.values()) + sum(map(len, self.files.values()))
-
-
-def read_release(store: Store) -> Release:
-    """The finished checkpoint of a run root.
-
-    Raises: ConfigError, naming what is missing or wrong, unless the checkpoint is complete,
-        verified, and as it was when it was verified.
-    """
-    checkpoint = SubStore(store, run_root.CHECKPOINT)
-    for name in (INDEX_FILE, MANIFEST_FILE):
-        if checkpoint.head(name) is None:
-            raise ConfigError(
-                f"{checkpoint.uri}: expected a finished checkpoint, found no {name}; run"
-                " jobs/compress.py to its end"
-            )
-    try:
-        manifest = CheckpointManifest.load(checkpoint, MANIFEST_FILE)
-    except ShardCorruptError as error:
-        raise ConfigError(str(error)) from error
-    problems = check_index_files(checkpoint) + check_files(checkpoint, manifest)
-    if not problems:
-        sizes = {info.key: info.size_bytes for info in checkpoint.list()}
-        shards = sorted(set(json.loads(checkpoint.get(INDEX_FILE))["weight_map"].values()))
-        problems = [
-            f"{n}: not in the index"
-            for n in sizes
-            if n.endswith(".safetensors") and n not in shards
-        ]
-        problems += check_verdicts(store, {shard: sizes[shard] for shard in shards}, manifest)
-    if problems:
-        rest = (
-            f"\n  and {len(problems) - LISTED_PROBLEMS} more"
-            if len(problems) > LISTED_PROBLEMS
-            else ""
-        )
-        listed = "\n".join(f"  {p}" for p in problems[:LISTED_PROBLEMS])
-        raise ConfigError(
-            f"{checkpoint.uri}: not complete and verified; run jobs/compress.py to its"
-            f" end\n{listed}{rest}"
-        )
-    if strangers := check_strangers(checkpoint, manifest):
-        listed = "\n".join(f"  {p}" for p in strangers[:LISTED_PROBLEMS])
-        raise ConfigError(
-            f"{checkpoint.uri}: {len(strangers)} files that the job did not make; nothing was"
-            f" sent\n{listed}"
-        )
-    files = {name: checkpoint.get(name) for name in sizes if name not in shards}
-    return Release(manifest, {shard: sizes[shard] for shard in shards}, files)
-
-
-def check_verdicts(
-    store: Store, sizes: Mapping[str, int], manifest: CheckpointManifest
-) -> list[str]:
-    """Verification has passed every shard, and each still has the size that it had then."""
-    keys = {info.key for info in store.list(run_root.VERIFICATION)}
-    verified = [shard for shard in sizes if run_root.shard_verdict(shard) in keys]
-    problems = [
-        f"{shard}: no verdict at {run_root.shard_verdict(shard)}"
-        for shard in sizes
-        if shard not in verified
-    ]
-    for shard, verdict in zip(
-        verified, ShardVerdict.load_all(store, map(run_root.shard_verdict, verified)), strict=True
-    ):
-        if verdict.plan_digest != manifest.plan_digest:
-            problems.append(
-                f"{shard}: its verdict is of plan {verdict.plan_digest[:12]}, not of"
-                f" {manifest.plan_digest[:12]}"
-            )
-        elif verdict.size_bytes != sizes[shard]:
-            problems.append(
-                f"{shard}: {verdict.size_bytes} bytes when it was verified, {sizes[shard]} now"
-            )
-        problems += [f"{shard}: verification found: {text}" for text in verdict.problems]
-    return problems
-
-
-def read_records(store: Store, target: Target, release: Release) -> dict[str, PublishedShard]:
-    """What was uploaded of this very checkpoint, by name."""
-    keys = {info.key for info in store.list(f"{run_root.PUBLISH}{target.digest}/")}
+def read_records(target: Target, release: Release) -> dict[str, PublishedShard]:
+    """What was uploaded of this very checkpoint, by name; nothing where no run root keeps it."""
+    if release.records is None:
+        return {}
+    keys = {info.key for info in release.records.list(f"{run_root.PUBLISH}{target.digest}/")}
     wanted = [
         key
         for shard in release.shards
@@ -132,7 +35,7 @@ def read_records(store: Store, target: Target, release: Release) -> dict[str, Pu
     ]
     return {
         r.path: r
-        for r in PublishedShard.load_all(store, wanted)
+        for r in PublishedShard.load_all(release.records, wanted)
         if r.checkpoint_sha256 == release.manifest.sha256
     }
 
@@ -164,43 +67,79 @@ def is_same_file(found: RepoFile, data: bytes) -> bool:
     return found.blob_id == hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
 
-def commit_release(hub: Hub, release: Release, records: Mapping[str, PublishedShard]) -> str:
-    """Make the branch's last commit have every file of the release; returns that commit. There is
-    nothing to do where it has them.
+def left_over(release: Release, paths: Collection[str]) -> list[str]:
+    """Files of a branch that hold or describe weights and are none of the release's. A loader that
+    takes every file of a kind, or prefers another kind, would take them."""
+    kept = set(release.names)
+    return sorted(p for p in paths if p not in kept and p.lower().endswith(OTHER_WEIGHTS))
 
-    Raises: StageFailedError when the Hub does not take it.
+
+def outdated(release: Release, paths: Collection[str]) -> list[str]:
+    """What publishing has told the Hub of another checkpoint, and does not tell of this one."""
+    return [p for p in paths if p == EVAL_RESULTS_FILE and p not in release.files]
+
+
+def check_left_over(hub: Hub, old: Sequence[str], is_replacing: bool) -> None:
+    """Raises: ConfigError, naming them, where old weights would stay beside the new ones."""
+    if old and not is_replacing:
+        t = hub.target
+        raise ConfigError(
+            f"{t.repo}, branch {t.revision}: {len(old)} files of weights that this checkpoint does"
+            " not have; publish with --replace to delete them in the same commit, or to another"
+            f" --revision\n{listed(old)}"
+        )
+
+
+def commit_release(
+    hub: Hub, release: Release, records: Mapping[str, PublishedShard], is_replacing: bool
+) -> str:
+    """Make the branch's last commit have every file of the release and no other weights; returns
+    that commit. There is nothing to do where it is so.
+
+    Args:
+        hub: with repository and branch.
+        release: what the branch is to have.
+        records: of its shards, which the Hub has by now.
+        is_replacing: weights of what was there before are deleted; else they are a mistake.
+    Raises: StageFailedError when the Hub does not take it; ConfigError for weights that came there
+        meanwhile.
     """
-    paths = [*release.shards, *release.files]
+    paths = release.names
     description = f"plan {release.manifest.plan_digest}"
 
     unanswered: list[GaveUpError] = []
 
-    def read_commit() -> tuple[str, list[str]]:
-        """The branch's last commit, and what it lacks."""
+    def read_commit() -> tuple[str, list[str], list[str]]:
+        """The branch's last commit, what it lacks, and what it has too much."""
         try:
-            head, held = hub.state(paths)
+            branch = hub.state(paths)
         except GaveUpError as error:
             unanswered.append(error)
             raise
-        if head is None:
+        if branch.head is None:
             raise StageFailedError(f"{hub.target.repo}: no branch {hub.target.revision!r} any more")
-        return head, lacking(release, records, held)
+        old = left_over(release, branch.paths)
+        check_left_over(hub, old, is_replacing)
+        old += outdated(release, branch.paths)
+        return branch.head, lacking(release, records, branch.files), old
 
     def attempt() -> str:
         """Looks first, because the one before may have been made after all."""
-        head, missing = read_commit()
-        if missing:
+        head, missing, old = read_commit()
+        if missing or old:
             shards = [uploaded_shard(records[name]) for name in missing if name in records]
             files = [
                 CommitOperationAdd(name, release.files[name])
                 for name in missing
                 if name in release.files
             ]
-            hub.commit([*shards, *files], head, description)
-            head, missing = read_commit()
-        if missing:
+            gone = [CommitOperationDelete(name, is_folder=False) for name in old]
+            hub.commit([*shards, *files, *gone], head, description)
+            head, missing, old = read_commit()
+        if missing or old:
             raise TransientStoreError(
                 f"{hub.target.repo}: a commit was made, and the branch lacks {len(missing)} files"
+                f" and has {len(old)} old ones"
             )
         return head
 
@@ -209,8 +148,8 @@ def commit_release(hub: Hub, release: Release, records: Mapping[str, PublishedSh
     except GaveUpError as error:
         if unanswered:  # a question, which was asked often enough, and no commit
             raise
-        head, missing = read_commit()
-        if not missing:
+        head, missing, old = read_commit()
+        if not missing and not old:
             return head
         tries = retry.HUB_COMMIT.attempts
         raise StageFailedError(

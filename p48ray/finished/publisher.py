@@ -10,55 +10,56 @@ that the driver has checked is the one that writes.
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 
 from p48ray.finished.branch import Hub
-from p48ray.finished.publish import commit_release, lacking, read_records, read_release
+from p48ray.finished.publish import (
+    check_left_over,
+    commit_release,
+    lacking,
+    left_over,
+    read_records,
+)
+from p48ray.finished.release import Release
 from p48ray.finished.upload import Uploader, upload_and_record
 from p48ray.report.plan_table import size
 from p48ray.run.manifest import MANIFEST_FILE, PublishedShard
 from p48ray.runner.progress import Amount, each_file
 from p48ray.runner.ray_tasks import RayTasks
-from p48ray.store.base import Store
 
 log = logging.getLogger("p48ray.progress")
 
 UploadShards = Callable[[Uploader, Mapping[str, int]], Iterator[PublishedShard]]
 
 
-@dataclass(frozen=True, slots=True)
-class FileState:
-    """One file of a release, for a person who asks before anything is sent."""
-
-    name: str
-    size_bytes: int
-    state: str
-
-
-def publish(store: Store, hub: Hub, is_private: bool, upload: UploadShards) -> str:
-    """Put a run root's checkpoint on the Hub; returns the commit that has it. What is there already
+def publish(
+    release: Release, hub: Hub, is_private: bool, is_replacing: bool, upload: UploadShards
+) -> str:
+    """Put a finished checkpoint on the Hub; returns the commit that has it. What is there already
     is neither sent nor committed again.
 
     Args:
-        store: the run root, where uploads are recorded.
+        release: what is published, with the run root where uploads are recorded, if any.
         hub: with repository, branch and token.
         is_private: make the repository private if it is new; one that is public is refused.
+        is_replacing: delete weights that are there and not in the release; else they are refused.
         upload: uploads the shards that it is given with their sizes in bytes.
     Raises: UserError, StageFailedError; what was uploaded stays, and the same call goes on from
         there.
     """
-    release = read_release(store)
     hub.check_access()
     hub.prepare(is_private)
-    records = read_records(store, hub.target, release)
-    _, held = hub.state([*release.shards, *release.files])
-    if lacking(release, records, held):
+    records = read_records(hub.target, release)
+    branch = hub.state(release.names)
+    check_left_over(hub, left_over(release, branch.paths), is_replacing)
+    if lacking(release, records, branch.files):
         hub.check_card(release.files.get("README.md", b"").decode(errors="replace"))
         there = hub.held_objects(list(records.values()))
         records = {name: record for name, record in records.items() if name in there}
         missing = {shard: num for shard, num in release.shards.items() if shard not in records}
         if missing:
-            uploader = Uploader(store, hub, MANIFEST_FILE, release.manifest.sha256)
+            uploader = Uploader(
+                release.checkpoint, release.records, hub, MANIFEST_FILE, release.manifest.sha256
+            )
             total, left = sum(release.shards.values()), sum(missing.values())
             log.info(
                 "publish   %d shards, %s, to send at most %s",
@@ -69,36 +70,16 @@ def publish(store: Store, hub: Hub, is_private: bool, upload: UploadShards) -> s
             sent = ((record.path, record) for record in upload(uploader, missing))
             before = Amount(len(release.shards) - len(missing), total - left)
             records |= each_file("publish", sent, missing, before)
-    commit = commit_release(hub, release, records)
-    num_files = len(release.shards) + len(release.files)
+    commit = commit_release(hub, release, records, is_replacing)
     log.info(
         "publish   %s (%d files) is at %s/%s, commit %s",
         size(release.num_bytes),
-        num_files,
+        len(release.names),
         hub.target.endpoint,
         hub.target.repo,
         commit,
     )
     return commit
-
-
-def rehearse(store: Store, hub: Hub) -> list[FileState]:
-    """What `publish` would find; nothing is sent."""
-    release = read_release(store)
-    hub.check_access()
-    records = read_records(store, hub.target, release)
-    _, held = hub.state([*release.shards, *release.files])
-    missing = set(lacking(release, records, held))
-    states = []
-    for name, num_bytes in [
-        *release.shards.items(),
-        *((n, len(data)) for n, data in release.files.items()),
-    ]:
-        state = (
-            "on the Hub" if name not in missing else "uploaded" if name in records else "to send"
-        )
-        states.append(FileState(name, num_bytes, state))
-    return states
 
 
 class RayUploads:
@@ -112,5 +93,7 @@ class RayUploads:
         is, before a failure is raised."""
         largest_first = sorted(shards, key=lambda s: -shards[s])
         items = {shard: (uploader, shard, shards[shard]) for shard in largest_first}
-        for _, record in self.tasks.run(upload_and_record, items, {"--run-root": uploader.store}):
+        stores = {"--run-root": uploader.records, "--checkpoint": uploader.checkpoint}
+        opened = {option: store for option, store in stores.items() if store is not None}
+        for _, record in self.tasks.run(upload_and_record, items, opened):
             yield record

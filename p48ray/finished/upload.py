@@ -27,7 +27,6 @@ from p48ray.run.manifest import CheckpointManifest, PublishedShard
 from p48ray.run.plan import WorkUnit
 from p48ray.stages.tasks import Task, record_failure
 from p48ray.store.base import Store
-from p48ray.store.view import SubStore
 
 RANGE_BYTES = 32 * 2**20  # of a shard, in memory at once
 
@@ -94,7 +93,8 @@ def changed(shard: str, what: str) -> ConfigError:
     verdict = run_root.shard_verdict(shard)
     return ConfigError(
         f"{shard}: changed since it was verified: {what}; delete {run_root.checkpoint_file(shard)}"
-        f" and {verdict} and run jobs/compress.py again"
+        f" and {verdict} and run jobs/compress.py again; a folder without a run root is to be"
+        " written anew (p48ray convert)"
     )
 
 
@@ -201,29 +201,30 @@ def unnamed_file(size_bytes: int) -> Iterator[tuple[IO[bytes], str]]:
 
 @dataclass(frozen=True)
 class Uploader:
-    """What a worker needs to publish shards, in a kilobyte. `checkpoint_sha256`: of the manifest
-    that the driver has read."""
+    """What a worker needs to publish shards, in a kilobyte. `checkpoint`: rooted at the folder.
+    `records`: the run root that keeps them, if any. `checkpoint_sha256`: of the manifest that the
+    driver has read."""
 
-    store: Store
+    checkpoint: Store
+    records: Store | None
     hub: Hub
     manifest_file: str
     checkpoint_sha256: str
 
     @cached_property
     def manifest(self) -> CheckpointManifest:
-        found = CheckpointManifest.load(self.store, run_root.checkpoint_file(self.manifest_file))
+        found = CheckpointManifest.load(self.checkpoint, self.manifest_file)
         if found.sha256 != self.checkpoint_sha256:
             raise ConfigError(
-                f"{self.store.uri}: {self.manifest_file} was replaced while it was being published;"
-                " run the same command again"
+                f"{self.checkpoint.uri}: {self.manifest_file} was replaced while it was being"
+                " published; run the same command again"
             )
         return found
 
     def upload(self, shard: str, size_bytes: int) -> PublishedShard:
         """Stage, check and upload one shard, and record it. Running it twice is harmless."""
-        checkpoint = SubStore(self.store, run_root.CHECKPOINT)
         with unnamed_file(size_bytes) as (file, path):
-            sha256 = stage_shard(checkpoint, shard, size_bytes, self.manifest, file)
+            sha256 = stage_shard(self.checkpoint, shard, size_bytes, self.manifest, file)
             self.hub.upload(shard, path, sha256)
         t = self.hub.target
         record = PublishedShard(
@@ -236,14 +237,17 @@ class Uploader:
             checkpoint_sha256=self.checkpoint_sha256,
             finished_at=time.time(),
         )
-        self.store.put(run_root.published_shard(t.digest, shard), record.to_json())
+        if self.records is not None:
+            self.records.put(run_root.published_shard(t.digest, shard), record.to_json())
         return record
 
 
 def upload_and_record(uploader: Uploader, shard: str, size_bytes: int) -> PublishedShard:
-    """The body of a task. What goes wrong is recorded under failures/, then raised."""
+    """The body of a task. What goes wrong is recorded under failures/ of the run root, if there is
+    one, then raised."""
     try:
         return uploader.upload(shard, size_bytes)
     except Exception as error:
-        record_failure(uploader.store, Task(stage="publish", id=shard, item=shard), error)
+        if uploader.records is not None:
+            record_failure(uploader.records, Task(stage="publish", id=shard, item=shard), error)
         raise

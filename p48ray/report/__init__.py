@@ -7,7 +7,8 @@ Read in this order:
     report, fold          numbers of a run; its manifests folded once
     html                  the page, by templates/ (Jinja2): run_sections, expert_sections,
                           ladder_section, benchmark_section; charts, heat, scales draw for it
-    card, front_matter    the model card; storage_card: its paragraph on sparse storage
+    card, front_matter    the model card. Parts of it: size_card, serving_card, and storage_card on
+                          sparse storage; markdown keeps others' text in it text
     status, work          how far a run is, and what the rest will take
     plan_table            a plan before it is paid for
 

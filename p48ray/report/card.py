@@ -5,31 +5,29 @@ Its front matter is in front_matter.py. Nothing in it depends on the clock or th
 checkpoint is the same however often it was interrupted.
 """
 
-import json
 from collections.abc import Sequence
+from urllib.parse import quote
+
+import yaml
 
 from p48ray import __version__
 from p48ray.checkpoint.families import FAMILIES
-from p48ray.checkpoint.sparse_storage import Storage
 from p48ray.numerics.solution import PAIRED_48
 from p48ray.numerics.solvers import SOLVERS
 from p48ray.report.benchmark_section import cells
-from p48ray.report.front_matter import base_model, base_revision, carried_fields, front_matter
+from p48ray.report.front_matter import base_model, base_revision, front_matter, stated_fields
+from p48ray.report.markdown import code, fenced, plain, table_of
+from p48ray.report.serving_card import TRANSFORMERS, serving
+from p48ray.report.size_card import expert_bytes, gains, size_rows
 from p48ray.report.storage_card import convert_card
 from p48ray.run.benchmark_results import BenchmarkTable, table_notes
 from p48ray.run.manifest import UnitManifest
-from p48ray.run.output_layout import unit_bytes
 from p48ray.run.plan import NUMERICS_VERSION, RunPlan
 from p48ray.stages.evaluate import EvaluationResult
 from p48ray.store.hub.place import HubPlace
 from p48ray.store.open import scheme_of
 from p48ray.unit.context import StageContext
 
-# which reads no VLLM_USE_FLASHINFER_MOE_FP4 any more; the flags of a family's models are in its
-# file
-VLLM_VERSION = "0.32"
-SERVING_GPUS = 4
-MOE_BACKEND = "flashinfer_trtllm"  # of its NVFP4 backends the one that it tries first
 NOTICES = ("LICENSE", "LICENCE", "NOTICE", "THIRD_PARTY", "USE_POLICY")
 
 
@@ -54,13 +52,17 @@ def model_card(
     sections = [
         f"# {plan.config.name}",
         summary(context),
+        "## What is gained",
+        gains(context),
         "## Compression",
-        table(("", ""), [*origin_rows(context), *compression_rows(context), *size_rows(context)]),
+        table_of(
+            ("", ""), [*origin_rows(context), *compression_rows(context), *size_rows(context)]
+        ),
         (
             "Per routed expert linear (`gate_proj`, `up_proj`, `down_proj`; the first two share"
             " both global scales):"
         ),
-        table(("key", "dtype", "shape", "meaning"), KEY_ROWS),
+        table_of(("key", "dtype", "shape", "meaning"), KEY_ROWS),
         "## Serving",
         serving(context),
         "## In transformers",
@@ -87,15 +89,11 @@ def model_card(
     return card
 
 
-def expert_bytes(context: StageContext, storage: Storage) -> int:
-    return sum(unit_bytes(context.layout, unit, storage) for unit in context.plan.units)
-
-
 def summary(context: StageContext) -> str:
     plan, c = context.plan, context.plan.config.compression
     form = "paired-4:8 sparse and NVFP4 quantized" if c.sparsity == PAIRED_48 else "NVFP4 quantized"
     base = base_model(plan)
-    origin = f"`{base}`" if base else "Its source checkpoint"
+    origin = code(base) if base else "Its source checkpoint"
     vision = (
         " Calibrated on text only; the vision tower and its projector pass through untouched."
         if has_vision(context)
@@ -133,15 +131,15 @@ def has_vision(context: StageContext) -> bool:
     return bool(prefixes) and any(name.startswith(prefixes) for name in context.source.tensors)
 
 
+def hub_link(name: str) -> str:
+    return f"[{plain(name)}](https://huggingface.co/{quote(name)})"
+
+
 def origin_rows(context: StageContext) -> list[tuple[str, str]]:
     """From what it was made."""
     base, revision = base_model(context.plan), base_revision(context.plan)
-    named = (
-        f"[{base}](https://huggingface.co/{base})"
-        if base
-        else "a checkpoint without a name on the Hub"
-    )
-    at = f", revision `{revision}`" if revision else ""
+    named = hub_link(base) if base else "a checkpoint without a name on the Hub"
+    at = f", revision {code(revision)}" if revision else ""
     stored = {
         "int4": "INT4 (compressed-tensors `pack-quantized`)",
         "fp8": "FP8 (blocks of 128 x 128)",
@@ -153,32 +151,10 @@ def origin_rows(context: StageContext) -> list[tuple[str, str]]:
     ]
 
 
-def size_rows(context: StageContext) -> list[tuple[str, str]]:
-    """Bytes of tensors before and after, all of them and the experts' alone."""
-    layout, tensors = context.layout, context.source.tensors.values()
-    before = sum(e.num_bytes for e in tensors if layout.is_expert_tensor(e.name))
-    after = expert_bytes(context, "dense")
-    weights = (
-        3
-        * layout.hidden_size
-        * layout.moe_intermediate_size
-        * sum(u.num_experts for u in context.plan.units)
-    )
-    return [
-        (
-            "size of the experts",
-            (
-                f"{after:,} bytes, {8 * after / weights:.2f} bits a weight (source: {before:,},"
-                f" {8 * before / weights:.2f})"
-            ),
-        )
-    ]
-
-
 def compression_rows(context: StageContext) -> list[tuple[str, str]]:
     plan, c = context.plan, context.plan.config.compression
     texts = plan.config.calibration
-    documents = ", ".join(f"{place_name(d.path)} ({d.weight:g})" for d in texts.documents)
+    documents = ", ".join(f"{plain(place_name(d.path))} ({d.weight:g})" for d in texts.documents)
     method = f"`{c.solver}`" + (f", {c.sweeps} sweeps" if SOLVERS[c.solver].descends else "")
     method += (
         ", under the curvature of the model's own loss on the output side"
@@ -231,40 +207,6 @@ KEY_ROWS = [
 ]
 
 
-def serving_flags(family: str, num_gpus: int, is_nvfp4: bool = True) -> list[str]:
-    """vLLM's flags for a checkpoint of a family, each with its value. The source, which is not
-    NVFP4, is served without a backend for that."""
-    backend = [f"--moe-backend {MOE_BACKEND}"] if is_nvfp4 else []
-    return [f"--tensor-parallel-size {num_gpus}", *FAMILIES[family].serving_flags, *backend]
-
-
-def serving(context: StageContext) -> str:
-    newer, older = (
-        " \\\n  ".join([f"vllm serve <this repository> {flags[0]}", *flags[1:]])
-        for flags in (
-            serving_flags(context.plan.source.family, SERVING_GPUS, is_nvfp4)
-            for is_nvfp4 in (True, False)
-        )
-    )
-    return (
-        "NVFP4 weights and activations want NVIDIA Blackwell GPUs; a model of Kimi-K2.5's size,"
-        f" 595 GB, takes four B200. For vLLM {VLLM_VERSION}:\n\n```\n{newer}\n```\n\nOlder versions"
-        " that read it want a variable of the environment in place of"
-        f" `--moe-backend`:\n\n```\nVLLM_USE_FLASHINFER_MOE_FP4=1 {older}\n```\n\nThese commands"
-        " were not run on such hardware by the job that made this checkpoint."
-    )
-
-
-TRANSFORMERS = """transformers 5.23 drops the global scales of per-expert NVFP4 weights; this \
-loads them correctly, and does nothing once transformers does:
-
-```python
-from p48ray.integrations.transformers import load_model
-
-model = load_model("<this repository>")
-```"""
-
-
 def evaluation(
     plan: RunPlan,
     quality: EvaluationResult | None,
@@ -309,7 +251,7 @@ def evaluation(
         "NVFP4 activations emulated" if settings.activations == "nvfp4" else "original activations"
     )
     return (
-        table(("", "perplexity", "token accuracy", "KL to source, nats a token"), rows)
+        table_of(("", "perplexity", "token accuracy", "KL to source, nats a token"), rows)
         + f"\n\n{quality.num_tokens:,} held-out tokens in sequences of"
         f" {settings.sequence_length:,}, {how}, by p48ray's own"
         f" evaluation{'' if is_measured(benchmarks) else '; no other benchmark was run'}."
@@ -328,38 +270,51 @@ def benchmark_parts(benchmarks: BenchmarkTable | None) -> list[str]:
     if benchmarks is None or not is_measured(benchmarks):
         return []
     (_, *head), rows = cells(benchmarks, with_errors=False)
-    return ["### Benchmarks", table(("per cent", *head), rows), " ".join(table_notes(benchmarks))]
+    shown = table_of(
+        ("per cent", *map(plain, head)), [[plain(cell) for cell in row] for row in rows]
+    )
+    return ["### Benchmarks", shown, plain(" ".join(table_notes(benchmarks)))]
 
 
 def reproduction(context: StageContext, units: Sequence[UnitManifest]) -> str:
     """A configuration that makes the same plan of the same source and texts, and the command that
     takes it."""
     plan = context.plan
-    versions = ", ".join(f"{name} {version}" for name, version in sorted(units[0].versions.items()))
-    devices = ", ".join(sorted({u.device for u in units}))
-    chosen = plan.config.model_dump(
-        mode="json", include={"name", "calibration", "compression", "output"}
+    versions = ", ".join(
+        f"{plain(name)} {plain(version)}" for name, version in sorted(units[0].versions.items())
     )
-    for document in chosen["calibration"]["documents"]:
-        document["path"] = place_name(document["path"])
+    devices = ", ".join(plain(device) for device in sorted({u.device for u in units}))
+    beside = "" if base_model(plan) else " and the path of the source for SOURCE"
+    settings = yaml.safe_dump(own_settings(plan), sort_keys=False, allow_unicode=True)
+    return (
+        f"p48ray {__version__}, numerics version {NUMERICS_VERSION} ({versions}), on {devices}. As"
+        f" `config.yaml`, with the calibration texts beside it{beside}:\n\n"
+        + fenced(settings, "yaml")
+        + "\n\n"
+        + fenced("python jobs/compress.py --config config.yaml --run-root ROOT")
+        + f"\n\nThe plan's digest is then `{plan.digest}`. The texts, with their weights, have the"
+        f" digest `{plan.documents_digest}`."
+    )
+
+
+def own_settings(plan: RunPlan) -> dict[str, object]:
+    """What of the configuration decides about the plan, without this machine's places and
+    endpoints."""
+    config = plan.config
+    sections = {"name", "calibration", "compression", "output"}
+    chosen = config.model_dump(mode="json", include=sections)
+    chosen["calibration"]["documents"] = [
+        {"path": place_name(d.path), "weight": d.weight} for d in config.calibration.documents
+    ]
+    chosen["output"] = {k: v for k, v in chosen["output"].items() if v is not None}
     base, revision = base_model(plan), base_revision(plan)
     source = HubPlace("model", base, revision, "").uri if base else "SOURCE"
-    chosen = {
+    return {
         "name": chosen.pop("name"),
         "source": {"checkpoint": source},
         **chosen,
-        "run": {"experts_per_unit": plan.config.run.experts_per_unit},
+        "run": {"experts_per_unit": config.run.experts_per_unit},
     }
-    beside = "" if base else " and the path of the source for SOURCE"
-    settings = json.dumps(chosen, indent=1)
-    return (
-        f"p48ray {__version__}, numerics version {NUMERICS_VERSION} ({versions}), on {devices}. As"
-        f" `config.yaml`, with the calibration texts beside it{beside}:\n\n```yaml\n{settings}\n"
-        "```\n\n```\npython"
-        " jobs/compress.py --config config.yaml --run-root ROOT\n```\n\nThe plan's digest is then"
-        f" `{plan.digest}`. The texts, with their weights, have the digest"
-        f" `{plan.documents_digest}`."
-    )
 
 
 def place_name(path: str) -> str:
@@ -368,25 +323,20 @@ def place_name(path: str) -> str:
 
 
 def licence(context: StageContext) -> str:
-    """What the source's card and files state, and whose work the weights are."""
+    """What the configuration names, or the source's card and files state; and whose work the
+    weights are."""
     source, base = context.source, base_model(context.plan)
-    found = carried_fields(source)
+    found = stated_fields(context)
+    named = found.get("license_name") or found.get("license")
     notices = [name for name in source.sidecars if name.upper().startswith(NOTICES)]
-    stated = (
-        f"The base model's own: {found.get('license_name') or found['license']}."
-        if found.get("license")
-        else "The base model's own."
-    )
-    texts = f" Its text is in {', '.join(f'`{name}`' for name in notices)}." if notices else ""
+    if context.plan.config.output.license:
+        stated = f"Named by whoever made this checkpoint: {plain(str(named))}."
+    else:
+        stated = f"The base model's own: {plain(named)}." if named else "The base model's own."
+    texts = f" Its text is in {', '.join(map(code, notices))}." if notices else ""
     credit = (
-        f" The weights are derived from [{base}](https://huggingface.co/{base}), whose authors took"
-        " no part in this."
+        f" The weights are derived from {hub_link(base)}, whose authors took no part in this."
         if base
         else ""
     )
     return stated + texts + credit
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -14,6 +14,9 @@ from p48ray.run.plan import RunPlan
 from p48ray.store.open import scheme_of
 from p48ray.unit.context import StageContext
 
+LIBRARY = "vllm"
+"""The Hub makes a snippet of it. That of transformers would load wrong weights."""
+
 CARRIED_FIELDS = ("license", "license_name", "license_link", "pipeline_tag")
 
 
@@ -24,10 +27,10 @@ def front_matter(context: StageContext) -> ModelCardData:
     base = base_model(context.plan)
     relation: dict[str, Any] = {"base_model_relation": "quantized" if base else None}
     return ModelCardData(
-        library_name="transformers",
+        library_name=LIBRARY,
         base_model=base,
         tags=["compressed-tensors", "nvfp4", *sparse, "moe"],
-        **relation | carried_fields(context.source),
+        **relation | stated_fields(context),
     )
 
 
@@ -46,6 +49,17 @@ def hub_name(plan: RunPlan) -> tuple[str | None, str | None]:
     checkpoint = plan.config.source.checkpoint
     scheme = scheme_of(checkpoint)
     return scheme.served(checkpoint) if scheme.revisions and scheme.served else (None, None)
+
+
+def stated_fields(context: StageContext) -> dict[str, str]:
+    """Licence and task: as the configuration names them, else as the source's own card does."""
+    output, found = context.plan.config.output, carried_fields(context.source)
+    if output.license:  # what the source says of its own licence is about another one
+        found = {k: v for k, v in found.items() if not k.startswith("license")}
+        found["license"] = output.license
+    if output.pipeline_tag:
+        found["pipeline_tag"] = output.pipeline_tag
+    return found
 
 
 def carried_fields(source: CheckpointIndex) -> dict[str, str]:

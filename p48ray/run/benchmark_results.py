@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from p48ray.checkpoint.index import CONFIG_FILE, INDEX_FILE
 from p48ray.config.benchmarks import (
     ROLES,
+    SHOWN_KEYS,
     BenchmarksConfig,
     BenchmarkTask,
     ComparedCheckpoint,
@@ -197,7 +198,7 @@ def result_digest(identity: str, task: BenchmarkTask, config: BenchmarksConfig) 
     definition counts by the harness's version alone."""
     facts = {
         "checkpoint": identity,
-        **task.model_dump(mode="json", exclude={"title"}),
+        **task.model_dump(mode="json", exclude=SHOWN_KEYS),
         "limit": config.limit,
         "max_length": config.max_length,
         "harness": HARNESS_VERSION,
@@ -251,7 +252,7 @@ def read_harness(
     stderr = found.get(f"{task.metric}_stderr,{task.filter}")
     return BenchmarkResult(
         identity=identity,
-        **task.model_dump(exclude={"title"}),
+        **task.model_dump(exclude=SHOWN_KEYS),
         limit=config.limit,
         max_length=config.max_length,
         value=found[key],

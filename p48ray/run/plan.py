@@ -67,6 +67,8 @@ SETTINGS: dict[str, Effect] = {
     # so does this, but the source's fingerprint says more, and run roots of before keep their
     # digest
     "output.base_revision": "free",
+    "output.license": "free",  # so do these, and no output byte follows from them
+    "output.pipeline_tag": "free",
     "evaluation.documents": "free",  # evaluation results lie under a digest of their own
     "evaluation.num_sequences": "free",
     "evaluation.sequence_length": "free",

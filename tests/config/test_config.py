@@ -228,3 +228,58 @@ def test_published_reference_sees_the_source_whatever_the_run_propagates() -> No
     config = load_config(TINY_CONFIG, ("calibration.propagate=compressed",))
     assert config.calibration.propagate == "compressed"
     assert baseline_config(config).calibration.propagate == "dense"
+
+
+SECRET = "Aq/9-a-password"
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "source.endpoint_url",
+        "run.endpoint_url",
+        "calibration.documents.0.endpoint_url",
+        "evaluation.documents.0.endpoint_url",
+        "source.checkpoint",
+        "calibration.documents.0.path",
+        "evaluation.documents.0.path",
+        "run.root",
+        "benchmarks.base.checkpoint",
+        "benchmarks.ours.checkpoint",
+        "benchmarks.tokenizer",
+    ],
+)
+def test_place_with_a_password_is_refused_by_key_and_not_repeated(key: str) -> None:
+    scheme, where = ("https", "/") if key.endswith("endpoint_url") else ("s3", "/prefix")
+    password = SECRET if key.endswith("endpoint_url") else SECRET.replace("/", "")
+    value: object = f"{scheme}://someone:{password}@host{where}"
+    section, _, rest = key.partition(".documents.0.")
+    setting = f"{key}={value}"
+    if rest:
+        held = {"path": "texts.jsonl"} | {rest: value}
+        setting = f"{section}.documents={yaml.safe_dump([held], default_flow_style=True)}"
+    with pytest.raises(ConfigError) as caught:
+        load_config(TINY_CONFIG, (setting,))
+    assert f"{key}: expected " in str(caught.value)
+    assert "without a user's name and password" in str(caught.value)
+    assert "someone" not in str(caught.value) and password not in str(caught.value)
+
+
+def test_password_in_a_value_of_a_wrong_type_is_not_repeated() -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(TINY_CONFIG, (f"run.endpoint_url=['http://someone:{SECRET}@host']",))
+    assert SECRET not in str(caught.value) and "run.endpoint_url" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("source.checkpoint", "hf://owner/name@v1"),
+        ("source.checkpoint", "hf://name@v1"),
+        ("source.checkpoint", "/home/some@one/model:1@2"),
+        ("run.root", "s3://bucket/some@one:1@2"),
+        ("run.endpoint_url", "http://[::1]:9000"),
+    ],
+)
+def test_an_at_that_is_no_password_is_taken(key: str, value: str) -> None:
+    assert lookup(load_config(TINY_CONFIG, (f"{key}={value}",)), key) == value

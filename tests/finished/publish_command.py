@@ -30,9 +30,10 @@ def upload_here(uploader: Uploader, shards: Mapping[str, int]) -> Iterator[Publi
 
 
 def invoke_publish(
-    root: Path, hub: Hub, *args: str, token: str = TOKEN, repo: str = REPO_NAME
+    root: Path | None, hub: Hub, *args: str, token: str = TOKEN, repo: str = REPO_NAME
 ) -> Outcome:
-    """The command in this process, from the command line on."""
+    """The command in this process, from the command line on. root: None where `args` say what is
+    published."""
     settings = {
         "ENDPOINT": hub.url,
         "HF_HUB_DISABLE_XET": True,
@@ -40,7 +41,7 @@ def invoke_publish(
         "HF_HUB_DISABLE_TELEMETRY": True,
     }
     with ExitStack() as stack:
-        for name, value in {**settings, "HF_TOKEN_PATH": str(root / "no-login")}.items():
+        for name, value in {**settings, "HF_TOKEN_PATH": str(hub.folder / "no-login")}.items():
             stack.enter_context(mock.patch.object(constants, name, value))
         stack.enter_context(mock.patch.object(publish, "RayUploads", lambda *_: upload_here))
         for policy in ("HUB", "HUB_COMMIT"):
@@ -48,16 +49,18 @@ def invoke_publish(
             stack.enter_context(mock.patch.object(retry, policy, short))
         stack.enter_context(mock.patch.dict(os.environ, {"HF_TOKEN": token}))
         stack.enter_context(own_logging())
-        result = CliRunner().invoke(publish.app, ["--run-root", str(root), "--repo", repo, *args])
+        of_root = ["--run-root", str(root)] if root is not None else []
+        result = CliRunner().invoke(publish.app, [*of_root, "--repo", repo, *args])
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     return Outcome(result.exit_code, result.stdout, result.stderr)
 
 
 def launch_publish(
-    root: Path | str, hub: Hub, *args: str, env: Mapping[str, str]
+    root: Path | str | None, hub: Hub, *args: str, env: Mapping[str, str]
 ) -> subprocess.Popen[str]:
-    """The command as a person starts it, with a Ray of its own."""
+    """The command as a person starts it, with a Ray of its own. root: as invoke_publish takes
+    it."""
     own = {
         "HF_TOKEN": TOKEN,
         "HF_ENDPOINT": hub.url,
@@ -68,8 +71,7 @@ def launch_publish(
         [
             sys.executable,
             str(REPO / "jobs" / "publish.py"),
-            "--run-root",
-            str(root),
+            *(["--run-root", str(root)] if root is not None else []),
             "--repo",
             REPO_NAME,
             *args,

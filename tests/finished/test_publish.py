@@ -152,7 +152,10 @@ def test_a_commit_that_is_never_taken_ends_with_1(root: Path, hub: Hub) -> None:
     assert set(published(hub)) == set()
 
 
-@pytest.mark.parametrize("name", [".env", "modeling_more.py", "weights.bin", "more/notes.md"])
+@pytest.mark.parametrize(
+    "name",
+    [".env", "modeling_more.py", "weights.bin", "more/notes.md", ".eval_results/p48ray.yaml"],
+)
 def test_what_the_job_did_not_make_is_refused_by_name(root: Path, hub: Hub, name: str) -> None:
     stranger = root / "checkpoint" / name
     stranger.parent.mkdir(exist_ok=True)
@@ -288,6 +291,96 @@ def test_a_token_that_may_only_read_is_refused_before_anything_is_sent(
 def test_what_is_not_owner_and_name_is_refused(root: Path, hub: Hub, repo: str) -> None:
     outcome = invoke_publish(root, hub, repo=repo)
     assert outcome.code == 2 and "owner/name" in outcome.err and not hub.requests
+
+
+OLD = {
+    "model-00001-of-00004.safetensors": b"of an earlier upload",
+    "model.safetensors": b"in one file",
+    "consolidated.safetensors": b"another client's",
+    "original/Weights.PTH": b"in a folder",
+    "pytorch_model.bin": b"a pickle",
+    "pytorch_model.bin.index.json": b"{}",
+}
+BESIDE = {"NOTES.md": b"mine", "tokenizer_config.json.bak": b"{}"}
+
+
+def published_before(hub: Hub) -> None:
+    """The repository has other weights, what belongs to them, and what does not."""
+    hub.commit(REPO_NAME, OLD | BESIDE | {"config.json": b"{}"})
+
+
+def test_weights_of_before_are_refused_by_name_before_anything_is_sent(
+    root: Path, hub: Hub
+) -> None:
+    published_before(hub)
+    outcome = invoke_publish(root, hub)
+    assert outcome.code == 2 and "6 files of weights" in outcome.err, outcome
+    assert all(f"  {name}\n" in outcome.err for name in OLD) and "--replace" in outcome.err
+    assert not any(name in outcome.err for name in BESIDE)
+    assert sent(hub) == {} and len(hub.commits(REPO_NAME)) == 1
+
+
+def test_weights_of_before_go_in_the_same_commit(root: Path, hub: Hub) -> None:
+    published_before(hub)
+    outcome = invoke_publish(root, hub, "--replace")
+    assert outcome.code == 0, outcome
+    assert published(hub) == checkpoint_files(root) | BESIDE
+    assert len(hub.commits(REPO_NAME)) == 2
+    assert invoke_publish(root, hub).code == 0 and len(hub.commits(REPO_NAME)) == 2
+
+
+def test_weights_that_came_beside_a_published_checkpoint_are_a_commit_of_their_own(
+    root: Path, hub: Hub
+) -> None:
+    assert invoke_publish(root, hub).code == 0
+    hub.commit(REPO_NAME, hub.files(REPO_NAME) | {"model.safetensors": b"by hand"})
+    assert invoke_publish(root, hub).code == 2
+    assert invoke_publish(root, hub, "--replace").code == 0
+    assert published(hub) == checkpoint_files(root) and sent(hub) == each_once(root)
+
+
+@pytest.mark.parametrize("args", [(), ("--replace",)], ids=["kept", "replaced"])
+def test_weights_that_come_during_the_upload_are_not_left_beside_it(
+    root: Path, hub: Hub, args: tuple[str, ...]
+) -> None:
+    def overtake(handler: Handler) -> None:
+        hub.on.clear()
+        hub.commit(REPO_NAME, hub.files(REPO_NAME) | {"model.safetensors": b"by hand"})
+
+    hub.on["commit"] = overtake
+    outcome = invoke_publish(root, hub, *args)
+    if args:
+        assert outcome.code == 0 and published(hub) == checkpoint_files(root)
+    else:
+        assert outcome.code == 2 and "  model.safetensors\n" in outcome.err
+        assert published(hub) == {"model.safetensors": b"by hand"}
+
+
+def test_a_lost_reply_to_a_commit_that_deletes_is_not_a_second_one(root: Path, hub: Hub) -> None:
+    published_before(hub)
+    hub.on["committed"] = interrupt
+    assert invoke_publish(root, hub, "--replace").code == 0
+    assert len(hub.commits(REPO_NAME)) == 2
+    assert published(hub) == checkpoint_files(root) | BESIDE
+
+
+@pytest.mark.parametrize("branch", ["main", "new"])
+def test_dry_run_shows_weights_of_before(root: Path, hub: Hub, branch: str) -> None:
+    """A new branch begins as a copy of main."""
+    published_before(hub)
+    before = dict(hub.files(REPO_NAME))
+    stopped, replaced = (
+        invoke_publish(root, hub, "--dry-run", "--revision", branch, *args)
+        for args in ((), ("--replace",))
+    )
+    assert stopped.code == replaced.code == 0
+    assert stopped.out.count("in the way") == 6 and "without --replace publishing" in stopped.out
+    assert replaced.out.count("to delete") == 6 and "without --replace" not in replaced.out
+    assert all(name in replaced.out for name in OLD)
+    total = size(sum(len(data) for data in checkpoint_files(root).values()))
+    for outcome in (stopped, replaced):
+        assert f"{len(checkpoint_files(root))} files, {total}, to send" in outcome.out
+    assert hub.files(REPO_NAME) == before and list(hub.repos[REPO_NAME].branches) == ["main"]
 
 
 def remove(name: str) -> Callable[[Path], None]:
@@ -446,7 +539,7 @@ def test_a_hub_that_is_out_of_breath_is_asked_again(root: Path, hub: Hub) -> Non
 
 def test_no_text_of_a_client_has_its_token() -> None:
     client = Client(Target("http://hub", REPO_NAME, "main"), TOKEN)
-    uploader = upload.Uploader(LocalStore("/nowhere"), client, "p48ray.json", "")
+    uploader = upload.Uploader(LocalStore("/nowhere"), None, client, "p48ray.json", "")
     assert TOKEN not in f"{client} {client!r} {uploader} {uploader!r} {[client]}"
 
 

@@ -96,6 +96,15 @@ def publishing(root: Path, hub: Hub) -> Iterator[Publishing]:
     shutil.rmtree(temp, ignore_errors=True)
 
 
+def test_folder_without_a_run_root_is_published_by_workers(publishing: Publishing) -> None:
+    folder, hub = publishing.root / "checkpoint", publishing.hub
+    process = launch_publish(None, hub, "--checkpoint", str(folder), env=publishing.env)
+    out, err = process.communicate(timeout=TIMEOUT_S)
+    assert process.returncode == 0, (out, err)
+    assert published(hub) == checkpoint_files(publishing.root)
+    assert not (publishing.root / "publish").exists()
+
+
 def test_killed_again_and_again_it_ends_with_one_commit_and_nothing_sent_twice(
     publishing: Publishing,
 ) -> None:

@@ -9,9 +9,10 @@ from rich.console import Console
 
 from p48ray.config.benchmarks import BenchmarkTask
 from p48ray.report.benchmark_section import print_benchmarks
-from p48ray.report.card import model_card, serving_flags
+from p48ray.report.card import model_card
 from p48ray.report.html import report_html
 from p48ray.report.report import Report
+from p48ray.report.serving_card import serving_flags
 from p48ray.run import run_root
 from p48ray.run.benchmark_results import BenchmarkColumn, BenchmarkTable, identify
 from p48ray.run.manifest import UnitManifest
@@ -63,13 +64,14 @@ def units(finished: SmallRun) -> list[UnitManifest]:
 def test_card_has_the_table_with_empty_cells(finished: SmallRun, units: list[UnitManifest]) -> None:
     text = model_card(finished.context, units, finished.report.quality, None, TABLE)
     for line in (
-        "| per cent |  | <base> | one-shot baseline | this checkpoint | Δ to base | recovery |",
+        "| per cent |  | &#60;base&#62; | one-shot baseline | this checkpoint | Δ to base |"
+        " recovery |",
         "| ARC-Challenge | 25-shot acc_norm | 80.00 |  | 72.00 | -8.00 | 90.0% |",
         "| GSM8K | 5-shot exact_match (strict-match) | 50.00 |  |  |  |  |",
         "| average | of 1 of 2 tasks | 80.00 |  | 72.00 | -8.00 | 90.0% |",
     ):
         assert line in text.splitlines()
-    assert "<base>: published figures, not measured here: a paper, table 3." in text
+    assert "&#60;base&#62;: published figures, not measured here: a paper, table 3." in text
     assert (
         "This checkpoint: lm-evaluation-harness 0.4.13 against vllm 0.32.0, checkpoint"
         " 0123456789ab." in text

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import yaml
 from huggingface_hub import ModelCard
 from safetensors import safe_open
 
@@ -53,7 +54,7 @@ def context_with(finished: SmallRun, readme: bytes | None = None, **output: obje
 
 def test_card_in_the_checkpoint_is_read_by_the_hubs_library(finished: SmallRun) -> None:
     card = ModelCard.load(finished.checkpoint / "README.md")
-    assert card.data.library_name == "transformers"
+    assert card.data.library_name == "vllm", "the Hub makes transformers' snippet otherwise"
     assert {"compressed-tensors", "nvfp4", "paired-4-8-sparse", "moe"} <= set(card.data.tags)
     assert card.text.lstrip().startswith(f"# {finished.prepared.plan.config.name}\n")
     for fact in (
@@ -136,7 +137,7 @@ def test_flags_of_a_family_are_for_that_family(
     assert (
         ("--tool-call-parser kimi_k2" in text) == ("--mm-encoder-tp-mode data" in text) == has_flags
     )
-    assert "vllm serve <this repository> --tensor-parallel-size 4" in text
+    assert "vllm serve <this repository> --tensor-parallel-size 1" in text
 
 
 def test_vllm_is_told_its_backend_in_either_way_of_its_versions(
@@ -163,7 +164,7 @@ def test_source_is_named_with_its_revision(finished: SmallRun, units: list[UnitM
     )
     for words in (
         "[owner/name](https://huggingface.co/owner/name), revision `0123abc`",
-        '"checkpoint": "hf://owner/name@0123abc"',
+        "  checkpoint: hf://owner/name@0123abc\n",
     ):
         assert words in stated
     context = context_with(finished)
@@ -208,6 +209,93 @@ def test_card_names_no_place_of_this_machine(finished: SmallRun, units: list[Uni
     text = model_card(context_with(finished), units, QUALITY, None)
     assert str(finished.root.parent) not in text and str(finished.source) not in text
     assert "calibration.jsonl (1)" in text
+
+
+def test_no_endpoint_is_in_the_card(finished: SmallRun, units: list[UnitManifest]) -> None:
+    context = context_with(finished)
+    plan, url = context.plan, "https://store.example:9000"
+    c = plan.config
+    documents = tuple(d.model_copy(update={"endpoint_url": url}) for d in c.calibration.documents)
+    config = c.model_copy(
+        update={
+            "source": c.source.model_copy(update={"endpoint_url": url}),
+            "calibration": c.calibration.model_copy(update={"documents": documents}),
+            "run": c.run.model_copy(update={"endpoint_url": url}),
+        }
+    )
+    there = replace(context, plan=plan.model_copy(update={"config": config}))
+    text = model_card(there, units, QUALITY, None)
+    assert "store.example" not in text and "endpoint" not in text
+    assert text == model_card(context, units, QUALITY, None)
+
+
+def test_licence_and_task_are_those_that_the_configuration_names(
+    finished: SmallRun, units: list[UnitManifest]
+) -> None:
+    readme = (
+        b"---\nlicense: other\nlicense_name: modified-mit\nlicense_link: LICENSE\npipeline_tag:"
+        b" image-text-to-text\n---\n"
+    )
+    named = context_with(finished, readme, license="apache-2.0", pipeline_tag="text-generation")
+    text = model_card(named, units, None, None)
+    data = ModelCard(text).data.to_dict()
+    assert (data["license"], data["pipeline_tag"]) == ("apache-2.0", "text-generation")
+    assert not {"license_name", "license_link"} & data.keys()
+    assert "Named by whoever made this checkpoint: apache-2.0." in text
+    assert "  license: apache-2.0\n  pipeline_tag: text-generation\n" in text
+
+
+EVIL = "a|b <img src=x> **c** `d` [e](f)"
+SHOWN = "a&#124;b &#60;img src=x&#62; &#42;&#42;c&#42;&#42; &#96;d&#96; &#91;e&#93;(f)"
+
+
+def test_names_of_files_and_devices_stay_text(
+    finished: SmallRun, units: list[UnitManifest]
+) -> None:
+    context = context_with(finished, base_model=f"o/{EVIL}", base_revision=EVIL, license=EVIL)
+    c = context.plan.config
+    documents = tuple(
+        d.model_copy(update={"path": f"/data/{EVIL}\n.jsonl"}) for d in c.calibration.documents
+    )
+    calibration = c.calibration.model_copy(update={"documents": documents})
+    config = c.model_copy(update={"calibration": calibration})
+    source = replace(context.source, sidecars=(f"LICENSE {EVIL}",))
+    there = replace(context, plan=context.plan.model_copy(update={"config": config}), source=source)
+    evil_units = [u.model_copy(update={"device": EVIL, "versions": {"x": EVIL}}) for u in units]
+    text = model_card(there, evil_units, QUALITY, None)
+    body = re.sub(r"(?ms)^---\n.*?^---\n|^(`{3,})yaml\n.*?^\1\n", "", text)
+    for shown in (
+        f"on {SHOWN}.",
+        f"(x {SHOWN})",
+        f"{SHOWN} .jsonl (1) |",
+        f"revision <code>{SHOWN}</code>",
+        f"[o/{SHOWN}](https://huggingface.co/o/a%7Cb%20%3C",
+        f"made this checkpoint: {SHOWN}.",
+        f"<code>LICENSE {SHOWN}</code>",
+    ):
+        assert shown in body, shown
+    assert "<img" not in body and "**c**" not in body and "](f)" not in body
+    rows = [line for line in body.splitlines() if line.startswith("| calibration |")]
+    assert len(rows) == 1 and rows[0].count("|") == 3
+
+
+def test_configuration_in_the_card_is_yaml_whatever_is_in_it(
+    finished: SmallRun, units: list[UnitManifest]
+) -> None:
+    context = context_with(finished)
+    c = context.plan.config
+    name = "a\n```\n<b>\n````.jsonl"
+    documents = (c.calibration.documents[0].model_copy(update={"path": f"/data/{name}"}),)
+    calibration = c.calibration.model_copy(update={"documents": documents})
+    config = c.model_copy(update={"calibration": calibration})
+    there = replace(context, plan=context.plan.model_copy(update={"config": config}))
+    text = model_card(there, units, None, None)
+    found = re.search(r"(?ms)^(`{5,})yaml\n(.*?)^\1$", text)
+    assert found is not None, "a fence longer than any inside"
+    settings = yaml.safe_load(found[2])
+    assert settings["calibration"]["documents"] == [{"path": name, "weight": 1.0}]
+    assert settings["compression"] == c.compression.model_dump(mode="json")
+    assert "\nname: " in f"\n{found[2]}" and '"compression"' not in found[2]
 
 
 def test_configuration_in_the_card_makes_the_same_plan(

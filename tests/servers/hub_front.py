@@ -163,11 +163,14 @@ class Front(Handler):
         self.answer(200 if is_good else 400)
 
     def commit(self, name: str, branch: str) -> None:
-        """Adds files to a branch. The Hub knows deletions too; nobody here makes one."""
+        """Adds files to a branch, and deletes others, which have to be there."""
         lines = [json.loads(line) for line in self.body().splitlines()]
-        head, files = lines[0]["value"], {}
+        head, files, gone = lines[0]["value"], {}, set()
         for line in lines[1:]:
             value = line["value"]
+            if line["key"] == "deletedFile":
+                gone.add(value["path"])
+                continue
             if line["key"] == "file":
                 content = base64.b64decode(value["content"])
                 files[value["path"]] = File(len(content), content=content)
@@ -183,11 +186,16 @@ class Front(Handler):
             repo = self.hub.repos[name]
             last = repo.branches[branch][-1]
             is_stale = head.get("parentCommit") not in (None, last.id)
-            if not is_stale:
-                oid = repo.commit(branch, head["summary"], {**last.files, **files}).id
+            strange = sorted(gone - last.files.keys())
+            if not is_stale and not strange:
+                kept = {path: f for path, f in last.files.items() if path not in gone}
+                oid = repo.commit(branch, head["summary"], {**kept, **files}).id
         if is_stale:
             said = "A commit has happened since. Please refresh and try again."
             self.answer(412, {"error": said})
+            return
+        if strange:
+            self.answer(404, {"error": f"{strange[0]}: A file with this name doesn't exist"})
             return
         self.hub.happen("committed", self)
         url = f"{self.hub.url}/{name}/commit/{oid}"
