@@ -15,8 +15,11 @@ from p48ray.checkpoint.skeleton import write_kimi_k25_skeleton
 from p48ray.checkpoint.sparse_storage import Storage
 from p48ray.errors import ConfigError, P48Error, UserError
 from p48ray.report.inspect import inspect_linear, print_inspection
+from p48ray.report.snapshot import write_snapshot
 from p48ray.report.status import print_status, read_status
+from p48ray.report.watch import watch
 from p48ray.runner.console import configure_logging
+from p48ray.store.base import Store
 from p48ray.store.open import ENDPOINT_VARIABLES, open_store, scheme_of
 
 app = typer.Typer(
@@ -36,6 +39,19 @@ SourceEndpoint = Annotated[
 ]
 
 
+RunRoot = Annotated[str, typer.Argument(help="Folder or URI of a run.")]
+INTERRUPTED = 130  # as a shell says it of Ctrl-C
+
+
+def open_run(place: str, endpoint_url: str | None) -> Store:
+    """Raises: ConfigError for a place where no run can lie."""
+    store, scheme = open_store(place, endpoint_url), scheme_of(place)
+    if not scheme.is_writable:
+        found = f"found {scheme.noun}, where none can lie"
+        raise ConfigError(f"{place}: expected a run root, {found}")
+    return store
+
+
 def guarded(action: Callable[[], bool]) -> None:
     """Run; exit 0 if it returns True, 1 if False or for an internal error, 2 for a user's
     mistake."""
@@ -50,17 +66,42 @@ def guarded(action: Callable[[], bool]) -> None:
 
 @app.command()
 def status(
-    run_root: Annotated[str, typer.Argument(help="Folder or URI of a run.")],
+    run_root: RunRoot,
+    watched: Annotated[
+        bool, typer.Option("--watch", help="Go on until the run is complete, or Ctrl-C.")
+    ] = False,
     endpoint_url: Endpoint = None,
 ) -> None:
     """How far a run has come: each stage, each layer, and what failed."""
 
     def action() -> bool:
-        store, scheme = open_store(run_root, endpoint_url), scheme_of(run_root)
-        if not scheme.is_writable:
-            found = f"found {scheme.noun}, where none can lie"
-            raise ConfigError(f"{run_root}: expected a run root, {found}")
-        print_status(read_status(store), console)
+        store = open_run(run_root, endpoint_url)
+        if not watched:
+            print_status(read_status(store), console)
+            return True
+        try:
+            watch(store, console)
+        except KeyboardInterrupt:
+            raise typer.Exit(INTERRUPTED) from None
+        return True
+
+    guarded(action)
+
+
+@app.command()
+def report(
+    run_root: RunRoot,
+    output: Annotated[
+        Path, typer.Option(help="File to write, on this machine and outside the run root.")
+    ] = Path("report.html"),
+    endpoint_url: Endpoint = None,
+) -> None:
+    """Write the page of a run as it stands now, finished or not. The run root is only read."""
+
+    def action() -> bool:
+        status = write_snapshot(open_run(run_root, endpoint_url), output)
+        state = "complete" if status.is_complete else "not complete"
+        typer.echo(f"wrote {output}: {status.name}, {state}")
         return True
 
     guarded(action)
