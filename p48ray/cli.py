@@ -15,7 +15,9 @@ from p48ray.checkpoint.skeleton import write_kimi_k25_skeleton
 from p48ray.checkpoint.sparse_storage import Storage
 from p48ray.errors import ConfigError, P48Error, UserError
 from p48ray.report.inspect import inspect_linear, print_inspection
+from p48ray.report.snapshot import write_snapshot
 from p48ray.report.status import print_status, read_status
+from p48ray.report.watch import watch
 from p48ray.run.changing_hands import read_plan
 from p48ray.run.cleanup import delete_all, describe_removable, find_removable
 from p48ray.run.doctor import describe, diagnose, run_roots_in
@@ -40,6 +42,19 @@ SourceEndpoint = Annotated[
 ]
 
 
+RunRoot = Annotated[str, typer.Argument(help="Folder or URI of a run.")]
+INTERRUPTED = 130  # as a shell says it of Ctrl-C
+
+
+def open_run(place: str, endpoint_url: str | None) -> Store:
+    """Raises: ConfigError for a place where no run can lie."""
+    store, scheme = open_store(place, endpoint_url), scheme_of(place)
+    if not scheme.is_writable:
+        found = f"found {scheme.noun}, where none can lie"
+        raise ConfigError(f"{place}: expected a run root, {found}")
+    return store
+
+
 def guarded(action: Callable[[], bool]) -> None:
     """Run; exit 0 if it returns True, 1 if False or for an internal error, 2 for a user's
     mistake."""
@@ -52,26 +67,25 @@ def guarded(action: Callable[[], bool]) -> None:
     raise typer.Exit(0 if is_good else 1)
 
 
-def open_run_root(uri: str, endpoint_url: str | None) -> Store:
-    """The store of a run root.
-
-    Raises: ConfigError where none can lie.
-    """
-    scheme = scheme_of(uri)
-    if not scheme.is_writable:
-        raise ConfigError(f"{uri}: expected a run root, found {scheme.noun}, where none can lie")
-    return open_store(uri, endpoint_url)
-
-
 @app.command()
 def status(
-    run_root: Annotated[str, typer.Argument(help="Folder or URI of a run.")],
+    run_root: RunRoot,
+    watched: Annotated[
+        bool, typer.Option("--watch", help="Go on until the run is complete, or Ctrl-C.")
+    ] = False,
     endpoint_url: Endpoint = None,
 ) -> None:
     """How far a run has come: each stage, each layer, and what failed."""
 
     def action() -> bool:
-        print_status(read_status(open_run_root(run_root, endpoint_url)), console)
+        store = open_run(run_root, endpoint_url)
+        if not watched:
+            print_status(read_status(store), console)
+            return True
+        try:
+            watch(store, console)
+        except KeyboardInterrupt:
+            raise typer.Exit(INTERRUPTED) from None
         return True
 
     guarded(action)
@@ -79,7 +93,7 @@ def status(
 
 @app.command()
 def doctor(
-    run_root: Annotated[str, typer.Argument(help="Folder or URI of a run.")],
+    run_root: RunRoot,
     fix: Annotated[
         bool,
         typer.Option("--fix", help="Delete what is unsound, so that the next run makes it anew."),
@@ -96,7 +110,7 @@ def doctor(
     def action() -> bool:
         found = [
             (part, diagnose(part, reads_bytes=not sizes_only))
-            for part in run_roots_in(open_run_root(run_root, endpoint_url))
+            for part in run_roots_in(open_run(run_root, endpoint_url))
         ]
         for part, diagnosis in found:
             for line in describe(diagnosis):
@@ -113,7 +127,7 @@ def doctor(
 
 @app.command()
 def clean(
-    run_root: Annotated[str, typer.Argument(help="Folder or URI of a run.")],
+    run_root: RunRoot,
     units: Annotated[
         bool, typer.Option("--units", help="Unit shards too, once the run is at its end.")
     ] = False,
@@ -130,7 +144,7 @@ def clean(
 
     def action() -> bool:
         wanted = {"streams", "attempts", *(["units"] * units), *(["mirror"] * mirror)}
-        for part in run_roots_in(open_run_root(run_root, endpoint_url)):
+        for part in run_roots_in(open_run(run_root, endpoint_url)):
             found = find_removable(read_plan(part), part)
             waiting = [f for f in found if f.name in wanted and f.keys and f.waits_for]
             if waiting and not dry_run:
@@ -142,6 +156,25 @@ def clean(
                 typer.echo(line)
             if not dry_run:
                 delete_all(part, [key for f in found if f.name in wanted for key in f.keys])
+        return True
+
+    guarded(action)
+
+
+@app.command()
+def report(
+    run_root: RunRoot,
+    output: Annotated[
+        Path, typer.Option(help="File to write, on this machine and outside the run root.")
+    ] = Path("report.html"),
+    endpoint_url: Endpoint = None,
+) -> None:
+    """Write the page of a run as it stands now, finished or not. The run root is only read."""
+
+    def action() -> bool:
+        status = write_snapshot(open_run(run_root, endpoint_url), output)
+        state = "complete" if status.is_complete else "not complete"
+        typer.echo(f"wrote {output}: {status.name}, {state}")
         return True
 
     guarded(action)

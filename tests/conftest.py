@@ -91,11 +91,13 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
     return ByGroup(config, log)
 
 
-TIMES = re.compile(rb' "(seconds|write_seconds|finished_at)": [0-9.e+-]+,?\n')
+TIMES = re.compile(
+    rb' "((seconds|write_seconds|finished_at)": [0-9.e+-]+|worker": "[0-9a-f]*"),?\n'
+)
 
 
 def timeless(data: bytes) -> bytes:
-    """A manifest without what the clock wrote into it; anything else as it is."""
+    """A manifest without when and by which process it was made; anything else as it is."""
     return TIMES.sub(b"", data) if data.startswith(b"{") else data
 
 

@@ -4,6 +4,9 @@ of the caller's."""
 import json
 import logging
 import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -153,6 +156,45 @@ def test_status_of_an_unfinished_run_exits_0_too(finished: SmallRun, tmp_path: P
     result = call("status", tmp_path)
     assert result.exit_code == 0
     assert "not complete" in result.stdout
+
+
+def test_status_that_watches_ends_with_the_run(finished: SmallRun) -> None:
+    result = call("status", "--watch", finished.root)
+    assert result.exit_code == 0
+    assert result.stdout.count("  complete  ") == 1
+
+
+def test_status_that_watches_is_ended_by_ctrl_c_as_a_shell_says_it(
+    finished: SmallRun, tmp_path: Path
+) -> None:
+    shutil.copy(finished.root / "plan.json", tmp_path / "plan.json")
+    command = [sys.executable, "-m", "p48ray.cli", "status", "--watch", str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stderr is not None
+        assert b"not complete" in process.stdout.readline()
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 130
+        assert process.stderr.read() == b""
+
+
+def test_report_of_a_run_that_goes_on_is_written_where_it_is_asked_for(
+    finished: SmallRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "run").mkdir()
+    shutil.copy(finished.root / "plan.json", tmp_path / "run" / "plan.json")
+    result = call("report", tmp_path / "run", "--output", tmp_path / "page.html")
+    name = finished.prepared.plan.config.name
+    assert result.exit_code == 0
+    assert result.stdout == f"wrote {tmp_path}/page.html: {name}, not complete\n"
+    assert "Not finished" in (tmp_path / "page.html").read_text()
+    monkeypatch.chdir(tmp_path)
+    assert call("report", finished.root).stdout == f"wrote report.html: {name}, complete\n"
+    page = (finished.root / "report" / "report.html").read_bytes()
+    assert (tmp_path / "report.html").read_bytes() == page
+    refused(call("report", "run", "--output", "run/page.html"), 2, "outside the run root")
+    refused(call("report", "nowhere"), 2, "expected a run root with plan.json")
+    refused(call("report", "hf://owner/name"), 2, "found a repository on the Hub")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["plan.json"]
 
 
 @pytest.mark.parametrize("place", ["nowhere", ".", "hf://owner/name", "ftp://host/run"])

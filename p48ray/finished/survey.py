@@ -28,7 +28,8 @@ from p48ray.stages.index_proof import (
     check_strangers,
     compare_index,
 )
-from p48ray.stages.shard_proof import DAMAGE, Promise, header_digest
+from p48ray.stages.linear_proof import Promise
+from p48ray.stages.shard_proof import DAMAGE, header_digest
 from p48ray.store.base import Store
 
 

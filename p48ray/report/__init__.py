@@ -7,9 +7,11 @@ Read in this order:
     report, fold          numbers of a run; its manifests folded once
     html                  the page, by templates/ (Jinja2): run_sections, expert_sections,
                           ladder_section, benchmark_section; charts, heat, scales draw for it
+    gains                 bits a weight, before and after
     card, front_matter    the model card. Parts of it: size_card, serving_card, and storage_card on
                           sparse storage; markdown keeps others' text in it text
-    status, work          how far a run is, and what the rest will take
+    status, work, spans   how far a run is, who worked when, and what the rest will take
+    watch, snapshot       the same again and again; the page of a run that goes on
     plan_table            a plan before it is paid for
 
 To add a section: a template, a function that gives its values, a line in html.

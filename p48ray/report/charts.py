@@ -193,17 +193,16 @@ def segment_rows(
     return Chart(picture=picture, axis=axis(marks), names=names)
 
 
-def stacked_area(series: Sequence[tuple[str, Sequence[float]]], label: str, top: str) -> Chart:
+def stacked_area(series: Sequence[tuple[str, Sequence[float]]], label: str, most: int) -> Chart:
     """Series on top of each other over equal steps.
 
     Args:
-        series: (CSS class, values), all of one length.
+        series: (CSS class, values), all of one length, of which no sum is above `most`.
         label: the chart in words.
-        top: what the highest stands for.
+        most: what the whole height stands for.
     """
-    height = 72
-    sums = [sum(values) for values in zip(*(v for _, v in series), strict=True)]
-    most, width, below = max(sums) or 1.0, 1 / len(sums), [0.0] * len(sums)
+    height, steps = 72, len(series[0][1])
+    width, below = 1 / steps, [0.0] * steps
     bars = []
     for css, values in series:
         for i, value in enumerate(values):
@@ -214,7 +213,7 @@ def stacked_area(series: Sequence[tuple[str, Sequence[float]]], label: str, top:
                 at = {"x": pct(i * width), "width": pct(width), "y": y, "height": high}
                 bars.append(tag("rect", css=css, **at))
     words = {"role": "img", "aria_label": label, "shape_rendering": "crispEdges"}
-    return Chart(picture=svg(height, *bars, **words), top=top)
+    return Chart(picture=svg(height, *bars, **words), top=f"{most:,}")
 
 
 def spread_rows(

@@ -34,8 +34,11 @@ class Spread(NamedTuple):
     chart: Chart | None
 
 
-def errors(facts: Facts) -> Values:
-    """A heat map per projection, layers in numbers, the worst linears."""
+def errors(facts: Facts) -> Values | None:
+    """A heat map per projection, layers in numbers, the worst linears; None
+    before there is a unit."""
+    if not facts.units:
+        return None
     maps: list[Values] = []
     shape = f"{len(facts.layers)} layers by {facts.context.layout.num_experts} experts"
     for p in PROJECTIONS:
@@ -67,8 +70,11 @@ def layer_rows(facts: Facts) -> list[Values]:
     return rows
 
 
-def routing(facts: Facts) -> Values:
-    """Tokens of every expert against what calibration wants, and the least of them."""
+def routing(facts: Facts) -> Values | None:
+    """Tokens of every expert against what calibration wants, and the least of them; None
+    before there is a unit."""
+    if not facts.units:
+        return None
     r, few = facts.report, max(1, facts.few_tokens)
     tokens = [t for row in facts.tokens for t in row if t is not None]
     reach = max([abs(math.log(t / few)) for t in tokens if t] + [math.log(2)])
@@ -118,8 +124,10 @@ def least_records(facts: Facts) -> list[Values]:
     return [{"expert": r.name.removesuffix(".gate_proj"), "gate": r} for r in least]
 
 
-def outcomes(facts: Facts) -> Values:
-    """How linears came about, and what clipping there was."""
+def outcomes(facts: Facts) -> Values | None:
+    """How linears came about, and what clipping there was; None before there is a unit."""
+    if not facts.units:
+        return None
     r = facts.report
     known = [(name, css, r.outcomes[name]) for name, css in OUTCOMES if r.outcomes.get(name)]
     whole = sum(count for *_, count in known) or 1
@@ -157,8 +165,10 @@ def clipping(facts: Facts, name: str, field: str) -> Values:
     return {"name": name, "share": getattr(facts.report, field), "chart": chart}
 
 
-def regularization(facts: Facts) -> Values:
-    """Histograms of damping and shrinkage."""
+def regularization(facts: Facts) -> Values | None:
+    """Histograms of damping and shrinkage; None before there is a unit."""
+    if not facts.units:
+        return None
     found = []
     for side, projection in SIDE_PROJECTIONS:
         records = [r for row in facts.records[projection] for r in row if r is not None]

@@ -4,12 +4,12 @@ worked when, tokens of every expert."""
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from p48ray.checkpoint.layout import EXPERT_NAME, PROJECTIONS
 from p48ray.report.report import Report, few_tokens
 from p48ray.report.sample import LinearSample, sample_checkpoint
-from p48ray.report.work import Manifests, Work, measure_work, seconds_of
+from p48ray.report.spans import Span
+from p48ray.report.work import Work, measure, spans_of, stage_manifests
 from p48ray.run import run_root
 from p48ray.run.manifest import LinearRecord, UnitManifest
 from p48ray.stages.table import COMPRESS_STAGE, stages_of
@@ -21,15 +21,6 @@ MERGED_SHARE = 0.004
 
 Values = Mapping[str, object]
 """What a template of the page is given, by name."""
-
-
-class Span(NamedTuple):
-    """One piece of finished work, Unix seconds."""
-
-    stage: str
-    layer: int
-    start: float
-    end: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,20 +78,10 @@ def gather_facts(
         context, report, units, baseline_store: as html.report_html takes them.
     """
     plan, store = context.plan, context.store
-    layer_of = {u.id: u.layer for u in plan.units}
-    work, spans = [], []
-    for stage in stages_of(plan):
-        if stage.manifest is None or stage.markers is None:
-            continue
-        names = stage.markers(plan, ())
-        found: Manifests = units
-        if stage.name != COMPRESS_STAGE.name:
-            held = {info.key for info in store.list(stage.prefix)}
-            found = stage.manifest.load_all(store, [key for key in names if key in held])
-        work.append(measure_work(stage.name, found, len(names)))
-        for m in found:
-            layer = layer_of[m.unit] if isinstance(m, UnitManifest) else m.layer
-            spans.append(Span(stage.name, layer, m.finished_at - seconds_of(m), m.finished_at))
+    timed = [stage for stage in stages_of(plan) if stage.manifest]
+    streamed = [stage.prefix for stage in timed if stage.name != COMPRESS_STAGE.name]
+    keys = {info.key for prefix in streamed for info in store.list(prefix)}
+    spans = spans_of(plan, {**stage_manifests(plan, store, keys), COMPRESS_STAGE.name: units})
     return Facts(
         context=context,
         report=report,
@@ -108,7 +89,7 @@ def gather_facts(
         layers=plan.layers,
         records=arrange(plan.layers, context.layout.num_experts, units),
         spans=spans,
-        work=tuple(work),
+        work=measure(plan, spans),
         samples=[] if plan.is_pilot else sample_checkpoint(context, baseline_store),
         failed_attempts=sum(1 for _ in store.list(run_root.FAILURES)),
     )
@@ -127,46 +108,6 @@ def arrange(
             name = EXPERT_NAME.fullmatch(f"{record.name}.weight")
             assert name is not None, record.name
             found[name[4]][row_of[int(name[2])]][int(name[3])] = record
-    return found
-
-
-def merged_spans(spans: Iterable[Span], slack_s: float) -> list[tuple[float, float, int]]:
-    """(start, end, how many) of stretches in which something was worked on, with gaps up to
-    `slack_s` closed."""
-    found: list[tuple[float, float, int]] = []
-    for span in sorted(spans, key=lambda s: s.start):
-        if found and span.start <= found[-1][1] + slack_s:
-            start, end, count = found[-1]
-            found[-1] = (start, max(end, span.end), count + 1)
-        else:
-            found.append((span.start, span.end, 1))
-    return found
-
-
-def shared_seconds(some: Iterable[Span], others: Iterable[Span]) -> float:
-    """For how long both kinds of work were under way at once."""
-    stretches = [merged_spans(spans, 0.0) for spans in (some, others)]
-    return sum(
-        max(0.0, min(a[1], b[1]) - max(a[0], b[0])) for a in stretches[0] for b in stretches[1]
-    )
-
-
-def busy(spans: Iterable[Span], start: float, end: float, steps: int) -> list[float]:
-    """Mean number of workers at work in each of `steps` equal stretches of time.
-
-    Args:
-        spans: of one stage or of several.
-        start, end: of the whole time, Unix seconds; end is later.
-        steps: how many stretches.
-    """
-    width = (end - start) / steps
-    found = [0.0] * steps
-    for span in spans:
-        first = max(0, min(steps - 1, int((span.start - start) / width)))
-        last = max(0, min(steps - 1, int((span.end - start) / width)))
-        for i in range(first, last + 1):
-            inside = min(span.end, start + (i + 1) * width) - max(span.start, start + i * width)
-            found[i] += max(0.0, inside) / width
     return found
 
 

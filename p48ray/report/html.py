@@ -12,6 +12,7 @@ the checkpoint; charts.py and heat.py draw.
 import base64
 import hashlib
 from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
 from functools import cache
 from importlib import resources
 
@@ -24,11 +25,13 @@ from p48ray.report.benchmark_section import benchmarks
 from p48ray.report.charts import pct
 from p48ray.report.expert_sections import errors, masks, outcomes, regularization, routing
 from p48ray.report.fold import Facts, Values, gather_facts
+from p48ray.report.gains import gains
 from p48ray.report.heat import ERROR_RAMP, LOAD_RAMP
 from p48ray.report.ladder_section import ladder
 from p48ray.report.plan_table import size
 from p48ray.report.report import Report
 from p48ray.report.run_sections import cost, made, quality, timeline
+from p48ray.report.status import RunStatus
 from p48ray.report.work import duration, gpu_hours
 from p48ray.run.manifest import UnitManifest
 from p48ray.store.base import Store
@@ -58,14 +61,16 @@ def report_html(
     report: Report,
     units: Sequence[UnitManifest],
     baseline_store: Store | None = None,
+    status: RunStatus | None = None,
 ) -> str:
     """The page.
 
     Args:
         context: of the run; its store is read.
         report: of the run.
-        units: manifests of all the run's units.
+        units: manifests of the run's units, all of them once it is finished.
         baseline_store: run root of the one-shot reference, for the overlap of masks.
+        status: of a run that is not finished, which the page then says; None for one that is.
     """
     facts = gather_facts(context, report, units, baseline_store)
     found = [(anchor, values(facts)) for anchor, values in SECTIONS]
@@ -81,7 +86,16 @@ def report_html(
         "data": data(facts),
         "version": __version__,
     }
-    return str(render("page", {**top(facts), **frame}))
+    return str(render("page", {**top(facts), **frame, "unfinished": unfinished(status)}))
+
+
+def unfinished(status: RunStatus | None) -> Values | None:
+    """What the page of a run that goes on says first: its stages, and of when they are."""
+    if status is None:
+        return None
+    at = status.last_finished_at
+    moment = None if at is None else f"{datetime.fromtimestamp(at, UTC):%Y-%m-%d %H:%M:%S}"
+    return {"stages": status.stages, "moment": moment}
 
 
 def render(name: str, values: Values) -> Markup:
@@ -145,6 +159,9 @@ def top(facts: Facts) -> Values:
     fallen = {k.replace("_", " "): n for k, n in sorted(r.outcomes.items()) if k != "solved"}
     return {
         "report": r,
+        "is_pilot": facts.context.plan.is_pilot,
+        "num_units": (len(facts.units), len(facts.context.plan.units)),
+        "gains": gains(facts.context),
         "is_sparse": r.sparsity == PAIRED_48,
         "num_layers": len(facts.layers),
         "num_experts": facts.context.layout.num_experts,

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from p48ray.numerics.solution import PAIRED_48
 from p48ray.numerics.solvers import SOLVERS
 from p48ray.report.fold import Facts, Values
+from p48ray.report.run_sections import worst_kl
 from p48ray.unit.ladder import DENSE, ONE_SHOT, REFINED
 
 SIDE_TITLES = (("gate and up", "gate_up"), ("down", "down"))
@@ -55,24 +56,27 @@ def step_words(facts: Facts, step: str) -> str:
 
 
 def by_side(names: Sequence[tuple[str, str]], errors: Sequence[Mapping[str, float]]) -> Values:
-    """Side -> its bars. `names`: (words, CSS class) of each step. `errors`: its errors by side."""
-    return {title: ladder_bars(names, [e[side] for e in errors]) for title, side in SIDE_TITLES}
+    """Side -> its bars, on one scale for both. `names`: (words, CSS class) of each step. `errors`:
+    its errors by side."""
+    most = max(e[side] for e in errors for _, side in SIDE_TITLES) or 1.0
+    return {
+        title: ladder_bars(names, [e[side] for e in errors], most) for title, side in SIDE_TITLES
+    }
 
 
-def ladder_bars(names: Sequence[tuple[str, str]], values: Sequence[float]) -> list[Step]:
-    most = max(values) or 1.0
+def ladder_bars(
+    names: Sequence[tuple[str, str]], values: Sequence[float], most: float
+) -> list[Step]:
+    """`most`: what a full bar stands for."""
     pairs = zip(names, values, strict=True)
     return [Step(name, value, value / most, css) for (name, css), value in pairs]
 
 
 def kl_steps(facts: Facts) -> list[Step]:
-    """KL of whole checkpoints that were evaluated: this one's and the published one-shot's."""
+    """KL of this checkpoint and the published one-shot's; nothing where there is no other to set
+    it beside."""
     r = facts.report
-    if r.quality is None:
+    if r.quality is None or r.baseline is None:
         return []
-    ours = ("this checkpoint", "s1")
-    if r.baseline is None:
-        return ladder_bars([ours], [r.quality.kl])
-    return ladder_bars(
-        [("one-shot, as published", STEP_COLOURS[ONE_SHOT]), ours], [r.baseline.kl, r.quality.kl]
-    )
+    names = [("one-shot, as published", STEP_COLOURS[ONE_SHOT]), ("this checkpoint", "s1")]
+    return ladder_bars(names, [r.baseline.kl, r.quality.kl], worst_kl(r))

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from p48ray.checkpoint.layout import PROJECTIONS
 from p48ray.checkpoint.sparse_storage import Storage
-from p48ray.report.work import Extrapolation, extrapolate, pilot_words, read_work
+from p48ray.report.work import Extrapolation, duration, extrapolate, pilot_words, read_work
 from p48ray.run import run_root
 from p48ray.run.benchmark_results import BenchmarkTable
 from p48ray.run.manifest import LinearRecord, UnitManifest
@@ -88,7 +88,7 @@ def build_report(
 
     Args:
         context: of the run.
-        units: manifests of all its units, whose seconds are summed whoever did them.
+        units: manifests of its finished units, whose seconds are summed whoever did them.
         shards: all that the plan has.
         quality: on held-out text; None where nothing was evaluated.
         stage_seconds: by stage, of this driver.
@@ -116,10 +116,11 @@ def build_report(
         few_tokens=few,
         calibration_tokens=plan.config.calibration.num_sequences
         * plan.config.calibration.sequence_length,
-        relative_output_error={p: projection_errors(records, p) for p in PROJECTIONS},
+        relative_output_error={p: projection_errors(records, p) for p in PROJECTIONS if records},
         ladder=mean_ladder(units),
-        clipped_input_share=sum(u.clipped_input_share for u in units) / len(units),
-        clipped_intermediate_share=sum(u.clipped_intermediate_share for u in units) / len(units),
+        clipped_input_share=sum(u.clipped_input_share for u in units) / max(1, len(units)),
+        clipped_intermediate_share=sum(u.clipped_intermediate_share for u in units)
+        / max(1, len(units)),
         storage=plan.config.output.storage,
         checkpoint_bytes=sum(s.num_bytes for s in shards),
         source_bytes=sum(e.num_bytes for e in context.source.tensors.values()),
@@ -131,13 +132,13 @@ def build_report(
             extrapolate(
                 plan, read_work(plan, context.store, {info.key for info in context.store.list()})
             )
-            if plan.is_pilot
+            if plan.is_pilot and len(units) == len(plan.units)
             else None
         ),
         stage_seconds=stage_seconds,
         unit_seconds={name: round(value, 1) for name, value in phases.items()},
         devices=dict(Counter(u.device for u in units)),
-        versions=units[0].versions,
+        versions=units[0].versions if units else {},
     )
 
 
@@ -196,7 +197,7 @@ def print_report(report: Report, console: Console) -> None:
         f"size: {report.checkpoint_bytes:,} bytes (source {report.source_bytes:,}), experts"
         f" {report.expert_bytes:,}{storage}"
     )
-    spent = ", ".join(f"{name} {value:.0f} s" for name, value in report.stage_seconds.items())
+    spent = ", ".join(f"{name} {duration(s)}" for name, s in report.stage_seconds.items())
     console.print(f"time: {spent}")
     if report.pilot is None:
         console.print(f"checkpoint: {report.checkpoint}", soft_wrap=True)

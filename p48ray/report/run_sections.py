@@ -11,16 +11,11 @@ from typing import NamedTuple
 
 from p48ray.report import charts
 from p48ray.report.charts import Part
-from p48ray.report.fold import (
-    MERGED_SHARE,
-    Facts,
-    Span,
-    Values,
-    busy,
-    merged_spans,
-    shared_seconds,
-)
+from p48ray.report.fold import MERGED_SHARE, Facts, Values
+from p48ray.report.gains import gains
+from p48ray.report.report import Report
 from p48ray.report.scales import time_ticks
+from p48ray.report.spans import Span, busy, merged_spans, most_at_once, shared_seconds
 from p48ray.report.work import Work, duration, gpu_hours, pilot_words
 from p48ray.stages.evaluate import EvaluationResult
 from p48ray.stages.table import COMPRESS_STAGE, stages_of
@@ -34,7 +29,7 @@ SHOWN_SECTIONS = {"calibration", "compression", "evaluation", "output"}
 class QualityRow(NamedTuple):
     """One checkpoint on held-out text. `more`: perplexity over the source's, as a share of it.
 
-    `share`: length of the bar, as a share of the longest; above 1 it is cut.
+    `share`: length of the bar, as a share of the longest on the page.
     """
 
     name: str
@@ -53,7 +48,7 @@ def quality(facts: Facts) -> Values | None:
     settings = facts.context.plan.config.evaluation
     if r.quality is None or settings is None:
         return None
-    worst = max(q.kl for q in (r.baseline, r.quality) if q is not None) or 1.0
+    worst = worst_kl(r)
     rows = [quality_row(f"{r.solver}, {r.sparsity}", r.quality, worst, is_own=True)]
     if r.baseline is not None:
         rows.insert(0, quality_row("one-shot baseline", r.baseline, worst, is_own=False))
@@ -69,7 +64,14 @@ def quality(facts: Facts) -> Values | None:
         "source_perplexity": r.quality.source_perplexity,
         "source_accuracy": r.quality.source_accuracy,
         "rows": rows,
+        "has_bars": len(rows) > 1,
     }
+
+
+def worst_kl(report: Report) -> float:
+    """The largest KL on the page: what a full bar stands for, wherever there is one of a KL."""
+    found = [report.baseline, report.quality, report.quality and report.quality.in_groups_of_32]
+    return max((q.kl for q in found if q is not None), default=0.0) or 1.0
 
 
 def quality_row(name: str, q: EvaluationResult, worst: float, is_own: bool) -> QualityRow:
@@ -106,20 +108,27 @@ def timeline(facts: Facts) -> Values | None:
     last = end if end > start else start + whole
     own = {stage: [s for s in spans if s.stage == stage] for stage, _ in stages}
     at_work = [(css, busy(own[stage], start, last, BUSY_STEPS)) for stage, css in stages]
-    most = max(sum(v) for v in zip(*(v for _, v in at_work), strict=True))
+    there = num_workers(facts)
     streams = [s for s in spans if s.stage != COMPRESS_STAGE.name]
-    words = f"workers at work, up to {most:.3g}"
+    words = f"workers at work: up to {most_at_once(spans):,} of {there:,}"
     begun, ended = (datetime.fromtimestamp(t, UTC) for t in (start, end))
     return {
         "begun": f"{begun:%Y-%m-%d %H:%M}",
         "ended": f"{ended:%Y-%m-%d %H:%M}",
         "seconds": whole,
+        "idle": idle(facts),
         "shared_seconds": shared_seconds(streams, own[COMPRESS_STAGE.name]),
         "title": words,
-        "workers": charts.stacked_area(at_work, words, f"{most:.3g}"),
+        "workers": charts.stacked_area(at_work, words, there),
         "layers": charts.segment_rows(rows, marks, "when each layer was worked on, by stage"),
         "stages": [(css, stage) for stage, css in stages if own[stage]],
     }
+
+
+def num_workers(facts: Facts) -> int:
+    """How many there were: those that the run asks for, or more that were seen at work at once
+    (before it was resumed with fewer)."""
+    return max(facts.context.plan.config.run.num_workers, most_at_once(facts.spans))
 
 
 def timed_stages(facts: Facts) -> list[tuple[str, str]]:
@@ -177,7 +186,7 @@ def cost(facts: Facts) -> Values:
             Part(css, name, s / whole, f"{duration(s)}, {s / whole:.0%}")
             for css, (name, s) in zip(chain(PHASE_COLOURS, repeat("s5")), phases, strict=False)
         ],
-        "sizes": None if r.pilot else sizes(facts),
+        "sizes": None if facts.context.plan.is_pilot else sizes(facts),
         "driver_seconds": r.stage_seconds,
     }
 
@@ -201,28 +210,30 @@ def idle(facts: Facts) -> Values | None:
     whole = max(s.end for s in facts.spans) - min(s.start for s in facts.spans)
     if whole <= 0:
         return None
-    worked = sum(s.end - s.start for s in facts.spans)
-    seconds = max(0.0, whole * run.num_workers - worked)
+    there = num_workers(facts)
+    seconds = whole * there - sum(s.end - s.start for s in facts.spans)
     return {
-        "num_workers": run.num_workers,
+        "num_workers": there,
         "whole_s": whole,
         "idle_s": seconds,
-        "share": seconds / (whole * run.num_workers),
+        "share": seconds / (whole * there),
         "gpu_hours": seconds / 3600 * run.gpus_per_worker if run.gpus_per_worker else None,
     }
 
 
 def sizes(facts: Facts) -> Values:
     """Bytes of tensors: source, checkpoint, and of it experts and the rest; bars to the largest."""
-    r, source = facts.report, facts.context.plan.source
-    weights = r.num_linears * source.hidden_size * source.moe_intermediate_size
+    r, found = facts.report, gains(facts.context)
+    bits = found.sparse if r.storage == "sparse" and found.sparse else found.dense
     return {
         "most": max(r.source_bytes, r.checkpoint_bytes),
         "source": r.source_bytes,
         "checkpoint": r.checkpoint_bytes,
         "experts": r.expert_bytes,
-        "expert_bits": 8 * r.expert_bytes / weights,
+        "expert_bits": bits,
         "untouched": r.checkpoint_bytes - r.expert_bytes,
+        "source_form": facts.context.layout.expert_storage,
+        "gains": found,
     }
 
 
@@ -232,6 +243,7 @@ def made(facts: Facts) -> Values:
     settings = config.model_dump(mode="json", include=SHOWN_SECTIONS)
     return {
         "report": facts.report,
+        "is_pilot": facts.context.plan.is_pilot,
         "calibration": config.calibration,
         "settings": json.dumps(settings, indent=1),
     }

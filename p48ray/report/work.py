@@ -5,15 +5,17 @@ Seconds are those of finished work; attempts that were lost, workers that waited
 compression are not among them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+from p48ray.report.spans import Span, WorkPiece, merged_spans, spans_by_worker
 from p48ray.run.manifest import ActivationPart, GradientPart, UnitManifest
 from p48ray.run.plan import RunPlan
 from p48ray.run.records import Record
 from p48ray.stages.table import COMPRESS_STAGE, stages_of
 from p48ray.store.base import Store
 
-RECENT_S = 900.0  # the rate is that of the last quarter of an hour in which something was finished
+PAUSE_S = 900.0
+"""For so long nobody was at work on a stage: it was interrupted, and the time does not count."""
 
 
 class Work(Record):
@@ -39,51 +41,90 @@ class Extrapolation(Record):
     cost: float | None
 
 
-Manifests = Sequence[ActivationPart] | Sequence[GradientPart] | Sequence[UnitManifest]
+Manifest = ActivationPart | GradientPart | UnitManifest
+ManifestsByStage = Mapping[str, Sequence[Manifest]]
+"""Manifests of finished work by stage, those of every stage that takes hours."""
+
+
+def stage_manifests(
+    plan: RunPlan, store: Store, keys: set[str], known: dict[str, Manifest] | None = None
+) -> ManifestsByStage:
+    """What is finished of the stages that take hours.
+
+    Args:
+        plan: of the run.
+        store: the run root.
+        keys: of it.
+        known: manifests by key that need not be read again; what is read is added.
+    """
+    known, found = {} if known is None else known, {}
+    for stage in stages_of(plan):
+        if stage.manifest is not None and stage.markers is not None:
+            names = [k for k in stage.markers(plan, ()) if k in keys]
+            new = [k for k in names if k not in known]
+            known.update(zip(new, stage.manifest.load_all(store, new), strict=True))
+            found[stage.name] = [known[k] for k in names]
+    return found
 
 
 def read_work(plan: RunPlan, store: Store, keys: set[str]) -> tuple[Work, ...]:
     """Work of the stages that take hours. `keys`: of the run root."""
-    found = []
-    for stage in stages_of(plan):
-        if stage.manifest is not None and stage.markers is not None:
-            names = stage.markers(plan, ())
-            found.append(
-                measure_work(
-                    stage.name,
-                    stage.manifest.load_all(store, [k for k in names if k in keys]),
-                    len(names),
-                )
-            )
-    return tuple(found)
+    return measure(plan, spans_of(plan, stage_manifests(plan, store, keys)))
 
 
-def measure_work(stage: str, manifests: Manifests, total: int) -> Work:
-    """Worker seconds, rate and time left of one stage's finished manifests."""
-    rate = per_second([m.finished_at for m in manifests])
-    left = total - len(manifests)
+def spans_of(plan: RunPlan, found: ManifestsByStage) -> list[Span]:
+    """Who worked when, over all stages: a worker that streamed may have compressed next."""
+    layer_of = {u.id: u.layer for u in plan.units}
+    pieces = [
+        WorkPiece(
+            stage,
+            layer_of[m.unit] if isinstance(m, UnitManifest) else m.layer,
+            seconds_of(m),
+            m.finished_at,
+            m.worker,
+        )
+        for stage, manifests in found.items()
+        for m in manifests
+    ]
+    return spans_by_worker(pieces, plan.config.run.num_workers)
+
+
+def measure(plan: RunPlan, spans: Sequence[Span]) -> tuple[Work, ...]:
+    """Work of the stages that take hours. `spans`: of all of them."""
+    return tuple(
+        measure_work(
+            stage.name, [s for s in spans if s.stage == stage.name], len(stage.markers(plan, ()))
+        )
+        for stage in stages_of(plan)
+        if stage.manifest is not None and stage.markers is not None
+    )
+
+
+def measure_work(stage: str, spans: Sequence[Span], total: int) -> Work:
+    """Worker seconds, rate and time left of one stage, of which `spans` are finished."""
+    rate = per_second(spans)
+    left = total - len(spans)
     return Work(
         stage=stage,
-        done=len(manifests),
+        done=len(spans),
         total=total,
-        worker_seconds=round(sum(seconds_of(m) for m in manifests), 1),
+        worker_seconds=round(sum(s.end - s.start for s in spans), 1),
         per_minute=None if rate is None else round(60 * rate, 2),
         seconds_left=0.0 if not left else None if rate is None else round(left / rate, 1),
     )
 
 
-def seconds_of(manifest: ActivationPart | GradientPart | UnitManifest) -> float:
+def seconds_of(manifest: Manifest) -> float:
     return (
         sum(manifest.seconds.values()) if isinstance(manifest, UnitManifest) else manifest.seconds
     )
 
 
-def per_second(finished_at: Sequence[float]) -> float | None:
-    """How many a second, over the RECENT_S before the last one; None while there are not two to
-    compare."""
-    recent = [t for t in finished_at if t > max(finished_at) - RECENT_S]
-    span = max(recent) - min(recent) if recent else 0.0
-    return (len(recent) - 1) / span if span > 0 else None
+def per_second(spans: Sequence[Span]) -> float | None:
+    """How many a second since the first of them was begun, interruptions apart; None while there is
+    none."""
+    active_s = sum(end - start for start, end, _ in merged_spans(spans, PAUSE_S))
+    return len(spans) / active_s if active_s > 0 else None
 
 
 def gpu_hours(plan: RunPlan, work: Sequence[Work]) -> float:

@@ -76,6 +76,7 @@ class PartManifest(Record):
         description="That a thread beside it took to hash and write the blob."
     )
     finished_at: float = Field(description="Unix time, seconds, when the blob was durable.")
+    worker: str = Field("", description="The process; empty in manifests of before.")
 
 
 class BoundaryPart(PartManifest):
@@ -182,6 +183,7 @@ class UnitManifest(Record):
         default_factory=dict, description="Largest allocated GPU memory by phase; empty on a CPU."
     )
     finished_at: float = Field(description="Unix time, seconds.")
+    worker: str = Field("", description="The process; empty in manifests of before.")
     device: str
     versions: dict[str, str]
 

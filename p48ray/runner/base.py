@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from p48ray.errors import P48Error, StageFailedError, TransientStoreError, UserError
+from p48ray.runner.stage_times import StageTimes
 from p48ray.stages.tasks import Task, TaskResult
 from p48ray.store.base import Store
 
@@ -28,6 +29,10 @@ class WorkSource(Protocol):
         """
         ...
 
+    def begun(self, task: Task) -> None:
+        """A worker that is up has a task; said again when it is tried again."""
+        ...
+
     def done(self, task: Task) -> None:
         """A task is done; what follows from it may be ready now."""
         ...
@@ -43,21 +48,29 @@ class TaskList:
         found, self.waiting = self.waiting, ()
         return found
 
+    def begun(self, task: Task) -> None:
+        """Nothing follows."""
+
     def done(self, task: Task) -> None:
         """Nothing follows."""
 
 
 @dataclass(frozen=True, slots=True)
 class Counted:
-    """A source whose tasks are counted by stage."""
+    """A source whose tasks are counted by stage, and timed."""
 
     source: WorkSource
     handed: Counter[str]
+    times: StageTimes
 
     def next(self, is_idle: bool) -> Sequence[Task]:
         found = self.source.next(is_idle)
         self.handed.update(task.stage for task in found)
         return found
+
+    def begun(self, task: Task) -> None:
+        self.times.begun(task)
+        self.source.begun(task)
 
     def done(self, task: Task) -> None:
         self.source.done(task)
@@ -80,16 +93,24 @@ class RedoError(P48Error):
     leaves the pipeline."""
 
 
-def run_all(runner: Runner, source: WorkSource, store: Store) -> None:
+def run_all(
+    runner: Runner, source: WorkSource, store: Store, times: StageTimes | None = None
+) -> None:
     """Run a source's tasks to the end: all that can be done of them.
 
+    Args:
+        runner, source: the two sides.
+        store: the run root.
+        times: learns when tasks began and ended, if anybody asks.
     Raises: an error that lists what failed: of the kind of the user's mistake if one stopped a
         task; RedoError if corrupt objects of the run root are all that stopped the rest; else
         StageFailedError. Corrupt objects are deleted in any case.
     """
     failed: list[TaskResult] = []
     handed: Counter[str] = Counter()
-    for result in runner.run(Counted(source, handed)):
+    times = times or StageTimes()
+    for result in runner.run(Counted(source, handed, times)):
+        times.ended(result.task)
         if result.is_done or is_done_by_another(store, result.task):
             source.done(result.task)
         else:

@@ -7,15 +7,13 @@ by all workers. Between the two everybody waits for the last: the price of input
 which the report shows as idle time.
 """
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from p48ray.run import run_root
 from p48ray.run.changing_hands import is_still_ours
 from p48ray.run.cleanup import delete_spent_streams
 from p48ray.run.needs import Needs, read_needs
 from p48ray.runner.layer_units import LayerUnits
-from p48ray.runner.overlap import Spans
 from p48ray.runner.streams import Streams, share_out_parts, slice_id
 from p48ray.stages.table import COMPRESS_STAGE, PROPAGATE_STAGE
 from p48ray.stages.tasks import Task
@@ -27,15 +25,12 @@ class LayerByLayer:
 
     Which layer is next is read from the run root each time.
 
-    Args: needs: what the run root lacks now. clock: monotonic seconds.
+    Args: needs: what the run root lacks now.
     """
 
-    def __init__(
-        self, context: StageContext, needs: Needs, clock: Callable[[], float] = time.monotonic
-    ) -> None:
+    def __init__(self, context: StageContext, needs: Needs) -> None:
         self.plan, self.store = context.plan, context.store
         self.streams, self.units = Streams(self.plan, needs), LayerUnits(context)
-        self.spans = Spans(clock)
         self.ready = self.streams.take()
         self.open_captures = 0
         if not self.streams.num_open:
@@ -44,12 +39,13 @@ class LayerByLayer:
     def next(self, is_idle: bool) -> Sequence[Task]:
         """Tasks that became ready since the last call."""
         found, self.ready = [*self.ready, *self.streams.take()], []
-        self.spans.named(found)
         return found
+
+    def begun(self, task: Task) -> None:
+        """Nothing follows."""
 
     def done(self, task: Task) -> None:
         """The end of one layer begins the next."""
-        self.spans.done(task)
         if task.stage == PROPAGATE_STAGE.name:
             self.open_captures -= 1
             if not self.open_captures:

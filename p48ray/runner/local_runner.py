@@ -29,6 +29,7 @@ class LocalRunner:
             if not waiting:
                 return
             task = waiting.pop(0)
+            source.begun(task)
             result = self.workplace.execute(task)
             for _ in range(self.plan.config.run.max_attempts - 1):
                 if not result.is_transient:

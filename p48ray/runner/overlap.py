@@ -9,7 +9,7 @@ solve what the stream left.
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 from p48ray.errors import TransientStoreError
 from p48ray.run import run_root
@@ -29,29 +29,6 @@ POLLING_SHARE = 50
 """Times a look's own duration until the next one: two per cent of the time is spent on looking."""
 
 
-class Spans:
-    """When a stage's first task was named and when its last one was done, by stage.
-
-    Args: clock: monotonic seconds.
-    """
-
-    def __init__(self, clock: Callable[[], float]) -> None:
-        self.clock = clock
-        self.times: dict[str, tuple[float, float]] = {}
-
-    def named(self, tasks: Iterable[Task]) -> None:
-        for task in tasks:
-            self.times.setdefault(task.stage, (self.clock(), self.clock()))
-
-    def done(self, task: Task) -> None:
-        self.times[task.stage] = (self.times[task.stage][0], self.clock())
-
-    def seconds(self, stage: str) -> float:
-        """From the first to the last; 0 for a stage that had nothing to do."""
-        first, last = self.times.get(stage, (0.0, 0.0))
-        return last - first
-
-
 class Overlap:
     """The tasks of the three stages as they become ready (a WorkSource).
 
@@ -68,7 +45,6 @@ class Overlap:
         # Open layers as streams complete them.
         self.waiting = sorted(needs.open_layers, reverse=self.plan.uses_gradients)
         self.streams, self.units = Streams(self.plan, needs), LayerUnits(context)
-        self.spans = Spans(clock)
         self.ready = self.streams.take()
         self.next_poll = clock() + POLL_S
         if not self.streams.num_open:
@@ -85,7 +61,6 @@ class Overlap:
             found += self.complete_layers(is_idle)
             now = self.clock()
             self.next_poll = now + max(POLL_S, POLLING_SHARE * (now - start))
-        self.spans.named(found)
         return found
 
     def complete_layers(self, is_all: bool) -> list[Task]:
@@ -113,9 +88,11 @@ class Overlap:
         prefixes = [run_root.activation_folder(layer), run_root.gradient_folder(layer)]
         return frozenset(info.key for prefix in prefixes for info in self.store.list(prefix))
 
+    def begun(self, task: Task) -> None:
+        """Nothing follows."""
+
     def done(self, task: Task) -> None:
         """What follows a task is ready now; what nobody reads any more goes (run.cleanup)."""
-        self.spans.done(task)
         if task.stage == COMPRESS_STAGE.name:
             self.units.done(task)
             return

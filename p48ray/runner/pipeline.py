@@ -28,6 +28,7 @@ from p48ray.runner.base import RedoError, Runner, TaskList, delete_corrupt, run_
 from p48ray.runner.layer_by_layer import LayerByLayer
 from p48ray.runner.overlap import Overlap
 from p48ray.runner.progress import Progress
+from p48ray.runner.stage_times import StageTimes
 from p48ray.stages.evaluate import EvaluationResult
 from p48ray.stages.inputs import check_run_root, write_inputs
 from p48ray.stages.prepare import Prepared, prepare
@@ -150,11 +151,10 @@ class Job:
         there."""
         assert stage.work is not None
         check_still_ours(self.plan, self.store)
-        tasks = stage.work(self.context, self.shards)
-        start = time.monotonic()
-        with self.progress(stage, self.markers(stage)) as progress:
-            run_all(self.runner, TaskList(tasks), self.store)
-        self.check_complete(progress, time.monotonic() - start)
+        tasks, times = stage.work(self.context, self.shards), StageTimes(self.clock)
+        with self.progress(stage, self.markers(stage), times) as progress:
+            run_all(self.runner, TaskList(tasks), self.store, times)
+        self.check_complete(progress)
         return stage.finish(self.context, self.shards, self.units) if stage.finish else None
 
     def markers(self, stage: Stage) -> list[str]:
@@ -163,23 +163,25 @@ class Job:
         assert stage.markers_in is not None, stage.name
         return stage.markers_in(self.context)
 
-    def progress(self, stage: Stage, markers: Sequence[str]) -> Progress:
+    def progress(self, stage: Stage, markers: Sequence[str], times: StageTimes) -> Progress:
         expected = set(markers)
         return Progress(
             stage.name,
             stage.noun,
             len(expected),
             lambda: len(expected & self.list_keys(stage.prefix)),
+            lambda: times.seconds(stage.name),
         )
 
-    def check_complete(self, progress: Progress, seconds: float) -> None:
+    def check_complete(self, progress: Progress) -> None:
         """Raises: StageFailedError when a stage that came to its end is not complete."""
         if progress.final != progress.total:
             raise StageFailedError(
                 f"{progress.stage}: expected {progress.total} {progress.noun} in {self.store.uri},"
                 f" found {progress.final}"
             )
-        self.seconds[progress.stage] = round(self.seconds.get(progress.stage, 0.0) + seconds, 1)
+        before = self.seconds.get(progress.stage, 0.0)
+        self.seconds[progress.stage] = round(before + progress.worked_s, 1)
 
     def list_keys(self, prefix: str) -> set[str]:
         return {info.key for info in self.store.list(prefix)}
@@ -189,7 +191,7 @@ class Job:
         (runner.overlap), or layer by layer (runner.layer_by_layer)."""
         needs = read_needs(self.plan, self.store)
         kind = LayerByLayer if self.plan.propagates else Overlap
-        work = kind(self.context, needs, self.clock)
+        work, times = kind(self.context, needs), StageTimes(self.clock)
         done = {
             key
             for n in self.plan.layers
@@ -200,13 +202,13 @@ class Job:
         # of layers that are done, what is gone is not missed
         for stage in (stage for stage in stages_of(self.plan) if stage.work is None):
             markers = [key for key in self.markers(stage) if key not in done or key in needs.keys]
-            shown.append(self.progress(stage, markers))
+            shown.append(self.progress(stage, markers, times))
         with ExitStack() as stack:
             for progress in shown:
                 stack.enter_context(progress)
-            run_all(self.runner, work, self.store)
+            run_all(self.runner, work, self.store, times)
         for progress in shown:
-            self.check_complete(progress, work.spans.seconds(progress.stage))
+            self.check_complete(progress)
         self.units = unit_manifests(self.plan, self.store)
         check_units(self.units, known_scales(self.plan, self.store))
         delete_lost_attempts(self.plan, self.store)

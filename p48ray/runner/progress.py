@@ -46,15 +46,15 @@ def progress_line(
     Args:
         label: of the stage.
         noun: what is counted.
-        first: what was done before the clock started.
+        first: what was done before that.
         done: what is done now, `first` included.
         total: what is done in the end.
-        elapsed_s: seconds since the clock started.
+        elapsed_s: seconds since the first piece of work was begun; 0 where none was.
     """
     counts = f"{label:9s} {done.items}/{total.items} {noun}"
     if total.num_bytes is None or first.num_bytes is None or done.num_bytes is None:
         before, now, end = first.items, done.items, total.items
-        rate = (now - before) / elapsed_s
+        rate = (now - before) / elapsed_s if elapsed_s else 0.0
         pace = f"{rate:.1f}/s" if rate >= 1 else f"{rate * 60:.1f}/min"
     else:
         before, now, end = first.num_bytes, done.num_bytes, total.num_bytes
@@ -74,6 +74,7 @@ class Progress:
         noun: str,
         total: int,
         count: Callable[[], int],
+        seconds: Callable[[], float],
         interval_s: float = INTERVAL_S,
     ) -> None:
         """Counting begins with the context.
@@ -83,17 +84,18 @@ class Progress:
             noun: what is counted.
             total: markers when done.
             count: how many there are now, by listing the store.
+            seconds: that the stage has worked (runner.stage_times).
             interval_s: seconds between two counts, at least.
         """
         self.stage, self.noun, self.total = stage, noun, total
-        self.count, self.interval_s = count, interval_s
+        self.count, self.seconds, self.interval_s = count, seconds, interval_s
         self.stopped = threading.Event()
         self.thread = threading.Thread(target=self.watch, name=f"progress-{stage}", daemon=True)
 
     def __enter__(self) -> Self:
-        self.start, self.first = time.monotonic(), self.count()
-        self.last = self.first
+        self.last = self.first = self.count()
         self.final: int | None = None
+        self.worked_s = 0.0
         resumed = f", {self.first} already done" if self.first else ""
         log.info("%-9s %d %s%s", self.stage, self.total, self.noun, resumed)
         if self.first == self.total:  # nothing is taken away from a stage that is done
@@ -113,9 +115,10 @@ class Progress:
             self.end(self.count())
 
     def end(self, done: int) -> None:
-        """The last line. Stages overlap: one may be complete long before its neighbours."""
-        self.final = done
-        elapsed = duration(time.monotonic() - self.start)
+        """The last line. Stages overlap: one may be complete long before its neighbours. Its
+        seconds are those of the summary too."""
+        self.final, self.worked_s = done, round(self.seconds(), 1)
+        elapsed = duration(self.worked_s)
         log.info("%-9s %d/%d %s in %s", self.stage, done, self.total, self.noun, elapsed)
 
     def watch(self) -> None:
@@ -132,7 +135,7 @@ class Progress:
                 self.end(done)
             elif done != self.last:
                 self.last = done
-                log.info(self.line(done, time.monotonic() - self.start))
+                log.info(self.line(done, self.seconds()))
 
     def line(self, done: int, elapsed_s: float) -> str:
         amounts = (Amount(self.first), Amount(done), Amount(self.total))

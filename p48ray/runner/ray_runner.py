@@ -31,7 +31,7 @@ from ray.exceptions import ActorUnavailableError, RayError
 
 from p48ray.errors import P48Error, StageFailedError, UserError, WorkerLostError
 from p48ray.run.plan import RunPlan
-from p48ray.runner.base import POLL_S, WorkSource
+from p48ray.runner.base import POLL_S, TaskList, WorkSource
 from p48ray.runner.budget import budget_of
 from p48ray.runner.cluster import START_TIMEOUT_S, Cluster, check_shared, first_line
 from p48ray.runner.console import configure_logging
@@ -102,6 +102,7 @@ class RayRunner:
     def __init__(self, plan: RunPlan, store_uri: str, address: str | None) -> None:
         self.plan, self.store_uri, self.address = plan, store_uri, address
         self.settings = plan.config.run
+        self.source: WorkSource = TaskList(())  # whose tasks are handed out; see run
         self.idle: list[Worker] = []
         self.starting: dict[Any, Any] = {}  # start() reference -> actor
         self.running: dict[Any, tuple[Worker, Task]] = {}  # by execute() reference
@@ -160,7 +161,7 @@ class RayRunner:
 
         Raises: BudgetSpentError, once nothing is under way, with tasks left.
         """
-        waiting = Dispatcher(source.next(False))
+        self.source, waiting = source, Dispatcher(source.next(False))
         self.failures.clear()
         self.preemptions.clear()
         self.isolated.clear()
@@ -235,6 +236,7 @@ class RayRunner:
 
     def assign(self, worker: Worker, task: Task) -> None:
         self.running[worker.actor.execute.remote(task)] = (worker, task)
+        self.source.begun(task)
 
     def assigned(self) -> dict[Worker, list[Task]]:
         """The tasks of every worker that has any, as they were handed out."""

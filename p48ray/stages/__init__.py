@@ -10,7 +10,8 @@ Read in this order:
     prepare, revisions, inputs      before anything is written, then the first things written
     mirror                          the Hub's files, copied once
     capture, gradients, propagate   what experts see; streaming, recompute, blobs are their parts
-    reduce, verify, final_files     the checkpoint; shard_proof, index_proof and read_ahead verify
+    reduce, verify, final_files     the checkpoint; shard_proof, linear_proof, index_proof,
+                                    read_ahead verify
     evaluate                        held-out text through source and checkpoint;
                                     compressed_experts: where its experts come from
 

@@ -204,6 +204,7 @@ class BlobWriter:
             seconds=blob.seconds,
             write_seconds=round(time.monotonic() - start, 3),
             finished_at=round(time.time(), 3),
+            worker=self.context.worker,
             **{name: value.tolist() for name, value in blob.values.items()},
         )
         key = run_root.blob_manifest(blob.kind, blob.layer, blob.part)

@@ -17,7 +17,8 @@ from p48ray.run.plan import WorkUnit
 from p48ray.run.records import LOADS_AT_ONCE
 from p48ray.stages.final_files import finish_checkpoint
 from p48ray.stages.index_proof import check_index, check_strangers
-from p48ray.stages.shard_proof import Promise, verify_shard
+from p48ray.stages.linear_proof import Promise
+from p48ray.stages.shard_proof import verify_shard
 from p48ray.stages.tasks import Task
 from p48ray.store.view import SubStore
 from p48ray.unit.context import StageContext

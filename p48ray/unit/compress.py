@@ -358,6 +358,7 @@ def store_unit(context: StageContext, unit: WorkUnit, solved: Solved, clock: Clo
         seconds=clock.seconds,
         peak_gpu_bytes=clock.peak_gpu_bytes,
         finished_at=round(time.time(), 3),
+        worker=context.worker,
         device=(
             torch.cuda.get_device_name(context.device)
             if context.device.type == "cuda"

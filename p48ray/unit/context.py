@@ -4,6 +4,7 @@ source, and where to compute."""
 import hashlib
 import mmap
 import os
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -33,6 +34,9 @@ from p48ray.unit.compiling import Compiling
 from p48ray.unit.compute_lock import ComputeLock
 from p48ray.unit.staging import to_device
 
+PROCESS = uuid.uuid4().hex[:12]
+"""This process, for manifests that say who worked when. Nothing of the machine is in it."""
+
 
 @dataclass(frozen=True, slots=True)
 class FinishedUnit:
@@ -50,7 +54,7 @@ class StageContext:
     `cache`: what this node's workers read in common, if it comes from afar. `files`: which files of
     the node were hashed already. `compute_lock`: held by the one unit of a process that computes.
     `compiling`: a GPU's kernels, on their way. `known`: what stages of this process have found out
-    once, by their names.
+    once, by their names. `worker`: who works here, as manifests name it.
     """
 
     plan: RunPlan
@@ -63,6 +67,7 @@ class StageContext:
     compute_lock: ComputeLock = field(default_factory=ComputeLock)
     compiling: Compiling | None = None
     known: dict[str, str] = field(default_factory=dict)
+    worker: str = PROCESS
 
     @property
     def compute_dtype(self) -> torch.dtype:

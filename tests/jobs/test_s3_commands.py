@@ -57,10 +57,29 @@ def call(*words: str) -> Result:
     return result
 
 
+def test_page_of_a_run_that_goes_on_in_a_bucket_is_a_file_here(
+    root: str, seaweedfs: Server, tmp_path: Path
+) -> None:
+    finished, half = bucket(seaweedfs, "commands/run"), bucket(seaweedfs, "commands/half")
+    for info in finished.list():
+        if not info.key.startswith(("checkpoint/", "verification/", "report/", "residuals/")):
+            half.put(info.key, finished.get(info.key))
+    held, place = [info.key for info in half.list()], f"s3://{BUCKET}/commands/half"
+    endpoint = ("--endpoint-url", seaweedfs.endpoint_url)
+    found = call("report", place, "--output", str(tmp_path / "half.html"), *endpoint)
+    assert found.exit_code == 0 and "not complete" in found.stdout, found.output
+    assert "reduce not begun" in " ".join((tmp_path / "half.html").read_text().split())
+    found = call("report", root, "--output", str(tmp_path / "whole.html"), *endpoint)
+    assert (tmp_path / "whole.html").read_bytes() == finished.get("report/report.html")
+    assert [info.key for info in half.list()] == held
+
+
 def test_status_verify_and_inspect_reach_it_by_the_option(root: str, seaweedfs: Server) -> None:
     endpoint = ("--endpoint-url", seaweedfs.endpoint_url)
     source = ("--source", f"s3://{BUCKET}/commands/source")
     found = call("status", root, *endpoint)
+    assert found.exit_code == 0 and "  complete" in found.stdout
+    found = call("status", "--watch", root, *endpoint)
     assert found.exit_code == 0 and "  complete" in found.stdout
     for more in ((), source):
         found = call("verify", f"{root}/checkpoint", *endpoint, *more)

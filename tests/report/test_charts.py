@@ -42,7 +42,7 @@ def test_columns_are_as_high_as_their_values() -> None:
 
 
 def test_areas_stand_on_each_other() -> None:
-    chart = stacked_area([("s1", [1.0, 0.0]), ("s2", [1.0, 1.0])], "", "2")
+    chart = stacked_area([("s1", [1.0, 0.0]), ("s2", [1.0, 1.0])], "", 2)
     low, high, alone = drawn(chart.picture, "rect")
     assert [(bar["class"], bar["x"], bar["y"], bar["height"]) for bar in (low, high, alone)] == [
         ("s1", "0.000%", "38.0", "34.0"),

@@ -210,7 +210,7 @@ CHARTS: dict[str, tuple[str, Callable[[str], object]]] = {
     "row_labels": ("", lambda s: charts.row_labels([s], 30, s)),
     "segment_rows": ("rows", lambda s: charts.segment_rows([(s, [(s, 0, 1, s)])], [(0.5, s)], s)),
     "spread_rows": ("rows", lambda s: charts.spread_rows([(s, FIVE)], SCALE, s, (0.5, s))),
-    "stacked_area": ("rows", lambda s: charts.stacked_area([(s, [1.0])], s, s)),
+    "stacked_area": ("rows", lambda s: charts.stacked_area([(s, [1.0])], s, 1)),
     "tag": ("", lambda s: charts.tag("text", s, s, css=s, aria_label=s)),
 }
 """Chart -> the macro that puts it into its frame, if any, and how it is drawn."""

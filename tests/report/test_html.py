@@ -17,15 +17,17 @@ from unittest.mock import Mock
 import pytest
 import torch
 
+from p48ray.checkpoint.index import open_checkpoint
 from p48ray.finished.converter import convert_folder
 from p48ray.report import sample
-from p48ray.report.fold import Span, busy, merged_spans, shared_seconds
+from p48ray.report.gains import gains
 from p48ray.report.html import report_html
 from p48ray.report.inspect import inspect_linear
 from p48ray.report.report import build_report, few_tokens
 from p48ray.report.run_sections import idle
 from p48ray.report.sample import mask_overlap, sample_checkpoint
 from p48ray.report.scales import Scale, time_ticks
+from p48ray.report.spans import Span
 from p48ray.report.work import Extrapolation
 from p48ray.run import run_root
 from p48ray.run.manifest import LadderStep, LinearRecord, UnitManifest
@@ -197,6 +199,87 @@ def test_quality_is_the_reports(finished: SmallRun, units: list[UnitManifest], p
     )
 
 
+def test_bars_of_kl_are_on_one_scale_wherever_they_stand(
+    finished: SmallRun, units: list[UnitManifest]
+) -> None:
+    """The longest is the worst that is shown: here the result on sparse kernels."""
+    own = finished.report.quality
+    assert own is not None and own.in_groups_of_32 is not None
+    sparse = own.in_groups_of_32.model_copy(update={"kl": 0.8})
+    own = own.model_copy(update={"kl": 0.2, "in_groups_of_32": sparse})
+    update = {"quality": own, "baseline": own.model_copy(update={"kl": 0.4})}
+    report = build_report(finished.context, units, finished.prepared.shards, own, {})
+    text = report_html(finished.context, report.model_copy(update=update), units)
+    quality, _, rest = text.partition('<section id="quality">')[2].partition("</section>")
+    lengths = re.findall(r'<b class="s\d" style="width:([\d.]+)%', quality)
+    assert lengths == ["0.000", "50.000", "25.000", "100.000"]
+    ladder = rest.partition("the whole checkpoint: KL")[2].partition("</figure>")[0]
+    assert re.findall(r'<b class="s\d" style="width:([\d.]+)%', ladder) == ["50.000", "25.000"]
+
+
+def test_single_bar_that_says_nothing_is_not_drawn(
+    finished: SmallRun, units: list[UnitManifest]
+) -> None:
+    assert finished.report.quality is not None
+    own = finished.report.quality.model_copy(update={"in_groups_of_32": None})
+    report = finished.report.model_copy(update={"quality": own})
+    text = report_html(finished.context, report, units)
+
+    def section(name: str) -> str:
+        return text.partition(f'<section id="{name}">')[2].partition("</section>")[0]
+
+    assert 'class="bar"' not in section("quality") and f"{own.kl:.4f}" in section("quality")
+    assert 'class="stack"' not in section("outcomes") and "solved 192" in section("outcomes")
+    assert 'class="stack"' in section("cost")
+
+
+def test_error_ladder_has_one_scale_for_both_sides(
+    finished: SmallRun, units: list[UnitManifest]
+) -> None:
+    climbed = with_ladder(
+        units, ("dense", 0.01, 0.02), ("block_descent", 0.02, 0.04), is_weighted=False
+    )
+    report = build_report(finished.context, climbed, finished.prepared.shards, None, {})
+    text = report_html(finished.context, report, climbed).partition('<section id="ladder">')[2]
+    lengths = re.findall(r'<b class="s\d" style="width:([\d.]+)%', text.partition("</section>")[0])
+    assert lengths == ["25.000", "50.000", "50.000", "100.000"]
+
+
+def test_page_says_what_is_gained_where_the_sizes_are_equal(
+    finished: SmallRun, units: list[UnitManifest], page: Page
+) -> None:
+    """Counted from the files: the sample's experts are INT4 with a bf16 scale for 32 weights."""
+    assert "experts' bits a weight 4.50 source 4.50; sparse 2.75 (0.61 ×)" in page.words["top"]
+    assert (
+        "take 4.50 bits a weight in the source, stored as int4, and 4.50 in NVFP4, dense. At the"
+        " same size it is the arithmetic that is gained: weights and activations of their products"
+        " have 4 bits (W4A4). In sparse storage ( p48ray convert , without loss) the same weights"
+        " take 2.75 bits, 0.61 times the bytes of the dense form."
+    ) in page.words["cost"]
+    found = gains(finished.context)
+    weights = sum(
+        math.prod(e.shape) * 2
+        for name, e in open_checkpoint(LocalStore(finished.checkpoint)).tensors.items()
+        if ".mlp.experts." in name and name.endswith("weight_packed")
+    )
+    assert found.dense == pytest.approx(8 * finished.report.expert_bytes / weights)
+    dense = with_compression(finished.context, sparsity="dense")
+    assert gains(dense).sparse is None and gains(dense).sparse_ratio == 1.0
+    assert gains(with_compression(finished.context, scale_span=16)).sparse is None
+    words = Page(report_html(dense, finished.report, units)).words
+    assert "sparse 2" not in words["top"] and "In sparse storage" not in words["cost"]
+
+
+def with_compression(context: StageContext, **compression: object) -> StageContext:
+    """A context with other settings of `compression`."""
+    config = context.plan.config
+    changed = config.compression.model_copy(update=compression)
+    plan = context.plan.model_copy(
+        update={"config": config.model_copy(update={"compression": changed})}
+    )
+    return replace(context, plan=plan)
+
+
 def test_baseline_as_good_as_the_result_is_still_the_baseline(
     finished: SmallRun,
     units: list[UnitManifest],
@@ -263,8 +346,11 @@ def test_ladder_shows_every_step_and_kl_only_where_it_was_measured(
         ):
             for error in errors:
                 assert f" {name} {error * mean:.4f} " in words
-        assert f"this checkpoint {quality.kl:.4f}" in words if quality else "KL" not in words
         assert ("one-shot, as published" in words) == (baseline is not None)
+        if quality is not None and baseline is not None:
+            assert f"this checkpoint {quality.kl:.4f}" in words
+        else:
+            assert "KL" not in words, "a bar that stands alone says nothing"
         assert f"the mean of {len(units)} experts" in words and "without the metric" not in words
 
 
@@ -515,17 +601,6 @@ def test_timeline_shows_every_layer_and_no_more_time_than_there_was(
     assert f"compress 8 {round(round(hours, 1))} s" in re.sub(r"\s+", " ", Page(text).words["cost"])
 
 
-def test_time_that_streams_and_units_share_counts_each_moment_once() -> None:
-    streams = [Span("gradients", 2, 0.0, 4.0), Span("gradients", 1, 3.0, 6.0)]
-    units = [
-        Span("compress", 2, 5.0, 7.0),
-        Span("compress", 2, 5.5, 9.0),
-        Span("compress", 1, -1.0, 1.0),
-    ]
-    assert shared_seconds(streams, units) == pytest.approx(2.0)
-    assert shared_seconds(streams, []) == 0
-
-
 @pytest.mark.parametrize(
     ("workers", "gpus", "idle_s", "share", "hours"),
     [(2, 0.0, 12.0, 0.6, None), (1, 0.0, 2.0, 0.2, None), (3, 1.0, 22.0, 22 / 30, 22 / 3600)],
@@ -545,6 +620,21 @@ def test_idle_time_is_what_workers_were_there_for_less_what_they_worked(
     assert idle(Mock(spans=[])) is None
 
 
+def test_timeline_has_no_more_workers_than_there_were(
+    finished: SmallRun, units: list[UnitManifest]
+) -> None:
+    """Parts of a worker that became durable together, and units written behind the next."""
+    busy_units = [
+        u.model_copy(update={"worker": "ab"[i % 2], "finished_at": 1e9, "seconds": {"solve": 9.0}})
+        for i, u in enumerate(units)
+    ]
+    words = Page(report_html(finished.context, finished.report, busy_units)).words["timeline"]
+    assert "workers at work: up to 2 of 2" in words
+    alone = [u.model_copy(update={"worker": u.unit}) for u in busy_units]
+    words = Page(report_html(finished.context, finished.report, alone)).words["timeline"]
+    assert f"workers at work: up to {len(units)} of {len(units)}" in words
+
+
 def test_page_says_how_long_workers_were_idle(
     finished: SmallRun,
     units: list[UnitManifest],
@@ -558,21 +648,6 @@ def test_page_says_how_long_workers_were_idle(
     context = replace(finished.context, plan=plan.model_copy(update={"config": config}))
     words = Page(report_html(context, finished.report, units)).words["cost"]
     assert re.search(r"If all 3,600 workers .* together, \d+\.\d\d GPU-hours \(\d+%\)\.", words)
-
-
-def test_stretches_are_merged_and_counted() -> None:
-    spans = [
-        Span("compress", 1, 10.0, 12.0),
-        Span("compress", 1, 0.0, 4.0),
-        Span("compress", 1, 1.0, 3.0),
-        Span("compress", 1, 4.5, 5.0),
-    ]
-    assert merged_spans(spans, 0.1) == [(0.0, 4.0, 2), (4.5, 5.0, 1), (10.0, 12.0, 1)]
-    assert merged_spans(spans, 0.5) == [(0.0, 5.0, 3), (10.0, 12.0, 1)]
-    assert busy(spans, 0.0, 12.0, 12) == pytest.approx([1, 2, 2, 1, 0.5, 0, 0, 0, 0, 0, 1, 1])
-    assert sum(busy(spans, 0.0, 12.0, 5)) * 12 / 5 == pytest.approx(
-        sum(s.end - s.start for s in spans)
-    )
 
 
 def test_cost_is_there_where_gpus_have_a_price(

@@ -197,7 +197,7 @@ def test_printed_status_says_counts_and_what_is_not_known_yet(
 
 
 def half_done(finished: SmallRun, name: str, *overrides: str) -> MemoryStore:
-    """Captured in full, 4 of 8 units, one every 30 seconds."""
+    """Captured in full, 4 of 8 units, of 840 seconds, by a worker each."""
     store = MemoryStore(name)
     plan = prepare(configure(finished.source, "/nowhere", *overrides)).plan
     store.put(run_root.PLAN, plan.to_json())
@@ -210,7 +210,9 @@ def half_done(finished: SmallRun, name: str, *overrides: str) -> MemoryStore:
     for n, u in enumerate(plan.units[:4]):
         store.put(
             run_root.unit_manifest(u.id),
-            unit(u.id, 1000.0 + 30 * n, {"fetch": 60.0, "solve": 780.0}).to_json(),
+            unit(u.id, 1000.0 + 30 * n, {"fetch": 60.0, "solve": 780.0})
+            .model_copy(update={"worker": f"{n}"})
+            .to_json(),
         )
     return store
 
@@ -219,25 +221,91 @@ def test_status_tells_rate_and_time_left_of_the_stage_under_way(finished: SmallR
     status = read_status(half_done(finished, "status-rate"))
     capture, compress = status.work
     assert (capture.done, capture.total, capture.seconds_left) == (12, 12, 0.0)
-    assert (compress.per_minute, compress.seconds_left) == (2.0, 120.0)
+    assert (compress.per_minute, compress.seconds_left) == (0.26, 930.0)
     text = printed(status)
-    assert "compress: 2 a minute of late, 2 min 00 s left at that rate" in text
+    assert "compress: 0.26 a minute since the first, 15 min 30 s left at that rate" in text
+    assert "last piece of work finished " in text
     assert "capture: " not in text
 
 
-@pytest.mark.parametrize("units", [0, 1])
-def test_status_tells_no_rate_before_there_are_two_points(units: int, finished: SmallRun) -> None:
-    store = half_done(finished, f"status-{units}-points")
-    plan = finished.prepared.plan
-    for u in plan.units[units:4]:
+def test_status_tells_no_rate_before_the_first_piece_of_work(finished: SmallRun) -> None:
+    store = half_done(finished, "status-no-unit")
+    for u in finished.prepared.plan.units[:4]:
         store.delete(run_root.unit_manifest(u.id))
     status = read_status(store)
-    assert (status.work[-1].done, status.work[-1].per_minute, status.work[-1].seconds_left) == (
-        units,
-        None,
-        None,
-    )
+    work = status.work[-1]
+    assert (work.done, work.per_minute, work.seconds_left) == (0, None, None)
     assert "at that rate" not in printed(status)
+
+
+# Complete or not: by the counts.
+
+
+def test_run_that_misses_something_is_not_complete_whatever_report_it_has(root: Path) -> None:
+    (root / "units" / "L002-E008-015" / "manifest.json").unlink()
+    status = read_status(LocalStore(root))
+    assert status.has_report and not status.is_complete
+    assert "not complete" in printed(status)
+
+
+def test_run_that_misses_nothing_is_complete_though_its_report_is_not_written(root: Path) -> None:
+    shutil.rmtree(root / "report")
+    status = read_status(LocalStore(root))
+    assert status.is_complete and not status.has_report
+    assert "not complete" not in printed(status)
+    assert "the job has not written its report yet" in printed(status)
+
+
+def test_checkpoint_without_an_index_is_not_complete_though_every_shard_was_looked_at(
+    root: Path,
+) -> None:
+    """Verification found faults: it has a verdict on every shard, and the job ended with an
+    error."""
+    (root / "checkpoint" / "model.safetensors.index.json").unlink()
+    status = read_status(LocalStore(root))
+    assert all(stage.is_complete for stage in status.stages) and not status.is_complete
+    assert "checkpoint/ has no index: verification has not ended, or has found" in printed(status)
+
+
+def test_evaluation_that_is_not_asked_for_any_more_is_not_shown_as_unfinished(
+    root: Path, finished: SmallRun
+) -> None:
+    """The plan keeps the evaluation of the first command; the last one had none."""
+    shutil.rmtree(root / "evaluation")
+    assert counts(read_status(LocalStore(root)))["evaluate"] == (0, 2), "the report has a quality"
+    report = finished.report.model_copy(update={"quality": None})
+    (root / "report" / "report.json").write_bytes(report.to_json())
+    status = read_status(LocalStore(root))
+    assert "evaluate" not in counts(status) and status.is_complete
+    (root / "evaluation" / "abc").mkdir(parents=True)
+    (root / "evaluation" / "abc" / "part-0000.json").write_bytes(b"{}")
+    status = read_status(LocalStore(root))
+    assert counts(status)["evaluate"] == (1, 2) and not status.is_complete
+
+
+def test_pilot_is_complete_without_a_checkpoint(finished: SmallRun, root: Path) -> None:
+    plan = prepare(configure(finished.source, "/nowhere", "run.layers=[1,2]")).plan
+    (root / "plan.json").write_bytes(plan.to_json())
+    for folder in ("checkpoint", "verification", "evaluation"):
+        shutil.rmtree(root / folder)
+    status = read_status(LocalStore(root))
+    assert counts(status) == {"capture": (6, 6), "compress": (4, 4)} and status.is_complete
+
+
+def test_baseline_that_is_asked_for_counts_by_its_stages(finished: SmallRun, root: Path) -> None:
+    plan = prepare(configure(finished.source, "/nowhere", "evaluation.baseline=true")).plan
+    (root / "plan.json").write_bytes(plan.to_json())
+    status = read_status(LocalStore(root))
+    assert counts(status)["baseline"] == (0, 0) and not status.is_complete
+    shutil.copytree(finished.root, root / "baseline", ignore=shutil.ignore_patterns("residuals"))
+    status = read_status(LocalStore(root))
+    assert counts(status)["baseline"] == (5, 5) and status.is_complete
+    (root / "baseline" / "checkpoint" / "model-00001-of-00006.safetensors").unlink()
+    status = read_status(LocalStore(root))
+    assert counts(status)["baseline"] == (4, 5) and not status.is_complete
+
+
+# What is spent.
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from p48ray.report.spans import Span
 from p48ray.report.work import (
+    Manifest,
     Work,
     duration,
     extrapolate,
@@ -15,6 +17,9 @@ from p48ray.report.work import (
     measure_work,
     per_second,
     read_work,
+    seconds_of,
+    spans_of,
+    stage_manifests,
 )
 from p48ray.run import run_root
 from p48ray.run.manifest import ActivationPart, GradientPart, UnitManifest
@@ -77,44 +82,41 @@ def unit(name: str, finished_at: float, seconds: dict[str, float]) -> UnitManife
     )
 
 
-def parts_at(*finished_at: float) -> list[ActivationPart]:
-    return [part(1, n, t) for n, t in enumerate(finished_at)]
+def spans(*times: tuple[float, float]) -> list[Span]:
+    return [Span("capture", 1, start, end) for start, end in times]
 
 
 # Rate and time left.
 
 
-def test_rate_is_how_many_followed_the_first_in_the_time_between() -> None:
-    assert per_second([100.0, 110.0, 120.0, 130.0]) == pytest.approx(0.1)
-    assert per_second([130.0, 100.0, 120.0, 110.0]) == pytest.approx(0.1), (
-        "in whatever order manifests are listed"
-    )
+def test_rate_is_that_since_the_first_piece_of_work_was_begun() -> None:
+    """One piece is enough to know it, and twelve that end at once took as long as the first was at
+    work."""
+    assert per_second(spans((100.0, 110.0))) == pytest.approx(0.1)
+    assert per_second(spans((120.0, 130.0), (100.0, 110.0))) == pytest.approx(2 / 30)
+    burst = spans(*((100.0 + n, 101.0 + n) for n in range(12)))
+    assert per_second(burst) == pytest.approx(1.0)
 
 
-def test_rate_is_that_of_the_last_quarter_of_an_hour_in_which_something_was_finished() -> None:
-    """A slow start, and a night in which nothing ran, say nothing about how fast it goes now."""
-    slow = [0.0, 3000.0, 6000.0]
-    recent = [50000.0 + 10 * n for n in range(60)]
-    assert per_second(slow + recent) == pytest.approx(0.1)
-    assert per_second([0.0, 899.0]) == pytest.approx(1 / 899)
-    assert per_second([0.0, 901.0]) is None
+def test_time_of_an_interruption_does_not_count() -> None:
+    """A night in which nothing ran says nothing about how fast it goes."""
+    assert per_second(spans((0.0, 10.0), (905.0, 915.0))) == pytest.approx(2 / 915)
+    assert per_second(spans((0.0, 10.0), (50000.0, 50010.0))) == pytest.approx(2 / 20)
 
 
-@pytest.mark.parametrize("finished_at", [[], [7.0], [7.0, 7.0]])
-def test_there_is_no_rate_without_two_moments_to_compare(finished_at: list[float]) -> None:
-    assert per_second(finished_at) is None
+@pytest.mark.parametrize("times", [[], [(7.0, 7.0)]])
+def test_there_is_no_rate_without_time(times: list[tuple[float, float]]) -> None:
+    assert per_second(spans(*times)) is None
 
 
 def test_time_left_is_what_is_missing_at_that_rate() -> None:
-    found = measure_work("capture", parts_at(100, 110, 120), 13)
+    found = measure_work("capture", spans((100, 110), (110, 120), (120, 130)), 13)
     assert found == Work(
-        stage="capture", done=3, total=13, worker_seconds=3.0, per_minute=6.0, seconds_left=100.0
+        stage="capture", done=3, total=13, worker_seconds=30.0, per_minute=6.0, seconds_left=100.0
     )
 
 
-def test_time_left_is_unknown_with_one_point_and_none_when_all_is_done() -> None:
-    one = measure_work("capture", parts_at(100), 2)
-    assert (one.per_minute, one.seconds_left) == (None, None)
+def test_time_left_is_unknown_before_the_first_piece_and_none_when_all_is_done() -> None:
     nothing = measure_work("capture", [], 2)
     assert (nothing.done, nothing.worker_seconds, nothing.per_minute, nothing.seconds_left) == (
         0,
@@ -122,17 +124,13 @@ def test_time_left_is_unknown_with_one_point_and_none_when_all_is_done() -> None
         None,
         None,
     )
-    assert measure_work("capture", parts_at(100), 1).seconds_left == 0.0
+    assert measure_work("capture", spans((99, 100)), 1).seconds_left == 0.0
     assert measure_work("capture", [], 0).seconds_left == 0.0
 
 
 def test_seconds_of_a_unit_are_those_of_all_its_phases() -> None:
-    assert (
-        measure_work(
-            "compress", [unit("a", 1, {"fetch": 0.5, "solve": 2}), unit("b", 2, {"solve": 3})], 2
-        ).worker_seconds
-        == 5.5
-    )
+    assert seconds_of(unit("a", 1, {"fetch": 0.5, "solve": 2})) == 2.5
+    assert seconds_of(part(1, 0, 1, seconds=1.5)) == 1.5
 
 
 # From a run root.
@@ -184,12 +182,57 @@ def test_work_is_read_stage_by_stage_from_the_manifests_that_are_there(plan: Run
         capture_work.worker_seconds,
     ) == ("capture", 12, 12, 24.0)
     assert back == Work(
-        stage="gradients", done=3, total=12, worker_seconds=12.0, per_minute=2.0, seconds_left=270.0
+        stage="gradients",
+        done=3,
+        total=12,
+        worker_seconds=12.0,
+        per_minute=2.81,  # begun at 296, the last one ended at 360
+        seconds_left=192.0,
     )
     assert compress == Work(
-        stage="compress", done=1, total=8, worker_seconds=10.0, per_minute=None, seconds_left=None
+        stage="compress", done=1, total=8, worker_seconds=10.0, per_minute=6.0, seconds_left=70.0
     )
     assert gpu_hours(plan, (capture_work, back, compress)) == pytest.approx(46.0 / 3600 * 0.5)
+
+
+def test_manifests_that_are_known_are_not_read_again(
+    plan: RunPlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, read = MemoryStore("work-known"), list[str]()
+    keys = stored(plan, store, [part(1, 0, 10.0), part(1, 1, 11.0)])
+    known: dict[str, Manifest] = {}
+    first = stage_manifests(plan, store, keys, known)
+    get = store.get
+    monkeypatch.setattr(store, "get", lambda key: [read.append(key), get(key)][1])
+    keys = stored(plan, store, [part(1, 2, 12.0)])
+    second = stage_manifests(plan, store, keys, known)
+    assert read == [run_root.activation_manifest(1, 2)]
+    assert [m.part for m in second["capture"]] == [0, 1, 2]  # type: ignore[union-attr]
+    assert [m.part for m in first["capture"]] == [0, 1]  # type: ignore[union-attr]
+
+
+def test_workers_that_ran_both_streams_and_units_are_one_each_in_the_spans(plan: RunPlan) -> None:
+    """A unit that was written while the next was computed, after parts that became durable
+    together."""
+    made = {
+        "capture": [part(n, 0, 10.0, 4.0).model_copy(update={"worker": "a"}) for n in (1, 2)],
+        "compress": [
+            unit("L001-E000-003", 21.0, {"solve": 10.0}).model_copy(update={"worker": "a"}),
+            unit("L002-E000-003", 30.0, {"solve": 10.0}).model_copy(update={"worker": "a"}),
+        ],
+    }
+    plan = plan.model_copy(update={"units": tuple(u for u in plan.units if u.first_expert == 0)})
+    names = [u.id for u in plan.units][:2]
+    made["compress"] = [
+        m.model_copy(update={"unit": name}) for m, name in zip(made["compress"], names, strict=True)
+    ]
+    found = spans_of(plan, made)
+    assert [(s.stage, s.layer, s.start, s.end) for s in found] == [
+        ("capture", 2, 2.0, 6.0),
+        ("capture", 1, 6.0, 10.0),
+        ("compress", 1, 10.0, 20.0),
+        ("compress", 2, 20.0, 30.0),
+    ]
 
 
 def test_work_of_a_plan_without_gradients_has_no_such_stage(finished: SmallRun) -> None:

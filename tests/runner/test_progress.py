@@ -6,7 +6,8 @@ import threading
 import pytest
 
 from p48ray.errors import TransientStoreError
-from p48ray.runner.progress import Progress, duration
+from p48ray.report.work import duration
+from p48ray.runner.progress import Progress
 
 
 class Counter:
@@ -32,21 +33,39 @@ def caught(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
 
 
 def run(counter: Counter, total: int) -> None:
-    with Progress("compress", "units", total, counter, interval_s=0.001):
+    with Progress("compress", "units", total, counter, lambda: 0.0, interval_s=0.001):
         assert counter.is_at_the_end.wait(10)
 
 
 def test_line_tells_counts_share_rate_and_time_left() -> None:
-    progress = Progress("compress", "units", 100, lambda: 10)
+    progress = Progress("compress", "units", 100, lambda: 10, lambda: 0.0)
     progress.first = 10
     assert progress.line(40, 15.0) == "compress  40/100 units  40 %  2.0/s  30 s left"
     assert progress.line(11, 60.0) == "compress  11/100 units  11 %  1.0/min  1 h 29 min left"
 
 
 def test_line_without_progress_knows_no_time_left() -> None:
-    progress = Progress("capture", "parts", 8, lambda: 0)
+    progress = Progress("capture", "parts", 8, lambda: 0, lambda: 0.0)
     progress.first = 0
     assert progress.line(0, 5.0) == "capture   0/8 parts  0 %  0.0/min  unknown left"
+    assert progress.line(1, 0.0) == "capture   1/8 parts  12 %  0.0/min  unknown left", (
+        "another driver's, before anything was begun here"
+    )
+
+
+def test_time_left_follows_from_the_time_that_the_stage_has_worked(
+    caught: pytest.LogCaptureFixture,
+) -> None:
+    """And the last line has the seconds that the summary will have."""
+    counter = Counter(0, 2, 4)
+    worked = iter([20.0, 39.96])
+    with Progress("compress", "units", 4, counter, lambda: next(worked), 0.001) as progress:
+        assert counter.is_at_the_end.wait(10)
+    assert caught.messages[1:] == [
+        "compress  2/4 units  50 %  6.0/min  20 s left",
+        "compress  4/4 units in 40 s",
+    ]
+    assert progress.worked_s == 40.0
 
 
 def test_stage_says_how_much_there_is_and_how_it_ended(caught: pytest.LogCaptureFixture) -> None:
@@ -73,7 +92,7 @@ def test_listing_that_fails_costs_no_more_than_a_line(caught: pytest.LogCaptureF
 
 
 def test_failed_stage_does_not_claim_to_have_ended(caught: pytest.LogCaptureFixture) -> None:
-    with pytest.raises(KeyError), Progress("compress", "units", 2, lambda: 0, interval_s=0.001):
+    with pytest.raises(KeyError), Progress("compress", "units", 2, lambda: 0, lambda: 0.0, 0.001):
         raise KeyError("a task")
     assert caught.messages == ["compress  2 units"]
 

@@ -22,8 +22,9 @@ from p48ray.run.manifest import UnitManifest
 from p48ray.run.output_layout import OutputShard
 from p48ray.run.plan import WorkUnit
 from p48ray.stages import read_ahead
+from p48ray.stages.linear_proof import Promise
 from p48ray.stages.read_ahead import compare_bytes, readers, tensor_digest
-from p48ray.stages.shard_proof import Promise, verify_shard
+from p48ray.stages.shard_proof import verify_shard
 from p48ray.store import LocalStore, MemoryStore, Store
 from tests.stages.damage import Folder
 from tests.stages.small_run import SmallRun
