@@ -193,8 +193,10 @@ NAMED_ELSEWHERE = {
     "get_current_stream",
     "get_current_target",
     "load_model",
+    "emit",
 }
-"""What others call by its name: pyarrow a file, Triton a driver, users of a checkpoint a loader."""
+"""What others call by its name: pyarrow a file, Triton a driver, users of a checkpoint a loader,
+logging a handler."""
 
 
 def names_in(tree: ast.AST) -> Iterator[str]:

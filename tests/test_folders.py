@@ -130,7 +130,7 @@ TESTED_IN = {
     "p48ray.run.records": "run/test_plan.py",
     "p48ray.run.run_root": "run/test_cleanup.py",
     "p48ray.runner.base": "runner/test_ray_runner.py",
-    "p48ray.runner.console": "jobs/test_ray_job.py",
+    "p48ray.runner.console": "jobs/test_terminal.py",
     "p48ray.runner.layer_units": "runner/test_overlap.py",
     "p48ray.runner.local_runner": "runner/test_ray_runner.py",
     "p48ray.runner.ray_tasks": "finished/test_verifier.py",

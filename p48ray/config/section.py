@@ -1,7 +1,7 @@
 """What every section of the configuration has in common.
 
 Every key has a description, which docs/CONFIG.md shows (p48ray/config_page.py). That of a number
-begins with its unit in brackets: `Field(8, gt=0, le=10**6, description="[sequences] Of one part.")`.
+begins with its unit in brackets: `Field(8, gt=0, le=99, description="[sequences] Of one part.")`.
 Every number has a least and a greatest value: what no run could mean is refused by its key, not by
 running out of memory.
 """

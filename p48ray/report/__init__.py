@@ -9,7 +9,7 @@ Read in this order:
                           ladder_section, benchmark_section; charts, heat, scales draw for it
     card, front_matter    the model card; storage_card: its paragraph on sparse storage
     status, work          how far a run is, and what the rest will take
-    plan_table            a plan before it is paid for
+    plan_table, ending    a plan before it is paid for; the last lines of a job that is done
 
 To add a section: a template, a function that gives its values, a line in html.
 """

@@ -9,7 +9,8 @@ Read in this order:
     overlap, layer_by_layer     which work can be done by now; streams, layer_units are their parts
     local_runner, ray_runner    one process, or actors on a cluster; dispatch picks the next task
     cluster, ray_tasks          the connection to Ray; a function over many items
-    progress, metrics, console  what people and Prometheus see
+    progress, metrics, console  what people and Prometheus see, and signals
+    run_log                     what a driver leaves of it in the run root
 
 To add a runner: a class with base.Runner's `run`.
 """

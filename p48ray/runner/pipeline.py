@@ -25,6 +25,7 @@ from p48ray.runner.base import RedoError, Runner, TaskList, run_all
 from p48ray.runner.layer_by_layer import LayerByLayer
 from p48ray.runner.overlap import Overlap
 from p48ray.runner.progress import Progress
+from p48ray.runner.run_log import RunLog
 from p48ray.stages.capture import write_layer_scales
 from p48ray.stages.evaluate import EvaluationResult
 from p48ray.stages.inputs import check_run_root, write_inputs
@@ -49,10 +50,11 @@ def run_job(prepared: Prepared, make_runner: RunnerFactory) -> Report:
     check_run_root(prepared)
     store.sweep(ABANDONED_S)
     seconds: dict[str, float] = {}
-    with ThreadPoolExecutor(1) as beside:
+    with RunLog(store) as run_log, ThreadPoolExecutor(1) as beside:
         inputs = beside.submit(write_inputs, prepared)  # while workers start
         with make_runner(plan, store.uri) as runner:
             inputs.result()
+            run_log.begin()
             job = Job(prepared, runner, seconds)
             result = run_stages(job)
     baseline = None

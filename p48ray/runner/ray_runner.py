@@ -21,7 +21,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Self
 
@@ -32,7 +32,7 @@ from p48ray.errors import P48Error, StageFailedError, UserError, WorkerLostError
 from p48ray.run.plan import RunPlan
 from p48ray.runner.base import POLL_S, WorkSource
 from p48ray.runner.cluster import START_TIMEOUT_S, Cluster, check_shared, first_line
-from p48ray.runner.console import configure_logging
+from p48ray.runner.console import FROM_WORKERS, LineBuffer, configure_logging
 from p48ray.runner.dispatch import Dispatcher
 from p48ray.runner.metrics import WorkerMetrics
 from p48ray.stages.inputs import open_run_root
@@ -41,6 +41,7 @@ from p48ray.stages.workplace import Workplace
 from p48ray.store.base import Store
 
 log = logging.getLogger(__name__)
+worker_log = logging.getLogger(FROM_WORKERS)
 
 SHARED_ROOT = "set run.root_is_shared: true if every node mounts the same folder"
 CLOSE_TIMEOUT_S = 20.0
@@ -51,12 +52,18 @@ class WorkerProcess:
     """The actor's body: opens run root and source once, then executes tasks."""
 
     def __init__(self, plan_json: bytes, store_uri: str) -> None:
-        configure_logging()
+        self.lines = LineBuffer()
         self.plan_json, self.store_uri = plan_json, store_uri
 
-    def start(self) -> str | P48Error:
+    def start(self, is_verbose: bool = False) -> str | P48Error:
         """Open what there is. Returns this worker's node, or what is wrong instead of raising it,
-        which would reach the driver as a dead actor."""
+        which would reach the driver as a dead actor.
+
+        Args:
+            is_verbose: print all that is logged; the driver's log gets it in any case.
+        """
+        configure_logging(is_verbose=is_verbose)
+        logging.getLogger("p48ray").addHandler(self.lines)
         node = str(ray.get_runtime_context().get_node_id())
         try:
             self.workplace = Workplace(
@@ -77,7 +84,7 @@ class WorkerProcess:
             self.metrics.count(result)
         except Exception as error:  # noqa: BLE001 (a unit is not to be lost because nobody could be told of it)
             log.warning("metrics: %s", error)
-        return result
+        return replace(result, lines=self.lines.take())
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -95,11 +102,15 @@ class RayRunner:
         plan: with run.num_workers, run.gpus_per_worker, run.threads_per_worker.
         store_uri: the run root.
         address: of a running cluster; None starts a Ray on this machine and stops it at the end.
+        is_verbose: workers print all that they log.
     """
 
-    def __init__(self, plan: RunPlan, store_uri: str, address: str | None) -> None:
-        self.plan, self.store_uri, self.address = plan, store_uri, address
-        self.settings = plan.config.run
+    def __init__(
+        self, plan: RunPlan, store_uri: str, address: str | None, is_verbose: bool = False
+    ) -> None:
+        self.plan, self.store_uri, self.is_verbose = plan, store_uri, is_verbose
+        self.settings = run = plan.config.run
+        self.cluster = Cluster(address, run.num_workers * run.threads_per_worker)
         self.idle: list[Worker] = []
         self.starting: dict[Any, Any] = {}  # start() reference -> actor
         self.running: dict[Any, tuple[Worker, Task]] = {}  # by execute() reference
@@ -114,15 +125,14 @@ class RayRunner:
         """Raises: ConfigError for an address without a cluster, or a local run root on several
         nodes."""
         run = self.settings
-        own_cpus = run.num_workers * run.threads_per_worker
         with ExitStack() as opened:
-            cluster = opened.enter_context(Cluster(self.address, own_cpus))
+            opened.enter_context(self.cluster)
             check_shared("run.root", self.store_uri, run.root_is_shared, SHARED_ROOT)
             actor = ray.remote(WorkerProcess)
             options = {"num_cpus": run.threads_per_worker, "num_gpus": run.gpus_per_worker}
             together = 1 + run.prefetch_units
             self.factory = actor.options(**options, max_restarts=0, max_concurrency=together)
-            if cluster.is_own:  # on a cluster a worker may be a machine that is paid for
+            if self.cluster.is_own:  # on a cluster a worker may be a machine that is paid for
                 for _ in range(run.num_workers):
                     self.start_worker()
             self.opened = opened.pop_all()
@@ -166,6 +176,8 @@ class RayRunner:
                     return
                 self.dispatch(waiting)
                 done, _ = ray.wait([*self.starting, *self.running], num_returns=1, timeout=POLL_S)
+                if not done:
+                    self.cluster.check_alive()
                 quiet_s = 0.0 if done or self.running else quiet_s + POLL_S
                 if quiet_s >= START_TIMEOUT_S:
                     self.warn_no_capacity()
@@ -196,7 +208,7 @@ class RayRunner:
 
     def start_worker(self) -> None:
         actor = self.factory.remote(self.plan.to_json(), self.store_uri)
-        self.starting[actor.start.remote()] = actor
+        self.starting[actor.start.remote(self.is_verbose)] = actor
 
     def assign_ahead(self, waiting: Dispatcher, assigned: Mapping[Worker, Sequence[Task]]) -> None:
         """One more unit for workers that compute one, while there is one for every worker, those
@@ -261,10 +273,13 @@ class RayRunner:
         try:
             result: TaskResult = ray.get(ref)
         except RayError as error:
+            self.cluster.check_alive()
             # one that is only out of reach would keep its place in the cluster
             ray.kill(worker.actor)
             yield from self.handle_loss(worker, task, error, waiting)
             return
+        for line in result.lines:
+            worker_log.info("%s", line)
         if result.is_foreign:
             ray.kill(worker.actor)
             self.isolate(self.unassign(worker), waiting)

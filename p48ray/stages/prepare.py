@@ -109,7 +109,8 @@ def open_place(run: RunSettings) -> Store:
         raise ConfigError(f"run.root: {path}: expected a folder, found that {nearest} is a file")
     if not os.access(nearest, os.W_OK | os.X_OK):
         raise ConfigError(
-            f"run.root: {path}: expected a folder to write to, found that {nearest} may not be written"
+            f"run.root: {path}: expected a folder to write to, found that {nearest} may not be"
+            " written"
         )
     return store
 

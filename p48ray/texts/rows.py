@@ -24,7 +24,7 @@ READ_BYTES = 2**20
 MAX_ROW_BYTES = 64 * 2**20
 """Of a line, and of what a row of a .parquet decodes to."""
 ROWS_AT_ONCE = 64
-MAX_VALUES = 2**26
+MAX_LISTED_VALUES = 2**26
 """Of a row group's lists: their levels take memory whether or not there is text in them."""
 LARGE_GROUP_BYTES, MAX_EXPANSION = 512 * 2**20, 100
 """A row group that decodes to more than the first, and to more than so many times what is stored,
@@ -255,9 +255,10 @@ class _Group:
                 f"{rows}: expected at most {MAX_ROW_BYTES} bytes a row, found {self.num_bytes} in"
                 f" {self.num_rows}, which are stored in {self.num_stored}"
             )
-        if self.num_values > MAX_VALUES:
+        if self.num_values > MAX_LISTED_VALUES:
             raise CalibrationError(
-                f"{rows}: expected at most {MAX_VALUES} values in lists, found {self.num_values}"
+                f"{rows}: expected at most {MAX_LISTED_VALUES} values in lists, found"
+                f" {self.num_values}"
             )
 
 

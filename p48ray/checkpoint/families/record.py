@@ -14,7 +14,6 @@ from typing import Any
 from p48ray.checkpoint.index import CONFIG_FILE
 from p48ray.errors import SourceError
 
-
 MOST: Mapping[str, int] = MappingProxyType(
     {
         "num_hidden_layers": 10**4,
