@@ -69,7 +69,7 @@ from p48ray.estimate.memory import row_bytes
 from p48ray.estimate.plan_cost import estimate
 from p48ray.report.report import build_report
 from p48ray.run import run_root
-from p48ray.run.checked import unit_manifests
+from p48ray.run.checked import load_unit_manifests
 from p48ray.run.manifest import (
     ActivationPart,
     GradientPart,
@@ -499,7 +499,9 @@ def measure_driver(prepared: Prepared, fleet: Fleet, costs: Costs) -> dict[str, 
     facts |= {"run_counts": dict(store.counts), "ms_per_unit": outcome.driver_ms_per_unit}
     facts["run_peak_bytes"] = peak_bytes()
     start = time.process_time()
-    build_report(whole.context, unit_manifests(whole.plan, whole.store), whole.shards, None, {})
+    build_report(
+        whole.context, load_unit_manifests(whole.plan, whole.store), whole.shards, None, {}
+    )
     facts |= {"report_s": time.process_time() - start, "peak_bytes": peak_bytes()}
     facts["stored_bytes"] = sum(info.size_bytes for info in MemoryStore.list(store))
     start = time.process_time()

@@ -6,7 +6,7 @@ resume.
         python jobs/compress.py --config configs/tiny.yaml --run-root /abs/path
 
 Exit code 0 only if checkpoint/ is complete and verified; 2 for a mistake in what the user supplied;
-1 otherwise.
+130 or 143 for Ctrl-C or SIGTERM; 1 otherwise.
 """
 
 import os
@@ -23,9 +23,10 @@ from rich.console import Console
 from p48ray.config import RunConfig
 from p48ray.config.load import load_config
 from p48ray.errors import ConfigError, P48Error, UserError
+from p48ray.report.ending import ending
 from p48ray.report.plan_table import print_plan
 from p48ray.report.report import print_report
-from p48ray.runner.console import configure_logging
+from p48ray.runner.console import Interrupts, configure_logging
 from p48ray.runner.pipeline import run_job
 from p48ray.runner.ray_runner import RayRunner
 from p48ray.stages.prepare import prepare
@@ -54,7 +55,7 @@ def check_run_root(path: Path, config: RunConfig) -> None:
         )
 
 
-def compress(path: Path, config: RunConfig, dry_run: bool) -> None:
+def compress(path: Path, config: RunConfig, dry_run: bool, verbose: bool) -> None:
     console = Console(width=None if os.isatty(1) else 160)
     check_run_root(path, config)
     prepared = prepare(config, is_dry=dry_run)
@@ -62,7 +63,9 @@ def compress(path: Path, config: RunConfig, dry_run: bool) -> None:
     if dry_run:
         return
     address = os.environ.get("RAY_ADDRESS")
-    print_report(run_job(prepared, lambda plan, root: RayRunner(plan, root, address)), console)
+    report = run_job(prepared, lambda plan, root: RayRunner(plan, root, address, verbose))
+    print_report(report, console)
+    print(ending(prepared.context, prepared.store.uri, report, len(prepared.shards)))
 
 
 def main(
@@ -77,14 +80,19 @@ def main(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Plan, print counts, bytes and estimates, and stop.")
     ] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Print a line a unit too.")] = False,
 ) -> None:
     """Compress a mixture-of-experts checkpoint to paired-4:8 sparse NVFP4."""
-    configure_logging()
-    try:
-        compress(config, load_config(config, tuple(set_ or ()), run_root), dry_run)
-    except P48Error as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2 if isinstance(error, UserError) else 1) from None
+    configure_logging(is_verbose=verbose)
+    with Interrupts() as interrupts:
+        try:
+            compress(config, load_config(config, tuple(set_ or ()), run_root), dry_run, verbose)
+        except P48Error as error:
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(2 if isinstance(error, UserError) else 1) from None
+        except KeyboardInterrupt:
+            typer.echo(interrupts.last_words(), err=True)
+            raise typer.Exit(interrupts.exit_code) from None
 
 
 if __name__ == "__main__":

@@ -111,7 +111,7 @@ def spell_type(annotation: Any, metadata: list[Any]) -> str:
         return "list of entries" if item in LISTS else f"list of {WORDS[item]}s"
     flat = [part for m in metadata for part in (m.metadata if isinstance(m, FieldInfo) else [m])]
     bounds = [(m, key) for m in flat for key in LIMITS if hasattr(m, key)]
-    limits = [f"{LIMITS[key]} {getattr(m, key):g}" for m, key in bounds]
+    limits = [f"{LIMITS[key]} {getattr(m, key):,}" for m, key in bounds]
     return " ".join([WORDS[annotation], " and ".join(limits)]).strip()
 
 

@@ -27,7 +27,7 @@ from p48ray.run.benchmark_results import (
     result_digest,
 )
 from p48ray.run.changing_hands import read_plan
-from p48ray.run.checked import unit_manifests
+from p48ray.run.checked import load_unit_manifests
 from p48ray.run.plan import RunPlan
 from p48ray.run.records import canonical_json
 from p48ray.runner.pipeline import write_report
@@ -344,5 +344,5 @@ def publish_table(evaluation: Evaluation, table: BenchmarkTable) -> None:
         return
     evaluation.store.put(run_root.BENCHMARK_TABLE, table.to_json())
     context = open_context(evaluation.plan, evaluation.store)
-    units = unit_manifests(context.plan, context.store)
+    units = load_unit_manifests(context.plan, context.store)
     write_report(context, evaluation.report.model_copy(update={"benchmarks": table}), units)

@@ -6,49 +6,19 @@ Order of a value's sources, later ones win: the defaults below, the file, `--set
 
 Belongs here: keys, their types, defaults, units and rules between them. section has the base of all
 sections, compression and benchmarks are two of them, the others stand below; addresses has the
-types of places and endpoints; load makes the tree from a file and words its errors. To add a key: a
-field with a description, its class in run.plan (does it change bytes?), `python -m
-p48ray.config_page`.
+types of places and endpoints; yaml_text reads YAML within bounds, load makes the tree from a file
+and words its errors. To add a key: a field with a description, its class in run.plan (does it
+change bytes?), `python -m p48ray.config_page`.
 """
 
-import re
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from p48ray.config.addresses import EndpointUrl, Place
 from p48ray.config.benchmarks import BenchmarksConfig
 from p48ray.config.compression import CompressionConfig
-from p48ray.config.section import Section, as_tuple
-
-SIZE_UNITS = {
-    "": 1,
-    "KB": 10**3,
-    "MB": 10**6,
-    "GB": 10**9,
-    "KIB": 2**10,
-    "MIB": 2**20,
-    "GIB": 2**30,
-}
-
-
-def parse_size(value: object) -> object:
-    """'4.5GB', '512 MiB' or a number of bytes -> bytes."""
-    if isinstance(value, str) and (
-        found := re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", value)
-    ):
-        factor = SIZE_UNITS.get(found[2].upper())
-        if factor is not None:
-            return int(float(found[1]) * factor)
-    if not isinstance(value, int):
-        raise ValueError(
-            "expected a size such as 5GB, 512MiB or a number of bytes (units:"
-            f" {', '.join(filter(None, SIZE_UNITS))})"
-        )
-    return value
-
-
-SizeBytes = Annotated[int, BeforeValidator(parse_size), Field(gt=0)]
+from p48ray.config.section import MAX_BYTES, Section, SizeBytes, as_tuple, parse_size
 
 
 class SourceConfig(Section):
@@ -85,6 +55,7 @@ class DocumentSource(Section):
     weight: float = Field(
         1.0,
         gt=0,
+        le=10**6,
         description="[relative] Share of the sequences, as a proportion of the sum of all weights.",
     )
     endpoint_url: EndpointUrl = Field(
@@ -112,18 +83,22 @@ class CalibrationConfig(Section):
     )
     num_sequences: int = Field(
         gt=0,
+        le=10**6,
         description=(
             "[sequences] How many are cut from the texts. Stored bytes and time grow with it."
         ),
     )
     sequence_length: int = Field(
         gt=1,
+        le=2**24,
         description=(
             "[tokens] Length of each sequence; at most the model's max_position_embeddings."
         ),
     )
     seed: int = Field(
         0,
+        ge=0,
+        le=2**32 - 1,
         description=(
             "Seed of the draw of sequences, and of the labels whose loss gives the gradients."
         ),
@@ -138,6 +113,7 @@ class CalibrationConfig(Section):
     sequences_per_part: int = Field(
         8,
         gt=0,
+        le=10**6,
         description=(
             "[sequences] Size of a part, which is stored and resumed as a whole. It fixes the order"
             " of every sum."
@@ -146,6 +122,7 @@ class CalibrationConfig(Section):
     sequences_per_micro_batch: int = Field(
         4,
         gt=0,
+        le=10**6,
         description="[sequences] Size of one call of attention. A larger one takes more memory.",
     )
     compute_dtype: Literal["float32", "bfloat16"] = Field(
@@ -210,15 +187,19 @@ class EvaluationConfig(Section):
     documents: Documents = Field(description="Held-out texts, as calibration.documents has them.")
     num_sequences: int = Field(
         gt=0,
+        le=10**6,
         description=(
             "[sequences] How many are cut from the texts. The time of the stage evaluate grows"
             " with it."
         ),
     )
-    sequence_length: int = Field(gt=1, description="[tokens] Length of each sequence.")
-    seed: int = Field(0, description="Seed of the draw of sequences.")
+    sequence_length: int = Field(gt=1, le=2**24, description="[tokens] Length of each sequence.")
+    seed: int = Field(0, ge=0, le=2**32 - 1, description="Seed of the draw of sequences.")
     sequences_per_part: int = Field(
-        8, gt=0, description="[sequences] Size of a part, the piece of work that a worker takes."
+        8,
+        gt=0,
+        le=10**6,
+        description="[sequences] Size of a part, the piece of work that a worker takes.",
     )
     activations: Literal["nvfp4", "original"] = Field(
         "nvfp4", description="What the compressed experts see: W4A4 as served, or W4A16."
@@ -236,6 +217,13 @@ class EvaluationConfig(Section):
             " the result."
         ),
     )
+
+
+def as_ray_counts(gpus: float) -> float:
+    """Ray shares out one GPU, or whole ones."""
+    if gpus > 1 and gpus != int(gpus):
+        raise ValueError("expected a share of one GPU, or a whole number of them")
+    return gpus
 
 
 class RunSettings(Section):
@@ -261,17 +249,22 @@ class RunSettings(Section):
     experts_per_unit: int = Field(
         8,
         gt=0,
+        le=10**5,
         description=(
             "[experts] How many are compressed together. Fewer take less GPU memory and more time"
             " an expert."
         ),
     )
     num_workers: int = Field(
-        1, gt=0, description="[workers] How many processes work at the same time, at most."
+        1,
+        gt=0,
+        le=10**4,
+        description="[workers] How many processes work at the same time, at most.",
     )
     capture_workers: int | None = Field(
         None,
         gt=0,
+        le=10**4,
         description=(
             "[workers] How many may stream the model; null: num_workers. The nodes that hold them"
             " read the whole source."
@@ -280,14 +273,16 @@ class RunSettings(Section):
     threads_per_worker: int = Field(
         1,
         gt=0,
+        le=1024,
         description=(
             "[threads] CPU threads of a worker, and CPUs asked of Ray. The rounding of matrix"
             " products depends on it."
         ),
     )
-    gpus_per_worker: float = Field(
+    gpus_per_worker: Annotated[float, AfterValidator(as_ray_counts)] = Field(
         0.0,
         ge=0,
+        le=64,
         description=(
             "[GPUs] GPUs asked of Ray for a worker; 0: it computes on CPUs. Device models differ in"
             " bytes (DESIGN 5.2)."
@@ -296,6 +291,7 @@ class RunSettings(Section):
     gpu_hour_price: float | None = Field(
         None,
         gt=0,
+        le=10**6,
         description=(
             "[money an hour] Price of a GPU-hour, for the cost in the plan, the report and `p48ray"
             " status`."
@@ -304,6 +300,7 @@ class RunSettings(Section):
     max_gpu_hours: float | None = Field(
         None,
         gt=0,
+        le=10**9,
         description=(
             "[GPU-hours] When workers have had so many, those of finished work of before included,"
             " no task is begun any more; the job ends with 1 once those under way are done."
@@ -312,6 +309,7 @@ class RunSettings(Section):
     max_attempts: int = Field(
         3,
         gt=0,
+        le=1000,
         description=(
             "[attempts] Tries at a task before it is set aside as failed. The loss of a node does"
             " not count."
@@ -320,6 +318,7 @@ class RunSettings(Section):
     prefetch_units: int = Field(
         1,
         ge=0,
+        le=64,
         description=(
             "[units] How many a worker reads for, or writes, beside the one that it computes. They"
             " share its memory."
@@ -342,6 +341,7 @@ class RunSettings(Section):
     boundary_every: int = Field(
         1,
         gt=0,
+        le=10**4,
         description=(
             "[layers] Unless all is kept, store every n-th layer boundary; the backward pass"
             " computes those between again."
@@ -354,7 +354,9 @@ class RunSettings(Section):
             " system's for temporary files."
         ),
     )
-    node_cache_size: Annotated[int, BeforeValidator(parse_size), Field(ge=0)] | None = Field(
+    node_cache_size: (
+        Annotated[int, BeforeValidator(parse_size), Field(ge=0, le=MAX_BYTES)] | None
+    ) = Field(
         None,
         description=(
             "[bytes, or a text such as 500GB] Limit of run.node_cache; 0: no cache; null: half of"

@@ -18,7 +18,9 @@ class BenchmarkTask(Section):
     task: str = Field(min_length=1, description="The harness's name.")
     title: str | None = Field(None, description="Name in the table; null: the harness's.")
     shots: int = Field(
-        ge=0, description="[examples] How many are shown in the prompt before the question."
+        ge=0,
+        le=10**4,
+        description="[examples] How many are shown in the prompt before the question.",
     )
     metric: str = Field(min_length=1, description="The harness's name of the figure that counts.")
     filter: str = Field(
@@ -115,11 +117,15 @@ class ServerSettings(Section):
         ("vllm", "serve"), description="The program and its first arguments."
     )
     gpus: int = Field(
-        4, ge=0, description="[GPUs] GPUs asked of Ray, and the server's --tensor-parallel-size."
+        4,
+        ge=0,
+        le=1024,
+        description="[GPUs] GPUs asked of Ray, and the server's --tensor-parallel-size.",
     )
     start_timeout_s: float = Field(
         3600.0,
         gt=0,
+        le=10**7,
         description="[seconds] Time limit of its start, counted from when it has a node.",
     )
 
@@ -144,16 +150,22 @@ class BenchmarksConfig(Section):
         None, description="Folder with tasks of one's own, in the harness's form."
     )
     limit: int | None = Field(
-        None, gt=0, description="[documents] How many of each task, for a trial; null: all."
+        None,
+        gt=0,
+        le=10**9,
+        description="[documents] How many of each task, for a trial; null: all.",
     )
     max_length: int = Field(
         8192,
         gt=0,
+        le=2**30,
         description="[tokens] Longest request; the harness cuts longer ones off on the left.",
     )
-    batch_size: int = Field(1, gt=0, description="[prompts] How many in one request.")
-    concurrency: int = Field(32, gt=0, description="[requests] How many at the same time.")
-    timeout_s: int = Field(1200, gt=0, description="[seconds] Time limit of one request.")
+    batch_size: int = Field(1, gt=0, le=10**6, description="[prompts] How many in one request.")
+    concurrency: int = Field(
+        32, gt=0, le=10**5, description="[requests] How many at the same time."
+    )
+    timeout_s: int = Field(1200, gt=0, le=10**7, description="[seconds] Time limit of one request.")
     tokenizer: OptionalPlace = Field(
         None,
         description="Folder or owner/name on the Hub, for the harness; null: the checkpoint's.",

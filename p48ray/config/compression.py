@@ -52,14 +52,14 @@ class CompressionConfig(Section):
             " Other solvers: false."
         ),
     )
-    damp: Automatic | Annotated[float, Field(gt=0)] = Field(
+    damp: Automatic | Annotated[float, Field(gt=0, le=1000)] = Field(
         "auto",
         description=(
             "[fraction of H's mean diagonal] Damping of H; auto: 0.01 to 0.1, by the expert's"
             " tokens (DESIGN 7.6); one-shot solvers: 0.1."
         ),
     )
-    output_damp: Automatic | Annotated[float, Field(gt=0)] = Field(
+    output_damp: Automatic | Annotated[float, Field(gt=0, le=1000)] = Field(
         "auto",
         description=(
             "[fraction of G's mean diagonal] Damping of G; auto: 0.05 to 0.3, by the expert's"
@@ -69,6 +69,7 @@ class CompressionConfig(Section):
     router_weight_exponent: float = Field(
         2.0,
         ge=0,
+        le=100,
         description=(
             "[exponent] Without output_curvature a token counts by its router weight to this power."
         ),
@@ -76,6 +77,7 @@ class CompressionConfig(Section):
     sweeps: int = Field(
         12,
         ge=0,
+        le=10**5,
         description=(
             "[sweeps] Passes of block descent over a matrix. The solver's time grows with it."
         ),
@@ -83,6 +85,7 @@ class CompressionConfig(Section):
     code_sweeps: int = Field(
         0,
         ge=0,
+        le=10**5,
         description=(
             "[sweeps] Passes of code descent over a matrix, after quantization. On a GPU it is"
             " slow: torch code."
@@ -91,6 +94,7 @@ class CompressionConfig(Section):
     refine_steps: int = Field(
         300,
         ge=0,
+        le=10**7,
         description=(
             "[steps] Gradient steps on the values of each expert, masks fixed (DESIGN 7.5). Other"
             " solvers: 0."

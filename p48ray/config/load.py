@@ -6,12 +6,12 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Union, get_args, get_origin
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from p48ray.config import RunConfig
 from p48ray.config.addresses import USER_INFO_ERROR
 from p48ray.config.section import Section
+from p48ray.config.yaml_text import parse_yaml
 from p48ray.errors import ConfigError
 from p48ray.store.open import scheme_of
 
@@ -100,11 +100,13 @@ def load_config(
 
 def read_yaml(path: Path) -> dict[str, Any]:
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = parse_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{path}: can not be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not valid YAML: {error}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 (byte {error.start})") from None
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: expected a mapping of sections, found {type(tree).__name__}")
     return tree
@@ -112,9 +114,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 def parse_value(key: str, text: str) -> object:
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--set {key}: value {text!r} is not valid YAML: {error}") from None
+        return parse_yaml(text)
+    except ValueError as error:
+        raise ConfigError(f"--set {key}: value {shorten(text)}: {error}") from None
 
 
 def assign(tree: dict[str, Any], dotted: str, value: object) -> None:

@@ -7,7 +7,7 @@ weights: then uploads are recorded there, and what it has measured of them count
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from p48ray.checkpoint.index import INDEX_FILE, OTHER_WEIGHTS
@@ -23,7 +23,7 @@ from p48ray.run import run_root
 from p48ray.run.changing_hands import root_is_shared
 from p48ray.run.manifest import MANIFEST_FILE, CheckpointManifest, ShardVerdict
 from p48ray.stages.index_proof import check_index_files, check_strangers
-from p48ray.stages.verify import LISTED_PROBLEMS
+from p48ray.stages.verify import listed
 from p48ray.store.base import Store
 from p48ray.store.open import open_store
 from p48ray.store.view import SubStore
@@ -115,14 +115,6 @@ def read_finished(checkpoint: Store) -> CheckpointManifest:
         return CheckpointManifest.load(checkpoint, MANIFEST_FILE)
     except ShardCorruptError as error:
         raise ConfigError(str(error)) from error
-
-
-def listed(problems: Sequence[str]) -> str:
-    """The first few, a line each, and how many more there are."""
-    lines = [f"  {p}" for p in problems[:LISTED_PROBLEMS]]
-    if len(problems) > LISTED_PROBLEMS:
-        lines.append(f"  and {len(problems) - LISTED_PROBLEMS} more")
-    return "\n".join(lines)
 
 
 def check_sendable(files: Mapping[str, str]) -> list[str]:

@@ -392,10 +392,8 @@ def check_form(linear: str, entries: Mapping[str, TensorEntry], storage: Storage
     )
     problems = []
     for name in names:
-        wanted, found = (
-            expected.get(name.rpartition(".")[2], ("F32", (1,))),
-            (entries[name].dtype, entries[name].shape),
-        )
+        wanted = expected.get(name.rpartition(".")[2], ("F32", (1,)))
+        found = (entries[name].dtype, entries[name].shape)
         if found != wanted:
             problems.append(f"{name}: expected {wanted}, found {found}")
     return problems

@@ -12,7 +12,7 @@ Read in this order:
                           sparse storage; markdown keeps others' text in it text
     status, work, spans   how far a run is, who worked when, and what the rest will take
     watch, snapshot       the same again and again; the page of a run that goes on
-    plan_table            a plan before it is paid for
+    plan_table, ending    a plan before it is paid for; the last lines of a job that is done
 
 To add a section: a template, a function that gives its values, a line in html.
 """

@@ -18,7 +18,7 @@ from p48ray.report.benchmark_section import cells
 from p48ray.report.front_matter import base_model, base_revision, front_matter, stated_fields
 from p48ray.report.markdown import code, fenced, plain, table_of
 from p48ray.report.serving_card import TRANSFORMERS, serving
-from p48ray.report.size_card import expert_bytes, gains, size_rows
+from p48ray.report.size_card import expert_bytes, gains_section, size_rows
 from p48ray.report.storage_card import convert_card
 from p48ray.run.benchmark_results import BenchmarkTable, table_notes
 from p48ray.run.manifest import UnitManifest
@@ -53,7 +53,7 @@ def model_card(
         f"# {plan.config.name}",
         summary(context),
         "## What is gained",
-        gains(context),
+        gains_section(context),
         "## Compression",
         table_of(
             ("", ""), [*origin_rows(context), *compression_rows(context), *size_rows(context)]

@@ -4,6 +4,7 @@ sparse storage."""
 from typing import NamedTuple
 
 from p48ray.numerics.solution import PAIRED_48
+from p48ray.report.size_card import is_equal_size, source_expert_bytes
 from p48ray.run.output_layout import unit_bytes
 from p48ray.unit.context import StageContext
 
@@ -23,9 +24,8 @@ class Gains(NamedTuple):
 
     @property
     def is_same_size(self) -> bool:
-        """As far as two decimals tell, the experts in dense storage are as large as the
-        source's."""
-        return f"{self.source:.2f}" == f"{self.dense:.2f}"
+        """The experts in dense storage are as large as the source's."""
+        return is_equal_size(self.source, self.dense)
 
 
 def gains(context: StageContext) -> Gains:
@@ -33,8 +33,7 @@ def gains(context: StageContext) -> Gains:
     layout, compression = context.layout, context.plan.config.compression
     expert = 3 * layout.hidden_size * layout.moe_intermediate_size
     weights = len(layout.moe_layers) * layout.num_experts * expert
-    tensors = context.source.tensors.values()
-    source = sum(e.num_bytes for e in tensors if layout.is_expert_tensor(e.name))
+    source = source_expert_bytes(context)
     unit = context.plan.units[0]
     dense, sparse = (
         8 * unit_bytes(layout, unit, storage) / (unit.num_experts * expert)

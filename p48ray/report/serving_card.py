@@ -1,7 +1,7 @@
 """What the model card says of loading the model: vLLM's command for its size, and the right loader
 where transformers is wanted."""
 
-import math
+from math import ceil, prod
 
 from p48ray.checkpoint.families import FAMILIES
 from p48ray.checkpoint.layout import ModelLayout
@@ -57,7 +57,7 @@ def gpus_for(num_bytes: int, layout: ModelLayout) -> tuple[int, int]:
     fitting = [n for n in dividing if num_bytes <= n * room]
     if fitting:
         return fitting[0], 1
-    return dividing[-1], math.ceil(num_bytes / (dividing[-1] * room))
+    return dividing[-1], ceil(num_bytes / (dividing[-1] * room))
 
 
 def serving_flags(family: str, num_gpus: int, is_nvfp4: bool = True) -> list[str]:
@@ -67,19 +67,22 @@ def serving_flags(family: str, num_gpus: int, is_nvfp4: bool = True) -> list[str
     return [f"--tensor-parallel-size {num_gpus}", *FAMILIES[family].serving_flags, *backend]
 
 
+def fitting_flags(context: StageContext, is_nvfp4: bool = True) -> list[str]:
+    """vLLM's flags for the run's checkpoint on as few GPUs as hold it."""
+    num_gpus, num_groups = gpus_for(dense_bytes(context), context.layout)
+    first, *others = serving_flags(context.plan.source.family, num_gpus, is_nvfp4)
+    nodes = [f"--pipeline-parallel-size {num_groups}"] if num_groups > 1 else []
+    return [first, *nodes, *others]
+
+
 def serving(context: StageContext) -> str:
     """The section on vLLM. What is said of memory follows from the weights' bytes alone."""
     num_bytes = dense_bytes(context)
-    num_gpus, num_groups = gpus_for(num_bytes, context.layout)
-    count = num_gpus * num_groups
+    count = prod(gpus_for(num_bytes, context.layout))
     left = GPU_BYTES * VLLM_SHARE - num_bytes / count
-    nodes = [f"--pipeline-parallel-size {num_groups}"] if num_groups > 1 else []
     newer, older = (
-        " \\\n  ".join([f"vllm serve <this repository> {flags[0]}", *nodes, *flags[1:]])
-        for flags in (
-            serving_flags(context.plan.source.family, num_gpus, is_nvfp4)
-            for is_nvfp4 in (True, False)
-        )
+        " \\\n  ".join([f"vllm serve <this repository> {flags[0]}", *flags[1:]])
+        for flags in (fitting_flags(context, is_nvfp4) for is_nvfp4 in (True, False))
     )
     gpus = f"{count} GPU{'s' if count > 1 else ''} such as {GPU} ({GPU_BYTES / 1e9:.0f} GB)"
     return (

@@ -8,7 +8,6 @@ from p48ray.run.output_layout import unit_bytes
 from p48ray.unit.context import StageContext
 
 EQUAL_WITHIN = 0.01
-"""Sizes that differ by less, for one linear's shape and another's global scale, are equal."""
 
 SOURCE_ACTIVATIONS = {"int4": "16", "fp8": "8", "bf16": "16"}
 """Bits of what the source's experts are multiplied with, by their storage."""
@@ -16,6 +15,11 @@ SOURCE_ACTIVATIONS = {"int4": "16", "fp8": "8", "bf16": "16"}
 
 def expert_bytes(context: StageContext, storage: Storage) -> int:
     return sum(unit_bytes(context.layout, unit, storage) for unit in context.plan.units)
+
+
+def is_equal_size(before: float, after: float) -> bool:
+    """Whether two sizes are equal, but for one linear's shape and another's global scale."""
+    return abs(after / before - 1) < EQUAL_WITHIN
 
 
 def source_expert_bytes(context: StageContext) -> int:
@@ -43,11 +47,11 @@ def size_rows(context: StageContext) -> list[tuple[str, str]]:
     ]
 
 
-def gains(context: StageContext) -> str:
+def gains_section(context: StageContext) -> str:
     """The section on what this checkpoint has over its source."""
     before, dense = source_expert_bytes(context), expert_bytes(context, "dense")
     was, now = (f"{bits_a_weight(context, num):.2f}" for num in (before, dense))
-    is_equal = abs(dense / before - 1) < EQUAL_WITHIN
+    is_equal = is_equal_size(before, dense)
     size = (
         f"Equal in dense storage: {now} bits a weight, {was} in the source."
         if is_equal

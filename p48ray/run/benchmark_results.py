@@ -12,7 +12,6 @@ from pathlib import Path
 from statistics import fmean
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from p48ray.checkpoint.index import CONFIG_FILE, INDEX_FILE
@@ -24,6 +23,7 @@ from p48ray.config.benchmarks import (
     ComparedCheckpoint,
     Role,
 )
+from p48ray.config.yaml_text import parse_yaml
 from p48ray.errors import ConfigError, ObjectMissingError, StageFailedError
 from p48ray.run import run_root
 from p48ray.run.manifest import MANIFEST_FILE
@@ -287,18 +287,18 @@ def read_figures(path: str, tasks: Sequence[BenchmarkTask], key: str) -> Publish
     rows, and for fractions in place of per cent."""
     try:
         found = PublishedFigures.model_validate(
-            yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8"))
+            parse_yaml(Path(path).expanduser().read_text(encoding="utf-8"))
         )
     except OSError as error:
         raise ConfigError(f"{key}: {path}: can not be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{key}: {path}: not valid YAML: {error}") from None
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(str(part) for part in first["loc"]) or "(whole file)"
         raise ConfigError(
             f"{key}: {path}: {where}: {first['msg']}, found {first['input']!r:.80}"
         ) from None
+    except ValueError as error:  # of its text, or of its bytes
+        raise ConfigError(f"{key}: {path}: {error}") from None
     names = [t.task for t in tasks]
     if strange := sorted(set(found.figures) - set(names)):
         raise ConfigError(

@@ -101,7 +101,7 @@ def raise_together(errors: Sequence[CorruptObjectError]) -> None:
         raise CorruptObjectError(f"{errors[0]}{more}", *keys)
 
 
-def part_manifest(
+def load_part_manifest(
     plan: RunPlan, store: Store, kind: BlobKind, layer: int, part: int
 ) -> PartManifest:
     """The manifest of a blob.
@@ -134,19 +134,19 @@ def blob_facts(plan: RunPlan, kind: BlobKind, layer: int, part: int) -> dict[str
     return {"kind": kind, "layer": str(layer), "part": str(part), "units": plan.units_digest}
 
 
-def unit_manifest(plan: RunPlan, store: Store, unit: WorkUnit) -> UnitManifest:
+def load_unit_manifest(plan: RunPlan, store: Store, unit: WorkUnit) -> UnitManifest:
     """What became of a unit. Shards that no manifest names any more are attempts that lost
     (run.cleanup)."""
     key = run_root.unit_manifest(unit.id)
     return load_checked(UnitManifest, store, key, unit=unit.id, units_digest=plan.units_digest)
 
 
-def unit_manifests(plan: RunPlan, store: Store) -> list[UnitManifest]:
+def load_unit_manifests(plan: RunPlan, store: Store) -> list[UnitManifest]:
     """Of all units of the plan, in its order."""
-    return load_each(lambda unit: unit_manifest(plan, store, unit), plan.units)
+    return load_each(lambda unit: load_unit_manifest(plan, store, unit), plan.units)
 
 
-def tokens_manifest(store: Store, key: str, owner: str) -> TokensManifest:
+def load_tokens_manifest(store: Store, key: str, owner: str) -> TokensManifest:
     """Of packed token ids.
 
     Args:
@@ -157,7 +157,7 @@ def tokens_manifest(store: Store, key: str, owner: str) -> TokensManifest:
     return load_checked(TokensManifest, store, run_root.manifest_of(key), [key], owner=owner)
 
 
-def shard_verdict(plan: RunPlan, store: Store, shard: str) -> ShardVerdict:
+def load_shard_verdict(plan: RunPlan, store: Store, shard: str) -> ShardVerdict:
     """What verification found in one output shard of this plan."""
     return load_checked(
         ShardVerdict,
@@ -178,7 +178,7 @@ def keys_of_refused(verdict: ShardVerdict) -> list[str]:
     ]
 
 
-def evaluation_part(plan: RunPlan, store: Store, digest: str, part: int) -> EvaluationPart:
+def load_evaluation_part(plan: RunPlan, store: Store, digest: str, part: int) -> EvaluationPart:
     """Sums over some held-out sequences.
 
     Args:

@@ -18,20 +18,20 @@ from p48ray.run.benchmark_results import BenchmarkResult
 from p48ray.run.changing_hands import read_plan
 from p48ray.run.checked import (
     PART_RECORDS,
-    evaluation_part,
     keys_of_refused,
     load_checked,
-    part_manifest,
-    shard_verdict,
-    tokens_manifest,
-    unit_manifest,
+    load_evaluation_part,
+    load_part_manifest,
+    load_shard_verdict,
+    load_tokens_manifest,
+    load_unit_manifest,
 )
 from p48ray.run.manifest import MirrorManifest
 from p48ray.run.needs import NEEDED_PREFIXES, Needs
 from p48ray.run.plan import RunPlan, WorkUnit
 from p48ray.run.records import LOADS_AT_ONCE, Record
 from p48ray.run.run_root import BlobKind
-from p48ray.run.scales import check_units, layer_scales
+from p48ray.run.scales import check_units, load_layer_scales
 from p48ray.store.base import Store
 from p48ray.store.view import SubStore, sha256_of
 
@@ -40,7 +40,7 @@ Check = Callable[[], object]
 
 PART = re.compile(r"(?P<kind>[a-z-]+)/layer-(?P<layer>\d{3})/part-(?P<part>\d{4})\.json")
 EVALUATED = re.compile(r"evaluation/(?P<digest>[0-9a-f]+)/part-(?P<part>\d{4})\.json")
-PACKED = re.compile(r"evaluation/(?P<digest>[0-9a-f]+)/tokens\.json")
+PACKED_TEXTS = re.compile(r"evaluation/(?P<digest>[0-9a-f]+)/tokens\.json")
 SCALES = re.compile(r"activations/layer-(?P<layer>\d{3})/scales\.json")
 VERDICT = re.compile(r"verification/(?P<shard>[^/]+)\.json")
 RESULT = re.compile(r"benchmarks/[^/]+/result\.json")
@@ -136,10 +136,12 @@ class Examination:
                     self.check_blob, found["kind"], int(found["layer"]), int(found["part"])
                 )
             elif found := SCALES.fullmatch(key):
-                yield partial(layer_scales, plan, store, int(found["layer"]))
+                yield partial(load_layer_scales, plan, store, int(found["layer"]))
             elif found := EVALUATED.fullmatch(key):
-                yield partial(evaluation_part, plan, store, found["digest"], int(found["part"]))
-            elif found := PACKED.fullmatch(key):
+                yield partial(
+                    load_evaluation_part, plan, store, found["digest"], int(found["part"])
+                )
+            elif found := PACKED_TEXTS.fullmatch(key):
                 owner = found["digest"]
                 yield partial(self.check_tokens, run_root.evaluation_tokens(owner), owner)
             elif RESULT.fullmatch(key):
@@ -167,22 +169,22 @@ class Examination:
                 manifest_key,
                 key,
             )
-        manifest = part_manifest(self.plan, self.store, kind, layer, part)
+        manifest = load_part_manifest(self.plan, self.store, kind, layer, part)
         if key in self.sizes or kind not in ("activations", "gradients"):
             self.check_bytes(key, manifest.size_bytes, manifest.sha256, manifest_key)
 
     def check_tokens(self, key: str, owner: str) -> None:
-        manifest = tokens_manifest(self.store, key, owner)
+        manifest = load_tokens_manifest(self.store, key, owner)
         self.check_bytes(key, manifest.size_bytes, manifest.sha256, run_root.manifest_of(key))
 
     def check_unit(self, unit: WorkUnit) -> None:
         """A unit's manifest, its scales, and its shard, which goes once the checkpoint is finished
         (run.keep)."""
-        manifest = unit_manifest(self.plan, self.store, unit)
+        manifest = load_unit_manifest(self.plan, self.store, unit)
         scales_key = run_root.layer_scales(unit.layer)
         if scales_key in self.sizes:
             try:
-                scales = layer_scales(self.plan, self.store, unit.layer)
+                scales = load_layer_scales(self.plan, self.store, unit.layer)
             except CorruptObjectError:
                 pass  # a finding of its own; whether the unit fits is seen once it is mended
             else:
@@ -195,7 +197,7 @@ class Examination:
 
     def check_shard(self, name: str) -> None:
         """A verdict, and the size of the output shard that it is about."""
-        verdict = shard_verdict(self.plan, self.store, name)
+        verdict = load_shard_verdict(self.plan, self.store, name)
         key = run_root.checkpoint_file(name)
         if verdict.problems:
             raise CorruptObjectError(

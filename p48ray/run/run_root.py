@@ -23,6 +23,8 @@ residual-gradients/layer-007/part-0003.arrow (+ .json)
     the gradient with respect to what enters layer 7, for resume
 units/L007-E048-055/<attempt>/shard.safetensors
     one attempt's output; units/L007-E048-055/manifest.json names the one that counts
+logs/20261130T171854Z-3f9a1c20.log
+    what a driver that began then has to say; read by nothing
 failures/<stage>/<task>/<attempt>.json
     traceback and input of every failed attempt
 checkpoint/
@@ -58,6 +60,7 @@ COMPRESSED_RESIDUALS = "compressed-residuals/"
 RESIDUAL_GRADIENTS = "residual-gradients/"
 UNITS = "units/"
 FAILURES = "failures/"
+LOGS = "logs/"
 CHECKPOINT = "checkpoint/"
 VERIFICATION = "verification/"
 EVALUATION = "evaluation/"
@@ -79,6 +82,7 @@ PREFIXES = (
     RESIDUAL_GRADIENTS,
     UNITS,
     FAILURES,
+    LOGS,
     CHECKPOINT,
     VERIFICATION,
     EVALUATION,
@@ -156,6 +160,10 @@ def unit_manifest(unit_id: str) -> str:
 
 def failure(stage: str, task_id: str, attempt: str) -> str:
     return f"{FAILURES}{stage}/{task_id}/{attempt}.json"
+
+
+def driver_log(name: str) -> str:
+    return f"{LOGS}{name}.log"
 
 
 def checkpoint_file(name: str) -> str:

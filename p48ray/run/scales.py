@@ -8,7 +8,7 @@ from contextlib import suppress
 from p48ray.errors import CalibrationError, CorruptObjectError
 from p48ray.numerics.activation import input_global_scale
 from p48ray.run import run_root
-from p48ray.run.checked import load_checked, load_each, part_manifest, raise_together
+from p48ray.run.checked import load_checked, load_each, load_part_manifest, raise_together
 from p48ray.run.manifest import ActivationPart, LayerScales, UnitManifest
 from p48ray.run.plan import RunPlan, WorkUnit
 from p48ray.store.base import Store
@@ -26,7 +26,7 @@ def write_layer_scales(plan: RunPlan, store: Store, layer: int) -> LayerScales:
         combine_scales does.
     """
     try:
-        return layer_scales(plan, store, layer)
+        return load_layer_scales(plan, store, layer)
     except CorruptObjectError:
         scales = combine_scales(plan, layer, part_manifests(plan, store, layer))
         store.put(run_root.layer_scales(layer), scales.to_json())
@@ -43,7 +43,7 @@ def known_scales(plan: RunPlan, store: Store) -> dict[int, LayerScales]:
     return found
 
 
-def layer_scales(plan: RunPlan, store: Store, layer: int) -> LayerScales:
+def load_layer_scales(plan: RunPlan, store: Store, layer: int) -> LayerScales:
     """A layer's scales, held against its parts where their manifests are all there; those of a
     layer that is done may have been deleted by hand.
 
@@ -93,7 +93,7 @@ def check_units(units: Sequence[UnitManifest], scales: Mapping[int, LayerScales]
 def part_manifests(plan: RunPlan, store: Store, layer: int) -> list[ActivationPart]:
     """Of a layer's activations, in the plan's order."""
     found = load_each(
-        lambda part: part_manifest(plan, store, "activations", layer, part.part), plan.parts
+        lambda part: load_part_manifest(plan, store, "activations", layer, part.part), plan.parts
     )
     return [manifest for manifest in found if isinstance(manifest, ActivationPart)]
 

@@ -2,16 +2,24 @@
 it."""
 
 import logging
+import os
 import re
+import signal
 import socket
+import sys
+import threading
+import time
 from contextlib import AbstractContextManager
 from typing import Any, Self
 
 import ray
 
-from p48ray.errors import ConfigError
+from p48ray.errors import ConfigError, StageFailedError
 from p48ray.store.open import scheme_of
 
+log = logging.getLogger("p48ray.progress")
+
+STARTING = "starting on this machine, which takes some seconds"
 OBJECT_STORE_BYTES = 256 * 2**20
 """Of a Ray that is started here: tasks and results are kilobytes."""
 REACH_TIMEOUT_S = 20.0
@@ -46,6 +54,15 @@ class Cluster(AbstractContextManager["Cluster"]):
             self.has_joined = True
         return self
 
+    def check_alive(self) -> None:
+        """Raises: StageFailedError when the Ray that was started here has lost its raylet, without
+        which nothing ever runs again. A cluster may get new nodes."""
+        if self.is_own and not any(node["Alive"] for node in ray.nodes()):
+            raise StageFailedError(
+                "the Ray that this job started on this machine has ended (its raylet died: killed,"
+                " or out of memory); run the same command again to resume"
+            )
+
     def __exit__(self, *_: object) -> None:
         if self.has_joined:
             ray.shutdown()
@@ -59,6 +76,11 @@ class Cluster(AbstractContextManager["Cluster"]):
         }
         if self.address is not None:
             where = {"address": self.address}
+        log.info("ray       %s", f"joining {self.address}" if self.address else STARTING)
+        if not sys.stdout.isatty():  # Ray colours the lines of workers in a file too
+            os.environ.setdefault("RAY_COLOR_PREFIX", "0")
+        handler = signal.getsignal(signal.SIGTERM)
+        start = time.monotonic()
         try:
             check_reachable(self.address)
             ray.init(**where, log_to_driver=self.shows_logs, logging_level=logging.WARNING)
@@ -70,6 +92,9 @@ class Cluster(AbstractContextManager["Cluster"]):
                 f"{self.address!r}: {first_line(error)}; "
                 "start one with `ray start --head`, or unset RAY_ADDRESS to use this machine alone"
             ) from error
+        if callable(handler) and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)  # Ray has put its own there
+        log.info("ray       up after %.0f s", time.monotonic() - start)
 
 
 def check_reachable(address: str | None) -> None:

@@ -18,7 +18,7 @@ from p48ray.report.report import Report, build_report
 from p48ray.run import run_root
 from p48ray.run.benchmark_results import read_table
 from p48ray.run.changing_hands import check_still_ours
-from p48ray.run.checked import unit_manifests
+from p48ray.run.checked import load_unit_manifests
 from p48ray.run.cleanup import ABANDONED_S, delete_lost_attempts
 from p48ray.run.manifest import UnitManifest
 from p48ray.run.needs import read_needs
@@ -28,6 +28,7 @@ from p48ray.runner.base import RedoError, Runner, TaskList, delete_corrupt, run_
 from p48ray.runner.layer_by_layer import LayerByLayer
 from p48ray.runner.overlap import Overlap
 from p48ray.runner.progress import Progress
+from p48ray.runner.run_log import RunLog
 from p48ray.runner.stage_times import StageTimes
 from p48ray.stages.evaluate import EvaluationResult
 from p48ray.stages.inputs import check_run_root, write_inputs
@@ -52,10 +53,11 @@ def run_job(prepared: Prepared, make_runner: RunnerFactory) -> Report:
     check_run_root(prepared)
     store.sweep(ABANDONED_S)
     seconds: dict[str, float] = {}
-    with ThreadPoolExecutor(1) as beside:
+    with RunLog(store) as run_log, ThreadPoolExecutor(1) as beside:
         inputs = beside.submit(write_inputs, prepared)  # while workers start
         with make_runner(plan, store.uri) as runner:
             inputs.result()
+            run_log.begin()
             job = Job(prepared, runner, seconds)
             result = run_stages(job)
     check_still_ours(plan, store)
@@ -209,7 +211,7 @@ class Job:
             run_all(self.runner, work, self.store, times)
         for progress in shown:
             self.check_complete(progress)
-        self.units = unit_manifests(self.plan, self.store)
+        self.units = load_unit_manifests(self.plan, self.store)
         check_units(self.units, known_scales(self.plan, self.store))
         delete_lost_attempts(self.plan, self.store)
         check_fallbacks(self.plan, self.units)

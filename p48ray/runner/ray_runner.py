@@ -29,57 +29,24 @@ from typing import Any, Self
 import ray
 from ray.exceptions import ActorUnavailableError, RayError
 
-from p48ray.errors import P48Error, StageFailedError, UserError, WorkerLostError
+from p48ray.errors import StageFailedError, UserError, WorkerLostError
 from p48ray.run.plan import RunPlan
 from p48ray.runner.base import POLL_S, TaskList, WorkSource
 from p48ray.runner.budget import budget_of
 from p48ray.runner.cluster import START_TIMEOUT_S, Cluster, check_shared, first_line
-from p48ray.runner.console import configure_logging
+from p48ray.runner.console import FROM_WORKERS
 from p48ray.runner.dispatch import Dispatcher
-from p48ray.runner.metrics import WorkerMetrics
+from p48ray.runner.worker_process import WorkerProcess
 from p48ray.stages.inputs import open_run_root
 from p48ray.stages.tasks import Task, TaskResult, record_failure
-from p48ray.stages.workplace import Workplace
 from p48ray.store.base import Store
 
 log = logging.getLogger(__name__)
+worker_log = logging.getLogger(FROM_WORKERS)
 
 SHARED_ROOT = "set run.root_is_shared: true if every node mounts the same folder"
 CLOSE_TIMEOUT_S = 20.0
 MAX_PREEMPTIONS = 50  # of one task; by then something else is wrong
-
-
-class WorkerProcess:
-    """The actor's body: opens run root and source once, then executes tasks."""
-
-    def __init__(self, plan_json: bytes, store_uri: str) -> None:
-        configure_logging()
-        self.plan_json, self.store_uri = plan_json, store_uri
-
-    def start(self) -> str | P48Error:
-        """Open what there is. Returns this worker's node, or what is wrong instead of raising it,
-        which would reach the driver as a dead actor."""
-        node = str(ray.get_runtime_context().get_node_id())
-        try:
-            self.workplace = Workplace(
-                RunPlan.from_json(self.plan_json, "the driver's plan"), self.store_uri, node
-            )
-        except P48Error as error:
-            return error
-        self.metrics = WorkerMetrics(lambda: self.workplace.traffic)
-        return node
-
-    def close(self) -> None:
-        """Let go of the node's cache; the last worker of the node removes it."""
-        self.workplace.close()
-
-    def execute(self, task: Task) -> TaskResult:
-        result = self.workplace.execute(task)
-        try:
-            self.metrics.count(result)
-        except Exception as error:  # noqa: BLE001 (a unit is not to be lost because nobody could be told of it)
-            log.warning("metrics: %s", error)
-        return result
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -97,12 +64,16 @@ class RayRunner:
         plan: with run.num_workers, run.gpus_per_worker, run.threads_per_worker.
         store_uri: the run root.
         address: of a running cluster; None starts a Ray on this machine and stops it at the end.
+        is_verbose: workers print all that they log.
     """
 
-    def __init__(self, plan: RunPlan, store_uri: str, address: str | None) -> None:
-        self.plan, self.store_uri, self.address = plan, store_uri, address
-        self.settings = plan.config.run
+    def __init__(
+        self, plan: RunPlan, store_uri: str, address: str | None, is_verbose: bool = False
+    ) -> None:
+        self.plan, self.store_uri, self.is_verbose = plan, store_uri, is_verbose
+        self.settings = run = plan.config.run
         self.source: WorkSource = TaskList(())  # whose tasks are handed out; see run
+        self.cluster = Cluster(address, run.num_workers * run.threads_per_worker)
         self.idle: list[Worker] = []
         self.starting: dict[Any, Any] = {}  # start() reference -> actor
         self.running: dict[Any, tuple[Worker, Task]] = {}  # by execute() reference
@@ -118,15 +89,14 @@ class RayRunner:
         """Raises: ConfigError for an address without a cluster, or a local run root on several
         nodes."""
         run = self.settings
-        own_cpus = run.num_workers * run.threads_per_worker
         with ExitStack() as opened:
-            cluster = opened.enter_context(Cluster(self.address, own_cpus))
+            opened.enter_context(self.cluster)
             check_shared("run.root", self.store_uri, run.root_is_shared, SHARED_ROOT)
             actor = ray.remote(WorkerProcess)
             options = {"num_cpus": run.threads_per_worker, "num_gpus": run.gpus_per_worker}
             together = 1 + run.prefetch_units
             self.factory = actor.options(**options, max_restarts=0, max_concurrency=together)
-            if cluster.is_own:  # on a cluster a worker may be a machine that is paid for
+            if self.cluster.is_own:  # on a cluster a worker may be a machine that is paid for
                 for _ in range(run.num_workers):
                     self.start_worker()
             self.opened = opened.pop_all()
@@ -177,6 +147,8 @@ class RayRunner:
                 if not self.budget.is_spent:
                     self.dispatch(waiting)
                 done, _ = ray.wait([*self.starting, *self.running], num_returns=1, timeout=POLL_S)
+                if not done:
+                    self.cluster.check_alive()
                 quiet_s = 0.0 if done or self.running else quiet_s + POLL_S
                 if quiet_s >= START_TIMEOUT_S:
                     self.warn_no_capacity()
@@ -211,7 +183,7 @@ class RayRunner:
 
     def start_worker(self) -> None:
         actor = self.factory.remote(self.plan.to_json(), self.store_uri)
-        self.starting[actor.start.remote()] = actor
+        self.starting[actor.start.remote(self.is_verbose)] = actor
 
     def assign_ahead(self, waiting: Dispatcher, assigned: Mapping[Worker, Sequence[Task]]) -> None:
         """One more unit for workers that compute one, while there is one for every worker, those
@@ -277,10 +249,13 @@ class RayRunner:
         try:
             result: TaskResult = ray.get(ref)
         except RayError as error:
+            self.cluster.check_alive()
             # one that is only out of reach would keep its place in the cluster
             ray.kill(worker.actor)
             yield from self.handle_loss(worker, task, error, waiting)
             return
+        for line in result.lines:
+            worker_log.info("%s", line)
         if result.is_foreign:
             ray.kill(worker.actor)
             self.isolate(self.unassign(worker), waiting)

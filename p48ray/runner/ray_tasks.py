@@ -72,10 +72,11 @@ class RayTasks:
                 check_shared(option, store.uri, self.is_shared, "a shared folder")
             count = self.num_workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
             options = {} if cluster.is_own else {"runtime_env": {"env_vars": dict(self.settings)}}
-            yield from self.run_tasks(body, items, count, options)
+            yield from self.run_tasks(cluster, body, items, count, options)
 
     def run_tasks(
         self,
+        cluster: Cluster,
         body: Body[T],
         items: Mapping[str, Sequence[Any]],
         count: int,
@@ -84,6 +85,7 @@ class RayTasks:
         """The loop of `run`, on a cluster that is joined already.
 
         Args:
+            cluster: that was joined.
             body, items: as `run` takes them.
             count: tasks at once.
             options: for ray.remote, besides CPUs and retries.
@@ -100,6 +102,7 @@ class RayTasks:
                     running[task.remote(*items[name])] = name
                 done, _ = ray.wait(list(running), num_returns=1, timeout=START_TIMEOUT_S)
                 if not done:
+                    cluster.check_alive()
                     self.warn_no_capacity()
                     continue
                 name = running.pop(done[0])
@@ -109,6 +112,8 @@ class RayTasks:
                     continue
                 if isinstance(found, UserError):
                     raise found
+                if isinstance(found, WorkerLostError):
+                    cluster.check_alive()
                 attempts[name] += 1
                 may_pass = isinstance(found, TransientStoreError | WorkerLostError)
                 if may_pass and attempts[name] < MAX_ATTEMPTS:

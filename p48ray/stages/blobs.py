@@ -22,7 +22,7 @@ from torch import Tensor
 
 from p48ray import trace
 from p48ray.run import arrow, run_root
-from p48ray.run.checked import blob_facts, part_manifest
+from p48ray.run.checked import blob_facts, load_part_manifest
 from p48ray.run.manifest import PartManifest
 from p48ray.run.run_root import BlobKind
 from p48ray.store.base import Written
@@ -210,7 +210,7 @@ class BlobWriter:
         key = run_root.blob_manifest(blob.kind, blob.layer, blob.part)
         if self.context.store.put_if_absent(key, manifest.to_json()):
             return manifest
-        return part_manifest(plan, self.context.store, blob.kind, blob.layer, blob.part)
+        return load_part_manifest(plan, self.context.store, blob.kind, blob.layer, blob.part)
 
     def leave(self, ready: torch.cuda.Event, tensor: Tensor) -> Iterator[memoryview]:
         if not hasattr(self.own, "staging"):

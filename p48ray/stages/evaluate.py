@@ -25,7 +25,7 @@ from p48ray.model.decoder import Decoder, run_layer
 from p48ray.model.expert_loader import layer_experts
 from p48ray.model.experts import ActivationScales, ExpertWeights, RoutedExperts
 from p48ray.run import run_root
-from p48ray.run.checked import evaluation_part, load_each
+from p48ray.run.checked import load_each, load_evaluation_part
 from p48ray.run.manifest import CompressedSums, EvaluationPart, UnitManifest
 from p48ray.run.output_layout import OutputShard
 from p48ray.run.plan import RunPlan, SequencePart, cut_parts
@@ -276,4 +276,6 @@ def finish_evaluation(
 ) -> EvaluationResult:
     digest, parts = held_out_parts(context)
     plan, store = context.plan, context.store
-    return combine_parts(load_each(lambda p: evaluation_part(plan, store, digest, p.part), parts))
+    return combine_parts(
+        load_each(lambda p: load_evaluation_part(plan, store, digest, p.part), parts)
+    )

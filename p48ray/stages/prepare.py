@@ -1,6 +1,7 @@
 """Prepare: open the source, check every input, plan. Nothing is written, so that a mistake leaves
 nothing behind."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,8 +10,8 @@ import torch
 from p48ray.checkpoint.families import describe_model
 from p48ray.checkpoint.index import CheckpointIndex, open_checkpoint
 from p48ray.checkpoint.layout import ModelLayout
-from p48ray.config import RunConfig
-from p48ray.errors import ConfigError
+from p48ray.config import RunConfig, RunSettings
+from p48ray.errors import ConfigError, P48Error
 from p48ray.run import run_root
 from p48ray.run.output_layout import OutputShard, plan_output
 from p48ray.run.plan import MirroredFile, RunPlan, make_plan
@@ -21,7 +22,7 @@ from p48ray.store.base import Store
 from p48ray.store.memory import MemoryStore
 from p48ray.store.open import mirror_source, open_store, scheme_of
 from p48ray.store.view import SubStore
-from p48ray.texts.documents import digest_documents
+from p48ray.texts.documents import digest_documents, look_at_texts
 from p48ray.texts.sequences import digest_tokenizer
 from p48ray.unit.context import StageContext
 
@@ -56,13 +57,17 @@ def prepare(config: RunConfig, is_dry: bool = False) -> Prepared:
     """Open the source, check it, and plan. Nothing is written.
 
     Args:
-        is_dry: the texts and the run root may lie where this machine can not reach them; they are
-            not touched.
+        is_dry: texts and run root may lie where this machine can not reach them: nobody else is
+            asked for them. Those of this machine are looked at, and stay as they are.
     Raises: UserError of some kind for whatever the user must mend.
     """
     config = absolute(config)
-    run = config.run
-    store = MemoryStore(DRY_RUN_STORE) if is_dry else open_store(run.root, run.endpoint_url)
+    store = open_place(config.run)
+    if is_dry:
+        store = MemoryStore(DRY_RUN_STORE)
+        look_at_texts(config.calibration.documents, "calibration.documents")
+        if config.evaluation is not None:
+            look_at_texts(config.evaluation.documents, "evaluation.documents")
     held = read_held_plan(store) if hub_places(config) and not is_dry else None
     config, commits = resolve(config, held.revisions if held else {}, is_dry)
     source, mirror = open_planned_source(config, store, held)
@@ -82,6 +87,32 @@ def prepare(config: RunConfig, is_dry: bool = False) -> Prepared:
         else plan_output(plan.units, output.max_shard_size, source, layout, output.storage)
     )
     return Prepared(plan=plan, store=store, source=source, layout=layout, shards=shards)
+
+
+def open_place(run: RunSettings) -> Store:
+    """The run root, which nothing has touched yet.
+
+    Raises: ConfigError for what can not be one, as far as this machine knows.
+    """
+    try:
+        store = open_store(run.root, run.endpoint_url)
+    except P48Error as error:
+        raise ConfigError(f"run.root: {error}") from error
+    if not scheme_of(run.root).is_local:
+        return store
+    path = Path(store.uri)
+    try:
+        nearest = next(place for place in (path, *path.parents) if place.exists())
+    except OSError as error:
+        raise ConfigError(f"run.root: {path}: can not be used: {error.strerror}") from error
+    if not nearest.is_dir():
+        raise ConfigError(f"run.root: {path}: expected a folder, found that {nearest} is a file")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise ConfigError(
+            f"run.root: {path}: expected a folder to write to, found that {nearest} may not be"
+            " written"
+        )
+    return store
 
 
 def open_planned_source(

@@ -41,7 +41,7 @@ class TaskResult:
     exception.
 
     `redo`: keys of corrupt objects, to be deleted so that they are made anew. `facts`: what a
-    unit's manifest says that metrics count.
+    unit's manifest says that metrics count. `lines`: what another process logged meanwhile.
     """
 
     task: Task
@@ -50,6 +50,7 @@ class TaskResult:
     redo: tuple[str, ...] = ()
     seconds: float = 0.0
     facts: dict[str, float] = field(default_factory=dict)
+    lines: tuple[str, ...] = ()
 
     @property
     def is_done(self) -> bool:

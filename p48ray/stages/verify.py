@@ -9,7 +9,7 @@ from p48ray.checkpoint.index import INDEX_FILE
 from p48ray.checkpoint.layout import PROJECTIONS
 from p48ray.errors import CorruptObjectError, VerificationError
 from p48ray.run import run_root
-from p48ray.run.checked import keys_of_refused, load_each, shard_verdict
+from p48ray.run.checked import keys_of_refused, load_each, load_shard_verdict
 from p48ray.run.cleanup import delete_unit_shards
 from p48ray.run.manifest import MANIFEST_FILE, CheckpointManifest, ShardVerdict, UnitManifest
 from p48ray.run.output_layout import OutputShard, shard_rows
@@ -36,7 +36,9 @@ def shards_to_verify(context: StageContext, shards: tuple[OutputShard, ...]) -> 
     def counts(name: str) -> bool:
         key = run_root.shard_verdict(name)
         try:
-            is_clean = key in held and not shard_verdict(context.plan, context.store, name).problems
+            is_clean = (
+                key in held and not load_shard_verdict(context.plan, context.store, name).problems
+            )
         except CorruptObjectError as error:
             log.warning("%s; the shard is verified again", error)
             is_clean = False
@@ -109,7 +111,7 @@ def finish_verification(
         were made, and what else lies in the folder. Both list the problems.
     """
     plan, store = context.plan, context.store
-    verdicts = load_each(lambda shard: shard_verdict(plan, store, shard.name), shards)
+    verdicts = load_each(lambda shard: load_shard_verdict(plan, store, shard.name), shards)
     refused = [v for v in verdicts if v.problems]
     if refused:
         problems = [
@@ -118,7 +120,7 @@ def finish_verification(
         unsound = [unit for v in refused for unit in v.unsound_units]
         if not unsound:
             raise CorruptObjectError(
-                listed(context, problems, "the shards are stitched again"),
+                refusal(context, problems, "the shards are stitched again"),
                 *(key for verdict in refused for key in keys_of_refused(verdict)),
             )
         names = ", ".join(run_root.unit_manifest(unit) for unit in unsound[:LISTED_PROBLEMS])
@@ -127,21 +129,26 @@ def finish_verification(
             f" at fault; to have them made anew, delete {names} and the shards named here (`p48ray"
             " doctor RUN_ROOT --fix` does) and run the same command again"
         )
-        raise VerificationError(listed(context, problems, advice))
+        raise VerificationError(refusal(context, problems, advice))
     finish_checkpoint(context, shards, verdicts, units)
     problems = check_folder(context, shards)
     if problems:  # a folder with an index is a verified one
         store.delete(run_root.checkpoint_file(INDEX_FILE))
         advice = "mend or delete the files named here and run the same command again"
-        raise VerificationError(listed(context, problems, advice))
+        raise VerificationError(refusal(context, problems, advice))
     if plan.config.run.keep == "checkpoint":
         delete_unit_shards(store)
 
 
-def listed(context: StageContext, problems: Sequence[str], advice: str) -> str:
+def refusal(context: StageContext, problems: Sequence[str], advice: str) -> str:
     """Problems of a checkpoint as one message, with what to do about them."""
-    lines = "\n".join(f"  {p}" for p in problems[:LISTED_PROBLEMS])
-    unlisted = len(problems) - LISTED_PROBLEMS
-    rest = f"\n  and {unlisted} more" if unlisted > 0 else ""
     where = f"{context.store.uri}/{run_root.CHECKPOINT}"
-    return f"{where}: {len(problems)} problems; {advice}\n{lines}{rest}"
+    return f"{where}: {len(problems)} problems; {advice}\n{listed(problems)}"
+
+
+def listed(problems: Sequence[str]) -> str:
+    """The first few, a line each, and how many more there are."""
+    lines = [f"  {p}" for p in problems[:LISTED_PROBLEMS]]
+    if len(problems) > LISTED_PROBLEMS:
+        lines.append(f"  and {len(problems) - LISTED_PROBLEMS} more")
+    return "\n".join(lines)

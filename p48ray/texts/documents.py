@@ -68,10 +68,33 @@ def open_texts(source: DocumentSource, key: str) -> Texts:
             else _one_local(path, key)
         )
     try:
-        root, prefix = scheme.split(path)
-        return _stored(open_store(root, source.endpoint_url), prefix, path, key)
+        return _stored(*_remote(source, path), path, key)
     except UserError as error:
         raise type(error)(f"{key}: {error}") from error
+
+
+def _remote(source: DocumentSource, path: str) -> tuple[Store, str]:
+    """The store of a path that is not this machine's, and the file or folder in it; nobody is
+    asked."""
+    root, prefix = scheme_of(path).split(path)
+    return open_store(root, source.endpoint_url), prefix
+
+
+def look_at_texts(documents: Sequence[DocumentSource], key: str) -> None:
+    """What can be told of texts without reading them: on this machine, that each file is there and
+    begins with a record; elsewhere, that the place can be meant.
+
+    Raises: ConfigError or CalibrationError, as reading them would.
+    """
+    for source in documents:
+        if scheme_of(source.path).is_local:
+            for file in open_texts(source, key).files:
+                next(read_rows(file, key), None)
+            continue
+        try:
+            _remote(source, source.path)
+        except UserError as error:
+            raise type(error)(f"{key}: {source.path}: {error}") from error
 
 
 def _one_local(path: str, key: str) -> Texts:

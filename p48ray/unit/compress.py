@@ -359,11 +359,7 @@ def store_unit(context: StageContext, unit: WorkUnit, solved: Solved, clock: Clo
         peak_gpu_bytes=clock.peak_gpu_bytes,
         finished_at=round(time.time(), 3),
         worker=context.worker,
-        device=(
-            torch.cuda.get_device_name(context.device)
-            if context.device.type == "cuda"
-            else context.device.type
-        ),
+        device=context.device_name,
         versions={"p48ray": __version__} | {name: library_version(name) for name in LIBRARIES},
     )
     if not context.store.put_if_absent(run_root.unit_manifest(unit.id), manifest.to_json()):

@@ -20,11 +20,16 @@ from p48ray.errors import CorruptObjectError, ObjectMissingError, ShardCorruptEr
 from p48ray.model.decoder import Decoder
 from p48ray.model.experts import ExpertWeights
 from p48ray.run import arrow, run_root
-from p48ray.run.checked import blob_facts, part_manifest, tokens_manifest, unit_manifest
+from p48ray.run.checked import (
+    blob_facts,
+    load_part_manifest,
+    load_tokens_manifest,
+    load_unit_manifest,
+)
 from p48ray.run.manifest import LayerScales, UnitManifest
 from p48ray.run.plan import RunPlan, WorkUnit
 from p48ray.run.run_root import BlobKind
-from p48ray.run.scales import layer_scales
+from p48ray.run.scales import load_layer_scales
 from p48ray.store.base import ByteRange, Store, Written
 from p48ray.store.checked_files import CheckedFiles
 from p48ray.store.node_cache import NodeCache, fetch
@@ -75,6 +80,12 @@ class StageContext:
         return dtype
 
     @property
+    def device_name(self) -> str:
+        """The card's model, or cpu."""
+        is_gpu = self.device.type == "cuda"
+        return torch.cuda.get_device_name(self.device) if is_gpu else self.device.type
+
+    @property
     def store_is_near(self) -> bool:
         """The run root is a folder of this node's own: a copy on another of its disks would gain
         nothing."""
@@ -101,7 +112,7 @@ class StageContext:
 
         Raises: CorruptObjectError for a manifest that is not this unit's, or of other settings.
         """
-        manifest = unit_manifest(self.plan, self.store, unit)
+        manifest = load_unit_manifest(self.plan, self.store, unit)
         key = run_root.unit_shard(unit.id, manifest.attempt)
         return FinishedUnit(run_root.unit_manifest(unit.id), manifest, key)
 
@@ -114,7 +125,7 @@ class StageContext:
         with suppress(ObjectMissingError):
             if self.known.get(known) == (data := self.store.get(key)).decode(errors="replace"):
                 return LayerScales.from_json(data, f"{self.store.uri}/{key}")
-        scales = layer_scales(self.plan, self.store, layer)
+        scales = load_layer_scales(self.plan, self.store, layer)
         self.known[known] = scales.to_json().decode()
         return scales
 
@@ -149,7 +160,7 @@ class StageContext:
             or another.
         """
         key = run_root.blob(kind, layer, part)
-        manifest = part_manifest(self.plan, self.store, kind, layer, part)
+        manifest = load_part_manifest(self.plan, self.store, kind, layer, part)
         facts = blob_facts(self.plan, kind, layer, part)
         return self.arrow_columns(key, manifest.size_bytes, manifest.sha256, facts)
 
@@ -273,6 +284,6 @@ class StageContext:
         Raises: CorruptObjectError when they are not what was written: the driver packs the texts
             again.
         """
-        manifest = tokens_manifest(self.store, key, owner)
+        manifest = load_tokens_manifest(self.store, key, owner)
         facts = {"kind": "tokens", "owner": owner}
         return self.arrow_columns(key, manifest.size_bytes, manifest.sha256, facts)["token_ids"]

@@ -13,7 +13,7 @@ from bench.simulated_ray import Fleet, SimulatedRay
 from p48ray.checkpoint.layout import PROJECTIONS
 from p48ray.config.load import load_config
 from p48ray.run import run_root
-from p48ray.run.checked import unit_manifests
+from p48ray.run.checked import load_unit_manifests
 from p48ray.run.manifest import UnitManifest
 from p48ray.runner import dispatch, layer_units, overlap, pipeline, ray_runner
 from p48ray.stages.prepare import Prepared, prepare
@@ -70,7 +70,7 @@ def test_every_unit_ends_with_one_manifest_and_its_shard(
 ) -> None:
     outcome, _, mine = simulated(planned, chosen, keep)
     keys = {info.key for info in mine.store.list()}
-    manifests = unit_manifests(mine.plan, mine.store)
+    manifests = load_unit_manifests(mine.plan, mine.store)
     assert [m.unit for m in manifests] == [u.id for u in mine.plan.units]
     assert {len(m.linears) for m in manifests} == {
         mine.plan.config.run.experts_per_unit * len(PROJECTIONS)
@@ -93,7 +93,7 @@ def test_time_and_money_add_up_when_nothing_is_lost(planned: Prepared) -> None:
     work = (
         sum(
             costs.unit_s(sum(r.tokens for r in m.linears) / len(PROJECTIONS))
-            for m in unit_manifests(mine.plan, mine.store)
+            for m in load_unit_manifests(mine.plan, mine.store)
         )
         / 3600
     )

@@ -247,7 +247,7 @@ class Scene:
     def submit(self) -> Driver:
         """Start the command, the same each time."""
         where = {"run.endpoint_url": self.endpoint_url} if self.endpoint_url else {}
-        args = arguments(self.root, SETTINGS | where | self.settings)
+        args = [*arguments(self.root, SETTINGS | where | self.settings), "--verbose"]
         # else Ray shows one of the units' lines and counts the rest
         env = {"RAY_ADDRESS": self.site.address, "RAY_DEDUP_LOGS": "0"}
         self.drivers.append(Driver(args, env, self.start))

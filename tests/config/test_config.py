@@ -1,5 +1,6 @@
 """Configuration: what is refused, and in which words."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import yaml
 
 from p48ray.config import RunConfig
 from p48ray.config.load import baseline_config, dotted_keys, load_config, lookup
+from p48ray.config_page import all_settings, spell_type
 from p48ray.errors import ConfigError
 from p48ray.run.plan import SETTINGS
 from tests.conftest import REPO
@@ -79,6 +81,14 @@ def test_overrides_are_typed_as_in_the_file() -> None:
             "calibration.documents=[{path: a, weight: 0}]",
             ["calibration.documents.0.weight", "greater than 0"],
         ),
+        (
+            "calibration.documents=[{path: a, weight: .inf}]",
+            ["calibration.documents.0.weight", "finite number"],
+        ),
+        (
+            "benchmarks.tasks=[{task: a, metric: b, shots: 99999}]",
+            ["benchmarks.tasks.0.shots", "less than or equal to 10000"],
+        ),
         ("name=has spaces", ["name", "match pattern", "found 'has spaces'"]),
         ("extra=1", ["extra", "unknown key"]),
     ],
@@ -90,6 +100,53 @@ def test_bad_value_is_refused_by_file_key_expected_and_found(
         load_config(TINY_CONFIG, (override,))
     for word in [str(TINY_CONFIG), *words]:
         assert word in str(caught.value)
+
+
+NUMBERS = [
+    key
+    for key, field in all_settings()
+    if re.search(r"integer|number|size", spell_type(field.annotation, field.metadata))
+    and "list" not in spell_type(field.annotation, field.metadata)
+]
+
+
+def section_is_there(key: str) -> tuple[str, ...]:
+    """What else a key's section needs."""
+    if key.startswith("evaluation."):
+        return ("evaluation={documents: a, num_sequences: 1, sequence_length: 8}",)
+    return ("benchmarks={}",) if key.startswith("benchmarks.") else ()
+
+
+def test_numbers_of_every_section_are_tried() -> None:
+    assert len(NUMBERS) > 30
+    assert {"run.num_workers", "compression.damp", "run.node_cache_size", "evaluation.seed"} < set(
+        NUMBERS
+    )
+
+
+@pytest.mark.parametrize("key", NUMBERS)
+@pytest.mark.parametrize("value", [".inf", "-.inf", ".nan", "1" + "0" * 30, "-" + "9" * 30])
+def test_number_that_no_run_could_mean_is_refused_by_its_key(key: str, value: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(TINY_CONFIG, (*section_is_there(key), f"{key}={value}"))
+    for line in str(caught.value).splitlines():
+        assert line.startswith(f"{TINY_CONFIG}: {key}: "), line
+        assert line.count(", found ") == 1
+
+
+@pytest.mark.parametrize("text", ["9" * 400 + "GB", "1." + "1" * 400])
+def test_size_of_more_digits_than_a_number_has_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"output\.max_shard_size: expected a size"):
+        load_config(TINY_CONFIG, (f"output.max_shard_size='{text}'",))
+
+
+def test_gpus_are_a_share_of_one_or_whole() -> None:
+    """Ray knows no other, and says so only when a worker starts."""
+    with pytest.raises(ConfigError, match=r"run\.gpus_per_worker: expected a share .*found 1\.5"):
+        load_config(TINY_CONFIG, ("run.gpus_per_worker=1.5",))
+    for good in (0.25, 2.0):
+        config = load_config(TINY_CONFIG, (f"run.gpus_per_worker={good}",))
+        assert config.run.gpus_per_worker == good
 
 
 def test_missing_required_key_is_named(tmp_path: Path) -> None:

@@ -91,7 +91,7 @@ def invoke(*args: str, on_ray: bool = False) -> Outcome:
     app = typer.Typer(add_completion=False)
     app.command()(compress.main)
     local = mock.patch.object(
-        compress, "RayRunner", lambda plan, root, address: nullcontext(LocalRunner(plan, root))
+        compress, "RayRunner", lambda plan, root, *_: nullcontext(LocalRunner(plan, root))
     )
     with nullcontext() if on_ray else local, chdir(REPO), own_logging():
         result = CliRunner().invoke(app, args)

@@ -72,6 +72,38 @@ def test_run_root_where_nothing_can_be_written_is_refused(
     )
 
 
+@pytest.mark.parametrize("args", [(), ("--dry-run",)], ids=["run", "dry"])
+@pytest.mark.parametrize("place", ["s3://", "s3:///run", "s3://x"])
+def test_run_root_in_no_bucket_is_refused(
+    place: str, args: tuple[str, ...], tmp_path: Path
+) -> None:
+    words = [f"run.root: {place}: expected s3://BUCKET", "found no bucket's name"]
+    assert_refused(invoke(*arguments(place), *args), words, tmp_path / "run")
+
+
+@pytest.mark.parametrize("args", [(), ("--dry-run",)], ids=["run", "dry"])
+@pytest.mark.parametrize("below", ["", "/deep/run"])
+@pytest.mark.parametrize("prefix", ["", "file://"])
+def test_run_root_that_is_a_file_is_refused(
+    prefix: str, below: str, args: tuple[str, ...], tmp_path: Path
+) -> None:
+    file = tmp_path / "a file"
+    file.write_text("mine")
+    outcome = invoke(*arguments(f"{prefix}{file}{below}"), *args)
+    words = [f"run.root: {file}{below}: expected a folder, found that {file} is a file"]
+    assert_refused(outcome, words, tmp_path / "run")
+    assert file.read_text() == "mine"
+
+
+def test_run_root_that_may_not_be_written_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A superuser, as tests run here, may write everywhere."""
+    monkeypatch.setattr("os.access", lambda path, mode: str(path) != str(tmp_path))
+    outcome = invoke(*arguments(tmp_path / "run"), "--dry-run")
+    assert_refused(outcome, [f"found that {tmp_path} may not be written"], tmp_path / "run")
+
+
 def test_more_experts_a_unit_than_the_model_has_are_refused(tmp_path: Path) -> None:
     root = tmp_path / "run"
     assert_refused(
@@ -233,6 +265,32 @@ def test_damaged_source_is_refused_by_file_expected_and_found(
     assert snapshot(tmp_path) == before
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("num_hidden_layers", 10**9),
+        ("first_k_dense_replace", 10**9),
+        ("hidden_size", 10**12),
+        ("n_routed_experts", 10**9),
+        ("moe_intermediate_size", 10**12),
+        ("vocab_size", 10**12),
+        ("num_attention_heads", 10**9),
+        ("kv_lora_rank", 10**12),
+        ("max_position_embeddings", float("inf")),
+    ],
+)
+def test_size_that_no_model_has_is_refused_by_its_key(
+    key: str, value: float, tmp_path: Path
+) -> None:
+    folder, root = copy_model(tmp_path / "model"), tmp_path / "run"
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"][key] = value
+    (folder / "config.json").write_text(json.dumps(config))
+    outcome = invoke(*arguments(root, {"source.checkpoint": str(folder)}), "--dry-run")
+    words = [f"config.json: text_config.{key}: expected at most ", "found"]
+    assert_refused(outcome, words, root)
+
+
 def test_source_that_is_not_there_is_refused(tmp_path: Path) -> None:
     outcome = invoke(*arguments(tmp_path / "run", {"source.checkpoint": str(tmp_path / "nowhere")}))
     assert_refused(
@@ -369,9 +427,48 @@ def test_unusable_held_out_text_is_refused_before_anything_is_written(tmp_path: 
     assert_refused(outcome, ["evaluation.documents", str(path), "line 1", "plain words"], root)
 
 
-def test_text_that_is_not_there_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("args", [(), ("--dry-run",)], ids=["run", "dry"])
+@pytest.mark.parametrize("section", ["calibration", "evaluation"])
+@pytest.mark.parametrize(
+    ("name", "data", "words"),
+    [
+        ("a.jsonl", b"plain words\n", ["line 1", "plain words"]),
+        ("a.parquet", b"plain words\n", ["not a Parquet file"]),
+        ("a.txt", b"plain words\n", ["expected a file, or a folder with .jsonl or .parquet"]),
+    ],
+)
+def test_folder_of_texts_that_can_not_be_read_is_refused_by_a_dry_run_too(
+    name: str, data: bytes, words: list[str], section: str, args: tuple[str, ...], tmp_path: Path
+) -> None:
+    folder, root = tmp_path / "texts", tmp_path / "run"
+    folder.mkdir()
+    (folder / name).write_bytes(data)
+    key = f"{section}.documents"
+    settings = {
+        "calibration": {key: str(folder)},
+        "evaluation": {
+            "evaluation": f"{{documents: {folder}, num_sequences: 2, sequence_length: 64}}"
+        },
+    }[section]
+    assert_refused(invoke(*arguments(root, settings), *args), [key, *words], root)
+
+
+@pytest.mark.parametrize(
+    "path", ["s3://", "s3:///a.jsonl", "gs://bucket/a.jsonl", "hf://datasets/a"]
+)
+def test_texts_in_a_place_that_can_not_be_meant_are_refused_by_a_dry_run(
+    path: str, tmp_path: Path
+) -> None:
     root = tmp_path / "run"
-    outcome = invoke(*arguments(root, {"calibration.documents": str(tmp_path / "none.jsonl")}))
+    outcome = invoke(*arguments(root, {"calibration.documents": path}), "--dry-run")
+    assert_refused(outcome, ["calibration.documents", path], root)
+
+
+@pytest.mark.parametrize("args", [(), ("--dry-run",)], ids=["run", "dry"])
+def test_text_that_is_not_there_is_refused(args: tuple[str, ...], tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    settings = {"calibration.documents": str(tmp_path / "none.jsonl")}
+    outcome = invoke(*arguments(root, settings), *args)
     assert_refused(
         outcome, ["calibration.documents", str(tmp_path / "none.jsonl"), "No such file"], root
     )

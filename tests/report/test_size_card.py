@@ -8,7 +8,7 @@ from safetensors import safe_open
 
 from p48ray.checkpoint.layout import ExpertStorage
 from p48ray.report import size_card
-from p48ray.report.size_card import gains
+from p48ray.report.size_card import gains_section
 from p48ray.run.plan import RunPlan
 from p48ray.unit.context import StageContext
 from tests.stages.small_run import SmallRun
@@ -35,7 +35,7 @@ def bytes_of_experts(finished: SmallRun) -> int:
 
 
 def test_int4_source_has_the_same_size_and_other_arithmetic(finished: SmallRun) -> None:
-    text = gains(finished.context)
+    text = gains_section(finished.context)
     assert re.search(r"Equal in dense storage: 4\.5\d bits a weight, 4\.5\d in the source\.", text)
     assert "meet in 4 bits (W4A4)" in text
     assert "INT4 (a scale per 32 inputs) weights are multiplied with activations of 16 bits" in text
@@ -49,7 +49,7 @@ def test_int4_source_has_the_same_size_and_other_arithmetic(finished: SmallRun) 
 def test_no_sparse_storage_is_promised_where_there_is_none(
     finished: SmallRun, settings: dict[str, object]
 ) -> None:
-    text = gains(with_compression(finished.context, **settings))
+    text = gains_section(with_compression(finished.context, **settings))
     assert "Sparse storage" not in text and "W4A4" in text
 
 
@@ -60,7 +60,7 @@ def test_larger_source_is_a_gain_of_size(
     dense = bytes_of_experts(finished)
     monkeypatch.setattr(size_card, "source_expert_bytes", lambda context: 2 * dense)
     layout = replace(finished.context.layout, expert_storage=storage)
-    text = gains(replace(finished.context, layout=layout))
+    text = gains_section(replace(finished.context, layout=layout))
     assert "0.50 times the source's bytes in dense storage: " in text
     assert f"activations of {bits} bits" in text
     assert "0.61 times the dense ones and 0.31 times the source's" in text

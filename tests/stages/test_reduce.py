@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from p48ray.errors import CorruptObjectError
 from p48ray.run import run_root
-from p48ray.run.checked import unit_manifests
+from p48ray.run.checked import load_unit_manifests
 from p48ray.run.manifest import CheckpointManifest, ShardVerdict, UnitManifest
 from p48ray.stages.final_files import finish_checkpoint
 from p48ray.stages.reduce import stitch_shard
@@ -192,7 +192,7 @@ def units_only(finished: SmallRun) -> StageContext:
 
 
 def units_of(run: SmallRun) -> list[UnitManifest]:
-    return unit_manifests(run.prepared.plan, run.prepared.store)
+    return load_unit_manifests(run.prepared.plan, run.prepared.store)
 
 
 def verdicts_of(run: SmallRun) -> list[ShardVerdict]:

@@ -2,7 +2,11 @@
 which words."""
 
 import json
+import re
+import subprocess
+import sys
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,6 +23,7 @@ from p48ray.texts import rows as text_rows
 from p48ray.texts.documents import digest_documents, open_texts, read_documents
 from p48ray.texts.rows import TextFile, num_parts, read_part, read_rows
 from p48ray.texts.sequences import load_sequences
+from tests.conftest import REPO
 
 KEY = "calibration.documents"
 
@@ -189,6 +194,101 @@ def test_parquet_text_that_is_absent_or_not_utf8_is_refused_by_row(tmp_path: Pat
         read(tmp_path / "b.parquet")
 
 
+CHATS = "messages"
+MEGABYTE = "z" * 2**20
+
+
+def repeated(count: int, text: str) -> pyarrow.Array:
+    """One chat of `count` messages that all name one value of a dictionary."""
+    values = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * count), pyarrow.array([text]))
+    messages = pyarrow.StructArray.from_arrays([values], ["content"])
+    return pyarrow.ListArray.from_arrays([0, count], messages)
+
+
+def nothings(count: int) -> pyarrow.Array:
+    """One chat of `count` messages that are null."""
+    return pyarrow.ListArray.from_arrays([0, count], pyarrow.nulls(count, "string"))
+
+
+HUGE: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
+    "alone": (
+        lambda: {"text": ["x" * 200 * 2**20]},
+        r"row 1: expected at most 67108864 bytes a row, found 2097\d+ in 1, which are stored in",
+    ),
+    "among small ones": (
+        lambda: {"text": [*["small"] * 40, "x" * 600 * 2**20]},
+        r"rows 1 to 41: expected at most 67108864 bytes a row, found 6291\d+ in 41, which are",
+    ),
+    "of some pages": (
+        lambda: {"text": ["small", "small", "x" * 100 * 2**20, "small"]},
+        r"row 3: expected at most 67108864 bytes, found 104857600$",
+    ),
+    "by repetition": (
+        lambda: {CHATS: repeated(3000, MEGABYTE)},
+        r"row 1: expected at most 67108864 bytes, found 3145728000$",
+    ),
+    "of nothing": (
+        lambda: {CHATS: nothings(2**26 + 1)},
+        r"row 1: expected at most 67108864 values in lists, found 67108865$",
+    ),
+}
+
+
+READ_HUGE = """
+import resource, sys
+from p48ray.config import DocumentSource
+from p48ray.errors import CalibrationError
+from p48ray.texts.documents import read_documents
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+try:
+    for _ in read_documents(DocumentSource(path=sys.argv[1]), "key"):
+        pass
+except CalibrationError as error:
+    print(error)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", HUGE)
+def test_huge_row_of_a_small_parquet_is_refused_by_row_within_memory(
+    name: str, tmp_path: Path
+) -> None:
+    """Read by another process, whose peak is its own."""
+    make, words = HUGE[name]
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pyarrow.table(make()), path, compression="zstd", store_schema=False)
+    assert path.stat().st_size < 2**21
+    done = subprocess.run(
+        [sys.executable, "-c", READ_HUGE, str(path)],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=REPO,
+        timeout=100,
+    )
+    *said, megabytes = done.stdout.splitlines()
+    assert re.search(f"^key: {path}, {words}", "\n".join(said)), done.stdout
+    assert int(megabytes) < 600
+
+
+def test_rows_of_large_row_groups_are_read_one_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A dictionary's value may be named by every row: 64 of them at once would be 64 times it."""
+    rows = [{"text": f"{i % 7}" * 50} for i in range(200)]
+    chats = [{"messages": [{"role": "user", "content": row["text"]}]} for row in rows]
+    flat = table(tmp_path / "a.parquet", rows, group=100)
+    nested = table(tmp_path / "b.parquet", chats, group=100)
+    expected = read(flat), read(nested, Chat())
+    monkeypatch.setattr(text_rows, "MAX_ROW_BYTES", 120)
+    assert (read(flat), read(nested, Chat())) == expected
+    monkeypatch.setattr(text_rows, "MAX_ROW_BYTES", 49)
+    for path in (flat, nested):
+        with pytest.raises(CalibrationError, match=r"row 1: expected at most 49 bytes, found 5\d"):
+            read(path, Chat())
+
+
 def test_file_that_is_no_parquet_or_has_no_column_of_ours_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.parquet").write_bytes(b"not parquet at all")
     with pytest.raises(CalibrationError, match=r"a\.parquet: not a Parquet file"):
@@ -320,7 +420,7 @@ def test_spans_of_a_jsonl_give_every_line_once(
 def test_line_without_end_is_refused_before_it_fills_the_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(text_rows, "MAX_LINE_BYTES", 100)
+    monkeypatch.setattr(text_rows, "MAX_ROW_BYTES", 100)
     monkeypatch.setattr(text_rows, "READ_BYTES", 64)
     (tmp_path / "a.jsonl").write_text("x" * 1000)
     with pytest.raises(

@@ -49,6 +49,7 @@ def describe_model(index: CheckpointIndex) -> ModelLayout:
     """
     family = _family(index.config)
     text = _text_config(index.config, family)
+    text.check_sizes()
     family.check_supported(text)
     num_layers = text.integer("num_hidden_layers")
     fp8_block = check_fp8(index, text.values)

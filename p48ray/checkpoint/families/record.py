@@ -8,10 +8,41 @@ else there is comes from the record, from the config or from the headers.
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 from p48ray.checkpoint.index import CONFIG_FILE
 from p48ray.errors import SourceError
+
+MOST: Mapping[str, int] = MappingProxyType(
+    {
+        "num_hidden_layers": 10**4,
+        "first_k_dense_replace": 10**4,
+        "decoder_sparse_step": 10**4,
+        "num_nextn_predict_layers": 10**4,
+        "n_routed_experts": 10**5,
+        "num_experts": 10**5,
+        "num_experts_per_tok": 10**5,
+        "n_shared_experts": 10**5,
+        "n_group": 10**5,
+        "topk_group": 10**5,
+        "hidden_size": 2**20,
+        "intermediate_size": 2**24,
+        "moe_intermediate_size": 2**24,
+        "num_attention_heads": 10**5,
+        "num_key_value_heads": 10**5,
+        "head_dim": 2**20,
+        "q_lora_rank": 2**20,
+        "kv_lora_rank": 2**20,
+        "qk_nope_head_dim": 2**20,
+        "qk_rope_head_dim": 2**20,
+        "v_head_dim": 2**20,
+        "vocab_size": 2**28,
+        "max_position_embeddings": 2**40,
+    }
+)
+"""Sizes in a config, far beyond those of any model. What is larger would be found wanting only
+after lists and tensors of that size were made."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +64,16 @@ class TextConfig:
         if type(value) is not int or value < least:
             raise SourceError(f"{self.where(key)}: expected an integer >= {least}, found {value!r}")
         return value
+
+    def check_sizes(self) -> None:
+        """Raises: SourceError for a number above MOST. What else is wrong with one, its reader
+        says."""
+        for key, most in MOST.items():
+            value = self.values.get(key)
+            if isinstance(value, int | float) and not value <= most:  # NaN neither
+                raise SourceError(
+                    f"{self.where(key)}: expected at most {most:,}, found {repr(value)[:80]}"
+                )
 
     def integers(self, key: str) -> tuple[int, ...]:
         """A list of numbers >= 0; absent or null: none. Raises: SourceError for anything else."""
