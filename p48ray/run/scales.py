@@ -51,17 +51,19 @@ def load_layer_scales(plan: RunPlan, store: Store, layer: int) -> LayerScales:
         part that is unsound.
     """
     key = run_root.layer_scales(layer)
-    found = load_checked(LayerScales, store, key, layer=layer, units_digest=plan.units_digest)
     manifests = {run_root.activation_manifest(layer, part.part) for part in plan.parts}
+    said = None
     if manifests <= {info.key for info in store.list(run_root.activation_folder(layer))}:
+        # first, so that a part is named where the scales are missing because of it
         said = combine_scales(plan, layer, part_manifests(plan, store, layer))
-        if found != said:
-            names = [n for n in LayerScales.model_fields if getattr(found, n) != getattr(said, n)]
-            raise CorruptObjectError(
-                f"{store.uri}/{key}: {names[0]}: expected {getattr(said, names[0])!r} as the"
-                f" layer's parts say, found {getattr(found, names[0])!r}",
-                key,
-            )
+    found = load_checked(LayerScales, store, key, layer=layer, units_digest=plan.units_digest)
+    if said is not None and found != said:
+        names = [n for n in LayerScales.model_fields if getattr(found, n) != getattr(said, n)]
+        raise CorruptObjectError(
+            f"{store.uri}/{key}: {names[0]}: expected {getattr(said, names[0])!r} as the layer's"
+            f" parts say, found {getattr(found, names[0])!r}",
+            key,
+        )
     return found
 
 

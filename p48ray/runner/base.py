@@ -6,7 +6,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from p48ray.errors import P48Error, StageFailedError, TransientStoreError, UserError
+from p48ray.errors import (
+    CorruptObjectError,
+    StageFailedError,
+    TransientStoreError,
+    UserError,
+)
 from p48ray.runner.stage_times import StageTimes
 from p48ray.stages.tasks import Task, TaskResult
 from p48ray.store.base import Store
@@ -88,9 +93,9 @@ class Runner(Protocol):
     def run(self, source: WorkSource) -> Iterator[TaskResult]: ...
 
 
-class RedoError(P48Error):
-    """Corrupt objects were found and deleted; the stages that make them have to run again. Never
-    leaves the pipeline."""
+class RedoError(CorruptObjectError):
+    """Corrupt objects were found by tasks, and are deleted; the stages that make them have to run
+    again. Never leaves the pipeline."""
 
 
 def run_all(
@@ -134,14 +139,12 @@ def run_all(
         if all(result.redo for result in failed)
         else StageFailedError
     )
-    raise kind(
-        "\n".join(
-            describe_failures(
-                stage, [r for r in failed if r.task.stage == stage], handed[stage], store
-            )
-            for stage in stages
-        )
+    message = "\n".join(
+        describe_failures(stage, [r for r in failed if r.task.stage == stage], handed[stage], store)
+        for stage in stages
     )
+    keys = dict.fromkeys(key for result in failed for key in result.redo)
+    raise kind(message, *(keys if kind is RedoError else ()))
 
 
 def delete_corrupt(store: Store, message: str, keys: Sequence[str]) -> None:

@@ -4,6 +4,7 @@ given. Every stage does what the bucket lacks."""
 import json
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack
@@ -89,20 +90,25 @@ def write_report(context: StageContext, report: Report, units: Sequence[UnitMani
 
 def run_stages(job: "Job") -> EvaluationResult | None:
     """All stages in order. Objects found corrupt on the way are deleted, and the stages run again
-    from the first that misses one."""
-    rounds = job.plan.config.run.max_attempts
-    for left in reversed(range(rounds)):
+    from the first that misses one.
+
+    Raises: StageFailedError for an object that is corrupt as often as run.max_attempts says; a long
+        run may meet any number of others.
+    """
+    most, found = job.plan.config.run.max_attempts, Counter[str]()
+    while True:
         try:
             return job.run()
-        except (RedoError, CorruptObjectError) as error:
-            if isinstance(error, CorruptObjectError):  # the driver's own look
+        except CorruptObjectError as error:
+            if not isinstance(error, RedoError):  # the driver's own look
                 delete_corrupt(job.store, str(error), error.keys)
-            if not left:
+            found.update(set(error.keys))
+            again = [key for key in error.keys if found[key] >= most]
+            if again:
                 raise StageFailedError(
-                    f"objects were found corrupt {rounds} times in a row: {error}"
+                    f"{again[0]}: found corrupt {most} times: {error}"
                 ) from error
             write_inputs(job.prepared)  # the packed texts may be among what was deleted
-    raise AssertionError
 
 
 class Job:

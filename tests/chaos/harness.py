@@ -431,6 +431,15 @@ def kill_the_driver(scene: Scene) -> int:
     return killed
 
 
+def stop_the_driver(scene: Scene) -> int:
+    """Ask it to end, wait until it has, and submit the same command again."""
+    killed = 1 + len(scene.site.busy_workers())
+    scene.driver.process.send_signal(signal.SIGTERM)
+    scene.driver.finish()
+    scene.submit()
+    return killed
+
+
 def pick(rng: random.Random, choices: list[Any]) -> list[Any]:
     """One of them, none if there are none."""
     return [rng.choice(choices)] if choices else []

@@ -1,8 +1,10 @@
 """Data that turns bad while the job runs, and units that can not be done: mended, or set aside by
 name while the rest goes on."""
 
+import json
 import shutil
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -99,6 +101,61 @@ def test_part_corrupted_after_its_manifest_is_made_anew(
     scene.hit("bit flip", "gradients", scene.rng.uniform(0, 0.5), strike)
     assert scene.finish() == 0, (scene.driver.out, scene.driver.err)
     assert_same_end(scene, undisturbed, tmp_path)
+
+
+def exchange_parts(scene: Scene) -> int:
+    """A part of two layers that nobody has begun to solve, each in the other's place, manifests
+    and all."""
+    begun = {int(path.name[1:4]) for path in Path(scene.root, "units").glob("*")}
+    layers = [n for n in (1, 2, 3, 4) if n not in begun]
+    folders = [Path(scene.root, "activations", f"layer-{n:03d}") for n in layers]
+    whole = [f for f in folders if (f / "part-0003.json").exists()]
+    if len(whole) < 2:
+        return 0
+    one, other = scene.rng.sample(whole, 2)
+    for suffix in (".arrow", ".json"):
+        aside = one / "aside"
+        (one / f"part-0003{suffix}").rename(aside)
+        (other / f"part-0003{suffix}").rename(one / f"part-0003{suffix}")
+        aside.rename(other / f"part-0003{suffix}")
+    return 1
+
+
+def double_scales(scene: Scene) -> int:
+    """Of a layer that is complete."""
+    scales = sorted(Path(scene.root, "activations").glob("layer-*/scales.json"))
+    for path in pick(scene.rng, scales):
+        said = json.loads(path.read_text())
+        other = path.with_name("other")
+        other.write_text(json.dumps(said | {n: 2 * said[n] for n in ("gate_up", "down")}))
+        other.replace(path)
+        return 1
+    return 0
+
+
+def cut_a_manifest(damaged: list[str]) -> Callable[[Scene], int]:
+    """Of a unit that is done. damaged: takes its id."""
+
+    def strike(scene: Scene) -> int:
+        unit = scene.rng.choice(sorted(scene.manifests()))
+        path = Path(scene.root, "units", unit, "manifest.json")
+        path.write_bytes(path.read_bytes()[: scene.rng.randrange(200)])
+        damaged.append(unit)
+        return 1
+
+    return strike
+
+
+def test_objects_that_are_not_what_their_keys_say_are_made_anew(
+    scene: Scene, undisturbed: dict[str, str], tmp_path: Path
+) -> None:
+    damaged: list[str] = []
+    scene.submit()
+    scene.hit("parts exchanged", "gradients", 0.0, exchange_parts)
+    scene.hit("scales doubled", "compress", scene.rng.uniform(0, 0.3), double_scales)
+    scene.hit("manifest cut", "compress", scene.rng.uniform(0.4, 0.8), cut_a_manifest(damaged))
+    assert_same_end(scene, undisturbed, tmp_path, redone=damaged)
+    assert "made anew" in scene.logs
 
 
 @pytest.mark.chaos_long

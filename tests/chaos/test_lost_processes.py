@@ -2,6 +2,7 @@
 ends with the bytes of one that nothing happened to."""
 
 import json
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from tests.chaos.harness import (
     kill_all_workers,
     kill_the_driver,
     launch_slow,
+    stop_the_driver,
     thaw,
 )
 
@@ -160,6 +162,19 @@ def test_driver_killed_in_gradients_and_compress(
     scene.submit()
     for stage in ("gradients", "compress"):
         scene.hit("driver", stage, scene.rng.uniform(0, 0.6), kill_the_driver)
+    assert_same_end(scene, undisturbed, tmp_path)
+
+
+def test_driver_asked_to_end_says_how_to_go_on(
+    scene: Scene, undisturbed: dict[str, str], tmp_path: Path
+) -> None:
+    """SIGTERM, as a job system sends it before it takes a machine."""
+    first = scene.submit()
+    scene.hit("driver", "compress", scene.rng.uniform(0, 0.6), stop_the_driver)
+    assert first.finish() == 128 + signal.SIGTERM
+    assert first.err.splitlines()[-1].startswith(
+        "stopped by SIGTERM; what is done stays. Resume with: python"
+    )
     assert_same_end(scene, undisturbed, tmp_path)
 
 

@@ -320,7 +320,7 @@ def test_object_that_is_corrupt_each_time_it_is_made_ends_the_run(
     monkeypatch.setitem(STAGES, "compress", replace(STAGES["compress"], body=compress))
     outcome = invoke(*arguments(root, {"run.max_attempts": "2"}))
     assert (outcome.code, len(rounds)) == (1, 8)
-    assert "objects were found corrupt 2 times in a row" in outcome.err
+    assert f"{run_root.gradient_part(2, 0)}: found corrupt 2 times: " in outcome.err
 
 
 def flaky(monkeypatch: pytest.MonkeyPatch, times: int) -> list[str]:

@@ -78,6 +78,11 @@ def part_manifest_cut(root: Path) -> None:
     path.write_bytes(path.read_bytes()[:60])
 
 
+def part_manifest_cut_before_scales(root: Path) -> None:
+    part_manifest_cut(root)
+    (root / "activations/layer-001/scales.json").unlink()
+
+
 def unit_manifest(change: Callable[[Path], object]) -> Callable[[Path], None]:
     def damage(root: Path) -> None:
         stitched_again(root)
@@ -150,6 +155,7 @@ DAMAGES: dict[str, Callable[[Path], None]] = {
     "scales.json doubled": scales_doubled,
     "scales.json of two layers exchanged": scales_exchanged,
     "manifest of a part cut short": part_manifest_cut,
+    "manifest of a part cut short before scales.json was made": part_manifest_cut_before_scales,
     "unit manifest cut short": unit_manifest(cut),
     "unit manifest empty": unit_manifest(lambda path: path.write_bytes(b"")),
     "unit manifest of another plan": unit_manifest(
