@@ -138,7 +138,7 @@ class Actor:
             Method(self.call_close),
         )
 
-    def call_start(self) -> Ref:
+    def call_start(self, is_verbose: bool) -> Ref:
         assert self.open is not None
         return self.open
 

@@ -207,9 +207,21 @@ def test_status_of_a_place_that_is_no_run_root_exits_2(tmp_path: Path, place: st
     refused(call("status", path), 2, path, words)
 
 
-def test_status_of_a_damaged_plan_exits_1(tmp_path: Path) -> None:
+def test_status_of_a_damaged_plan_says_what_to_delete(tmp_path: Path) -> None:
     (tmp_path / "plan.json").write_text("{")
-    refused(call("status", tmp_path), 1, "plan.json: not a RunPlan")
+    refused(call("status", tmp_path), 2, "plan.json: not JSON", "delete this object")
+
+
+def test_status_counts_around_records_that_can_not_be_read(
+    finished: SmallRun, tmp_path: Path
+) -> None:
+    root = copied(finished, tmp_path)
+    manifest = root / "units/L001-E000-007/manifest.json"
+    manifest.write_bytes(manifest.read_bytes()[:50])
+    result = call("status", root)
+    assert result.exit_code == 0
+    assert f"{manifest}: not a UnitManifest" in result.stderr
+    assert "p48ray doctor" in result.stderr
 
 
 # verify

@@ -127,10 +127,12 @@ def build_report(
         expert_bytes=sum(
             unit_bytes(context.layout, u, plan.config.output.storage) for u in plan.units
         ),
-        quality=quality,
+        quality=None if plan.is_pilot else quality,
         pilot=(
             extrapolate(
-                plan, read_work(plan, context.store, {info.key for info in context.store.list()})
+                plan,
+                read_work(plan, context.store, {info.key for info in context.store.list()}),
+                quality,
             )
             if plan.is_pilot and len(units) == len(plan.units)
             else None

@@ -26,7 +26,7 @@ from p48ray.run.changing_hands import read_plan
 from p48ray.run.manifest import Failure
 from p48ray.run.output_layout import shard_count, shard_names
 from p48ray.run.plan import RunPlan
-from p48ray.run.records import Record
+from p48ray.run.records import Record, load_readable
 from p48ray.stages.table import EVALUATE_STAGE, count_markers
 from p48ray.store.base import Store
 from p48ray.store.view import SubStore
@@ -108,7 +108,7 @@ def read_status(store: Store, known: dict[str, Manifest] | None = None) -> RunSt
         ),
         failures=tuple(
             f"{k.removeprefix(run_root.FAILURES)}: {f.error}"
-            for k, f in zip(failures, Failure.load_all(store, failures), strict=True)
+            for k, f in load_readable(Failure, store, failures).items()
         ),
         stored_bytes=sum(sizes.values()),
         has_index=has_index,

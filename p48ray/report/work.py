@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from p48ray.report.spans import Span, WorkPiece, merged_spans, spans_by_worker
 from p48ray.run.manifest import ActivationPart, GradientPart, UnitManifest
 from p48ray.run.plan import RunPlan
-from p48ray.run.records import Record
+from p48ray.run.records import Record, load_readable
+from p48ray.stages.evaluate import EvaluationResult
 from p48ray.stages.table import COMPRESS_STAGE, stages_of
 from p48ray.store.base import Store
 
@@ -31,7 +32,8 @@ class Work(Record):
 
 class Extrapolation(Record):
     """What a pilot of some layers says about the whole model. `wall_hours` with the configured
-    numbers of workers, none idle."""
+    numbers of workers, none idle. `pilot_kl`, `kl`: nats a held-out token from the source, with the
+    pilot's layers compressed as measured, and with all as forecast."""
 
     layers: int
     of_layers: int
@@ -39,6 +41,8 @@ class Extrapolation(Record):
     wall_hours: float
     gpu_hours: float
     cost: float | None
+    pilot_kl: float | None = None
+    kl: float | None = None
 
 
 Manifest = ActivationPart | GradientPart | UnitManifest
@@ -62,8 +66,8 @@ def stage_manifests(
         if stage.manifest is not None and stage.markers is not None:
             names = [k for k in stage.markers(plan, ()) if k in keys]
             new = [k for k in names if k not in known]
-            known.update(zip(new, stage.manifest.load_all(store, new), strict=True))
-            found[stage.name] = [known[k] for k in names]
+            known.update(load_readable(stage.manifest, store, new))
+            found[stage.name] = [known[k] for k in names if k in known]
     return found
 
 
@@ -131,8 +135,18 @@ def gpu_hours(plan: RunPlan, work: Sequence[Work]) -> float:
     return sum(w.worker_seconds for w in work) / 3600 * plan.config.run.gpus_per_worker
 
 
-def extrapolate(plan: RunPlan, work: Sequence[Work]) -> Extrapolation:
-    """From the pilot's layers to all of them; every layer is taken to cost the same."""
+def extrapolate(
+    plan: RunPlan, work: Sequence[Work], quality: EvaluationResult | None = None
+) -> Extrapolation:
+    """From the pilot's layers to all of them; every layer is taken to cost the same.
+
+    KL too: it is quadratic in small errors of the logits, and those of different layers are taken
+    to be independent, so that the squares add up.
+
+    Args:
+        plan, work: of the pilot.
+        quality: of the model with its layers compressed, if it was evaluated.
+    """
     run = plan.config.run
     factor = len(plan.source.moe_layers) / len(plan.layers)
     streams = sum(w.worker_seconds for w in work if w.stage != COMPRESS_STAGE.name) * factor / 3600
@@ -145,16 +159,24 @@ def extrapolate(plan: RunPlan, work: Sequence[Work]) -> Extrapolation:
         wall_hours=streams / (run.capture_workers or run.num_workers) + solving / run.num_workers,
         gpu_hours=hours,
         cost=hours * run.gpu_hour_price if run.gpu_hour_price else None,
+        pilot_kl=quality.kl if quality else None,
+        kl=quality.kl * factor if quality else None,
     )
 
 
 def pilot_words(p: Extrapolation) -> str:
     on_gpus = f", {p.gpu_hours:.1f} GPU-hours" if p.gpu_hours else ""
     price = f", {p.cost:,.2f} at the configured price" if p.cost is not None else ""
+    forecast = (
+        f"; KL from the source {p.kl:.3g} nats a token by forecast ({p.pilot_kl:.3g} with"
+        f" {p.layers} layers compressed, as if the layers' errors added up)"
+        if p.kl is not None
+        else ""
+    )
     return (
         f"pilot of {p.layers} layers, no checkpoint; all {p.of_layers} would take"
         f" {duration(3600 * p.worker_hours)} of workers' time{on_gpus}{price},"
-        f" {duration(3600 * p.wall_hours)} with the configured workers and none idle"
+        f" {duration(3600 * p.wall_hours)} with the configured workers and none idle{forecast}"
     )
 
 

@@ -1,14 +1,17 @@
 """The base of all stored records: immutable, closed to unknown keys, strict JSON both ways."""
 
 import json
-from collections.abc import Iterable
+import logging
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from p48ray.errors import ShardCorruptError
+from p48ray.errors import ObjectMissingError, ShardCorruptError
 from p48ray.store.base import Store
+
+log = logging.getLogger(__name__)
 
 LOADS_AT_ONCE = 32
 
@@ -44,6 +47,27 @@ class Record(BaseModel):
         are asked for side by side."""
         with ThreadPoolExecutor(LOADS_AT_ONCE) as pool:
             return list(pool.map(lambda key: cls.load(store, key), keys))
+
+
+R = TypeVar("R", bound=Record)
+
+
+def load_readable(record: type[R], store: Store, keys: Sequence[str]) -> dict[str, R]:
+    """Those of the records that can be read, by key; for whoever only looks on. A run makes the
+    others anew, or names them."""
+
+    def load(key: str) -> R | None:
+        try:
+            return record.load(store, key)
+        except ObjectMissingError:
+            return None  # deleted since it was listed
+        except ShardCorruptError as error:
+            log.warning("%s; `p48ray doctor` says what to do", error)
+            return None
+
+    with ThreadPoolExecutor(LOADS_AT_ONCE) as pool:
+        found = dict(zip(keys, pool.map(load, keys), strict=True))
+    return {key: loaded for key, loaded in found.items() if loaded is not None}
 
 
 def read_json(data: bytes, where: str) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from p48ray.store.open import open_store, scheme_of
 from p48ray.store.probe import Capabilities, probe
 from p48ray.texts.sequences import load_sequences, load_tokenizer
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("p48ray.progress")
 
 
 def open_run_root(plan: RunPlan, store_uri: str) -> Store:

@@ -35,6 +35,7 @@ def test_pilot_ends_well_without_a_checkpoint(pilot: tuple[Path, Outcome]) -> No
         "activations",
         "units",
         "report",
+        "logs",
     }
     assert {unit[:4] for unit in attempts(root)} == {"L001", "L003"}
     assert len(attempts(root)) == 8
@@ -61,6 +62,8 @@ def test_report_and_print_say_what_all_layers_would_take(pilot: tuple[Path, Outc
     assert found["worker_hours"] == pytest.approx(2 * worked_s / 3600, abs=0.11 * 2 / 3600)
     assert found["wall_hours"] == pytest.approx(found["worker_hours"] / 2)
     assert (report["quality"], report["checkpoint_bytes"]) == (None, 0)
+    assert found["kl"] == pytest.approx(2 * found["pilot_kl"])
+    assert "KL from the source " in outcome.out
     assert "pilot of 2 layers, no checkpoint; all 4 would take " in outcome.out
     assert "checkpoint: " not in outcome.out
 
@@ -142,11 +145,15 @@ def test_full_run_goes_on_with_its_pilots_units(
     assert {unit: both[unit] for unit in before} == before
     outcome = invoke(*arguments(root, settings))
     assert outcome.code == 0, outcome
-    assert "goes on with the units of the plan that was there" in outcome.err
+    assert "goes on with the units of the plan that was there" in outcome.out
     after = attempts(root)
     assert {unit: after[unit] for unit in both} == both
     assert len(after) == 16
     assert invoke(*arguments(whole, settings)).code == 0
+    forecast = json.loads((pilot[0] / "report" / "report.json").read_text())["pilot"]["kl"]
+    measured = json.loads((root / "report" / "report.json").read_text())["quality"]["kl"]
+    print("KL", forecast, measured)
+    assert measured / 2 < forecast < 2 * measured
     for path in (whole / "checkpoint").iterdir():
         if path.name != "README.md":
             assert path.read_bytes() == (root / "checkpoint" / path.name).read_bytes(), path.name

@@ -284,8 +284,8 @@ def test_evaluation_that_is_not_asked_for_any_more_is_not_shown_as_unfinished(
 
 
 def test_pilot_is_complete_without_a_checkpoint(finished: SmallRun, root: Path) -> None:
-    plan = prepare(configure(finished.source, "/nowhere", "run.layers=[1,2]")).plan
-    (root / "plan.json").write_bytes(plan.to_json())
+    pilot = configure(finished.source, "/nowhere", "run.layers=[1,2]", "evaluation=null")
+    (root / "plan.json").write_bytes(prepare(pilot).plan.to_json())
     for folder in ("checkpoint", "verification", "evaluation"):
         shutil.rmtree(root / folder)
     status = read_status(LocalStore(root))

@@ -194,6 +194,7 @@ def unit_manifest(linears: tuple[LinearRecord, ...], seconds: dict[str, float]) 
         size_bytes=1,
         sha256="0",
         data_offset=0,
+        input_global_scales=(1.0, 1.0),
         linears=linears,
         clipped_input_share=0,
         clipped_intermediate_share=0,

@@ -152,7 +152,7 @@ def test_source_against_itself_has_no_divergence_and_the_same_losses(
     held_out: Tensor,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    real = evaluate.both_mixtures
+    real = evaluate.mixtures
 
     @contextmanager
     def source_thrice(
@@ -161,7 +161,7 @@ def test_source_against_itself_has_no_divergence_and_the_same_losses(
         with real(context, decoder, compressed, number) as (source, *others):
             yield [source] * (1 + len(others))
 
-    monkeypatch.setattr(evaluate, "both_mixtures", source_thrice)
+    monkeypatch.setattr(evaluate, "mixtures", source_thrice)
     found = evaluate_part(finished.context, checkpoint, held_out, everything(held_out))
     assert found.kl == 0
     assert found.compressed_loss == found.source_loss > 0
