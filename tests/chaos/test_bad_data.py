@@ -66,6 +66,15 @@ def poison(model: Path, spot: Spot) -> None:
         file.write(BF16_NAN)
 
 
+def min_by_load(scene: Scene, units: list[str]) -> str:
+    """Of a layer's units the one with the fewest tokens; any while its layer is not complete."""
+    scales = Path(scene.root, run_root.layer_scales(int(units[0][1:4])))
+    if not scales.exists():
+        return units[-1]
+    tokens = json.loads(scales.read_text())["tokens_per_expert"]
+    return min(units, key=lambda u: sum(tokens[int(u[6:9]) : int(u[10:13]) + 1]))
+
+
 def all_units(scene: Scene) -> set[str]:
     return {
         unit.id for unit in RunPlan.from_json(scene.store.get(run_root.PLAN), run_root.PLAN).units
@@ -104,21 +113,20 @@ def test_part_corrupted_after_its_manifest_is_made_anew(
 
 
 def exchange_parts(scene: Scene) -> int:
-    """A part of two layers that nobody has begun to solve, each in the other's place, manifests
-    and all."""
-    begun = {int(path.name[1:4]) for path in Path(scene.root, "units").glob("*")}
-    layers = [n for n in (1, 2, 3, 4) if n not in begun]
-    folders = [Path(scene.root, "activations", f"layer-{n:03d}") for n in layers]
-    whole = [f for f in folders if (f / "part-0003.json").exists()]
-    if len(whole) < 2:
-        return 0
-    one, other = scene.rng.sample(whole, 2)
-    for suffix in (".arrow", ".json"):
-        aside = one / "aside"
-        (one / f"part-0003{suffix}").rename(aside)
-        (other / f"part-0003{suffix}").rename(one / f"part-0003{suffix}")
-        aside.rename(other / f"part-0003{suffix}")
-    return 1
+    """The same part of two layers, each in the other's place, manifests and all."""
+    folder = Path(scene.root, "activations")
+    parts: dict[str, list[Path]] = {}
+    for path in sorted(folder.glob("layer-*/part-*.json")):
+        parts.setdefault(path.name, []).append(path)
+    for name in pick(scene.rng, [name for name, layers in parts.items() if len(layers) > 1]):
+        for suffix in (".arrow", ".json"):
+            one, other = (path.with_suffix(suffix) for path in parts[name][:2])
+            aside = one.with_name("aside")
+            one.rename(aside)
+            other.rename(one)
+            aside.rename(other)
+        return 1
+    return 0
 
 
 def double_scales(scene: Scene) -> int:
@@ -151,7 +159,8 @@ def test_objects_that_are_not_what_their_keys_say_are_made_anew(
 ) -> None:
     damaged: list[str] = []
     scene.submit()
-    scene.hit("parts exchanged", "gradients", 0.0, exchange_parts)
+    # before the backward pass, without which no unit is begun
+    scene.hit("parts exchanged", "capture", scene.rng.uniform(0.5, 0.7), exchange_parts)
     scene.hit("scales doubled", "compress", scene.rng.uniform(0, 0.3), double_scales)
     scene.hit("manifest cut", "compress", scene.rng.uniform(0.4, 0.8), cut_a_manifest(damaged))
     assert_same_end(scene, undisturbed, tmp_path, redone=damaged)
@@ -180,18 +189,23 @@ def test_unit_whose_input_is_bad_is_set_aside(
 ) -> None:
     model = copy_model(tmp_path / "model", narrow_model())
     fingerprint = open_checkpoint(LocalStore(model)).fingerprint
-    scene.settings = {"source.checkpoint": str(model)}
+    # units that are under way have no folder yet, and read their experts before they are hit
+    scene.settings = {"source.checkpoint": str(model), "run.prefetch_units": "0"}
     poisoned: list[str] = []
 
     def strike(scene: Scene) -> int:
-        """A unit of a layer that nobody has begun."""
+        """A unit of a layer none of whose units is done, the one that its layer gives out last:
+        those that are under way have read their experts."""
         begun = {path.name[:4] for path in Path(scene.root, "units").iterdir()}
         waiting = sorted(
             unit
             for unit in all_units(scene)
             if unit[:4] not in begun and is_unseen(model, scale_of(model, unit))
         )
-        poisoned.extend(pick(scene.rng, waiting))
+        last = [
+            u for u in waiting if u == min_by_load(scene, [v for v in waiting if v[:4] == u[:4]])
+        ]
+        poisoned.extend(pick(scene.rng, last))
         for unit in poisoned:
             poison(model, scale_of(model, unit))
         return len(poisoned)

@@ -152,7 +152,6 @@ def test_full_run_goes_on_with_its_pilots_units(
     assert invoke(*arguments(whole, settings)).code == 0
     forecast = json.loads((pilot[0] / "report" / "report.json").read_text())["pilot"]["kl"]
     measured = json.loads((root / "report" / "report.json").read_text())["quality"]["kl"]
-    print("KL", forecast, measured)
     assert measured / 2 < forecast < 2 * measured
     for path in (whole / "checkpoint").iterdir():
         if path.name != "README.md":

@@ -100,6 +100,7 @@ def replay(known_run: Path, patch: pytest.MonkeyPatch) -> list[str]:
         held = load(shard)
         solved = Solved(
             {name: held[name] for name, _, _ in unit_rows(context.layout, unit)},
+            context.layer_scales(unit.layer),
             manifest.linears,
             manifest.ladder,
             (0.0, 0.0),
@@ -188,7 +189,8 @@ class Watched:
 
 
 def files_of(root: Path) -> set[str]:
-    return {str(path.relative_to(root)) for path in root.rglob("*") if path.is_file()}
+    files = (str(path.relative_to(root)) for path in root.rglob("*") if path.is_file())
+    return {name for name in files if not name.startswith(run_root.LOGS)}
 
 
 # What is left.
@@ -818,7 +820,8 @@ def solve_nothing(context: StageContext, unit: WorkUnit) -> UnitManifest:
     """A shard of the right size after its inputs were read."""
     list(context.activation_parts(unit.layer))
     tensors = {"all": torch.zeros(unit_bytes(context.layout, unit), dtype=torch.uint8)}
-    return store_unit(context, unit, Solved(tensors, (), (), (0.0, 0.0)), Clock(context.device))
+    solved = Solved(tensors, context.layer_scales(unit.layer), (), (), (0.0, 0.0))
+    return store_unit(context, unit, solved, Clock(context.device))
 
 
 def peak_bytes(prepared: Prepared) -> int:
@@ -860,6 +863,7 @@ PILOT = {
     "source__checkpoint": str(TINY),
     "run__layers": "[1,2,3]",
     "compression__refine_steps": "0",
+    "evaluation": "null",
 }
 FRAMING = 1.02  # Arrow's and safetensors' headers
 

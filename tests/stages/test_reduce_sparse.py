@@ -70,7 +70,7 @@ def of_plan(folder: Folder, ours: SmallRun, theirs: SmallRun) -> Folder:
     card = folder.files[CARD].decode()
     for old, new in (
         (theirs.prepared.plan.digest, digest),
-        (f'"storage": "{theirs.prepared.plan.config.output.storage}"', f'"storage": "{storage}"'),
+        (f"storage: {theirs.prepared.plan.config.output.storage}", f"storage: {storage}"),
     ):
         assert card.count(old) == 1
         card = card.replace(old, new)
