@@ -23,11 +23,10 @@ from p48ray.run.manifest import (
     UnitManifest,
 )
 from p48ray.run.plan import RunPlan, WorkUnit
-from p48ray.run.records import LOADS_AT_ONCE, Record
+from p48ray.run.records import LOADS_AT_ONCE, R
 from p48ray.run.run_root import BlobKind
 from p48ray.store.base import Store
 
-R = TypeVar("R", bound=Record)
 T = TypeVar("T")
 
 PART_RECORDS: dict[BlobKind, type[PartManifest]] = {
