@@ -53,8 +53,8 @@ Every key says whether it changes the checkpoint's bytes:
 
 - **Changes bytes**: of units. A run root that holds another value refuses to go on, by the name of
   the key.
-- **Changes the checkpoint**, not its units: until a checkpoint is finished, a run with another value
-  goes on with the units that are there. (`run.layers` changes units under
+- **Changes the checkpoint**, not its units: until a checkpoint is finished, a run with another
+  value goes on with the units that are there. (`run.layers` changes units under
   `calibration.propagate: compressed`.)
 - Free: it may be different when a run is resumed. No output byte of the job depends on it, except
   where its description says so.
