@@ -108,6 +108,7 @@ def run_stages(job: "Job") -> EvaluationResult | None:
                 raise StageFailedError(
                     f"{again[0]}: found corrupt {most} times: {error}"
                 ) from error
+            check_still_ours(job.plan, job.store)  # else it would be taken back here
             write_inputs(job.prepared)  # the packed texts may be among what was deleted
 
 

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from p48ray.errors import VerificationError
+from p48ray.errors import CorruptObjectError, PlanMismatchError, VerificationError
 from p48ray.run import doctor, run_root
+from p48ray.runner.pipeline import Job
 from p48ray.stages.prepare import prepare
 from p48ray.store import LocalStore
 from tests.stages.small_run import SmallRun, configure, run_locally
@@ -244,3 +245,20 @@ def test_unit_that_verification_refuses_is_named_and_doctor_deletes_it(
         store.delete(name)
     run_locally(prepare(configure(finished.source, copied)))
     assert files_of(copied) == files_of(finished.root)
+
+
+def test_driver_that_was_taken_over_does_not_take_the_run_root_back(
+    copied: Path, finished: SmallRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It finds a corrupt object after another plan with the same units came."""
+    pilot = prepare(configure(finished.source, copied, "run.layers=[1]")).plan.to_json()
+    shutil.rmtree(copied / "checkpoint")
+
+    def overtaken(job: Job) -> None:
+        job.store.put(run_root.PLAN, pilot)
+        raise CorruptObjectError("bad", "units/none")
+
+    monkeypatch.setattr(Job, "run", overtaken)
+    with pytest.raises(PlanMismatchError, match="another driver took the run root over"):
+        run_locally(prepare(configure(finished.source, copied)))
+    assert (copied / run_root.PLAN).read_bytes() == pilot
