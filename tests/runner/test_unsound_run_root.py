@@ -213,6 +213,7 @@ def test_what_doctor_names_is_all_that_has_to_go(name: str, copied: Path) -> Non
     found = doctor.diagnose(store)
     for key in found.keys:
         store.delete(key)
+    assert found.unsound, "there is something to delete"
     assert found.made_anew, "the next run has something to make"
     assert doctor.diagnose(store).unsound == ()
 
