@@ -33,7 +33,7 @@ WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --no-loadscope-reorder
 
 test: setup
-	$(PYTEST) -rs
+	$(PYTEST) -rsfE
 
 # What needs no Ray, no server and no browser, and is not slow.
 test-fast: setup

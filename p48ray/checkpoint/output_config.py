@@ -9,6 +9,7 @@ Nothing else matches it, so nothing needs to be ignored but experts that stay pl
 
 import json
 from collections.abc import Mapping
+from copy import deepcopy
 from typing import Any
 
 from p48ray.checkpoint.index import CONFIG_KEY
@@ -16,14 +17,21 @@ from p48ray.checkpoint.layout import ModelLayout
 
 EXPERTS_TARGET = r"re:.*mlp\.experts\.\d+\.(gate|up|down)_proj$"
 NVFP4_FORMAT = "nvfp4-pack-quantized"
+CACHE_KEY = "kv_cache_scheme"
 
 
 def output_config(source_config: Mapping[str, Any], layout: ModelLayout) -> dict[str, Any]:
     """A new config: the source's without its quantization_config, wherever that was, and with ours
-    at the top level."""
+    at the top level.
+
+    What the old one said of a quantized cache of keys and values (kv_cache_scheme) is said on:
+    the scales that go with it pass through.
+    """
     config = _without(source_config, CONFIG_KEY)
     assert isinstance(config, dict)
-    config[CONFIG_KEY] = nvfp4_config(layout)
+    old = layout.text_config.get(CONFIG_KEY) or source_config.get(CONFIG_KEY)
+    cache = old.get(CACHE_KEY) if isinstance(old, Mapping) else None
+    config[CONFIG_KEY] = {**nvfp4_config(layout), CACHE_KEY: deepcopy(cache)}
     return config
 
 

@@ -7,51 +7,21 @@ which is handed an expert when it is used.
 Legend: B sequences, S positions, H hidden size, V vocabulary, R values of a rotary embedding.
 """
 
-from importlib import import_module
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from p48ray.checkpoint.decode import decode_plain, read_plain
-from p48ray.checkpoint.families import FAMILIES, Family
+from p48ray.checkpoint.families import FAMILIES
 from p48ray.checkpoint.fp8 import as_plain
 from p48ray.checkpoint.index import CheckpointIndex
 from p48ray.checkpoint.layer_reader import LayerReader
 from p48ray.checkpoint.layout import ModelLayout
-from p48ray.errors import P48Error, SourceError
+from p48ray.errors import SourceError
+from p48ray.model.architecture import architecture, empty_layer, model_config
 from p48ray.model.experts import RoutedExperts
 from p48ray.store.node_cache import NodeCache
-
-
-class Architecture(NamedTuple):
-    """The transformers classes of a family."""
-
-    config: Any
-    layer: Any
-    rotary: Any
-    norm: Any
-
-
-def architecture(family: Family) -> Architecture:
-    """The classes that a family's record names. Raises: P48Error, naming class and record, where
-    transformers has none of that name."""
-    import transformers  # half a second and 100 MB: only where a model is run
-
-    names = family.transformers
-    try:
-        module = import_module(names.module)
-        return Architecture(
-            *(
-                getattr(module, name)
-                for name in (names.config, names.layer, names.rotary, names.norm)
-            )
-        )
-    except (ImportError, AttributeError) as error:
-        raise P48Error(
-            f"family {family.model_type}: transformers {transformers.__version__} has not what its"
-            f" file names: {error}"
-        ) from error
 
 
 class Decoder:
@@ -77,13 +47,7 @@ class Decoder:
         self.reader = LayerReader(index, layout.layer_prefix, cache)
         self.family = FAMILIES[layout.family]
         self.arch = architecture(self.family)
-        settings = {
-            k: v
-            for k, v in layout.text_config.items()
-            if k not in ("quantization_config", "model_type", "architectures", "auto_map")
-        }
-        self.config = self.arch.config.from_dict(settings)
-        self.config._attn_implementation = "sdpa"
+        self.config = model_config(self.arch, layout.text_config)
         self.rotary = self.arch.rotary(self.config).to(device)
 
     def read(self, name: str) -> Tensor:
@@ -110,13 +74,10 @@ class Decoder:
 
         Raises: SourceError naming the tensors that are missing or left over.
         """
-        with torch.device("meta"):
-            module = self.arch.layer(self.config, number)
-        if experts is not None:
-            module.mlp.experts = experts
+        module = empty_layer(self.arch, self.config, number, experts)
         prefix = f"{self.layout.layer_prefix}{number}."
-        unused, stored = self.family.recomputed_tensors, self.reader.tensors(number)
-        entries = [self.index.tensors[name] for name in stored if not name.endswith(unused)]
+        stored = self.reader.tensors(number)
+        entries = [self.index.tensors[name] for name in stored if self.family.fills_layer(name)]
         tensors = [
             tensor
             for entry in entries

@@ -128,7 +128,8 @@ def everything_else(context: StageContext) -> str:
 
 def has_vision(context: StageContext) -> bool:
     prefixes = FAMILIES[context.layout.family].vision_prefixes
-    return bool(prefixes) and any(name.startswith(prefixes) for name in context.source.tensors)
+    names = (name.removeprefix("model.") for name in context.source.tensors)  # as transformers 5
+    return bool(prefixes) and any(name.startswith(prefixes) for name in names)
 
 
 def hub_link(name: str) -> str:

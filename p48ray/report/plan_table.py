@@ -7,6 +7,7 @@ from p48ray.estimate.duration import is_near
 from p48ray.estimate.fit import GB, lack_of_space, shortages
 from p48ray.estimate.memory import Memory
 from p48ray.estimate.plan_cost import Estimate, estimate
+from p48ray.model.source_check import carried_through
 from p48ray.report.work import duration
 from p48ray.run.run_root import SOURCE
 from p48ray.stages.prepare import Prepared
@@ -52,6 +53,9 @@ def source_rows(prepared: Prepared, e: Estimate) -> Rows:
     if plan.source.mirror:
         copied = f"{len(plan.source.mirror)} files, {size(e.mirror_bytes)}"
         rows.append(("mirrored first", f"{copied}, into {plan.config.run.root}/{SOURCE}"))
+    for words, tensors in carried_through(source, prepared.layout).items():
+        held = f"{len(tensors):,} tensors, {size(sum(t.num_bytes for t in tensors))}"
+        rows.append(("carried through", f"{words}: {held}, not used here"))
     return [*rows, ("run root", plan.config.run.root)]
 
 

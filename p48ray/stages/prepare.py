@@ -12,6 +12,7 @@ from p48ray.checkpoint.index import CheckpointIndex, open_checkpoint
 from p48ray.checkpoint.layout import ModelLayout
 from p48ray.config import RunConfig, RunSettings
 from p48ray.errors import ConfigError, P48Error
+from p48ray.model.source_check import check_source
 from p48ray.run import run_root
 from p48ray.run.output_layout import OutputShard, plan_output
 from p48ray.run.plan import MirroredFile, RunPlan, make_plan
@@ -72,6 +73,7 @@ def prepare(config: RunConfig, is_dry: bool = False) -> Prepared:
     config, commits = resolve(config, held.revisions if held else {}, is_dry)
     source, mirror = open_planned_source(config, store, held)
     layout = describe_model(source)
+    check_source(source, layout)
     documents = (
         digest_documents(config.calibration.documents, "calibration.documents")
         if not is_dry

@@ -11,7 +11,7 @@ from p48ray import trace
 from p48ray.checkpoint.families import FAMILIES, describe_model
 from p48ray.checkpoint.index import CONFIG_FILE
 from p48ray.estimate.fit import warn_of_memory
-from p48ray.model.decoder import architecture
+from p48ray.model.architecture import architecture
 from p48ray.run.plan import RunPlan
 from p48ray.stages.inputs import open_run_root
 from p48ray.stages.mirror import mirror_state, open_source

@@ -24,7 +24,7 @@ import torch
 
 from bench.capture import LayerBench
 from p48ray.checkpoint.families import FAMILIES
-from p48ray.model.decoder import architecture
+from p48ray.model.architecture import architecture
 from p48ray.model.experts import ExpertWeights
 
 SAMPLE_S = 0.002

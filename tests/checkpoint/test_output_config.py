@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from compressed_tensors.quantization import QuantizationConfig
+from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig
 from compressed_tensors.utils.match import is_match
 
 from p48ray.checkpoint.families import ModelLayout, describe_model
@@ -118,6 +118,22 @@ def test_old_quantization_config_is_gone_and_everything_else_is_kept(
     written["text_config"]["rope_theta"] = 1
     written["vision_config"]["merge_kernel_size"].append(3)
     assert tiny.config == before
+
+
+@pytest.mark.parametrize("where", ["top", "text"])
+def test_scheme_of_a_quantized_cache_stays(
+    tiny: CheckpointIndex, layout: ModelLayout, where: str
+) -> None:
+    scheme = {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True}
+    text = {k: v for k, v in layout.text_config.items() if k != "quantization_config"}
+    old = {"quant_method": "compressed-tensors", "kv_cache_scheme": scheme}
+    source = {**tiny.config, "text_config": text}
+    (source if where == "top" else text)["quantization_config"] = old
+    written = output_config(source, replace(layout, text_config=text))["quantization_config"]
+    assert written["kv_cache_scheme"] == scheme
+    read = QuantizationConfig.model_validate(written)
+    assert isinstance(read.kv_cache_scheme, QuantizationArgs)
+    assert (read.kv_cache_scheme.num_bits, read.kv_cache_scheme.type) == (8, "float")
 
 
 def test_flat_config_has_ours_in_place_of_the_old_one(variants: dict[str, CheckpointIndex]) -> None:

@@ -11,7 +11,7 @@ from p48ray.checkpoint.families.record import TextConfig
 from p48ray.checkpoint.families.registry import find_families
 from p48ray.checkpoint.index import open_checkpoint
 from p48ray.errors import P48Error, SourceError
-from p48ray.model.decoder import architecture
+from p48ray.model.architecture import architecture
 from p48ray.store import LocalStore
 from tests.conftest import REPO
 from tests.reference import tiny_families

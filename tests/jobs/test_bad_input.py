@@ -200,12 +200,25 @@ def root_a_tensor(folder: Path) -> None:
 
 
 def drop_an_expert(folder: Path) -> None:
-    name = f"{LAYERS}.2.mlp.experts.3.up_proj.weight_scale"
+    drop_tensor(folder, f"{LAYERS}.2.mlp.experts.3.up_proj.weight_scale")
+
+
+def drop_attention(folder: Path) -> None:
+    drop_tensor(folder, f"{LAYERS}.2.self_attn.o_proj.weight")
+
+
+def drop_tensor(folder: Path, name: str) -> None:
     file = json.loads((folder / INDEX).read_text())["weight_map"][name]
     tensors = load_file(folder / file)
     del tensors[name]
     save_file(tensors, folder / file, metadata={"format": "pt"})
     edit_index(folder, lambda weight_map: weight_map.__delitem__(name))
+
+
+def stretch_positions(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["rope_parameters"] = {"rope_type": "su", "rope_theta": 1e4}
+    (folder / "config.json").write_text(json.dumps(config))
 
 
 def break_config(folder: Path) -> None:
@@ -242,6 +255,16 @@ def drop_config(folder: Path) -> None:
         (lead_a_tensor_outside, [SHARD, "'../../outside'", "expected a name without"]),
         (root_a_tensor, [SHARD, "'/etc/outside'", "expected a name without"]),
         (drop_an_expert, [f"{LAYERS}.2.mlp.experts.3.up_proj.weight_scale", "expected", "found"]),
+        (
+            drop_attention,
+            [
+                f"{LAYERS}.2.self_attn.o_proj.weight",
+                "expected BF16",
+                "by config.json",
+                "found none",
+            ],
+        ),
+        (stretch_positions, ["config.json: text_config.rope_parameters.rope_type: found 'su'"]),
         (break_config, ["config.json", "expected JSON"]),
         (
             be_another_model,
@@ -305,7 +328,7 @@ def narrow_model(folder: Path, size: int) -> None:
     config["text_config"]["moe_intermediate_size"] = size
 
     def cut(name: str, tensor: Tensor) -> Tensor:
-        if ".mlp.experts." not in name:
+        if "experts." not in name:
             return tensor
         return (tensor[:, :size] if "down_proj" in name else tensor[:size]).contiguous()
 

@@ -640,7 +640,7 @@ def test_page_says_how_long_workers_were_idle(
     units: list[UnitManifest],
     page: Page,
 ) -> None:
-    idle_words = r"If all 2 workers .*, they were idle for \d+ s together \(\d+%\)\."
+    idle_words = r"If all 2 workers .*, they were idle for [\dhmins ]+ together \(\d+%\)\."
     assert re.search(idle_words, page.words["cost"])
     plan = finished.prepared.plan
     run = plan.config.run.model_copy(update={"gpus_per_worker": 1.0, "num_workers": 3600})

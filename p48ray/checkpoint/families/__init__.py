@@ -55,6 +55,13 @@ def describe_model(index: CheckpointIndex) -> ModelLayout:
     fp8_block = check_fp8(index, text.values)
     prefix, experts, passthrough_layers = _find_experts(index, num_layers)
     storage = _storage(experts)
+    num_experts, top_k = text.integer(family.num_experts_key), text.integer(family.top_k_key)
+    if top_k > num_experts:
+        raise SourceError(
+            f"{text.where(family.top_k_key)}: expected at most the {num_experts} experts of a layer"
+            f" ({family.num_experts_key}), found {top_k}"
+        )
+    text.integer("vocab_size")
     layout = ModelLayout(
         family=family.model_type,
         text_config=dict(text.values),
@@ -66,8 +73,8 @@ def describe_model(index: CheckpointIndex) -> ModelLayout:
         num_layers=num_layers,
         moe_layers=_moe_layers(family, text),
         passthrough_expert_layers=passthrough_layers,
-        num_experts=text.integer(family.num_experts_key),
-        top_k=text.integer(family.top_k_key),
+        num_experts=num_experts,
+        top_k=top_k,
         hidden_size=text.integer(family.hidden_size_key),
         moe_intermediate_size=text.integer(family.moe_intermediate_size_key),
         expert_storage=storage,
@@ -168,9 +175,11 @@ def _storage(experts: ExpertEntries) -> ExpertStorage:
 
 
 def _head_name(index: CheckpointIndex, text_config: Mapping[str, Any], prefix: str) -> str:
-    """The head lies beside the inner "model."; a model whose config ties it to the embedding need
-    not store it."""
+    """The head lies beside the inner "model."; what transformers 5 wrote of a model with a vision
+    part has it at the top. A model whose config ties it to the embedding need not store it."""
     name = f"{prefix.removesuffix('model.')}lm_head.weight"
+    if name not in index.tensors and "lm_head.weight" in index.tensors:
+        name = "lm_head.weight"
     is_tied = bool(
         text_config.get("tie_word_embeddings", index.config.get("tie_word_embeddings", False))
     )

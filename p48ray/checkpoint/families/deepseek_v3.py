@@ -5,7 +5,13 @@ Releases store every linear in FP8 (see checkpoint.fp8) and one layer of multi-t
 behind the last one.
 """
 
-from p48ray.checkpoint.families.record import Family, TransformersClasses, layers_from_first_dense
+from p48ray.checkpoint.families.record import (
+    Family,
+    TextConfig,
+    TransformersClasses,
+    layers_from_first_dense,
+)
+from p48ray.errors import SourceError
 
 CLASSES = TransformersClasses(
     module="transformers.models.deepseek_v3.modeling_deepseek_v3",
@@ -26,6 +32,34 @@ SUPPORTED = {
 FLOAT32_TENSORS = ("e_score_correction_bias",)
 """The router adds it to fp32 scores; bf16 would change which experts win."""
 
+
+def check_groups(text: TextConfig) -> None:
+    """The router takes the best experts of the best groups: groups are of one size, of two experts
+    or more (their two best are summed), and those taken hold as many experts as a token gets.
+
+    Raises: SourceError.
+    """
+    experts, groups = text.integer("n_routed_experts"), text.integer("n_group", default=1)
+    taken, top_k = text.integer("topk_group", default=1), text.integer("num_experts_per_tok")
+    if experts % groups or (groups > 1 and experts // groups < 2):
+        raise SourceError(
+            f"{text.where('n_group')}: expected groups of one size, two or more, of {experts}"
+            f" experts (n_routed_experts), found {groups}"
+        )
+    if taken > groups:
+        raise SourceError(
+            f"{text.where('topk_group')}: expected at most the {groups} groups (n_group), found"
+            f" {taken}"
+        )
+    if top_k > (held := taken * (experts // groups)):
+        raise SourceError(
+            f"{text.where('num_experts_per_tok')}: expected at most the {held} experts of"
+            f" {taken} groups (topk_group), found {top_k}"
+        )
+
+
+RULES = (check_groups,)
+
 FAMILY = Family(
     model_type="deepseek_v3",
     text_model_types=("deepseek_v3",),
@@ -33,6 +67,7 @@ FAMILY = Family(
     moe_layers_key="first_k_dense_replace",
     num_experts_key="n_routed_experts",
     supported=SUPPORTED,
+    rules=RULES,
     float32_tensors=FLOAT32_TENSORS,
     transformers=CLASSES,
 )

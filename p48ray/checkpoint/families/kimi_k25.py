@@ -1,7 +1,7 @@
 """Kimi-K2.5: Kimi-K2's text model under `language_model.`, INT4 experts, and a vision tower with
 its projector."""
 
-from p48ray.checkpoint.families.deepseek_v3 import CLASSES, FLOAT32_TENSORS, SUPPORTED
+from p48ray.checkpoint.families.deepseek_v3 import CLASSES, FLOAT32_TENSORS, RULES, SUPPORTED
 from p48ray.checkpoint.families.record import Family, layers_from_first_dense
 
 FAMILY = Family(
@@ -12,6 +12,7 @@ FAMILY = Family(
     moe_layers_key="first_k_dense_replace",
     num_experts_key="n_routed_experts",
     supported=SUPPORTED,
+    rules=RULES,
     float32_tensors=FLOAT32_TENSORS,
     vision_prefixes=("vision_tower.", "mm_projector."),
     transformers=CLASSES,

@@ -6,6 +6,7 @@ layers have the parts `input_layernorm`, `self_attn`, `post_attention_layernorm`
 else there is comes from the record, from the config or from the headers.
 """
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -43,6 +44,14 @@ MOST: Mapping[str, int] = MappingProxyType(
 )
 """Sizes in a config, far beyond those of any model. What is larger would be found wanting only
 after lists and tensors of that size were made."""
+
+CACHE_SCALE = re.compile(
+    r"(.*\.)?self_attn\.(attn\.)?"
+    r"([qkv]|kv|prob)_(scale|zero_point)"
+    r"|(.*\.)?self_attn\.(q|k|v|qkv)_proj\.([kv]_scale|output_scale)"
+)
+"""Names of the scales that servers use for keys and values in an FP8 cache, in the spellings that
+releases have. The model's own layers know nothing of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +132,8 @@ class Family:
     )
     """Config keys whose other values are refused: nothing here would compute what they say. An
     absent key is fine."""
+    rules: tuple[Callable[[TextConfig], None], ...] = ()
+    """What has to hold between config keys. Each raises what TextConfig raises."""
     float32_tensors: tuple[str, ...] = ()
     """Ends of names that stay in float32 whatever layers are computed in."""
     recomputed_tensors: tuple[str, ...] = ("rotary_emb.inv_freq",)
@@ -134,9 +145,17 @@ class Family:
     serving_flags: tuple[str, ...] = ()
     """Flags for vLLM that this family's models need, for the card."""
 
+    def fills_layer(self, name: str) -> bool:
+        """False for a layer's tensor that passes through and that no layer is filled with."""
+        return not name.endswith(self.recomputed_tensors) and not self.is_cache_scale(name)
+
+    def is_cache_scale(self, name: str) -> bool:
+        """True for a scale of keys or values that only servers read."""
+        return CACHE_SCALE.fullmatch(name) is not None
+
     def check_supported(self, text: TextConfig) -> None:
         """Raises: SourceError for a setting that neither this project nor the transformers classes
-        above would heed."""
+        above would heed, and for settings that do not go together."""
         for key, allowed in self.supported.items():
             found = text.values.get(key)
             if key in text.values and not any(
@@ -147,6 +166,8 @@ class Family:
                     f"{text.where(key)}: expected {expected} for model_type {self.model_type},"
                     f" found {found!r}"
                 )
+        for rule in self.rules:
+            rule(text)
 
 
 def layers_from_first_dense(text: TextConfig) -> Iterator[int]:
