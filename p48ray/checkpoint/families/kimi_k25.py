@@ -1,7 +1,12 @@
 """Kimi-K2.5: Kimi-K2's text model under `language_model.`, INT4 experts, and a vision tower with
 its projector."""
 
-from p48ray.checkpoint.families.deepseek_v3 import CLASSES, FLOAT32_TENSORS, SUPPORTED
+from p48ray.checkpoint.families.deepseek_v3 import (
+    CLASSES,
+    FLOAT32_TENSORS,
+    ROUTER_BIASES,
+    SUPPORTED,
+)
 from p48ray.checkpoint.families.record import Family, layers_from_first_dense
 
 FAMILY = Family(
@@ -13,6 +18,7 @@ FAMILY = Family(
     num_experts_key="n_routed_experts",
     supported=SUPPORTED,
     float32_tensors=FLOAT32_TENSORS,
+    router_biases=ROUTER_BIASES,
     vision_prefixes=("vision_tower.", "mm_projector."),
     transformers=CLASSES,
     serving_flags=(
