@@ -242,6 +242,7 @@ def test_verify_of_a_clean_checkpoint_exits_0_and_prints_its_verdict(
         "num_shards": 6,
         "num_linears": 192,
         "problems": [],
+        "notes": [],
     }
 
 

@@ -6,8 +6,10 @@ Belongs here: knowledge of files. Weights are read by range, never a file as a w
 Read in this order:
     header, index, layout    a safetensors header; a folder: where every tensor lies; every name of
                              an expert
+    sidecars                 files beside the weights: which are carried over
     fp8                      linears in blocks of E4M3, read as BF16
     expert_checks, families  the experts that the config announces are there; which family it is
+    finite_values            NaN and infinities in a tensor's bytes
     tensors, layer_reader    tensors from byte ranges; one layer, mapped where possible
     decode                   source weights as floats
     output_config, sparse_storage, storage_stream   what is written, in both storages

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
+from p48ray.checkpoint.finite_values import FLOAT_DTYPES
 from p48ray.checkpoint.header import TensorEntry
 from p48ray.checkpoint.index import CONFIG_FILE, CheckpointIndex
 from p48ray.checkpoint.layout import ModelLayout
@@ -68,6 +69,16 @@ def plain_tensors(index: CheckpointIndex, layout: ModelLayout) -> list[PlainTens
         tensor
         for entry in index.tensors.values()
         if (tensor := as_plain(index, layout, entry)) is not None
+    ]
+
+
+def stored_floats(index: CheckpointIndex, layout: ModelLayout) -> list[TensorEntry]:
+    """What is stored in floats outside the compressed experts, in the source's order: of FP8
+    weights both codes and scales."""
+    return [
+        entry
+        for entry in index.tensors.values()
+        if entry.dtype in FLOAT_DTYPES and not layout.is_expert_tensor(entry.name)
     ]
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from p48ray.checkpoint.header import TensorEntry, json_object, parse_header, read_header_bytes
+from p48ray.checkpoint.sidecars import find_sidecars
 from p48ray.errors import SourceError
 from p48ray.store import Store
 
@@ -28,33 +29,12 @@ EDGE_BYTES = 64 * 2**10
 HEADER_THREADS = 8
 
 _PLAIN_FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*\.safetensors")
-_CARRIED = (".json", ".py", ".jinja", ".model", ".tiktoken", ".txt")
-_NOTICES = ("LICENSE", "LICENCE", "NOTICE", "THIRD_PARTY", "USE_POLICY")
-OTHER_WEIGHTS = (
-    ".safetensors",
-    ".index.json",
-    ".bin",
-    ".pt",
-    ".pth",
-    ".ckpt",
-    ".gguf",
-    ".h5",
-    ".msgpack",
-    ".npz",
-    ".onnx",
-    ".onnx_data",
-    ".ot",
-    ".pickle",
-    ".pkl",
-)
-"""Endings of files that hold or describe weights, in any client's form; some are pickles. Those of
-the uncompressed model are not carried over."""
 
 
 @dataclass(frozen=True, slots=True)
 class CheckpointIndex:
-    """A checkpoint's headers. `files` are the weight files; `sidecars` the top-level files that go
-    with the weights (tokenizer, code)."""
+    """A checkpoint's headers. `files` are the weight files; `sidecars` the files that go with any
+    weights of the model (tokenizer, code), `left_behind` all others (checkpoint.sidecars)."""
 
     store: Store
     config: dict[str, Any]
@@ -64,6 +44,7 @@ class CheckpointIndex:
     fingerprint: str
     """Identity without reading 595 GB: SHA-256 over config, index, all headers, and size, first and
     last 64 KiB of each file's data."""
+    left_behind: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +84,10 @@ def open_checkpoint(store: Store) -> CheckpointIndex:
             *(part for shard in shards for part in (shard.file.encode(), shard.digest)),
         ]
     )
-    return CheckpointIndex(store, config, tensors, files, _sidecars(store), fingerprint.hex())
+    beside = find_sidecars(store, config, {CONFIG_FILE, INDEX_FILE, CARD_FILE, *files})
+    return CheckpointIndex(
+        store, config, tensors, files, beside.carried, fingerprint.hex(), beside.left
+    )
 
 
 def _read(store: Store, file: str) -> bytes:
@@ -195,23 +179,6 @@ def _some(names: list[str]) -> str:
     """The first few names, and how many there are."""
     more = f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""
     return ", ".join(names[:MAX_LISTED]) + more
-
-
-def _sidecars(store: Store) -> tuple[str, ...]:
-    """Top-level files that serve the model: tokenizer, generation config, code, templates, licence.
-    Not texts, nor other forms of the weights, nor README.md: the compressed model gets a card of
-    its own."""
-    names = [
-        info.key
-        for info in store.list()
-        if "/" not in info.key and not info.key.startswith(".") and info.key != CONFIG_FILE
-    ]
-    return tuple(
-        n
-        for n in names
-        if (n.endswith(_CARRIED) or n.startswith(_NOTICES))
-        and not n.lower().endswith(OTHER_WEIGHTS)
-    )
 
 
 def _digest(parts: Iterable[bytes]) -> bytes:

@@ -58,16 +58,18 @@ def read_together(store: Store, entries: Iterable[TensorEntry]) -> dict[str, Ten
     return {entry.name: found[entry.name] for entry in wanted}
 
 
-def merge_ranges(entries: Iterable[TensorEntry]) -> Iterator[list[TensorEntry]]:
+def merge_ranges(
+    entries: Iterable[TensorEntry], most: int = MAX_READ_BYTES
+) -> Iterator[list[TensorEntry]]:
     """Groups of tensors to read in one request each: same file, gaps up to MAX_GAP_BYTES, at most
-    MAX_READ_BYTES (or one tensor)."""
+    `most` bytes (or one tensor)."""
     run: list[TensorEntry] = []
     end = 0
     for entry in sorted(entries, key=lambda entry: (entry.file, entry.start, entry.num_bytes)):
         entry_end = entry.start + entry.num_bytes
         if run:
             is_near = entry.file == run[0].file and entry.start - end <= MAX_GAP_BYTES
-            if not is_near or max(end, entry_end) - run[0].start > MAX_READ_BYTES:
+            if not is_near or max(end, entry_end) - run[0].start > most:
                 yield run
                 run = []
         end = max(end, entry_end) if run else entry_end

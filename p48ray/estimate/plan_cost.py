@@ -3,6 +3,7 @@ on the plan, nothing measured on the spot."""
 
 from dataclasses import asdict, dataclass
 
+from p48ray.checkpoint.fp8 import stored_floats
 from p48ray.checkpoint.header import DTYPE_BYTES
 from p48ray.checkpoint.index import CheckpointIndex
 from p48ray.checkpoint.layout import ModelLayout
@@ -35,6 +36,7 @@ class Estimate(Times):
     num_tokens: int
     source_bytes: int
     mirror_bytes: int
+    scan_bytes: int
     stream_read_bytes: int
     activation_bytes: int
     residual_bytes: int
@@ -165,6 +167,7 @@ def estimate(
         num_tokens=streams.num_tokens,
         source_bytes=source,
         mirror_bytes=mirror,
+        scan_bytes=sum(entry.num_bytes for entry in stored_floats(index, layout)),
         stream_read_bytes=streams.read,
         activation_bytes=streams.activations,
         residual_bytes=streams.residuals,

@@ -39,6 +39,7 @@ from p48ray.run.output_layout import unit_tensor_names
 from p48ray.run.records import Record
 from p48ray.stages.index_proof import check_index_files
 from p48ray.store.base import ByteRange, Piece, Store
+from p48ray.store.open import is_within
 
 NOTE_FILE = "p48ray-convert.json"
 
@@ -92,6 +93,11 @@ def survey_conversion(checkpoint: Store, target: Store, to: Storage) -> Conversi
         where the target holds anything else; SourceError, naming the tensor, for what sparse
         storage can not hold; ShardCorruptError for a checkpoint that is not what its manifest says.
     """
+    if is_within(target, checkpoint):
+        raise ConfigError(
+            f"{target.uri}: expected a folder apart from the checkpoint {checkpoint.uri}, found one"
+            " in it; nothing was written"
+        )
     manifest = read_manifest(checkpoint)
     raise_for_problems(
         checkpoint, check_index_files(checkpoint) or check_files(checkpoint, manifest)

@@ -13,7 +13,7 @@ from collections.abc import Collection, Mapping, Sequence
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 from huggingface_hub.hf_api import RepoFile
 
-from p48ray.checkpoint.index import OTHER_WEIGHTS
+from p48ray.checkpoint.sidecars import OTHER_WEIGHTS
 from p48ray.errors import ConfigError, GaveUpError, StageFailedError, TransientStoreError
 from p48ray.finished.branch import Hub, Target, uploaded_shard
 from p48ray.finished.own_figures import EVAL_RESULTS_FILE

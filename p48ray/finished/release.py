@@ -10,7 +10,8 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from p48ray.checkpoint.index import INDEX_FILE, OTHER_WEIGHTS
+from p48ray.checkpoint.index import INDEX_FILE
+from p48ray.checkpoint.sidecars import OTHER_WEIGHTS
 from p48ray.errors import ConfigError, ShardCorruptError
 from p48ray.finished.own_figures import (
     EVAL_RESULTS_FILE,

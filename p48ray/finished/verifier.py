@@ -4,7 +4,12 @@ import logging
 from collections.abc import Iterator
 
 from p48ray.finished.survey import survey_checkpoint
-from p48ray.finished.verify_checkpoint import CheckpointVerdict, check_shard, combine_findings
+from p48ray.finished.verify_checkpoint import (
+    CheckpointVerdict,
+    FileFindings,
+    check_shard,
+    combine_findings,
+)
 from p48ray.report.plan_table import size
 from p48ray.runner.progress import Amount, each_file
 from p48ray.runner.ray_tasks import RayTasks
@@ -32,7 +37,7 @@ def verify_folder(
         size(sum(sizes.values())),
         ", beside their source" if source else "",
     )
-    done: Iterator[tuple[str, tuple[str, ...]]]
+    done: Iterator[tuple[str, FileFindings]]
     if tasks is None:
         done = ((file, check_shard(check)) for file, check in checks.items())
     else:

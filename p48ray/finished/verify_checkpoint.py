@@ -8,7 +8,9 @@ together, in the files' order.
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
+from p48ray.checkpoint.finite_values import FiniteCheck, NotFinite
 from p48ray.checkpoint.layout import PROJECTIONS
 from p48ray.finished.survey import ShardCheck, SourcedCheck, Survey
 from p48ray.run.output_layout import unit_tensor_names
@@ -19,32 +21,44 @@ from p48ray.stages.shard_proof import check_unit, verify_shard
 
 
 class CheckpointVerdict(Record):
-    """What verification of a folder found. `compared_with_source` tells how much it could prove."""
+    """What verification of a folder found. `compared_with_source` tells how much it could prove;
+    `notes` are of values that are not finite, and were so in the source."""
 
     checkpoint: str
     compared_with_source: bool
     num_shards: int
     num_linears: int
     problems: tuple[str, ...]
+    notes: tuple[str, ...]
 
 
-def check_shard(check: ShardCheck) -> tuple[str, ...]:
-    """Read one file of the checkpoint through; returns what is wrong with it, in words."""
+@dataclass(frozen=True, slots=True)
+class FileFindings:
+    """Of one file, in words: what is wrong with it, and what is to be known."""
+
+    problems: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def check_shard(check: ShardCheck) -> FileFindings:
+    """Read one file of the checkpoint through."""
     if isinstance(check, SourcedCheck):
-        return tuple(
-            verify_shard(
-                check.checkpoint, check.source, check.layout, check.shard, check.promise
-            ).problems
+        proof = verify_shard(
+            check.checkpoint, check.source, check.layout, check.shard, check.promise
         )
-    problems = []
+        return FileFindings(tuple(proof.problems), proof.notes)
+    problems, notes = [], []
     with readers(check.size_bytes) as threads:
 
         def read(unit: tuple[WorkUnit, tuple[str, ...]]) -> ReadUnit:
             entries = [check.entries[name] for name in unit_tensor_names(unit[1], check.storage)]
             return read_unit(check.checkpoint, entries, check.storage, dict)
 
-        def digest_of(name: str) -> str:
-            return tensor_digest(check.checkpoint, check.entries[name], threads.reads)
+        def digest_of(name: str) -> tuple[str, NotFinite]:
+            entry = check.entries[name]
+            values = FiniteCheck(entry.dtype, entry.shape)
+            digest = tensor_digest(check.checkpoint, entry, threads.reads, values)
+            return digest, values.found
 
         for (unit, linears), stored in threads.in_order(read, check.units):
             firsts = range(0, len(linears), len(PROJECTIONS))
@@ -55,23 +69,26 @@ def check_shard(check: ShardCheck) -> tuple[str, ...]:
             problems += check_unit(
                 check.file, unit.id, stored, experts, check.promise, check.storage, threads
             ).all
-        for name, found in threads.in_order(digest_of, sorted(check.untouched)):
+        for name, (found, bad) in threads.in_order(digest_of, sorted(check.untouched)):
             if found != (digest := check.untouched[name]):
                 problems.append(
                     f"{check.file}: {name}: bytes differ from those that were verified: expected"
-                    f" SHA-256 {digest}, found {found}"
+                    f" SHA-256 {digest}, found {found}" + (f"; holds {bad}" if bad else "")
                 )
-    return tuple(problems)
+            elif bad:
+                notes.append(f"{check.file}: {name}: holds {bad}, as when it was verified")
+    return FileFindings(tuple(problems), tuple(notes))
 
 
-def combine_findings(survey: Survey, found: Mapping[str, tuple[str, ...]]) -> CheckpointVerdict:
-    """The verdict, the same in whatever order the files were read. found: problems of every file
-    that was to be checked."""
-    of_shards = [problem for check in survey.checks for problem in found[check.file]]
+def combine_findings(survey: Survey, found: Mapping[str, FileFindings]) -> CheckpointVerdict:
+    """The verdict, the same in whatever order the files were read. found: of every file that was to
+    be checked."""
+    of_shards = [problem for check in survey.checks for problem in found[check.file].problems]
     return CheckpointVerdict(
         checkpoint=survey.checkpoint,
         compared_with_source=survey.compared_with_source,
         num_shards=survey.num_shards,
         num_linears=survey.num_linears,
         problems=(*survey.problems, *of_shards, *survey.file_problems),
+        notes=tuple(note for check in survey.checks for note in found[check.file].notes),
     )

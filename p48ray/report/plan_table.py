@@ -13,6 +13,7 @@ from p48ray.run.run_root import SOURCE
 from p48ray.stages.prepare import Prepared
 from p48ray.stages.table import STAGES
 
+LISTED_FILES = 8
 CARDS = (80e9, 141e9)  # bytes of an H100, of an H200
 
 
@@ -88,6 +89,7 @@ def traffic_rows(prepared: Prepared, e: Estimate) -> Rows:
         "checkpoint": e.checkpoint_bytes,
     }
     return [
+        ("read before the first unit", f"{size(e.scan_bytes)} outside the experts, all finite?"),
         ("read by streaming stages", f"{size(e.stream_read_bytes)} a node"),
         ("read by units", f"{size(e.unit_read_bytes)} ({reading})"),
         ("written", ", ".join(f"{name} {size(value)}" for name, value in written.items())),
@@ -104,6 +106,10 @@ def output_rows(prepared: Prepared, e: Estimate) -> Rows:
     if plan.is_pilot:
         words = "none: a pilot of some layers (run.layers)"
     rows = [("output", words)]
+    if left := prepared.source.left_behind:
+        more = f" and {len(left) - LISTED_FILES} more" if len(left) > LISTED_FILES else ""
+        named = ", ".join(left[:LISTED_FILES]) + more
+        rows.append(("left behind", f"{len(left):,} files beside the weights: {named}"))
     if count := plan.source.num_fp8_outside_experts:
         became = f"{count:,} weights become BF16 in the output, among the untouched"
         rows.append(("FP8 outside the experts", became))

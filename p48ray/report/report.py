@@ -17,6 +17,7 @@ from p48ray.run.output_layout import OutputShard, unit_bytes
 from p48ray.run.plan import RunPlan
 from p48ray.run.records import Record
 from p48ray.stages.evaluate import EvaluationResult
+from p48ray.stages.scan import router_notes, scans_so_far
 from p48ray.unit.context import StageContext
 
 FEW_TOKENS_SHARE = 0.25  # of the average expert's: below it, an expert has few
@@ -71,6 +72,7 @@ class Report(Record):
     baseline: EvaluationResult | None = None
     benchmarks: BenchmarkTable | None = None
     pilot: Extrapolation | None = None
+    source_notes: tuple[str, ...] = ()
     stage_seconds: dict[str, float]
     unit_seconds: dict[str, float]
     devices: dict[str, int]
@@ -137,6 +139,7 @@ def build_report(
             if plan.is_pilot and len(units) == len(plan.units)
             else None
         ),
+        source_notes=tuple(router_notes(scans_so_far(context))),
         stage_seconds=stage_seconds,
         unit_seconds={name: round(value, 1) for name, value in phases.items()},
         devices=dict(Counter(u.device for u in units)),
@@ -194,6 +197,8 @@ def print_report(report: Report, console: Console) -> None:
         f"activations clipped: {report.clipped_input_share:.2e} of inputs,"
         f" {report.clipped_intermediate_share:.2e} of intermediates"
     )
+    for note in report.source_notes:
+        console.print(f"source: {note}", soft_wrap=True)
     storage = f" in {report.storage} storage" if report.storage != "dense" else ""
     console.print(
         f"size: {report.checkpoint_bytes:,} bytes (source {report.source_bytes:,}), experts"

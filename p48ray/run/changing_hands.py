@@ -2,8 +2,9 @@
 
 A run root belongs to the plan that lies in it. A driver whose plan has the same units (RunPlan's
 units_digest) may put its own in that one's place as long as there is no finished checkpoint: so a
-full run goes on with what its pilot made. The driver that was there before notices at its next step
-that is about more than units, and ends.
+full run goes on with what its pilot made. So may one whose source was mended, where the held plan's
+was refused before anything was made of it (the stage `scan`). The driver that was there before
+notices at its next step that is about more than units, and ends.
 """
 
 from collections.abc import Mapping
@@ -15,8 +16,10 @@ from p48ray.checkpoint.index import INDEX_FILE
 from p48ray.errors import ConfigError, PlanMismatchError, ShardCorruptError
 from p48ray.run import run_root
 from p48ray.run.cleanup import delete_all
+from p48ray.run.manifest import ScanManifest
+from p48ray.run.needs import NEEDED_PREFIXES
 from p48ray.run.plan import FORMAT_VERSION, RunPlan, digest_facts, units_facts
-from p48ray.run.records import read_json
+from p48ray.run.records import load_readable, read_json
 from p48ray.store.base import Store
 
 NOT_NOTED = "0.1.0"
@@ -27,7 +30,7 @@ def check_plan(plan: RunPlan, store: Store) -> RunPlan | None:
     """Compare with the plan that the run root holds.
 
     Returns: the held plan; None if there is none. It is this plan where the digests are equal; else
-    it has the same units, and `take_over` may replace it.
+    it has the same units, or none because its source was refused, and `take_over` may replace it.
     Raises: PlanMismatchError naming the first setting that differs, and both values, when units
         differ, or when the checkpoint of another plan is finished there.
     """
@@ -42,12 +45,27 @@ def check_plan(plan: RunPlan, store: Store) -> RunPlan | None:
             for p, facts in ((plan, ours), (held, theirs))
         )
     if held.units_digest != plan.units_digest or ours != theirs:
+        if differing(ours, theirs) == ["source fingerprint"] and is_refused_source(held, store):
+            return held
         raise mismatch(store, ours, theirs, "take the old setting back, or another --run-root")
     is_finished = store.head(run_root.checkpoint_file(INDEX_FILE)) is not None
     if held.digest != plan.digest and is_finished:
         raise mismatch(store, digest_facts(plan), digest_facts(held), FINISHED)
     return held
 
+
+def is_refused_source(held: RunPlan, store: Store) -> bool:
+    """Whether the source of a held plan was refused for values that are not finite, before anything
+    was made of it: whoever mends the source runs the same command again."""
+    if any(True for prefix in WORK for _ in store.list(prefix)):
+        return False
+    keys = [info.key for info in store.list(run_root.SCAN)]
+    scans = load_readable(ScanManifest, store, keys).values()
+    return any(s.refused and s.source_fingerprint == held.source.fingerprint for s in scans)
+
+
+WORK = (*NEEDED_PREFIXES, run_root.CHECKPOINT, run_root.BASELINE)
+"""Prefixes of what is worth keeping."""
 
 FINISHED = (
     "its checkpoint is finished: take the old setting back, or another --run-root, or delete"
@@ -67,13 +85,18 @@ def mismatch(
         theirs: of the plan that the run root holds.
         advice: what to do.
     """
-    differing = [name for name in ours if ours[name] != theirs.get(name)] or ["plan digest"]
-    name = differing[0]
-    more = f" and {len(differing) - 1} more differences" if len(differing) > 1 else ""
+    names = differing(ours, theirs) or ["plan digest"]
+    name = names[0]
+    more = f" and {len(names) - 1} more differences" if len(names) > 1 else ""
     return PlanMismatchError(
         f"{store.uri}/{run_root.PLAN}: this run root belongs to another plan: {name}: expected"
         f" {ours.get(name)!r} (this run), found {theirs.get(name)!r}{more}; {advice}"
     )
+
+
+def differing(ours: Mapping[str, JsonValue], theirs: Mapping[str, JsonValue]) -> list[str]:
+    """Names of facts, in the order of ours."""
+    return [name for name in ours if ours[name] != theirs.get(name)]
 
 
 def read_plan(store: Store) -> RunPlan:

@@ -18,6 +18,7 @@ from p48ray.run.manifest import (
     EvaluationPart,
     GradientPart,
     PartManifest,
+    ScanManifest,
     ShardVerdict,
     TokensManifest,
     UnitManifest,
@@ -143,6 +144,17 @@ def load_unit_manifest(plan: RunPlan, store: Store, unit: WorkUnit) -> UnitManif
 def load_unit_manifests(plan: RunPlan, store: Store) -> list[UnitManifest]:
     """Of all units of the plan, in its order."""
     return load_each(lambda unit: load_unit_manifest(plan, store, unit), plan.units)
+
+
+def load_scan(plan: RunPlan, store: Store, file: str) -> ScanManifest:
+    """What was found in one weight file of the plan's source."""
+    return load_checked(
+        ScanManifest,
+        store,
+        run_root.scan_manifest(file),
+        file=file,
+        source_fingerprint=plan.source.fingerprint,
+    )
 
 
 def load_tokens_manifest(store: Store, key: str, owner: str) -> TokensManifest:

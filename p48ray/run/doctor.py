@@ -22,6 +22,7 @@ from p48ray.run.checked import (
     load_checked,
     load_evaluation_part,
     load_part_manifest,
+    load_scan,
     load_shard_verdict,
     load_tokens_manifest,
     load_unit_manifest,
@@ -153,6 +154,9 @@ class Examination:
         for unit in plan.units:
             if run_root.unit_manifest(unit.id) in self.sizes:
                 yield partial(self.check_unit, unit)
+        for name in plan.source.scanned:
+            if run_root.scan_manifest(name) in self.sizes:
+                yield partial(load_scan, plan, store, name)
         for file in plan.source.mirror:
             if run_root.mirror_manifest(file.path) in self.sizes:
                 yield partial(self.check_mirrored, file.path)
@@ -287,6 +291,7 @@ def describe_gone(gone: set[str]) -> Iterator[str]:
         (run_root.EVALUATION, "objects of the evaluation"),
         (run_root.BENCHMARKS, "benchmark results (jobs/evaluate.py)"),
         (run_root.SOURCE, "files of the source's mirror"),
+        (run_root.SCAN, "records of what is not finite in the source"),
     ):
         if count := sum(key.startswith(prefix) for key in gone):
             yield f"{count} {noun}"

@@ -46,6 +46,35 @@ class MirrorManifest(Record):
     finished_at: float = Field(description="Unix time, seconds.")
 
 
+class NotFiniteTensor(Record):
+    """A tensor of the source that holds values which are not finite."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    first: tuple[int, ...] = Field(description="Index of the first such value.")
+    num_nan: int
+    num_inf: int
+    num_minus_inf: int
+
+
+class ScanManifest(Record):
+    """What was found in the tensors of one weight file of the source that are outside the
+    compressed experts."""
+
+    schema_version: Literal[1] = 1
+    source_fingerprint: str
+    file: str
+    num_tensors: int
+    num_bytes: int = Field(description="That were read.")
+    refused: tuple[NotFiniteTensor, ...]
+    router_biases: tuple[NotFiniteTensor, ...] = Field(
+        description="With -inf alone, which keeps experts from being chosen: said, not refused."
+    )
+    seconds: float
+    finished_at: float = Field(description="Unix time, seconds.")
+
+
 class TokensManifest(Record):
     """Packed token ids: of the calibration sequences, or of an evaluation's."""
 
@@ -242,6 +271,9 @@ class ShardVerdict(Record):
     num_tensors: int
     num_linears: int
     problems: tuple[str, ...]
+    notes: tuple[str, ...] = Field(
+        (), description="Of values that are not finite, and are so in the source."
+    )
     unsound_units: tuple[str, ...] = Field(
         (), description="Units that are refused as they were made, not as they were stitched."
     )

@@ -17,7 +17,7 @@ from pydantic import Field, JsonValue
 
 from p48ray import __version__
 from p48ray.checkpoint.families import ModelLayout, check_divisibility
-from p48ray.checkpoint.fp8 import Fp8Weight, plain_tensors
+from p48ray.checkpoint.fp8 import Fp8Weight, plain_tensors, stored_floats
 from p48ray.checkpoint.index import CheckpointIndex
 from p48ray.config import RunConfig
 from p48ray.config.benchmarks import BenchmarksConfig
@@ -164,6 +164,13 @@ class SourceRecord(Record):
         ),
     )
     mirror: tuple[MirroredFile, ...] = ()
+    scanned: tuple[str, ...] = Field(
+        (),
+        description=(
+            "Weight files with floats outside the compressed experts: each is read through before"
+            " the first unit. None in plans of before."
+        ),
+    )
 
 
 class RunPlan(Record):
@@ -284,6 +291,7 @@ def make_plan(
             isinstance(tensor, Fp8Weight) for tensor in plain_tensors(index, layout)
         ),
         mirror=mirror,
+        scanned=tuple(dict.fromkeys(entry.file for entry in stored_floats(index, layout))),
     )
     plan = RunPlan(
         numerics_version=NUMERICS_VERSION,

@@ -2,13 +2,14 @@
 
 import json
 import logging
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from p48ray.errors import ObjectMissingError, ShardCorruptError
+from p48ray.errors import NumericsError, ObjectMissingError, ShardCorruptError
 from p48ray.store.base import Store
 
 log = logging.getLogger(__name__)
@@ -19,11 +20,20 @@ LOADS_AT_ONCE = 32
 class Record(BaseModel):
     """A frozen fact that lies in the bucket as one JSON object."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    # a number that is not finite is to be seen in the text: by default it is written as null
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
 
     def to_json(self) -> bytes:
-        """UTF-8 JSON, keys in the order of declaration, one trailing newline."""
-        return (self.model_dump_json(indent=1) + "\n").encode()
+        """UTF-8 JSON, keys in the order of declaration, one trailing newline.
+
+        Raises: NumericsError, naming the field, for a number that is not finite: JSON has none, and
+            no reader would take it.
+        """
+        text = self.model_dump_json(indent=1)
+        # texts may hold these words too; only then is every field looked at
+        if "NaN" in text or "Infinity" in text:
+            refuse_not_finite(type(self).__name__, self.model_dump(), ())
+        return (text + "\n").encode()
 
     @classmethod
     def from_json(cls, data: bytes, where: str) -> Self:
@@ -47,6 +57,24 @@ class Record(BaseModel):
         are asked for side by side."""
         with ThreadPoolExecutor(LOADS_AT_ONCE) as pool:
             return list(pool.map(lambda key: cls.load(store, key), keys))
+
+
+def refuse_not_finite(kind: str, value: object, path: tuple[str, ...]) -> None:
+    """Look through what a record of a kind holds at a path.
+
+    Raises: NumericsError for the first number that is not finite.
+    """
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            refuse_not_finite(kind, inner, (*path, str(key)))
+    elif isinstance(value, list | tuple):
+        for place, inner in enumerate(value):
+            refuse_not_finite(kind, inner, (*path, str(place)))
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise NumericsError(
+            f"{kind}: {'.'.join(path)}: expected a finite number, found {value}; nothing was"
+            " written"
+        )
 
 
 R = TypeVar("R", bound=Record)

@@ -11,6 +11,8 @@ source/
     digest
 calibration/tokens.arrow (+ .json)
     packed token ids of the calibration sequences
+scan/model-00001-of-00064.json
+    what a file of the source holds that is not finite, outside the compressed experts
 residuals/layer-007/part-0003.arrow (+ .json)
     what enters layer 7
 compressed-residuals/layer-007/part-0003.arrow (+ .json)
@@ -52,6 +54,7 @@ STORE = "store.json"
 PLAN = "plan.json"
 SOURCE = "source/"
 MIRROR = "mirror/"
+SCAN = "scan/"
 TOKENS = "calibration/tokens.arrow"
 ACTIVATIONS = "activations/"
 GRADIENTS = "gradients/"
@@ -74,6 +77,7 @@ PUBLISH = "publish/"
 PREFIXES = (
     SOURCE,
     MIRROR,
+    SCAN,
     "calibration/",
     ACTIVATIONS,
     GRADIENTS,
@@ -101,6 +105,10 @@ def source_file(name: str) -> str:
 
 def mirror_manifest(name: str) -> str:
     return f"{MIRROR}{name}.json"
+
+
+def scan_manifest(file: str) -> str:
+    return f"{SCAN}{file.removesuffix('.safetensors')}.json"
 
 
 def activation_folder(layer: int) -> str:

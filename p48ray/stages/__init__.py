@@ -9,6 +9,7 @@ Read in this order:
     tasks, workplace                a task and how it ended; what a process works with
     prepare, revisions, inputs      before anything is written, then the first things written
     mirror                          the Hub's files, copied once
+    scan                            values that are not finite outside the experts, before any work
     capture, gradients, propagate   what experts see; streaming, recompute, blobs are their parts
     reduce, verify, final_files     the checkpoint; shard_proof, linear_proof, index_proof,
                                     read_ahead verify

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from p48ray.config import EvaluationConfig, RunConfig
-from p48ray.errors import ConfigError
+from p48ray.errors import ConfigError, NumericsError
 from p48ray.model.decoder import Decoder, run_layer
 from p48ray.model.expert_loader import layer_experts
 from p48ray.model.experts import ActivationScales, ExpertWeights, RoutedExperts
@@ -119,6 +119,7 @@ def evaluate_part(
     )
     for *found, labels_T in rows:
         sums += compare_logits(*(head(x_TH) for x_TH in found), labels_T=labels_T).cpu()
+    check_sums(part, sums.tolist())
     source_loss, source_correct, loss, correct, kl, *other = sums.tolist()
     return EvaluationPart(
         plan_digest=context.plan.digest,
@@ -134,6 +135,26 @@ def evaluate_part(
             CompressedSums(loss=other[0], correct=int(other[1]), kl=other[2]) if other else None
         ),
     )
+
+
+SUMS = ("the source's loss", "", "the compressed model's loss", "", "KL")
+GROUPS_OF_32 = ("its loss with activations in groups of 32", "", "its KL with these")
+
+
+def check_sums(part: SequencePart, sums: Sequence[float]) -> None:
+    """Raises: NumericsError for a sum that is not finite, before anything is written of the
+    part."""
+    for name, value in zip((*SUMS, *GROUPS_OF_32), sums, strict=False):
+        if math.isfinite(value):
+            continue
+        last = part.first_sequence + part.num_sequences - 1
+        advice = "calibration.compute_dtype may be too narrow for this model (float32 is not)"
+        raise NumericsError(
+            f"evaluation, part {part.part} (held-out sequences {part.first_sequence} to {last}):"
+            f" {name}: expected a finite sum, found {value}; nothing was written of it. Weights of"
+            f" the source are finite by now, so {advice}; or evaluation.documents has a text that"
+            " the model itself has no number for"
+        )
 
 
 @contextmanager
@@ -217,14 +238,14 @@ def combine_parts(parts: list[EvaluationPart]) -> EvaluationResult:
     others = [p.in_groups_of_32 for p in parts if p.in_groups_of_32 is not None]
     return EvaluationResult(
         num_tokens=tokens,
-        source_perplexity=math.exp(sum(p.source_loss for p in parts) / tokens),
+        source_perplexity=perplexity(sum(p.source_loss for p in parts) / tokens),
         source_accuracy=sum(p.source_correct for p in parts) / tokens,
-        compressed_perplexity=math.exp(sum(p.compressed_loss for p in parts) / tokens),
+        compressed_perplexity=perplexity(sum(p.compressed_loss for p in parts) / tokens),
         compressed_accuracy=sum(p.compressed_correct for p in parts) / tokens,
         kl=sum(p.kl for p in parts) / tokens,
         in_groups_of_32=(
             CompressedQuality(
-                perplexity=math.exp(sum(o.loss for o in others) / tokens),
+                perplexity=perplexity(sum(o.loss for o in others) / tokens),
                 accuracy=sum(o.correct for o in others) / tokens,
                 kl=sum(o.kl for o in others) / tokens,
             )
@@ -232,6 +253,17 @@ def combine_parts(parts: list[EvaluationPart]) -> EvaluationResult:
             else None
         ),
     )
+
+
+def perplexity(loss: float) -> float:
+    """Of a mean loss in nats a token. Raises: NumericsError for one that no float holds."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        raise NumericsError(
+            f"evaluation: expected a loss whose exponential is a number, found {loss:.4g} nats a"
+            " token"
+        ) from None
 
 
 def held_out_parts(context: StageContext) -> tuple[str, tuple[SequencePart, ...]]:

@@ -8,9 +8,10 @@ import logging
 from dataclasses import asdict
 
 from p48ray.config import CalibrationConfig, EvaluationConfig
-from p48ray.errors import ObjectMissingError, ShardCorruptError
+from p48ray.errors import CorruptObjectError, ObjectMissingError, ShardCorruptError
 from p48ray.run import arrow, run_root
 from p48ray.run.changing_hands import check_plan, take_over
+from p48ray.run.checked import load_tokens_manifest
 from p48ray.run.manifest import StoreFacts, TokensManifest
 from p48ray.run.plan import RunPlan
 from p48ray.stages.evaluate import evaluation_digest
@@ -59,6 +60,15 @@ def check_run_root(prepared: Prepared) -> RunPlan | None:
     return check_plan(prepared.plan, prepared.store)
 
 
+def are_packed(store: Store, key: str, owner: str) -> bool:
+    """Whether a run's packed texts are there, and are not those of a plan that was there before."""
+    try:
+        load_tokens_manifest(store, key, owner)
+    except CorruptObjectError:
+        return False
+    return store.head(key) is not None
+
+
 def write_inputs(prepared: Prepared) -> None:
     """plan.json first, then the packed texts; the texts are read before either is written, so that
     a bad one leaves nothing behind."""
@@ -74,11 +84,7 @@ def write_inputs(prepared: Prepared) -> None:
         wanted.append(
             (run_root.evaluation_tokens(digest), e, e.sequence_length + 1, "evaluation", digest)
         )
-    missing = [
-        w
-        for w in wanted
-        if store.head(w[0]) is None or store.head(run_root.manifest_of(w[0])) is None
-    ]
+    missing = [w for w in wanted if not are_packed(store, w[0], w[-1])]
     tokenizer = (
         load_tokenizer(prepared.source, plan.config.source.trust_remote_code) if missing else None
     )
@@ -106,7 +112,9 @@ def write_inputs(prepared: Prepared) -> None:
     if held is None and not store.put_if_absent(run_root.PLAN, plan.to_json()):
         held = check_plan(plan, store)  # another driver was faster
     if held is not None and held.digest != plan.digest:
-        log.info("%s: goes on with the units of the plan that was there", store.uri)
+        is_same = held.units_digest == plan.units_digest
+        what = "goes on with the units" if is_same else "its source is mended; takes the place"
+        log.info("%s: %s of the plan that was there", store.uri, what)
         take_over(plan, store)
     for key, manifest, data in packed:
         store.put(key, data)

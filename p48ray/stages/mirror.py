@@ -7,8 +7,8 @@ streams from the Hub again and again.
 A task copies one file: one request (taken up again where it breaks), bounded memory, an atomic
 write that is given up unless the bytes have the digest that the Hub lists. Copied are the files
 that the checkpoint's index speaks of: config, index, the weight files that the index names, and the
-small files at the top of the repository that go with them (tokenizer, code, templates, licence,
-README.md for the card). Not copied: folders, other forms of the weights, pictures, .gitattributes.
+small files that go with them (checkpoint.sidecars: tokenizer, code, templates, licence), README.md
+for the card. Not copied: other folders, other forms of the weights, pictures, .gitattributes.
 The copy is kept whatever `run.keep` says: resuming, making a lost shard anew and `p48ray verify
 --source` read it.
 """

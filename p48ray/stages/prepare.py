@@ -21,7 +21,7 @@ from p48ray.stages.mirror import files_to_mirror, mirror_state, mirrored
 from p48ray.stages.revisions import hub_places, read_held_plan, resolve
 from p48ray.store.base import Store
 from p48ray.store.memory import MemoryStore
-from p48ray.store.open import mirror_source, open_store, scheme_of
+from p48ray.store.open import is_within, mirror_source, open_store, scheme_of
 from p48ray.store.view import SubStore
 from p48ray.texts.documents import digest_documents, look_at_texts
 from p48ray.texts.sequences import digest_tokenizer
@@ -64,6 +64,7 @@ def prepare(config: RunConfig, is_dry: bool = False) -> Prepared:
     """
     config = absolute(config)
     store = open_place(config.run)
+    check_apart(config, store)
     if is_dry:
         store = MemoryStore(DRY_RUN_STORE)
         look_at_texts(config.calibration.documents, "calibration.documents")
@@ -115,6 +116,31 @@ def open_place(run: RunSettings) -> Store:
             " written"
         )
     return store
+
+
+def check_apart(config: RunConfig, store: Store) -> None:
+    """A run root in its source's folder would be carried over by the next run of that source; a
+    source where a run writes would not stay what it is.
+
+    Raises: ConfigError for either.
+    """
+    place = config.source.checkpoint
+    if scheme_of(place).mirror:
+        return
+    source = open_store(place, config.source.endpoint_url)
+    if is_within(store, source):
+        found = "the same" if is_within(source, store) else "one inside it"
+    elif is_within(source, store) and any(
+        is_within(source, open_store(f"{store.uri}/{prefix}".rstrip("/"), config.run.endpoint_url))
+        for prefix in run_root.PREFIXES
+    ):
+        found = "that the source lies where the run writes"
+    else:
+        return
+    raise ConfigError(
+        f"run.root: {store.uri}: expected a place apart from source.checkpoint ({source.uri}),"
+        f" found {found}; take another --run-root"
+    )
 
 
 def open_planned_source(

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from p48ray import trace
 from p48ray.checkpoint.decode import expert_entries
+from p48ray.checkpoint.finite_values import FiniteCheck
 from p48ray.checkpoint.header import TensorEntry
 from p48ray.checkpoint.index import CheckpointIndex
 from p48ray.checkpoint.layout import ModelLayout
@@ -139,7 +140,12 @@ def read_originals(
 
 
 def compare_bytes(
-    left: Store, a: TensorEntry, right: Store, b: TensorEntry, reads: ThreadPoolExecutor
+    left: Store,
+    a: TensorEntry,
+    right: Store,
+    b: TensorEntry,
+    reads: ThreadPoolExecutor,
+    values: FiniteCheck,
 ) -> tuple[bool, str]:
     """Whether two tensors' bytes are the same, and the left one's SHA-256; read in chunks, the next
     of both while this one is hashed.
@@ -148,22 +154,33 @@ def compare_bytes(
         left, right: stores that they lie in.
         a, b: the tensor of the left one, and that of the right one.
         reads: threads that fetch the chunks of large tensors.
+        values: looks at those of the left one.
     """
     digest, is_same = hashlib.sha256(), a.num_bytes == b.num_bytes
     theirs = chunks(right, b, reads)
     for data in chunks(left, a, reads):
         with trace.span("hash", len(data)):
             digest.update(data)
+            values.add(data)
         is_same = is_same and data == next(theirs)
     return is_same, digest.hexdigest()
 
 
-def tensor_digest(store: Store, entry: TensorEntry, reads: ThreadPoolExecutor) -> str:
-    """SHA-256 of a tensor's bytes."""
+def tensor_digest(
+    store: Store, entry: TensorEntry, reads: ThreadPoolExecutor, values: FiniteCheck
+) -> str:
+    """SHA-256 of a tensor's bytes.
+
+    Args:
+        store, entry: where it lies.
+        reads: threads that fetch the chunks of a large one.
+        values: looks at its values.
+    """
     digest = hashlib.sha256()
     for data in chunks(store, entry, reads):
         with trace.span("hash", len(data)):
             digest.update(data)
+            values.add(data)
     return digest.hexdigest()
 
 

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from p48ray.checkpoint.decode import decode_expert_on, decode_plain
+from p48ray.checkpoint.finite_values import FiniteCheck, NotFinite
 from p48ray.checkpoint.fp8 import Fp8Weight, PlainTensor
 from p48ray.checkpoint.header import TensorEntry, parse_header, read_header_bytes
 from p48ray.checkpoint.index import CheckpointIndex
@@ -51,9 +52,11 @@ DAMAGE = (SourceError, ShardCorruptError, ObjectMissingError)
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Findings:
     """What was found in one output shard: problems in words, digests for the checkpoint's own
-    manifest, and the units that are no better in the shard that they were stitched from."""
+    manifest, and the units that are no better in the shard that they were stitched from. notes: of
+    values that are not finite, and are so in the source."""
 
     problems: list[str]
+    notes: tuple[str, ...] = ()
     header_sha256: str = ""
     untouched_sha256: Mapping[str, str] = field(default_factory=dict)
     unsound_units: tuple[str, ...] = ()
@@ -109,6 +112,7 @@ def verify_shard(
         return Findings(problems=problems)
     digests: dict[str, str] = {}
     unsound: list[str] = []
+    notes: list[str] = []
     with readers(size_bytes) as threads:
 
         def look(segment: WorkUnit | PlainTensor) -> ReadUnit | ReadPlain:
@@ -142,10 +146,15 @@ def verify_shard(
                 continue
             assert isinstance(found, ReadPlain)
             digests[segment.name] = found.digest
+            where, bad = f"{shard.name}: {segment.name}", found.not_finite
             if difference := plain_difference(segment, found, device):
-                problems.append(f"{shard.name}: {segment.name}: {difference} ({segment.file})")
+                holds = f"; holds {bad}" if bad else ""
+                problems.append(f"{where}: {difference} ({segment.file}){holds}")
+            elif bad:
+                notes.append(f"{where}: holds {bad}, as in the source ({segment.file})")
     return Findings(
         problems=problems,
+        notes=tuple(notes),
         header_sha256=header_digest(raw),
         untouched_sha256=digests,
         unsound_units=tuple(unsound),
@@ -154,10 +163,11 @@ def verify_shard(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReadPlain:
-    """A tensor outside the experts: its SHA-256, whether its bytes are the source's, or for FP8
-    what the source stores."""
+    """A tensor outside the experts: its SHA-256, values that are not finite, whether its bytes are
+    the source's, or for FP8 what the source stores."""
 
     digest: str
+    not_finite: NotFinite
     is_same: bool = False
     stored: Mapping[str, Tensor] = field(default_factory=dict)
 
@@ -172,13 +182,16 @@ def read_plain_tensor(
         source, original: the same of the source.
         threads: those of its `reads` read.
     """
+    values = FiniteCheck(entry.dtype, entry.shape)
     if isinstance(original, Fp8Weight):
-        digest = tensor_digest(checkpoint, entry, threads.reads)
+        digest = tensor_digest(checkpoint, entry, threads.reads, values)
         return ReadPlain(
-            digest=digest, stored=read_together(source, [original.weight, original.scale_inv])
+            digest=digest,
+            not_finite=values.found,
+            stored=read_together(source, [original.weight, original.scale_inv]),
         )
-    is_same, digest = compare_bytes(checkpoint, entry, source, original, threads.reads)
-    return ReadPlain(digest=digest, is_same=is_same)
+    is_same, digest = compare_bytes(checkpoint, entry, source, original, threads.reads, values)
+    return ReadPlain(digest=digest, not_finite=values.found, is_same=is_same)
 
 
 def plain_difference(segment: PlainTensor, found: ReadPlain, device: torch.device) -> str | None:

@@ -26,6 +26,7 @@ from p48ray.stages.gradients import gradient_parts
 from p48ray.stages.mirror import files_to_copy, mirror_file
 from p48ray.stages.propagate import propagate_parts
 from p48ray.stages.reduce import shards_to_stitch, stitch_shard
+from p48ray.stages.scan import files_to_scan, finish_scan, scan_file
 from p48ray.stages.tasks import Task
 from p48ray.stages.verify import finish_verification, shards_to_verify, verify_and_record
 from p48ray.unit.compress import compress_unit
@@ -105,6 +106,16 @@ MIRROR_STAGE = Stage(
     work=files_to_copy,
     cost=("mirror", "mirror_seconds"),
 )
+SCAN_STAGE = Stage(
+    name="scan",
+    noun="files of the source",
+    body=scan_file,
+    prefix=run_root.SCAN,
+    markers=lambda plan, shards: [run_root.scan_manifest(file) for file in plan.source.scanned],
+    is_used=lambda plan: bool(plan.source.scanned),
+    work=files_to_scan,
+    finish=finish_scan,
+)
 CAPTURE_STAGE = Stage(
     name="capture",
     noun="activation parts",
@@ -180,6 +191,7 @@ STAGES = {
     stage.name: stage
     for stage in (
         MIRROR_STAGE,
+        SCAN_STAGE,
         CAPTURE_STAGE,
         PROPAGATE_STAGE,
         GRADIENTS_STAGE,

@@ -85,6 +85,7 @@ def verify_and_record(context: StageContext, shard: OutputShard) -> None:
         num_tensors=len(shard_rows(shard, context.layout)),
         num_linears=len(claims),
         problems=tuple(found.problems),
+        notes=found.notes,
         unsound_units=found.unsound_units,
         header_sha256=found.header_sha256,
         untouched_sha256=dict(found.untouched_sha256),
@@ -130,6 +131,8 @@ def finish_verification(
             " doctor RUN_ROOT --fix` does) and run the same command again"
         )
         raise VerificationError(refusal(context, problems, advice))
+    for note in (note for verdict in verdicts for note in verdict.notes):
+        log.warning("%s", note)
     finish_checkpoint(context, shards, verdicts, units)
     problems = check_folder(context, shards)
     if problems:  # a folder with an index is a verified one

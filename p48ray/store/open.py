@@ -193,6 +193,19 @@ def open_store(uri: str | Path, endpoint_url: str | None = None, server_copy: bo
     return scheme.open(place, endpoint_url, server_copy)
 
 
+def is_within(inner: Store, outer: Store) -> bool:
+    """Whether one place is the other or lies in it: a folder by whatever path it is reached, a
+    prefix of a bucket at one endpoint."""
+    if scheme_of(inner.uri).is_local and scheme_of(outer.uri).is_local:
+        path, other = Path(inner.uri).resolve(), Path(outer.uri).resolve()
+        return any(
+            place == other or (place.exists() and other.exists() and place.samefile(other))
+            for place in (path, *path.parents)
+        )
+    ends = [getattr(store, "endpoint_url", None) for store in (inner, outer)]
+    return ends[0] == ends[1] and f"{inner.uri}/".startswith(f"{outer.uri}/")
+
+
 def mirror_source(place: str) -> HubStore | None:
     """A source that is copied into the run root first; None for one that is read where it lies.
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from p48ray.checkpoint.header import json_object
 from p48ray.checkpoint.index import CONFIG_FILE, CheckpointIndex
+from p48ray.checkpoint.sidecars import CHAT_TEMPLATES
 from p48ray.config import DocumentSource
 from p48ray.errors import SourceError
 from p48ray.store.open import scheme_of
@@ -38,6 +39,7 @@ TOKENIZER_FILES = (
     "merges",
     "tiktoken",
     "chat_template",
+    CHAT_TEMPLATES,
 )
 
 
@@ -122,7 +124,9 @@ def tokenizer_folder(index: CheckpointIndex) -> Iterator[str]:
         return
     with TemporaryDirectory(prefix="p48ray-tokenizer-") as folder:
         for name in (CONFIG_FILE, *index.sidecars):
-            (Path(folder) / name).write_bytes(index.store.get(name))
+            path = Path(folder) / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(index.store.get(name))
         yield folder
 
 

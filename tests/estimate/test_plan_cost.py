@@ -22,6 +22,7 @@ from p48ray.stages.capture import capture_parts
 from p48ray.stages.gradients import gradient_parts
 from p48ray.stages.inputs import write_inputs
 from p48ray.stages.prepare import Prepared, prepare
+from tests.checkpoint.tiny_variants import load_tiny
 from tests.conftest import REPO
 
 SMALL = (
@@ -429,6 +430,12 @@ def test_worker_warns_of_too_small_a_card_and_refuses_nothing(
 def test_worker_without_a_gpu_has_everything_in_its_memory() -> None:
     on_cpu, on_gpu = (estimated(planned(NEAR, f"run.gpus_per_worker={n}")) for n in (0.0, 1.0))
     assert on_cpu.gpu_bytes == 0 < on_gpu.gpu_bytes and on_cpu.host_bytes > 0
+
+
+def test_scan_reads_the_floats_outside_the_experts_once() -> None:
+    others = (t for name, t in load_tiny().items() if ".mlp.experts." not in name)
+    expected = sum(t.nbytes for t in others if t.is_floating_point())
+    assert estimated(planned(NEAR)).scan_bytes == expected > 0
 
 
 # In print

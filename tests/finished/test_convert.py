@@ -4,6 +4,7 @@ done twice."""
 import hashlib
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -317,6 +318,17 @@ def test_folders_with_anything_in_them_are_left_alone(dense: Folder, other: str)
     with pytest.raises(ConfigError, match=f"expected a new or empty folder, found {other}"):
         convert_folder(dense.store(), target, "sparse", None)
     assert contents(target).files == {other: b"mine"}
+
+
+@pytest.mark.parametrize("place", ["", "out", "deep/er"])
+def test_target_in_the_checkpoint_is_refused(dense: Folder, tmp_path: Path, place: str) -> None:
+    """There nothing but the checkpoint may lie."""
+    for name, data in dense.files.items():
+        (tmp_path / name).write_bytes(data)
+    target = LocalStore(tmp_path / place)
+    with pytest.raises(ConfigError, match="expected a folder apart from the checkpoint"):
+        convert_folder(LocalStore(tmp_path), target, "sparse", None)
+    assert {path.name for path in tmp_path.rglob("*")} == dense.files.keys()
 
 
 @pytest.mark.parametrize("num_before", [0, 1, 5, 6])

@@ -13,7 +13,7 @@ from p48ray.errors import ConfigError, SourceError, StageFailedError, TransientS
 from p48ray.finished import verifier
 from p48ray.finished.survey import ShardCheck
 from p48ray.finished.verifier import verify_folder
-from p48ray.finished.verify_checkpoint import check_shard
+from p48ray.finished.verify_checkpoint import FileFindings, check_shard
 from p48ray.runner import ray_tasks
 from p48ray.runner.cluster import Cluster
 from p48ray.runner.progress import Amount, each_file
@@ -65,7 +65,7 @@ def test_verdict_is_the_same_whoever_reads(
     assert all(word in "\n".join(here.problems) for word in words)
 
 
-def die_once(check: ShardCheck) -> tuple[str, ...]:
+def die_once(check: ShardCheck) -> FileFindings:
     """The first process that gets the third shard is killed over it."""
     mark = Path(os.environ[MARK])
     if "00003-of" in check.file and not mark.exists():
@@ -74,7 +74,7 @@ def die_once(check: ShardCheck) -> tuple[str, ...]:
     return check_shard(check)
 
 
-def always_away(check: ShardCheck) -> tuple[str, ...]:
+def always_away(check: ShardCheck) -> FileFindings:
     with open(os.environ[MARK], "a") as file:
         file.write(f"{check.file}\n")
     if "00003-of" in check.file:
@@ -82,7 +82,7 @@ def always_away(check: ShardCheck) -> tuple[str, ...]:
     return check_shard(check)
 
 
-def refuse(check: ShardCheck) -> tuple[str, ...]:
+def refuse(check: ShardCheck) -> FileFindings:
     raise SourceError("the source is damaged")
 
 

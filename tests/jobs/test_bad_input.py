@@ -73,6 +73,43 @@ def test_run_root_where_nothing_can_be_written_is_refused(
 
 
 @pytest.mark.parametrize("args", [(), ("--dry-run",)], ids=["run", "dry"])
+@pytest.mark.parametrize(
+    ("root", "source", "found"),
+    [
+        ("model", "model", "the same"),
+        ("link", "model", "the same"),
+        ("model/run", "model", "one inside it"),
+        ("link/deep/run", "model", "one inside it"),
+        ("model/run", "link", "one inside it"),
+        ("model/../model/run", "model", "one inside it"),
+        ("run", "run/checkpoint/model", "the source lies where the run writes"),
+        ("run", "run/source", "the source lies where the run writes"),
+    ],
+)
+def test_run_root_and_source_that_are_not_apart_are_refused(
+    root: str, source: str, found: str, args: tuple[str, ...], tmp_path: Path
+) -> None:
+    """What a run leaves in its source's folder, the next run of that source would carry over."""
+    (tmp_path / source).parent.mkdir(parents=True, exist_ok=True)
+    model = tmp_path / ("model" if source == "link" else source)
+    copy_model(model)
+    (tmp_path / "link").symlink_to(model)
+    before = snapshot(tmp_path)
+    settings = {"source.checkpoint": str(tmp_path / source)}
+    outcome = invoke(*arguments(tmp_path / root, settings), *args)
+    words = ["run.root: ", "expected a place apart from source.checkpoint", found, "--run-root"]
+    assert_refused(outcome, words, tmp_path / "none")
+    assert snapshot(tmp_path) == before
+
+
+def test_source_beside_what_a_run_writes_is_fine(tmp_path: Path) -> None:
+    """In the run root, as a folder for models with a run of each may have it."""
+    copy_model(tmp_path / "run" / "model")
+    settings = {"source.checkpoint": str(tmp_path / "run" / "model")}
+    assert invoke(*arguments(tmp_path / "run", settings), "--dry-run").code == 0
+
+
+@pytest.mark.parametrize("args", [(), ("--dry-run",)], ids=["run", "dry"])
 @pytest.mark.parametrize("place", ["s3://", "s3:///run", "s3://x"])
 def test_run_root_in_no_bucket_is_refused(
     place: str, args: tuple[str, ...], tmp_path: Path

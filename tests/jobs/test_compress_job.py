@@ -110,6 +110,7 @@ def test_dry_run_of_kimi_k25_prints_its_plan_within_a_gigabyte(tmp_path: Path) -
     )
     for words in (
         *values,
+        "read before the first unit",
         "read by streaming stages",
         "read by units",
         "written",

@@ -1,14 +1,23 @@
 """Plans: pure, complete, and jealous of their run root."""
 
+import math
 from pathlib import Path
 
 import pytest
 
 from p48ray.config.load import load_config
-from p48ray.errors import ConfigError, PlanMismatchError, ShardCorruptError, SourceError
+from p48ray.errors import (
+    ConfigError,
+    NumericsError,
+    PlanMismatchError,
+    ShardCorruptError,
+    SourceError,
+)
 from p48ray.run import run_root
 from p48ray.run.changing_hands import check_plan
+from p48ray.run.manifest import CompressedSums, EvaluationPart, LadderStep
 from p48ray.run.plan import NUMERICS_VERSION, SETTINGS, RunPlan, cut_parts
+from p48ray.run.records import Record
 from p48ray.stages.prepare import Prepared, prepare
 from p48ray.store.memory import MemoryStore
 from tests.conftest import REPO
@@ -58,6 +67,40 @@ def test_plan_is_a_pure_function_and_survives_json() -> None:
     plan = planned().plan
     assert plan == planned().plan
     assert RunPlan.from_json(plan.to_json(), "memory") == plan
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_record_with_a_number_that_no_reader_takes_is_not_written(value: float) -> None:
+    """JSON has no such number: pydantic's own writer makes a null of it, which its reader
+    refuses."""
+    sums = CompressedSums(loss=1.0, correct=2, kl=value)
+    part = EvaluationPart(
+        plan_digest="NaN, Infinity",
+        evaluation="",
+        part=0,
+        num_tokens=3,
+        source_loss=1.0,
+        source_correct=1,
+        compressed_loss=1.0,
+        compressed_correct=1,
+        kl=0.5,
+    )
+    assert EvaluationPart.from_json(part.to_json(), "memory") == part, "words are no numbers"
+    words = f"EvaluationPart: in_groups_of_32.kl: expected a finite number, found {value}"
+    with pytest.raises(NumericsError, match=words):
+        part.model_copy(update={"in_groups_of_32": sums}).to_json()
+    step = LadderStep(step="NaN", output_error={"down": 1.0}, loss_error={"gate_up": value})
+    with pytest.raises(NumericsError, match=r"LadderStep: loss_error\.gate_up: expected"):
+        step.to_json()
+    error = UnsoundNumbers(errors=(1.0, value))
+    with pytest.raises(NumericsError, match=r"UnsoundNumbers: errors\.1: expected"):
+        error.to_json()
+
+
+class UnsoundNumbers(Record):
+    """A record with a list of numbers."""
+
+    errors: tuple[float, ...]
 
 
 def test_plan_covers_every_expert_and_sequence_once() -> None:

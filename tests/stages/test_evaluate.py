@@ -1,6 +1,7 @@
 """Held-out text through both models, against whole models run by transformers, and what makes an
 evaluation another one."""
 
+import json
 import math
 import shutil
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from p48ray.checkpoint.index import open_checkpoint
+from p48ray.errors import NumericsError, StageFailedError
 from p48ray.model.decoder import Decoder
 from p48ray.model.experts import RoutedExperts
 from p48ray.report.report import Report
@@ -378,6 +380,76 @@ def test_only_the_missing_part_is_evaluated_and_to_the_same_sums(
     assert evaluated == [1]
     assert missing.read_bytes() == before
     assert report.quality == finished.report.quality
+
+
+@pytest.mark.parametrize(
+    ("place", "words"),
+    [
+        (0, "the source's loss: expected a finite sum, found nan"),
+        (2, "the compressed model's loss: expected"),
+        (4, "KL: expected"),
+        (7, "its KL with these: expected"),
+    ],
+)
+def test_sum_that_is_not_finite_is_an_error_that_names_the_part_and_leaves_nothing(
+    finished: SmallRun,
+    digest: str,
+    copied: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    place: int,
+    words: str,
+) -> None:
+    """The other part is there, the same command goes on once the cause is gone."""
+    parts = [copied / run_root.evaluation_part(digest, n) for n in (0, 1)]
+    before = parts[1].read_bytes()
+    for path in parts:
+        path.unlink()
+    real = evaluate.compare_logits
+
+    def spoiled(source_TV: Tensor, *others_TV: Tensor, labels_T: Tensor) -> Tensor:
+        sums = real(source_TV, *others_TV, labels_T=labels_T)
+        if len(labels_T) == 2 * 64:  # of the first part
+            sums[place] = torch.nan
+        return sums
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "compare_logits", spoiled)
+        with pytest.raises(StageFailedError, match="1 of 2 tasks failed") as caught:
+            run_again(patch, finished, copied)
+    text = str(caught.value)
+    assert "NumericsError: evaluation, part 0 (held-out sequences 0 to 1): " + words in text
+    assert not parts[0].exists() and parts[1].read_bytes() == before
+    report, evaluated = run_again(monkeypatch, finished, copied)
+    assert evaluated == [0]
+    assert report.quality == finished.report.quality
+
+
+def test_null_in_a_part_of_before_is_made_anew(
+    finished: SmallRun, digest: str, copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = copied / run_root.evaluation_part(digest, 1)
+    before = path.read_bytes()
+    said = json.loads(before)
+    path.write_text(json.dumps(said | {"kl": None}))
+    report, evaluated = run_again(monkeypatch, finished, copied)
+    assert evaluated == [1]
+    assert path.read_bytes() == before and report.quality == finished.report.quality
+
+
+def test_loss_whose_exponential_is_no_number_is_said() -> None:
+    part = EvaluationPart(
+        plan_digest="",
+        evaluation="",
+        part=0,
+        num_tokens=1,
+        source_loss=2.0,
+        source_correct=0,
+        compressed_loss=800.0,
+        compressed_correct=0,
+        kl=798.0,
+    )
+    with pytest.raises(NumericsError, match="found 800 nats a token"):
+        combine_parts([part])
 
 
 def test_other_held_out_settings_are_evaluated_anew_beside_the_old_ones(

@@ -8,11 +8,13 @@ import threading
 import time
 import uuid
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
+from p48ray.checkpoint.finite_values import FiniteCheck
 from p48ray.checkpoint.header import TensorEntry
 from p48ray.checkpoint.index import CheckpointIndex
 from p48ray.errors import ShardCorruptError
@@ -205,15 +207,19 @@ def test_chunks_of_both_sides_are_compared_and_hashed(monkeypatch: pytest.Monkey
         entry = TensorEntry("a", "U8", (size,), "a", 0, size)
         with readers(1000) as threads:
             digest = hashlib.sha256(data[:size]).hexdigest()
-            assert tensor_digest(store, entry, threads.reads) == digest
-            assert compare_bytes(store, entry, store, entry, threads.reads) == (True, digest)
+            values = FiniteCheck("U8", (size,))
+            compare = partial(
+                compare_bytes, store, entry, store, reads=threads.reads, values=values
+            )
+            assert tensor_digest(store, entry, threads.reads, values) == digest
+            assert compare(entry) == (True, digest)
             for at in {0, size // 2, size - 1} if size else set():
                 store.put("b", data[:at] + bytes([data[at] ^ 1]) + data[at + 1 : size])
                 other = replace(entry, name="b", file="b")
-                assert compare_bytes(store, entry, store, other, threads.reads) == (False, digest)
+                assert compare(other) == (False, digest)
             store.put("c", data[:size] + b"1")
             longer = TensorEntry("c", "U8", (size + 1,), "c", 0, size + 1)
-            assert compare_bytes(store, entry, store, longer, threads.reads) == (False, digest)
+            assert compare(longer) == (False, digest)
 
 
 @pytest.mark.gpu

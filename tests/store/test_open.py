@@ -6,7 +6,7 @@ import pytest
 
 from p48ray.errors import ConfigError
 from p48ray.store import SCHEMES, HubStore, LocalStore, MemoryStore, S3Store, Scheme, open_store
-from p48ray.store.open import UNKNOWN, mirror_source, scheme_of, writable_examples
+from p48ray.store.open import UNKNOWN, is_within, mirror_source, scheme_of, writable_examples
 from p48ray.store.view import SubStore
 
 
@@ -86,6 +86,39 @@ def test_store_and_a_folder_of_it_have_the_scheme_of_its_class(place: str) -> No
     found = scheme_of(store.uri)
     assert type(store) is classes[found.name]
     assert scheme_of(SubStore(store, "checkpoint/").uri) is found
+
+
+@pytest.mark.parametrize(
+    ("inner", "outer", "expected"),
+    [
+        ("s3://bucket/a", "s3://bucket/a/", True),
+        ("s3://bucket/a/b", "s3://bucket/a", True),
+        ("s3://bucket/a", "s3://bucket", True),
+        ("s3://bucket/ab", "s3://bucket/a", False),
+        ("s3://bucket/a", "s3://bucket/a/b", False),
+        ("s3://bucket2/a", "s3://bucket/a", False),
+        ("/bucket/a", "s3://bucket", False),
+        ("memory://x", "memory://x", True),
+        ("/there/is/none/a", "file:///there/is/none", True),
+        ("/there/is/none-b", "/there/is/none", False),
+    ],
+)
+def test_places_within_each_other(inner: str, outer: str, expected: bool) -> None:
+    assert is_within(open_store(inner), open_store(outer)) is expected
+
+
+def test_bucket_of_another_server_is_another_place() -> None:
+    here, there = (open_store("s3://bucket/a", f"http://{host}") for host in ("here", "there"))
+    assert is_within(here, here) and not is_within(here, there)
+
+
+def test_folder_reached_by_a_link_is_the_same_place(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    link, real = (LocalStore(tmp_path / name) for name in ("link", "real"))
+    assert is_within(link, real) and is_within(real, link)
+    assert is_within(LocalStore(tmp_path / "link" / "deeper" / "run"), real)
+    assert not is_within(LocalStore(tmp_path), real)
 
 
 def those_that(fact: str) -> set[str]:

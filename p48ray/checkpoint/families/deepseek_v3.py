@@ -29,7 +29,8 @@ SUPPORTED = {
 }
 """transformers' classes heed none of these keys: they compute what the values here mean."""
 
-FLOAT32_TENSORS = ("e_score_correction_bias",)
+ROUTER_BIASES = ("e_score_correction_bias",)
+FLOAT32_TENSORS = ROUTER_BIASES
 """The router adds it to fp32 scores; bf16 would change which experts win."""
 
 
@@ -69,5 +70,6 @@ FAMILY = Family(
     supported=SUPPORTED,
     rules=RULES,
     float32_tensors=FLOAT32_TENSORS,
+    router_biases=ROUTER_BIASES,
     transformers=CLASSES,
 )

@@ -1,7 +1,13 @@
 """Kimi-K2: DeepSeek-V3's architecture without groups of experts, text only. Instruct releases are
 FP8, Kimi-K2-Thinking has INT4 experts."""
 
-from p48ray.checkpoint.families.deepseek_v3 import CLASSES, FLOAT32_TENSORS, RULES, SUPPORTED
+from p48ray.checkpoint.families.deepseek_v3 import (
+    CLASSES,
+    FLOAT32_TENSORS,
+    ROUTER_BIASES,
+    RULES,
+    SUPPORTED,
+)
 from p48ray.checkpoint.families.record import Family, layers_from_first_dense
 
 FAMILY = Family(
@@ -13,6 +19,7 @@ FAMILY = Family(
     supported=SUPPORTED,
     rules=RULES,
     float32_tensors=FLOAT32_TENSORS,
+    router_biases=ROUTER_BIASES,
     transformers=CLASSES,
     serving_flags=("--trust-remote-code", "--tool-call-parser kimi_k2"),
 )

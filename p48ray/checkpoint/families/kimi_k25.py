@@ -1,7 +1,13 @@
 """Kimi-K2.5: Kimi-K2's text model under `language_model.`, INT4 experts, and a vision tower with
 its projector."""
 
-from p48ray.checkpoint.families.deepseek_v3 import CLASSES, FLOAT32_TENSORS, RULES, SUPPORTED
+from p48ray.checkpoint.families.deepseek_v3 import (
+    CLASSES,
+    FLOAT32_TENSORS,
+    ROUTER_BIASES,
+    RULES,
+    SUPPORTED,
+)
 from p48ray.checkpoint.families.record import Family, layers_from_first_dense
 
 FAMILY = Family(
@@ -14,6 +20,7 @@ FAMILY = Family(
     supported=SUPPORTED,
     rules=RULES,
     float32_tensors=FLOAT32_TENSORS,
+    router_biases=ROUTER_BIASES,
     vision_prefixes=("vision_tower.", "mm_projector."),
     transformers=CLASSES,
     serving_flags=(

@@ -136,6 +136,9 @@ class Family:
     """What has to hold between config keys. Each raises what TextConfig raises."""
     float32_tensors: tuple[str, ...] = ()
     """Ends of names that stay in float32 whatever layers are computed in."""
+    router_biases: tuple[str, ...] = ()
+    """Ends of names of what the router adds to its scores before it chooses: -inf there keeps an
+    expert from being chosen."""
     recomputed_tensors: tuple[str, ...] = ("rotary_emb.inv_freq",)
     """Ends of names that some releases store although the model computes them: they pass through,
     and no layer is filled with them."""
