@@ -12,7 +12,8 @@ Read in this order:
     finite_values            NaN and infinities in a tensor's bytes
     tensors, layer_reader    tensors from byte ranges; one layer, mapped where possible
     decode                   source weights as floats
-    output_config, sparse_storage, storage_stream   what is written, in both storages
+    output_config, ignore    what config.json says of it, and of all that stays plain
+    sparse_storage, storage_stream   what is written, in both storages
     skeleton                 a checkpoint of true size without its weights, for estimates
 
 To add a family: a file in families/ (docs/families.md). Nothing is re-exported here, so that

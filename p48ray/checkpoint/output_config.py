@@ -4,7 +4,7 @@ place of any other.
 Targets have to hold under two naming schemes, because transformers renames modules
 ("language_model.model.layers" becomes "model.language_model.layers") and vLLM does not, and both
 match from the start of the name: hence one target that names the experts and begins with `.*`.
-Nothing else matches it, so nothing needs to be ignored but experts that stay plain.
+What else there is, `ignore` names (checkpoint.ignore).
 """
 
 import json
@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from copy import deepcopy
 from typing import Any
 
-from p48ray.checkpoint.index import CONFIG_KEY
+from p48ray.checkpoint.ignore import ignored
+from p48ray.checkpoint.index import CONFIG_KEY, CheckpointIndex
 from p48ray.checkpoint.layout import ModelLayout
 
 EXPERTS_TARGET = r"re:.*mlp\.experts\.\d+\.(gate|up|down)_proj$"
@@ -20,24 +21,23 @@ NVFP4_FORMAT = "nvfp4-pack-quantized"
 CACHE_KEY = "kv_cache_scheme"
 
 
-def output_config(source_config: Mapping[str, Any], layout: ModelLayout) -> dict[str, Any]:
+def output_config(source: CheckpointIndex, layout: ModelLayout) -> dict[str, Any]:
     """A new config: the source's without its quantization_config, wherever that was, and with ours
     at the top level.
 
     What the old one said of a quantized cache of keys and values (kv_cache_scheme) is said on:
     the scales that go with it pass through.
     """
-    config = _without(source_config, CONFIG_KEY)
+    config = _without(source.config, CONFIG_KEY)
     assert isinstance(config, dict)
-    old = layout.text_config.get(CONFIG_KEY) or source_config.get(CONFIG_KEY)
+    old = layout.text_config.get(CONFIG_KEY) or source.config.get(CONFIG_KEY)
     cache = old.get(CACHE_KEY) if isinstance(old, Mapping) else None
-    config[CONFIG_KEY] = {**nvfp4_config(layout), CACHE_KEY: deepcopy(cache)}
+    config[CONFIG_KEY] = {**nvfp4_config(ignored(source, layout)), CACHE_KEY: deepcopy(cache)}
     return config
 
 
-def nvfp4_config(layout: ModelLayout) -> dict[str, Any]:
-    """W4A4 NVFP4 for the routed experts, plain JSON. Experts of layers behind the model's last one
-    (MTP) are ignored: they stay as is."""
+def nvfp4_config(ignore: list[str]) -> dict[str, Any]:
+    """W4A4 NVFP4 for the routed experts, plain JSON. `ignore`: patterns for all other linears."""
     # Two seconds of every command's start otherwise, and of every worker's.
     from compressed_tensors.quantization import (
         QuantizationConfig,
@@ -51,9 +51,7 @@ def nvfp4_config(layout: ModelLayout) -> dict[str, Any]:
         config_groups={"group_0": scheme},
         format=NVFP4_FORMAT,
         quantization_status=QuantizationStatus.COMPRESSED,
-        ignore=[
-            rf"re:.*layers\.{layer}\.mlp\.experts\..*" for layer in layout.passthrough_expert_layers
-        ],
+        ignore=ignore,
     )
     # Newer than most clients, and None here: older releases of compressed-tensors refuse keys that
     # they do not know.

@@ -30,7 +30,7 @@ def finish_checkpoint(
         units: manifests of all the plan's units.
     """
     files = {name: context.source.store.get(name) for name in context.source.sidecars}
-    config = output_config(context.source.config, context.layout)
+    config = output_config(context.source, context.layout)
     if context.plan.config.output.storage == "sparse":
         config = convert_config(config, "sparse")
     files[CONFIG_FILE] = config_json(config)

@@ -48,7 +48,7 @@ def is_quantized(config: QuantizationConfig, name: str) -> bool:
 def test_config_is_json_that_compressed_tensors_reads_back_as_nvfp4(
     tiny: CheckpointIndex, layout: ModelLayout
 ) -> None:
-    written = json.loads(json.dumps(output_config(tiny.config, layout)))["quantization_config"]
+    written = json.loads(json.dumps(output_config(tiny, layout)))["quantization_config"]
     config = QuantizationConfig.model_validate(written)
     assert (config.quant_method, config.format, config.quantization_status.value) == (
         "compressed-tensors",
@@ -68,7 +68,6 @@ def test_config_is_json_that_compressed_tensors_reads_back_as_nvfp4(
         assert args.dynamic == dynamic
         assert args.scale_dtype is torch.float8_e4m3fn
     assert scheme.output_activations is None
-    assert config.ignore == []
 
 
 @pytest.mark.parametrize("name", EXPERT_LINEARS)
@@ -76,9 +75,7 @@ def test_routed_experts_are_quantized_under_both_naming_schemes(
     tiny: CheckpointIndex, layout: ModelLayout, name: str
 ) -> None:
     assert is_quantized(
-        QuantizationConfig.model_validate(
-            output_config(tiny.config, layout)["quantization_config"]
-        ),
+        QuantizationConfig.model_validate(output_config(tiny, layout)["quantization_config"]),
         name,
     )
 
@@ -86,28 +83,16 @@ def test_routed_experts_are_quantized_under_both_naming_schemes(
 @pytest.mark.parametrize("name", OTHER_LINEARS)
 def test_nothing_else_is_quantized(tiny: CheckpointIndex, layout: ModelLayout, name: str) -> None:
     assert not is_quantized(
-        QuantizationConfig.model_validate(
-            output_config(tiny.config, layout)["quantization_config"]
-        ),
+        QuantizationConfig.model_validate(output_config(tiny, layout)["quantization_config"]),
         name,
     )
-
-
-def test_experts_behind_the_last_layer_are_ignored(
-    tiny: CheckpointIndex, layout: ModelLayout
-) -> None:
-    written = output_config(tiny.config, replace(layout, passthrough_expert_layers=(61,)))
-    config = QuantizationConfig.model_validate(written["quantization_config"])
-    for prefix in ("model.", "model.language_model.", "language_model.model."):
-        assert not is_quantized(config, f"{prefix}layers.61.mlp.experts.0.gate_proj")
-        assert is_quantized(config, f"{prefix}layers.6.mlp.experts.61.gate_proj")
 
 
 def test_old_quantization_config_is_gone_and_everything_else_is_kept(
     tiny: CheckpointIndex, layout: ModelLayout
 ) -> None:
     before = copy.deepcopy(tiny.config)
-    written = output_config(tiny.config, layout)
+    written = output_config(tiny, layout)
     assert tiny.config == before
     assert "quantization_config" not in written["text_config"]
     assert "pack-quantized" not in json.dumps(written).replace("nvfp4-pack-quantized", "")
@@ -129,7 +114,9 @@ def test_scheme_of_a_quantized_cache_stays(
     old = {"quant_method": "compressed-tensors", "kv_cache_scheme": scheme}
     source = {**tiny.config, "text_config": text}
     (source if where == "top" else text)["quantization_config"] = old
-    written = output_config(source, replace(layout, text_config=text))["quantization_config"]
+    written = output_config(replace(tiny, config=source), replace(layout, text_config=text))[
+        "quantization_config"
+    ]
     assert written["kv_cache_scheme"] == scheme
     read = QuantizationConfig.model_validate(written)
     assert isinstance(read.kv_cache_scheme, QuantizationArgs)
@@ -139,7 +126,7 @@ def test_scheme_of_a_quantized_cache_stays(
 def test_flat_config_has_ours_in_place_of_the_old_one(variants: dict[str, CheckpointIndex]) -> None:
     for name in ("flat_int4", "flat_bf16"):
         index = variants[name]
-        written = output_config(index.config, describe_model(index))
+        written = output_config(index, describe_model(index))
         assert written["quantization_config"]["format"] == "nvfp4-pack-quantized"
         assert {key for key in written if key != "quantization_config"} == {
             key for key in index.config if key != "quantization_config"
