@@ -53,7 +53,15 @@ def opened_parquet(file: TextFile, key: str, dictionaries: Sequence[str] = ()) -
 
 
 def rows_of_group(file: TextFile, parquet: Any, group: int, key: str) -> Iterator[Row]:
-    """Rows of one row group, numbered from 1 in the file; pages are read as they are needed."""
+    """Records of a row group.
+
+    Args:
+        file: the file.
+        parquet: the same, as opened_parquet gives it.
+        group: number of the row group.
+        key: dotted configuration key, for messages.
+    Raises: CalibrationError naming the row.
+    """
     import pyarrow
 
     names = parquet.schema_arrow.names
