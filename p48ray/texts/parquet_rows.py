@@ -53,7 +53,7 @@ def opened_parquet(file: TextFile, key: str, dictionaries: Sequence[str] = ()) -
 
 
 def rows_of_group(file: TextFile, parquet: Any, group: int, key: str) -> Iterator[Row]:
-    """Records of a row group.
+    """Rows of one row group, numbered from 1 in the file; pages are read as they are needed.
 
     Args:
         file: the file.
