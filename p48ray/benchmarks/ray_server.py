@@ -16,7 +16,7 @@ from p48ray.benchmarks.server_process import END_TIMEOUT_S, SHOWN_LINES, ServerP
 from p48ray.config.benchmarks import ServerSettings
 from p48ray.errors import ConfigError, StageFailedError
 from p48ray.report.work import duration
-from p48ray.runner.cluster import Cluster, first_line
+from p48ray.runner.cluster import Cluster, first_line, what_there_is
 
 log = logging.getLogger("p48ray.progress")
 
@@ -74,6 +74,12 @@ class RayServer(AbstractContextManager[str]):
                 " checkpoint elsewhere and pass --server URL"
             )
 
+    def waiting_for(self) -> str:
+        return (
+            "waiting for a node with room: the server asks for 1 CPU and"
+            f" {self.settings.gpus} GPU (benchmarks.server.gpus), {what_there_is()}"
+        )
+
     def wait(self, actor: Any) -> str:
         """The URL, once the server is healthy. The time that it may take counts from when its node
         was found, which may have to be bought first."""
@@ -81,7 +87,7 @@ class RayServer(AbstractContextManager[str]):
         log.info("server    %s", " ".join(self.command))
         url: str | None = None
         while True:
-            state = ServerState(False, None, "waiting for a node with its GPUs")
+            state = ServerState(False, None, "")
             try:
                 if url is None:
                     url = ray.get(actor.where.remote(), timeout=HEALTH_POLL_S)
@@ -119,7 +125,7 @@ class RayServer(AbstractContextManager[str]):
                 log.info(
                     "server    starting for %s: %s",
                     duration(said - asked),
-                    (last or [""])[-1][:120],
+                    (last or [""])[-1][:120] if url else self.waiting_for(),
                 )
             time.sleep(HEALTH_POLL_S)
 

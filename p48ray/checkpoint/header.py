@@ -10,6 +10,7 @@ source or output here holds them.
 import json
 import re
 import struct
+from codecs import BOM_UTF8
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -104,6 +105,8 @@ def read_header_bytes(store: Store, file: str) -> tuple[bytes, int]:
 def parse_header(file: str, raw: bytes, size_bytes: int) -> dict[str, TensorEntry]:
     """The tensors that the header's JSON describes, checked against each other and the file's size.
     Raises: SourceError."""
+    if raw.startswith(BOM_UTF8):  # which other JSON may have, and this format may not
+        raise SourceError(f"{file}: expected JSON that begins with {{, found {raw[:20]!r}")
     records = json_object(file, raw)
     metadata = records.pop(_METADATA_KEY, {})
     if not isinstance(metadata, dict) or not all(
@@ -122,11 +125,11 @@ def parse_header(file: str, raw: bytes, size_bytes: int) -> dict[str, TensorEntr
 
 
 def json_object(file: str, raw: bytes, *, unique_keys: bool = True) -> dict[str, Any]:
-    """Parses a file's JSON. Raises: SourceError unless it is UTF-8, JSON, an object, and (if asked)
-    says nothing twice."""
+    """Parses a file's JSON, which may begin with a byte order mark. Raises: SourceError unless it
+    is UTF-8, JSON, an object, and (if asked) says nothing twice."""
     try:
         found = json.loads(
-            raw.decode("utf-8"), object_pairs_hook=_refuse_duplicates if unique_keys else None
+            raw.decode("utf-8-sig"), object_pairs_hook=_refuse_duplicates if unique_keys else None
         )
     # ValueError: UnicodeDecodeError, JSONDecodeError and our own
     except (ValueError, RecursionError) as error:
@@ -134,6 +137,12 @@ def json_object(file: str, raw: bytes, *, unique_keys: bool = True) -> dict[str,
     if not isinstance(found, dict):
         raise SourceError(f"{file}: expected a JSON object, found {type(found).__name__}")
     return found
+
+
+def unmarked(file: str, raw: bytes) -> bytes:
+    """The same without the byte order mark that some programs begin JSON with, and that its other
+    readers refuse; any other file as it is."""
+    return raw.removeprefix(BOM_UTF8) if file.endswith(".json") else raw
 
 
 def encode_header(

@@ -43,7 +43,7 @@ class SourceConfig(Section):
 
 
 class DocumentSource(Section):
-    """One source of texts in a mix: .jsonl or .parquet with a column text, messages or
+    """One source of texts in a mix: JSON or Parquet with a column text, messages or
     conversations."""
 
     path: Place = Field(

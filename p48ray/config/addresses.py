@@ -8,8 +8,11 @@ report, and credentials have places of their own: the environment, or a login fi
 import re
 from typing import Annotated, NoReturn
 
-from pydantic import BeforeValidator
+from pydantic import AfterValidator, BeforeValidator
 from pydantic_core import PydanticCustomError
+
+from p48ray.errors import P48Error
+from p48ray.store.open import SCHEMES, open_store, scheme_of, with_small_scheme
 
 USER_INFO_ERROR = "user_info"
 """Type of the error. Whoever words it leaves out what was found, because that is a secret."""
@@ -42,6 +45,20 @@ def without_at(value: object) -> object:
     return value
 
 
+def sound_place(value: object) -> object:
+    """A place with its scheme in small letters. One that no store could be opened at is refused;
+    opening asks nobody. Plain paths and unknown schemes are looked at by whoever opens them."""
+    if not isinstance(value, str):
+        return value
+    place, scheme = with_small_scheme(value), scheme_of(value)
+    if not scheme.is_path and scheme.name in SCHEMES:
+        try:
+            open_store(place)
+        except P48Error as error:
+            raise ValueError(str(error)) from None
+    return place
+
+
 EndpointUrl = Annotated[str | None, BeforeValidator(without_at)]
-Place = Annotated[str, BeforeValidator(without_user)]
-OptionalPlace = Annotated[str | None, BeforeValidator(without_user)]
+Place = Annotated[str, AfterValidator(sound_place), BeforeValidator(without_user)]
+OptionalPlace = Annotated[str | None, AfterValidator(sound_place), BeforeValidator(without_user)]

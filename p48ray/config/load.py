@@ -4,11 +4,11 @@ key."""
 import difflib
 from pathlib import Path
 from types import UnionType
-from typing import Any, Union, get_args, get_origin
+from typing import Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
-from p48ray.config import RunConfig
+from p48ray.config import DocumentSource, RunConfig
 from p48ray.config.addresses import USER_INFO_ERROR
 from p48ray.config.section import Section
 from p48ray.config.yaml_text import parse_yaml
@@ -60,11 +60,7 @@ def dotted_keys(model: type[BaseModel] = RunConfig, prefix: str = "") -> list[st
     """Every dotted key of the configuration tree; lists count as one key."""
     keys: list[str] = []
     for name, field in model.model_fields.items():
-        choices = (
-            get_args(field.annotation)
-            if get_origin(field.annotation) in (Union, UnionType)
-            else (field.annotation,)
-        )
+        choices = _choices(field.annotation)
         section = next((c for c in choices if isinstance(c, type) and issubclass(c, Section)), None)
         keys += dotted_keys(section, f"{prefix}{name}.") if section else [f"{prefix}{name}"]
     return keys
@@ -77,7 +73,7 @@ def load_config(
 
     Args:
         path: YAML file.
-        overrides: 'dotted.key=value' texts, values in YAML.
+        overrides: 'dotted.key=value' texts, values as parse_value takes them.
         run_root: replaces run.root.
     Raises: ConfigError naming the file, each dotted key, what was expected and what was found.
     """
@@ -112,11 +108,47 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return tree
 
 
+NULL_WORDS = ("", "~", "null", "Null", "NULL")
+
+
+def text_kind(dotted: str) -> Literal["text", "mix"] | None:
+    """Whether a key's value is a text, or a mix of documents, which may be given as one path."""
+    model: Any = RunConfig
+    field = None
+    for name in dotted.split("."):
+        field = getattr(model, "model_fields", {}).get(name)
+        if field is None:
+            return None
+        kinds = _choices(field.annotation)
+        model = next((k for k in kinds if isinstance(k, type) and issubclass(k, Section)), None)
+    if field is not None and set(_choices(field.annotation)) <= {str, type(None)}:
+        return "text"
+    return "mix" if field is not None and field.annotation == tuple[DocumentSource, ...] else None
+
+
+def _choices(annotation: Any) -> tuple[Any, ...]:
+    """The members of a union; of anything else, itself."""
+    return get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+
+
 def parse_value(key: str, text: str) -> object:
+    """The value of --set: YAML, but a text is taken whole, whatever YAML would make of a #, a colon
+    or digits in it. Quotes around all of it, and null, mean what they mean in YAML."""
+    kind, whole = text_kind(key), text.strip()
+    if kind and whole not in NULL_WORDS and not (kind == "mix" and whole[0] in "[{"):
+        return _unquoted(whole) if whole[0] in "'\"" else whole
     try:
         return parse_yaml(text)
     except ValueError as error:
         raise ConfigError(f"--set {key}: value {shorten(text)}: {error}") from None
+
+
+def _unquoted(text: str) -> str:
+    try:
+        found = parse_yaml(text)
+    except ValueError:
+        return text
+    return found if isinstance(found, str) and text[-1] == text[0] else text
 
 
 def assign(tree: dict[str, Any], dotted: str, value: object) -> None:

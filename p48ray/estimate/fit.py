@@ -77,13 +77,13 @@ def warn_of_memory(
     Args:
         plan, layout: of the run.
         index: of its source.
-        device: the worker's own; only a GPU is looked at.
+        device: the worker's own.
     """
-    if device.type != "cuda" or not torch.cuda.is_available():
-        return
     share = (
         min(1.0, plan.config.run.gpus_per_worker)
         * torch.cuda.get_device_properties(device).total_memory
+        if device.type == "cuda" and torch.cuda.is_available()
+        else None
     )
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for line in shortages(memory_of(plan, index, layout), share, machine):

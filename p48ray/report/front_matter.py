@@ -65,7 +65,7 @@ def stated_fields(context: StageContext) -> dict[str, str]:
 def carried_fields(source: CheckpointIndex) -> dict[str, str]:
     """Licence and task as the source's own card states them."""
     try:
-        text = source.store.get("README.md").decode("utf-8", "replace")
+        text = source.store.get("README.md").decode("utf-8-sig", "replace")
     except ObjectMissingError:
         return {}
     if not text.startswith("---"):  # no front matter, which the library would remark upon

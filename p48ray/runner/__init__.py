@@ -9,6 +9,7 @@ Read in this order:
     overlap, layer_by_layer     which work can be done by now; streams, layer_units are their parts
     local_runner, ray_runner    one process, or actors on a cluster, each a worker_process;
                                 dispatch picks the next task
+    capacity                    what workers ask for, against what there is
     cluster, ray_tasks          the connection to Ray; a function over many items
     budget, stage_times         GPU-hours that may be spent; how long each stage has worked
     progress, metrics, console  what people and Prometheus see, and signals

@@ -55,8 +55,9 @@ def run_job(prepared: Prepared, make_runner: RunnerFactory) -> Report:
     store.sweep(ABANDONED_S)
     seconds: dict[str, float] = {}
     with RunLog(store) as run_log, ThreadPoolExecutor(1) as beside:
+        made = make_runner(plan, store.uri)  # refuses what this machine lacks
         inputs = beside.submit(write_inputs, prepared)  # while workers start
-        with make_runner(plan, store.uri) as runner:
+        with made as runner:
             inputs.result()
             run_log.begin()
             job = Job(prepared, runner, seconds)

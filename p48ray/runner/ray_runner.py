@@ -33,7 +33,15 @@ from p48ray.errors import StageFailedError, UserError, WorkerLostError
 from p48ray.run.plan import RunPlan
 from p48ray.runner.base import POLL_S, TaskList, WorkSource
 from p48ray.runner.budget import budget_of
-from p48ray.runner.cluster import START_TIMEOUT_S, Cluster, check_shared, first_line
+from p48ray.runner.capacity import machine_gpus, workers_here
+from p48ray.runner.cluster import (
+    START_TIMEOUT_S,
+    Cluster,
+    check_shared,
+    first_line,
+    starts_own,
+    what_there_is,
+)
 from p48ray.runner.console import FROM_WORKERS
 from p48ray.runner.dispatch import Dispatcher
 from p48ray.runner.worker_process import WorkerProcess
@@ -65,6 +73,7 @@ class RayRunner:
         store_uri: the run root.
         address: of a running cluster; None starts a Ray on this machine and stops it at the end.
         is_verbose: workers print all that they log.
+    Raises: ConfigError where no worker has room on this machine, and Ray is started here.
     """
 
     def __init__(
@@ -73,7 +82,9 @@ class RayRunner:
         self.plan, self.store_uri, self.is_verbose = plan, store_uri, is_verbose
         self.settings = run = plan.config.run
         self.source: WorkSource = TaskList(())  # whose tasks are handed out; see run
-        self.cluster = Cluster(address, run.num_workers * run.threads_per_worker)
+        gpus = machine_gpus() if starts_own(address) else None
+        self.num_workers = run.num_workers if gpus is None else workers_here(run, gpus)
+        self.cluster = Cluster(address, self.num_workers * run.threads_per_worker, num_gpus=gpus)
         self.idle: list[Worker] = []
         self.starting: dict[Any, Any] = {}  # start() reference -> actor
         self.running: dict[Any, tuple[Worker, Task]] = {}  # by execute() reference
@@ -97,7 +108,7 @@ class RayRunner:
             together = 1 + run.prefetch_units
             self.factory = actor.options(**options, max_restarts=0, max_concurrency=together)
             if self.cluster.is_own:  # on a cluster a worker may be a machine that is paid for
-                for _ in range(run.num_workers):
+                for _ in range(self.num_workers):
                     self.start_worker()
             self.opened = opened.pop_all()
         return self
@@ -176,7 +187,7 @@ class RayRunner:
         assigned = self.assigned()
         while (
             len(waiting) > len(self.starting)
-            and len(self.starting) + len(assigned) < self.settings.num_workers
+            and len(self.starting) + len(assigned) < self.num_workers
         ):
             self.start_worker()
         self.assign_ahead(waiting, assigned)
@@ -237,7 +248,7 @@ class RayRunner:
         if isinstance(found, UserError):
             raise found
         self.failed_starts += 1
-        if self.failed_starts >= self.settings.max_attempts * self.settings.num_workers:
+        if self.failed_starts >= self.settings.max_attempts * self.num_workers:
             raise StageFailedError(
                 f"workers can not start ({self.failed_starts} tries): {found}"
             ) from found
@@ -352,12 +363,10 @@ class RayRunner:
             yield result
 
     def warn_no_capacity(self) -> None:
-        wanted = (
-            f"{self.settings.threads_per_worker} CPU and {self.settings.gpus_per_worker:g} GPU a"
-            " worker"
-        )
         log.warning(
-            "waiting for workers: %s wanted, the cluster has %s free",
-            wanted,
-            ray.available_resources(),
+            "waiting for a node with room: a worker asks for %d CPU (run.threads_per_worker) and %g"
+            " GPU (run.gpus_per_worker), %s",
+            self.settings.threads_per_worker,
+            self.settings.gpus_per_worker,
+            what_there_is(),
         )

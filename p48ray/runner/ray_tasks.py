@@ -26,7 +26,13 @@ from p48ray.errors import (
     WorkerLostError,
 )
 from p48ray.runner.base import LISTED_FAILURES
-from p48ray.runner.cluster import START_TIMEOUT_S, Cluster, check_shared, first_line
+from p48ray.runner.cluster import (
+    START_TIMEOUT_S,
+    Cluster,
+    check_shared,
+    first_line,
+    what_there_is,
+)
 from p48ray.store.base import Store
 
 log = logging.getLogger("p48ray.progress")
@@ -144,7 +150,11 @@ class RayTasks:
         """Nothing has ended for a while: that may be a long task, or a cluster that has no place
         for one."""
         if ray.cluster_resources().get("CPU", 0) < 1:
-            log.warning("%s: waiting for a node with CPUs, the cluster has none", self.what)
+            log.warning(
+                "%s: waiting for a node with CPUs: a task asks for 1 CPU, %s",
+                self.what,
+                what_there_is(),
+            )
 
 
 def returning_errors(body: Body[T]) -> Callable[..., T | P48Error]:

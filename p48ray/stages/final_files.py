@@ -5,6 +5,7 @@ import hashlib
 from collections.abc import Sequence
 from typing import Any
 
+from p48ray.checkpoint.header import unmarked
 from p48ray.checkpoint.index import CONFIG_FILE, INDEX_FILE
 from p48ray.checkpoint.output_config import config_json, index_json, output_config
 from p48ray.checkpoint.sparse_storage import convert_config
@@ -29,8 +30,9 @@ def finish_checkpoint(
         verdicts: of all shards; whoever read them through has hashed what lies in them.
         units: manifests of all the plan's units.
     """
-    files = {name: context.source.store.get(name) for name in context.source.sidecars}
-    config = output_config(context.source, context.layout)
+    source = context.source
+    files = {name: unmarked(name, source.store.get(name)) for name in source.sidecars}
+    config = output_config(source, context.layout)
     if context.plan.config.output.storage == "sparse":
         config = convert_config(config, "sparse")
     files[CONFIG_FILE] = config_json(config)

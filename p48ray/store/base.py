@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Protocol, TypeAlias, runtime_checkable
 
 from p48ray import trace
-from p48ray.errors import P48Error, ShardCorruptError
+from p48ray.errors import ConfigError, P48Error, ShardCorruptError
 
 TEMP_PREFIX = ".p48tmp-"
 """Start of the name of a file that is still being written. No key may use it, in any backend, so
@@ -176,25 +176,40 @@ class Store(Protocol):
         """
 
 
+def _flaw(key: str) -> str | None:
+    parts = key.split("/")
+    if not key:
+        return "it is empty"
+    if key.startswith("/"):
+        return "it is absolute"
+    if "" in parts:
+        return "it has an empty part (double or trailing slash)"
+    if "." in parts or ".." in parts:
+        return 'it has a "." or ".." part'
+    if "\\" in key or "\0" in key:
+        return "it holds a backslash or a NUL"
+    if any(part.startswith(TEMP_PREFIX) for part in parts):
+        return (
+            f"names that start with {TEMP_PREFIX} are kept for files that are still being written"
+        )
+    return None
+
+
+def check_path(place: str, path: str) -> str:
+    """Returns the path below a bucket or repository that a user's place names. Raises: ConfigError
+    unless keys can begin with it."""
+    if path and (reason := _flaw(path)):
+        raise ConfigError(
+            f"{place}: expected a path without empty parts, '.', '..' and backslashes, found"
+            f" {path!r}: {reason}"
+        )
+    return path
+
+
 def check_key(key: str) -> str:
     """Returns the key. Raises: P48Error unless it is a relative posix path without empty, "." or
     ".." parts, backslashes or NUL."""
-    parts = key.split("/")
-    if not key:
-        reason = "it is empty"
-    elif key.startswith("/"):
-        reason = "it is absolute"
-    elif "" in parts:
-        reason = "it has an empty part (double or trailing slash)"
-    elif "." in parts or ".." in parts:
-        reason = 'it has a "." or ".." part'
-    elif "\\" in key or "\0" in key:
-        reason = "it holds a backslash or a NUL"
-    elif any(part.startswith(TEMP_PREFIX) for part in parts):
-        reason = (
-            f"names that start with {TEMP_PREFIX} are kept for files that are still being written"
-        )
-    else:
+    if (reason := _flaw(key)) is None:
         return key
     raise P48Error(
         f"bad object key {key!r}: {reason}; expected a relative path such as"

@@ -188,8 +188,8 @@ def open_store(uri: str | Path, endpoint_url: str | None = None, server_copy: bo
     """
     place = str(uri)
     scheme = scheme_of(place) if isinstance(uri, str) else LOCAL_PATH
-    if scheme.name in SCHEMES and not scheme.is_path:
-        place = f"{scheme.name}://{place.partition('://')[2]}"
+    if not scheme.is_path:
+        place = with_small_scheme(place)
     return scheme.open(place, endpoint_url, server_copy)
 
 
@@ -204,6 +204,14 @@ def is_within(inner: Store, outer: Store) -> bool:
         )
     ends = [getattr(store, "endpoint_url", None) for store in (inner, outer)]
     return ends[0] == ends[1] and f"{inner.uri}/".startswith(f"{outer.uri}/")
+
+
+def with_small_scheme(place: str) -> str:
+    """S3://Bucket -> s3://Bucket; a plain path or an unknown scheme as it is."""
+    scheme = scheme_of(place)
+    if scheme.is_path or scheme.name not in SCHEMES:
+        return place
+    return f"{scheme.name}://{place.partition('://')[2]}"
 
 
 def mirror_source(place: str) -> HubStore | None:

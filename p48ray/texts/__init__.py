@@ -4,9 +4,10 @@ Belongs here: all that happens to calibration and held-out texts before the mode
 
 Read in this order:
     documents   which files are read, on a disk, in a bucket or in a data set of the Hub
-    rows        rows of a file, one after the other: .jsonl by lines, .parquet by rows
+    rows        records of a file, one after the other, by its form:
+                json_rows (.jsonl, .json, packed as .gz), parquet_rows; text_file is what they share
     chat        from a row to its document: plain text, or a chat through the tokenizer's template
     sequences   tokenize, pack into sequences of one length, draw a seeded sample
 
-To add a file format: a reader in rows, and its ending there.
+To add a file format: a module as parquet_rows, its ending in rows, and in documents for folders.
 """

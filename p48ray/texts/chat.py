@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from p48ray.errors import CalibrationError
-from p48ray.texts.rows import COLUMNS, Row
+from p48ray.texts.text_file import COLUMNS, Row
 
 CHAT_ROLES = {
     "human": "user",

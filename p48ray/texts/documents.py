@@ -4,11 +4,11 @@ data set on the Hub.
 Texts of up to WHOLE_BYTES (as stored, all files of one source) are read whole, in the order of
 their names. Of more than that no more is read than a sample needs: the files, in an order drawn by
 the seed, give one part each in turn (parts of a file in a drawn order too: a row group, or 16 MiB
-of a .jsonl), and a part gives its documents until they have VISIT_CHARACTERS; when every part has
-been visited, each gives twice as many from where it was left, and so on to the end. A document
-longer than VISIT_CHARACTERS is cut there. So a sample is spread over the whole, depends on nothing
-but the seed and the files, and costs memory for one document. Who changes any of this changes
-calibration tokens, and bumps plan.NUMERICS_VERSION.
+of a .jsonl; an array and what is packed with gzip are one part), and a part gives its documents
+until they have VISIT_CHARACTERS; when every part has been visited, each gives twice as many from
+where it was left, and so on to the end. A document longer than VISIT_CHARACTERS is cut there. So a
+sample is spread over the whole, depends on nothing but the seed and the files, and costs memory for
+one document. Who changes any of this changes calibration tokens, and bumps plan.NUMERICS_VERSION.
 """
 
 import hashlib
@@ -24,11 +24,14 @@ from p48ray.errors import CalibrationError, ConfigError, ObjectMissingError, Use
 from p48ray.store.base import ObjectInfo, Store
 from p48ray.store.open import open_store, scheme_of
 from p48ray.texts.chat import document_text
-from p48ray.texts.rows import TextFile, num_parts, read_part, read_rows
+from p48ray.texts.rows import num_parts, read_part, read_rows
+from p48ray.texts.text_file import PARQUET_ENDINGS, TextFile
 
 WHOLE_BYTES = 64 * 2**20
 VISIT_CHARACTERS = 2**20
-TEXT_SUFFIXES = (".jsonl", ".parquet")
+FOLDER_ENDINGS = (".jsonl", ".jsonl.gz", ".json.gz", *PARQUET_ENDINGS)
+"""Of the files of a folder that are texts, in letters of any case. A .json may as well be settings
+or an index: it is read where a path names it."""
 DOWNLOAD_BYTES = 16 * 2**20
 
 
@@ -98,7 +101,7 @@ def look_at_texts(documents: Sequence[DocumentSource], key: str) -> None:
 
 
 def _one_local(path: str, key: str) -> Texts:
-    """A file whatever its name; without .parquet it is read as .jsonl."""
+    """A file whatever its name: see texts.rows."""
     file = Path(path)
     try:
         with file.open("rb"):
@@ -123,14 +126,22 @@ def _stored(store: Store, prefix: str, path: str, key: str) -> Texts:
         i
         for i in infos
         if held
-        or (i.key.endswith(TEXT_SUFFIXES) and not any(p.startswith(".") for p in i.key.split("/")))
+        or (
+            i.key.lower().endswith(FOLDER_ENDINGS)
+            and not any(p.startswith(".") for p in i.key.split("/"))
+        )
     ]
     if not names:
         found = ", ".join(i.key for i in infos[:3]) or "nothing"
         where = f"{key}: {path}" if scheme_of(path).is_local else path
+        hint = (
+            "; a .json is read where the path names it, not its folder"
+            if any(i.key.lower().endswith(".json") for i in infos)
+            else ""
+        )
         raise ConfigError(
-            f"{where}: expected a file, or a folder with {' or '.join(TEXT_SUFFIXES)} files in it,"
-            f" found {found}"
+            f"{where}: expected a file, or a folder with {', '.join(FOLDER_ENDINGS)} files in it,"
+            f" found {found}{hint}"
         )
     return Texts(
         path,

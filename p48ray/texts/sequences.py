@@ -9,6 +9,7 @@ read whole (texts.documents), from the first SPREAD times its share.
 
 import hashlib
 from array import array
+from codecs import BOM_UTF8
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,11 +20,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from p48ray.checkpoint.header import json_object
+from p48ray.checkpoint.header import json_object, unmarked
 from p48ray.checkpoint.index import CONFIG_FILE, CheckpointIndex
 from p48ray.checkpoint.sidecars import CHAT_TEMPLATES
 from p48ray.config import DocumentSource
 from p48ray.errors import SourceError
+from p48ray.store.base import Store
 from p48ray.store.open import scheme_of
 from p48ray.texts.documents import open_texts, read_documents, too_little
 
@@ -117,17 +119,27 @@ def hint(error: Exception | None, trust_remote_code: bool) -> str:
 
 @contextmanager
 def tokenizer_folder(index: CheckpointIndex) -> Iterator[str]:
-    """Where the source's small files are on this machine: the source itself, or copies of a
-    bucket's, for as long as they are read."""
-    if scheme_of(index.store.uri).is_local:
+    """Where the source's small files are on this machine: the source itself, or for as long as they
+    are read copies: of a bucket's, and where JSON has a byte order mark, which its readers refuse.
+    """
+    names = (CONFIG_FILE, *index.sidecars)
+    if scheme_of(index.store.uri).is_local and not any(
+        name.endswith(".json") and starts_with_mark(index.store, name) for name in names
+    ):
         yield index.store.uri
         return
     with TemporaryDirectory(prefix="p48ray-tokenizer-") as folder:
-        for name in (CONFIG_FILE, *index.sidecars):
+        for name in names:
             path = Path(folder) / name
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(index.store.get(name))
+            path.write_bytes(unmarked(name, index.store.get(name)))
         yield folder
+
+
+def starts_with_mark(store: Store, name: str) -> bool:
+    info = store.head(name)
+    size_bytes = min(len(BOM_UTF8), info.size_bytes if info else 0)
+    return size_bytes > 0 and store.get_range(name, 0, size_bytes) == BOM_UTF8
 
 
 def pack_sequences(

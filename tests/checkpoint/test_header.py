@@ -17,7 +17,10 @@ from p48ray.checkpoint.header import (
     TensorEntry,
     dtype_name,
     encode_header,
+    json_object,
+    parse_header,
     torch_dtype,
+    unmarked,
 )
 from p48ray.errors import P48Error, SourceError
 from p48ray.store import MemoryStore
@@ -254,3 +257,12 @@ def test_header_is_read_by_two_ranges_and_no_data(monkeypatch: pytest.MonkeyPatc
     read_entries(store, "f.safetensors")
     assert [start for start, _ in ranges] == [0, 8]
     assert sum(num_bytes for _, num_bytes in ranges) < 100
+
+
+def test_byte_order_mark_is_skipped_in_json_and_refused_in_a_header() -> None:
+    mark = b"\xef\xbb\xbf"
+    assert json_object("config.json", mark + b'{"a": 1}') == {"a": 1}
+    assert unmarked("a.json", mark + b"{}") == unmarked("a.json", b"{}") == b"{}"
+    assert unmarked("a.txt", mark + b"words") == mark + b"words"
+    with pytest.raises(SourceError, match=r"a\.safetensors: expected JSON that begins with \{"):
+        parse_header("a.safetensors", mark + b"{}", 13)

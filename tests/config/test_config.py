@@ -332,7 +332,7 @@ def test_password_in_a_value_of_a_wrong_type_is_not_repeated() -> None:
     ("key", "value"),
     [
         ("source.checkpoint", "hf://owner/name@v1"),
-        ("source.checkpoint", "hf://name@v1"),
+        ("source.checkpoint", "hf://owner/name@v1"),
         ("source.checkpoint", "/home/some@one/model:1@2"),
         ("run.root", "s3://bucket/some@one:1@2"),
         ("run.endpoint_url", "http://[::1]:9000"),
@@ -340,3 +340,76 @@ def test_password_in_a_value_of_a_wrong_type_is_not_repeated() -> None:
 )
 def test_an_at_that_is_no_password_is_taken(key: str, value: str) -> None:
     assert lookup(load_config(TINY_CONFIG, (f"{key}={value}",)), key) == value
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("/data/dir #1", "/data/dir #1"),
+        ("#1", "#1"),
+        ("/a: b", "/a: b"),
+        ("*a", "*a"),
+        ("&a b", "&a b"),
+        ("[a]/b", "[a]/b"),
+        ("123", "123"),
+        ("1e5", "1e5"),
+        ("yes", "yes"),
+        ("2026-11-30", "2026-11-30"),
+        ("it's", "it's"),
+        ("'a' b", "'a' b"),
+        ("'a #1'", "a #1"),
+        ('"null"', "null"),
+        ("  /a  ", "/a"),
+    ],
+)
+def test_text_of_an_override_is_taken_whole(text: str, expected: str) -> None:
+    overrides = (f"source.checkpoint={text}", f"output.license={text}")
+    config = load_config(TINY_CONFIG, overrides)
+    assert (config.source.checkpoint, config.output.license) == (expected, expected)
+    if not text.startswith("["):
+        config = load_config(TINY_CONFIG, (f"calibration.documents={text}",))
+        assert [d.path for d in config.calibration.documents] == [expected]
+
+
+def test_null_numbers_lists_and_sections_of_an_override_stay_yaml() -> None:
+    overrides = (
+        "name=123",
+        "output.license=null",
+        "calibration.documents=[{path: a, weight: 2}, {path: 'b #1'}]",
+        "compression.damp=0.5",
+        "run.layers=[1, 2]",
+        "output.max_shard_size=5GB",
+        "evaluation=null",
+        "benchmarks={}",
+    )
+    config = load_config(TINY_CONFIG, overrides)
+    assert (config.name, config.output.license, config.run.layers) == ("123", None, (1, 2))
+    assert [(d.path, d.weight) for d in config.calibration.documents] == [("a", 2), ("b #1", 1)]
+    assert (config.compression.damp, config.output.max_shard_size) == (0.5, 5 * 10**9)
+    with pytest.raises(ConfigError, match=r"run\.root: Input should be a valid string, found None"):
+        load_config(TINY_CONFIG, ("run.root=null",))
+
+
+PLACES = ["source.checkpoint", "run.root", "calibration.documents", "benchmarks.tokenizer"]
+
+
+@pytest.mark.parametrize("key", PLACES)
+@pytest.mark.parametrize("place", ["s3://bucket/a//b", "S3://bucket/../a", "HF://owner/name//b"])
+def test_place_whose_path_is_no_key_is_refused_by_key(key: str, place: str) -> None:
+    words = rf"{re.escape(key)}.*: expected a path without empty parts, .*found '[./]*[ab]"
+    with pytest.raises(ConfigError, match=words):
+        load_config(TINY_CONFIG, ("benchmarks={}", f"{key}={place}"))
+
+
+def test_scheme_in_capitals_is_the_same_place() -> None:
+    config = load_config(
+        TINY_CONFIG, ("source.checkpoint=HF://Owner/Name@V1", "run.root=S3://Bucket/A")
+    )
+    assert config.source.checkpoint == "hf://Owner/Name@V1"
+    assert config.run.root == "s3://Bucket/A"
+
+
+def test_byte_order_mark_of_a_file_is_skipped(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_bytes(b"\xef\xbb\xbf" + TINY_CONFIG.read_bytes())
+    assert load_config(path) == load_config(TINY_CONFIG)

@@ -427,6 +427,18 @@ def test_worker_warns_of_too_small_a_card_and_refuses_nothing(
         assert ("lower run.experts_per_unit" in caplog.text) == expected
 
 
+@pytest.mark.parametrize(("pages", "expected"), [(10**3, True), (10**9, False)])
+def test_worker_without_a_gpu_warns_of_too_small_a_machine(
+    pages: int, expected: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    prepared = planned(NEAR)
+    monkeypatch.setattr(
+        "os.sysconf", lambda name: {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": pages}[name]
+    )
+    warn_of_memory(prepared.plan, prepared.source, prepared.layout, torch.device("cpu"))
+    assert ("a worker needs about " in caplog.text) == expected
+
+
 def test_worker_without_a_gpu_has_everything_in_its_memory() -> None:
     on_cpu, on_gpu = (estimated(planned(NEAR, f"run.gpus_per_worker={n}")) for n in (0.0, 1.0))
     assert on_cpu.gpu_bytes == 0 < on_gpu.gpu_bytes and on_cpu.host_bytes > 0

@@ -18,11 +18,11 @@ from pyarrow import parquet
 from p48ray.config import DocumentSource
 from p48ray.errors import CalibrationError, ConfigError
 from p48ray.store import LocalStore, MemoryStore
-from p48ray.texts import documents
-from p48ray.texts import rows as text_rows
+from p48ray.texts import documents, json_rows, parquet_rows
 from p48ray.texts.documents import digest_documents, open_texts, read_documents
-from p48ray.texts.rows import TextFile, num_parts, read_part, read_rows
+from p48ray.texts.rows import num_parts, read_part, read_rows
 from p48ray.texts.sequences import load_sequences
+from p48ray.texts.text_file import TextFile
 from tests.conftest import REPO
 
 KEY = "calibration.documents"
@@ -281,9 +281,9 @@ def test_rows_of_large_row_groups_are_read_one_at_a_time(
     flat = table(tmp_path / "a.parquet", rows, group=100)
     nested = table(tmp_path / "b.parquet", chats, group=100)
     expected = read(flat), read(nested, Chat())
-    monkeypatch.setattr(text_rows, "MAX_ROW_BYTES", 120)
+    monkeypatch.setattr(parquet_rows, "MAX_ROW_BYTES", 120)
     assert (read(flat), read(nested, Chat())) == expected
-    monkeypatch.setattr(text_rows, "MAX_ROW_BYTES", 49)
+    monkeypatch.setattr(parquet_rows, "MAX_ROW_BYTES", 49)
     for path in (flat, nested):
         with pytest.raises(CalibrationError, match=r"row 1: expected at most 49 bytes, found 5\d"):
             read(path, Chat())
@@ -344,8 +344,8 @@ def test_place_without_texts_is_refused_by_key_and_path(tmp_path: Path) -> None:
     with pytest.raises(
         ConfigError,
         match=(
-            r"calibration\.documents: .*d: expected a file, or a folder with \.jsonl or \.parquet"
-            r" files in it, found README.md"
+            r"calibration\.documents: .*d: expected a file, or a folder with \.jsonl, .*,"
+            r" \.pq files in it, found README.md$"
         ),
     ):
         read(tmp_path / "d")
@@ -395,8 +395,8 @@ def test_digest_of_one_file_is_the_same_in_a_store(tmp_path: Path) -> None:
 def test_spans_of_a_jsonl_give_every_line_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, span: int, ends: bool
 ) -> None:
-    monkeypatch.setattr(text_rows, "SPAN_BYTES", span)
-    monkeypatch.setattr(text_rows, "READ_BYTES", 5)
+    monkeypatch.setattr(json_rows, "SPAN_BYTES", span)
+    monkeypatch.setattr(json_rows, "READ_BYTES", 5)
     lines = (
         [json.dumps({"text": "x" * n}) for n in (0, 1, 5, 40, 3)]
         + [""]
@@ -420,8 +420,8 @@ def test_spans_of_a_jsonl_give_every_line_once(
 def test_line_without_end_is_refused_before_it_fills_the_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(text_rows, "MAX_ROW_BYTES", 100)
-    monkeypatch.setattr(text_rows, "READ_BYTES", 64)
+    monkeypatch.setattr(json_rows, "MAX_ROW_BYTES", 100)
+    monkeypatch.setattr(json_rows, "READ_BYTES", 64)
     (tmp_path / "a.jsonl").write_text("x" * 1000)
     with pytest.raises(
         CalibrationError, match=r"a\.jsonl: the line at byte 0 is longer than 100 bytes"
@@ -448,8 +448,8 @@ def large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     visit takes 60 characters."""
     monkeypatch.setattr(documents, "WHOLE_BYTES", 2000)
     monkeypatch.setattr(documents, "VISIT_CHARACTERS", 60)
-    monkeypatch.setattr(text_rows, "SPAN_BYTES", 400)
-    monkeypatch.setattr(text_rows, "READ_BYTES", 100)
+    monkeypatch.setattr(json_rows, "SPAN_BYTES", 400)
+    monkeypatch.setattr(json_rows, "READ_BYTES", 100)
     monkeypatch.setattr(documents, "open_store", lambda path, *_: Counting(path))
     Counting.read_bytes = Counter()
     for f in range(6):
@@ -541,7 +541,7 @@ def test_bad_record_of_a_large_source_is_named_by_its_place(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
 ) -> None:
     monkeypatch.setattr(documents, "WHOLE_BYTES", 100)
-    monkeypatch.setattr(text_rows, "SPAN_BYTES", 100)
+    monkeypatch.setattr(json_rows, "SPAN_BYTES", 100)
     rows: list[dict[str, Any]] = [{"text": "x" * 50}] * 10 + [{"text": None}]
     path = (
         jsonl(tmp_path / "a.jsonl", *rows)

@@ -252,6 +252,19 @@ def test_small_models_own_tokenizer_packs_what_its_texts_hold() -> None:
     assert texts[0].startswith(tokenizer.decode(first[1:].tolist()))
 
 
+def test_byte_order_marks_of_a_source_are_skipped(folder: Path) -> None:
+    """transformers and its tokenizers refuse them."""
+    for file in folder.glob("*.json"):
+        file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    marked, plain = (open_checkpoint(LocalStore(place)) for place in (folder, TINY))
+    assert (marked.config, marked.tensors) == (plain.config, plain.tensors)
+    ids = [
+        load_tokenizer(index, trust_remote_code=False)("A few words.")["input_ids"]
+        for index in (marked, plain)
+    ]
+    assert ids[0] == ids[1] and len(ids[0]) > 2
+
+
 def test_code_of_a_source_folder_runs_only_when_it_is_trusted(folder: Path) -> None:
     marker = folder / "ran"
     (folder / "tokenization_mine.py").write_text(

@@ -5,9 +5,7 @@ from dataclasses import dataclass
 from urllib.parse import quote, unquote
 
 from p48ray.errors import ConfigError
-from p48ray.store.base import (
-    check_key,
-)
+from p48ray.store.base import check_path
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -53,7 +51,7 @@ class HubPlace:
 
 
 def parse_place(uri: str) -> HubPlace:
-    """hf://[datasets/]owner/name[@revision][/path]. Raises: ConfigError for anything else, P48Error
+    """hf://[datasets/]owner/name[@revision][/path]. Raises: ConfigError for anything else, and
     for a path that is no key."""
     found = _PLACE.fullmatch(uri)
     if not found:
@@ -67,7 +65,7 @@ def parse_place(uri: str) -> HubPlace:
         "dataset" if found[1] == "datasets" else "model",
         found[2],
         revision,
-        check_key(path) if path else "",
+        check_path(uri, path),
     )
 
 

@@ -26,6 +26,7 @@ from p48ray.store.base import (
     Traffic,
     Written,
     check_key,
+    check_path,
     check_prefix,
     check_range,
 )
@@ -74,7 +75,7 @@ class S3Store:
             server_copy: whether it copies byte ranges on its side and takes parts of unequal size
                 (`probe` tells); if not, `compose` streams through this process in equal parts.
 
-        Raises: ConfigError for a uri that names no bucket, P48Error for a prefix that is no key.
+        Raises: ConfigError for a uri that names no bucket, or whose prefix is no key.
         """
         found = re.fullmatch(
             r"s3://([a-zA-Z0-9][a-zA-Z0-9._-]{1,253}[a-zA-Z0-9])(?:/(.*))?", uri, flags=re.DOTALL
@@ -89,7 +90,7 @@ class S3Store:
                 f" {endpoint_url!r}"
             )
         self.bucket, prefix = found[1], (found[2] or "").rstrip("/")
-        self._prefix = check_key(prefix) + "/" if prefix else ""
+        self._prefix = check_path(uri, prefix) + "/" if prefix else ""
         self.uri = f"s3://{self.bucket}/{prefix}".rstrip("/")
         self.endpoint_url, self.server_copy = endpoint_url, server_copy
         self.traffic = Traffic()
