@@ -54,7 +54,7 @@ def test_pruned_experts_end_in_a_verified_checkpoint(source: Path, tmp_path: Pat
     assert outcome.code == 0, outcome
     assert "verified    " in outcome.out
     report = Report.from_json((root / "report" / "report.json").read_bytes(), "report.json")
-    # layer 1: all of expert 3, up and down of 5, all of 7; layer 2: 16 gates and downs; layer 3: all
+    # layer 1: all of expert 3, up and down of 5, all of 7; layer 2: gates and downs; layer 3: all
     assert report.outcomes["zero"] == 3 + 2 + 3 + 32 + 48
     assert "round_to_nearest" not in report.outcomes
     assert (report.zero_inputs, report.zero_intermediates) == ((3,), (2, 3))
@@ -64,8 +64,8 @@ def test_pruned_experts_end_in_a_verified_checkpoint(source: Path, tmp_path: Pat
     assert report.quality is not None and 0 <= report.quality.kl < 1
     for command in (
         ["verify", str(root / "checkpoint"), "--source", str(source)],
-        ["convert", str(root / "checkpoint"), str(tmp_path / "sparse"), "--to", "sparse"],
-        ["convert", str(tmp_path / "sparse"), str(tmp_path / "dense"), "--to", "dense"],
+        ["convert", str(root / "checkpoint"), str(tmp_path / "sparse"), "--storage", "sparse"],
+        ["convert", str(tmp_path / "sparse"), str(tmp_path / "dense"), "--storage", "dense"],
     ):
         found = CliRunner().invoke(app, command)
         assert found.exit_code == 0, found.output
