@@ -157,6 +157,7 @@ TESTED_IN = {
     "p48ray.unit.context": "stages/test_blobs.py",
     "p48ray.unit.moments": "unit/test_compress.py",
     "p48ray.unit.refinement": "unit/test_compress.py",
+    "p48ray.unit.routed_tokens": "unit/test_compress.py",
     "p48ray.unit.staging": "model/test_experts_cuda.py",
     "p48ray.unit.token_columns": "unit/test_compress.py",
 }

@@ -112,8 +112,8 @@ class CompressionConfig(Section):
         ge=0,
         le=1,
         description=(
-            "[share of linears] The job fails if more than this share fell back to rounding. A"
-            " check only."
+            "[share of linears] The job fails if more than this share of the linears that are not"
+            " zero fell back to rounding. A check only."
         ),
     )
 

@@ -1,7 +1,8 @@
 """What a compressed linear costs: errors of weights and of outputs, per expert.
 
 Sums over whole matrices of weights run in float64, so that two devices agree on a claim to many
-digits. Ratios are of squares; 0 / 0 is 0.
+digits. Ratios are of squares; 0 / 0 is 0. Weights too small for float32 to square are enlarged by a
+power of two first, with what became of them: the ratio is the same.
 
 Legend: N experts, O out, I in.
 """
@@ -11,6 +12,7 @@ from jaxtyping import Float32
 from torch import Tensor
 
 from p48ray.numerics.products import tensor_float_32
+from p48ray.numerics.zeros import enlargement
 
 
 def hessian_loss(
@@ -26,9 +28,10 @@ def relative_weight_error(
     w: Float32[Tensor, "n o i"], q: Float32[Tensor, "n o i"]
 ) -> Float32[Tensor, "n"]:
     """|w - q|^2 / |w|^2 (a ratio of squares)."""
+    factor_N11 = enlargement(w)[:, None, None]
     return _ratio(
-        (w - q).square().sum((1, 2), dtype=torch.float64),
-        w.square().sum((1, 2), dtype=torch.float64),
+        (w - q).mul_(factor_N11).square_().sum((1, 2), dtype=torch.float64),
+        (w * factor_N11).square_().sum((1, 2), dtype=torch.float64),
     )
 
 
@@ -36,7 +39,10 @@ def relative_output_error(
     w: Float32[Tensor, "n o i"], q: Float32[Tensor, "n o i"], hessian: Float32[Tensor, "n i i"]
 ) -> Float32[Tensor, "n"]:
     """tr((w - q) H (w - q)^T) / tr(w H w^T): mean squared output error over mean squared output."""
-    return _ratio(hessian_loss(w - q, hessian), hessian_loss(w, hessian))
+    factor_N11 = enlargement(w)[:, None, None]
+    return _ratio(
+        hessian_loss((w - q).mul_(factor_N11), hessian), hessian_loss(w * factor_N11, hessian)
+    )
 
 
 def _ratio(error_N: Tensor, reference_N: Tensor) -> Tensor:

@@ -38,8 +38,9 @@ class SolverSettings:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Solution:
     """Quantized weights of a batch. Per expert: outcome "solved", "one_shot" (block descent was no
-    better) or "round_to_nearest" (no usable Hessian); the reason for the latter two, else "";
-    damp_rel, the damping its factor needed, 0 without a factor. start: what block descent began
+    better), "round_to_nearest" (no usable Hessian) or "zero" (nothing to solve, see zeros); the
+    reason for all but the first, else ""; damp_rel, the damping its factor needed, 0 without a
+    factor. start: what block descent began
     from, None for other solvers."""
 
     packed_NOB: Tensor

@@ -10,7 +10,8 @@ where a Hessian cannot be used.
 
 The global scale belongs to the whole (O, I) matrix of an expert: gate and up come stacked, so that
 they share it. Its amax is that of what is quantized. A solver never falls back in silence:
-`Solution.outcome` and `.reason` say per expert what was done.
+`Solution.outcome` and `.reason` say per expert what was done. What is zero is rounded, and is no
+fallback (zeros).
 
 SOLVERS has one record a solver. Configuration, curvature, estimate, error ladder and report read it
 there; a new solver is a function and a record here.
@@ -46,6 +47,7 @@ from p48ray.numerics.solution import (
 from p48ray.numerics.solver_inputs import check_problem, damped_output_hessian, failure_reasons
 from p48ray.numerics.sparsegpt import prune_columns, quantize_columns
 from p48ray.numerics.two_sided import two_sided_descent
+from p48ray.numerics.zeros import enlargement, vanishes, zero_reasons
 
 ONE_SHOT_DAMP = 0.1
 """The published one-shot reference's."""
@@ -88,6 +90,7 @@ def solve(
     settings: SolverSettings,
     target: Float32[Tensor, "n o i"] | None = None,
     output_hessian: Float32[Tensor, "n o o"] | None = None,
+    sees_zeros: Sequence[bool] = (),
 ) -> Solution:
     """Quantize a batch of linears.
 
@@ -99,33 +102,38 @@ def solve(
         target: what the values aim at (asymmetric.compensated_target), None for the weight itself.
         output_hessian: G, mean second moment of the gradients at the outputs, (N, O, O), undamped;
             block_descent then works on both sides. None for the identity.
+        sees_zeros: per expert, whether its inputs are all zero: its Hessian is zero because there
+            is nothing to lose. Empty for none.
     Returns: new tensors on weight's device; values_NOI is what the codes decode to. An expert whose
         Hessian is zero, not finite or indefinite beyond the damping ladder is rounded to nearest
-        from its WEIGHT, because its target came from the same statistics.
+        from its WEIGHT, because its target came from the same statistics. So is one whose weights
+        or inputs are zero.
     Raises: NumericsError for unknown or unfitting settings, bad shapes, weights or targets that are
         not finite.
     """
     check_problem(weight, hessian, tokens_per_input, settings, target, _sparsities())
     aim_NOI = weight if target is None else target
-    solver = SOLVERS[settings.solver]
+    solver, zero = SOLVERS[settings.solver], zero_reasons(weight, sees_zeros)
     if not solver.needs_hessian:
         draft = solver.body(
             Problem(target_NOI=aim_NOI, hessian_NII=hessian, factor=None, settings=settings)
         )
-        return _solution(draft, ("",) * len(weight), (0.0,) * len(weight))
+        return _solution(draft, zero, ("",) * len(weight), (0.0,) * len(weight))
+    if any(zero):  # squares of such weights are 0 in float32, and quotients of them no numbers
+        aim_NOI = torch.where(vanishes(weight)[:, None, None], 0.0, aim_NOI)
     problem = _problem(aim_NOI, hessian, tokens_per_input, settings, output_hessian)
     draft = solver.body(problem)
     factor = problem.factor
     assert factor is not None
-    if any(factor.failed):
-        failed_N = torch.tensor(factor.failed, device=weight.device)
+    is_rounded = [f or bool(z) for f, z in zip(factor.failed, zero, strict=True)]
+    if any(is_rounded):
         draft = draft.replaced(
-            failed_N,
+            torch.tensor(is_rounded, device=weight.device),
             _round_to_nearest(
                 Problem(target_NOI=weight, hessian_NII=hessian, factor=None, settings=settings)
             ),
         )
-    return _solution(draft, failure_reasons(hessian, factor), factor.damp_rel)
+    return _solution(draft, zero, failure_reasons(hessian, factor), factor.damp_rel)
 
 
 def sparse_values(
@@ -197,19 +205,21 @@ def _problem(
 
 
 def _round_to_nearest(problem: Problem) -> Draft:
-    target_NOI, settings = problem.target_NOI, problem.settings
+    settings, factor_N = problem.settings, enlargement(problem.target_NOI)
+    target_NOI = problem.target_NOI * factor_N[:, None, None]
     if settings.sparsity == PAIRED_48:
         keep_NOP = keep_top_pairs(target_NOI.square().unflatten(2, (-1, 2)).sum(-1))
     else:
         keep_NOP = torch.ones_like(target_NOI[:, :, ::2], dtype=torch.bool)
     masked_NOI = target_NOI * pairs_to_inputs(keep_NOP)
-    global_scale_N = _global_scale(target_NOI)
+    largest_N = torch.full_like(factor_N, nvfp4.MAX_GLOBAL_SCALE) / factor_N
+    global_scale_N = torch.minimum(_global_scale(target_NOI), largest_N)
     scale_NOG = nvfp4.choose_scales(masked_NOI, global_scale_N, settings.scale_span, search=True)
     codes_NOI = nvfp4.quantize(masked_NOI, scale_NOG, global_scale_N)
     return Draft(
         codes_NOI=codes_NOI,
         scale_NOG=scale_NOG,
-        global_scale_N=global_scale_N,
+        global_scale_N=global_scale_N * factor_N,
         keep_NOP=keep_NOP,
         is_start_N=_all_false(target_NOI),
     )
@@ -347,14 +357,16 @@ def _all_false(values_NOI: Tensor) -> Tensor:
     return torch.zeros(len(values_NOI), dtype=torch.bool, device=values_NOI.device)
 
 
-def _solution(draft: Draft, failures: tuple[str, ...], damp_rel: tuple[float, ...]) -> Solution:
-    kept_start = draft.is_start_N.tolist()
-    outcome = tuple(
-        "round_to_nearest" if f else "one_shot" if s else "solved"
-        for f, s in zip(failures, kept_start, strict=True)
-    )
+def _solution(
+    draft: Draft, zero: tuple[str, ...], failures: tuple[str, ...], damp_rel: tuple[float, ...]
+) -> Solution:
     worse = "the quantized result of block descent had a higher loss than its one-shot start"
-    reason = tuple(f or (worse if s else "") for f, s in zip(failures, kept_start, strict=True))
+    starts = [worse if is_start else "" for is_start in draft.is_start_N.tolist()]
+    causes = list(zip(zero, failures, starts, strict=True))
+    outcome = tuple(
+        "zero" if z else "round_to_nearest" if f else "one_shot" if s else "solved"
+        for z, f, s in causes
+    )
     return Solution(
         packed_NOB=e2m1.pack(draft.codes_NOI),
         scale_NOG=draft.scale_NOG,
@@ -362,7 +374,7 @@ def _solution(draft: Draft, failures: tuple[str, ...], damp_rel: tuple[float, ..
         values_NOI=draft.values(),
         keep_NOP=draft.keep_NOP,
         outcome=outcome,
-        reason=reason,
-        damp_rel=damp_rel,
+        reason=tuple(z or f or s for z, f, s in causes),
+        damp_rel=tuple(0.0 if z else rel for z, rel in zip(zero, damp_rel, strict=True)),
         start=draft.start,
     )

@@ -15,13 +15,13 @@ from p48ray.report.charts import Chart, Part
 from p48ray.report.fold import Facts, Values, binned, quantiles
 from p48ray.report.heat import ERROR_RAMP, LOAD_RAMP, heat_map, legend
 from p48ray.report.inspect import pattern_names
-from p48ray.report.report import FEW_TOKENS_SHARE
+from p48ray.report.report import FEW_TOKENS_SHARE, zero_layer_words
 from p48ray.report.sample import LinearSample, total
 from p48ray.report.scales import Scale, number
 
 LISTED = 10
 BINS = 24
-OUTCOMES = (("solved", "s1"), ("one_shot", "s2"), ("round_to_nearest", "s4"))
+OUTCOMES = (("solved", "s1"), ("one_shot", "s2"), ("round_to_nearest", "s4"), ("zero", "s5"))
 SIDE_PROJECTIONS = (("gate and up", "gate_proj"), ("down", "down_proj"))
 """Gate and up are solved as one matrix and share both."""
 
@@ -138,6 +138,8 @@ def outcomes(facts: Facts) -> Values | None:
         "failed_attempts": facts.failed_attempts,
         "parts": parts,
         "reasons": Counter(fallen).most_common(LISTED),
+        "has_zero": bool(r.outcomes.get("zero")),
+        "zero_layers": zero_layer_words(r),
         "clipped": [
             clipping(facts, "inputs", "clipped_input_share"),
             clipping(facts, "intermediates", "clipped_intermediate_share"),

@@ -156,7 +156,9 @@ def top(facts: Facts) -> Values:
     """Values of the page's head: what was made, and the figures that a person asks for first."""
     r, run = facts.report, facts.context.plan.config.run
     hours = gpu_hours(facts.context.plan, facts.work)
-    fallen = {k.replace("_", " "): n for k, n in sorted(r.outcomes.items()) if k != "solved"}
+    fallen = {
+        k.replace("_", " "): n for k, n in sorted(r.outcomes.items()) if k not in ("solved", "zero")
+    }
     return {
         "report": r,
         "is_pilot": facts.context.plan.is_pilot,

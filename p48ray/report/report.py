@@ -9,12 +9,13 @@ from rich.table import Table
 
 from p48ray.checkpoint.layout import PROJECTIONS
 from p48ray.checkpoint.sparse_storage import Storage
+from p48ray.numerics.zeros import ZERO_INPUTS
 from p48ray.report.work import Extrapolation, duration, extrapolate, pilot_words, read_work
 from p48ray.run import run_root
 from p48ray.run.benchmark_results import BenchmarkTable
 from p48ray.run.manifest import LinearRecord, UnitManifest
 from p48ray.run.output_layout import OutputShard, unit_bytes
-from p48ray.run.plan import RunPlan
+from p48ray.run.plan import RunPlan, WorkUnit
 from p48ray.run.records import Record
 from p48ray.stages.evaluate import EvaluationResult
 from p48ray.stages.scan import router_notes, scans_so_far
@@ -43,7 +44,8 @@ class LadderMean(Record):
 
 class Report(Record):
     """report/report.json. few_tokens: an expert with fewer calibration tokens counts among
-    experts_with_few_tokens, or among those without."""
+    experts_with_few_tokens, or among those without. zero_inputs, zero_intermediates: layers in
+    which no expert saw another value."""
 
     schema_version: Literal[1] = 1
     name: str
@@ -56,6 +58,8 @@ class Report(Record):
     activation_group: int
     num_linears: int
     outcomes: dict[str, int]
+    zero_inputs: tuple[int, ...] = ()
+    zero_intermediates: tuple[int, ...] = ()
     experts_without_tokens: int
     experts_with_few_tokens: int
     few_tokens: int = 0
@@ -113,6 +117,8 @@ def build_report(
         activation_group=plan.config.compression.activation_group,
         num_linears=len(records),
         outcomes=dict(Counter(str(r.outcome) for r in records)),
+        zero_inputs=layers_of_zeros(units, "gate_proj"),
+        zero_intermediates=layers_of_zeros(units, "down_proj"),
         experts_without_tokens=sum(r.tokens == 0 for r in gates),
         experts_with_few_tokens=sum(0 < r.tokens < few for r in gates),
         few_tokens=few,
@@ -145,6 +151,30 @@ def build_report(
         devices=dict(Counter(u.device for u in units)),
         versions=units[0].versions if units else {},
     )
+
+
+def layers_of_zeros(units: list[UnitManifest], projection: str) -> tuple[int, ...]:
+    """Layers in which all inputs of every expert's `projection` are zero."""
+    sees_zeros: dict[int, bool] = {}
+    for unit in units:
+        own = [ZERO_INPUTS in r.reason for r in unit.linears if r.name.endswith(projection)]
+        layer = WorkUnit.layer_of(unit.unit)
+        sees_zeros[layer] = sees_zeros.get(layer, True) and all(own)
+    return tuple(sorted(layer for layer, is_zero in sees_zeros.items() if is_zero))
+
+
+def zero_layer_words(report: Report) -> list[str]:
+    """A sentence for what whole layers see nothing but zeros of; none where none does."""
+    kinds = (
+        ("experts' inputs", "gate and up", report.zero_inputs),
+        ("intermediates", "down", report.zero_intermediates),
+    )
+    return [
+        f"Layers whose {what} are all zero: {', '.join(map(str, layers))}."
+        f" The activation scale of {whose} is 1 there."
+        for what, whose, layers in kinds
+        if layers
+    ]
 
 
 def few_tokens(plan: RunPlan) -> int:
@@ -250,3 +280,5 @@ def print_linears(report: Report, console: Console) -> None:
         f"{count} {name.replace('_', ' ')}" for name, count in sorted(report.outcomes.items())
     )
     console.print(f"{report.num_linears} linears: {outcomes}")
+    for words in zero_layer_words(report):
+        console.print(words)

@@ -7,7 +7,7 @@ was refused before anything was made of it (the stage `scan`). The driver that w
 notices at its next step that is about more than units, and ends.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 from pydantic import JsonValue
 
@@ -18,6 +18,7 @@ from p48ray.run import run_root
 from p48ray.run.cleanup import delete_all
 from p48ray.run.manifest import ScanManifest
 from p48ray.run.needs import NEEDED_PREFIXES
+from p48ray.run.output_layout import shard_count
 from p48ray.run.plan import FORMAT_VERSION, RunPlan, digest_facts, units_facts
 from p48ray.run.records import load_readable, read_json
 from p48ray.store.base import Store
@@ -142,6 +143,40 @@ def take_over(plan: RunPlan, store: Store) -> None:
     store.put(run_root.PLAN, plan.to_json())
     for prefix in (run_root.VERIFICATION, run_root.CHECKPOINT, run_root.REPORT_FOLDER):
         delete_all(store, [info.key for info in store.list(prefix)])
+
+
+def finish_take_over(plan: RunPlan, planned: Collection[str], store: Store) -> None:
+    """Delete what a take-over owed that died once its plan was there: shards of a checkpoint that
+    is cut otherwise, with their verdicts, and the report.
+
+    Nothing goes under a name that no job writes, and nothing beside an index.
+
+    Args:
+        plan: that lies in the run root.
+        planned: names of its output shards.
+        store: the run root.
+    """
+    if store.head(run_root.checkpoint_file(INDEX_FILE)) is None:
+        delete_all(store, list(leftovers(plan, planned, store)))
+
+
+def leftovers(plan: RunPlan, planned: Collection[str], store: Store) -> Iterator[str]:
+    """Keys of another plan's work among what a take-over deletes. Arguments as finish_take_over
+    takes them."""
+    for folder, key_of in (
+        (run_root.CHECKPOINT, run_root.checkpoint_file),
+        (run_root.VERIFICATION, run_root.shard_verdict),
+    ):
+        kept = {key_of(name) for name in planned}
+        for info in store.list(folder):
+            stem = info.key.rpartition("/")[2].rpartition(".")[0]
+            name = f"{stem}.safetensors"
+            if shard_count(name) and info.key == key_of(name) and info.key not in kept:
+                yield info.key
+    if store.head(run_root.REPORT) is not None:
+        said = read_json(store.get(run_root.REPORT), f"{store.uri}/{run_root.REPORT}")
+        if said.get("plan_digest") != plan.digest:
+            yield from (info.key for info in store.list(run_root.REPORT_FOLDER))
 
 
 def is_still_ours(plan: RunPlan, store: Store) -> bool:

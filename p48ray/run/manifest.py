@@ -21,7 +21,8 @@ Phase = Literal[
 ]
 """What a unit's seconds are spent on, in order."""
 
-Outcome = Literal["solved", "one_shot", "round_to_nearest"]
+Outcome = Literal["solved", "one_shot", "round_to_nearest", "zero"]
+"""What became of a linear (docs/DESIGN.md, glossary)."""
 
 
 class StoreFacts(Record):
@@ -144,8 +145,10 @@ class LayerScales(Record):
     layer: int
     amax_input: float
     amax_intermediate: float
-    gate_up: float = Field(gt=0, description="448 * 6 / amax_input.")
-    down: float = Field(gt=0, description="448 * 6 / (margin * amax_intermediate).")
+    gate_up: float = Field(gt=0, description="448 * 6 / amax_input; 1 where that is 0.")
+    down: float = Field(
+        gt=0, description="448 * 6 / (margin * amax_intermediate); 1 where that is 0."
+    )
     tokens_per_expert: tuple[int, ...]
 
 

@@ -26,7 +26,7 @@ from p48ray.errors import ConfigError
 from p48ray.run.records import Record, canonical_json
 
 FORMAT_VERSION = 4  # layout of the run root and of unit shards
-NUMERICS_VERSION = 3  # bumped by whoever changes a number that reaches an output byte
+NUMERICS_VERSION = 4  # bumped by whoever changes a number that reaches an output byte
 
 Effect = Literal["units", "checkpoint", "free"]
 

@@ -103,15 +103,17 @@ def part_manifests(plan: RunPlan, store: Store, layer: int) -> list[ActivationPa
 def combine_scales(plan: RunPlan, layer: int, parts: list[ActivationPart]) -> LayerScales:
     """A layer's input global scales from the maxima of its parts.
 
-    Raises: CalibrationError when the layer's inputs are all zero or not finite.
+    Where all are zero the scale is 1: experts that were pruned leave no intermediates.
+    Raises: CalibrationError for activations that are not finite.
     """
+    for part in parts:
+        if not (math.isfinite(part.amax_input) and math.isfinite(part.amax_intermediate)):
+            raise CalibrationError(
+                f"layer {layer}, part {part.part}: expected finite activations, found maxima"
+                f" {part.amax_input} (input), {part.amax_intermediate} (intermediate)"
+            )
     amax_input = max(p.amax_input for p in parts)
     amax_intermediate = max(p.amax_intermediate for p in parts)
-    if not (0 < amax_input < math.inf and 0 < amax_intermediate < math.inf):
-        raise CalibrationError(
-            f"layer {layer}: expected finite activations above 0, found maxima {amax_input}"
-            f" (input), {amax_intermediate} (intermediate)"
-        )
     return LayerScales(
         units_digest=plan.units_digest,
         layer=layer,

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from p48ray.config import CalibrationConfig, EvaluationConfig
 from p48ray.errors import CorruptObjectError, ObjectMissingError, ShardCorruptError
 from p48ray.run import arrow, run_root
-from p48ray.run.changing_hands import check_plan, take_over
+from p48ray.run.changing_hands import check_plan, finish_take_over, take_over
 from p48ray.run.checked import load_tokens_manifest
 from p48ray.run.manifest import StoreFacts, TokensManifest
 from p48ray.run.plan import RunPlan
@@ -116,6 +116,7 @@ def write_inputs(prepared: Prepared) -> None:
         what = "goes on with the units" if is_same else "its source is mended; takes the place"
         log.info("%s: %s of the plan that was there", store.uri, what)
         take_over(plan, store)
+    finish_take_over(plan, {shard.name for shard in prepared.shards}, store)
     for key, manifest, data in packed:
         store.put(key, data)
         store.put(run_root.manifest_of(key), manifest.to_json())

@@ -30,7 +30,6 @@ from p48ray.checkpoint.tensors import TensorFile
 from p48ray.errors import ShardCorruptError
 from p48ray.model.experts import ExpertWeights
 from p48ray.numerics.asymmetric import compensated_target
-from p48ray.numerics.relative_errors import relative_output_error, relative_weight_error
 from p48ray.numerics.solution import Solution, SolverSettings
 from p48ray.numerics.solvers import SOLVERS, solve
 from p48ray.run import run_root
@@ -40,14 +39,15 @@ from p48ray.run.plan import WorkUnit
 from p48ray.unit.compute_lock import idle_seconds
 from p48ray.unit.context import StageContext
 from p48ray.unit.ladder import Ladder
+from p48ray.unit.linear_records import describe_linears
 from p48ray.unit.moments import (
     Curvature,
-    RoutedTokens,
     down_curvature,
     gate_up_curvature,
     output_side,
 )
 from p48ray.unit.refinement import refine_experts
+from p48ray.unit.routed_tokens import RoutedTokens
 
 log = logging.getLogger(__name__)
 
@@ -204,7 +204,8 @@ def decode_originals(
 
 
 def solve_batch(context: StageContext, weight_NOI: Tensor, curvature: list[Curvature]) -> Solution:
-    return solve(*solver_arguments(context, weight_NOI, curvature))
+    arguments = solver_arguments(context, weight_NOI, curvature)
+    return solve(*arguments, sees_zeros=[c.sees_zeros for c in curvature])
 
 
 def solver_arguments(
@@ -235,63 +236,6 @@ def solver_arguments(
     )
     tokens_per_input = [c.tokens / weight_NOI.shape[2] for c in curvature]
     return weight_NOI, hessian_NII, tokens_per_input, asked, target_NOI, output_hessian_NOO
-
-
-SolvedLinears = tuple[Tensor, Solution, list[Curvature]]
-
-
-def describe_linears(
-    context: StageContext, unit: WorkUnit, gate_up: SolvedLinears, down: SolvedLinears
-) -> tuple[LinearRecord, ...]:
-    """One record per linear: tokens, outcome, damping and both errors.
-
-    Args:
-        context, unit: as solve_unit takes them.
-        gate_up, down: originals (N, O, I), their solution, and one curvature an expert.
-    """
-    size = context.layout.moe_intermediate_size
-    rows = {
-        "gate_proj": (gate_up, slice(0, size)),
-        "up_proj": (gate_up, slice(size, 2 * size)),
-        "down_proj": (down, slice(None)),
-    }
-    records = []
-    for projection in PROJECTIONS:
-        (weight_NOI, solution, curvature), of = rows[projection]
-        w_NOI, q_NOI = weight_NOI[:, of], solution.values_NOI[:, of]
-        weight_errors = relative_weight_error(w_NOI, q_NOI).tolist()
-        output_errors = output_error(w_NOI, q_NOI, curvature).tolist()
-        for n, expert in enumerate(unit.experts):
-            records.append(
-                LinearRecord(
-                    name=context.layout.expert_linear_name(unit.layer, expert, projection),
-                    tokens=curvature[n].tokens,
-                    outcome=solution.outcome[n],
-                    reason=solution.reason[n],
-                    damp=solution.damp_rel[n],
-                    shrinkage=curvature[n].shrinkage,
-                    relative_weight_error=weight_errors[n],
-                    relative_output_error=output_errors[n],
-                )
-            )
-    return tuple(records)
-
-
-def output_error(w_NOI: Tensor, q_NOI: Tensor, curvature: list[Curvature]) -> Tensor:
-    """E|W h - Q h'|^2 / E|W h|^2 with h' what the compressed linear will see; without cross moments
-    both sides see h'. Shape (N,)."""
-    hessian_NII = torch.stack([c.hessian_II for c in curvature])
-    if curvature[0].cross_II is None:
-        return relative_output_error(w_NOI, q_NOI, hessian_NII)
-    cross_NII = torch.stack([c.cross_II for c in curvature if c.cross_II is not None])
-    energy_NII = torch.stack([c.energy_II for c in curvature if c.energy_II is not None])
-    kept_N = ((w_NOI @ energy_NII) * w_NOI).sum((1, 2))
-    error_N = (
-        kept_N
-        - 2 * ((w_NOI @ cross_NII) * q_NOI).sum((1, 2))
-        + ((q_NOI @ hessian_NII) * q_NOI).sum((1, 2))
-    )
-    return error_N.clamp_min(0) / kept_N.clamp_min(torch.finfo(torch.float32).tiny)
 
 
 def pack_unit(

@@ -12,7 +12,8 @@ from p48ray.numerics.refine_tokens import ExpertTokens
 from p48ray.numerics.solution import Solution
 from p48ray.numerics.solver_inputs import damped_output_hessian
 from p48ray.numerics.token_rows import TokenRows, joined
-from p48ray.unit.moments import Curvature, OutputSide, RoutedTokens
+from p48ray.unit.moments import Curvature, OutputSide
+from p48ray.unit.routed_tokens import RoutedTokens
 
 MAX_TOKENS = 65_536  # per expert; a step sees 256 of them
 

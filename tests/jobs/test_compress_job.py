@@ -2,17 +2,21 @@
 
 import json
 import re
+import shutil
 import socket
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
 from p48ray.checkpoint.skeleton import write_kimi_k25_skeleton
+from p48ray.run import changing_hands
 from p48ray.run.output_layout import OutputShard
 from p48ray.stages.table import STAGES
+from p48ray.store import LocalStore
 from p48ray.unit.context import StageContext
 from tests.conftest import REPO
 from tests.jobs.command import HELD_OUT, ROUNDED, arguments, attempts, invoke, run_process, snapshot
@@ -293,6 +297,27 @@ def test_shard_that_verification_refuses_is_stitched_again(place: str, root: Pat
     assert f"  {shard.name}: " in outcome.out and "made anew next" in outcome.out
     assert json.loads(verdict.read_text())["problems"] == []
     assert snapshot(root / "checkpoint") == before
+
+
+def test_take_over_that_dies_before_its_deletions_is_finished_by_the_next_start(
+    root: Path, tmp_path: Path
+) -> None:
+    """Shards of another count, which verification would name as not planned."""
+    (root / "checkpoint" / "model.safetensors.index.json").unlink()
+    undisturbed = tmp_path / "undisturbed"
+    shutil.copytree(root, undisturbed)
+    wider = {"output.max_shard_size": "900KB"}
+    assert invoke(*arguments(undisturbed, wider)).code == 0
+    with mock.patch.object(changing_hands, "delete_all", side_effect=KeyboardInterrupt):
+        assert invoke(*arguments(root, wider)).code == 130
+    plans = [changing_hands.read_plan(LocalStore(run)) for run in (root, undisturbed)]
+    assert plans[0].digest == plans[1].digest, "the new plan is there"
+    left = {path.name for path in (root / "checkpoint").glob("*.safetensors")}
+    outcome = invoke(*arguments(root, wider))
+    assert outcome.code == 0, outcome
+    found = snapshot(root / "checkpoint")
+    assert left and not left & set(found)
+    assert found == snapshot(undisturbed / "checkpoint")
 
 
 def test_stray_weights_in_the_checkpoint_give_exit_code_1(root: Path) -> None:

@@ -10,9 +10,17 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from p48ray.report.report import Report, build_report, few_tokens, print_report
+from p48ray.numerics.zeros import ZERO_INPUTS
+from p48ray.report.report import (
+    Report,
+    build_report,
+    few_tokens,
+    print_report,
+    zero_layer_words,
+)
 from p48ray.report.work import Extrapolation
 from p48ray.run.manifest import LinearRecord, UnitManifest
+from p48ray.run.plan import WorkUnit
 from tests.stages.small_run import SmallRun
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
@@ -154,6 +162,32 @@ def test_experts_that_fell_back_are_counted(finished: SmallRun) -> None:
     )
     assert found.outcomes["round_to_nearest"] == 24
     assert sum(found.outcomes.values()) == 192
+
+
+def test_layers_of_zeros_are_named_and_others_are_not(finished: SmallRun) -> None:
+    units = units_of(finished)
+
+    def zeroed(unit: UnitManifest, projections: tuple[str, ...]) -> UnitManifest:
+        records = tuple(
+            r.model_copy(update={"outcome": "zero", "reason": ZERO_INPUTS})
+            if r.name.endswith(projections)
+            else r
+            for r in unit.linears
+        )
+        return unit.model_copy(update={"linears": records})
+
+    kinds = {1: ("gate_proj", "up_proj", "down_proj"), 2: ("down_proj",)}
+    changed = [zeroed(u, kinds.get(WorkUnit.layer_of(u.unit), ("none",))) for u in units]
+    found = rebuilt(finished, changed)
+    assert (found.zero_inputs, found.zero_intermediates) == ((1,), (1, 2))
+    assert zero_layer_words(found) == [
+        "Layers whose experts' inputs are all zero: 1. The activation scale of gate and up is 1"
+        " there.",
+        "Layers whose intermediates are all zero: 1, 2. The activation scale of down is 1 there.",
+    ]
+    partly = rebuilt(finished, [zeroed(units[0], ("down_proj",)), *units[1:]])
+    assert partly.outcomes["zero"] == 8 and zero_layer_words(partly) == []
+    assert zero_layer_words(finished.report) == []
 
 
 def test_seconds_of_units_are_summed_by_phase_and_stages_are_the_drivers(

@@ -9,6 +9,7 @@ from p48ray.run import run_root
 from p48ray.run.changing_hands import (
     check_plan,
     check_still_ours,
+    finish_take_over,
     is_still_ours,
     read_plan,
     root_is_shared,
@@ -60,6 +61,39 @@ def test_new_plan_is_there_before_anything_is_deleted(
     whole = planned()
     take_over(whole, store)
     assert seen == [whole] * len(GOING)
+
+
+FOREIGN = (
+    "checkpoint/model-00001-of-00004.safetensors.bak",
+    "checkpoint/model-1-of-4.safetensors",
+    "checkpoint/model-00001-of-00004.json",
+    "checkpoint/notes/model-00001-of-00004.safetensors",
+    "checkpoint/weights.safetensors",
+)
+
+
+def test_deletions_that_a_dead_take_over_owes_are_made_by_the_next_start(
+    store: MemoryStore,
+) -> None:
+    whole = planned()
+    store.put(run_root.PLAN, whole.to_json())
+    store.put(run_root.REPORT, b'{"plan_digest": "of the pilot"}')
+    ours = ("checkpoint/model-00001-of-00003.safetensors", "verification/model-00001-of-00003.json")
+    for key in (*ours, *FOREIGN):
+        store.put(key, b"-")
+    before = {info.key for info in store.list()}
+    finish_take_over(whole, {"model-00001-of-00003.safetensors"}, store)
+    assert before - {info.key for info in store.list()} == set(GOING)
+    store.put(run_root.REPORT, b'{"plan_digest": "%s"}' % whole.digest.encode())
+    finish_take_over(whole, {"model-00001-of-00003.safetensors"}, store)
+    assert {info.key for info in store.list()} == before - set(GOING) | {run_root.REPORT}
+
+
+def test_nothing_is_deleted_beside_an_index(store: MemoryStore) -> None:
+    store.put("checkpoint/model.safetensors.index.json", b"{}")
+    before = {info.key for info in store.list()}
+    finish_take_over(planned(), set(), store)
+    assert {info.key for info in store.list()} == before
 
 
 def test_driver_that_was_there_before_notices(store: MemoryStore) -> None:

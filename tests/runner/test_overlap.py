@@ -1,6 +1,7 @@
 """Capture, gradients and compress at once: what is ready when, that it really happens at once, and
 that the bytes are those of one stage after the other."""
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,9 +12,10 @@ import pytest
 from p48ray.config.load import load_config
 from p48ray.errors import CalibrationError, P48Error, TransientStoreError
 from p48ray.run import run_root
-from p48ray.run.manifest import ActivationPart, GradientPart, UnitManifest
+from p48ray.run.manifest import ActivationPart, GradientPart, LayerScales, UnitManifest
 from p48ray.run.needs import read_needs
 from p48ray.run.plan import SequencePart
+from p48ray.run.scales import combine_scales
 from p48ray.runner import overlap, ray_runner
 from p48ray.runner.base import TaskList
 from p48ray.runner.local_runner import LocalRunner
@@ -357,17 +359,36 @@ def test_data_goes_with_its_layers_last_unit_and_boundaries_with_the_last_stream
     assert all(prepared.store.head(key) is None for key in boundaries)
 
 
-def test_layer_whose_activations_are_all_zero_stops_the_run_with_its_number(
-    prepared: Prepared,
+@pytest.mark.parametrize(
+    ("maxima", "scales"), [((0.0, 0.0), (1.0, 1.0)), ((2.0, 0.0), (1344.0, 1.0))]
+)
+def test_layer_whose_activations_are_all_zero_has_scales_of_one(
+    maxima: tuple[float, float], scales: tuple[float, float], prepared: Prepared
 ) -> None:
     leave(prepared, 3)
-    key = run_root.activation_manifest(3, 0)
     for part in prepared.plan.parts:
         key = run_root.activation_manifest(3, part.part)
-        record = ActivationPart.load(prepared.store, key).model_copy(update={"amax_input": 0.0})
+        changes = {"amax_input": maxima[0], "amax_intermediate": maxima[1]}
+        record = ActivationPart.load(prepared.store, key).model_copy(update=changes)
         prepared.store.put(key, record.to_json())
-    with pytest.raises(CalibrationError, match="layer 3"):
-        started(prepared)
+    started(prepared)
+    found = LayerScales.load(prepared.store, run_root.layer_scales(3))
+    assert (found.gate_up, found.down) == scales
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("name", ["amax_input", "amax_intermediate"])
+def test_activations_that_are_not_finite_name_layer_and_part(
+    name: str, value: float, prepared: Prepared
+) -> None:
+    leave(prepared, 3)
+    parts = [
+        ActivationPart.load(prepared.store, run_root.activation_manifest(3, p.part))
+        for p in prepared.plan.parts
+    ]
+    parts[1] = parts[1].model_copy(update={name: value})
+    with pytest.raises(CalibrationError, match="layer 3, part 1: expected finite"):
+        combine_scales(prepared.plan, 3, parts)
 
 
 # Runners, and what follows from a task.

@@ -61,6 +61,30 @@ def test_share_that_is_allowed_passes_and_one_linear_more_is_refused(
     assert "experts.0.gate_proj: no tokens" in str(caught.value)
 
 
+def test_linears_that_are_zero_count_for_nothing(finished: SmallRun) -> None:
+    units = rounded(finished, NUM_LINEARS // 2)
+    zero = {"outcome": "zero", "reason": "its weights are zero"}
+    spared = [
+        unit.model_copy(
+            update={
+                "linears": tuple(
+                    r if r.outcome == "round_to_nearest" else r.model_copy(update=zero)
+                    for r in unit.linears
+                )
+            }
+        )
+        for unit in units
+    ]
+    plan = finished.prepared.plan
+    with pytest.raises(StageFailedError, match=f"{NUM_LINEARS // 2} of {NUM_LINEARS // 2} linears"):
+        check_fallbacks(with_settings(plan, max_fallback_share=0.9), spared)
+    gone = [
+        unit.model_copy(update={"linears": tuple(r.model_copy(update=zero) for r in unit.linears)})
+        for unit in units
+    ]
+    check_fallbacks(with_settings(plan, max_fallback_share=0.0), gone)
+
+
 def test_rounding_that_was_asked_for_is_no_fallback(finished: SmallRun) -> None:
     plan = with_settings(finished.prepared.plan, max_fallback_share=0.0, solver="round_to_nearest")
     check_fallbacks(plan, rounded(finished, NUM_LINEARS))

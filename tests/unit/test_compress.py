@@ -24,7 +24,7 @@ from p48ray.run.manifest import LayerScales, LinearRecord, UnitManifest
 from p48ray.run.plan import WorkUnit
 from p48ray.stages.compressed_experts import compressed_expert
 from p48ray.store import LocalStore
-from p48ray.unit import moments, refinement, token_columns
+from p48ray.unit import moments, refinement, routed_tokens, token_columns
 from p48ray.unit.compress import compress_unit
 from p48ray.unit.context import StageContext
 from tests.conftest import TINY
@@ -196,11 +196,11 @@ def test_unit_that_streams_its_tokens_makes_the_bytes_of_one_that_holds_them(
 ) -> None:
     """Held in a file of the node, and read again from the parts where its disk has no room."""
     held = compress(opened())
-    monkeypatch.setattr(moments, "GATHERED_BYTES", 0)
+    monkeypatch.setattr(routed_tokens, "GATHERED_BYTES", 0)
     assert compress(opened()) == held
-    monkeypatch.setattr(moments, "reserve_spill", lambda *_: None)
+    monkeypatch.setattr(routed_tokens, "reserve_spill", lambda *_: None)
     context = opened()
-    assert moments.RoutedTokens(context, PAIR, context.layer_scales(1)).gathered is None
+    assert routed_tokens.RoutedTokens(context, PAIR, context.layer_scales(1)).gathered is None
     assert compress(context) == held
 
 
@@ -245,7 +245,7 @@ def test_raw_inputs_are_used_where_activation_quantization_is_off(
     def refuse(*_: object) -> None:
         raise AssertionError("nothing should be quantized")
 
-    monkeypatch.setattr(moments, "quantize_activations", refuse)
+    monkeypatch.setattr(routed_tokens, "quantize_activations", refuse)
     with pytest.raises(AssertionError, match="nothing should be quantized"):
         compress(opened())
     assert compress(opened("compression.activation_quantization=false")) != quantized
@@ -393,9 +393,9 @@ def test_unit_that_streams_tokens_and_gradients_makes_the_bytes_of_one_that_hold
         settings = (GRADIENTS, f"calibration.stored_bits={bits}")
         held = compress(opened(*settings))
         with monkeypatch.context() as patch:
-            patch.setattr(moments, "GATHERED_BYTES", 0)
+            patch.setattr(routed_tokens, "GATHERED_BYTES", 0)
             assert compress(opened(*settings)) == held
-            patch.setattr(moments, "reserve_spill", lambda *_: None)
+            patch.setattr(routed_tokens, "reserve_spill", lambda *_: None)
             assert compress(opened(*settings)) == held
 
 
@@ -406,7 +406,7 @@ def test_a_unit_gathers_its_own_tokens_rows_in_the_parts_order(
 ) -> None:
     """Expert by expert, rows ascending: sums are taken in this order, and with it their last
     bits."""
-    monkeypatch.setattr(moments, "GATHERED_BYTES", gathered_bytes)
+    monkeypatch.setattr(routed_tokens, "GATHERED_BYTES", gathered_bytes)
     context = opened(GRADIENTS, f"calibration.stored_bits={bits}")
     expected = []
     for part in context.activation_parts(1):
@@ -418,7 +418,7 @@ def test_a_unit_gathers_its_own_tokens_rows_in_the_parts_order(
                 if name in part
             ]
             expected.append((position, part["router_weights"][rows_R, slots_R], rows))
-    found = list(moments.RoutedTokens(context, PAIR, context.layer_scales(1)).stored())
+    found = list(routed_tokens.RoutedTokens(context, PAIR, context.layer_scales(1)).stored())
     assert [s.position for s in found] == [position for position, _, _ in expected]
     for s, (_, router_R, rows) in zip(found, expected, strict=True):
         assert s.delta is not None
@@ -437,10 +437,10 @@ def test_tokens_of_a_unit_take_the_bytes_that_are_expected_and_parts_are_read_on
 ) -> None:
     """As codes where they are stored as codes; in a file of exactly the size that the layer's token
     counts give."""
-    monkeypatch.setattr(moments, "GATHERED_BYTES", 0)
+    monkeypatch.setattr(routed_tokens, "GATHERED_BYTES", 0)
     context = opened(GRADIENTS, f"calibration.stored_bits={bits}", "compression.refine_steps=3")
     spills, reads = [], []
-    reserve, read = moments.reserve_spill, StageContext.checked
+    reserve, read = routed_tokens.reserve_spill, StageContext.checked
 
     def reserved(
         num_bytes: int, num_tensors: int, folder: Path | None
@@ -448,7 +448,7 @@ def test_tokens_of_a_unit_take_the_bytes_that_are_expected_and_parts_are_read_on
         spills.append((num_bytes, num_tensors, reserve(num_bytes, num_tensors, folder)))
         return spills[-1][2]
 
-    monkeypatch.setattr(moments, "reserve_spill", reserved)
+    monkeypatch.setattr(routed_tokens, "reserve_spill", reserved)
     monkeypatch.setattr(
         StageContext,
         "checked",
@@ -497,7 +497,7 @@ def test_refinement_gathers_no_more_tokens_than_it_uses(
 ) -> None:
     """The first of the plan's order, and nothing held beyond them."""
     context = opened("compression.refine_steps=1")
-    tokens = moments.RoutedTokens(context, PAIR, context.layer_scales(1))
+    tokens = routed_tokens.RoutedTokens(context, PAIR, context.layer_scales(1))
     side = moments.output_side(tokens, [])
     whole = refinement.gather_tokens(tokens, side, 2, 256)
     assert min(len(t.rows) for t in whole) > 40

@@ -23,7 +23,7 @@ from p48ray.stages.tasks import Task, TaskResult
 from p48ray.stages.workplace import Workplace
 from p48ray.store.base import Buffers, Written
 from p48ray.store.local import LocalStore
-from p48ray.unit import compress, compute_lock, moments
+from p48ray.unit import compress, compute_lock, routed_tokens
 from p48ray.unit.compress import Clock, Fetched, Solved
 from p48ray.unit.context import StageContext
 from tests.stages.small_run import SmallRun
@@ -66,7 +66,7 @@ class Shop:
     second: WorkUnit
     on_compute: Hook = nothing
     computing: list[str] = field(default_factory=list)
-    tokens: dict[str, "weakref.ref[moments.RoutedTokens]"] = field(default_factory=dict)
+    tokens: dict[str, "weakref.ref[routed_tokens.RoutedTokens]"] = field(default_factory=dict)
 
     def run(self, *units: WorkUnit) -> list["Future[TaskResult]"]:
         """Each in a thread of its own; the next one begins when the one before has begun to
@@ -280,16 +280,16 @@ def test_units_of_a_worker_share_the_memory_for_tokens(
     scales = context.layer_scales(unit.layer)
     num_tokens = sum(scales.tokens_per_expert[e] for e in unit.experts)
     monkeypatch.setattr(
-        moments,
+        routed_tokens,
         "GATHERED_BYTES",
-        num_tokens * moments.routed_token_bytes(context.layout.hidden_size, plan.config),
+        num_tokens * routed_tokens.routed_token_bytes(context.layout.hidden_size, plan.config),
     )
     spills: list[int] = []
-    reserve = moments.reserve_spill
+    reserve = routed_tokens.reserve_spill
     monkeypatch.setattr(
-        moments,
+        routed_tokens,
         "reserve_spill",
         lambda num_bytes, *rest: spills.append(num_bytes) or reserve(num_bytes, *rest),
     )
-    moments.RoutedTokens(context, unit, scales)
+    routed_tokens.RoutedTokens(context, unit, scales)
     assert len(spills) == num_spills
