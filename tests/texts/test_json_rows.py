@@ -41,12 +41,12 @@ FORMS = {
     "B.Json": b"\r\n \t" + PRETTY + b"\n",
     "c.json": BOM + PRETTY,
     "d.json": BOM + LINES,
-    "a.jsonl.gz": gzip.compress(LINES),
-    "a.json.gz": gzip.compress(LINES),
-    "A.JSONL.GZ": gzip.compress(BOM + LINES),
-    "b.json.gz": gzip.compress(ARRAY),
-    "two members.jsonl.gz": gzip.compress(LINES[:40]) + gzip.compress(LINES[40:]),
-    "padded.jsonl.gz": gzip.compress(LINES) + bytes(100),
+    "a.jsonl.gz": gzip.compress(LINES, mtime=0),
+    "a.json.gz": gzip.compress(LINES, mtime=0),
+    "A.JSONL.GZ": gzip.compress(BOM + LINES, mtime=0),
+    "b.json.gz": gzip.compress(ARRAY, mtime=0),
+    "two members.jsonl.gz": gzip.compress(LINES[:40], mtime=0) + gzip.compress(LINES[40:], mtime=0),
+    "padded.jsonl.gz": gzip.compress(LINES, mtime=0) + bytes(100),
     "a.parquet": table(),
     "X.PARQUET": table(),
     "a.pq": table(),
@@ -109,16 +109,24 @@ def test_folder_of_json_alone_is_refused_with_what_to_do(tmp_path: Path) -> None
         ("a.jsonl", b"[1]", r"line 1: expected a JSON object with a 'text'"),
         ("a.jsonl", b'{"text": "a"}\n' + BOM + b'{"text": "b"}\n', r"line 2: expected a JSON"),
         ("a", table(), r"line 1: expected JSON in UTF-8, found Parquet: its name has to end in"),
-        ("a.jsonl", gzip.compress(LINES), r"found gzip: its name has to end in \.gz"),
+        ("a.jsonl", gzip.compress(LINES, mtime=0), r"found gzip: its name has to end in \.gz"),
         ("a.jsonl.zst", b"\x28\xb5\x2f\xfd more", r"found zstd: unpack it, or pack it with gzip"),
         ("a.jsonl.gz", LINES, r"a\.jsonl\.gz: can not be unpacked with gzip: Not a gzipped file"),
-        ("a.jsonl.gz", gzip.compress(LINES)[:-20], r"can not be unpacked with gzip: .*ended"),
         (
             "a.jsonl.gz",
-            gzip.compress(LINES)[:30] + b"\xff" * 30,
+            gzip.compress(LINES, mtime=0)[:-20],
+            r"can not be unpacked with gzip: .*ended",
+        ),
+        (
+            "a.jsonl.gz",
+            gzip.compress(LINES, mtime=0)[:30] + b"\xff" * 30,
             r"a\.jsonl\.gz: can not be unpacked with gzip: ",
         ),
-        ("a.jsonl.gz", gzip.compress(b"words"), r"a\.jsonl\.gz, line 1: expected a JSON object"),
+        (
+            "a.jsonl.gz",
+            gzip.compress(b"words", mtime=0),
+            r"a\.jsonl\.gz, line 1: expected a JSON object",
+        ),
     ],
 )
 def test_what_is_no_text_is_refused_by_file_and_place(
@@ -137,7 +145,7 @@ def test_object_without_end_is_refused_before_it_fills_the_memory(
     monkeypatch.setattr(json_rows, "MAX_ROW_BYTES", 100)
     monkeypatch.setattr(json_rows, "READ_BYTES", 16)
     data = b'[{"text": "' + bytes(random.Random(0).choices(b"abc", k=10**5))
-    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith("gz") else data)
+    (tmp_path / name).write_bytes(gzip.compress(data, mtime=0) if name.endswith("gz") else data)
     words = r"object 1 of the array: expected a JSON object of at most 100 characters, found '\{"
     with pytest.raises(CalibrationError, match=words):
         read(tmp_path / name)
