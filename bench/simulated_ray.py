@@ -190,6 +190,9 @@ class SimulatedRay:
                 if n.is_up
             ]
 
+    def cluster_resources(self) -> dict[str, float]:
+        return {"GPU": float(sum(n.free + len(n.actors) for n in self.alive()))}
+
     def available_resources(self) -> dict[str, float]:
         return {"GPU": float(sum(n.free for n in self.alive()))}
 

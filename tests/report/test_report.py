@@ -199,6 +199,7 @@ def test_seconds_of_units_are_summed_by_phase_and_stages_are_the_drivers(
     found = rebuilt(finished, units)
     assert found.unit_seconds == {"fetch": 2.0, "solve": 8.0}
     assert set(finished.report.stage_seconds) == {
+        "scan",
         "capture",
         "compress",
         "reduce",

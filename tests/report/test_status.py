@@ -58,6 +58,7 @@ def test_run_that_has_only_its_plan_has_done_nothing(finished: SmallRun, tmp_pat
     (tmp_path / "plan.json").write_bytes((finished.root / "plan.json").read_bytes())
     status = read_status(LocalStore(tmp_path))
     assert counts(status) == {
+        "scan": (0, 3),
         "capture": (0, 12),
         "compress": (0, 8),
         "reduce": (0, 0),
@@ -72,6 +73,7 @@ def test_run_that_has_only_its_plan_has_done_nothing(finished: SmallRun, tmp_pat
 def test_finished_run_is_complete_and_counts_every_byte(finished: SmallRun) -> None:
     status = read_status(LocalStore(finished.root))
     assert counts(status) == {
+        "scan": (3, 3),
         "capture": (12, 12),
         "compress": (8, 8),
         "reduce": (6, 6),
@@ -102,6 +104,7 @@ def test_half_done_run_shows_what_each_layer_has(root: Path) -> None:
         shutil.rmtree(root / folder)
     status = read_status(LocalStore(root))
     assert counts(status) == {
+        "scan": (3, 3),
         "capture": (10, 12),
         "compress": (7, 8),
         "reduce": (0, 0),
@@ -116,7 +119,7 @@ def test_run_that_uses_gradients_counts_their_parts(finished: SmallRun, tmp_path
     plan = prepare(configure(finished.source, tmp_path, "compression.output_curvature=true")).plan
     (tmp_path / "plan.json").write_bytes(plan.to_json())
     store = LocalStore(tmp_path)
-    assert list(counts(read_status(store)))[:3] == ["capture", "gradients", "compress"]
+    assert list(counts(read_status(store)))[:4] == ["scan", "capture", "gradients", "compress"]
     assert counts(read_status(store))["gradients"] == (0, 12)
     for layer, number in ((4, 0), (4, 1), (3, 0)):
         store.put(run_root.gradient_manifest(layer, number), felt(layer, number, 0.0).to_json())
@@ -157,6 +160,7 @@ def test_run_without_evaluation_expects_none(finished: SmallRun, tmp_path: Path)
     plan = prepare(configure(finished.source, tmp_path, "evaluation=null")).plan
     (tmp_path / "plan.json").write_bytes(plan.to_json())
     assert list(counts(read_status(LocalStore(tmp_path)))) == [
+        "scan",
         "capture",
         "compress",
         "reduce",
@@ -169,7 +173,7 @@ def test_layers_in_turn_have_the_stage_that_the_log_names(
 ) -> None:
     plan = prepare(configure(finished.source, tmp_path, "calibration.propagate=compressed")).plan
     (tmp_path / "plan.json").write_bytes(plan.to_json())
-    assert next(iter(counts(read_status(LocalStore(tmp_path))))) == "propagate"
+    assert list(counts(read_status(LocalStore(tmp_path))))[:2] == ["scan", "propagate"]
 
 
 @pytest.mark.slow
@@ -289,7 +293,8 @@ def test_pilot_is_complete_without_a_checkpoint(finished: SmallRun, root: Path) 
     for folder in ("checkpoint", "verification", "evaluation"):
         shutil.rmtree(root / folder)
     status = read_status(LocalStore(root))
-    assert counts(status) == {"capture": (6, 6), "compress": (4, 4)} and status.is_complete
+    assert counts(status) == {"scan": (3, 3), "capture": (6, 6), "compress": (4, 4)}
+    assert status.is_complete
 
 
 def test_baseline_that_is_asked_for_counts_by_its_stages(finished: SmallRun, root: Path) -> None:
@@ -299,10 +304,10 @@ def test_baseline_that_is_asked_for_counts_by_its_stages(finished: SmallRun, roo
     assert counts(status)["baseline"] == (0, 0) and not status.is_complete
     shutil.copytree(finished.root, root / "baseline", ignore=shutil.ignore_patterns("residuals"))
     status = read_status(LocalStore(root))
-    assert counts(status)["baseline"] == (5, 5) and status.is_complete
+    assert counts(status)["baseline"] == (6, 6) and status.is_complete
     (root / "baseline" / "checkpoint" / "model-00001-of-00006.safetensors").unlink()
     status = read_status(LocalStore(root))
-    assert counts(status)["baseline"] == (4, 5) and not status.is_complete
+    assert counts(status)["baseline"] == (5, 6) and not status.is_complete
 
 
 # What is spent.
