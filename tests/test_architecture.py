@@ -195,9 +195,10 @@ NAMED_ELSEWHERE = {
     "get_current_target",
     "load_model",
     "emit",
+    "readinto",
 }
-"""What others call by its name: pyarrow a file, Triton a driver, users of a checkpoint a loader,
-logging a handler."""
+"""What others call by its name: pyarrow and io a file, Triton a driver, users of a checkpoint a
+loader, logging a handler."""
 
 
 def names_in(tree: ast.AST) -> Iterator[str]:

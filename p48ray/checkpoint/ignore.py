@@ -21,7 +21,7 @@ from p48ray.errors import P48Error
 FUSED = {"gate_up_proj": {"gate_proj", "up_proj"}}
 """What servers make one linear of beside the experts, where all of them are there."""
 
-HEAD = r"re:(.*\.)?lm_head$"
+HEAD_PATTERN = r"re:(.*\.)?lm_head$"
 """Servers have it even where the checkpoint ties it to the embedding."""
 
 DRAFT_PARTS = (r"re:(.*\.)?decoder\..*", r"re:.*\.(eh_proj|shared_head\.head)$")
@@ -97,7 +97,7 @@ def part_patterns(modules: Iterable[str], layout: ModelLayout) -> list[str]:
         if names[-1] != "lm_head":
             name = re.escape(names[0])
             patterns.add(rf"re:(.*\.)?{name}\..*" if names[1:] else rf"re:(.*\.)?{name}$")
-    return [HEAD, *sorted(patterns)]
+    return [HEAD_PATTERN, *sorted(patterns)]
 
 
 def check_patterns(patterns: Iterable[str], layout: ModelLayout) -> None:
