@@ -494,7 +494,7 @@ def test_unusable_held_out_text_is_refused_before_anything_is_written(tmp_path: 
     [
         ("a.jsonl", b"plain words\n", ["line 1", "plain words"]),
         ("a.parquet", b"plain words\n", ["not a Parquet file"]),
-        ("a.txt", b"plain words\n", ["expected a file, or a folder with .jsonl or .parquet"]),
+        ("a.txt", b"plain words\n", ["expected a file, or a folder with .jsonl, .jsonl.gz"]),
     ],
 )
 def test_folder_of_texts_that_can_not_be_read_is_refused_by_a_dry_run_too(
