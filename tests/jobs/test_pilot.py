@@ -29,6 +29,7 @@ def test_pilot_ends_well_without_a_checkpoint(pilot: tuple[Path, Outcome]) -> No
     assert outcome.code == 0, outcome
     assert {path.name for path in root.iterdir()} == {
         "plan.json",
+        "scan",
         "calibration",
         "evaluation",
         "residuals",

@@ -122,7 +122,7 @@ def test_corrupted_data_set_is_not_taken_for_texts(hub: Hub) -> None:
         (f"{PLACE}@v9", "no such branch, tag or commit"),
         (
             f"{PLACE}/nowhere",
-            "expected a file, or a folder with .jsonl or .parquet files in it, found nothing",
+            ".parquet, .pq files in it, found nothing",
         ),
         (f"{PLACE}/other", "found other/c.csv"),
     ],
