@@ -3,6 +3,7 @@ and a run that many tests look at."""
 
 import os
 import re
+import signal
 from collections.abc import Iterator
 from functools import cache
 from importlib.util import find_spec
@@ -14,6 +15,11 @@ import torch
 
 if TYPE_CHECKING:
     from tests.stages.small_run import SmallRun
+
+# A shell has what it starts in the background ignore Ctrl-C, and every child inherits that: a test
+# that sends it to a command would wait for ever.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 REPO = Path(__file__).resolve().parents[1]
 TINY = REPO / "examples" / "tiny-kimi-k2.5"
