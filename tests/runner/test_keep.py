@@ -244,6 +244,7 @@ def expected_files(prepared: Prepared, keep: str, root: Path) -> set[str]:
         run_root.REPORT,
         run_root.REPORT_PAGE,
         *(run_root.layer_scales(n) for n in plan.layers),
+        *(run_root.scan_manifest(file) for file in plan.source.scanned),
     }
     names |= {run_root.activation_manifest(*p) for p in parts} | {
         run_root.gradient_manifest(*p) for p in parts
