@@ -366,7 +366,7 @@ def test_vllm_takes_the_commands_of_the_card(made: Path) -> None:
     )
     found = parser.parse_args(shlex.split(one_line)[2:])
     assert (found.tensor_parallel_size, found.moe_backend, found.mm_encoder_tp_mode) == (
-        4,
+        1,  # its bytes fit on one GPU
         "flashinfer_trtllm",
         "data",
     )
