@@ -1,6 +1,7 @@
 """What all tests share: where things are, what a test's marks follow from, which process runs it,
 and a run that many tests look at."""
 
+import logging
 import os
 import re
 import signal
@@ -61,6 +62,21 @@ def group_of(file: str) -> str:
     return next(
         (shared for shared in ("ray_session", "finished: SmallRun") if shared in text), file
     )
+
+
+@pytest.fixture(autouse=True)
+def stock_logging() -> Iterator[None]:
+    """Every test begins with the logger as Python has it, whatever those before it configured: a
+    handler on a captured stream that is closed by now, and a level by which runs leave a log."""
+    logger = logging.getLogger("p48ray")
+
+    def reset() -> None:
+        logger.handlers[:], logger.propagate = [], True
+        logger.setLevel(logging.NOTSET)
+
+    reset()
+    yield
+    reset()
 
 
 @pytest.hookimpl(tryfirst=True)
