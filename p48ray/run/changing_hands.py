@@ -174,7 +174,10 @@ def leftovers(plan: RunPlan, planned: Collection[str], store: Store) -> Iterator
             if shard_count(name) and info.key == key_of(name) and info.key not in kept:
                 yield info.key
     if store.head(run_root.REPORT) is not None:
-        said = read_json(store.get(run_root.REPORT), f"{store.uri}/{run_root.REPORT}")
+        try:
+            said = read_json(store.get(run_root.REPORT), f"{store.uri}/{run_root.REPORT}")
+        except ShardCorruptError:
+            said = {}  # nobody's: this run writes it again
         if said.get("plan_digest") != plan.digest:
             yield from (info.key for info in store.list(run_root.REPORT_FOLDER))
 

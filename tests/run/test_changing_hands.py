@@ -89,6 +89,12 @@ def test_deletions_that_a_dead_take_over_owes_are_made_by_the_next_start(
     assert {info.key for info in store.list()} == before - set(GOING) | {run_root.REPORT}
 
 
+def test_report_that_can_not_be_read_holds_up_no_start(store: MemoryStore) -> None:
+    store.put(run_root.REPORT, b'{"plan_dig')
+    finish_take_over(planned("run.layers=[1]"), {STITCHED.removeprefix("checkpoint/")}, store)
+    assert store.head(run_root.REPORT) is None and store.head(STITCHED) is not None
+
+
 def test_nothing_is_deleted_beside_an_index(store: MemoryStore) -> None:
     store.put("checkpoint/model.safetensors.index.json", b"{}")
     before = {info.key for info in store.list()}
