@@ -340,24 +340,33 @@ def kill_a_writer(*kinds: str) -> Callable[["Scene"], int]:
     """A worker that is in the middle of writing blobs of these kinds."""
 
     def strike(scene: Scene) -> int:
-        found: list[Path] = []
+        killed = 0
 
-        def is_writing() -> bool:
-            found[:] = [
-                path for kind in kinds for path in Path(scene.root).glob(f"{kind}/*/{TEMP_PREFIX}*")
-            ]
-            return bool(found) or not scene.driver.is_running
+        def has_struck() -> bool:
+            nonlocal killed
+            for kind in kinds:
+                for path in Path(scene.root).glob(f"{kind}/*/{TEMP_PREFIX}*"):
+                    killed = killed or kill_while_there(path)
+            return bool(killed) or not scene.driver.is_running
 
-        wait_until(is_writing, timeout_s=5, pause_s=0.001)
-        for path in found[:1]:
-            with suppress(psutil.NoSuchProcess):
-                worker = psutil.Process(int(path.name.removeprefix(TEMP_PREFIX).split("-")[0]))
-                assert is_worker(worker), worker.cmdline()
-                killed = kill([worker])
-                return killed if path.exists() else 0
-        return 0
+        wait_until(has_struck, timeout_s=30, pause_s=0.001)
+        return killed
 
     return strike
+
+
+def kill_while_there(path: Path) -> int:
+    """Kill the worker that writes this temporary file, and nobody where it has been written. The
+    worker is stopped first: on a busy machine it may be done before it is killed."""
+    with suppress(psutil.NoSuchProcess):
+        worker = psutil.Process(int(path.name.removeprefix(TEMP_PREFIX).split("-")[0]))
+        if not is_worker(worker):
+            return 0
+        worker.suspend()
+        if path.exists():
+            return kill([worker])
+        worker.resume()
+    return 0
 
 
 def kill_all_workers(scene: Scene) -> int:

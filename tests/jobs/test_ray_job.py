@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import re
 import shutil
 import socket
@@ -9,8 +10,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from tests.jobs.command import HELD_OUT, arguments, attempts
 pytestmark = pytest.mark.ray
 
 RAY = str(Path(sys.executable).parent / "ray")
-START_TIMEOUT_S = 90.0
+START_TIMEOUT_S = 180.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,30 +38,33 @@ class Head:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on, outside the range that Ray's workers take."""
-    sockets = [socket.socket() for _ in range(count)]
-    for each in sockets:
-        each.bind(("127.0.0.1", 0))
-    ports = [int(each.getsockname()[1]) for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
+    """Ports that nobody listens on, above those that Ray's workers take (10000 to 19999) and below
+    those that the system gives to connections: one of these may be gone before the head listens on
+    it, on a busy machine often."""
+    found: list[int] = []
+    for port in random.Random().sample(range(20000, 32000), 200):
+        with socket.socket() as each, suppress(OSError):
+            each.bind(("127.0.0.1", port))
+            found.append(port)
+        if len(found) == count:
+            return found
+    raise AssertionError("no free ports")
 
 
-def wait_for(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    """Until the job server answers, be it that it wants a token first."""
+def wait_for(head: Head, process: subprocess.Popen[bytes], log: Path) -> None:
+    """Until a job that does nothing has succeeded: the job server answers before it can take jobs,
+    on a busy machine long before."""
     deadline = time.monotonic() + START_TIMEOUT_S
+    command = [RAY, "job", "submit", "--address", head.url, "--", "true"]
     while True:
-        try:
-            urllib.request.urlopen(f"{url}/api/version", timeout=5).close()
+        done = subprocess.run(
+            command, env=head.env, cwd=head.folder, capture_output=True, text=True, check=False
+        )
+        if done.returncode == 0:
             return
-        except urllib.error.HTTPError as error:
-            if error.code in (401, 403):
-                return
-        except OSError:
-            pass
-        assert process.poll() is None and time.monotonic() < deadline, log.read_text()
-        time.sleep(0.2)
+        said = f"{done.stdout}{done.stderr}{log.read_text()}"
+        assert process.poll() is None and time.monotonic() < deadline, said
+        time.sleep(1)
 
 
 def end(process: subprocess.Popen[bytes], folder: Path) -> None:
@@ -117,8 +119,9 @@ def head() -> Iterator[Head]:
             command, env=env, stdout=log, stderr=log, cwd=folder, start_new_session=True
         )
     try:
-        wait_for(f"http://127.0.0.1:{dashboard}", process, folder / "head.log")
-        yield Head(f"http://127.0.0.1:{dashboard}", folder, env)
+        head = Head(f"http://127.0.0.1:{dashboard}", folder, env)
+        wait_for(head, process, folder / "head.log")
+        yield head
     finally:
         end(process, folder)
         shutil.rmtree(folder, ignore_errors=True)
@@ -180,16 +183,12 @@ class Submitted:
 @pytest.fixture(scope="module")
 def submitted(head: Head, checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Submitted:
     root = tmp_path_factory.mktemp("submitted") / "run"
-    for _ in range(3):
-        process = submit(
-            head,
-            checkout,
-            *arguments(root, {"evaluation": HELD_OUT}, config=Path("configs/tiny.yaml")),
-        )
-        printed, _ = process.communicate(timeout=120)
-        # the job server answers before it can take jobs, on a busy machine long before
-        if "No available agent" not in printed:
-            break
+    process = submit(
+        head,
+        checkout,
+        *arguments(root, {"evaluation": HELD_OUT}, config=Path("configs/tiny.yaml")),
+    )
+    printed, _ = process.communicate(timeout=240)
     return Submitted(process.returncode, printed, root)
 
 
@@ -257,7 +256,7 @@ def test_mistake_fails_the_job_and_is_named_in_its_log(
             "error: run.root: expected an absolute path under `ray job submit`, found 'runs/tiny'",
         ),
     ):
-        printed, _ = process.communicate(timeout=120)
+        printed, _ = process.communicate(timeout=240)
         assert process.returncode == 1, printed
         assert re.search(r"Job 'raysubmit_\w+' failed", printed)
         assert words in printed
@@ -293,14 +292,14 @@ def test_stopped_job_resubmitted_finishes_and_does_no_unit_twice(
         capture_output=True,
         cwd=checkout,
     )
-    rest, _ = process.communicate(timeout=60)
+    rest, _ = process.communicate(timeout=120)
     assert process.returncode == 0
     assert "stopped" in "".join(log) + rest
     assert not (root / "checkpoint" / "model.safetensors.index.json").exists()
     before = attempts(root)
     assert 0 < len(before) < 16
     again = submit(head, checkout, *command)
-    printed, _ = again.communicate(timeout=180)
+    printed, _ = again.communicate(timeout=300)
     assert again.returncode == 0, printed
     assert f"compress  16 units, {len(before)} already done" in printed
     after = attempts(root)

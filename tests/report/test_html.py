@@ -19,7 +19,7 @@ import torch
 
 from p48ray.checkpoint.index import open_checkpoint
 from p48ray.finished.converter import convert_folder
-from p48ray.report import sample
+from p48ray.report import run_sections, sample
 from p48ray.report.gains import gains
 from p48ray.report.html import report_html
 from p48ray.report.inspect import inspect_linear
@@ -633,6 +633,19 @@ def test_timeline_has_no_more_workers_than_there_were(
     alone = [u.model_copy(update={"worker": u.unit}) for u in busy_units]
     words = Page(report_html(finished.context, finished.report, alone)).words["timeline"]
     assert f"workers at work: up to {len(units)} of {len(units)}" in words
+
+
+@pytest.mark.parametrize(("shared_s", "is_said"), [(7.0, True), (0.4, False)])
+def test_timeline_says_how_long_streams_and_units_ran_at_once(
+    finished: SmallRun,
+    units: list[UnitManifest],
+    monkeypatch: pytest.MonkeyPatch,
+    shared_s: float,
+    is_said: bool,
+) -> None:
+    monkeypatch.setattr(run_sections, "shared_seconds", lambda *_: shared_s)
+    words = Page(report_html(finished.context, finished.report, units)).words["timeline"]
+    assert ("7 s of it with streams and units at once" in words) == is_said
 
 
 def test_page_says_how_long_workers_were_idle(

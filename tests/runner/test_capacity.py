@@ -7,7 +7,7 @@ import pytest
 
 from p48ray.config import RunSettings
 from p48ray.errors import ConfigError
-from p48ray.runner import ray_runner
+from p48ray.runner import cluster, ray_runner
 from p48ray.runner.capacity import amount, workers_here
 from p48ray.runner.ray_runner import RayRunner
 from p48ray.stages.prepare import prepare
@@ -68,6 +68,8 @@ def test_workers_without_room_are_neither_started_nor_paid_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(ray_runner, "machine_gpus", lambda: 2)
+    # tests before this one may have left their Ray running
+    monkeypatch.setattr(cluster.ray, "is_initialized", lambda: False)
     changed = ("run.num_workers=8", "run.gpus_per_worker=1", "run.threads_per_worker=3")
     plan = prepare(configure(TINY, "memory://room", *changed)).plan
     runner = RayRunner(plan, "memory://room", None)
