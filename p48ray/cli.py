@@ -306,6 +306,31 @@ def convert(
 
 
 @app.command()
+def update_config(
+    checkpoint: Annotated[str, typer.Argument(help="Folder of a finished checkpoint.")],
+    endpoint_url: Endpoint = None,
+) -> None:
+    """Name all linears outside the experts in config.json (quantization_config.ignore) of a
+    checkpoint of p48ray 0.1, which named none: SGLang and TensorRT-LLM need it. Only config.json
+    and its digest in p48ray.json are written."""
+
+    def action() -> bool:
+        from p48ray.finished.config_update import fill_ignore
+
+        found = fill_ignore(open_store(checkpoint, endpoint_url))
+        if found.is_new:
+            typer.echo(
+                f"wrote {checkpoint}/config.json and its digest in p48ray.json: quantization_config"
+                f".ignore has {len(found.patterns)} patterns"
+            )
+        else:
+            typer.echo(f"found {checkpoint}/config.json up to date; nothing was written")
+        return True
+
+    guarded(action)
+
+
+@app.command()
 def inspect(
     checkpoint: Annotated[str, typer.Argument(help="Folder of a compressed checkpoint.")],
     linear: Annotated[

@@ -15,7 +15,7 @@ import re
 from collections.abc import Iterable, Sequence
 
 from p48ray.checkpoint.index import CheckpointIndex
-from p48ray.checkpoint.layout import EXPERT_NAME, PROJECTIONS, ModelLayout
+from p48ray.checkpoint.layout import EXPERT_NAME, PROJECTIONS, LayerNames
 from p48ray.errors import P48Error
 
 FUSED = {"gate_up_proj": {"gate_proj", "up_proj"}}
@@ -30,34 +30,35 @@ DRAFT_PARTS = (r"re:(.*\.)?decoder\..*", r"re:.*\.(eh_proj|shared_head\.head)$")
 WEIGHT = ".weight"
 
 
-def ignored(index: CheckpointIndex, layout: ModelLayout) -> list[str]:
+def ignored(index: CheckpointIndex, names: LayerNames) -> list[str]:
     """Patterns for every linear of a checkpoint outside its compressed experts.
 
     Args:
-        index, layout: the source; names are the output's, too.
+        index: of the source, or of a finished checkpoint, whose names are the same.
+        names: of it.
     Raises: P48Error if a pattern would hold for a compressed expert.
     """
     layers: set[str] = set()
     parts: set[str] = set()
     behind: set[int] = set()
     for entry in index.tensors.values():
-        if not is_linear(entry.name, entry.shape) or layout.is_expert_tensor(entry.name):
+        if not is_linear(entry.name, entry.shape) or names.is_expert_tensor(entry.name):
             continue
         module = entry.name.removesuffix(WEIGHT)
-        number, _, rest = module.removeprefix(layout.layer_prefix).partition(".")
-        if not module.startswith(layout.layer_prefix) or not number.isdecimal():
+        number, _, rest = module.removeprefix(names.layer_prefix).partition(".")
+        if not module.startswith(names.layer_prefix) or not number.isdecimal():
             parts.add(module)
-        elif int(number) < layout.num_layers:
+        elif int(number) < names.num_layers:
             layers.add(rest)
         else:
             behind.add(int(number))
     patterns = [
         *layer_patterns(layers),
-        *part_patterns(parts, layout),
+        *part_patterns(parts, names),
         *(rf"re:.*\.layers\.{number}\..*" for number in sorted(behind)),
         *(DRAFT_PARTS if behind else ()),
     ]
-    check_patterns(patterns, layout)
+    check_patterns(patterns, names)
     return patterns
 
 
@@ -87,28 +88,28 @@ def layer_patterns(modules: Iterable[str]) -> list[str]:
     return [rf"re:.*\.{re.escape(part)}\..*" for part in sorted(wholes)] + one_by_one
 
 
-def part_patterns(modules: Iterable[str], layout: ModelLayout) -> list[str]:
+def part_patterns(modules: Iterable[str], names: LayerNames) -> list[str]:
     """Of linears outside the layers: the head, a vision tower, a projector."""
     patterns = set[str]()
     for module in modules:
-        if f"{module}{WEIGHT}" == layout.embed_name:
+        if f"{module}{WEIGHT}" == names.embed_name:
             continue
-        names = module.removeprefix("model.").split(".")
-        if names[-1] != "lm_head":
-            name = re.escape(names[0])
-            patterns.add(rf"re:(.*\.)?{name}\..*" if names[1:] else rf"re:(.*\.)?{name}$")
+        first, *inner = module.removeprefix("model.").split(".")
+        if [first, *inner][-1] != "lm_head":
+            part = re.escape(first)
+            patterns.add(rf"re:(.*\.)?{part}\..*" if inner else rf"re:(.*\.)?{part}$")
     return [HEAD_PATTERN, *sorted(patterns)]
 
 
-def check_patterns(patterns: Iterable[str], layout: ModelLayout) -> None:
+def check_patterns(patterns: Iterable[str], names: LayerNames) -> None:
     """Raises: P48Error if one holds for a compressed expert's linear, or a mixture, under the name
     on disk or without its prefix."""
-    layer = layout.moe_layers[0]
-    linears = [layout.expert_linear_name(layer, 0, projection) for projection in PROJECTIONS]
+    layer = names.moe_layers[0]
+    linears = [names.expert_linear_name(layer, 0, projection) for projection in PROJECTIONS]
     assert all(EXPERT_NAME.fullmatch(f"{linear}.weight") for linear in linears)
-    names = [*linears, linears[0].rpartition(".")[0].rpartition(".")[0]]
+    kept = [*linears, linears[0].rpartition(".")[0].rpartition(".")[0]]
     for pattern in patterns:
         expression = re.compile(pattern.removeprefix("re:"))
-        for name in names:
+        for name in kept:
             if expression.match(name):
                 raise P48Error(f"ignore pattern {pattern!r} would leave {name} unquantized")

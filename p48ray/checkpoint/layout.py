@@ -30,13 +30,37 @@ number and do not match."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ModelLayout:
-    """Names and sizes of one checkpoint, read from its config and headers. `int4_group_size` is
+class LayerNames:
+    """What a checkpoint calls its layers and its experts, be it a source or a finished one.
+    `layer_prefix` ends before a layer's number ("language_model.model.layers.")."""
+
+    layer_prefix: str
+    embed_name: str
+    num_layers: int
+    moe_layers: tuple[int, ...]
+
+    def expert_linear_name(self, layer: int, expert: int, projection: str) -> str:
+        """The module's name in the checkpoint, without a tensor's suffix."""
+        return f"{self.layer_prefix}{layer}.mlp.experts.{expert}.{projection}"
+
+    def is_expert_tensor(self, name: str) -> bool:
+        """True for the tensors that compression replaces: those of routed experts in the layers
+        that the model runs."""
+        found = EXPERT_NAME.fullmatch(name)
+        return (
+            found is not None
+            and f"{found[1]}layers." == self.layer_prefix
+            and int(found[2]) < self.num_layers
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelLayout(LayerNames):
+    """Names and sizes of one source, read from its config and headers. `int4_group_size` is
     None unless experts are INT4.
 
     `fp8_block` is (outputs, inputs) that share a scale where any linear is stored in FP8, in or
-    outside the experts; None without such. `layer_prefix` ends before a layer's number
-    ("language_model.model.layers."). `head_name` is the embedding's where they are tied.
+    outside the experts; None without such. `head_name` is the embedding's where they are tied.
     `passthrough_expert_layers` are layers behind the last one (multi-token prediction) that hold
     experts too: they stay as they are.
     """
@@ -44,12 +68,8 @@ class ModelLayout:
     family: str
     text_config: dict[str, Any]
     text_config_path: tuple[str, ...]
-    layer_prefix: str
-    embed_name: str
     norm_name: str
     head_name: str
-    num_layers: int
-    moe_layers: tuple[int, ...]
     passthrough_expert_layers: tuple[int, ...]
     num_experts: int
     top_k: int
@@ -64,10 +84,6 @@ class ModelLayout:
         """The tensors of one expert linear in this checkpoint."""
         return EXPERT_SUFFIXES[self.expert_storage]
 
-    def expert_linear_name(self, layer: int, expert: int, projection: str) -> str:
-        """The module's name in the checkpoint, without a tensor's suffix."""
-        return f"{self.layer_prefix}{layer}.mlp.experts.{expert}.{projection}"
-
     def expert_tensor_names(self, layer: int, expert: int) -> tuple[str, ...]:
         """All tensors of one expert: gate, up, down, each with all its suffixes."""
         linears = [self.expert_linear_name(layer, expert, projection) for projection in PROJECTIONS]
@@ -78,13 +94,3 @@ class ModelLayout:
         if projection == "down_proj":
             return (self.hidden_size, self.moe_intermediate_size)
         return (self.moe_intermediate_size, self.hidden_size)
-
-    def is_expert_tensor(self, name: str) -> bool:
-        """True for the tensors that compression replaces: those of routed experts in the layers
-        that the model runs."""
-        found = EXPERT_NAME.fullmatch(name)
-        return (
-            found is not None
-            and f"{found[1]}layers." == self.layer_prefix
-            and int(found[2]) < self.num_layers
-        )

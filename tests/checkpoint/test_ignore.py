@@ -3,11 +3,12 @@ has for it; no expert is."""
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from p48ray.checkpoint.families import describe_model
+from p48ray.checkpoint.families import describe_model, describe_names
 from p48ray.checkpoint.ignore import check_patterns, ignored, is_linear
 from p48ray.checkpoint.index import CheckpointIndex, open_checkpoint
 from p48ray.checkpoint.layout import PROJECTIONS, ModelLayout
@@ -126,3 +127,20 @@ def test_pattern_that_would_leave_an_expert_plain_is_refused(
     layout = describe_model(source)
     with pytest.raises(P48Error, match=r"would leave .*mlp.experts.* unquantized"):
         check_patterns([pattern], layout)
+
+
+def test_finished_checkpoint_says_the_same_as_its_source(source: CheckpointIndex) -> None:
+    """Its experts have other tensors, and no layout of a source."""
+    layout = describe_model(source)
+    finished = {
+        entry.name: entry
+        for entry in source.tensors.values()
+        if not layout.is_expert_tensor(entry.name)
+    }
+    for layer in layout.moe_layers:
+        for expert in range(layout.num_experts):
+            for projection in PROJECTIONS:
+                name = layout.expert_linear_name(layer, expert, projection) + ".weight_packed"
+                finished[name] = replace(next(iter(source.tensors.values())), name=name)
+    index = replace(source, tensors=finished)
+    assert ignored(index, describe_names(index)) == ignored(source, layout)

@@ -26,6 +26,7 @@ from p48ray.checkpoint.layout import (
     EXPERT_SUFFIXES,
     PROJECTIONS,
     ExpertStorage,
+    LayerNames,
     ModelLayout,
 )
 from p48ray.errors import SourceError
@@ -34,9 +35,11 @@ __all__ = [
     "FAMILIES",
     "PROJECTIONS",
     "Family",
+    "LayerNames",
     "ModelLayout",
     "check_divisibility",
     "describe_model",
+    "describe_names",
 ]
 
 
@@ -85,6 +88,24 @@ def describe_model(index: CheckpointIndex) -> ModelLayout:
     check_experts(layout, experts)
     check_untouched(index, layout)
     return layout
+
+
+def describe_names(index: CheckpointIndex) -> LayerNames:
+    """What a checkpoint calls its layers and experts. Also of a finished one; of tensors' forms
+    nothing is checked.
+
+    Raises: SourceError, naming file and key, for a family that is not known, or no experts.
+    """
+    family = _family(index.config)
+    text = _text_config(index.config, family)
+    num_layers = text.integer("num_hidden_layers")
+    prefix, _, _ = _find_experts(index, num_layers)
+    return LayerNames(
+        layer_prefix=f"{prefix}layers.",
+        embed_name=f"{prefix}embed_tokens.weight",
+        num_layers=num_layers,
+        moe_layers=_moe_layers(family, text),
+    )
 
 
 def _family(config: Mapping[str, Any]) -> Family:
