@@ -81,6 +81,7 @@ from p48ray.run.needs import Needs, read_needs
 from p48ray.run.output_layout import unit_bytes
 from p48ray.run.plan import RunPlan, WorkUnit
 from p48ray.run.run_root import BlobKind
+from p48ray.run.scale_counts import GroupHistogram
 from p48ray.runner import cluster, ray_runner
 from p48ray.runner.base import TaskList
 from p48ray.runner.pipeline import Job
@@ -336,6 +337,8 @@ class Stubs:
         return ActivationPart(
             amax_input=41.5,
             amax_intermediate=87.25,
+            input_groups=GroupHistogram(first=0, counts=()),
+            intermediate_groups=GroupHistogram(first=0, counts=()),
             tokens_per_expert=tuple(self.routing[layer]),
             **self.facts(layer, part),
         )

@@ -101,7 +101,13 @@ def write_part(
         length, context.layout.hidden_size, str(device), seed=2 * part.part + 1
     )
     router_TK = torch.rand(ids_TK.shape, generator=generator, device=device).softmax(1)
-    seen = RoutedInputs(x_TH, ids_TK, router_TK, torch.tensor(AMAX_INTERMEDIATE, device=device))
+    seen = RoutedInputs(
+        x_TH,
+        ids_TK,
+        router_TK,
+        torch.tensor(AMAX_INTERMEDIATE, device=device),
+        torch.full((1,), AMAX_INTERMEDIATE, device=device),
+    )
     write_activations(context, writer, 0, part, seen, time.monotonic())
     write_gradients(context, writer, 0, part, delta_TH, time.monotonic())
 

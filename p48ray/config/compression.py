@@ -45,6 +45,14 @@ class CompressionConfig(Section):
             " else 16."
         ),
     )
+    activation_headroom: Automatic | Annotated[float, Field(ge=1, le=64)] = Field(
+        "auto",
+        description=(
+            "[factor] How far above the calibration's maximum an activation may lie before it"
+            " saturates. auto: for each layer and linear the largest power of two up to 16 that"
+            " costs small values nothing (DESIGN 2.2)."
+        ),
+    )
     output_curvature: bool = Field(
         True,
         description=(

@@ -2,7 +2,7 @@
 used, with or without W4A4.
 
 Legend: T tokens, H hidden size, F expert intermediate size, Z = 2 F (gate's values, then up's), K
-experts a token.
+experts a token, G groups of values that share a scale.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from p48ray.numerics.activation import quantize_activations
+from p48ray.numerics.headroom import group_amax
+from p48ray.numerics.nvfp4 import SCALE_GROUP
+
+INTERMEDIATE_STRIDE = 16
+"""Of an expert's tokens in a call, one in so many has its groups counted: a share of a thousandth
+does not need all of them."""
 
 
 class ExpertWeights(NamedTuple):
@@ -45,6 +51,8 @@ class RoutedInputs(NamedTuple):
     expert_ids_TK: Tensor
     router_weights_TK: Tensor
     amax_intermediate: Tensor
+    group_amax_G: Tensor
+    """Of the groups of every INTERMEDIATE_STRIDE-th intermediate of each expert, float32."""
 
 
 class ActivationScales(NamedTuple):
@@ -85,6 +93,7 @@ class RoutedExperts(nn.Module):
         weights: Callable[[int], ExpertWeights],
         scales: ActivationScales | None = None,
         observe: Callable[[RoutedInputs], None] | None = None,
+        group: int = SCALE_GROUP,
     ) -> None:
         """No weight is asked for yet.
 
@@ -93,6 +102,7 @@ class RoutedExperts(nn.Module):
             weights: expert id -> ExpertWeights in the compute dtype.
             scales: emulate W4A4 activations when given.
             observe: receives what the experts saw, after each call; None for nobody.
+            group: values of an intermediate whose amax is observed together.
         """
         super().__init__()
         self.num_experts, self.weights, self.scales, self.observe = (
@@ -101,6 +111,7 @@ class RoutedExperts(nn.Module):
             scales,
             observe,
         )
+        self.group = group
         self.recorded: list[RoutedCall] | None = None
 
     def forward(
@@ -138,17 +149,22 @@ class RoutedExperts(nn.Module):
             c.hidden_TH if self.scales is None else self.quantized(c.hidden_TH, self.scales.gate_up)
             for c in calls
         ]
+        groups: list[list[Tensor]] = [[] for _ in calls]
         fused = self.scales is None and is_fused(calls)
         for weights, position, rows, slots in self.visits(calls):
             if fused:
                 h_TF = kernels().swiglu(
                     F.linear(inputs[position][rows], weights.gate_up_ZH), amaxes[position]
                 )
+                if self.observe is not None:
+                    groups[position].append(group_amax(h_TF[::INTERMEDIATE_STRIDE], self.group))
                 shares_T = calls[position].router_weights_TK[rows, slots]
                 kernels().add_rows(outs[position], rows, F.linear(h_TF, weights.down_HF), shares_T)
                 continue
             h_TF = intermediate(inputs[position][rows], weights)
             amaxes[position] = torch.maximum(amaxes[position], h_TF.abs().amax().float())
+            if self.observe is not None:
+                groups[position].append(group_amax(h_TF[::INTERMEDIATE_STRIDE], self.group))
             if self.scales is not None:
                 h_TF = self.quantized(h_TF, self.scales.down)
             y_TH = (
@@ -157,8 +173,8 @@ class RoutedExperts(nn.Module):
             )
             outs[position].index_add_(0, rows, y_TH.to(outs[position].dtype))
         if self.observe is not None:
-            for call, amax in zip(calls, amaxes, strict=True):
-                self.observe(RoutedInputs(*call, amax))
+            for call, amax, found in zip(calls, amaxes, groups, strict=True):
+                self.observe(RoutedInputs(*call, amax, torch.cat(found).float()))
         return outs
 
     @torch.no_grad()

@@ -31,6 +31,7 @@ from p48ray.report.ladder_section import ladder
 from p48ray.report.plan_table import size
 from p48ray.report.report import Report
 from p48ray.report.run_sections import cost, made, quality, timeline
+from p48ray.report.scale_section import scales
 from p48ray.report.status import RunStatus
 from p48ray.report.work import duration, gpu_hours
 from p48ray.run.manifest import UnitManifest
@@ -45,6 +46,7 @@ SECTIONS: tuple[tuple[str, Callable[[Facts], Values | None]], ...] = (
     ("errors", errors),
     ("routing", routing),
     ("outcomes", outcomes),
+    ("scales", scales),
     ("regularization", regularization),
     ("masks", masks),
     ("cost", cost),

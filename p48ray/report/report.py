@@ -10,6 +10,12 @@ from rich.table import Table
 from p48ray.checkpoint.layout import PROJECTIONS
 from p48ray.checkpoint.sparse_storage import Storage
 from p48ray.numerics.zeros import ZERO_INPUTS
+from p48ray.report.scale_figures import (
+    LayerScaleFigures,
+    headroom_words,
+    scale_figures,
+    scale_warnings,
+)
 from p48ray.report.work import Extrapolation, duration, extrapolate, pilot_words, read_work
 from p48ray.run import run_root
 from p48ray.run.benchmark_results import BenchmarkTable
@@ -68,6 +74,7 @@ class Report(Record):
     ladder: tuple[LadderMean, ...] = ()
     clipped_input_share: float
     clipped_intermediate_share: float
+    scales: tuple[LayerScaleFigures, ...] = ()
     storage: Storage = "dense"
     checkpoint_bytes: int
     source_bytes: int
@@ -129,6 +136,9 @@ def build_report(
         clipped_input_share=sum(u.clipped_input_share for u in units) / max(1, len(units)),
         clipped_intermediate_share=sum(u.clipped_intermediate_share for u in units)
         / max(1, len(units)),
+        scales=scale_figures(
+            context.store, units, quality.activation_scales if quality is not None else ()
+        ),
         storage=plan.config.output.storage,
         checkpoint_bytes=sum(s.num_bytes for s in shards),
         source_bytes=sum(e.num_bytes for e in context.source.tensors.values()),
@@ -227,6 +237,10 @@ def print_report(report: Report, console: Console) -> None:
         f"activations clipped: {report.clipped_input_share:.2e} of inputs,"
         f" {report.clipped_intermediate_share:.2e} of intermediates"
     )
+    if report.scales:
+        console.print(headroom_words(report.scales))
+    for words in scale_warnings(report.scales):
+        console.print(f"warning: {words}", soft_wrap=True)
     for note in report.source_notes:
         console.print(f"source: {note}", soft_wrap=True)
     storage = f" in {report.storage} storage" if report.storage != "dense" else ""

@@ -10,6 +10,7 @@ Read in this order:
     plan            what will be done: a function of the configuration and the checkpoint's headers
     manifest        what was done: one record for each finished piece of work
     checked         those records as readers get them: held against what was asked for
+    scale_counts    what becomes of values that share a scale
     scales          a layer's input scales, held against its parts
     changing_hands  whose run root it is, and how a pilot's becomes the full run's
     output_layout   where every byte of the output lies

@@ -7,6 +7,7 @@ from pydantic import Field
 
 from p48ray.run.records import Record, canonical_json
 from p48ray.run.run_root import BlobKind
+from p48ray.run.scale_counts import GroupHistogram, LayerScaleCounts, ScaleCounts
 
 MANIFEST_FILE = "p48ray.json"
 """Of a finished checkpoint, beside its weights."""
@@ -126,6 +127,12 @@ class ActivationPart(PartManifest):
     amax_intermediate: float = Field(
         ge=0, description="Largest |h| over all routed experts' intermediates, original weights."
     )
+    input_groups: GroupHistogram = Field(
+        description="Of the inputs' groups that share an activation scale."
+    )
+    intermediate_groups: GroupHistogram = Field(
+        description="Of the intermediates', from a sample of each expert's tokens."
+    )
     tokens_per_expert: tuple[int, ...]
 
 
@@ -145,9 +152,17 @@ class LayerScales(Record):
     layer: int
     amax_input: float
     amax_intermediate: float
-    gate_up: float = Field(gt=0, description="448 * 6 / amax_input; 1 where that is 0.")
+    headroom: tuple[float, float] = Field(
+        description="Of gate and up, and of down: how far above the amax values saturate."
+    )
+    gate_up: float = Field(
+        gt=0, description="448 * 6 / (headroom * amax_input); 1 where that is 0."
+    )
     down: float = Field(
-        gt=0, description="448 * 6 / (margin * amax_intermediate); 1 where that is 0."
+        gt=0, description="448 * 6 / (headroom * amax_intermediate); 1 where that is 0."
+    )
+    calibration: tuple[ScaleCounts, ScaleCounts] = Field(
+        description="Of the inputs' groups and the intermediates' under these scales, by bins."
     )
     tokens_per_expert: tuple[int, ...]
 
@@ -210,6 +225,9 @@ class UnitManifest(Record):
     )
     clipped_input_share: float
     clipped_intermediate_share: float
+    weight_scales: ScaleCounts = Field(
+        ScaleCounts(), description="Of the blocks of weights that share a scale; none saturates."
+    )
     seconds: dict[str, float] = Field(description="By Phase; writing the shard is in none.")
     peak_gpu_bytes: dict[str, int] = Field(
         default_factory=dict, description="Largest allocated GPU memory by phase; empty on a CPU."
@@ -307,6 +325,9 @@ class EvaluationPart(Record):
     kl: float
     in_groups_of_32: CompressedSums | None = Field(
         None, description="With activation scales of 32 inputs, as kernels of paired-4:8 see them."
+    )
+    activation_scales: tuple[LayerScaleCounts, ...] = Field(
+        (), description="By layer, as served; none where activations are not quantized."
     )
 
 

@@ -26,7 +26,7 @@ from p48ray.errors import ConfigError
 from p48ray.run.records import Record, canonical_json
 
 FORMAT_VERSION = 4  # layout of the run root and of unit shards
-NUMERICS_VERSION = 4  # bumped by whoever changes a number that reaches an output byte
+NUMERICS_VERSION = 5  # bumped by whoever changes a number that reaches an output byte
 
 Effect = Literal["units", "checkpoint", "free"]
 
@@ -52,6 +52,7 @@ SETTINGS: dict[str, Effect] = {
     "compression.sparsity": "units",
     "compression.scale_span": "units",
     "compression.activation_group": "units",
+    "compression.activation_headroom": "units",
     "compression.output_curvature": "units",
     "compression.damp": "units",
     "compression.output_damp": "units",

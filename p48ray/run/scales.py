@@ -7,15 +7,13 @@ from contextlib import suppress
 
 from p48ray.errors import CalibrationError, CorruptObjectError
 from p48ray.numerics.activation import input_global_scale
+from p48ray.numerics.headroom import largest_headroom
 from p48ray.run import run_root
 from p48ray.run.checked import load_checked, load_each, load_part_manifest, raise_together
 from p48ray.run.manifest import ActivationPart, LayerScales, UnitManifest
 from p48ray.run.plan import RunPlan, WorkUnit
+from p48ray.run.scale_counts import count_binned, merged_bins
 from p48ray.store.base import Store
-
-# Compressed gate and up change the intermediate's range, so down's input scale leaves room above
-# what the original weights gave (DESIGN 2.2).
-INTERMEDIATE_MARGIN = 1.25
 
 
 def write_layer_scales(plan: RunPlan, store: Store, layer: int) -> LayerScales:
@@ -101,7 +99,9 @@ def part_manifests(plan: RunPlan, store: Store, layer: int) -> list[ActivationPa
 
 
 def combine_scales(plan: RunPlan, layer: int, parts: list[ActivationPart]) -> LayerScales:
-    """A layer's input global scales from the maxima of its parts.
+    """A layer's input global scales from what its parts have seen. Each leaves room above the
+    maximum, for texts that the calibration has not seen and for intermediates that compressed gate
+    and up change.
 
     Where all are zero the scale is 1: experts that were pruned leave no intermediates.
     Raises: CalibrationError for activations that are not finite.
@@ -114,13 +114,26 @@ def combine_scales(plan: RunPlan, layer: int, parts: list[ActivationPart]) -> La
             )
     amax_input = max(p.amax_input for p in parts)
     amax_intermediate = max(p.amax_intermediate for p in parts)
+    bins = (
+        merged_bins(p.input_groups for p in parts),
+        merged_bins(p.intermediate_groups for p in parts),
+    )
+    asked = plan.config.compression.activation_headroom
+    headroom = tuple(
+        largest_headroom(found, amax) if asked == "auto" else asked
+        for found, amax in zip(bins, (amax_input, amax_intermediate), strict=True)
+    )
+    gate_up = input_global_scale(headroom[0] * amax_input)
+    down = input_global_scale(headroom[1] * amax_intermediate)
     return LayerScales(
         units_digest=plan.units_digest,
         layer=layer,
         amax_input=amax_input,
         amax_intermediate=amax_intermediate,
-        gate_up=input_global_scale(amax_input),
-        down=input_global_scale(INTERMEDIATE_MARGIN * amax_intermediate),
+        headroom=(headroom[0], headroom[1]),
+        gate_up=gate_up,
+        down=down,
+        calibration=(count_binned(bins[0], gate_up), count_binned(bins[1], down)),
         tokens_per_expert=tuple(
             sum(counts) for counts in zip(*(p.tokens_per_expert for p in parts), strict=True)
         ),

@@ -19,6 +19,7 @@ from p48ray.errors import CalibrationError
 from p48ray.model.decoder import Decoder, attend, mix
 from p48ray.model.expert_loader import check_layer
 from p48ray.model.experts import RoutedInputs
+from p48ray.numerics.headroom import count_bins, group_amax
 from p48ray.run import run_root
 from p48ray.run.manifest import ActivationPart, BoundaryPart
 from p48ray.run.needs import Needs, read_needs
@@ -230,6 +231,10 @@ def write_activations(
     values = {
         "amax_input": hidden_TH.abs().amax().float(),
         "amax_intermediate": observed.amax_intermediate,
+        "input_groups": count_bins(
+            group_amax(hidden_TH, context.plan.config.compression.activation_group)
+        ),
+        "intermediate_groups": count_bins(observed.group_amax_G),
         "tokens_per_expert": torch.bincount(
             observed.expert_ids_TK.flatten(), minlength=context.layout.num_experts
         ),

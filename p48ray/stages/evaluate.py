@@ -12,7 +12,7 @@ exist at once, V vocabulary.
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 
 import torch
@@ -23,13 +23,15 @@ from p48ray.config import EvaluationConfig, RunConfig
 from p48ray.errors import ConfigError, NumericsError
 from p48ray.model.decoder import Decoder, run_layer
 from p48ray.model.expert_loader import layer_experts
-from p48ray.model.experts import ActivationScales, ExpertWeights, RoutedExperts
+from p48ray.model.experts import ActivationScales, ExpertWeights, RoutedExperts, RoutedInputs
+from p48ray.numerics.headroom import group_amax
 from p48ray.run import run_root
 from p48ray.run.checked import load_each, load_evaluation_part
 from p48ray.run.manifest import CompressedSums, EvaluationPart, UnitManifest
 from p48ray.run.output_layout import OutputShard
 from p48ray.run.plan import RunPlan, SequencePart, cut_parts
 from p48ray.run.records import Record, canonical_json
+from p48ray.run.scale_counts import LayerScaleCounts, count_groups
 from p48ray.stages.compressed_experts import CompressedExperts, finished_experts
 from p48ray.stages.tasks import Task
 from p48ray.texts.documents import digest_documents
@@ -50,6 +52,7 @@ class EvaluationResult(Record):
     """Source and compressed model on the same held-out tokens. KL in nats a token.
 
     in_groups_of_32: the same checkpoint as kernels of paired-4:8 run it (see `sees_both_groups`).
+    activation_scales: by layer, as served.
     """
 
     num_tokens: int
@@ -59,6 +62,7 @@ class EvaluationResult(Record):
     compressed_accuracy: float
     kl: float
     in_groups_of_32: CompressedQuality | None = None
+    activation_scales: tuple[LayerScaleCounts, ...] = ()
 
 
 def evaluation_digest(plan: RunPlan, settings: EvaluationConfig) -> str:
@@ -99,10 +103,11 @@ def evaluate_part(
     positions = decoder.positions(inputs_BS.shape[1])
     streams = [decoder.embed(inputs_BS)] * (1 + len(activation_groups(context.plan.config)))
     micro_batch = context.plan.config.calibration.sequences_per_micro_batch
+    counts: list[LayerScaleCounts] = []
     for number in range(context.plan.source.num_layers):
         is_mixture = number in context.plan.source.moe_layers
         with (
-            mixtures(context, decoder, compressed, number) if is_mixture else nullcontext()
+            mixtures(context, decoder, compressed, number, counts) if is_mixture else nullcontext()
         ) as experts:
             layer = decoder.layer(number, experts[0] if experts else None)
             for k, x_BSH in enumerate(streams):
@@ -134,6 +139,7 @@ def evaluate_part(
         in_groups_of_32=(
             CompressedSums(loss=other[0], correct=int(other[1]), kl=other[2]) if other else None
         ),
+        activation_scales=tuple(counts),
     )
 
 
@@ -159,7 +165,11 @@ def check_sums(part: SequencePart, sums: Sequence[float]) -> None:
 
 @contextmanager
 def mixtures(
-    context: StageContext, decoder: Decoder, compressed: CompressedExperts, number: int
+    context: StageContext,
+    decoder: Decoder,
+    compressed: CompressedExperts,
+    number: int,
+    counts: list[LayerScaleCounts],
 ) -> Iterator[list[RoutedExperts]]:
     """The source's experts as they are, then the compressed ones, once for every view of the
     activations; in a layer that a pilot leaves out, the source's again.
@@ -169,6 +179,7 @@ def mixtures(
         decoder: of the source.
         compressed: as evaluate_part takes it.
         number: of a layer with experts.
+        counts: what becomes of the served view's activations is appended.
     """
     count, groups = context.layout.num_experts, activation_groups(context.plan.config)
     if number not in context.plan.layers:
@@ -180,12 +191,27 @@ def mixtures(
     def smaller(expert: int) -> ExpertWeights:
         return ExpertWeights(*(w.to(decoder.dtype) for w in compressed(number, expert)))
 
-    seen = [None if group is None else ActivationScales(*scales, group) for group in groups]
+    def count_served(seen: RoutedInputs) -> None:
+        group = groups[0]
+        assert group is not None
+        counts.append(
+            LayerScaleCounts(
+                layer=number,
+                gate_up=count_groups(group_amax(seen.hidden_TH, group), scales[0]),
+                down=count_groups(seen.group_amax_G, scales[1]),
+            )
+        )
+
     with layer_experts(decoder, number) as originals:
-        yield [
-            RoutedExperts(count, originals),
-            *(RoutedExperts(count, smaller, view) for view in seen),
-        ]
+        views = [RoutedExperts(count, originals)]
+        for place, group in enumerate(groups):
+            if group is None:
+                views.append(RoutedExperts(count, smaller))
+                continue
+            observe = None if place else count_served
+            view = ActivationScales(*scales, group)
+            views.append(RoutedExperts(count, smaller, view, observe, group))
+        yield views
 
 
 def activation_groups(config: RunConfig) -> list[int | None]:
@@ -252,7 +278,22 @@ def combine_parts(parts: list[EvaluationPart]) -> EvaluationResult:
             if len(others) == len(parts)
             else None
         ),
+        activation_scales=summed_by_layer(c for p in parts for c in p.activation_scales),
     )
+
+
+def summed_by_layer(counts: Iterable[LayerScaleCounts]) -> tuple[LayerScaleCounts, ...]:
+    sums: dict[int, LayerScaleCounts] = {}
+    for c in counts:
+        before = sums.get(c.layer)
+        sums[c.layer] = (
+            c
+            if before is None
+            else LayerScaleCounts(
+                layer=c.layer, gate_up=before.gate_up + c.gate_up, down=before.down + c.down
+            )
+        )
+    return tuple(sums.values())
 
 
 def perplexity(loss: float) -> float:

@@ -52,6 +52,7 @@ def opened_layer(
         yield decoder.layer(number, None)
         return
     with layer_experts(decoder, number) as experts:
+        group = context.plan.config.compression.activation_group
         yield decoder.layer(
-            number, RoutedExperts(context.layout.num_experts, experts, observe=observe)
+            number, RoutedExperts(context.layout.num_experts, experts, observe=observe, group=group)
         )

@@ -30,12 +30,15 @@ from p48ray.checkpoint.tensors import TensorFile
 from p48ray.errors import ShardCorruptError
 from p48ray.model.experts import ExpertWeights
 from p48ray.numerics.asymmetric import compensated_target
+from p48ray.numerics.headroom import SMALLEST_NORMAL, ScaleMasks, group_amax
+from p48ray.numerics.nvfp4 import SCALE_GROUP
 from p48ray.numerics.solution import Solution, SolverSettings
 from p48ray.numerics.solvers import SOLVERS, solve
 from p48ray.run import run_root
 from p48ray.run.manifest import LadderStep, LayerScales, LinearRecord, Phase, UnitManifest
 from p48ray.run.output_layout import unit_bytes, unit_rows
 from p48ray.run.plan import WorkUnit
+from p48ray.run.scale_counts import ScaleCounts, counted
 from p48ray.unit.compute_lock import idle_seconds
 from p48ray.unit.context import StageContext
 from p48ray.unit.ladder import Ladder
@@ -98,6 +101,7 @@ class Solved:
     linears: tuple[LinearRecord, ...]
     ladder: tuple[LadderStep, ...]
     clipped: tuple[float, float]
+    weight_scales: ScaleCounts
 
 
 @torch.no_grad()
@@ -181,7 +185,25 @@ def solve_unit(context: StageContext, unit: WorkUnit, fetched: Fetched, clock: C
         )
         tensors = pack_unit(context, unit, fetched.scales, gate_up, down)
     clipped = (clipped_input, clipped_intermediate)
-    return Solved(tensors, fetched.scales, records, ladder.steps(), clipped)
+    weight_scales = count_weight_scales(gate_up_NOI, gate_up) + count_weight_scales(down_NOI, down)
+    return Solved(tensors, fetched.scales, records, ladder.steps(), clipped, weight_scales)
+
+
+def count_weight_scales(weight_NOI: Tensor, solution: Solution) -> ScaleCounts:
+    """What became of blocks of weights.
+
+    Args:
+        weight_NOI: the originals.
+        solution: what they became, with scale_NOG of the blocks.
+    """
+    scale_G = solution.scale_NOG.float().flatten()
+    is_there_G = group_amax(weight_NOI.flatten(0, 1), SCALE_GROUP) > 0
+    masks = ScaleMasks(
+        saturated=torch.zeros_like(is_there_G),
+        subnormal=(scale_G > 0) & (scale_G < SMALLEST_NORMAL),
+        zero=scale_G == 0,
+    )
+    return counted(masks, is_there_G.long())
 
 
 def decode_originals(
@@ -299,6 +321,7 @@ def store_unit(context: StageContext, unit: WorkUnit, solved: Solved, clock: Clo
         ladder=solved.ladder,
         clipped_input_share=solved.clipped[0],
         clipped_intermediate_share=solved.clipped[1],
+        weight_scales=solved.weight_scales,
         seconds=clock.seconds,
         peak_gpu_bytes=clock.peak_gpu_bytes,
         finished_at=round(time.time(), 3),

@@ -9,6 +9,7 @@ from transformers import DeepseekV3Config
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Experts
 
 from p48ray.model.experts import (
+    INTERMEDIATE_STRIDE,
     ActivationScales,
     ExpertWeights,
     RoutedCall,
@@ -111,6 +112,12 @@ def test_observer_sees_raw_inputs_and_the_largest_intermediate_of_the_routed_exp
     assert torch.equal(seen[0].hidden_TH, x_TH) and torch.equal(seen[0].expert_ids_TK, ids_TK)
     assert torch.equal(seen[0].router_weights_TK, router_TK)
     assert seen[0].amax_intermediate.item() == pytest.approx(amax, rel=1e-6)
+    some = [
+        intermediate(x_TH[(ids_TK == e).any(1)], weights[e])[::INTERMEDIATE_STRIDE]
+        for e in range(1, NUM_EXPERTS)
+    ]
+    groups = torch.cat([h.unflatten(1, (-1, 16)).abs().amax(-1).flatten() for h in some])
+    torch.testing.assert_close(seen[0].group_amax_G, groups, rtol=1e-5, atol=0)
     unrouted = intermediate(x_TH, ExpertWeights(*(100 * w for w in weights[0])))
     assert unrouted.abs().max() > amax, (
         "expert 0 would have had a larger one, but no token went there"

@@ -77,7 +77,7 @@ def captured(context: StageContext) -> dict[int, RoutedInputs]:
     joined = {
         n: [torch.cat([raw[n, p][field] for p in PARTS]) for field in range(3)] for n in layers
     }
-    return {n: RoutedInputs(*joined[n], torch.zeros(())) for n in layers}
+    return {n: RoutedInputs(*joined[n], torch.zeros(()), torch.zeros(0)) for n in layers}
 
 
 def deltas(context: StageContext) -> dict[int, Tensor]:

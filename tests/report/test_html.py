@@ -149,6 +149,7 @@ def test_page_has_every_section(page: Page) -> None:
         "errors",
         "routing",
         "outcomes",
+        "scales",
         "regularization",
         "masks",
         "cost",

@@ -24,6 +24,7 @@ from p48ray.report.work import (
 from p48ray.run import run_root
 from p48ray.run.manifest import ActivationPart, GradientPart, UnitManifest
 from p48ray.run.plan import RunPlan
+from p48ray.run.scale_counts import GroupHistogram
 from p48ray.stages import capture, gradients
 from p48ray.stages.prepare import prepare
 from p48ray.stages.table import STAGES
@@ -41,6 +42,8 @@ def part(layer: int, number: int, finished_at: float, seconds: float = 1.0) -> A
         sha256="0",
         amax_input=1,
         amax_intermediate=1,
+        input_groups=GroupHistogram(first=0, counts=()),
+        intermediate_groups=GroupHistogram(first=0, counts=()),
         tokens_per_expert=(1,),
         seconds=seconds,
         write_seconds=0.5,

@@ -15,6 +15,7 @@ from p48ray.run import run_root
 from p48ray.run.manifest import ActivationPart, GradientPart, LayerScales, UnitManifest
 from p48ray.run.needs import read_needs
 from p48ray.run.plan import SequencePart
+from p48ray.run.scale_counts import GroupHistogram
 from p48ray.run.scales import combine_scales
 from p48ray.runner import overlap, ray_runner
 from p48ray.runner.base import TaskList
@@ -209,6 +210,8 @@ def leave(prepared: Prepared, layer: int, *parts: SequencePart, way: str = "both
                 part=p.part,
                 amax_input=1.0,
                 amax_intermediate=1.0,
+                input_groups=GroupHistogram(first=0, counts=()),
+                intermediate_groups=GroupHistogram(first=0, counts=()),
                 tokens_per_expert=(layer,) * size,
                 **shared,
             )

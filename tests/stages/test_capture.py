@@ -8,6 +8,7 @@ import torch
 from p48ray.config.load import load_config
 from p48ray.model import decoder as decoder_module
 from p48ray.model.experts import RoutedInputs
+from p48ray.numerics.headroom import SUBNORMAL_SHARE
 from p48ray.run import arrow, run_root
 from p48ray.run.manifest import LayerScales
 from p48ray.run.plan import RunPlan, SequencePart
@@ -113,8 +114,8 @@ def check_routing(ids_TK: torch.Tensor, weights_TK: torch.Tensor, want: whole_mo
 
 
 def test_scales_are_those_of_the_layers_maxima(context: StageContext) -> None:
-    """gate/up from amax of the stored inputs, down with 1.25 of room above the dense intermediates,
-    both over all parts and experts."""
+    """gate/up from amax of the stored inputs, down from that of the dense intermediates, over all
+    parts and experts; each with as much room as its own groups allow."""
     capture_parts(context, [p.part for p in context.plan.parts])
     for layer in context.plan.layers:
         write_layer_scales(context.plan, context.store, layer)
@@ -130,8 +131,18 @@ def test_scales_are_those_of_the_layers_maxima(context: StageContext) -> None:
                 gate, up = (x_TH[rows] @ experts.gate_up_proj[e].T).chunk(2, -1)
                 amax_h = max(amax_h, (torch.nn.functional.silu(gate) * up).abs().max().item())
         # one bf16 rounding apart
-        assert scales.gate_up == pytest.approx(448 * 6 / x_TH.abs().max().item(), rel=5e-3)
-        assert scales.down == pytest.approx(448 * 6 / (1.25 * amax_h), rel=1e-4)
+        room_x, room_h = scales.headroom
+        amax_x = x_TH.abs().max().item()
+        assert scales.gate_up == pytest.approx(448 * 6 / (room_x * amax_x), rel=5e-3)
+        assert scales.down == pytest.approx(448 * 6 / (room_h * amax_h), rel=1e-4)
+        groups_x = x_TH.unflatten(1, (-1, 16)).abs().amax(-1)
+        assert scales.calibration[0].groups == groups_x.numel()
+        assert scales.calibration[1].groups > 0
+        for room, counts in zip(scales.headroom, scales.calibration, strict=True):
+            assert room in (1, 2, 4, 8, 16) and counts.saturated == 0
+            assert counts.subnormal + counts.zero <= SUBNORMAL_SHARE * counts.groups
+        # the groups of this small model lie within a thousandfold of the largest
+        assert room_x == 16 and (groups_x > amax_x * 16 / 28672).all()
         assert sum(scales.tokens_per_expert) == x_TH.shape[0] * 4
 
 

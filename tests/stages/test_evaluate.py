@@ -24,6 +24,7 @@ from p48ray.report.report import Report
 from p48ray.run import arrow, run_root
 from p48ray.run.manifest import CompressedSums, EvaluationPart, LayerScales
 from p48ray.run.plan import SequencePart
+from p48ray.run.scale_counts import LayerScaleCounts
 from p48ray.stages import evaluate
 from p48ray.stages.compressed_experts import compressed_expert
 from p48ray.stages.evaluate import (
@@ -40,6 +41,7 @@ from p48ray.store import LocalStore
 from p48ray.unit.context import StageContext
 from tests.conftest import TINY
 from tests.reference import whole_model
+from tests.reference.formats import e4m3
 from tests.stages.slow_nvfp4 import decode_weights, quantize_tokens
 from tests.stages.small_run import SmallRun, configure, run_locally
 
@@ -158,9 +160,13 @@ def test_source_against_itself_has_no_divergence_and_the_same_losses(
 
     @contextmanager
     def source_thrice(
-        context: StageContext, decoder: Decoder, compressed: CompressedExperts, number: int
+        context: StageContext,
+        decoder: Decoder,
+        compressed: CompressedExperts,
+        number: int,
+        counts: list[LayerScaleCounts],
     ) -> Iterator[list[RoutedExperts]]:
-        with real(context, decoder, compressed, number) as (source, *others):
+        with real(context, decoder, compressed, number, counts) as (source, *others):
             yield [source] * (1 + len(others))
 
     monkeypatch.setattr(evaluate, "mixtures", source_thrice)
@@ -171,6 +177,50 @@ def test_source_against_itself_has_no_divergence_and_the_same_losses(
     assert found.in_groups_of_32 == CompressedSums(
         loss=found.source_loss, correct=found.source_correct, kl=0
     )
+
+
+@pytest.mark.parametrize("factor", [1.0, 64.0, 2.0**-9, 2.0**-13])
+def test_groups_that_saturate_or_are_too_small_are_counted_as_served(
+    finished: SmallRun,
+    checkpoint: CompressedExperts,
+    held_out: Tensor,
+    factor: float,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Under the units' own scales and under others. The first mixture's inputs are the source's:
+    what is below it is not compressed."""
+    real = StageContext.stored_scales
+
+    def others(self: StageContext, layer: int) -> tuple[float, float]:
+        gate_up, down = real(self, layer)
+        return factor * gate_up, factor * down
+
+    monkeypatch.setattr(StageContext, "stored_scales", others)
+    found = evaluate_part(finished.context, checkpoint, held_out, everything(held_out))
+    layers = finished.context.plan.layers
+    assert [c.layer for c in found.activation_scales] == list(layers)
+    _, seen = whole_model.run_and_record(whole_model.load(TINY), held_out[:, :-1])
+    x_TH = seen[layers[0]].hidden_TH
+    scale = others(finished.context, layers[0])[0]
+    raw = [scale * a / 6 for a in x_TH.unflatten(1, (-1, 16)).abs().amax(-1).flatten().tolist()]
+    rounded = [e4m3(min(r, 448.0)) for r in raw]
+    counts = found.activation_scales[0].gate_up
+    assert counts.groups == len(raw)
+    expected = (
+        sum(r > 448 for r in raw),
+        sum(0 < r < 2**-6 for r in rounded),
+        sum(r == 0 for r in rounded),
+    )
+    for name, want in zip(("saturated", "subnormal", "zero"), expected, strict=True):
+        # the streamed model's sums are in another order than the whole one's
+        assert abs(getattr(counts, name) - want) <= 0.002 * counts.groups, name
+    for c in found.activation_scales:
+        assert 0 < c.down.groups < c.gate_up.groups * 4
+        assert c.down.saturated == 0 or factor == 64
+        assert (c.down.subnormal + c.down.zero > 0.2 * c.down.groups) == (factor < 1)
+    if factor == 1:
+        assert expected == (0, 0, 0)
+        assert combine_parts([found, found]).activation_scales[0].gate_up.groups == 2 * len(raw)
 
 
 @pytest.mark.slow

@@ -39,7 +39,11 @@ def layer_inputs(finished: SmallRun) -> RoutedInputs:
     scales = LayerScales.load(store, run_root.layer_scales(1))
     amax = torch.tensor(scales.amax_intermediate)
     return RoutedInputs(
-        columns["hidden"], columns["expert_ids"].long(), columns["router_weights"], amax
+        columns["hidden"],
+        columns["expert_ids"].long(),
+        columns["router_weights"],
+        amax,
+        amax.reshape(1),
     )
 
 
@@ -68,9 +72,7 @@ def opened(finished: SmallRun, layer_inputs: RoutedInputs, random_delta: Tensor)
         rows = zip(*(seen_part.split(tokens) for seen_part in seen[:3]), strict=True)
         with BlobWriter(context) as writer:
             for part, three in zip(context.plan.parts, rows, strict=True):
-                write_activations(
-                    context, writer, 1, part, RoutedInputs(*three, seen.amax_intermediate), 0.0
-                )
+                write_activations(context, writer, 1, part, RoutedInputs(*three, *seen[3:]), 0.0)
             parts = writer.drain()
         context.store.put(
             run_root.layer_scales(1), combine_scales(context.plan, 1, parts).to_json()

@@ -6,6 +6,7 @@ import json
 import uuid
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,10 +23,11 @@ from p48ray.numerics import block_int8
 from p48ray.run import run_root
 from p48ray.run.manifest import LayerScales, LinearRecord, UnitManifest
 from p48ray.run.plan import WorkUnit
+from p48ray.run.scale_counts import ScaleCounts
 from p48ray.stages.compressed_experts import compressed_expert
 from p48ray.store import LocalStore
 from p48ray.unit import moments, refinement, routed_tokens, token_columns
-from p48ray.unit.compress import compress_unit
+from p48ray.unit.compress import compress_unit, count_weight_scales
 from p48ray.unit.context import StageContext
 from tests.conftest import TINY
 from tests.reference import whole_model
@@ -121,6 +123,39 @@ def test_global_scales_are_positive_and_shared_where_servers_fuse(
                     and (linear["weight_global_scale"] > 0).all()
                 )
                 assert torch.equal(linear["input_global_scale"], torch.tensor([wanted[projection]]))
+
+
+def test_blocks_of_weights_with_small_scales_are_counted(
+    finished: SmallRun, tmp_path: Path
+) -> None:
+    """Each block of 16 of the shard, by its stored scale; no expert of the model has a block of
+    zeros."""
+    for unit in finished.prepared.plan.units[:2]:
+        manifest = UnitManifest.load(finished.prepared.store, run_root.unit_manifest(unit.id))
+        shard = Shard.of(shard_bytes(finished.context, manifest), tmp_path)
+        scales = torch.cat(
+            [
+                t.float().flatten()
+                for name, t in shard.tensors.items()
+                if name.endswith(".weight_scale")
+            ]
+        )
+        assert manifest.weight_scales == ScaleCounts(
+            groups=len(scales),
+            subnormal=int(((scales > 0) & (scales < 2**-6)).sum()),
+            zero=int((scales == 0).sum()),
+        )
+
+
+def test_lost_blocks_of_weights_are_those_with_weights_and_a_small_scale() -> None:
+    """Of six blocks two are all zeros; of the others one has lost bits and one is lost."""
+    weight_NOI = torch.zeros(1, 2, 48)
+    weight_NOI[0, 0, [0, 17]] = torch.tensor([-1.0, 2.0])
+    weight_NOI[0, 1, [0, 17]] = torch.tensor([3.0, -4.0])
+    scale_NOG = torch.tensor([[[2.0**-6, 2.0**-7, 0.0], [0.0, 448.0, 0.0]]])
+    solution = SimpleNamespace(scale_NOG=scale_NOG.to(torch.float8_e4m3fn))
+    found = count_weight_scales(weight_NOI, solution)  # type: ignore[arg-type]
+    assert found == ScaleCounts(groups=4, subnormal=1, zero=1)
 
 
 def test_compressed_tensors_decodes_the_shard_to_the_projects_own_values(

@@ -102,7 +102,9 @@ def test_layer_whose_inputs_are_zero_is_all_zero_with_a_scale_of_one(
     opened: Opener, layer_inputs: RoutedInputs, tmp_path: Path
 ) -> None:
     seen = layer_inputs._replace(
-        hidden_TH=torch.zeros_like(layer_inputs.hidden_TH), amax_intermediate=torch.zeros(())
+        hidden_TH=torch.zeros_like(layer_inputs.hidden_TH),
+        amax_intermediate=torch.zeros(()),
+        group_amax_G=torch.zeros(1),
     )
     context = opened(seen=seen)
     manifest = compress_unit(context, PAIR)
