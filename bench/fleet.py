@@ -336,7 +336,7 @@ class Stubs:
     def activation_record(self, layer: int, part: int) -> ActivationPart:
         return ActivationPart(
             amax_input=41.5,
-            amax_intermediate=87.25,
+            amax_by_expert=(87.25,),
             input_groups=GroupHistogram(first=0, counts=()),
             intermediate_groups=GroupHistogram(first=0, counts=()),
             tokens_per_expert=tuple(self.routing[layer]),

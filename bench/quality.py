@@ -189,7 +189,7 @@ def sparsity_alone(config: RunConfig) -> EvaluationResult:
 def sparse_unit(context: StageContext, unit: WorkUnit) -> list[ExpertWeights]:
     """As unit.compress, gate and up first, then down on what they leave."""
     fetched = fetch_unit(context, unit)
-    gate_up_NOI, down_NOI = decode_originals(context, unit, fetched.experts)
+    gate_up_NOI, down_NOI = decode_originals(context, unit, fetched)
     originals = split_weights(gate_up_NOI, down_NOI)
     tokens = fetched.tokens
     side = output_side(tokens, originals)

@@ -105,7 +105,7 @@ def write_part(
         x_TH,
         ids_TK,
         router_TK,
-        torch.tensor(AMAX_INTERMEDIATE, device=device),
+        torch.full((context.layout.num_experts,), AMAX_INTERMEDIATE, device=device),
         torch.full((1,), AMAX_INTERMEDIATE, device=device),
     )
     write_activations(context, writer, 0, part, seen, time.monotonic())

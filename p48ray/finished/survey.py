@@ -138,6 +138,7 @@ def promise_of(
         scale_span=manifest.scale_span,
         weight_errors=linears,
         unit_sha256=units,
+        shifts={name: manifest.shifts[name] for name in linears if name in manifest.shifts},
     )
 
 

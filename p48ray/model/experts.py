@@ -2,7 +2,7 @@
 used, with or without W4A4.
 
 Legend: T tokens, H hidden size, F expert intermediate size, Z = 2 F (gate's values, then up's), K
-experts a token, G groups of values that share a scale.
+experts a token, E experts of the layer, G groups of values that share a scale.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -50,7 +50,8 @@ class RoutedInputs(NamedTuple):
     hidden_TH: Tensor
     expert_ids_TK: Tensor
     router_weights_TK: Tensor
-    amax_intermediate: Tensor
+    amax_by_expert_E: Tensor
+    """Largest |h| of each expert's intermediates, float32; 0 for one without tokens."""
     group_amax_G: Tensor
     """Of the groups of every INTERMEDIATE_STRIDE-th intermediate of each expert, float32."""
 
@@ -142,8 +143,10 @@ class RoutedExperts(nn.Module):
         on a GPU.
         """
         outs = [torch.zeros_like(call.hidden_TH) for call in calls]
+        # 16 bytes an expert: the kernel's pointer keeps its alignment
         amaxes = [
-            torch.zeros((), dtype=torch.float32, device=call.hidden_TH.device) for call in calls
+            torch.zeros(self.num_experts, 4, dtype=torch.float32, device=call.hidden_TH.device)
+            for call in calls
         ]
         inputs = [
             c.hidden_TH if self.scales is None else self.quantized(c.hidden_TH, self.scales.gate_up)
@@ -151,18 +154,17 @@ class RoutedExperts(nn.Module):
         ]
         groups: list[list[Tensor]] = [[] for _ in calls]
         fused = self.scales is None and is_fused(calls)
-        for weights, position, rows, slots in self.visits(calls):
+        for expert, weights, position, rows, slots in self.visits(calls):
+            amax = amaxes[position][expert, 0]
             if fused:
-                h_TF = kernels().swiglu(
-                    F.linear(inputs[position][rows], weights.gate_up_ZH), amaxes[position]
-                )
+                h_TF = kernels().swiglu(F.linear(inputs[position][rows], weights.gate_up_ZH), amax)
                 if self.observe is not None:
                     groups[position].append(group_amax(h_TF[::INTERMEDIATE_STRIDE], self.group))
                 shares_T = calls[position].router_weights_TK[rows, slots]
                 kernels().add_rows(outs[position], rows, F.linear(h_TF, weights.down_HF), shares_T)
                 continue
             h_TF = intermediate(inputs[position][rows], weights)
-            amaxes[position] = torch.maximum(amaxes[position], h_TF.abs().amax().float())
+            amax.copy_(h_TF.abs().amax())
             if self.observe is not None:
                 groups[position].append(group_amax(h_TF[::INTERMEDIATE_STRIDE], self.group))
             if self.scales is not None:
@@ -173,8 +175,8 @@ class RoutedExperts(nn.Module):
             )
             outs[position].index_add_(0, rows, y_TH.to(outs[position].dtype))
         if self.observe is not None:
-            for call, amax, found in zip(calls, amaxes, groups, strict=True):
-                self.observe(RoutedInputs(*call, amax, torch.cat(found).float()))
+            for call, found, of_groups in zip(calls, amaxes, groups, strict=True):
+                self.observe(RoutedInputs(*call, found[:, 0], torch.cat(of_groups).float()))
         return outs
 
     @torch.no_grad()
@@ -195,7 +197,7 @@ class RoutedExperts(nn.Module):
             (torch.zeros_like(c.hidden_TH), torch.zeros_like(c.router_weights_TK)) for c in calls
         ]
         fused = is_fused(calls)
-        for weights, position, rows, slots in self.visits(calls):
+        for _, weights, position, rows, slots in self.visits(calls):
             if fused:
                 u_TF = at_outputs[position][rows] @ weights.down_HF
                 ab_TZ = F.linear(calls[position].hidden_TH[rows], weights.gate_up_ZH)
@@ -226,8 +228,8 @@ class RoutedExperts(nn.Module):
 
     def visits(
         self, calls: Sequence[RoutedCall]
-    ) -> Iterator[tuple[ExpertWeights, int, Tensor, Tensor]]:
-        """(an expert's weights, position of a call, rows and slots of the tokens that the call
+    ) -> Iterator[tuple[int, ExpertWeights, int, Tensor, Tensor]]:
+        """(an expert, its weights, position of a call, rows and slots of the tokens that the call
         sends there), expert by expert."""
         routes = [routes_by_expert(call.expert_ids_TK, self.num_experts) for call in calls]
         for expert in range(self.num_experts):
@@ -235,7 +237,7 @@ class RoutedExperts(nn.Module):
             if meeting:
                 weights = self.weights(expert)
                 for position in meeting:
-                    yield weights, position, *routes[position][expert]
+                    yield expert, weights, position, *routes[position][expert]
 
     def quantized(self, x: Tensor, global_scale: float) -> Tensor:
         assert self.scales is not None

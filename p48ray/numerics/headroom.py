@@ -12,11 +12,15 @@ sixteenth more by rounding). So the room is as large as a layer's own groups all
 Groups are counted by their amax in bins of a quarter of an octave, which is what the parts of a
 layer can add up; a bin is taken for its lower edge, so that the room found is never too large.
 
+An expert whose intermediates are far louder than its layer's drowns the others' groups. Up's rows
+times 2^-k and down's columns times 2^k are the same function, exactly, so such an expert is brought
+down to its layer where that lets the others out of the subnormals.
+
 Legend: G groups.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -33,6 +37,11 @@ SUBNORMAL_SHARE = 0.001
 
 SMALLEST_NORMAL = 2.0**-6  # of E4M3
 FLOAT32_MAX = torch.finfo(torch.float32).max
+LOUD_SHARE = 1 / 16
+"""Of a layer's experts that saw tokens: no more are loud. Their own groups, which move down with
+them, are then too few to matter."""
+MOST_SHIFT = 8  # gate and up share a global scale, under which up's blocks become smaller
+
 MANTISSA_BITS_DROPPED = 21  # of float32's 23: two are kept, four bins an octave
 NUM_BINS = 2 ** (31 - MANTISSA_BITS_DROPPED)
 SATURATION_TOLERANCE = 1e-6  # as activation.CLIP_TOLERANCE: the amax itself is within
@@ -84,14 +93,47 @@ def largest_headroom(counts: Mapping[int, int], amax: float) -> float:
         counts: groups by bin, of the layer.
         amax: the layer's largest value.
     """
-    bins = sorted(b for b in counts if b > 0)
-    whole, edges = sum(counts[b] for b in bins), lower_edges(bins)
-    weights = torch.tensor([counts[b] for b in bins], dtype=torch.int64)
     headroom = MOST_HEADROOM
-    while headroom > 1:
-        if headroom * amax <= FLOAT32_MAX:
-            found = classify(edges, input_global_scale(headroom * amax))
-            if weights[found.subnormal | found.zero].sum().item() <= SUBNORMAL_SHARE * whole:
-                return headroom
+    while headroom > 1 and (
+        headroom * amax > FLOAT32_MAX
+        or lost_share(counts, input_global_scale(headroom * amax)) > SUBNORMAL_SHARE
+    ):
         headroom /= 2
-    return 1.0
+    return headroom
+
+
+def lost_share(counts: Mapping[int, int], global_scale: float) -> float:
+    """Of the non-zero groups, those whose scale is subnormal or zero. counts: groups by bin."""
+    bins = sorted(b for b in counts if b > 0)
+    weights = torch.tensor([counts[b] for b in bins], dtype=torch.int64)
+    found = classify(lower_edges(bins), global_scale)
+    return weights[found.subnormal | found.zero].sum().item() / max(1, weights.sum().item())
+
+
+def loud_experts(amax_by_expert: Sequence[float], counts: Mapping[int, int]) -> dict[int, int]:
+    """Expert -> k > 0, of those to bring down by 2^k; none where no group of the layer's is lost to
+    them, or where bringing down a few does not help.
+
+    The smallest step down of the loudest experts' level, by powers of two, under which at most
+    SUBNORMAL_SHARE of the layer's groups are lost without any headroom.
+    Args:
+        amax_by_expert: of the layer's intermediates, in the experts' order.
+        counts: the layer's groups by bin, before any shift.
+    """
+    loudest = max(amax_by_expert, default=0.0)
+    seen = sum(amax > 0 for amax in amax_by_expert)
+    if not seen or lost_share(counts, input_global_scale(loudest)) <= SUBNORMAL_SHARE:
+        return {}
+    for step in range(1, MOST_SHIFT + 1):
+        level = loudest / 2**step
+        shifts = {
+            expert: math.ceil(math.log2(amax / level))
+            for expert, amax in enumerate(amax_by_expert)
+            if amax > level
+        }
+        if len(shifts) > LOUD_SHARE * seen:
+            return {}
+        after = max(amax / 2 ** shifts.get(expert, 0) for expert, amax in enumerate(amax_by_expert))
+        if lost_share(counts, input_global_scale(after)) <= SUBNORMAL_SHARE:
+            return shifts
+    return {}

@@ -21,6 +21,7 @@ from p48ray.checkpoint.tensors import read_tensors
 from p48ray.errors import ConfigError
 from p48ray.numerics import e2m1, nvfp4, paired48
 from p48ray.numerics.relative_errors import relative_weight_error
+from p48ray.run.manifest import MANIFEST_FILE, CheckpointManifest
 from p48ray.run.output_layout import unit_tensor_names
 from p48ray.run.records import Record
 from p48ray.store.base import Store
@@ -75,7 +76,8 @@ def inspect_linear(checkpoint: Store, linear: str | None, source: Store | None) 
         found = EXPERT_NAME.fullmatch(f"{name}.weight_packed")
         assert found is not None
         weights = read_expert(original, describe_model(original), int(found[2]), int(found[3]))
-        error = relative_weight_error(weights[found[4]].float()[None], values).item()
+        shift = 2.0 ** shift_of(checkpoint, name)
+        error = relative_weight_error(shift * weights[found[4]].float()[None], values).item()
     counts = codes.flatten().bincount(minlength=16).tolist()
     signed = {
         code_name(c): counts[c] for c in (*range(15, 8, -1), *([8] if counts[8] else []), *range(8))
@@ -94,6 +96,13 @@ def inspect_linear(checkpoint: Store, linear: str | None, source: Store | None) 
         zero_share=counts[0] / codes.numel(),
         relative_weight_error=error,
     )
+
+
+def shift_of(checkpoint: Store, name: str) -> int:
+    """The linear is 2 to this times the source's, as p48ray.json says."""
+    if checkpoint.head(MANIFEST_FILE) is None:
+        return 0
+    return CheckpointManifest.load(checkpoint, MANIFEST_FILE).shifts.get(name, 0)
 
 
 def is_compressed(name: str, packed_name: str, tensors: Mapping[str, TensorEntry]) -> bool:

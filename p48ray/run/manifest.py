@@ -124,8 +124,8 @@ class ActivationPart(PartManifest):
     amax_input: float = Field(
         ge=0, description="Largest |x| over the MoE inputs, as stored (bf16)."
     )
-    amax_intermediate: float = Field(
-        ge=0, description="Largest |h| over all routed experts' intermediates, original weights."
+    amax_by_expert: tuple[float, ...] = Field(
+        description="Largest |h| over each expert's intermediates, original weights."
     )
     input_groups: GroupHistogram = Field(
         description="Of the inputs' groups that share an activation scale."
@@ -151,7 +151,10 @@ class LayerScales(Record):
     units_digest: str
     layer: int
     amax_input: float
-    amax_intermediate: float
+    amax_intermediate: float = Field(description="After the shifts.")
+    shifts: dict[int, int] = Field(
+        description="Expert -> k, of those whose up is times 2^-k and whose down times 2^k."
+    )
     headroom: tuple[float, float] = Field(
         description="Of gate and up, and of down: how far above the amax values saturate."
     )
@@ -219,6 +222,9 @@ class UnitManifest(Record):
     input_global_scales: tuple[float, float] = Field(
         description="Of gate and up, and of down: the layer's when the unit was made."
     )
+    shifts: dict[int, int] = Field(
+        default_factory=dict, description="LayerScales.shifts of its own experts."
+    )
     linears: tuple[LinearRecord, ...]
     ladder: tuple[LadderStep, ...] = Field(
         (), description="Of one of the experts, step by step; empty in manifests of before."
@@ -252,6 +258,13 @@ class CheckpointManifest(Record):
     max_shard_size: int
     relative_weight_errors: dict[str, float] = Field(
         description="|W - Q|^2 / |W|^2 of every compressed linear, by module name."
+    )
+    shifts: dict[str, int] = Field(
+        default_factory=dict,
+        description=(
+            "Linear -> e, of those that are 2^e times the source's: an expert's up and down, whose"
+            " product is the same (LayerScales.shifts)."
+        ),
     )
     unit_sha256: dict[str, str] = Field(
         description=(

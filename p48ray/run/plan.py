@@ -122,6 +122,12 @@ class WorkUnit(Record):
         """The layer that an id names."""
         return int(unit_id.removeprefix("L").partition("-")[0])
 
+    @staticmethod
+    def experts_of(unit_id: str) -> range:
+        """The experts that an id names."""
+        _, first, last = unit_id.split("-")
+        return range(int(first.removeprefix("E")), int(last) + 1)
+
     @property
     def experts(self) -> range:
         return range(self.first_expert, self.first_expert + self.num_experts)

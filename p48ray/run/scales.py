@@ -5,9 +5,10 @@ import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 
+from p48ray.checkpoint.layout import LayerNames
 from p48ray.errors import CalibrationError, CorruptObjectError
 from p48ray.numerics.activation import input_global_scale
-from p48ray.numerics.headroom import largest_headroom
+from p48ray.numerics.headroom import largest_headroom, loud_experts
 from p48ray.run import run_root
 from p48ray.run.checked import load_checked, load_each, load_part_manifest, raise_together
 from p48ray.run.manifest import ActivationPart, LayerScales, UnitManifest
@@ -76,18 +77,38 @@ def check_units(units: Sequence[UnitManifest], scales: Mapping[int, LayerScales]
     """
     errors = []
     expected = {layer: (s.gate_up, s.down) for layer, s in scales.items()}
-    for unit in units:
-        layer, found = WorkUnit.layer_of(unit.unit), unit.input_global_scales
-        if found != expected.setdefault(layer, found):
-            key = run_root.unit_manifest(unit.unit)
+
+    def hold(unit: UnitManifest, field: str, wanted: object, found: object) -> None:
+        if found != wanted:
+            key, layer = run_root.unit_manifest(unit.unit), WorkUnit.layer_of(unit.unit)
+            where = run_root.layer_scales(layer)
             errors.append(
                 CorruptObjectError(
-                    f"{key}: input_global_scales: expected {expected[layer]} as"
-                    f" {run_root.layer_scales(layer)} says, found {found}",
-                    key,
+                    f"{key}: {field}: expected {wanted} as {where} says, found {found}", key
                 )
             )
+
+    for unit in units:
+        layer, found = WorkUnit.layer_of(unit.unit), unit.input_global_scales
+        hold(unit, "input_global_scales", expected.setdefault(layer, found), found)
+        if layer in scales:
+            wanted = own_shifts(scales[layer], WorkUnit.experts_of(unit.unit))
+            hold(unit, "shifts", wanted, unit.shifts)
     raise_together(errors)
+
+
+def own_shifts(scales: LayerScales, experts: range) -> dict[int, int]:
+    """Those of some experts."""
+    return {expert: k for expert, k in scales.shifts.items() if expert in experts}
+
+
+def shifted_linears(names: LayerNames, layer: int, shifts: Mapping[int, int]) -> dict[str, int]:
+    """Linear -> e, of those that are 2^e times the source's."""
+    return {
+        names.expert_linear_name(layer, expert, projection): sign * k
+        for expert, k in shifts.items()
+        for projection, sign in (("up_proj", -1), ("down_proj", 1))
+    }
 
 
 def part_manifests(plan: RunPlan, store: Store, layer: int) -> list[ActivationPart]:
@@ -101,22 +122,27 @@ def part_manifests(plan: RunPlan, store: Store, layer: int) -> list[ActivationPa
 def combine_scales(plan: RunPlan, layer: int, parts: list[ActivationPart]) -> LayerScales:
     """A layer's input global scales from what its parts have seen. Each leaves room above the
     maximum, for texts that the calibration has not seen and for intermediates that compressed gate
-    and up change.
+    and up change. Experts far louder than their layer are shifted first (numerics.headroom).
 
     Where all are zero the scale is 1: experts that were pruned leave no intermediates.
     Raises: CalibrationError for activations that are not finite.
     """
     for part in parts:
-        if not (math.isfinite(part.amax_input) and math.isfinite(part.amax_intermediate)):
+        largest = max(part.amax_by_expert, key=lambda a: math.inf if math.isnan(a) else a)
+        if not (math.isfinite(part.amax_input) and math.isfinite(largest)):
             raise CalibrationError(
                 f"layer {layer}, part {part.part}: expected finite activations, found maxima"
-                f" {part.amax_input} (input), {part.amax_intermediate} (intermediate)"
+                f" {part.amax_input} (input), {largest} (intermediate)"
             )
     amax_input = max(p.amax_input for p in parts)
-    amax_intermediate = max(p.amax_intermediate for p in parts)
+    by_expert = [max(amaxes) for amaxes in zip(*(p.amax_by_expert for p in parts), strict=True)]
     bins = (
         merged_bins(p.input_groups for p in parts),
         merged_bins(p.intermediate_groups for p in parts),
+    )
+    shifts = loud_experts(by_expert, bins[1])
+    amax_intermediate = max(
+        (amax / 2 ** shifts.get(expert, 0) for expert, amax in enumerate(by_expert)), default=0.0
     )
     asked = plan.config.compression.activation_headroom
     headroom = tuple(
@@ -130,6 +156,7 @@ def combine_scales(plan: RunPlan, layer: int, parts: list[ActivationPart]) -> La
         layer=layer,
         amax_input=amax_input,
         amax_intermediate=amax_intermediate,
+        shifts=shifts,
         headroom=(headroom[0], headroom[1]),
         gate_up=gate_up,
         down=down,

@@ -230,7 +230,7 @@ def write_activations(
     }
     values = {
         "amax_input": hidden_TH.abs().amax().float(),
-        "amax_intermediate": observed.amax_intermediate,
+        "amax_by_expert": observed.amax_by_expert_E,
         "input_groups": count_bins(
             group_amax(hidden_TH, context.plan.config.compression.activation_group)
         ),

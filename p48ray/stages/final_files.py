@@ -12,6 +12,8 @@ from p48ray.checkpoint.sparse_storage import convert_config
 from p48ray.run import run_root
 from p48ray.run.manifest import MANIFEST_FILE, CheckpointManifest, ShardVerdict, UnitManifest
 from p48ray.run.output_layout import OutputShard, shard_rows
+from p48ray.run.plan import WorkUnit
+from p48ray.run.scales import shifted_linears
 from p48ray.unit.context import StageContext
 
 
@@ -84,6 +86,13 @@ def checkpoint_manifest(
         experts_per_unit=plan.config.run.experts_per_unit,
         max_shard_size=plan.config.output.max_shard_size,
         relative_weight_errors={r.name: r.relative_weight_error for u in units for r in u.linears},
+        shifts={
+            name: exponent
+            for u in units
+            for name, exponent in shifted_linears(
+                context.layout, WorkUnit.layer_of(u.unit), u.shifts
+            ).items()
+        },
         unit_sha256={u.unit: u.sha256 for u in units},
         untouched_sha256={
             name: digest for v in verdicts for name, digest in v.untouched_sha256.items()

@@ -22,13 +22,15 @@ CLAIM_TOLERANCE = 1e-3
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Promise:
     """What a checkpoint's linears are held to. `weight_errors` and `input_scales` by module name,
-    `unit_sha256` by unit id; what is in none of them claims nothing."""
+    `unit_sha256` by unit id; what is in none of them claims nothing. `shifts`, by module name: of
+    linears that are 2^e times the source's."""
 
     is_sparse: bool
     scale_span: int
     weight_errors: Mapping[str, float]
     unit_sha256: Mapping[str, str]
     input_scales: Mapping[str, float] = field(default_factory=dict)
+    shifts: Mapping[str, int] = field(default_factory=dict)
 
 
 def check_expert_tensors(
@@ -49,11 +51,10 @@ def check_expert_tensors(
         named.append((names, originals is not None))
         for projection, name in names.items():
             linear = {suffix: tensors[f"{name}.{suffix}"] for suffix in TENSOR_SUFFIXES}
-            measured.append(
-                measure_linear(
-                    linear, originals[projection] if originals is not None else None, promise
-                )
-            )
+            original = None
+            if originals is not None:
+                original = originals[projection].float() * 2.0 ** promise.shifts.get(name, 0)
+            measured.append(measure_linear(linear, original, promise))
     facts = iter(
         [LinearFacts(*values) for values in torch.stack(measured).tolist()] if measured else []
     )

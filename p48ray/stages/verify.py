@@ -15,6 +15,7 @@ from p48ray.run.manifest import MANIFEST_FILE, CheckpointManifest, ShardVerdict,
 from p48ray.run.output_layout import OutputShard, shard_rows
 from p48ray.run.plan import WorkUnit
 from p48ray.run.records import LOADS_AT_ONCE
+from p48ray.run.scales import shifted_linears
 from p48ray.stages.final_files import finish_checkpoint
 from p48ray.stages.index_proof import check_index, check_strangers
 from p48ray.stages.linear_proof import Promise
@@ -57,11 +58,13 @@ def verify_and_record(context: StageContext, shard: OutputShard) -> None:
     claims: dict[str, float] = {}
     digests: dict[str, str] = {}
     scales: dict[str, float] = {}
+    shifts: dict[str, int] = {}
     for segment in shard.segments:
         if isinstance(segment, WorkUnit):
             manifest = context.finished_unit(segment).manifest
             claims |= {record.name: record.relative_weight_error for record in manifest.linears}
             digests[segment.id] = manifest.sha256
+            shifts |= shifted_linears(context.layout, segment.layer, manifest.shifts)
             gate_up, down = manifest.input_global_scales
             for expert in segment.experts:
                 for projection in PROJECTIONS:
@@ -75,6 +78,7 @@ def verify_and_record(context: StageContext, shard: OutputShard) -> None:
         weight_errors=claims,
         unit_sha256=digests,
         input_scales=scales,
+        shifts=shifts,
     )
     found = verify_shard(checkpoint, context.source, context.layout, shard, promise, context.device)
     held = checkpoint.head(shard.name)

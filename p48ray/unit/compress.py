@@ -13,7 +13,7 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
@@ -39,6 +39,7 @@ from p48ray.run.manifest import LadderStep, LayerScales, LinearRecord, Phase, Un
 from p48ray.run.output_layout import unit_bytes, unit_rows
 from p48ray.run.plan import WorkUnit
 from p48ray.run.scale_counts import ScaleCounts, counted
+from p48ray.run.scales import own_shifts
 from p48ray.unit.compute_lock import idle_seconds
 from p48ray.unit.context import StageContext
 from p48ray.unit.ladder import Ladder
@@ -146,7 +147,7 @@ def solve_unit(context: StageContext, unit: WorkUnit, fetched: Fetched, clock: C
     """
     ladder, tokens = Ladder(context), fetched.tokens
     with clock.phase("fetch"):
-        gate_up_NOI, down_NOI = decode_originals(context, unit, fetched.experts)
+        gate_up_NOI, down_NOI = decode_originals(context, unit, fetched)
     size = context.layout.moe_intermediate_size
     originals = [
         ExpertWeights(w_ZH[:size], w_ZH[size:], down_HF)
@@ -207,10 +208,10 @@ def count_weight_scales(weight_NOI: Tensor, solution: Solution) -> ScaleCounts:
 
 
 def decode_originals(
-    context: StageContext, unit: WorkUnit, stored: Mapping[str, Tensor]
+    context: StageContext, unit: WorkUnit, fetched: Fetched
 ) -> tuple[Tensor, Tensor]:
     """Gate above up (N, 2 F, H), and down (N, H, F), of all experts of the unit, float32 on the
-    device."""
+    device; of loud experts as they are shifted."""
     layout, n = context.layout, unit.num_experts
     gate_up_NOI = torch.empty(
         n, 2 * layout.moe_intermediate_size, layout.hidden_size, device=context.device
@@ -219,9 +220,12 @@ def decode_originals(
         n, layout.hidden_size, layout.moe_intermediate_size, device=context.device
     )
     for gate_up_OI, down_OI, expert in zip(gate_up_NOI, down_NOI, unit.experts, strict=True):
-        gate_FH, up_FH, down_HF = context.decoded(unit.layer, expert, stored)
+        gate_FH, up_FH, down_HF = context.decoded(unit.layer, expert, fetched.experts)
         torch.cat([gate_FH.float(), up_FH.float()], out=gate_up_OI)
         down_OI.copy_(down_HF)
+        if shift := fetched.scales.shifts.get(expert):
+            gate_up_OI[layout.moe_intermediate_size :] *= 2.0**-shift
+            down_OI *= 2.0**shift
     return gate_up_NOI, down_NOI
 
 
@@ -317,6 +321,7 @@ def store_unit(context: StageContext, unit: WorkUnit, solved: Solved, clock: Clo
         sha256=shard.sha256,
         data_offset=shard.size_bytes - unit_bytes(context.layout, unit),
         input_global_scales=(solved.scales.gate_up, solved.scales.down),
+        shifts=own_shifts(solved.scales, unit.experts),
         linears=solved.linears,
         ladder=solved.ladder,
         clipped_input_share=solved.clipped[0],

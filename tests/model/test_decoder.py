@@ -76,7 +76,7 @@ def captured(source: Path) -> dict[str, list[bytes]]:
                     repr(
                         (
                             manifest.amax_input,
-                            manifest.amax_intermediate,
+                            manifest.amax_by_expert,
                             manifest.tokens_per_expert,
                         )
                     ).encode()

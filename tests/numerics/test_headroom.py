@@ -13,6 +13,8 @@ from p48ray.numerics.headroom import (
     count_bins,
     group_amax,
     largest_headroom,
+    lost_share,
+    loud_experts,
     lower_edges,
 )
 from tests.reference.formats import e4m3
@@ -121,3 +123,51 @@ def test_layer_without_values_and_one_near_the_end_of_float32() -> None:
     assert largest_headroom({}, 0.0) == MOST_HEADROOM
     near = torch.full((10,), FLOAT32_MAX / 3).bfloat16().float()
     assert largest_headroom(histogram(near), FLOAT32_MAX / 3) == 2
+
+
+def layer_of(loudness: list[float], tokens: list[int], seed: int = 3) -> list[torch.Tensor]:
+    """Group maxima of each expert: a usual spread, times its loudness."""
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        size * torch.exp(torch.randn(100 * n, generator=generator)).bfloat16().float()
+        for size, n in zip(loudness, tokens, strict=True)
+    ]
+
+
+def test_one_loud_expert_of_many_is_brought_down_until_the_others_are_heard() -> None:
+    groups = layer_of([1.0] * 20 + [2.0**13], [50] * 20 + [3])
+    amaxes = [g.max().item() for g in groups]
+    counts = histogram(torch.cat(groups))
+    assert lost_share(counts, input_global_scale(max(amaxes))) > 0.5
+    shifts = loud_experts(amaxes, counts)
+    assert list(shifts) == [20] and 1 <= shifts[20] <= 8
+    moved = [g / 2 ** shifts.get(e, 0) for e, g in enumerate(groups)]
+    amax = max(g.max().item() for g in moved)
+
+    def lost(k: int) -> float:
+        others = torch.cat(groups[:20])
+        found = classify(others, input_global_scale(max(amaxes) / 2**k))
+        return (found.subnormal | found.zero).float().mean().item()
+
+    found = classify(torch.cat(moved), input_global_scale(amax))
+    assert (found.subnormal | found.zero).float().mean() <= SUBNORMAL_SHARE
+    assert lost(shifts[20]) <= SUBNORMAL_SHARE < lost(shifts[20] - 2), "no further than needed"
+
+
+@pytest.mark.parametrize(
+    ("loudness", "why"),
+    [
+        ([1.0] * 21, "nobody is loud"),
+        ([1.0] * 20 + [2.0**3], "nobody is lost"),
+        ([1.0] * 18 + [2.0**13] * 3, "the loud are not few"),
+        ([1.0] * 20 + [2.0**25], "the most that is done does not help"),
+    ],
+)
+def test_layer_is_left_alone_where_that_helps_nobody(loudness: list[float], why: str) -> None:
+    groups = layer_of(loudness, [20] * 21)
+    amaxes = [g.max().item() for g in groups]
+    assert loud_experts(amaxes, histogram(torch.cat(groups))) == {}, why
+
+
+def test_layer_without_tokens_has_no_loud_expert() -> None:
+    assert loud_experts([0.0, 0.0], {}) == {} and loud_experts([], {}) == {}

@@ -41,7 +41,7 @@ def part(layer: int, number: int, finished_at: float, seconds: float = 1.0) -> A
         size_bytes=1,
         sha256="0",
         amax_input=1,
-        amax_intermediate=1,
+        amax_by_expert=(1,),
         input_groups=GroupHistogram(first=0, counts=()),
         intermediate_groups=GroupHistogram(first=0, counts=()),
         tokens_per_expert=(1,),

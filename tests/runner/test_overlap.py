@@ -209,7 +209,7 @@ def leave(prepared: Prepared, layer: int, *parts: SequencePart, way: str = "both
             seen = ActivationPart(
                 part=p.part,
                 amax_input=1.0,
-                amax_intermediate=1.0,
+                amax_by_expert=(1.0,) * size,
                 input_groups=GroupHistogram(first=0, counts=()),
                 intermediate_groups=GroupHistogram(first=0, counts=()),
                 tokens_per_expert=(layer,) * size,
@@ -359,7 +359,7 @@ def test_data_goes_with_its_layers_last_unit_and_boundaries_with_the_last_stream
 
 
 @pytest.mark.parametrize(
-    ("maxima", "scales"), [((0.0, 0.0), (1.0, 1.0)), ((2.0, 0.0), (1344.0, 1.0))]
+    ("maxima", "scales"), [((0.0, 0.0), (1.0, 1.0)), ((2.0, 0.0), (1344.0 / 16, 1.0))]
 )
 def test_layer_whose_activations_are_all_zero_has_scales_of_one(
     maxima: tuple[float, float], scales: tuple[float, float], prepared: Prepared
@@ -367,7 +367,8 @@ def test_layer_whose_activations_are_all_zero_has_scales_of_one(
     leave(prepared, 3)
     for part in prepared.plan.parts:
         key = run_root.activation_manifest(3, part.part)
-        changes = {"amax_input": maxima[0], "amax_intermediate": maxima[1]}
+        size = prepared.layout.num_experts
+        changes = {"amax_input": maxima[0], "amax_by_expert": (maxima[1],) * size}
         record = ActivationPart.load(prepared.store, key).model_copy(update=changes)
         prepared.store.put(key, record.to_json())
     started(prepared)
@@ -376,7 +377,7 @@ def test_layer_whose_activations_are_all_zero_has_scales_of_one(
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-@pytest.mark.parametrize("name", ["amax_input", "amax_intermediate"])
+@pytest.mark.parametrize("name", ["amax_input", "amax_by_expert"])
 def test_activations_that_are_not_finite_name_layer_and_part(
     name: str, value: float, prepared: Prepared
 ) -> None:
@@ -385,7 +386,8 @@ def test_activations_that_are_not_finite_name_layer_and_part(
         ActivationPart.load(prepared.store, run_root.activation_manifest(3, p.part))
         for p in prepared.plan.parts
     ]
-    parts[1] = parts[1].model_copy(update={name: value})
+    changed = value if name == "amax_input" else (1.0, value, *parts[1].amax_by_expert[2:])
+    parts[1] = parts[1].model_copy(update={name: changed})
     with pytest.raises(CalibrationError, match="layer 3, part 1: expected finite"):
         combine_scales(prepared.plan, 3, parts)
 

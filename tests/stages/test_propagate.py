@@ -153,8 +153,8 @@ def test_first_turn_sees_what_the_source_sees(tmp_path: Path) -> None:
     theirs = [
         ActivationPart.load(dense.store, run_root.activation_manifest(1, p)) for p in (0, 1, 2)
     ]
-    assert [(m.amax_input, m.amax_intermediate) for m in manifests] == [
-        (m.amax_input, m.amax_intermediate) for m in theirs
+    assert [(m.amax_input, m.amax_by_expert) for m in manifests] == [
+        (m.amax_input, m.amax_by_expert) for m in theirs
     ]
 
 

@@ -37,13 +37,14 @@ def layer_inputs(finished: SmallRun) -> RoutedInputs:
     ]
     columns = {name: torch.cat([p[name] for p in parts]) for name in parts[0]}
     scales = LayerScales.load(store, run_root.layer_scales(1))
-    amax = torch.tensor(scales.amax_intermediate)
+    num_experts = len(scales.tokens_per_expert)
+    amax_E = torch.full((num_experts,), scales.amax_intermediate)
     return RoutedInputs(
         columns["hidden"],
         columns["expert_ids"].long(),
         columns["router_weights"],
-        amax,
-        amax.reshape(1),
+        amax_E,
+        amax_E[:1],
     )
 
 

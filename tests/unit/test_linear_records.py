@@ -103,7 +103,7 @@ def test_layer_whose_inputs_are_zero_is_all_zero_with_a_scale_of_one(
 ) -> None:
     seen = layer_inputs._replace(
         hidden_TH=torch.zeros_like(layer_inputs.hidden_TH),
-        amax_intermediate=torch.zeros(()),
+        amax_by_expert_E=torch.zeros_like(layer_inputs.amax_by_expert_E),
         group_amax_G=torch.zeros(1),
     )
     context = opened(seen=seen)
