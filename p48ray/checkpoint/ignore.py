@@ -40,8 +40,8 @@ def ignored(index: CheckpointIndex, layout: ModelLayout) -> list[str]:
     layers: set[str] = set()
     parts: set[str] = set()
     behind: set[int] = set()
-    for entry in index.tensors.values():
-        if not is_linear(entry.name, entry.shape) or layout.is_expert_tensor(entry.name):
+    for entry in index.outside_experts(layout):
+        if not is_linear(entry.name, entry.shape):
             continue
         module = entry.name.removesuffix(WEIGHT)
         number, _, rest = module.removeprefix(layout.layer_prefix).partition(".")

@@ -28,6 +28,7 @@ from p48ray.checkpoint.layout import (
     ExpertStorage,
     ModelLayout,
 )
+from p48ray.collection import nothing_collected
 from p48ray.errors import SourceError
 
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
 ]
 
 
+@nothing_collected()
 def describe_model(index: CheckpointIndex) -> ModelLayout:
     """The layout of a checkpoint, all of whose expert tensors have been checked to be there with
     the right dtype and shape.
