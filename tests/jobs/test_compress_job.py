@@ -177,11 +177,16 @@ def test_address_that_is_no_clusters_is_a_users_mistake(tmp_path: Path) -> None:
     )
 
 
-def test_address_where_nobody_listens_is_a_users_mistake_at_once(tmp_path: Path) -> None:
+def test_address_where_nobody_listens_is_a_users_mistake_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before Ray tries to join it, which fails a test without the mark."""
+    monkeypatch.setattr("ray.is_initialized", lambda: False)  # by tests of this process
     with socket.socket() as held:
         held.bind(("127.0.0.1", 0))  # and does not listen
         address = f"127.0.0.1:{held.getsockname()[1]}"
-        outcome = run_process(*arguments(tmp_path / "run"), env={"RAY_ADDRESS": address})
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        outcome = invoke(*arguments(tmp_path / "run"), on_ray=True)
     assert outcome.code == 2, outcome
     assert (
         f"error: RAY_ADDRESS: expected host:port of a running Ray cluster, found {address!r}: "
