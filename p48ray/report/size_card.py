@@ -22,11 +22,6 @@ def is_equal_size(before: float, after: float) -> bool:
     return abs(after / before - 1) < EQUAL_WITHIN
 
 
-def source_expert_bytes(context: StageContext) -> int:
-    tensors = context.source.tensors.values()
-    return sum(e.num_bytes for e in tensors if context.layout.is_expert_tensor(e.name))
-
-
 def bits_a_weight(context: StageContext, num_bytes: int) -> float:
     layout = context.layout
     experts = sum(unit.num_experts for unit in context.plan.units)
@@ -35,7 +30,7 @@ def bits_a_weight(context: StageContext, num_bytes: int) -> float:
 
 def size_rows(context: StageContext) -> list[tuple[str, str]]:
     """Bytes of the experts' tensors before and after."""
-    before, after = source_expert_bytes(context), expert_bytes(context, "dense")
+    before, after = context.source.expert_bytes(context.layout), expert_bytes(context, "dense")
     return [
         (
             "size of the experts",
@@ -49,7 +44,7 @@ def size_rows(context: StageContext) -> list[tuple[str, str]]:
 
 def gains_section(context: StageContext) -> str:
     """The section on what this checkpoint has over its source."""
-    before, dense = source_expert_bytes(context), expert_bytes(context, "dense")
+    before, dense = context.source.expert_bytes(context.layout), expert_bytes(context, "dense")
     was, now = (f"{bits_a_weight(context, num):.2f}" for num in (before, dense))
     is_equal = is_equal_size(before, dense)
     size = (

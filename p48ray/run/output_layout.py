@@ -181,14 +181,18 @@ def ordered_segments(
     by_layer: dict[int, list[WorkUnit]] = {}
     for unit in units:
         by_layer.setdefault(unit.layer, []).append(unit)
+    beside: dict[int, list[PlainTensor]] = {}
+    last: list[PlainTensor] = []
+    for entry in untouched_tensors(index, layout):
+        layer = layer_of(layout, entry.name)
+        if layer is None or layer >= layout.num_layers:
+            last.append(entry)
+        else:
+            beside.setdefault(layer, []).append(entry)
     segments: list[Segment] = []
-    untouched = untouched_tensors(index, layout)
     for layer in range(layout.num_layers):
-        segments += by_layer.get(layer, [])
-        segments += [e for e in untouched if layer_of(layout, e.name) == layer]
-    return segments + [
-        e for e in untouched if (n := layer_of(layout, e.name)) is None or n >= layout.num_layers
-    ]
+        segments += [*by_layer.get(layer, []), *beside.get(layer, [])]
+    return [*segments, *last]
 
 
 def shard_rows(shard: OutputShard, layout: ModelLayout) -> list[HeaderRow]:

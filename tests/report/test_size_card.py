@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 from safetensors import safe_open
 
+from p48ray.checkpoint.index import CheckpointIndex
 from p48ray.checkpoint.layout import ExpertStorage
-from p48ray.report import size_card
 from p48ray.report.size_card import gains_section
 from p48ray.run.plan import RunPlan
 from p48ray.unit.context import StageContext
@@ -58,7 +58,7 @@ def test_larger_source_is_a_gain_of_size(
     finished: SmallRun, monkeypatch: pytest.MonkeyPatch, storage: ExpertStorage, bits: str
 ) -> None:
     dense = bytes_of_experts(finished)
-    monkeypatch.setattr(size_card, "source_expert_bytes", lambda context: 2 * dense)
+    monkeypatch.setattr(CheckpointIndex, "expert_bytes", lambda index, layout: 2 * dense)
     layout = replace(finished.context.layout, expert_storage=storage)
     text = gains_section(replace(finished.context, layout=layout))
     assert "0.50 times the source's bytes in dense storage: " in text

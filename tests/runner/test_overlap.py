@@ -359,7 +359,7 @@ def test_data_goes_with_its_layers_last_unit_and_boundaries_with_the_last_stream
 
 
 @pytest.mark.parametrize(
-    ("maxima", "scales"), [((0.0, 0.0), (1.0, 1.0)), ((2.0, 0.0), (1344.0, 1.0))]
+    ("maxima", "scales"), [((0.0, 0.0), (1.0, 1.0)), ((2.0, 0.0), (1344.0 / 16, 1.0))]
 )
 def test_layer_whose_activations_are_all_zero_has_scales_of_one(
     maxima: tuple[float, float], scales: tuple[float, float], prepared: Prepared
