@@ -244,7 +244,10 @@ def convert(
     storage: Annotated[
         Storage,
         typer.Option(
-            help="What to write: sparse for the kernels of paired-4:8, dense for stock loaders."
+            help=(
+                "What to write: dense for stock loaders, sparse for the paired48 patch of vLLM on"
+                " the GPUs that it names."
+            )
         ),
     ],
     workers: Annotated[
