@@ -9,7 +9,9 @@ works finds unlikely.
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import repeat
 from statistics import fmean
 
 from p48ray.benchmarks.completions import (
@@ -49,6 +51,8 @@ PROMPTS = (
     "Write a haiku about rain.",
     "What is the chemical symbol of gold, and why?",
 )
+AT_ONCE = 8
+"""Requests to both servers together."""
 WIDE_NATS = 2.0
 """A token by which a text is less likely than to the reference: four bits instead of sixteen cost
 0.1 to 0.3, another model's weights or lost scales several."""
@@ -136,20 +140,30 @@ def run_smoke(
     reference = find_only(reference_url) if reference_url is not None else None
     asked = [s for s in (server, reference) if s is not None]
     way: Way = "chat" if all(takes_chats(s, PROMPTS[0]) for s in asked) else "plain"
-    answers = [
-        (answer(server, p, way), answer(reference, p, way) if reference else None) for p in PROMPTS
-    ]
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+
+        def ask(who: Asked) -> Iterator[Answer]:
+            return pool.map(lambda prompt: answer(who, prompt, way), PROMPTS)
+
+        # both are asked before either is waited for
+        own, theirs = ask(server), ask(reference) if reference else repeat(None, len(PROMPTS))
+        answers = list(zip(own, theirs, strict=True))
+        # what the reference wrote: text that a model which works finds likely
+        texts = [f"{p}\n{(b or a).text}" for p, (a, b) in zip(PROMPTS, answers, strict=True)]
+
+        def rate(who: Asked) -> Iterator[Scores | Unscored]:
+            return pool.map(lambda text: score(who, text), texts)
+
+        own_scores = rate(server)
+        their_scores = rate(reference) if reference else repeat(None, len(PROMPTS))
+        scores = list(zip(own_scores, their_scores, strict=True))
     seen = Counter(a.text.strip() for a, _ in answers)
     seen_of_reference = Counter(b.text.strip() for _, b in answers if b is not None)
     compared = []
-    for prompt, (a, b) in zip(PROMPTS, answers, strict=True):
-        # what the reference wrote: text that a model which works finds likely
-        text = f"{prompt}\n{(b or a).text}"
-        scores = (score(server, text), score(reference, text) if reference else None)
+    for prompt, (a, b), rated in zip(PROMPTS, answers, scores, strict=True):
         excused = set(looks_broken(b, seen_of_reference)) if b is not None else set()
         flaws = [f for f in looks_broken(a, seen) if f not in excused]
-        flaws += scored_badly(*scores)
-        compared.append(Compared(prompt, a, b, scores, tuple(flaws)))
+        compared.append(Compared(prompt, a, b, rated, (*flaws, *scored_badly(*rated))))
     return Smoke(way, server, reference, tuple(compared))
 
 
