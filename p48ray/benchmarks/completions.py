@@ -20,6 +20,8 @@ ANSWER_TIMEOUT_S = 600.0
 ANSWER_TOKENS = 96
 SAID_CHARACTERS = 200
 """Characters of a server's own message."""
+NOT_JSON = "Out of range float values"
+"""Of what Python's json says to a NaN, and vLLM then to its client, with HTTP 400."""
 Way = Literal["chat", "plain"]
 FIELDS = ("reasoning_content", "reasoning", "content")
 """Of a chat's answer: servers that part thoughts from words may leave the words empty."""
@@ -113,7 +115,8 @@ def score(server: Asked, text: str) -> Scores | Unscored:
         )
         told = (found.get("top_logprobs") or [None] * (len(tokens) + 2))[1:-1]
     except urllib.error.HTTPError as error:
-        return Unscored(said_no(error), error.code >= 500)
+        reason = said_no(error)
+        return Unscored(reason, error.code >= 500 or NOT_JSON in reason)
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         return Unscored(f"no log-probabilities of a prompt: {error!r}"[:SAID_CHARACTERS])
     if not tokens or not len(tokens) == len(logprobs) == len(told):

@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--says", choices=SAYS, default="sense")
     parser.add_argument("--logprob", default="-0.5", help="a number, NaN, or null")
-    parser.add_argument("--breaks", choices=["answers", "scores", "json", "choices"])
+    parser.add_argument("--breaks", choices=["answers", "scores", "floats", "json", "choices"])
     for flag in ("--no-chat", "--thinks", "--no-echo"):
         parser.add_argument(flag, action="store_true")
     asked = parser.parse_args()
@@ -59,7 +59,9 @@ def main() -> None:
             if is_chat and asked.no_chat:
                 self.send(400, {"message": "no chat template"})
             elif asked.breaks == ("scores" if is_score else "answers"):
-                self.send(500, {"message": "Out of range float values"})
+                self.send(500, {"message": "the engine is dead"})
+            elif is_score and asked.breaks == "floats":
+                self.send(400, {"message": "Out of range float values are not JSON compliant"})
             elif asked.breaks == "json":
                 self.send(200, "{")
             elif asked.breaks == "choices":

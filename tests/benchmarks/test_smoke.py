@@ -70,6 +70,7 @@ BROKEN = {
     "null": (["--logprob", "null"], "a log-probability that is not a number"),
     "infinite": (["--logprob=-Infinity"], "a log-probability that is not a number"),
     "scores": (["--breaks", "scores"], "log-probabilities: HTTP 500"),
+    "floats": (["--breaks", "floats"], 'log-probabilities: HTTP 400: {"message": "Out of range'),
     "answers": (["--breaks", "answers"], "HTTP 500"),
     "json": (["--breaks", "json"], "no answer as OpenAI's API has it: JSONDecodeError"),
     "choices": (["--breaks", "choices"], "no answer as OpenAI's API has it: KeyError('choices')"),

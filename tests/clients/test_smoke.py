@@ -6,7 +6,6 @@ The command runs in the main environment, the servers in this one.
 
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -87,10 +86,11 @@ def test_server_agrees_with_itself_to_the_last_digit(checkpoint: Path, url: str)
 
 
 def test_scales_that_are_no_numbers_are_seen(broken: Path, url: str, broken_url: str) -> None:
+    """vLLM answers with nothing, and refuses to tell log-probabilities."""
     found = smoke(broken, "--server", broken_url, "--reference", url)
-    sys.stdout.write(found.stdout)
     assert found.returncode == 1, found.stdout + found.stderr
     assert f"{NUM_PROMPTS} of {NUM_PROMPTS} prompts look broken" in found.stdout
+    assert found.stdout.count("empty; log-probabilities: HTTP 400: ") == NUM_PROMPTS
 
 
 def test_checkpoint_of_another_server_is_refused(broken: Path, checkpoint: Path, url: str) -> None:
