@@ -11,6 +11,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from p48ray.benchmarks.smoke import run_smoke
+from p48ray.benchmarks.smoke_table import print_smoke
 from p48ray.checkpoint.skeleton import write_kimi_k25_skeleton
 from p48ray.checkpoint.sparse_storage import Storage
 from p48ray.errors import ConfigError, P48Error, UserError
@@ -244,7 +246,10 @@ def convert(
     storage: Annotated[
         Storage,
         typer.Option(
-            help="What to write: sparse for the kernels of paired-4:8, dense for stock loaders."
+            help=(
+                "What to write: dense for stock loaders, sparse for the paired48 patch of vLLM on"
+                " the GPUs that it names."
+            )
         ),
     ],
     workers: Annotated[
@@ -350,6 +355,30 @@ def inspect(
             inspect_linear(open_store(checkpoint, endpoint_url), linear, origin), console
         )
         return True
+
+    guarded(action)
+
+
+@app.command()
+def smoke(
+    checkpoint: Annotated[
+        str, typer.Argument(help="As the server was given it: folder or owner/name.")
+    ],
+    server: Annotated[str, typer.Option(help="URL of an OpenAI-compatible server.")],
+    reference: Annotated[
+        str | None, typer.Option(help="URL of a server that it should answer like.")
+    ] = None,
+    served_name: Annotated[
+        str | None, typer.Option("--served-name", help="The server's id for the checkpoint.")
+    ] = None,
+) -> None:
+    """Send twenty prompts to a server, and to a reference: answers side by side, how far the
+    log-probabilities agree, and what looks broken. Exit 1 if anything does."""
+
+    def action() -> bool:
+        found = run_smoke(checkpoint, server, reference, served_name)
+        print_smoke(found, console)
+        return not found.num_flawed
 
     guarded(action)
 

@@ -115,10 +115,12 @@ def test_silent_argument_is_seen() -> None:
 
 
 TESTED_IN = {
+    "p48ray.benchmarks.completions": "benchmarks/test_smoke.py",
     "p48ray.benchmarks.harness": "jobs/test_evaluate_job.py",
     "p48ray.benchmarks.job": "jobs/test_evaluate_job.py",
     "p48ray.benchmarks.process_group": "benchmarks/test_server_process.py",
     "p48ray.benchmarks.ray_server": "benchmarks/test_server_process.py",
+    "p48ray.benchmarks.smoke_table": "benchmarks/test_smoke.py",
     "p48ray.estimate.duration": "estimate/test_plan_cost.py",
     "p48ray.estimate.fit": "estimate/test_plan_cost.py",
     "p48ray.estimate.memory": "estimate/test_plan_cost.py",

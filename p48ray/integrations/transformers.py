@@ -3,9 +3,10 @@
     from p48ray.integrations.transformers import load_model
     model = load_model("path/to/checkpoint")
 
-transformers 5.23 hands compressed-tensors' decoder the codes and the local scales of per-expert
-NVFP4 weights, and drops `weight_global_scale`: every expert weight is then wrong by that factor,
-and nothing says so. Here the loading operation is replaced by one that hands over all three.
+transformers (5.23 and 5.24) hands compressed-tensors' decoder the codes and the local scales of
+per-expert NVFP4 weights, and drops `weight_global_scale`: every expert weight is then wrong by that
+factor, and nothing says so. Here the loading operation is replaced by one that hands over all
+three.
 `is_needed` asks the installed transformers itself, with one small expert, so that this retires on
 its own once a release decodes correctly.
 

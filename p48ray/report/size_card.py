@@ -4,6 +4,7 @@ counted from the source's headers and the plan."""
 from p48ray.checkpoint.layout import ModelLayout
 from p48ray.checkpoint.sparse_storage import Storage
 from p48ray.numerics.solution import PAIRED_48
+from p48ray.report.storage_card import SERVER
 from p48ray.run.output_layout import unit_bytes
 from p48ray.unit.context import StageContext
 
@@ -61,7 +62,8 @@ def gains_section(context: StageContext) -> str:
         lines.append(
             f"- **Sparse storage.** The same weights in {sparse:,} bytes,"
             f" {bits_a_weight(context, sparse):.2f} bits a weight: {sparse / dense:.2f} times the"
-            f" dense ones{beside}. `p48ray convert` makes either storage of the other without loss."
+            f" dense ones{beside}. `p48ray convert` makes either storage of the other without loss;"
+            f" this one is for {SERVER}."
         )
     return "\n".join([*lines, "\nSpeed was not measured by the job that made this checkpoint."])
 

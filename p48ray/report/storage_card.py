@@ -7,6 +7,8 @@ from p48ray.checkpoint.sparse_storage import Storage
 
 BEGIN, END = "<!-- p48ray: sparse storage -->\n", "<!-- p48ray: end -->\n\n"
 BEFORE = "## Serving\n"
+SERVER = "the paired48 patch of vLLM, on SM100 and SM120 GPUs only"
+"""What reads sparse storage, in a few words; docs/serving-and-evaluating.md has the rest."""
 NOTE = """\
 ## Sparse storage
 
@@ -24,11 +26,14 @@ low nibble is the lower inputs |
 | `weight_global_scale`, `input_global_scale` | F32 | [1] | as below |
 
 The experts take {after:,} bytes, {ratio:.3f} times their {before:,} in dense storage. \
-Neither stock vLLM nor transformers reads this; it was laid out for the
-public paired48 backend of vLLM, which quantizes activations per 32 inputs, and it was not served \
-by the job that made it. `p48ray convert <this folder> OUT
---storage dense` restores the dense form byte for byte, `p48ray verify <this folder>` checks this \
-one.
+Neither stock vLLM nor transformers reads this. It was laid out for the
+paired48 backend, a patch on vLLM 0.30.0 (27 files: integrations/vllm of \
+https://github.com/IST-DASLab/MoESQ), which quantizes activations per
+32 inputs. It runs on SM100 (B200, GB200) and SM120 (RTX 5090, RTX PRO 6000) only, not on SM103 \
+(B300); on several GPUs with `--tensor-parallel-size N
+--enable-expert-parallel`. The job that made this checkpoint did not serve it. `p48ray convert \
+<this folder> OUT --storage dense` restores the dense form byte for
+byte, `p48ray verify <this folder>` checks this one.
 
 """
 

@@ -16,7 +16,13 @@ HAS_VLLM = find_spec("vllm") is not None
 collect_ignore = (
     []
     if HAS_VLLM
-    else ["test_evaluate_job.py", "test_ignore_lists.py", "test_vllm.py", "test_vllm_families.py"]
+    else [
+        "test_evaluate_job.py",
+        "test_ignore_lists.py",
+        "test_smoke.py",
+        "test_vllm.py",
+        "test_vllm_families.py",
+    ]
 )
 
 # vLLM reads these when it is imported. One process, so that tests can look into it; no compiler; no

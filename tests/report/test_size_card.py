@@ -43,6 +43,7 @@ def test_int4_source_has_the_same_size_and_other_arithmetic(finished: SmallRun) 
     assert found is not None
     sparse, dense = int(found[1].replace(",", "")), bytes_of_experts(finished)
     assert round(sparse / dense, 2) == 0.61 and "times the source's" not in text
+    assert "for the paired48 patch of vLLM, on SM100 and SM120 GPUs only" in text
 
 
 @pytest.mark.parametrize("settings", [{"sparsity": "none"}, {"scale_span": 16}])
