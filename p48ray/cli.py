@@ -6,11 +6,12 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
 
+from p48ray.checkpoint.modelopt import FORM_WORDS, Form
 from p48ray.checkpoint.skeleton import write_kimi_k25_skeleton
 from p48ray.checkpoint.sparse_storage import Storage
 from p48ray.errors import ConfigError, P48Error, UserError
@@ -42,6 +43,7 @@ SourceEndpoint = Annotated[
 ]
 
 
+Format = Literal["compressed-tensors", "modelopt"]
 RunRoot = Annotated[str, typer.Argument(help="Folder or URI of a run.")]
 INTERRUPTED = 130  # as a shell says it of Ctrl-C
 
@@ -242,11 +244,21 @@ def convert(
         str, typer.Argument(help="New folder, or one where the same conversion was interrupted.")
     ],
     storage: Annotated[
-        Storage,
+        Storage | None,
         typer.Option(
             help="What to write: sparse for the kernels of paired-4:8, dense for stock loaders."
         ),
-    ],
+    ] = None,
+    layout: Annotated[
+        Format | None,
+        typer.Option(
+            "--format",
+            help=(
+                "What to write in dense storage: modelopt for readers of NVIDIA's layout,"
+                " compressed-tensors to go back from it."
+            ),
+        ),
+    ] = None,
     workers: Annotated[
         int | None,
         typer.Option(
@@ -271,33 +283,37 @@ def convert(
         ),
     ] = None,
 ) -> None:
-    """Write a checkpoint anew in sparse or dense storage, without loss either way. Progress goes to
-    the standard error."""
+    """Write a checkpoint anew: in sparse or dense storage (--storage), or in NVIDIA ModelOpt's
+    layout and back (--format), without loss either way. Progress goes to the standard error."""
 
     def action() -> bool:
         # here, because Ray takes a second to import
         from p48ray.finished.converter import convert_folder
         from p48ray.runner.ray_tasks import RayTasks
 
+        if (storage is None) == (layout is None):
+            found = "both" if storage else "neither"
+            raise ConfigError(f"expected --storage or --format, found {found}")
+        to: Form = storage or ("modelopt" if layout == "modelopt" else "dense")
         if not scheme_of(out).is_writable:
             raise ConfigError(f"OUT: expected a place that can be written to, found {out}")
         address = os.environ.get("RAY_ADDRESS")
         tasks = RayTasks(
             what="convert", num_workers=workers, address=address, is_shared=shared, shows_logs=False
         )
-        found = convert_folder(
+        done = convert_folder(
             open_store(checkpoint, endpoint_url),
             open_store(out, out_endpoint_url or endpoint_url),
-            storage,
+            to,
             tasks if address or (workers or 1) > 1 else None,
         )
         typer.echo(
-            f"{'found' if found.is_done else 'wrote'} {out}: {storage} storage, {len(found.shards)}"
+            f"{'found' if done.is_done else 'wrote'} {out}: {FORM_WORDS[to]}, {len(done.shards)}"
             " shards"
         )
         for what, (before, after) in (
-            ("experts", found.expert_bytes),
-            ("all tensors", found.all_bytes),
+            ("experts", done.expert_bytes),
+            ("all tensors", done.all_bytes),
         ):
             typer.echo(f"{what:<12} {before:,} -> {after:,} bytes ({after / before:.3f}x)")
         return True

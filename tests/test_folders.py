@@ -115,6 +115,7 @@ def test_silent_argument_is_seen() -> None:
 
 
 TESTED_IN = {
+    "p48ray.finished.forms": "finished/test_form_change.py",
     "p48ray.benchmarks.harness": "jobs/test_evaluate_job.py",
     "p48ray.benchmarks.job": "jobs/test_evaluate_job.py",
     "p48ray.benchmarks.process_group": "benchmarks/test_server_process.py",
