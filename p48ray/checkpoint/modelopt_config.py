@@ -52,9 +52,9 @@ def format_problem(config: Mapping[str, Any]) -> str | None:
     ):
         return None
     return (
-        f"{CONFIG_FILE}: {CONFIG_KEY}: expected format {NVFP4_FORMAT!r}, or quant_method"
-        f" {METHOD!r} with quant_algo {ALGORITHM!r}, found format {found.get('format')!r},"
-        f" quant_method {method!r}, quant_algo {algorithm!r}"
+        f"{CONFIG_FILE}: {CONFIG_KEY}.format: expected {NVFP4_FORMAT!r}, or quant_method"
+        f" {METHOD!r} with quant_algo {ALGORITHM!r}, found {found.get('format')!r}, quant_method"
+        f" {method!r}, quant_algo {algorithm!r}"
     )
 
 

@@ -146,5 +146,5 @@ def test_other_caches_are_refused(scheme: object) -> None:
 def test_config_of_neither_format_is_refused(change: Callable[[dict], object]) -> None:
     config = compressed()
     change(config)
-    with pytest.raises(SourceError, match=r"config: expected format .*, found format"):
+    with pytest.raises(SourceError, match=r"config\.format: expected .*, found .*quant_algo"):
         form_of(config)

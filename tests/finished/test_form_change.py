@@ -313,7 +313,7 @@ def test_a_folder_of_neither_format_is_refused(dense: Folder) -> None:
     def other(config: dict) -> None:
         config["quantization_config"] = {"quant_method": "modelopt", "quant_algo": "FP8"}
 
-    words = "config.json: quantization_config: expected format .*found format None.*'FP8'"
+    words = r"config\.json: quantization_config\.format: expected .*found None, .*'FP8'"
     refused(resealed(dense.with_json("config.json", other)), "modelopt", SourceError, words)
     refused(dense.without_file(MANIFEST), "modelopt", ConfigError, "found no p48ray.json")
     refused(Folder({}), "modelopt", ConfigError, "found no p48ray.json")
