@@ -31,6 +31,7 @@ ROWS = [
     ["p48ray.report"],
     ["p48ray.runner"],
     ["p48ray.finished", "p48ray.benchmarks"],
+    ["p48ray.checkpoint_commands"],
     ["p48ray.cli", "p48ray.config_page"],
 ]
 TOGETHER = ["p48ray.numerics", "p48ray.kernels"]

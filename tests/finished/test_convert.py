@@ -318,7 +318,7 @@ def test_damaged_checkpoints_are_refused(dense: Folder) -> None:
         (dense.with_file(dense.shards[0], dense.files[dense.shards[0]][:-1]), "truncated"),
     ]
     for folder, words in cases:
-        with pytest.raises(ShardCorruptError, match=words):
+        with pytest.raises(SourceError, match=words):
             converted(folder, "sparse")
 
 
