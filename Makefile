@@ -6,7 +6,7 @@ export OMP_NUM_THREADS ?= 1
 # Every process of a test that starts one would compile p48ray anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup chromium demo test test-fast chaos test-clients check format clean
+.PHONY: setup chromium demo test test-fast test-ranges chaos test-clients check format clean
 
 setup: $(VENV)/.ready
 
@@ -39,6 +39,15 @@ test: setup
 test-fast: setup
 	$(PYTEST) -m "not (ray or server or browser or slow)"
 
+# The newest of every range in pyproject.toml; constraints.txt, which all else runs with, has the older ends of those that matter (docs/CONTRIBUTING.md).
+UPPER := .venv-upper
+test-ranges:
+	$(PYTHON) -m venv --clear $(UPPER)
+	$(UPPER)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	$(UPPER)/bin/python -m pip list --disable-pip-version-check
+	$(UPPER)/bin/python -m pytest -rfE tests/model/test_family_parity.py tests/model/test_decoder.py \
+		tests/integrations tests/checkpoint/test_decode.py tests/numerics/test_nvfp4.py tests/stages/test_family_jobs.py
+
 # Every fault scenario with CHAOS_SEEDS seeds each, about 20 minutes a seed on 2 cores; `make test` has the short form.
 CHAOS_SEEDS ?= 3
 chaos: setup
@@ -60,4 +69,4 @@ format: setup
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) runs build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(UPPER) runs build *.egg-info .pytest_cache .mypy_cache .ruff_cache

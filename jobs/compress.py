@@ -28,7 +28,6 @@ from p48ray.report.plan_table import print_plan
 from p48ray.report.report import print_report
 from p48ray.runner.console import Interrupts, configure_logging
 from p48ray.runner.pipeline import run_job
-from p48ray.runner.ray_runner import RayRunner
 from p48ray.stages.prepare import prepare
 from p48ray.store.open import scheme_of, writable_examples
 
@@ -62,6 +61,8 @@ def compress(path: Path, config: RunConfig, dry_run: bool, verbose: bool) -> Non
     print_plan(prepared, console)
     if dry_run:
         return
+    from p48ray.runner.ray_runner import RayRunner  # Ray, which a plan needs not
+
     address = os.environ.get("RAY_ADDRESS")
     report = run_job(prepared, lambda plan, root: RayRunner(plan, root, address, verbose))
     print_report(report, console)

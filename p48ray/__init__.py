@@ -4,7 +4,8 @@ preemptible GPUs.
 Folders, from the bottom up; each imports only what stands before it:
     integrations    numerics, kernels    store    config    checkpoint    texts, model    run
     estimate    unit    stages    report    runner    finished, benchmarks
-Everywhere: errors, trace. Entry points: jobs/, cli and config_page.
+Everywhere: errors, trace, collection. Entry points: jobs/, cli with checkpoint_commands, and
+config_page.
 docs/DESIGN.md follows one unit from plan to checkpoint.
 """
 

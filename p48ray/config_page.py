@@ -47,6 +47,8 @@ Change a description there and run it again; a test compares.
 
 One YAML file maps to this tree. A key that is not here is refused. Later sources win: the
 defaults, the file, `--set dotted.key=value`, `--run-root`. Examples: the files in `configs/`.
+A file with `extends: NAME` at its top is laid over the file NAME beside it, section by section;
+lists are replaced whole.
 `DESIGN 7.3` is that section of [DESIGN.md](DESIGN.md).
 
 Every key says whether it changes the checkpoint's bytes:

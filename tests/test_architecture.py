@@ -17,7 +17,7 @@ PACKAGE = REPO / "p48ray"
 # A module may import its own row and rows above it. Folders that share a row import nothing of each
 # other, but for numerics, whose fast paths are kernels.
 ROWS = [
-    ["p48ray.errors", "p48ray.trace"],
+    ["p48ray.errors", "p48ray.trace", "p48ray.collection"],
     ["p48ray.integrations"],
     ["p48ray.numerics", "p48ray.kernels"],
     ["p48ray.store"],
@@ -31,6 +31,7 @@ ROWS = [
     ["p48ray.report"],
     ["p48ray.runner"],
     ["p48ray.finished", "p48ray.benchmarks"],
+    ["p48ray.checkpoint_commands"],
     ["p48ray.cli", "p48ray.config_page"],
 ]
 TOGETHER = ["p48ray.numerics", "p48ray.kernels"]
@@ -121,12 +122,12 @@ def test_numerics_need_only_torch() -> None:
         "p48ray.numerics",
         "p48ray.kernels",
         "p48ray.errors",
+        "p48ray.collection",
         "math",
         "dataclasses",
         "collections",
         "contextlib",
         "functools",
-        "gc",
         "typing",
         "itertools",
     )

@@ -400,6 +400,47 @@ def test_convert_of_what_it_can_not_read_or_write_exits_2(
     assert not (tmp_path / "out").exists()
 
 
+def test_convert_to_modelopts_layout_and_back_exits_0(
+    finished: SmallRun, clean: Folder, tmp_path: Path
+) -> None:
+    there = call("convert", finished.checkpoint, tmp_path / "there", "--format", "modelopt")
+    assert there.exit_code == 0
+    assert there.stdout.startswith(f"wrote {tmp_path / 'there'}: ModelOpt's layout, 6 shards\n")
+    assert "(1.000x)" in there.stdout.splitlines()[1]
+    back = ("convert", tmp_path / "there", tmp_path / "back", "--format", "compressed-tensors")
+    assert call(*back).stdout.startswith(f"wrote {tmp_path / 'back'}: dense storage")
+    assert Folder.read(tmp_path / "back").changed_from(clean) == []
+    assert call("verify", tmp_path / "there").exit_code == 0
+    refused(
+        call("verify", tmp_path / "there", "--source", finished.source),
+        2,
+        "--source: expected a checkpoint in compressed-tensors' format",
+    )
+    dense, other = (
+        call("inspect", place, "--linear", LINEAR)
+        for place in (finished.checkpoint, tmp_path / "there")
+    )
+    assert other.exit_code == 0 and other.stdout == dense.stdout
+    (tmp_path / "there" / "p48ray.json").unlink()
+    refused(call("inspect", tmp_path / "there"), 2, "p48ray.json: expected modelopt.global_scales")
+
+
+def test_convert_without_a_form_or_with_two_exits_2(finished: SmallRun, tmp_path: Path) -> None:
+    command = ("convert", finished.checkpoint, tmp_path / "out")
+    refused(call(*command), 2, "expected --storage or --format, found neither")
+    both = ("--storage", "sparse", "--format", "modelopt")
+    refused(call(*command, *both), 2, "expected --storage or --format, found both")
+    sparse = ("convert", finished.checkpoint, tmp_path / "sparse", "--storage", "sparse")
+    assert call(*sparse).exit_code == 0
+    refused(
+        call("convert", tmp_path / "sparse", tmp_path / "out", "--format", "modelopt"),
+        2,
+        "expected dense storage",
+        "found sparse storage",
+    )
+    assert not (tmp_path / "out").exists()
+
+
 # skeleton
 
 

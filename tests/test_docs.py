@@ -96,9 +96,11 @@ def test_commands_of_a_page_exist(page: str) -> None:
     targets = (REPO / "Makefile").read_text()
     for target in re.findall(r"^(?:.*&& )?make ([\w-]+)", text, flags=re.M):
         assert re.search(rf"^{target}:", targets, flags=re.M), target
-    commands = options(REPO / "p48ray" / "cli.py")
-    for command, rest in re.findall(r"^p48ray (\w+)(.*)", text, flags=re.M):
-        assert set(re.findall(r"--[a-z-]+", rest)) <= commands[command], f"{command}{rest}"
+    files = ("cli.py", "checkpoint_commands.py")
+    commands = {name: o for file in files for name, o in options(REPO / "p48ray" / file).items()}
+    for command, rest in re.findall(r"^p48ray ([\w-]+)(.*)", text, flags=re.M):
+        known = commands[command.replace("-", "_")]
+        assert set(re.findall(r"--[a-z-]+", rest)) <= known, f"{command}{rest}"
     for job, rest in re.findall(r"python jobs/(\w+)\.py(.*)", text):
         known = set.union(*options(REPO / "jobs" / f"{job}.py").values())
         assert set(re.findall(r"--[a-z-]+", rest)) <= known, f"{job}{rest}"

@@ -76,7 +76,7 @@ def test_axes_have_a_legend(name: str, path: Path) -> None:
 
 
 MANY = 4
-OPTIONS = {"p48ray.cli"}  # each explains itself in --help
+OPTIONS = {"p48ray.cli", "p48ray.checkpoint_commands"}  # each explains itself in --help
 
 
 def silent_arguments(tree: ast.AST) -> Iterator[str]:
@@ -115,10 +115,13 @@ def test_silent_argument_is_seen() -> None:
 
 
 TESTED_IN = {
+    "p48ray.benchmarks.completions": "benchmarks/test_smoke.py",
+    "p48ray.finished.forms": "finished/test_form_change.py",
     "p48ray.benchmarks.harness": "jobs/test_evaluate_job.py",
     "p48ray.benchmarks.job": "jobs/test_evaluate_job.py",
     "p48ray.benchmarks.process_group": "benchmarks/test_server_process.py",
     "p48ray.benchmarks.ray_server": "benchmarks/test_server_process.py",
+    "p48ray.benchmarks.smoke_table": "benchmarks/test_smoke.py",
     "p48ray.estimate.duration": "estimate/test_plan_cost.py",
     "p48ray.estimate.fit": "estimate/test_plan_cost.py",
     "p48ray.estimate.memory": "estimate/test_plan_cost.py",

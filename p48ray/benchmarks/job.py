@@ -8,7 +8,12 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 from p48ray.benchmarks.harness import Harness, check_harness
-from p48ray.benchmarks.server_process import ServedModel, served_models, server_version
+from p48ray.benchmarks.server_process import (
+    ServedModel,
+    model_named,
+    served_models,
+    server_version,
+)
 from p48ray.config import RunConfig
 from p48ray.config.benchmarks import BenchmarksConfig, BenchmarkTask, ComparedCheckpoint, Role
 from p48ray.errors import ConfigError, ObjectMissingError, P48Error, StageFailedError, UserError
@@ -317,7 +322,7 @@ def find_model(
         harness would send.
     """
     wanted = column.column.served_name or column.place
-    model = next((m for m in served if wanted in (m.id, m.root)), None)
+    model = model_named(served, {wanted})
     if model is None:
         found = ", ".join(f"{m.id!r} from {m.root!r}" for m in served) or "none"
         raise ConfigError(

@@ -17,8 +17,9 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from http.client import HTTPException
 from typing import Any
 
 from p48ray.errors import ConfigError
@@ -145,11 +146,16 @@ def served_models(url: str) -> list[ServedModel]:
             )
             for m in data
         ]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, HTTPException, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(
             f"{url}/v1/models: expected the list of models of an OpenAI-compatible server, found"
             f" {error!r}"
         ) from error
+
+
+def model_named(served: Sequence[ServedModel], wanted: Collection[str]) -> ServedModel | None:
+    """The first of a server's models that has one of the names, or was loaded from one of them."""
+    return next((m for m in served if m.id in wanted or m.root in wanted), None)
 
 
 def server_version(url: str, model: ServedModel) -> str:

@@ -14,6 +14,7 @@ Read in this order:
     decode                   source weights as floats
     output_config, ignore    what config.json says of it, and of all that stays plain
     sparse_storage, storage_stream   what is written, in both storages
+    modelopt, modelopt_config        NVIDIA's layout of the same, and its way back
     skeleton                 a checkpoint of true size without its weights, for estimates
 
 To add a family: a file in families/ (docs/families.md). Nothing is re-exported here, so that

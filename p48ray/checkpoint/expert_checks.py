@@ -123,8 +123,8 @@ def int4_group_size(config: Mapping[str, Any], text_config: Mapping[str, Any]) -
 def check_untouched(index: CheckpointIndex, layout: ModelLayout) -> None:
     """Raises: SourceError if tensors that pass through are packed: the output announces NVFP4 and
     could not say how to read them."""
-    for entry in index.tensors.values():
-        if entry.name.endswith(".weight_packed") and not layout.is_expert_tensor(entry.name):
+    for entry in index.outside_experts(layout):
+        if entry.name.endswith(".weight_packed"):
             raise SourceError(
                 f"{entry.file}: tensor {entry.name}: expected plain weights outside the routed"
                 f" experts of layers below {layout.num_layers}, found packed ones; sources"

@@ -67,7 +67,7 @@ def plain_tensors(index: CheckpointIndex, layout: ModelLayout) -> list[PlainTens
     """Every tensor outside the compressed experts, in the source's order."""
     return [
         tensor
-        for entry in index.tensors.values()
+        for entry in index.outside_experts(layout)
         if (tensor := as_plain(index, layout, entry)) is not None
     ]
 
@@ -75,11 +75,7 @@ def plain_tensors(index: CheckpointIndex, layout: ModelLayout) -> list[PlainTens
 def stored_floats(index: CheckpointIndex, layout: ModelLayout) -> list[TensorEntry]:
     """What is stored in floats outside the compressed experts, in the source's order: of FP8
     weights both codes and scales."""
-    return [
-        entry
-        for entry in index.tensors.values()
-        if entry.dtype in FLOAT_DTYPES and not layout.is_expert_tensor(entry.name)
-    ]
+    return [entry for entry in index.outside_experts(layout) if entry.dtype in FLOAT_DTYPES]
 
 
 def as_plain(index: CheckpointIndex, layout: ModelLayout, entry: TensorEntry) -> PlainTensor | None:

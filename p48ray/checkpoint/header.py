@@ -225,7 +225,9 @@ def _entry(
 
 def _are_sizes(values: object) -> bool:
     """JSON's true is an int to Python, hence the exact type."""
-    return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
+    if not isinstance(values, list) or not {*map(type, values)} <= {int}:
+        return False
+    return min(values, default=0) >= 0
 
 
 def _check_coverage(

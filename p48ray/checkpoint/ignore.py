@@ -41,8 +41,8 @@ def ignored(index: CheckpointIndex, names: LayerNames) -> list[str]:
     layers: set[str] = set()
     parts: set[str] = set()
     behind: set[int] = set()
-    for entry in index.tensors.values():
-        if not is_linear(entry.name, entry.shape) or names.is_expert_tensor(entry.name):
+    for entry in index.outside_experts(names):
+        if not is_linear(entry.name, entry.shape):
             continue
         module = entry.name.removesuffix(WEIGHT)
         number, _, rest = module.removeprefix(names.layer_prefix).partition(".")

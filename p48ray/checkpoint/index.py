@@ -9,11 +9,13 @@ import hashlib
 import re
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from p48ray.checkpoint.header import TensorEntry, json_object, parse_header, read_header_bytes
+from p48ray.checkpoint.layout import LayerNames
 from p48ray.checkpoint.sidecars import find_sidecars
+from p48ray.collection import nothing_collected
 from p48ray.errors import SourceError
 from p48ray.store import Store
 
@@ -45,6 +47,29 @@ class CheckpointIndex:
     """Identity without reading 595 GB: SHA-256 over config, index, all headers, and size, first and
     last 64 KiB of each file's data."""
     left_behind: tuple[str, ...] = ()
+    _outside: dict[tuple[str, int], tuple[TensorEntry, ...]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+    """What outside_experts has found out once, by their expert_scope."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all tensors."""
+        return sum(entry.num_bytes for entry in self.tensors.values())
+
+    def outside_experts(self, names: LayerNames) -> tuple[TensorEntry, ...]:
+        """All but the tensors that compression replaces, in the source's order. Names are looked at
+        once, because there are many and nearly all are experts'."""
+        scope = names.expert_scope
+        if scope not in self._outside:
+            self._outside[scope] = tuple(
+                entry for name, entry in self.tensors.items() if not names.is_expert_tensor(name)
+            )
+        return self._outside[scope]
+
+    def expert_bytes(self, names: LayerNames) -> int:
+        """Of the tensors that compression replaces."""
+        return self.num_bytes - sum(entry.num_bytes for entry in self.outside_experts(names))
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +81,7 @@ class _Shard:
     digest: bytes
 
 
+@nothing_collected()
 def open_checkpoint(store: Store) -> CheckpointIndex:
     """Reads config, index and every header of a Hugging Face folder.
 

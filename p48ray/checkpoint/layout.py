@@ -43,15 +43,18 @@ class LayerNames:
         """The module's name in the checkpoint, without a tensor's suffix."""
         return f"{self.layer_prefix}{layer}.mlp.experts.{expert}.{projection}"
 
+    @property
+    def expert_scope(self) -> tuple[str, int]:
+        """All that decides which tensors are experts': what stands before a layer's number, and how
+        many layers the model runs."""
+        return self.layer_prefix, self.num_layers
+
     def is_expert_tensor(self, name: str) -> bool:
         """True for the tensors that compression replaces: those of routed experts in the layers
-        that the model runs."""
+        that the model runs. Of a whole checkpoint, CheckpointIndex.outside_experts knows it."""
+        prefix, num_layers = self.expert_scope
         found = EXPERT_NAME.fullmatch(name)
-        return (
-            found is not None
-            and f"{found[1]}layers." == self.layer_prefix
-            and int(found[2]) < self.num_layers
-        )
+        return found is not None and f"{found[1]}layers." == prefix and int(found[2]) < num_layers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

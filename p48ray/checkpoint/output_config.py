@@ -19,6 +19,7 @@ from p48ray.checkpoint.layout import ModelLayout
 EXPERTS_TARGET = r"re:.*mlp\.experts\.\d+\.(gate|up|down)_proj$"
 NVFP4_FORMAT = "nvfp4-pack-quantized"
 CACHE_KEY = "kv_cache_scheme"
+IGNORE_KEY = "ignore"
 
 
 def output_config(source: CheckpointIndex, layout: ModelLayout) -> dict[str, Any]:

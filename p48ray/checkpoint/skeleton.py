@@ -50,8 +50,9 @@ def write_kimi_k25_skeleton(folder: str | Path) -> None:
 
 
 def kimi_k25_config() -> dict[str, Any]:
-    """config.json with the release's values, in the key names that transformers 5 uses (as
-    examples/tiny-kimi-k2.5 has them)."""
+    """config.json with the release's values. The vision part has the release's own keys, which are
+    not those that transformers 5 uses; the text model's are both's. `auto_map` is left out: there
+    is no code beside it."""
     return {
         "architectures": ["KimiK25ForConditionalGeneration"],
         "model_type": "kimi_k25",
@@ -62,22 +63,26 @@ def kimi_k25_config() -> dict[str, Any]:
         "pad_token_id": 163839,
         "ignore_index": -100,
         "media_placeholder_token_id": 163605,
-        "projection_hidden_size": VISION_HIDDEN,
-        "projection_layer_norm_eps": 1e-05,
+        "use_unified_vision_chunk": True,
+        "video_placeholder": "<|kimi_k25_video_placeholder|>",
         "text_config": _text_config(),
-        "vision_config": {
-            "model_type": "kimi_k25_vision",
-            "num_hidden_layers": VISION_BLOCKS,
-            "hidden_size": VISION_HIDDEN,
-            "intermediate_size": VISION_INTERMEDIATE,
-            "num_attention_heads": 16,
-            "patch_size": PATCH,
-            "pos_emb_height": POS_EMB,
-            "pos_emb_width": POS_EMB,
-            "pos_emb_time": 4,
-            "merge_kernel_size": [MERGE, MERGE],
-        },
+        "vision_config": _vision_config(),
     }
+
+
+def _vision_config() -> dict[str, Any]:
+    tower = {
+        "patch_size": PATCH, "init_pos_emb_height": POS_EMB, "init_pos_emb_width": POS_EMB,
+        "init_pos_emb_time": 4, "pos_emb_type": "divided_fixed", "vt_num_attention_heads": 16,
+        "vt_num_hidden_layers": VISION_BLOCKS, "vt_hidden_size": VISION_HIDDEN,
+        "vt_intermediate_size": VISION_INTERMEDIATE, "merge_kernel_size": [MERGE, MERGE],
+        "video_attn_type": "spatial_temporal", "merge_type": "sd2_tpool",
+    }  # fmt: skip
+    projector = {
+        "mm_projector_type": "patchmerger", "mm_hidden_size": VISION_HIDDEN,
+        "projector_hidden_act": "gelu", "projector_ln_eps": 1e-05, "text_hidden_size": HIDDEN,
+    }  # fmt: skip
+    return tower | projector
 
 
 def _text_config() -> dict[str, Any]:

@@ -1,21 +1,27 @@
-"""One unit of compressed experts from one storage to the other while a file is streamed: for
-whoever stitches, converts, verifies, evaluates or publishes.
+"""One unit of compressed experts from one form to another while a file is streamed: for whoever
+stitches, converts, verifies, evaluates or publishes.
 
-A unit is held in memory once in each storage, and no more of a checkpoint than that. What it is
+A unit is held in memory once in each form, and no more of a checkpoint than that. What it is
 held against is always the SHA-256 of its dense form as a shard of its own, because that is what was
 verified.
 """
 
 import hashlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from p48ray import trace
 from p48ray.checkpoint.header import TensorEntry
-from p48ray.checkpoint.sparse_storage import Storage, dense_tensors, sparse_tensors
+from p48ray.checkpoint.modelopt import (
+    Form,
+    GlobalScales,
+    dense_from_modelopt,
+    modelopt_tensors,
+)
+from p48ray.checkpoint.sparse_storage import dense_tensors, sparse_tensors
 from p48ray.checkpoint.tensors import header_of, read_tensors, tensor_bytes, tensor_view
 from p48ray.errors import ShardCorruptError, SourceError
 from p48ray.store.base import Store
@@ -24,28 +30,34 @@ from p48ray.store.base import Store
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredUnit:
     """A unit's tensors where they lie, in its order, all in one file. sha256: of its dense form, as
-    a shard of its own; named_in: what says so."""
+    a shard of its own; named_in: what says so. global_scales: of its linears, where the form is
+    ModelOpt's."""
 
     id: str
     sha256: str
     named_in: str
     store: Store
     entries: tuple[TensorEntry, ...]
+    form: Form = "dense"
+    global_scales: GlobalScales = field(default_factory=dict)
 
     @property
     def file(self) -> str:
         return self.entries[0].file
 
 
-def recoded_unit(unit: StoredUnit, to: Storage) -> Iterator[bytes]:
-    """The bytes of a unit's tensors in the other storage, in its order.
+def recoded_unit(unit: StoredUnit, to: Form) -> Iterator[bytes]:
+    """The bytes of a unit's tensors in another form, in its order.
 
-    Raises: SourceError, naming the tensor, for what sparse storage can not hold; ShardCorruptError
-        for bytes that are not those that were verified. Both before the first byte is given out.
+    Raises: SourceError, naming the tensor, for what that form can not hold; ShardCorruptError for
+        bytes that are not those that were verified. Both before the first byte is given out.
     """
     stored = read_tensors(unit.store, unit.entries)
-    recoded = sparse_tensors(stored) if to == "sparse" else dense_tensors(stored)
-    found = dense_sha256(stored if to == "sparse" else recoded)
+    dense = as_dense(stored, unit.form, unit.global_scales)
+    recoded = dense
+    if to != "dense":
+        recoded = sparse_tensors(dense) if to == "sparse" else modelopt_tensors(dense)
+    found = dense_sha256(dense)
     if found != unit.sha256:
         raise ShardCorruptError(
             f"{unit.store.uri}/{unit.file}: unit {unit.id}: expected the bytes with SHA-256"
@@ -53,6 +65,16 @@ def recoded_unit(unit: StoredUnit, to: Storage) -> Iterator[bytes]:
         )
     for tensor in recoded.values():
         yield tensor_bytes(tensor)
+
+
+def as_dense(
+    stored: Mapping[str, Tensor], form: Form, scales: GlobalScales
+) -> Mapping[str, Tensor]:
+    """A unit's tensors in dense storage. scales: as dense_from_modelopt takes them. Raises:
+    SourceError, naming the tensor, for what can not be decoded."""
+    if form == "modelopt":
+        return dense_from_modelopt(stored, scales)
+    return dense_tensors(stored) if form == "sparse" else stored
 
 
 def decoded_unit(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:

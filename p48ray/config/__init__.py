@@ -152,7 +152,11 @@ class OutputConfig(Section):
         ),
     )
     storage: Literal["dense", "sparse"] = Field(
-        "dense", description="dense: for stock loaders; sparse: for the kernels of paired-4:8."
+        "dense",
+        description=(
+            "dense: for stock loaders; sparse: for the paired48 patch of vLLM alone, on the GPUs"
+            " that docs/serving-and-evaluating.md names."
+        ),
     )
     base_model: str | None = Field(
         None,

@@ -15,6 +15,10 @@ from p48ray.config.yaml_text import parse_yaml
 from p48ray.errors import ConfigError
 from p48ray.store.open import scheme_of
 
+EXTENDS = "extends"
+"""Names the file whose values count where this one says nothing. It is no key of the
+configuration: a plan has what both say."""
+
 
 def baseline_config(config: RunConfig) -> RunConfig:
     """The published one-shot reference on the same source and texts: SparseGPT masks and GPTQ,
@@ -72,12 +76,12 @@ def load_config(
     """Read a configuration file.
 
     Args:
-        path: YAML file.
+        path: YAML file; it may extend another (read_file).
         overrides: 'dotted.key=value' texts, values as parse_value takes them.
         run_root: replaces run.root.
     Raises: ConfigError naming the file, each dotted key, what was expected and what was found.
     """
-    tree = read_yaml(Path(path))
+    tree = read_file(Path(path))
     for override in overrides:
         key, sign, text = override.partition("=")
         if not sign or not key:
@@ -92,6 +96,36 @@ def load_config(
         return RunConfig.model_validate(tree)
     except ValidationError as error:
         raise ConfigError("\n".join(f"{path}: {line}" for line in explain(error))) from None
+
+
+def read_file(path: Path) -> dict[str, Any]:
+    """The tree of a file; with `extends`, laid over that of another one beside it, which extends
+    none."""
+    tree = read_yaml(path)
+    if EXTENDS not in tree:
+        return tree
+    name = tree.pop(EXTENDS)
+    if not isinstance(name, str) or not name:
+        raise ConfigError(f"{path}: {EXTENDS}: expected a file's name, found {shorten(name)}")
+    try:
+        below = read_yaml(path.parent / name)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {EXTENDS}: {error}") from None
+    if EXTENDS in below:
+        raise ConfigError(
+            f"{path}: {EXTENDS}: expected a file that extends no other, found {name} with"
+            f" {EXTENDS}: {shorten(below[EXTENDS])}"
+        )
+    return laid_over(below, tree)
+
+
+def laid_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Sections of both are joined, key by key; of anything else the upper one counts."""
+    joined = below | above
+    for key in below.keys() & above.keys():
+        if isinstance(below[key], dict) and isinstance(above[key], dict):
+            joined[key] = laid_over(below[key], above[key])
+    return joined
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

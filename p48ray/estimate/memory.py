@@ -65,9 +65,7 @@ def routed_token_bytes(hidden_size: int, config: RunConfig) -> int:
 def memory_of(plan: RunPlan, index: CheckpointIndex, layout: ModelLayout) -> Memory:
     """Peaks of one worker that streams and solves."""
     run = plan.config.run
-    packed = sum(
-        e.num_bytes for e in index.tensors.values() if layout.is_expert_tensor(e.name)
-    ) // max(1, len(layout.moe_layers))
+    packed = index.expert_bytes(layout) // max(1, len(layout.moe_layers))
     outside: dict[int, int] = {}
     for e in untouched_tensors(index, layout):
         if (layer := layer_of(layout, e.name)) is not None:

@@ -138,8 +138,7 @@ def estimate(
     """
     moe, untouched = len(plan.layers), untouched_tensors(index, layout)
     units = sum(unit_bytes(layout, u) for u in plan.units)
-    source = sum(e.num_bytes for e in index.tensors.values())
-    experts = sum(e.num_bytes for e in index.tensors.values() if layout.is_expert_tensor(e.name))
+    source, experts = index.num_bytes, index.expert_bytes(layout)
     checkpoint = sum(s.num_bytes for s in shards)
     dense = sum(
         e.num_bytes // DTYPE_BYTES[e.dtype]

@@ -7,7 +7,8 @@ Read in this order:
     survey                        what a checkpoint announces, before its shards are read
     verify_checkpoint, verifier   every byte against p48ray.json and, where given, the source
     config_update                 config.json of an older checkpoint, written anew
-    convert, converter            dense to sparse storage and back, without loss
+    forms, form_change            compressed linears in whatever form; from one form to another
+    convert, converter            to sparse storage or ModelOpt's layout and back, without loss
     release                       what is published: of a run root, or a folder by itself
     own_figures, requirements     what the run has measured of it, and what it has to be worth
     publish, publisher            what the Hub lacks of it, then one commit

@@ -1,5 +1,5 @@
-"""Convert a finished checkpoint between dense and sparse storage, shard by shard; the bytes of
-experts are re-ordered, nothing is computed anew.
+"""Convert a finished checkpoint between dense and sparse storage, or to ModelOpt's layout and back,
+shard by shard; the bytes of experts are re-ordered, and no weight is computed anew.
 
 `survey_conversion` looks at everything but the data and makes one task a file; `convert_shard`
 streams one file, wherever it runs, and holds every unit against the digest in p48ray.json;
@@ -7,8 +7,8 @@ streams one file, wherever it runs, and holds every unit against the digest in p
 a note in the target says of which checkpoint it is the conversion: so the same call goes on where
 another was interrupted.
 
-p48ray.json keeps the SHA-256 of every unit's dense form in both storages: it is what was verified,
-and what sparse bytes must decode to.
+p48ray.json keeps the SHA-256 of every unit's dense form in all forms: it is what was verified, and
+what other bytes must decode to. finished.form_change has what differs between them.
 """
 
 import hashlib
@@ -17,24 +17,29 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import groupby
 from math import prod
-from typing import Any, Literal
+from typing import Literal
 
 from p48ray.checkpoint.header import TensorEntry, encode_header, torch_dtype
-from p48ray.checkpoint.index import CONFIG_FILE, INDEX_FILE
-from p48ray.checkpoint.output_config import config_json, index_json
-from p48ray.checkpoint.sparse_storage import (
-    Storage,
-    TensorRow,
-    convert_config,
-    convert_index,
-    convert_rows,
-    storage_of,
-)
+from p48ray.checkpoint.index import CONFIG_FILE, CONFIG_KEY, INDEX_FILE
+from p48ray.checkpoint.modelopt import FORM_WORDS, Form
+from p48ray.checkpoint.modelopt_config import HF_QUANT_FILE, form_of
+from p48ray.checkpoint.output_config import index_json
+from p48ray.checkpoint.sparse_storage import TensorRow
 from p48ray.checkpoint.storage_stream import StoredUnit, recoded_unit
 from p48ray.errors import ConfigError, ShardCorruptError, SourceError
-from p48ray.finished.survey import check_files, check_form, read_headers, read_manifest, units_of
+from p48ray.finished.form_change import (
+    check_forms_fit,
+    check_restored,
+    check_scalars,
+    index_in,
+    raise_for_problems,
+    rows_in,
+    small_files,
+)
+from p48ray.finished.forms import check_forms, global_scales_of, units_of
+from p48ray.finished.survey import check_files, read_headers, read_manifest
 from p48ray.run.cleanup import ABANDONED_S
-from p48ray.run.manifest import MANIFEST_FILE, CheckpointManifest
+from p48ray.run.manifest import MANIFEST_FILE, CheckpointManifest, ModelOptForm
 from p48ray.run.output_layout import unit_tensor_names
 from p48ray.run.records import Record
 from p48ray.stages.index_proof import check_index_files
@@ -43,15 +48,13 @@ from p48ray.store.open import is_within
 
 NOTE_FILE = "p48ray-convert.json"
 
-LISTED_REFUSALS = 5  # in one line
-
 
 class ConversionNote(Record):
     """Lies in a folder for as long as a conversion fills it."""
 
     schema_version: Literal[1] = 1
     checkpoint_sha256: str
-    storage: Storage
+    storage: Form
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,7 +67,7 @@ class ShardConversion:
     result_bytes: int
     checkpoint: Store
     target: Store
-    to: Storage
+    to: Form
     header: bytes
     parts: tuple[StoredUnit | TensorEntry, ...]
 
@@ -76,7 +79,7 @@ class Conversion:
 
     checkpoint: Store
     target: Store
-    to: Storage
+    to: Form
     shards: tuple[ShardConversion, ...]
     files: Mapping[str, bytes]
     index: bytes
@@ -86,12 +89,12 @@ class Conversion:
     is_done: bool
 
 
-def survey_conversion(checkpoint: Store, target: Store, to: Storage) -> Conversion:
+def survey_conversion(checkpoint: Store, target: Store, to: Form) -> Conversion:
     """Everything but the data. Writes nothing.
 
-    Raises: ConfigError where there is no finished checkpoint, where it has the storage already, or
-        where the target holds anything else; SourceError, naming the tensor, for what sparse
-        storage can not hold; ShardCorruptError for a checkpoint that is not what its manifest says.
+    Raises: ConfigError where there is no finished checkpoint, where it has the form already, or
+        where the target holds anything else; SourceError, naming file and tensor, for what that
+        form can not hold, and for a checkpoint that is not what its manifest says.
     """
     if is_within(target, checkpoint):
         raise ConfigError(
@@ -103,38 +106,39 @@ def survey_conversion(checkpoint: Store, target: Store, to: Storage) -> Conversi
         checkpoint, check_index_files(checkpoint) or check_files(checkpoint, manifest)
     )
     config, index = (json.loads(checkpoint.get(name)) for name in (CONFIG_FILE, INDEX_FILE))
-    check_storage(checkpoint, manifest, config, to)
+    have = form_of(config)
+    check_forms_fit(checkpoint, manifest, have, to)
     entries, problems = read_headers(
         checkpoint, manifest, sorted(set(index["weight_map"].values()))
     )
-    have: Storage = "dense" if to == "sparse" else "sparse"
     linears = manifest.relative_weight_errors
-    raise_for_problems(
-        checkpoint,
-        problems or [text for linear in linears for text in check_form(linear, entries, have)],
-    )
-    shards = tuple(shard_conversions(checkpoint, target, manifest, entries, to))
+    raise_for_problems(checkpoint, check_forms(linears, entries, have) + problems)
+    scales = check_scalars(checkpoint, manifest, entries, have, to)
+    shards = tuple(shard_conversions(checkpoint, target, manifest, entries, have, to))
     before, after = (
         sizes_of(rows, linears)
-        for rows in (all_rows(entries), convert_rows(all_rows(entries), linears, to))
+        for rows in (all_rows(entries), rows_in(to, all_rows(entries), linears, have))
     )
     files = {name: checkpoint.get(name) for name in manifest.file_sha256}
-    files[CONFIG_FILE] = config_json(convert_config(config, to))
-    files[INDEX_FILE] = index_json(convert_index(index, linears, to, after[0]))
-    check_restored(
-        checkpoint, CONFIG_FILE, config_json(convert_config(json.loads(files[CONFIG_FILE]), have))
-    )
+    files |= small_files(checkpoint, manifest, config, have, to)
+    if have == "modelopt":
+        del files[HF_QUANT_FILE]
+    files[INDEX_FILE] = index_json(index_in(to, index, linears, have, after[0]))
     check_restored(
         checkpoint,
         INDEX_FILE,
-        index_json(convert_index(json.loads(files[INDEX_FILE]), linears, have, before[0])),
+        index_json(index_in(have, json.loads(files[INDEX_FILE]), linears, to, before[0])),
     )
     changed = manifest.model_copy(
         update={
             "header_sha256": {s.file: hashlib.sha256(s.header).hexdigest() for s in shards},
-            "file_sha256": {
-                name: hashlib.sha256(files[name]).hexdigest() for name in manifest.file_sha256
-            },
+            "file_sha256": {name: hashlib.sha256(data).hexdigest() for name, data in files.items()},
+            "modelopt": ModelOptForm(
+                quantization_config=json.dumps(config[CONFIG_KEY], ensure_ascii=False),
+                global_scales=scales,
+            )
+            if to == "modelopt"
+            else None,
         }
     ).sealed()
     note = ConversionNote(checkpoint_sha256=manifest.sha256, storage=to)
@@ -152,57 +156,6 @@ def survey_conversion(checkpoint: Store, target: Store, to: Storage) -> Conversi
     )
 
 
-def check_restored(checkpoint: Store, name: str, restored: bytes) -> None:
-    """Raises: SourceError unless converting a small file there and back gives its bytes."""
-    if restored != checkpoint.get(name):
-        raise SourceError(
-            f"{checkpoint.uri}/{name}: expected it as p48ray writes it, found another form, which"
-            " could not be restored"
-        )
-
-
-def raise_for_problems(checkpoint: Store, problems: list[str]) -> None:
-    """Raises: ShardCorruptError where there are any."""
-    if problems:
-        more = (
-            f" (and {len(problems) - LISTED_REFUSALS} more)"
-            if len(problems) > LISTED_REFUSALS
-            else ""
-        )
-        raise ShardCorruptError(
-            f"{checkpoint.uri}: can not be converted: {'; '.join(problems[:LISTED_REFUSALS])}{more}"
-        )
-
-
-def check_storage(
-    checkpoint: Store, manifest: CheckpointManifest, config: Mapping[str, Any], to: Storage
-) -> None:
-    """See that there is something to convert, and that sparse storage can hold it.
-
-    Args:
-        checkpoint: for messages.
-        manifest: of the checkpoint.
-        config: its config.json.
-        to: the storage that is wanted.
-    Raises: ConfigError where nothing is to be converted, SourceError where the plan's settings rule
-        sparse storage out.
-    """
-    if storage_of(config) == to:
-        raise ConfigError(
-            f"--storage {to}: {checkpoint.uri} has {to} storage already; nothing was written"
-        )
-    first = next(iter(manifest.relative_weight_errors), "no linear")
-    for key, found, expected in (
-        ("sparsity", manifest.sparsity, "paired-4:8"),
-        ("scale_span", manifest.scale_span, 32),
-    ):
-        if found != expected:
-            raise SourceError(
-                f"{checkpoint.uri}/{MANIFEST_FILE}: {key}: expected {expected} for sparse storage,"
-                f" found {found} (of {first} and all other linears)"
-            )
-
-
 def check_target(target: Store, manifest: bytes, note: ConversionNote) -> bool:
     """Whether the conversion is there already. Raises: ConfigError where the target holds anything
     but this conversion, finished or not."""
@@ -213,8 +166,8 @@ def check_target(target: Store, manifest: bytes, note: ConversionNote) -> bool:
             return False
         raise ConfigError(
             f"{target.uri}: expected a new or empty folder, found an unfinished conversion to"
-            f" {found.storage} storage of another checkpoint ({found.checkpoint_sha256[:12]}, not"
-            f" {note.checkpoint_sha256[:12]})"
+            f" {FORM_WORDS[found.storage]} of another checkpoint"
+            f" ({found.checkpoint_sha256[:12]}, not {note.checkpoint_sha256[:12]})"
         )
     if held and not (held >= {MANIFEST_FILE, INDEX_FILE} and target.get(MANIFEST_FILE) == manifest):
         raise ConfigError(
@@ -229,7 +182,8 @@ def shard_conversions(
     target: Store,
     manifest: CheckpointManifest,
     entries: Mapping[str, TensorEntry],
-    to: Storage,
+    have: Form,
+    to: Form,
 ) -> Iterator[ShardConversion]:
     """One a file, with header and size of what it becomes.
 
@@ -237,11 +191,10 @@ def shard_conversions(
         checkpoint, target: stores, each rooted at its folder.
         manifest: of the checkpoint.
         entries: every tensor of the checkpoint by name: file by file, and in header order.
-        to: storage of the target; the checkpoint has the other.
+        have, to: the form that it has, and the one that is wanted.
     Raises: SourceError for a file that is not laid out as p48ray lays it out.
     """
-    have: Storage = "dense" if to == "sparse" else "sparse"
-    linears = manifest.relative_weight_errors
+    linears, scales = manifest.relative_weight_errors, global_scales_of(manifest)
     unit_names = {unit.id: unit_tensor_names(names, have) for unit, names in units_of(manifest)}
     unit_of = {name: unit for unit, names in unit_names.items() for name in names}
     for file, of_file in groupby(entries.values(), key=lambda e: e.file):
@@ -266,10 +219,16 @@ def shard_conversions(
             sha256 = manifest.unit_sha256.get(unit, "none")
             parts.append(
                 StoredUnit(
-                    id=unit, sha256=sha256, named_in=MANIFEST_FILE, store=checkpoint, entries=found
+                    id=unit,
+                    sha256=sha256,
+                    named_in=MANIFEST_FILE,
+                    store=checkpoint,
+                    entries=found,
+                    form=have,
+                    global_scales={n: scales[n] for n in scales.keys() & linears_of(found)},
                 )
             )
-        new_rows = convert_rows(rows, linears, to)
+        new_rows = rows_in(to, rows, linears, have)
         header = encode_header(new_rows)
         yield ShardConversion(
             file=file,
@@ -287,8 +246,8 @@ def convert_shard(shard: ShardConversion) -> int:
     """Write one file of the target, unless it is there; returns its size. One unit at a time is
     held in memory.
 
-    Raises: SourceError, naming the tensor, for what sparse storage can not hold; ShardCorruptError
-        for bytes that are not those that were verified.
+    Raises: SourceError, naming the tensor, for what its form can not hold; ShardCorruptError for
+        bytes that are not those that were verified.
     """
     held = shard.target.head(shard.file)
     if held is None or held.size_bytes != shard.result_bytes:
@@ -325,6 +284,10 @@ def finish_conversion(conversion: Conversion, card: bytes | None) -> None:
     for name, data in {**small, INDEX_FILE: conversion.index}.items():
         conversion.target.put(name, data)
     conversion.target.delete(NOTE_FILE)
+
+
+def linears_of(entries: tuple[TensorEntry, ...]) -> set[str]:
+    return {e.name.rpartition(".")[0] for e in entries}
 
 
 def all_rows(entries: Mapping[str, TensorEntry]) -> list[TensorRow]:

@@ -1,13 +1,13 @@
-"""Conversion of a checkpoint folder between storages by one process or by many: the same bytes,
+"""Conversion of a checkpoint folder to another form by one process or by many: the same bytes,
 sooner."""
 
 import logging
 from collections.abc import Iterator
 
 from p48ray.checkpoint.index import CARD_FILE
+from p48ray.checkpoint.modelopt import Form
 from p48ray.finished.convert import (
     Conversion,
-    Storage,
     begin_conversion,
     convert_shard,
     finish_conversion,
@@ -23,14 +23,14 @@ log = logging.getLogger("p48ray.progress")
 
 
 def convert_folder(
-    checkpoint: Store, target: Store, to: Storage, tasks: RayTasks | None
+    checkpoint: Store, target: Store, to: Form, tasks: RayTasks | None
 ) -> Conversion:
-    """Write the checkpoint in the other storage to `target`, shard by shard, with progress in
+    """Write the checkpoint in another form to `target`, shard by shard, with progress in
     bytes. The same call goes on where it was interrupted.
 
     Args:
         checkpoint, target: stores, each rooted at its folder.
-        to: storage of the target.
+        to: form of the target.
         tasks: where shards are converted; None for this process.
     Raises: UserError, ShardCorruptError or StageFailedError; shards that were finished stay.
     """

@@ -5,7 +5,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from p48ray.checkpoint.families import describe_model
 from p48ray.checkpoint.header import TensorEntry, parse_header, read_header_bytes
@@ -16,11 +16,19 @@ from p48ray.checkpoint.index import (
     open_checkpoint,
 )
 from p48ray.checkpoint.layout import EXPERT_NAME, PROJECTIONS, ModelLayout
-from p48ray.checkpoint.sparse_storage import KEPT, PACKED, Storage, linear_form, storage_of
-from p48ray.errors import ConfigError, ShardCorruptError
+from p48ray.checkpoint.modelopt import Form, GlobalScales, storage_in
+from p48ray.checkpoint.modelopt_config import form_of
+from p48ray.checkpoint.sparse_storage import Storage
+from p48ray.errors import ConfigError
+from p48ray.finished.forms import (
+    check_form,
+    check_source_is_comparable,
+    global_scales_of,
+    units_of,
+)
 from p48ray.run.manifest import MANIFEST_FILE, CheckpointManifest
 from p48ray.run.output_layout import OutputShard, plan_output, unit_tensor_names
-from p48ray.run.plan import WorkUnit, plan_units, ranges
+from p48ray.run.plan import WorkUnit, plan_units
 from p48ray.stages.index_proof import (
     WEIGHT_SUFFIX,
     check_index,
@@ -50,8 +58,8 @@ class SourcedCheck:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoneCheck:
     """One file by the digests of the checkpoint's own manifest. units: those that lie in it, with
-    their linears in shard order. untouched: SHA-256 by tensor. storage: what sparse tensors decode
-    to is what is checked."""
+    their linears in shard order. untouched: SHA-256 by tensor. form: the dense tensors that it
+    decodes to are what is checked; global_scales: of the linears, in ModelOpt's layout."""
 
     file: str
     size_bytes: int
@@ -60,7 +68,8 @@ class LoneCheck:
     units: tuple[tuple[WorkUnit, tuple[str, ...]], ...]
     untouched: Mapping[str, str]
     promise: Promise
-    storage: Storage
+    form: Form
+    global_scales: GlobalScales = field(default_factory=dict)
 
 
 ShardCheck = SourcedCheck | LoneCheck
@@ -86,14 +95,16 @@ def survey_checkpoint(checkpoint: Store, source: Store | None) -> Survey:
         SourceError for an unsound source; whatever is wrong with the weights is in the survey.
     """
     manifest = read_manifest(checkpoint)
-    storage = announced_storage(checkpoint)
+    form = announced_form(checkpoint)
+    if source is not None:
+        check_source_is_comparable(form)
     sizes = {
         info.key: info.size_bytes for info in checkpoint.list() if info.key.endswith(WEIGHT_SUFFIX)
     }
     problems, checks = (
-        survey_alone(checkpoint, manifest, sizes, storage)
+        survey_alone(checkpoint, manifest, sizes, form)
         if source is None
-        else survey_beside(checkpoint, source, manifest, sizes, storage)
+        else survey_beside(checkpoint, source, manifest, sizes, storage_in(form))
     )
     return Survey(
         checkpoint=checkpoint.uri,
@@ -121,12 +132,12 @@ def read_manifest(checkpoint: Store) -> CheckpointManifest:
     return CheckpointManifest.load(checkpoint, MANIFEST_FILE)
 
 
-def announced_storage(checkpoint: Store) -> Storage:
+def announced_form(checkpoint: Store) -> Form:
     """By config.json; dense where that can not be read, which check_index_files reports. Raises:
     SourceError for an unknown sparse layout."""
     if check_index_files(checkpoint):
         return "dense"
-    return storage_of(json.loads(checkpoint.get(CONFIG_FILE)))
+    return form_of(json.loads(checkpoint.get(CONFIG_FILE)))
 
 
 def promise_of(
@@ -218,13 +229,14 @@ def sourced_check(
 
 
 def survey_alone(
-    checkpoint: Store, manifest: CheckpointManifest, sizes: Mapping[str, int], storage: Storage
+    checkpoint: Store, manifest: CheckpointManifest, sizes: Mapping[str, int], form: Form
 ) -> tuple[list[str], list[LoneCheck]]:
     """Headers against the index, and every tensor of the manifest in some file's header, in a form
     that fits.
 
     Args:
-        checkpoint, manifest, sizes, storage: as survey_beside takes them.
+        checkpoint, manifest, sizes: as survey_beside takes them.
+        form: of the checkpoint.
     Returns: problems, and one check for each file that is there.
     """
     problems = check_index_files(checkpoint)
@@ -239,10 +251,11 @@ def survey_alone(
         )
     units: dict[str, list[tuple[WorkUnit, tuple[str, ...]]]] = {file: [] for file in sizes}
     known: set[str] = set()
+    scales = global_scales_of(manifest)
     for unit, linears in units_of(manifest):
-        names = unit_tensor_names(linears, storage)
+        names = unit_tensor_names(linears, form)
         known |= set(names)
-        wrong = [text for linear in linears for text in check_form(linear, entries, storage)]
+        wrong = [text for linear in linears for text in check_form(linear, entries, form)]
         problems += wrong
         files = sorted({entries[name].file for name in names}) if not wrong else []
         if len(files) == 1:
@@ -262,7 +275,7 @@ def survey_alone(
     problems += [f"{name}: an expert tensor that the manifest does not know" for name in stray]
     problems += unexpected_tensors(manifest, entries, known)
     return problems, [
-        lone_check(checkpoint, manifest, file, sizes[file], entries, units[file], storage)
+        lone_check(checkpoint, manifest, file, sizes[file], entries, units[file], form, scales)
         for file in sorted(sizes)
     ]
 
@@ -298,17 +311,20 @@ def lone_check(
     size_bytes: int,
     entries: Mapping[str, TensorEntry],
     units: list[tuple[WorkUnit, tuple[str, ...]]],
-    storage: Storage,
+    form: Form,
+    scales: GlobalScales,
 ) -> LoneCheck:
     """The check of one file.
 
     Args:
-        checkpoint, manifest, storage: as survey_beside takes them.
+        checkpoint, manifest: as survey_beside takes them.
         file, size_bytes: its name and size.
         entries: tensors of all files by name.
         units: those that lie in the file, with their linears in shard order.
+        form: of the checkpoint.
+        scales: of all linears, in ModelOpt's layout.
     """
-    of_units = [name for _, linears in units for name in unit_tensor_names(linears, storage)]
+    of_units = [name for _, linears in units for name in unit_tensor_names(linears, form)]
     untouched = {
         n: digest
         for n, digest in manifest.untouched_sha256.items()
@@ -326,7 +342,10 @@ def lone_check(
             {},
             {u.id: manifest.unit_sha256[u.id] for u, _ in units if u.id in manifest.unit_sha256},
         ),
-        storage=storage,
+        form=form,
+        global_scales={linear: scales[linear] for _, linears in units for linear in linears}
+        if scales
+        else {},
     )
 
 
@@ -355,46 +374,4 @@ def check_files(checkpoint: Store, manifest: CheckpointManifest) -> list[str]:
             problems.append(f"{name}: missing")
         elif (found := hashlib.sha256(checkpoint.get(name)).hexdigest()) != digest:
             problems.append(f"{name}: expected SHA-256 {digest}, found {found}")
-    return problems
-
-
-def units_of(manifest: CheckpointManifest) -> Iterator[tuple[WorkUnit, list[str]]]:
-    """Every unit with its linears in shard order, from the names and the unit size in the
-    manifest."""
-    layers: dict[tuple[int, str], set[int]] = {}
-    for name in manifest.relative_weight_errors:
-        found = EXPERT_NAME.fullmatch(f"{name}.weight")
-        if found is None:
-            raise ShardCorruptError(
-                f"{MANIFEST_FILE}: relative_weight_errors: expected names of expert linears, found"
-                f" {name!r}"
-            )
-        layers.setdefault((int(found[2]), found[1]), set()).add(int(found[3]))
-    for (layer, prefix), experts in sorted(layers.items()):
-        for first, count in ranges(max(experts) + 1, manifest.experts_per_unit):
-            unit = WorkUnit(layer=layer, first_expert=first, num_experts=count)
-            yield (
-                unit,
-                [
-                    f"{prefix}layers.{layer}.mlp.experts.{e}.{p}"
-                    for e in unit.experts
-                    for p in PROJECTIONS
-                ],
-            )
-
-
-def check_form(linear: str, entries: Mapping[str, TensorEntry], storage: Storage) -> list[str]:
-    """A linear's tensors are there, in dtypes and shapes that fit each other."""
-    names = unit_tensor_names([linear], storage)
-    if missing := [f"{name}: missing" for name in names if name not in entries]:
-        return missing
-    expected = linear_form(
-        entries[f"{linear}.{KEPT if storage == 'sparse' else PACKED}"].shape, storage
-    )
-    problems = []
-    for name in names:
-        wanted = expected.get(name.rpartition(".")[2], ("F32", (1,)))
-        found = (entries[name].dtype, entries[name].shape)
-        if found != wanted:
-            problems.append(f"{name}: expected {wanted}, found {found}")
     return problems

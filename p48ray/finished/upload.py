@@ -9,14 +9,17 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import IO
+
+from torch import Tensor
 
 from p48ray.checkpoint.header import TensorEntry, encode_header, parse_header, read_header_bytes
 from p48ray.checkpoint.layout import EXPERT_NAME, PROJECTIONS
+from p48ray.checkpoint.modelopt import dense_from_modelopt
 from p48ray.checkpoint.sparse_storage import KEPT
 from p48ray.checkpoint.storage_stream import decoded_unit, dense_sha256
 from p48ray.checkpoint.tensors import from_bytes
@@ -28,6 +31,7 @@ from p48ray.run.plan import WorkUnit
 from p48ray.stages.tasks import Task, record_failure
 from p48ray.store.base import Store
 
+Decode = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
 RANGE_BYTES = 32 * 2**20  # of a shard, in memory at once
 
 
@@ -56,21 +60,27 @@ class CheckedRange:
             raise changed(shard, f"{self.what}: expected SHA-256 {self.expected}, found {found}")
 
 
-class SparseRange(CheckedRange):
-    """A unit in sparse storage, whose digest is that of its dense form: it is held in memory until
-    it is whole."""
+class DecodedRange(CheckedRange):
+    """A unit in another form than dense storage, whose digest is that of its dense tensors: it is
+    held in memory until it is whole."""
 
     def __init__(
-        self, what: str, end: int, expected: str | None, rows: Sequence[TensorEntry]
+        self,
+        what: str,
+        end: int,
+        expected: str | None,
+        rows: Sequence[TensorEntry],
+        decode: Decode,
     ) -> None:
         """Begin with no bytes.
 
         Args:
             what, end, expected: as CheckedRange takes them.
             rows: the unit's stored tensors in file order, with nothing between them.
+            decode: gives its dense tensors, in that order.
         """
         super().__init__(what, end, expected)
-        self.rows, self.data = rows, bytearray()
+        self.rows, self.decode, self.data = rows, decode, bytearray()
 
     def update(self, data: memoryview) -> None:
         self.data += data
@@ -84,7 +94,7 @@ class SparseRange(CheckedRange):
             for e in self.rows
         }
         try:
-            return dense_sha256(decoded_unit(stored))
+            return dense_sha256(self.decode(stored))
         except SourceError as error:
             return f"none: {error}"
 
@@ -133,8 +143,14 @@ def segments_of(
             layer=layer, first_expert=position * manifest.experts_per_unit, num_experts=num_experts
         ).id
         end = rows[-1].start + rows[-1].num_bytes
-        if any(e.name.endswith(f".{KEPT}") for e in rows):
-            found.append(SparseRange(f"unit {unit}", end, manifest.unit_sha256.get(unit), rows))
+        decode: Decode | None = None
+        if manifest.modelopt is not None:
+            decode = partial(dense_from_modelopt, scales=manifest.modelopt.global_scales)
+        elif any(e.name.endswith(f".{KEPT}") for e in rows):
+            decode = decoded_unit
+        if decode is not None:
+            sha256 = manifest.unit_sha256.get(unit)
+            found.append(DecodedRange(f"unit {unit}", end, sha256, rows, decode))
             continue
         # of the unit's shard, whose digest is the promise
         own_header = encode_header([(e.name, e.dtype, e.shape) for e in rows])

@@ -12,6 +12,10 @@ from dataclasses import dataclass
 
 from p48ray.checkpoint.finite_values import FiniteCheck, NotFinite
 from p48ray.checkpoint.layout import PROJECTIONS
+from p48ray.checkpoint.modelopt import dense_from_modelopt, storage_in
+from p48ray.checkpoint.storage_stream import dense_sha256
+from p48ray.checkpoint.tensors import read_together
+from p48ray.errors import SourceError
 from p48ray.finished.survey import ShardCheck, SourcedCheck, Survey
 from p48ray.run.output_layout import unit_tensor_names
 from p48ray.run.plan import WorkUnit
@@ -50,9 +54,16 @@ def check_shard(check: ShardCheck) -> FileFindings:
     problems, notes = [], []
     with readers(check.size_bytes) as threads:
 
-        def read(unit: tuple[WorkUnit, tuple[str, ...]]) -> ReadUnit:
-            entries = [check.entries[name] for name in unit_tensor_names(unit[1], check.storage)]
-            return read_unit(check.checkpoint, entries, check.storage, dict)
+        def read(unit: tuple[WorkUnit, tuple[str, ...]]) -> ReadUnit | str:
+            entries = [check.entries[name] for name in unit_tensor_names(unit[1], check.form)]
+            if check.form != "modelopt":
+                return read_unit(check.checkpoint, entries, check.form, dict)
+            stored = read_together(check.checkpoint, entries)
+            try:
+                dense = dense_from_modelopt(stored, check.global_scales)
+            except SourceError as error:
+                return str(error)
+            return ReadUnit(stored=dense, originals={}, digest=dense_sha256(dense))
 
         def digest_of(name: str) -> tuple[str, NotFinite]:
             entry = check.entries[name]
@@ -61,13 +72,22 @@ def check_shard(check: ShardCheck) -> FileFindings:
             return digest, values.found
 
         for (unit, linears), stored in threads.in_order(read, check.units):
+            if isinstance(stored, str):
+                problems.append(f"{check.file}: unit {unit.id}: {stored}")
+                continue
             firsts = range(0, len(linears), len(PROJECTIONS))
             experts = [
                 (dict(zip(PROJECTIONS, linears[at : at + len(PROJECTIONS)], strict=True)), None)
                 for at in firsts
             ]
             problems += check_unit(
-                check.file, unit.id, stored, experts, check.promise, check.storage, threads
+                check.file,
+                unit.id,
+                stored,
+                experts,
+                check.promise,
+                storage_in(check.form),
+                threads,
             ).all
         for name, (found, bad) in threads.in_order(digest_of, sorted(check.untouched)):
             if found != (digest := check.untouched[name]):

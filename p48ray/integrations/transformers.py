@@ -3,9 +3,10 @@
     from p48ray.integrations.transformers import load_model
     model = load_model("path/to/checkpoint")
 
-transformers 5.23 hands compressed-tensors' decoder the codes and the local scales of per-expert
-NVFP4 weights, and drops `weight_global_scale`: every expert weight is then wrong by that factor,
-and nothing says so. Here the loading operation is replaced by one that hands over all three.
+transformers (5.23 and 5.24) hands compressed-tensors' decoder the codes and the local scales of
+per-expert NVFP4 weights, and drops `weight_global_scale`: every expert weight is then wrong by that
+factor, and nothing says so. Here the loading operation is replaced by one that hands over all
+three.
 `is_needed` asks the installed transformers itself, with one small expert, so that this retires on
 its own once a release decodes correctly.
 
@@ -38,6 +39,7 @@ from transformers.quantizers.quantizer_compressed_tensors import CompressedTenso
 from p48ray.errors import SourceError
 
 STORED_FORMAT = "nvfp4-pack-quantized"
+STORED_METHOD = "compressed-tensors"
 SPARSE_KEY = "paired48_sparse"
 HUB_OPTIONS = ("revision", "token", "trust_remote_code")
 SAME_ARCHITECTURE = {"kimi_k2": DeepseekV3Config}
@@ -155,8 +157,8 @@ def load_model(checkpoint: str, **options: Any) -> PreTrainedModel:
         checkpoint: folder or Hub id.
         options: for `from_pretrained`.
     Returns: the model in evaluation mode.
-    Raises: SourceError for a checkpoint in sparse storage, whose experts transformers would leave
-        as it initializes them.
+    Raises: SourceError for a checkpoint in sparse storage or in ModelOpt's layout, neither of which
+        transformers decodes.
     """
     install()
     config = read_config(checkpoint, **{k: v for k, v in options.items() if k in HUB_OPTIONS})
@@ -165,6 +167,12 @@ def load_model(checkpoint: str, **options: Any) -> PreTrainedModel:
             f"{checkpoint}/config.json: quantization_config.{SPARSE_KEY}: expected dense storage,"
             " found sparse; `p48ray convert CHECKPOINT OUT --storage dense` makes the one of the"
             " other"
+        )
+    if (method := config.quantization_config.get("quant_method")) != STORED_METHOD:
+        raise SourceError(
+            f"{checkpoint}/config.json: quantization_config.quant_method: expected"
+            f" {STORED_METHOD!r}, found {method!r}; `p48ray convert CHECKPOINT OUT --format"
+            f" {STORED_METHOD}` makes the one of ModelOpt's layout"
         )
     config.quantization_config = {**config.quantization_config, "dequantize": True}
     loader = (

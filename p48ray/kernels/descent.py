@@ -17,15 +17,14 @@ Legend: N experts, O out, I in, K pair_groups (I/8), B columns of a column_block
 group, S strips (I/32), C columns of a strip.
 """
 
-import gc
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from p48ray.collection import nothing_collected
 from p48ray.kernels.descend_panel import PANEL, descend_panel_
 from p48ray.kernels.strips import STRIP, pack_strips
 from p48ray.numerics.paired48 import INPUTS_IN_GROUP
@@ -169,18 +168,6 @@ class Replayed:
             ):  # another thread may fetch the next unit
                 self.action()
         self.graph.replay()
-
-
-@contextmanager
-def nothing_collected() -> Iterator[None]:
-    """Without automatic garbage collection inside."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 class RowGroup:

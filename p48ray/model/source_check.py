@@ -258,7 +258,7 @@ def stored_by_layer(
 ) -> Mapping[int, Mapping[str, PlainTensor]]:
     """Layer -> name -> tensor, of all that a layer is filled with but its routed experts."""
     family, layers = FAMILIES[layout.family], dict[int, dict[str, PlainTensor]]()
-    for entry in index.tensors.values():
+    for entry in index.outside_experts(layout):
         number = entry.name.removeprefix(layout.layer_prefix).partition(".")[0]
         if not entry.name.startswith(layout.layer_prefix) or not number.isdecimal():
             continue
@@ -304,7 +304,7 @@ def carried_through(index: CheckpointIndex, layout: ModelLayout) -> Mapping[str,
 
 def unused(index: CheckpointIndex, layout: ModelLayout) -> Iterator[tuple[PlainTensor, str]]:
     family, ends = FAMILIES[layout.family], (layout.embed_name, layout.norm_name, layout.head_name)
-    for entry in index.tensors.values():
+    for entry in index.outside_experts(layout):
         tensor = as_plain(index, layout, entry)
         if tensor is None or entry.name in ends:
             continue

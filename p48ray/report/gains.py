@@ -4,7 +4,7 @@ sparse storage."""
 from typing import NamedTuple
 
 from p48ray.numerics.solution import PAIRED_48
-from p48ray.report.size_card import is_equal_size, source_expert_bytes
+from p48ray.report.size_card import is_equal_size
 from p48ray.run.output_layout import unit_bytes
 from p48ray.unit.context import StageContext
 
@@ -33,7 +33,7 @@ def gains(context: StageContext) -> Gains:
     layout, compression = context.layout, context.plan.config.compression
     expert = 3 * layout.hidden_size * layout.moe_intermediate_size
     weights = len(layout.moe_layers) * layout.num_experts * expert
-    source = source_expert_bytes(context)
+    source = context.source.expert_bytes(layout)
     unit = context.plan.units[0]
     dense, sparse = (
         8 * unit_bytes(layout, unit, storage) / (unit.num_experts * expert)

@@ -4,7 +4,7 @@ far the weights moved.
 Legend: O out, G scale groups (16 inputs each).
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator
 
 import torch
 from rich.console import Console
@@ -13,10 +13,12 @@ from torch import Tensor
 
 from p48ray.checkpoint.decode import read_expert
 from p48ray.checkpoint.families import describe_model
-from p48ray.checkpoint.header import TensorEntry
-from p48ray.checkpoint.index import open_checkpoint
+from p48ray.checkpoint.index import CheckpointIndex, open_checkpoint
 from p48ray.checkpoint.layout import EXPERT_NAME
-from p48ray.checkpoint.sparse_storage import KEPT, PACKED, dense_tensors, storage_of
+from p48ray.checkpoint.modelopt import WEIGHT_DIVISOR, Form, GlobalScales, form_suffixes
+from p48ray.checkpoint.modelopt_config import form_of, format_problem
+from p48ray.checkpoint.sparse_storage import PACKED
+from p48ray.checkpoint.storage_stream import as_dense
 from p48ray.checkpoint.tensors import read_tensors
 from p48ray.errors import ConfigError
 from p48ray.numerics import e2m1, nvfp4, paired48
@@ -52,18 +54,13 @@ def inspect_linear(checkpoint: Store, linear: str | None, source: Store | None) 
         near.
     """
     index = open_checkpoint(checkpoint)
-    storage = storage_of(index.config)
-    packed_name = KEPT if storage == "sparse" else PACKED
-    found_names = (
-        n.removesuffix(f".{packed_name}")
-        for n in index.tensors
-        if is_compressed(n, packed_name, index.tensors)
-    )
+    form = form_in(index)
+    found_names = compressed_linears(index, form)
     name = choose(sorted(found_names), linear, checkpoint.uri)
-    tensors = read_tensors(
-        checkpoint, [index.tensors[stored] for stored in unit_tensor_names([name], storage)]
+    stored = read_tensors(
+        checkpoint, [index.tensors[stored] for stored in unit_tensor_names([name], form)]
     )
-    tensors = dense_tensors(tensors) if storage == "sparse" else tensors
+    tensors = as_dense(stored, form, kept_scales(checkpoint) if form == "modelopt" else {})
     packed, scale, divisor, divisor_in = (
         tensors[f"{name}.{s}"]
         for s in ("weight_packed", "weight_scale", "weight_global_scale", "input_global_scale")
@@ -105,9 +102,31 @@ def shift_of(checkpoint: Store, name: str) -> int:
     return CheckpointManifest.load(checkpoint, MANIFEST_FILE).shifts.get(name, 0)
 
 
-def is_compressed(name: str, packed_name: str, tensors: Mapping[str, TensorEntry]) -> bool:
-    linear, _, suffix = name.rpartition(".")
-    return suffix == packed_name and f"{linear}.weight_global_scale" in tensors
+def form_in(index: CheckpointIndex) -> Form:
+    """That the config announces; dense for one of another format, which has no compressed
+    linears."""
+    return "dense" if format_problem(index.config) else form_of(index.config)
+
+
+def compressed_linears(index: CheckpointIndex, form: Form) -> Iterator[str]:
+    codes, divisor = (form_suffixes(s, form)[0] for s in (PACKED, WEIGHT_DIVISOR))
+    for name in index.tensors:
+        linear, _, suffix = name.rpartition(".")
+        if suffix == codes and f"{linear}.{divisor}" in index.tensors:
+            yield linear
+
+
+def kept_scales(checkpoint: Store) -> GlobalScales:
+    """Raises: ConfigError for a folder in ModelOpt's layout that p48ray did not write."""
+    found = None
+    if checkpoint.head(MANIFEST_FILE) is not None:
+        found = CheckpointManifest.load(checkpoint, MANIFEST_FILE).modelopt
+    if found is None:
+        raise ConfigError(
+            f"{checkpoint.uri}/{MANIFEST_FILE}: expected modelopt.global_scales, as p48ray convert"
+            " --format modelopt keeps them, found none"
+        )
+    return found.global_scales
 
 
 def choose(names: list[str], wanted: str | None, uri: str) -> str:

@@ -141,7 +141,7 @@ def build_report(
         ),
         storage=plan.config.output.storage,
         checkpoint_bytes=sum(s.num_bytes for s in shards),
-        source_bytes=sum(e.num_bytes for e in context.source.tensors.values()),
+        source_bytes=context.source.num_bytes,
         expert_bytes=sum(
             unit_bytes(context.layout, u, plan.config.output.storage) for u in plan.units
         ),

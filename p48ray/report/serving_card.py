@@ -26,9 +26,9 @@ from p48ray.integrations.transformers import load_model
 model = load_model("<this repository>")
 """
 TRANSFORMERS = (
-    "Do not load this with `AutoModelForCausalLM`: transformers 5.23 drops the global scales of"
-    " per-expert NVFP4 weights without a word, and the model is wrong. This loads it correctly,"
-    " decoded to dense weights, and changes nothing in transformers once that does:\n\n"
+    "Do not load this with `AutoModelForCausalLM`: transformers (5.23 and 5.24) drops the global"
+    " scales of per-expert NVFP4 weights without a word, and the model is wrong. This loads it"
+    " correctly, decoded to dense weights, and changes nothing in transformers once that does:\n\n"
     + fenced(LOADING, "python")
 )
 

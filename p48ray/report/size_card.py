@@ -4,6 +4,7 @@ counted from the source's headers and the plan."""
 from p48ray.checkpoint.layout import ModelLayout
 from p48ray.checkpoint.sparse_storage import Storage
 from p48ray.numerics.solution import PAIRED_48
+from p48ray.report.storage_card import SERVER
 from p48ray.run.output_layout import unit_bytes
 from p48ray.unit.context import StageContext
 
@@ -22,11 +23,6 @@ def is_equal_size(before: float, after: float) -> bool:
     return abs(after / before - 1) < EQUAL_WITHIN
 
 
-def source_expert_bytes(context: StageContext) -> int:
-    tensors = context.source.tensors.values()
-    return sum(e.num_bytes for e in tensors if context.layout.is_expert_tensor(e.name))
-
-
 def bits_a_weight(context: StageContext, num_bytes: int) -> float:
     layout = context.layout
     experts = sum(unit.num_experts for unit in context.plan.units)
@@ -35,7 +31,7 @@ def bits_a_weight(context: StageContext, num_bytes: int) -> float:
 
 def size_rows(context: StageContext) -> list[tuple[str, str]]:
     """Bytes of the experts' tensors before and after."""
-    before, after = source_expert_bytes(context), expert_bytes(context, "dense")
+    before, after = context.source.expert_bytes(context.layout), expert_bytes(context, "dense")
     return [
         (
             "size of the experts",
@@ -49,7 +45,7 @@ def size_rows(context: StageContext) -> list[tuple[str, str]]:
 
 def gains_section(context: StageContext) -> str:
     """The section on what this checkpoint has over its source."""
-    before, dense = source_expert_bytes(context), expert_bytes(context, "dense")
+    before, dense = context.source.expert_bytes(context.layout), expert_bytes(context, "dense")
     was, now = (f"{bits_a_weight(context, num):.2f}" for num in (before, dense))
     is_equal = is_equal_size(before, dense)
     size = (
@@ -66,7 +62,8 @@ def gains_section(context: StageContext) -> str:
         lines.append(
             f"- **Sparse storage.** The same weights in {sparse:,} bytes,"
             f" {bits_a_weight(context, sparse):.2f} bits a weight: {sparse / dense:.2f} times the"
-            f" dense ones{beside}. `p48ray convert` makes either storage of the other without loss."
+            f" dense ones{beside}. `p48ray convert` makes either storage of the other without loss;"
+            f" this one is for {SERVER}."
         )
     return "\n".join([*lines, "\nSpeed was not measured by the job that made this checkpoint."])
 

@@ -244,6 +244,16 @@ class UnitManifest(Record):
     versions: dict[str, str]
 
 
+class ModelOptForm(Record):
+    """What a checkpoint in ModelOpt's layout lacks of its compressed-tensors form, for the way
+    back: 1/(1/x) is another float32 for one x in seven."""
+
+    quantization_config: str = Field(description="JSON of that key of config.json, keys in order.")
+    global_scales: dict[str, tuple[float, float]] = Field(
+        description="weight_global_scale and input_global_scale of every compressed linear."
+    )
+
+
 class CheckpointManifest(Record):
     """p48ray.json beside the weights: what the checkpoint claims to be, so that it can be verified
     without its run root."""
@@ -269,7 +279,7 @@ class CheckpointManifest(Record):
     unit_sha256: dict[str, str] = Field(
         description=(
             "SHA-256 of every unit's shard, by unit id; its tensors lie here byte for byte, or in"
-            " sparse storage decode to it."
+            " sparse storage and in ModelOpt's layout decode to it."
         )
     )
     untouched_sha256: dict[str, str] = Field(
@@ -282,6 +292,11 @@ class CheckpointManifest(Record):
         description=(
             "SHA-256 of the files beside them; not of the card, which people edit, nor of this one."
         )
+    )
+    modelopt: ModelOptForm | None = Field(
+        None,
+        description="In a checkpoint in ModelOpt's layout; the key is not there in any other.",
+        exclude_if=lambda found: found is None,
     )
     sha256: str = Field("", description="Of this record's canonical JSON with this field empty.")
 

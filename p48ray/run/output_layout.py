@@ -20,7 +20,8 @@ from p48ray.checkpoint.fp8 import PlainTensor, plain_tensors
 from p48ray.checkpoint.header import DTYPE_BYTES, TensorEntry
 from p48ray.checkpoint.index import CheckpointIndex
 from p48ray.checkpoint.layout import PROJECTIONS, ModelLayout
-from p48ray.checkpoint.sparse_storage import Storage, convert_rows, stored_suffixes
+from p48ray.checkpoint.modelopt import Form, form_suffixes
+from p48ray.checkpoint.sparse_storage import Storage, convert_rows
 from p48ray.run.plan import WorkUnit
 
 HeaderRow = tuple[str, str, tuple[int, ...]]
@@ -86,13 +87,13 @@ def unit_entries(
     return tuple(entries)
 
 
-def unit_tensor_names(linears: Sequence[str], storage: Storage = "dense") -> list[str]:
+def unit_tensor_names(linears: Sequence[str], form: Form = "dense") -> list[str]:
     """Names of a unit's tensors in shard order, from its linears in theirs."""
     return [
         f"{linear}.{stored}"
         for suffix in TENSOR_SUFFIXES
         for linear in linears
-        for stored in stored_suffixes(suffix, storage)
+        for stored in form_suffixes(suffix, form)
     ]
 
 
@@ -181,14 +182,18 @@ def ordered_segments(
     by_layer: dict[int, list[WorkUnit]] = {}
     for unit in units:
         by_layer.setdefault(unit.layer, []).append(unit)
+    beside: dict[int, list[PlainTensor]] = {}
+    last: list[PlainTensor] = []
+    for entry in untouched_tensors(index, layout):
+        layer = layer_of(layout, entry.name)
+        if layer is None or layer >= layout.num_layers:
+            last.append(entry)
+        else:
+            beside.setdefault(layer, []).append(entry)
     segments: list[Segment] = []
-    untouched = untouched_tensors(index, layout)
     for layer in range(layout.num_layers):
-        segments += by_layer.get(layer, [])
-        segments += [e for e in untouched if layer_of(layout, e.name) == layer]
-    return segments + [
-        e for e in untouched if (n := layer_of(layout, e.name)) is None or n >= layout.num_layers
-    ]
+        segments += [*by_layer.get(layer, []), *beside.get(layer, [])]
+    return [*segments, *last]
 
 
 def shard_rows(shard: OutputShard, layout: ModelLayout) -> list[HeaderRow]:

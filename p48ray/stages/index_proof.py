@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from p48ray.checkpoint.index import CARD_FILE, CONFIG_FILE, INDEX_FILE
 from p48ray.checkpoint.layout import ModelLayout
+from p48ray.checkpoint.modelopt_config import format_problem
 from p48ray.run.manifest import MANIFEST_FILE, CheckpointManifest
 from p48ray.run.output_layout import OutputShard, shard_rows
 from p48ray.store.base import Store
@@ -73,15 +74,10 @@ def check_index_files(checkpoint: Store) -> list[str]:
 
 
 def check_config(config: dict) -> list[str]:
-    """The output's quantization config is the NVFP4 one, at the top level and nowhere else."""
-    quantization = config.get("quantization_config")
-    found = quantization.get("format") if isinstance(quantization, dict) else None
-    problems = []
-    if found != "nvfp4-pack-quantized":
-        problems.append(
-            "config.json: quantization_config.format: expected 'nvfp4-pack-quantized', found"
-            f" {found!r}"
-        )
+    """The output's quantization config is one that is written, at the top level and nowhere
+    else."""
+    problem = format_problem(config)
+    problems = [problem] if problem else []
     for key, value in config.items():
         if isinstance(value, dict) and "quantization_config" in value:
             problems.append(f"config.json: {key}.quantization_config: left over from the source")

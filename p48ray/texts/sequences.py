@@ -65,16 +65,17 @@ def load_tokenizer(index: CheckpointIndex, trust_remote_code: bool) -> Any:
     # half a second and 100 MB: only where text is read
     from transformers import CONFIG_MAPPING, AutoTokenizer, PreTrainedConfig
 
-    # For a model type that it does not know (Kimi-K2's) transformers fills a bare config with all
-    # keys, and fails on them; tokenizers need none.
-    blank = (
-        {} if index.config.get("model_type") in CONFIG_MAPPING else {"config": PreTrainedConfig()}
-    )
-    if not trust_remote_code and (name := own_class(index)):
+    own = own_class(index)
+    if own and not trust_remote_code:
         raise SourceError(
-            f"{index.store.uri}: the tokenizer can not be loaded: {TOKENIZER_CONFIG} names {name},"
+            f"{index.store.uri}: the tokenizer can not be loaded: {TOKENIZER_CONFIG} names {own},"
             f" which is code of this checkpoint{hint(None, trust_remote_code)}"
         )
+    # Tokenizers need no config. For a model type that it does not know (Kimi-K2's) transformers
+    # fills a bare one with all keys, and fails on them; of a model whose tokenizer is code it would
+    # run the config's code too.
+    is_known = index.config.get("model_type") in CONFIG_MAPPING
+    blank = {} if is_known and not own else {"config": PreTrainedConfig()}
     with tokenizer_folder(index) as folder:
         try:
             return AutoTokenizer.from_pretrained(

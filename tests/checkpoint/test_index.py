@@ -6,6 +6,7 @@ import pickle
 import shutil
 import uuid
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from p48ray.checkpoint.index import EDGE_BYTES, CheckpointIndex, open_checkpoint
+from p48ray.checkpoint.layout import ModelLayout
 from p48ray.errors import SourceError
 from p48ray.store import ByteRange, LocalStore, MemoryStore
 from tests.checkpoint.entries import read_entries, serialize
@@ -52,6 +54,31 @@ def test_index_survives_pickling_as_workers_get_it(tiny: CheckpointIndex) -> Non
     again = pickle.loads(pickle.dumps(tiny))
     assert again.fingerprint == tiny.fingerprint
     assert again.tensors == tiny.tensors
+
+
+def test_what_is_outside_the_experts_is_that_of_the_index_and_the_layout_asked(
+    tiny: CheckpointIndex, layout: ModelLayout
+) -> None:
+    outside = tiny.outside_experts(layout)
+    names = [name for name in tiny.tensors if ".mlp.experts." not in name]
+    assert [entry.name for entry in outside] == names
+    assert tiny.outside_experts(layout) is outside
+
+    fewer_layers = tiny.outside_experts(replace(layout, num_layers=4))
+    last = [name for name in tiny.tensors if ".layers.4.mlp.experts." in name]
+    assert {entry.name for entry in fewer_layers} == {*names, *last} and last
+
+    kept = {name: entry for name, entry in tiny.tensors.items() if name != names[0]}
+    fewer = replace(tiny, tensors=kept)
+    assert [entry.name for entry in fewer.outside_experts(layout)] == names[1:]
+
+
+def test_experts_have_the_bytes_that_all_others_have_not(
+    tiny: CheckpointIndex, layout: ModelLayout
+) -> None:
+    experts = [e.num_bytes for name, e in tiny.tensors.items() if ".mlp.experts." in name]
+    assert tiny.expert_bytes(layout) == sum(experts) < tiny.num_bytes
+    assert tiny.num_bytes == sum(entry.num_bytes for entry in tiny.tensors.values())
 
 
 def test_sidecars_are_top_level_files_that_go_with_any_weights(copy_of_tiny: Copy) -> None:

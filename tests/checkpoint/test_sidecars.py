@@ -86,6 +86,30 @@ def carried(files: dict[str, str], config: dict[str, object] | None = None) -> s
     return set(find_sidecars(store, config or {}, ()).carried)
 
 
+def test_every_small_file_of_kimis_release_is_carried() -> None:
+    """Of the kimi_k25 releases; what they hold besides is weights, and texts and pictures."""
+    names = [
+        "LICENSE",
+        "THIRD_PARTY_NOTICES.md",
+        "chat_template.jinja",
+        "configuration_deepseek.py",
+        "configuration_kimi_k25.py",
+        "generation_config.json",
+        "kimi_k25_processor.py",
+        "kimi_k25_vision_processing.py",
+        "media_utils.py",
+        "modeling_deepseek.py",
+        "modeling_kimi_k25.py",
+        "preprocessor_config.json",
+        "special_tokens_map.json",
+        "tiktoken.model",
+        "tokenization_kimi.py",
+        "tokenizer_config.json",
+        "tool_declaration_ts.py",
+    ]
+    assert carried(dict.fromkeys([*names, "docs/deploy_guidance.md"], "{}")) == set(names)
+
+
 def test_every_name_is_carried_or_left_or_hidden() -> None:
     names = [*CARRIED, *LEFT, *HIDDEN, "config.json", "model.safetensors"]
     found = find_sidecars(

@@ -16,7 +16,15 @@ HAS_VLLM = find_spec("vllm") is not None
 collect_ignore = (
     []
     if HAS_VLLM
-    else ["test_evaluate_job.py", "test_ignore_lists.py", "test_vllm.py", "test_vllm_families.py"]
+    else [
+        "test_evaluate_job.py",
+        "test_ignore_lists.py",
+        "test_smoke.py",
+        "test_modelopt_layout.py",
+        "test_modelopt_reader.py",
+        "test_vllm.py",
+        "test_vllm_families.py",
+    ]
 )
 
 # vLLM reads these when it is imported. One process, so that tests can look into it; no compiler; no
@@ -45,6 +53,15 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def made_families(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """The same of a family's small random checkpoint, once a session."""
     return cache(lambda family: make(tmp_path_factory.mktemp(family), family))
+
+
+@pytest.fixture(scope="session")
+def modelopt_checkpoint(made: Path) -> Path:
+    """That checkpoint in ModelOpt's layout, by the command."""
+    places = [str(made / "run" / "checkpoint"), str(made / "modelopt")]
+    command = [main_python(), "-m", "p48ray.cli", "convert", *places, "--format", "modelopt"]
+    subprocess.run(command, cwd=REPO, check=True)
+    return made / "modelopt"
 
 
 def main_python() -> str:

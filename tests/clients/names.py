@@ -13,6 +13,7 @@ from typing import Any
 from p48ray.checkpoint.families import describe_model
 from p48ray.checkpoint.index import CONFIG_KEY, open_checkpoint
 from p48ray.checkpoint.layout import PROJECTIONS
+from p48ray.checkpoint.modelopt_config import modelopt_files
 from p48ray.checkpoint.output_config import output_config
 from p48ray.checkpoint.skeleton import write_kimi_k25_skeleton
 from p48ray.store import LocalStore
@@ -31,8 +32,10 @@ def described(folder: Path) -> dict[str, Any]:
         for expert in range(layout.num_experts)
         for projection in PROJECTIONS
     }
+    config = output_config(index, layout)
     return {
-        "config": output_config(index, layout)[CONFIG_KEY],
+        "config": config[CONFIG_KEY],
+        "modelopt": modelopt_files(config, experts)[0][CONFIG_KEY],
         "plain": sorted(n for name in plain_linears(index, layout) for n in other_names(name)),
         "experts": sorted(experts),
     }

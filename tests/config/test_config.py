@@ -21,6 +21,60 @@ def test_every_shipped_configuration_loads(path: Path) -> None:
     assert isinstance(load_config(path), RunConfig)
 
 
+@pytest.mark.parametrize("model", ["Kimi-K2.6", "Kimi-K2.7-Code"])
+def test_kimis_later_releases_differ_from_the_first_in_names_and_places(model: str) -> None:
+    stem = model.lower().replace("-k2.", "_k2").replace("-", "_")
+    first, later = (
+        load_config(REPO / "configs" / f"{name}_p48_nvfp4.yaml") for name in ("kimi_k25", stem)
+    )
+    assert later.source.checkpoint == f"hf://moonshotai/{model}@main"
+    differing = {key for key in dotted_keys() if lookup(first, key) != lookup(later, key)}
+    of_benchmarks = {f"{role}.checkpoint" for role in ("base", "baseline", "ours")}
+    assert differing == {"name", "source.checkpoint", "run.root"} | {
+        f"benchmarks.{key}" for key in (*of_benchmarks, "base.title")
+    }
+    assert model in later.name and "K2.5" not in later.model_dump_json()
+
+
+def written(folder: Path, **files: str) -> Path:
+    """Files by their stems; returns the first."""
+    for stem, text in files.items():
+        (folder / f"{stem}.yaml").write_text(text)
+    return folder / f"{next(iter(files))}.yaml"
+
+
+def test_extending_file_changes_what_it_says_and_replaces_lists_whole(tmp_path: Path) -> None:
+    above = """
+extends: below.yaml
+compression: {sweeps: 2}
+calibration: {documents: [{path: one}]}
+evaluation: null
+"""
+    path = written(tmp_path, above=above, below=TINY_CONFIG.read_text())
+    found, below = load_config(path), load_config(TINY_CONFIG)
+    assert below.evaluation is not None and below.compression.sweeps != 2
+    assert found.compression == below.compression.model_copy(update={"sweeps": 2})
+    assert [d.path for d in found.calibration.documents] == ["one"]
+    assert found.calibration.num_sequences == below.calibration.num_sequences
+    assert (found.evaluation, found.run) == (None, below.run)
+
+
+@pytest.mark.parametrize(
+    ("extends", "words"),
+    [
+        ("", r"above.yaml: extends: expected a file's name, found None"),
+        ("[below.yaml]", r"above.yaml: extends: expected a file's name, found \['below.yaml'\]"),
+        ("missing.yaml", r"above.yaml: extends: .*missing.yaml: can not be read: No such file"),
+        ("broken.yaml", r"above.yaml: extends: .*broken.yaml: not valid YAML"),
+        ("above.yaml", r"expected a file that extends no other, found above.yaml with extends"),
+    ],
+)
+def test_file_that_can_not_be_extended_is_named(extends: str, words: str, tmp_path: Path) -> None:
+    path = written(tmp_path, above=f"extends: {extends}", broken="a: [")
+    with pytest.raises(ConfigError, match=words):
+        load_config(path)
+
+
 def test_overrides_are_typed_as_in_the_file() -> None:
     config = load_config(
         TINY_CONFIG,

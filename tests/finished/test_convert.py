@@ -16,6 +16,7 @@ from p48ray.finished.verifier import verify_folder
 from p48ray.run.manifest import CheckpointManifest
 from p48ray.runner.ray_tasks import returning_errors
 from p48ray.store import LocalStore, MemoryStore
+from tests.conftest import REPO
 from tests.reference.sparse_storage import dense_checkpoint, read_file
 from tests.stages.damage import INDEX, Folder
 from tests.stages.small_run import SmallRun
@@ -129,6 +130,18 @@ def test_card_says_what_is_stored_and_forgets_it_again(dense: Folder, sparse: Fo
     assert "`weight_sparse_mask`" in card and card.count("## Sparse storage") == 1
     assert card.index("## Sparse storage") < card.index("## Serving")
     assert "## Sparse storage" not in dense.files["README.md"].decode()
+
+
+@pytest.mark.parametrize(
+    "fact",
+    ["vLLM 0.30.0", "27 files", "SM100", "SM120", "SM103 (B300)", "--enable-expert-parallel"],
+)
+def test_card_and_page_name_the_same_server_of_sparse_storage(fact: str, sparse: Folder) -> None:
+    card = sparse.files["README.md"].decode()
+    note = card[card.index("## Sparse storage") : card.index("## Serving")]
+    page = (REPO / "docs" / "serving-and-evaluating.md").read_text()
+    about = page[page.index("## Who serves sparse storage") : page.index("## Check it")]
+    assert all(fact in " ".join(text.split()) for text in (note, about))
 
 
 # verify
@@ -305,7 +318,7 @@ def test_damaged_checkpoints_are_refused(dense: Folder) -> None:
         (dense.with_file(dense.shards[0], dense.files[dense.shards[0]][:-1]), "truncated"),
     ]
     for folder, words in cases:
-        with pytest.raises(ShardCorruptError, match=words):
+        with pytest.raises(SourceError, match=words):
             converted(folder, "sparse")
 
 

@@ -69,6 +69,18 @@ def test_workers_write_what_one_process_writes_though_one_is_killed(
     assert Folder.read(tmp_path / "back").changed_from(Folder.read(local_run / "checkpoint")) == []
 
 
+def test_workers_write_modelopts_layout_and_come_back(
+    local_run: Path, mark: tuple[Path, RayTasks], tmp_path: Path
+) -> None:
+    checkpoint, (_, tasks) = LocalStore(local_run / "checkpoint"), mark
+    convert_folder(checkpoint, LocalStore(tmp_path / "one"), "modelopt", None)
+    convert_folder(checkpoint, LocalStore(tmp_path / "many"), "modelopt", tasks)
+    one = Folder.read(tmp_path / "one")
+    assert Folder.read(tmp_path / "many").changed_from(one) == []
+    convert_folder(LocalStore(tmp_path / "many"), LocalStore(tmp_path / "back"), "dense", tasks)
+    assert Folder.read(tmp_path / "back").changed_from(Folder.read(local_run / "checkpoint")) == []
+
+
 def test_ray_workers_stitch_with_sparse_storage_what_a_conversion_writes(
     ray_session: None, local_run: Path, tmp_path: Path
 ) -> None:

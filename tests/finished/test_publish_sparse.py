@@ -70,7 +70,7 @@ def test_ranges_that_cut_units_anywhere_give_the_same_answer(
             sha256 = upload.stage_shard(checkpoint, path.name, path.stat().st_size, manifest, file)
         assert sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
         assert (tmp_path / "staged").read_bytes() == path.read_bytes()
-    units = [s for s in kept if isinstance(s, upload.SparseRange)]
+    units = [s for s in kept if isinstance(s, upload.DecodedRange)]
     assert len(units) == 16 and not any(s.data for s in units), (
         "a unit that was checked is not held any longer"
     )

@@ -58,6 +58,14 @@ def experts_of(model: PreTrainedModel, layer: int) -> dict[str, Tensor]:
     return {"gate_proj": gate, "up_proj": up, "down_proj": module.down_proj}
 
 
+def test_modelopts_layout_is_refused_by_its_key(finished: SmallRun, tmp_path: Path) -> None:
+    target = LocalStore(tmp_path / "other")
+    convert_folder(LocalStore(finished.checkpoint), target, "modelopt", None)
+    words = r"other/config\.json: .*quant_method: expected 'compressed-tensors', found 'modelopt'"
+    with pytest.raises(SourceError, match=words):
+        integration.load_model(str(tmp_path / "other"), dtype=torch.float32)
+
+
 def test_sparse_storage_is_refused_by_its_key(finished: SmallRun, tmp_path: Path) -> None:
     convert_folder(LocalStore(finished.checkpoint), LocalStore(tmp_path / "sparse"), "sparse", None)
     with pytest.raises(

@@ -20,6 +20,7 @@ import typer
 from typer.testing import CliRunner
 
 from jobs import compress
+from p48ray.runner import ray_runner
 from p48ray.runner.local_runner import LocalRunner
 from tests.conftest import REPO, TINY, timeless
 from tests.reference.narrow import write_narrow
@@ -91,7 +92,7 @@ def invoke(*args: str, on_ray: bool = False) -> Outcome:
     app = typer.Typer(add_completion=False)
     app.command()(compress.main)
     local = mock.patch.object(
-        compress, "RayRunner", lambda plan, root, *_: nullcontext(LocalRunner(plan, root))
+        ray_runner, "RayRunner", lambda plan, root, *_: nullcontext(LocalRunner(plan, root))
     )
     with nullcontext() if on_ray else local, chdir(REPO), own_logging():
         result = CliRunner().invoke(app, args)

@@ -6,12 +6,14 @@ import shutil
 import socket
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
 import pytest
 
+from p48ray.checkpoint.layout import ModelLayout
 from p48ray.checkpoint.skeleton import write_kimi_k25_skeleton
 from p48ray.run import changing_hands
 from p48ray.run.output_layout import OutputShard
@@ -68,6 +70,22 @@ def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_plan_looks_once_at_the_name_of_an_expert(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A large model has 200,000 of them."""
+    asked: Counter[str] = Counter()
+    looks = ModelLayout.is_expert_tensor
+
+    def counting(layout: ModelLayout, name: str) -> bool:
+        asked[name] += ".mlp.experts." in name
+        return looks(layout, name)
+
+    monkeypatch.setattr(ModelLayout, "is_expert_tensor", counting)
+    assert invoke(*arguments(tmp_path / "run"), "--dry-run").code == 0
+    assert len(+asked) == 4 * 16 * 3 * 3 and max(asked.values()) == 1
+
+
 def test_dry_run_leaves_a_run_root_of_another_plan_alone(root: Path) -> None:
     before = snapshot(root)
     assert invoke(*arguments(root, {"compression.sweeps": "7"}), "--dry-run").code == 0
@@ -88,7 +106,7 @@ sys.exit(code)
 def test_dry_run_of_kimi_k25_prints_its_plan_within_a_gigabyte(tmp_path: Path) -> None:
     write_kimi_k25_skeleton(tmp_path / "kimi")
     command = [
-        sys.executable,
+        *(sys.executable, "-X", "importtime"),
         "jobs/compress.py",
         "--config",
         "configs/kimi_k25_p48_nvfp4.yaml",
@@ -103,6 +121,8 @@ def test_dry_run_of_kimi_k25_prints_its_plan_within_a_gigabyte(tmp_path: Path) -
         check=False,
     )
     assert measured.returncode == 0, measured.stderr
+    assert re.search(r"\| +torch$", measured.stderr, re.MULTILINE)
+    assert not re.search(r"\| +ray$", measured.stderr, re.MULTILINE)
     *lines, peak_rss = measured.stdout.splitlines()
     printed = "\n".join(lines)
     values = (
@@ -157,11 +177,16 @@ def test_address_that_is_no_clusters_is_a_users_mistake(tmp_path: Path) -> None:
     )
 
 
-def test_address_where_nobody_listens_is_a_users_mistake_at_once(tmp_path: Path) -> None:
+def test_address_where_nobody_listens_is_a_users_mistake_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before Ray tries to join it, which fails a test without the mark."""
+    monkeypatch.setattr("ray.is_initialized", lambda: False)  # by tests of this process
     with socket.socket() as held:
         held.bind(("127.0.0.1", 0))  # and does not listen
         address = f"127.0.0.1:{held.getsockname()[1]}"
-        outcome = run_process(*arguments(tmp_path / "run"), env={"RAY_ADDRESS": address})
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        outcome = invoke(*arguments(tmp_path / "run"), on_ray=True)
     assert outcome.code == 2, outcome
     assert (
         f"error: RAY_ADDRESS: expected host:port of a running Ray cluster, found {address!r}: "

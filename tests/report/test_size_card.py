@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 from safetensors import safe_open
 
+from p48ray.checkpoint.index import CheckpointIndex
 from p48ray.checkpoint.layout import ExpertStorage
-from p48ray.report import size_card
 from p48ray.report.size_card import gains_section
 from p48ray.run.plan import RunPlan
 from p48ray.unit.context import StageContext
@@ -43,6 +43,7 @@ def test_int4_source_has_the_same_size_and_other_arithmetic(finished: SmallRun) 
     assert found is not None
     sparse, dense = int(found[1].replace(",", "")), bytes_of_experts(finished)
     assert round(sparse / dense, 2) == 0.61 and "times the source's" not in text
+    assert "for the paired48 patch of vLLM, on SM100 and SM120 GPUs only" in text
 
 
 @pytest.mark.parametrize("settings", [{"sparsity": "none"}, {"scale_span": 16}])
@@ -58,7 +59,7 @@ def test_larger_source_is_a_gain_of_size(
     finished: SmallRun, monkeypatch: pytest.MonkeyPatch, storage: ExpertStorage, bits: str
 ) -> None:
     dense = bytes_of_experts(finished)
-    monkeypatch.setattr(size_card, "source_expert_bytes", lambda context: 2 * dense)
+    monkeypatch.setattr(CheckpointIndex, "expert_bytes", lambda index, layout: 2 * dense)
     layout = replace(finished.context.layout, expert_storage=storage)
     text = gains_section(replace(finished.context, layout=layout))
     assert "0.50 times the source's bytes in dense storage: " in text

@@ -38,6 +38,7 @@ OTHER_VALUES = {
     "compression.sparsity": None,
     "compression.scale_span": "16",
     "compression.activation_group": "32",
+    "compression.activation_headroom": "2",
     "compression.output_curvature": "false",
     "compression.damp": "0.05",
     "compression.output_damp": "0.3",

@@ -95,7 +95,7 @@ def test_result_differs_from_the_one_whose_layers_see_the_source(
 def test_two_workers_one_of_them_killed_give_the_same_bytes(
     ray_session: None, turn_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("jobs.compress.RayRunner", KillingRunner)
+    monkeypatch.setattr("p48ray.runner.ray_runner.RayRunner", KillingRunner)
     monkeypatch.setattr(KillingRunner, "killed", 0)
     outcome = invoke(*arguments(tmp_path / "run", {"run.num_workers": "2"}), on_ray=True)
     assert outcome.code == 0, outcome

@@ -98,7 +98,7 @@ class KillingRunner(RayRunner):
 def test_killed_worker_leaves_the_same_bytes(
     ray_session: None, local_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("jobs.compress.RayRunner", KillingRunner)
+    monkeypatch.setattr("p48ray.runner.ray_runner.RayRunner", KillingRunner)
     monkeypatch.setattr(KillingRunner, "killed", 0)
     outcome = invoke(*arguments(tmp_path / "run", {"run.prefetch_units": "0"}), on_ray=True)
     assert outcome.code == 0, outcome
@@ -132,7 +132,7 @@ class TwoAtOnceKillingRunner(RayRunner):
 def test_worker_killed_with_two_units_in_hand_gives_both_back_and_neither_shares_a_worker_again(
     ray_session: None, local_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("jobs.compress.RayRunner", TwoAtOnceKillingRunner)
+    monkeypatch.setattr("p48ray.runner.ray_runner.RayRunner", TwoAtOnceKillingRunner)
     for name in ("killed", "handed"):
         monkeypatch.setattr(TwoAtOnceKillingRunner, name, [], raising=False)
     outcome = invoke(

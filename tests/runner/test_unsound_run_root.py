@@ -104,6 +104,11 @@ def unit_of_other_scales(root: Path) -> None:
     edited(path, input_global_scales=[1.0, 1.0])
 
 
+def unit_of_other_shifts(root: Path) -> None:
+    stitched_again(root)
+    edited(root / FIRST / "manifest.json", shifts={"3": 2})
+
+
 def token_flipped(root: Path) -> None:
     opened_again(root, 1)
     for folder in ("activations", "residuals"):
@@ -164,6 +169,7 @@ DAMAGES: dict[str, Callable[[Path], None]] = {
     ),
     "two units exchanged, manifests and all": units_exchanged,
     "unit of other scales": unit_of_other_scales,
+    "unit with an expert that its layer does not bring down": unit_of_other_shifts,
     "one bit flipped in the packed texts": token_flipped,
     "packed texts of others": tokens_of_others,
     "verdict cut short": verdict(cut),

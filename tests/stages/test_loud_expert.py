@@ -87,9 +87,7 @@ def test_loud_expert_alone_is_brought_down_and_all_records_say_so(shifted: Run) 
 
 
 @pytest.mark.slow
-def test_others_of_the_layer_lose_less_than_beside_a_loud_one(
-    shifted: Run, left_loud: Run
-) -> None:
+def test_others_of_the_layer_lose_less_than_beside_a_loud_one(shifted: Run, left_loud: Run) -> None:
     errors = []
     for job in (shifted, left_loud):
         units = [u for u in job.prepared.plan.units if u.layer == LAYER]

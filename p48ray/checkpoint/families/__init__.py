@@ -29,6 +29,7 @@ from p48ray.checkpoint.layout import (
     LayerNames,
     ModelLayout,
 )
+from p48ray.collection import nothing_collected
 from p48ray.errors import SourceError
 
 __all__ = [
@@ -43,6 +44,7 @@ __all__ = [
 ]
 
 
+@nothing_collected()
 def describe_model(index: CheckpointIndex) -> ModelLayout:
     """The layout of a checkpoint, all of whose expert tensors have been checked to be there with
     the right dtype and shape.
