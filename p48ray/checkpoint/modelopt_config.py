@@ -129,7 +129,7 @@ def wildcards(patterns: object) -> list[str]:
         raise SourceError(
             f"{CONFIG_FILE}: {CONFIG_KEY}.{IGNORE_KEY}: expected names of all linears outside the"
             f" experts, because readers of ModelOpt's layout take all others for NVFP4, found"
-            f" {patterns!r}"
+            f" {patterns!r}; p48ray update-config CHECKPOINT fills an empty list"
         )
     return list(dict.fromkeys(one for pattern in patterns for one in _written_out(pattern)))
 
