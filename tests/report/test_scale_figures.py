@@ -113,3 +113,4 @@ def test_page_and_terminal_show_every_layer_and_what_passes_the_share(
     words = Page(report_html(finished.context, finished.report, units)).words["scales"]
     assert "No layer has more than 0.1% of its groups saturated or too small." in words
     assert "inputs, held-out: saturated" in words
+    assert "Room above the calibration's maxima: " in words
