@@ -38,6 +38,7 @@ from p48ray.run.manifest import ActivationPart, GradientPart, TokensManifest, Un
 from p48ray.run.needs import Needs
 from p48ray.run.output_layout import unit_bytes, unit_rows
 from p48ray.run.plan import RunPlan, WorkUnit
+from p48ray.run.scale_counts import ScaleCounts
 from p48ray.runner import pipeline
 from p48ray.runner.base import RedoError, TaskList, WorkSource, run_all
 from p48ray.runner.local_runner import LocalRunner
@@ -104,6 +105,7 @@ def replay(known_run: Path, patch: pytest.MonkeyPatch) -> list[str]:
             manifest.linears,
             manifest.ladder,
             (0.0, 0.0),
+            manifest.weight_scales,
         )
         return store_unit(context, unit, solved, Clock(context.device, {"solve": 1.0}))
 
@@ -822,7 +824,7 @@ def solve_nothing(context: StageContext, unit: WorkUnit) -> UnitManifest:
     """A shard of the right size after its inputs were read."""
     list(context.activation_parts(unit.layer))
     tensors = {"all": torch.zeros(unit_bytes(context.layout, unit), dtype=torch.uint8)}
-    solved = Solved(tensors, context.layer_scales(unit.layer), (), (), (0.0, 0.0))
+    solved = Solved(tensors, context.layer_scales(unit.layer), (), (), (0.0, 0.0), ScaleCounts())
     return store_unit(context, unit, solved, Clock(context.device))
 
 
