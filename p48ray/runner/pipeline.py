@@ -6,7 +6,6 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack
 from itertools import groupby
 
@@ -54,11 +53,13 @@ def run_job(prepared: Prepared, make_runner: RunnerFactory) -> Report:
     check_run_root(prepared)
     store.sweep(ABANDONED_S)
     seconds: dict[str, float] = {}
-    with RunLog(store) as run_log, ThreadPoolExecutor(1) as beside:
+    with RunLog(store) as run_log:
         made = make_runner(plan, store.uri)  # refuses what this machine lacks
-        inputs = beside.submit(write_inputs, prepared)  # while workers start
         with made as runner:
-            inputs.result()
+            # While workers start, and not before: Ray's processes are forked by now. A fork closes
+            # the Hub client's connections in the child, and waits for ever for a lock that a thread
+            # which reads from the Hub holds.
+            write_inputs(prepared)
             run_log.begin()
             job = Job(prepared, runner, seconds)
             result = run_stages(job)
