@@ -30,6 +30,20 @@ Endpoint = Annotated[
         "--endpoint-url", envvar=ENDPOINT_VARIABLES, help="Of an S3 server that is not AWS."
     ),
 ]
+Workers = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help=(
+            "Processes at work on shards. Default: as many as the cluster at RAY_ADDRESS has CPUs;"
+            " without one, this process."
+        ),
+    ),
+]
+Shared = Annotated[
+    bool,
+    typer.Option("--shared", help="Local paths are the same folder on every node of the cluster."),
+]
 SourceEndpoint = Annotated[
     str | None,
     typer.Option("--source-endpoint-url", help="Of the source's; default: that of --endpoint-url."),
@@ -63,22 +77,8 @@ def verify(
             )
         ),
     ] = None,
-    workers: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help=(
-                "Processes that read shards. Default: as many as the cluster at RAY_ADDRESS has"
-                " CPUs; without one, this process."
-            ),
-        ),
-    ] = None,
-    shared: Annotated[
-        bool,
-        typer.Option(
-            "--shared", help="Local paths are the same folder on every node of the cluster."
-        ),
-    ] = False,
+    workers: Workers = None,
+    shared: Shared = False,
     endpoint_url: Endpoint = None,
     source_endpoint_url: SourceEndpoint = None,
 ) -> None:
@@ -131,22 +131,8 @@ def convert(
             ),
         ),
     ] = None,
-    workers: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help=(
-                "Processes that convert shards. Default: as many as the cluster at RAY_ADDRESS has"
-                " CPUs; without one, this process."
-            ),
-        ),
-    ] = None,
-    shared: Annotated[
-        bool,
-        typer.Option(
-            "--shared", help="Local paths are the same folder on every node of the cluster."
-        ),
-    ] = False,
+    workers: Workers = None,
+    shared: Shared = False,
     endpoint_url: Endpoint = None,
     out_endpoint_url: Annotated[
         str | None,
