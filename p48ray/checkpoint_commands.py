@@ -166,7 +166,7 @@ def convert(
             tasks if address or (workers or 1) > 1 else None,
         )
         typer.echo(
-            f"{'found' if done.is_done else 'wrote'} {out}: {FORM_WORDS[to]}, {len(done.shards)}"
+            f"{'found' if done.was_there else 'wrote'} {out}: {FORM_WORDS[to]}, {done.num_shards}"
             " shards"
         )
         for what, (before, after) in (
@@ -174,6 +174,8 @@ def convert(
             ("all tensors", done.all_bytes),
         ):
             typer.echo(f"{what:<12} {before:,} -> {after:,} bytes ({after / before:.3f}x)")
+        if done.folding:
+            typer.echo(f"gate and up share a global scale: {done.folding}")
         return True
 
     guarded(action)

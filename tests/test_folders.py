@@ -116,6 +116,7 @@ def test_silent_argument_is_seen() -> None:
 
 TESTED_IN = {
     "p48ray.benchmarks.completions": "benchmarks/test_smoke.py",
+    "p48ray.finished.foreign_units": "finished/test_foreign.py",
     "p48ray.finished.forms": "finished/test_form_change.py",
     "p48ray.benchmarks.harness": "jobs/test_evaluate_job.py",
     "p48ray.benchmarks.job": "jobs/test_evaluate_job.py",
@@ -130,6 +131,7 @@ TESTED_IN = {
     "p48ray.finished.rehearsal": "finished/test_publish.py",
     "p48ray.finished.survey": "stages/test_verify.py",
     "p48ray.finished.upload": "finished/test_publish.py",
+    "p48ray.run.checkpoint_manifest": "finished/test_foreign.py",
     "p48ray.run.checked": "runner/test_unsound_run_root.py",
     "p48ray.run.doctor": "runner/test_unsound_run_root.py",
     "p48ray.run.manifest": "stages/test_reduce.py",

@@ -15,6 +15,7 @@ Read in this order:
     output_config, ignore    what config.json says of it, and of all that stays plain
     sparse_storage, storage_stream   what is written, in both storages
     modelopt, modelopt_config        NVIDIA's layout of the same, and its way back
+    foreign                  paired-4:8 experts as others write them
     skeleton                 a checkpoint of true size without its weights, for estimates
 
 To add a family: a file in families/ (docs/families.md). Nothing is re-exported here, so that

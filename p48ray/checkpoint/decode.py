@@ -11,10 +11,11 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
+from p48ray.checkpoint.foreign import read_linear, weight_values
 from p48ray.checkpoint.fp8 import Fp8Weight, PlainTensor
 from p48ray.checkpoint.header import TensorEntry
 from p48ray.checkpoint.index import CheckpointIndex
-from p48ray.checkpoint.layout import PROJECTIONS, ModelLayout
+from p48ray.checkpoint.layout import FOREIGN_STORAGES, PROJECTIONS, ModelLayout
 from p48ray.checkpoint.tensors import read_tensors
 from p48ray.errors import SourceError
 from p48ray.numerics.int4 import CODES_PER_WORD, decode_int4
@@ -142,7 +143,8 @@ def decode_expert(
 def decode_linear(
     tensors: Mapping[str, Tensor], layout: ModelLayout, where: str = "expert linear"
 ) -> Tensor:
-    """The weight of one linear, (out, in), in its scale's dtype (INT4), in BF16 (FP8) or as stored.
+    """The weight of one linear, (out, in): in its scale's dtype (INT4), in BF16 (FP8), in float32
+    (of a checkpoint that others have compressed) or as stored.
 
     Args:
         tensors: suffix ("weight_packed") -> tensor.
@@ -150,6 +152,8 @@ def decode_linear(
     Raises: SourceError for scales or weights that are not finite, and for a weight_shape other than
         the packed words have.
     """
+    if layout.expert_storage in FOREIGN_STORAGES:
+        return weight_values(read_linear(tensors, layout.expert_storage, where))
     check_linear(tensors, layout, where)
     return decode_checked(tensors, layout)
 

@@ -6,12 +6,12 @@ wrong throughout.
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from p48ray.checkpoint.fp8 import FP8_DTYPE, FP8_SCALE_DTYPES, scale_shape
 from p48ray.checkpoint.header import TensorEntry
 from p48ray.checkpoint.index import CONFIG_FILE, CheckpointIndex
-from p48ray.checkpoint.layout import PROJECTIONS, ModelLayout
+from p48ray.checkpoint.layout import FOREIGN_STORAGES, PROJECTIONS, ModelLayout
 from p48ray.errors import SourceError
 from p48ray.numerics.int4 import CODES_PER_WORD
 
@@ -27,6 +27,19 @@ INT4_WEIGHTS: Mapping[str, Any] = {
     "dynamic": False,
 }
 """What the decoder can read, in compressed-tensors' words; the group size is the source's."""
+
+FOREIGN_GROUP = 32
+"""Inputs that share a scale in a checkpoint that others have made paired-4:8 sparse."""
+
+SCALAR_SHAPES: tuple[tuple[int, ...], ...] = ((), (1,))
+
+
+class Allowed(NamedTuple):
+    """What a tensor may be."""
+
+    shapes: tuple[tuple[int, ...], ...]
+    dtypes: tuple[str, ...]
+
 
 ExpertEntries = Mapping[tuple[int, int, str], Mapping[str, TensorEntry]]
 """(layer, expert, projection) -> suffix -> entry."""
@@ -124,7 +137,7 @@ def check_untouched(index: CheckpointIndex, layout: ModelLayout) -> None:
     """Raises: SourceError if tensors that pass through are packed: the output announces NVFP4 and
     could not say how to read them."""
     for entry in index.outside_experts(layout):
-        if entry.name.endswith(".weight_packed"):
+        if entry.name.endswith((".weight_packed", ".weight_sparse_packed")):
             raise SourceError(
                 f"{entry.file}: tensor {entry.name}: expected plain weights outside the routed"
                 f" experts of layers below {layout.num_layers}, found packed ones; sources"
@@ -132,42 +145,63 @@ def check_untouched(index: CheckpointIndex, layout: ModelLayout) -> None:
             )
 
 
-def _tensor_shapes(
-    layout: ModelLayout, projection: str
-) -> dict[str, tuple[tuple[int, ...], tuple[str, ...]]]:
-    """suffix -> (shape, allowed dtypes) for one linear. Raises: SourceError if INT4 words or groups
-    would be cut."""
+def _tensor_shapes(layout: ModelLayout, projection: str) -> dict[str, Allowed]:
+    """suffix -> what it may be, for one linear. Raises: SourceError if words, groups or spans would
+    be cut."""
     out_features, in_features = layout.linear_shape(projection)
-    if layout.expert_storage == "fp8":
+    storage = layout.expert_storage
+    if storage == "fp8":
         assert layout.fp8_block is not None
         scales = scale_shape((out_features, in_features), layout.fp8_block)
         return {
-            "weight": ((out_features, in_features), (FP8_DTYPE,)),
-            "weight_scale_inv": (scales, FP8_SCALE_DTYPES),
+            "weight": Allowed(((out_features, in_features),), (FP8_DTYPE,)),
+            "weight_scale_inv": Allowed((scales,), FP8_SCALE_DTYPES),
         }
-    if layout.int4_group_size is None:
-        return {"weight": ((out_features, in_features), FLOATS)}
-    for multiple, what in (
-        (CODES_PER_WORD, "codes a word"),
-        (layout.int4_group_size, "weights a scale"),
-    ):
+    multiples = (
+        ((FOREIGN_GROUP, "inputs a scale"),)
+        if storage in FOREIGN_STORAGES
+        else ((CODES_PER_WORD, "codes a word"), (layout.int4_group_size or 1, "weights a scale"))
+        if storage == "int4"
+        else ()
+    )
+    for multiple, what in multiples:
         if in_features % multiple:
             name = layout.expert_linear_name(layout.moe_layers[0], 0, projection)
             raise SourceError(
                 f"{name}: expected in_features divisible by {multiple} ({what}), found"
                 f" {in_features}"
             )
+    if storage in FOREIGN_STORAGES:
+        kept = in_features // 4 if storage == "paired48" else in_features // 2
+        shapes = {
+            "weight_sparse_packed": (out_features, kept),
+            "weight_packed": (out_features, kept),
+            "weight_sparse_mask": (out_features, in_features // 16),
+        }
+        arrays = {
+            suffix: Allowed((shapes[suffix],), ("U8",))
+            for suffix in layout.expert_suffixes
+            if suffix in shapes
+        }
+        return arrays | {
+            "weight_scale": Allowed(((out_features, in_features // FOREIGN_GROUP),), ("F8_E4M3",)),
+            "weight_global_scale": Allowed(SCALAR_SHAPES, ("F32",)),
+            "input_global_scale": Allowed(SCALAR_SHAPES, ("F32",)),
+        }
+    if layout.int4_group_size is None:
+        return {"weight": Allowed(((out_features, in_features),), FLOATS)}
+    groups = (out_features, in_features // layout.int4_group_size)
     return {
-        "weight_packed": ((out_features, in_features // CODES_PER_WORD), ("I32",)),
-        "weight_scale": ((out_features, in_features // layout.int4_group_size), FLOATS),
-        "weight_shape": ((2,), INTEGERS),
+        "weight_packed": Allowed(((out_features, in_features // CODES_PER_WORD),), ("I32",)),
+        "weight_scale": Allowed((groups,), FLOATS),
+        "weight_shape": Allowed(((2,),), INTEGERS),
     }
 
 
 def _check_linear(
     name: str,
     entries: Mapping[str, TensorEntry],
-    expected: Mapping[str, tuple[tuple[int, ...], tuple[str, ...]]],
+    expected: Mapping[str, Allowed],
 ) -> None:
     """Raises: SourceError unless one linear's tensors are exactly the expected ones."""
     if missing := sorted(expected.keys() - entries.keys()):
@@ -183,12 +217,13 @@ def _check_linear(
             f"{entry.file}: tensor {entry.name}: expected only {', '.join(expected)} for this"
             " linear, found this one as well"
         )
-    for suffix, (shape, dtypes) in expected.items():
+    for suffix, allowed in expected.items():
         entry = entries[suffix]
-        if entry.shape != shape or entry.dtype not in dtypes:
+        if entry.shape not in allowed.shapes or entry.dtype not in allowed.dtypes:
             raise SourceError(
-                f"{entry.file}: tensor {entry.name}: expected {' or '.join(dtypes)} {list(shape)}"
-                f" by {CONFIG_FILE}, found {entry.dtype} {list(entry.shape)}"
+                f"{entry.file}: tensor {entry.name}: expected {' or '.join(allowed.dtypes)}"
+                f" {' or '.join(str(list(shape)) for shape in allowed.shapes)} by {CONFIG_FILE},"
+                f" found {entry.dtype} {list(entry.shape)}"
             )
 
 

@@ -10,17 +10,36 @@ from typing import Any, Literal
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 """The three linears of an expert, in the order of its forward pass: down(silu(gate(x)) * up(x))."""
 
-ExpertStorage = Literal["int4", "fp8", "bf16"]
+ExpertStorage = Literal["int4", "fp8", "bf16", "paired48", "paired48-dense"]
 
 EXPERT_SUFFIXES: Mapping[ExpertStorage, tuple[str, ...]] = MappingProxyType(
     {
         "int4": ("weight_packed", "weight_scale", "weight_shape"),
         "fp8": ("weight_scale_inv", "weight"),
         "bf16": ("weight",),
+        "paired48": (
+            "weight_sparse_packed",
+            "weight_sparse_mask",
+            "weight_scale",
+            "weight_global_scale",
+            "input_global_scale",
+        ),
+        "paired48-dense": (
+            "weight_packed",
+            "weight_scale",
+            "weight_global_scale",
+            "input_global_scale",
+        ),
     }
 )
-"""The tensors of one expert linear, by storage; the first is one that no storage behind it has.
-"bf16" stands for any plain float: BF16, F16 or F32."""
+"""The tensors of one expert linear, by storage. "bf16" stands for any plain float: BF16, F16 or
+F32."""
+
+SOURCE_STORAGES: tuple[ExpertStorage, ...] = ("int4", "fp8", "bf16")
+"""Of what can be compressed. The first tensor of each is one that no storage behind it has."""
+
+FOREIGN_STORAGES: tuple[ExpertStorage, ...] = ("paired48", "paired48-dense")
+"""Of checkpoints that others have compressed (checkpoint.foreign); config.json says which."""
 
 EXPERT_NAME = re.compile(
     r"(.*\.|)layers\.(0|[1-9]\d*)\.mlp\.experts\.(0|[1-9]\d*)\.(gate_proj|up_proj|down_proj)\.(\w+)"

@@ -9,6 +9,8 @@ Read in this order:
     config_update                 config.json of an older checkpoint, written anew
     forms, form_change            compressed linears in whatever form; from one form to another
     convert, converter            to sparse storage or ModelOpt's layout and back, without loss
+    foreign, foreign_units        what others have made paired-4:8 sparse, with a p48ray.json
+    foreign_verify                the same as it is, looked through
     release                       what is published: of a run root, or a folder by itself
     own_figures, requirements     what the run has measured of it, and what it has to be worth
     publish, publisher            what the Hub lacks of it, then one commit

@@ -19,7 +19,7 @@ from p48ray.checkpoint.index import CONFIG_FILE, CONFIG_KEY, open_checkpoint
 from p48ray.checkpoint.output_config import IGNORE_KEY, config_json
 from p48ray.errors import ConfigError, ShardCorruptError
 from p48ray.finished.survey import check_files, read_manifest
-from p48ray.run.manifest import MANIFEST_FILE, CheckpointManifest
+from p48ray.run.checkpoint_manifest import MANIFEST_FILE, CheckpointManifest
 from p48ray.stages.index_proof import check_index_files
 from p48ray.stages.verify import listed
 from p48ray.store.base import Store

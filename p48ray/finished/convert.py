@@ -13,7 +13,7 @@ what other bytes must decode to. finished.form_change has what differs between t
 
 import hashlib
 import json
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import groupby
 from math import prod
@@ -38,8 +38,8 @@ from p48ray.finished.form_change import (
 )
 from p48ray.finished.forms import check_forms, global_scales_of, units_of
 from p48ray.finished.survey import check_files, read_headers, read_manifest
+from p48ray.run.checkpoint_manifest import MANIFEST_FILE, CheckpointManifest, ModelOptForm
 from p48ray.run.cleanup import ABANDONED_S
-from p48ray.run.manifest import MANIFEST_FILE, CheckpointManifest, ModelOptForm
 from p48ray.run.output_layout import unit_tensor_names
 from p48ray.run.records import Record
 from p48ray.stages.index_proof import check_index_files
@@ -96,11 +96,7 @@ def survey_conversion(checkpoint: Store, target: Store, to: Form) -> Conversion:
         where the target holds anything else; SourceError, naming file and tensor, for what that
         form can not hold, and for a checkpoint that is not what its manifest says.
     """
-    if is_within(target, checkpoint):
-        raise ConfigError(
-            f"{target.uri}: expected a folder apart from the checkpoint {checkpoint.uri}, found one"
-            " in it; nothing was written"
-        )
+    check_target_is_apart(checkpoint, target)
     manifest = read_manifest(checkpoint)
     raise_for_problems(
         checkpoint, check_index_files(checkpoint) or check_files(checkpoint, manifest)
@@ -152,13 +148,28 @@ def survey_conversion(checkpoint: Store, target: Store, to: Form) -> Conversion:
         note=note,
         expert_bytes=(before[1], after[1]),
         all_bytes=(before[0], after[0]),
-        is_done=check_target(target, changed.to_json(), note),
+        is_done=check_target(target, lambda: target.get(MANIFEST_FILE) == changed.to_json(), note),
     )
 
 
-def check_target(target: Store, manifest: bytes, note: ConversionNote) -> bool:
-    """Whether the conversion is there already. Raises: ConfigError where the target holds anything
-    but this conversion, finished or not."""
+def check_target_is_apart(checkpoint: Store, target: Store) -> None:
+    """Raises: ConfigError for a target inside the checkpoint."""
+    if is_within(target, checkpoint):
+        raise ConfigError(
+            f"{target.uri}: expected a folder apart from the checkpoint {checkpoint.uri}, found one"
+            " in it; nothing was written"
+        )
+
+
+def check_target(target: Store, is_it: Callable[[], bool], note: ConversionNote) -> bool:
+    """Whether the conversion is there already.
+
+    Args:
+        target: rooted at the folder.
+        is_it: whether the p48ray.json that is there is the conversion's.
+        note: that the conversion would leave there while it goes on.
+    Raises: ConfigError where the target holds anything but this conversion, finished or not.
+    """
     held = {info.key for info in target.list()}
     if NOTE_FILE in held:
         found = ConversionNote.load(target, NOTE_FILE)
@@ -169,7 +180,7 @@ def check_target(target: Store, manifest: bytes, note: ConversionNote) -> bool:
             f" {FORM_WORDS[found.storage]} of another checkpoint"
             f" ({found.checkpoint_sha256[:12]}, not {note.checkpoint_sha256[:12]})"
         )
-    if held and not (held >= {MANIFEST_FILE, INDEX_FILE} and target.get(MANIFEST_FILE) == manifest):
+    if held and not (held >= {MANIFEST_FILE, INDEX_FILE} and is_it()):
         raise ConfigError(
             f"{target.uri}: expected a new or empty folder, found {min(held)} in it; nothing was"
             " written"
@@ -271,10 +282,10 @@ def converted_pieces(shard: ShardConversion) -> Iterator[Piece]:
             yield from recoded_unit(part, shard.to)
 
 
-def begin_conversion(conversion: Conversion) -> None:
+def begin_conversion(target: Store, note: ConversionNote) -> None:
     """Claim the target, and clear away what killed writers left there."""
-    conversion.target.put(NOTE_FILE, conversion.note.to_json())
-    conversion.target.sweep(ABANDONED_S)
+    target.put(NOTE_FILE, note.to_json())
+    target.sweep(ABANDONED_S)
 
 
 def finish_conversion(conversion: Conversion, card: bytes | None) -> None:

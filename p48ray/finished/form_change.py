@@ -12,7 +12,7 @@ from p48ray.checkpoint.output_config import config_json
 from p48ray.checkpoint.sparse_storage import TensorRow, convert_config, convert_index, convert_rows
 from p48ray.errors import ConfigError, SourceError
 from p48ray.finished.forms import global_scales_of, read_scalars, scalar_problems
-from p48ray.run.manifest import MANIFEST_FILE, CheckpointManifest
+from p48ray.run.checkpoint_manifest import MANIFEST_FILE, CheckpointManifest
 from p48ray.store.base import Store
 
 LISTED_REFUSALS = 5  # in one line

@@ -19,7 +19,7 @@ from p48ray.checkpoint.modelopt import (
 from p48ray.checkpoint.sparse_storage import PACKED
 from p48ray.checkpoint.tensors import read_tensors
 from p48ray.errors import ConfigError, ShardCorruptError, SourceError
-from p48ray.run.manifest import MANIFEST_FILE, CheckpointManifest
+from p48ray.run.checkpoint_manifest import MANIFEST_FILE, CheckpointManifest
 from p48ray.run.output_layout import unit_tensor_names
 from p48ray.run.plan import WorkUnit, ranges
 from p48ray.store.base import Store

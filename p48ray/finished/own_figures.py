@@ -14,7 +14,7 @@ from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
 from p48ray.report.report import Report
 from p48ray.run import run_root
 from p48ray.run.benchmark_results import BenchmarkTable, identify
-from p48ray.run.manifest import CheckpointManifest
+from p48ray.run.checkpoint_manifest import CheckpointManifest
 from p48ray.stages.evaluate import EvaluationResult
 from p48ray.store.base import Store
 

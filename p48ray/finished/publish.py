@@ -105,7 +105,7 @@ def commit_release(
         meanwhile.
     """
     paths = release.names
-    description = f"plan {release.manifest.plan_digest}"
+    description = release.manifest.origin
 
     unanswered: list[GaveUpError] = []
 

@@ -22,7 +22,8 @@ from p48ray.finished.publish import (
 from p48ray.finished.release import Release
 from p48ray.finished.upload import Uploader, upload_and_record
 from p48ray.report.plan_table import size
-from p48ray.run.manifest import MANIFEST_FILE, PublishedShard
+from p48ray.run.checkpoint_manifest import MANIFEST_FILE
+from p48ray.run.manifest import PublishedShard
 from p48ray.runner.progress import Amount, each_file
 from p48ray.runner.ray_tasks import RayTasks
 

@@ -22,7 +22,8 @@ from p48ray.finished.own_figures import (
 from p48ray.finished.survey import check_files, survey_checkpoint
 from p48ray.run import run_root
 from p48ray.run.changing_hands import root_is_shared
-from p48ray.run.manifest import MANIFEST_FILE, CheckpointManifest, ShardVerdict
+from p48ray.run.checkpoint_manifest import MANIFEST_FILE, CheckpointManifest
+from p48ray.run.manifest import ShardVerdict
 from p48ray.stages.index_proof import check_index_files, check_strangers
 from p48ray.stages.verify import listed
 from p48ray.store.base import Store

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
-from p48ray.checkpoint.families import describe_model
+from p48ray.checkpoint.families import describe_any
 from p48ray.checkpoint.header import TensorEntry, parse_header, read_header_bytes
 from p48ray.checkpoint.index import (
     CONFIG_FILE,
@@ -26,7 +26,7 @@ from p48ray.finished.forms import (
     global_scales_of,
     units_of,
 )
-from p48ray.run.manifest import MANIFEST_FILE, CheckpointManifest
+from p48ray.run.checkpoint_manifest import MANIFEST_FILE, CheckpointManifest
 from p48ray.run.output_layout import OutputShard, plan_output, unit_tensor_names
 from p48ray.run.plan import WorkUnit, plan_units
 from p48ray.stages.index_proof import (
@@ -72,7 +72,20 @@ class LoneCheck:
     global_scales: GlobalScales = field(default_factory=dict)
 
 
-ShardCheck = SourcedCheck | LoneCheck
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ForeignCheck:
+    """One file of a checkpoint that others have compressed (finished.foreign): units whose first
+    tensor lies in it, and its tensors outside the experts. `source` has their tensors alone."""
+
+    file: str
+    size_bytes: int
+    source: CheckpointIndex
+    layout: ModelLayout
+    units: tuple[WorkUnit, ...]
+    others: tuple[TensorEntry, ...]
+
+
+ShardCheck = SourcedCheck | LoneCheck | ForeignCheck
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,7 +140,8 @@ def read_manifest(checkpoint: Store) -> CheckpointManifest:
     if checkpoint.head(MANIFEST_FILE) is None:
         raise ConfigError(
             f"{checkpoint.uri}: expected the checkpoint/ folder of a p48ray run, found no"
-            f" {MANIFEST_FILE} in it"
+            f" {MANIFEST_FILE} in it; nor does {CONFIG_FILE} announce paired-4:8 experts in NVFP4"
+            " with groups of 32, as others write them"
         )
     return CheckpointManifest.load(checkpoint, MANIFEST_FILE)
 
@@ -177,7 +191,7 @@ def survey_beside(
             f"{source.uri}: not the source of this checkpoint: expected fingerprint {expected},"
             f" found {found}"
         ], []
-    layout = describe_model(index)
+    layout = describe_any(index)
     shards = plan_output(
         plan_units(layout, manifest.experts_per_unit),
         manifest.max_shard_size,

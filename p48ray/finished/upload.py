@@ -26,7 +26,8 @@ from p48ray.checkpoint.tensors import from_bytes
 from p48ray.errors import ConfigError, SourceError, StageFailedError
 from p48ray.finished.branch import Hub
 from p48ray.run import run_root
-from p48ray.run.manifest import CheckpointManifest, PublishedShard
+from p48ray.run.checkpoint_manifest import CheckpointManifest
+from p48ray.run.manifest import PublishedShard
 from p48ray.run.plan import WorkUnit
 from p48ray.stages.tasks import Task, record_failure
 from p48ray.store.base import Store

@@ -3,6 +3,8 @@
 import logging
 from collections.abc import Iterator
 
+from p48ray.finished.foreign_units import is_foreign_folder
+from p48ray.finished.foreign_verify import survey_foreign
 from p48ray.finished.survey import survey_checkpoint
 from p48ray.finished.verify_checkpoint import (
     CheckpointVerdict,
@@ -28,7 +30,11 @@ def verify_folder(
     Raises: UserError, ShardCorruptError or StageFailedError when there can be no verdict; what is
         wrong with the checkpoint is in the verdict.
     """
-    survey = survey_checkpoint(checkpoint, source)
+    survey = (
+        survey_foreign(checkpoint, source)
+        if is_foreign_folder(checkpoint)
+        else survey_checkpoint(checkpoint, source)
+    )
     checks = {check.file: check for check in survey.checks}
     sizes = {file: check.size_bytes for file, check in checks.items()}
     log.info(

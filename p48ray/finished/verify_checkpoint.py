@@ -16,7 +16,8 @@ from p48ray.checkpoint.modelopt import dense_from_modelopt, storage_in
 from p48ray.checkpoint.storage_stream import dense_sha256
 from p48ray.checkpoint.tensors import read_together
 from p48ray.errors import SourceError
-from p48ray.finished.survey import ShardCheck, SourcedCheck, Survey
+from p48ray.finished.foreign_verify import foreign_notes, foreign_problems
+from p48ray.finished.survey import ForeignCheck, ShardCheck, SourcedCheck, Survey
 from p48ray.run.output_layout import unit_tensor_names
 from p48ray.run.plan import WorkUnit
 from p48ray.run.records import Record
@@ -46,6 +47,8 @@ class FileFindings:
 
 def check_shard(check: ShardCheck) -> FileFindings:
     """Read one file of the checkpoint through."""
+    if isinstance(check, ForeignCheck):
+        return FileFindings(tuple(foreign_problems(check)), tuple(foreign_notes(check)))
     if isinstance(check, SourcedCheck):
         proof = verify_shard(
             check.checkpoint, check.source, check.layout, check.shard, check.promise

@@ -10,6 +10,7 @@ Read in this order (docs/DESIGN.md has the equations):
     sparsegpt, block_descent, two_sided, code_descent, asymmetric   how they solve
     refine, refine_tokens                       an expert's three linears together
     relative_errors                             what was lost
+    shared_scale                                one global scale for two linears
     headroom                                    room above an activation's amax, and who pays
     zeros                                       where there is nothing to lose
 

@@ -11,7 +11,7 @@ Read in this order:
     scale_figures         what scales cost, layer by layer
     gains                 bits a weight, before and after
     card, front_matter    the model card. Parts of it: size_card, serving_card, and storage_card on
-                          sparse storage; markdown keeps others' text in it text
+                          sparse storage; foreign_card; markdown keeps others' text in it text
     status, work, spans   how far a run is, who worked when, and what the rest will take
     watch, snapshot       the same again and again; the page of a run that goes on
     plan_table, ending    a plan before it is paid for; the last lines of a job that is done

@@ -12,7 +12,8 @@ from rich.table import Table
 from torch import Tensor
 
 from p48ray.checkpoint.decode import read_expert
-from p48ray.checkpoint.families import describe_model
+from p48ray.checkpoint.families import describe_any, describe_foreign
+from p48ray.checkpoint.foreign import Folding, doubled, is_foreign, read_linear
 from p48ray.checkpoint.index import CheckpointIndex, open_checkpoint
 from p48ray.checkpoint.layout import EXPERT_NAME
 from p48ray.checkpoint.modelopt import WEIGHT_DIVISOR, Form, GlobalScales, form_suffixes
@@ -23,7 +24,7 @@ from p48ray.checkpoint.tensors import read_tensors
 from p48ray.errors import ConfigError
 from p48ray.numerics import e2m1, nvfp4, paired48
 from p48ray.numerics.relative_errors import relative_weight_error
-from p48ray.run.manifest import MANIFEST_FILE, CheckpointManifest
+from p48ray.run.checkpoint_manifest import MANIFEST_FILE, CheckpointManifest
 from p48ray.run.output_layout import unit_tensor_names
 from p48ray.run.records import Record
 from p48ray.store.base import Store
@@ -42,6 +43,7 @@ class Inspection(Record):
     codes: dict[str, int]
     zero_share: float
     relative_weight_error: float | None
+    folding: Folding | None = None
 
 
 def inspect_linear(checkpoint: Store, linear: str | None, source: Store | None) -> Inspection:
@@ -54,15 +56,13 @@ def inspect_linear(checkpoint: Store, linear: str | None, source: Store | None) 
         near.
     """
     index = open_checkpoint(checkpoint)
-    form = form_in(index)
-    found_names = compressed_linears(index, form)
-    name = choose(sorted(found_names), linear, checkpoint.uri)
-    stored = read_tensors(
-        checkpoint, [index.tensors[stored] for stored in unit_tensor_names([name], form)]
-    )
-    tensors = as_dense(stored, form, kept_scales(checkpoint) if form == "modelopt" else {})
+    manifest = None
+    if checkpoint.head(MANIFEST_FILE) is not None:
+        manifest = CheckpointManifest.load(checkpoint, MANIFEST_FILE)
+    is_theirs = manifest is None and is_foreign(index.config)
+    name, tensors = (foreign_linear if is_theirs else own_linear)(index, linear)
     packed, scale, divisor, divisor_in = (
-        tensors[f"{name}.{s}"]
+        tensors[s]
         for s in ("weight_packed", "weight_scale", "weight_global_scale", "input_global_scale")
     )
     codes = e2m1.unpack(packed)
@@ -72,8 +72,8 @@ def inspect_linear(checkpoint: Store, linear: str | None, source: Store | None) 
         original = open_checkpoint(source)
         found = EXPERT_NAME.fullmatch(f"{name}.weight_packed")
         assert found is not None
-        weights = read_expert(original, describe_model(original), int(found[2]), int(found[3]))
-        shift = 2.0 ** shift_of(checkpoint, name)
+        weights = read_expert(original, describe_any(original), int(found[2]), int(found[3]))
+        shift = 2.0 ** (manifest.shifts.get(name, 0) if manifest else 0)
         error = relative_weight_error(shift * weights[found[4]].float()[None], values).item()
     counts = codes.flatten().bincount(minlength=16).tolist()
     signed = {
@@ -92,14 +92,43 @@ def inspect_linear(checkpoint: Store, linear: str | None, source: Store | None) 
         codes=signed,
         zero_share=counts[0] / codes.numel(),
         relative_weight_error=error,
+        folding=manifest.foreign.foldings.get(name) if manifest and manifest.foreign else None,
     )
 
 
-def shift_of(checkpoint: Store, name: str) -> int:
-    """The linear is 2 to this times the source's, as p48ray.json says."""
-    if checkpoint.head(MANIFEST_FILE) is None:
-        return 0
-    return CheckpointManifest.load(checkpoint, MANIFEST_FILE).shifts.get(name, 0)
+def own_linear(index: CheckpointIndex, linear: str | None) -> tuple[str, dict[str, Tensor]]:
+    """A linear's name, and its tensors in dense storage by suffix.
+
+    Args:
+        index: of a checkpoint that p48ray has written.
+        linear: as inspect_linear takes it.
+    """
+    form = form_in(index)
+    name = choose(sorted(compressed_linears(index, form)), linear, index.store.uri)
+    entries = [index.tensors[stored] for stored in unit_tensor_names([name], form)]
+    kept = kept_scales(index.store) if form == "modelopt" else {}
+    tensors = as_dense(read_tensors(index.store, entries), form, kept)
+    return name, {n.removeprefix(f"{name}."): tensor for n, tensor in tensors.items()}
+
+
+def foreign_linear(index: CheckpointIndex, linear: str | None) -> tuple[str, dict[str, Tensor]]:
+    """own_linear, of a checkpoint that others have compressed: its own global scale, and each block
+    scale for both its halves."""
+    layout = describe_foreign(index)
+    first, *others = layout.expert_suffixes
+    ends = f".{first}"
+    names = sorted(n.removesuffix(ends) for n in index.tensors if n.endswith(ends))
+    name = choose(names, linear, index.store.uri)
+    entries = [index.tensors[f"{name}.{suffix}"] for suffix in (first, *others)]
+    stored = {n.removeprefix(f"{name}."): t for n, t in read_tensors(index.store, entries).items()}
+    where = f"{index.store.uri}/{entries[0].file}: tensor {name}"
+    found = read_linear(stored, layout.expert_storage, where)
+    return name, {
+        "weight_packed": found.packed,
+        "weight_scale": doubled(found.scale),
+        "weight_global_scale": torch.tensor([found.weight_divisor]),
+        "input_global_scale": torch.tensor([found.input_divisor]),
+    }
 
 
 def form_in(index: CheckpointIndex) -> Form:
@@ -178,6 +207,12 @@ def print_inspection(found: Inspection, console: Console) -> None:
     )
     if found.relative_weight_error is not None:
         console.print(f"relative weight error |W - Q|^2 / |W|^2: {found.relative_weight_error:.5f}")
+    if (folding := found.folding) is not None:
+        console.print(
+            f"block scales times {folding.ratio:.6g}, to share a global scale:"
+            f" {folding.num_rounded:,} of {folding.num_groups:,} rounded, by"
+            f" {folding.largest_rounding:.4%} at most; {folding.num_vanished:,} became zero"
+        )
     if found.illegal_groups:
         console.print(
             f"{found.illegal_groups} groups of 8 inputs keep more than 2 of 4 pairs: not paired-4:8"

@@ -9,6 +9,7 @@ Read in this order:
     records         the base of all that is stored: frozen, closed to unknown keys, strict JSON
     plan            what will be done: a function of the configuration and the checkpoint's headers
     manifest        what was done: one record for each finished piece of work
+    checkpoint_manifest   what a finished checkpoint says of itself
     checked         those records as readers get them: held against what was asked for
     scale_counts    what becomes of values that share a scale
     scales          a layer's input scales, held against its parts

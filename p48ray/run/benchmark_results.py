@@ -26,7 +26,7 @@ from p48ray.config.benchmarks import (
 from p48ray.config.yaml_text import parse_yaml
 from p48ray.errors import ConfigError, ObjectMissingError, StageFailedError
 from p48ray.run import run_root
-from p48ray.run.manifest import MANIFEST_FILE
+from p48ray.run.checkpoint_manifest import MANIFEST_FILE
 from p48ray.run.records import Record, canonical_json
 from p48ray.store.base import Store
 from p48ray.store.view import SubStore

@@ -10,7 +10,8 @@ from p48ray.checkpoint.index import CONFIG_FILE, INDEX_FILE
 from p48ray.checkpoint.output_config import config_json, index_json, output_config
 from p48ray.checkpoint.sparse_storage import convert_config
 from p48ray.run import run_root
-from p48ray.run.manifest import MANIFEST_FILE, CheckpointManifest, ShardVerdict, UnitManifest
+from p48ray.run.checkpoint_manifest import MANIFEST_FILE, CheckpointManifest
+from p48ray.run.manifest import ShardVerdict, UnitManifest
 from p48ray.run.output_layout import OutputShard, shard_rows
 from p48ray.run.plan import WorkUnit
 from p48ray.run.scales import shifted_linears

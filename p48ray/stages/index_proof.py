@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from p48ray.checkpoint.index import CARD_FILE, CONFIG_FILE, INDEX_FILE
 from p48ray.checkpoint.layout import ModelLayout
 from p48ray.checkpoint.modelopt_config import format_problem
-from p48ray.run.manifest import MANIFEST_FILE, CheckpointManifest
+from p48ray.run.checkpoint_manifest import MANIFEST_FILE, CheckpointManifest
 from p48ray.run.output_layout import OutputShard, shard_rows
 from p48ray.store.base import Store
 

@@ -10,8 +10,9 @@ from p48ray.checkpoint.layout import PROJECTIONS
 from p48ray.errors import CorruptObjectError, VerificationError
 from p48ray.run import run_root
 from p48ray.run.checked import keys_of_refused, load_each, load_shard_verdict
+from p48ray.run.checkpoint_manifest import MANIFEST_FILE, CheckpointManifest
 from p48ray.run.cleanup import delete_unit_shards
-from p48ray.run.manifest import MANIFEST_FILE, CheckpointManifest, ShardVerdict, UnitManifest
+from p48ray.run.manifest import ShardVerdict, UnitManifest
 from p48ray.run.output_layout import OutputShard, shard_rows
 from p48ray.run.plan import WorkUnit
 from p48ray.run.records import LOADS_AT_ONCE

@@ -18,6 +18,7 @@ collect_ignore = (
     if HAS_VLLM
     else [
         "test_evaluate_job.py",
+        "test_foreign.py",
         "test_ignore_lists.py",
         "test_smoke.py",
         "test_modelopt_layout.py",

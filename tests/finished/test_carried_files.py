@@ -9,7 +9,7 @@ import pytest
 from p48ray.checkpoint.index import open_checkpoint
 from p48ray.finished.converter import convert_folder
 from p48ray.finished.verifier import verify_folder
-from p48ray.run.manifest import CheckpointManifest
+from p48ray.run.checkpoint_manifest import CheckpointManifest
 from p48ray.store import LocalStore
 from p48ray.texts.sequences import load_tokenizer
 from tests.finished.publish_command import invoke_publish

@@ -12,7 +12,7 @@ from p48ray.errors import ConfigError, ShardCorruptError
 from p48ray.finished.config_update import fill_ignore
 from p48ray.finished.converter import convert_folder
 from p48ray.finished.verifier import verify_folder
-from p48ray.run.manifest import CheckpointManifest
+from p48ray.run.checkpoint_manifest import CheckpointManifest
 from tests.stages.damage import Folder
 from tests.stages.small_run import SmallRun
 

@@ -13,7 +13,7 @@ from p48ray.errors import ConfigError, P48Error, ShardCorruptError, SourceError
 from p48ray.finished.convert import NOTE_FILE, begin_conversion, convert_shard, survey_conversion
 from p48ray.finished.converter import convert_folder
 from p48ray.finished.verifier import verify_folder
-from p48ray.run.manifest import CheckpointManifest
+from p48ray.run.checkpoint_manifest import CheckpointManifest
 from p48ray.runner.ray_tasks import returning_errors
 from p48ray.store import LocalStore, MemoryStore
 from tests.conftest import REPO
@@ -350,7 +350,7 @@ def test_interrupted_conversions_go_on_and_do_nothing_twice(
 ) -> None:
     source, target = dense.store(), Folder({}).store()
     survey = survey_conversion(source, target, "sparse")
-    begin_conversion(survey)
+    begin_conversion(survey.target, survey.note)
     for shard in survey.shards[:num_before]:
         convert_shard(shard)
     written = target.traffic.bytes_written
@@ -385,7 +385,7 @@ def test_half_done_conversions_have_no_index_and_other_checkpoints_do_not_go_on_
 def test_finished_conversions_are_found_and_left_as_they_are(dense: Folder, sparse: Folder) -> None:
     target = sparse.store()
     found = convert_folder(dense.store(), target, "sparse", None)
-    assert found.is_done and target.traffic.bytes_written == sum(map(len, sparse.files.values()))
+    assert found.was_there and target.traffic.bytes_written == sum(map(len, sparse.files.values()))
 
 
 def test_tasks_return_errors_of_ours(dense: Folder) -> None:

@@ -17,7 +17,7 @@ from p48ray.errors import ConfigError, P48Error, ShardCorruptError, SourceError
 from p48ray.finished.convert import NOTE_FILE, begin_conversion, convert_shard, survey_conversion
 from p48ray.finished.converter import convert_folder
 from p48ray.finished.verifier import verify_folder
-from p48ray.run.manifest import CheckpointManifest, ModelOptForm
+from p48ray.run.checkpoint_manifest import CheckpointManifest, ModelOptForm
 from p48ray.store import LocalStore, MemoryStore
 from tests.reference import modelopt
 from tests.reference.sparse_storage import read_file
@@ -220,7 +220,7 @@ def test_interrupted_conversions_go_on_and_do_nothing_twice(
     before, after = (dense, nvidia) if to == "modelopt" else (nvidia, dense)
     source, target = before.store(), Folder({}).store()
     survey = survey_conversion(source, target, to)
-    begin_conversion(survey)
+    begin_conversion(survey.target, survey.note)
     for shard in survey.shards[:num_before]:
         convert_shard(shard)
     written = target.traffic.bytes_written
@@ -229,12 +229,12 @@ def test_interrupted_conversions_go_on_and_do_nothing_twice(
     again = sum(len(after.files[s.file]) for s in survey.shards[num_before:])
     small = sum(len(data) for n, data in after.files.items() if not n.endswith(".safetensors"))
     assert target.traffic.bytes_written - written == again + small + len(survey.note.to_json())
-    assert convert_folder(source, target, to, None).is_done
+    assert convert_folder(source, target, to, None).was_there
 
 
 def test_an_unfinished_conversion_to_another_form_is_left_alone(dense: Folder) -> None:
     source, target = dense.store(), Folder({}).store()
-    begin_conversion(survey_conversion(source, target, "sparse"))
+    begin_conversion(target, survey_conversion(source, target, "sparse").note)
     with pytest.raises(ConfigError, match="unfinished conversion to sparse storage"):
         survey_conversion(source, target, "modelopt")
     assert contents(target).files.keys() == {NOTE_FILE}

@@ -15,7 +15,8 @@ from p48ray.finished import upload
 from p48ray.finished.branch import Hub as Client
 from p48ray.finished.branch import Target, uploaded_shard
 from p48ray.report.plan_table import size
-from p48ray.run.manifest import CheckpointManifest, PublishedShard
+from p48ray.run.checkpoint_manifest import CheckpointManifest
+from p48ray.run.manifest import PublishedShard
 from p48ray.store import LocalStore
 from tests.finished.publish_command import (
     REPO_NAME,

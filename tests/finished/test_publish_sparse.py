@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from p48ray.finished import upload
-from p48ray.run.manifest import CheckpointManifest
+from p48ray.run.checkpoint_manifest import CheckpointManifest
 from p48ray.store import LocalStore
 from tests.finished.publish_command import checkpoint_files, invoke_publish, published
 from tests.servers.hub import Hub

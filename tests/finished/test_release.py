@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from p48ray.cli import app
 from p48ray.report.report import Report
 from p48ray.run import run_root
-from p48ray.run.manifest import CheckpointManifest
+from p48ray.run.checkpoint_manifest import CheckpointManifest
 from p48ray.store import LocalStore
 from tests.finished.publish_command import REPO_NAME, invoke_publish, published
 from tests.finished.test_own_figures import with_benchmarks

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from p48ray.errors import ConfigError, SourceError
 from p48ray.report.inspect import Inspection, inspect_linear, print_inspection
-from p48ray.run.manifest import CheckpointManifest
+from p48ray.run.checkpoint_manifest import CheckpointManifest
 from p48ray.store import LocalStore, MemoryStore
 from tests.conftest import TINY
 from tests.reference import formats

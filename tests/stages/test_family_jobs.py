@@ -19,7 +19,7 @@ from transformers.quantizers.quantizer_compressed_tensors import CompressedTenso
 from p48ray.finished.verifier import verify_folder
 from p48ray.finished.verify_checkpoint import CheckpointVerdict
 from p48ray.integrations import transformers as integration
-from p48ray.run.manifest import CheckpointManifest
+from p48ray.run.checkpoint_manifest import CheckpointManifest
 from p48ray.runner.pipeline import run_job
 from p48ray.runner.ray_runner import RayRunner
 from p48ray.stages.prepare import prepare

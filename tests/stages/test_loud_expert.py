@@ -11,7 +11,8 @@ from p48ray.finished.verifier import verify_folder
 from p48ray.report.inspect import inspect_linear
 from p48ray.report.report import Report
 from p48ray.run import run_root, scales
-from p48ray.run.manifest import CheckpointManifest, LayerScales, UnitManifest
+from p48ray.run.checkpoint_manifest import CheckpointManifest
+from p48ray.run.manifest import LayerScales, UnitManifest
 from p48ray.stages.prepare import Prepared, prepare
 from p48ray.store import LocalStore
 from tests.checkpoint.tiny_variants import TINY, load_tiny, plain_experts, write_folder

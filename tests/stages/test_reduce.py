@@ -13,7 +13,8 @@ from transformers import AutoConfig, AutoTokenizer
 from p48ray.errors import CorruptObjectError
 from p48ray.run import run_root
 from p48ray.run.checked import load_unit_manifests
-from p48ray.run.manifest import CheckpointManifest, ShardVerdict, UnitManifest
+from p48ray.run.checkpoint_manifest import CheckpointManifest
+from p48ray.run.manifest import ShardVerdict, UnitManifest
 from p48ray.stages.final_files import finish_checkpoint
 from p48ray.stages.reduce import stitch_shard
 from p48ray.store import MemoryStore

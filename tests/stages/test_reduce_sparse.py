@@ -14,7 +14,8 @@ from p48ray.finished.converter import convert_folder
 from p48ray.finished.verifier import verify_folder
 from p48ray.report.plan_table import plan_rows
 from p48ray.run import run_root
-from p48ray.run.manifest import CheckpointManifest, ShardVerdict, UnitManifest
+from p48ray.run.checkpoint_manifest import CheckpointManifest
+from p48ray.run.manifest import ShardVerdict, UnitManifest
 from p48ray.stages import reduce
 from p48ray.stages.prepare import prepare
 from p48ray.stages.reduce import stitch_shard

@@ -16,7 +16,8 @@ from p48ray.errors import P48Error, ShardCorruptError
 from p48ray.finished.verifier import verify_folder
 from p48ray.finished.verify_checkpoint import CheckpointVerdict
 from p48ray.run import run_root
-from p48ray.run.manifest import CheckpointManifest, ShardVerdict
+from p48ray.run.checkpoint_manifest import CheckpointManifest
+from p48ray.run.manifest import ShardVerdict
 from p48ray.stages.prepare import prepare
 from p48ray.stages.shard_proof import compare_rows
 from p48ray.stages.verify import check_folder, verify_and_record

@@ -6,7 +6,7 @@ text model's names start is read off the experts' names, sizes come from the con
 checked against each other.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from p48ray.checkpoint.expert_checks import (
@@ -18,13 +18,16 @@ from p48ray.checkpoint.expert_checks import (
 )
 from p48ray.checkpoint.families.record import Family, TextConfig
 from p48ray.checkpoint.families.registry import FAMILIES
+from p48ray.checkpoint.foreign import foreign_storage, is_foreign
 from p48ray.checkpoint.fp8 import check_fp8
 from p48ray.checkpoint.header import TensorEntry
 from p48ray.checkpoint.index import CONFIG_FILE, CheckpointIndex
 from p48ray.checkpoint.layout import (
     EXPERT_NAME,
     EXPERT_SUFFIXES,
+    FOREIGN_STORAGES,
     PROJECTIONS,
+    SOURCE_STORAGES,
     ExpertStorage,
     LayerNames,
     ModelLayout,
@@ -39,6 +42,8 @@ __all__ = [
     "LayerNames",
     "ModelLayout",
     "check_divisibility",
+    "describe_any",
+    "describe_foreign",
     "describe_model",
     "describe_names",
 ]
@@ -52,14 +57,42 @@ def describe_model(index: CheckpointIndex) -> ModelLayout:
     Raises: SourceError, naming file and key, for a family that is not known and whatever config and
         headers disagree on.
     """
+    return _layout(index, SOURCE_STORAGES)
+
+
+@nothing_collected()
+def describe_foreign(index: CheckpointIndex) -> ModelLayout:
+    """The layout of a checkpoint that others have made paired-4:8 sparse (checkpoint.foreign), all
+    of whose expert tensors have been checked to be there with the right dtype and shape.
+
+    Raises: SourceError as describe_model; for another quantization; and for weights outside the
+        experts that are not plain.
+    """
+    layout = _layout(index, (foreign_storage(index.config),))
+    for entry in index.outside_experts(layout):
+        if entry.dtype.startswith("F8"):
+            raise SourceError(
+                f"{entry.file}: tensor {entry.name}: expected plain weights outside the routed"
+                f" experts of a checkpoint whose experts are NVFP4, found {entry.dtype}"
+            )
+    return layout
+
+
+def describe_any(index: CheckpointIndex) -> ModelLayout:
+    """describe_foreign where config.json speaks of such a checkpoint, else describe_model."""
+    return describe_foreign(index) if is_foreign(index.config) else describe_model(index)
+
+
+def _layout(index: CheckpointIndex, storages: Sequence[ExpertStorage]) -> ModelLayout:
+    """Args: storages: that the experts may have."""
     family = _family(index.config)
     text = _text_config(index.config, family)
     text.check_sizes()
     family.check_supported(text)
     num_layers = text.integer("num_hidden_layers")
-    fp8_block = check_fp8(index, text.values)
+    fp8_block = None if storages[0] in FOREIGN_STORAGES else check_fp8(index, text.values)
     prefix, experts, passthrough_layers = _find_experts(index, num_layers)
-    storage = _storage(experts)
+    storage = storages[0] if len(storages) == 1 else _storage(experts, storages)
     num_experts, top_k = text.integer(family.num_experts_key), text.integer(family.top_k_key)
     if top_k > num_experts:
         raise SourceError(
@@ -182,12 +215,12 @@ def _find_experts(
     return next(iter(prefixes)), experts, tuple(sorted(layers_behind))
 
 
-def _storage(experts: ExpertEntries) -> ExpertStorage:
+def _storage(experts: ExpertEntries, storages: Sequence[ExpertStorage]) -> ExpertStorage:
     """How the experts are stored, by the first one; check_experts then holds all others to it.
     Raises: SourceError for an unknown way."""
     entries = experts[min(experts)]
-    for storage, suffixes in EXPERT_SUFFIXES.items():
-        if suffixes[0] in entries:
+    for storage in storages:
+        if EXPERT_SUFFIXES[storage][0] in entries:
             return storage
     entry = next(iter(entries.values()))
     found = ", ".join(sorted(entries))
