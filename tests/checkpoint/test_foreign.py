@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from compressed_tensors.compressors import NVFP4PackedCompressor
+from compressed_tensors.quantization import QuantizationConfig
 from torch import Tensor
 
 from p48ray.checkpoint.foreign import (
@@ -63,6 +65,17 @@ def test_values_are_those_of_an_independent_reader(storage: ExpertStorage) -> No
     torch.testing.assert_close(
         weight_values(found).double(), torch.from_numpy(expected), rtol=1e-6, atol=0
     )
+
+
+def test_library_of_the_format_reads_their_dense_storage_as_the_same_values() -> None:
+    config = QuantizationConfig.model_validate(config_of({}, False)["quantization_config"])
+    arrays = arrays_of(paired_weight(0), "paired48-dense")
+    theirs = NVFP4PackedCompressor.decompress(tensors_of(arrays), config.config_groups["group_0"])[
+        "weight"
+    ]
+    ours = weight_values(read_linear(tensors_of(arrays), "paired48-dense", NAME))
+    assert theirs.dtype == torch.bfloat16
+    torch.testing.assert_close(theirs.float(), ours, rtol=2.0**-8, atol=0)
 
 
 def test_minus_zero_becomes_zero_and_no_other_code_changes() -> None:

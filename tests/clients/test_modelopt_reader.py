@@ -1,19 +1,13 @@
 """nvidia-modelopt's own code reads what `p48ray convert --format modelopt` writes: its decoder
-finds the weights, and its export would have written the same configuration.
-
-Its wheel is in none of the environments (README.md says how it was run); without it nothing is
-collected here."""
+finds the weights, and its export would have written the same configuration."""
 
 import json
 from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
 
 from tests.reference import modelopt
-
-pytest.importorskip("modelopt", reason="nvidia-modelopt is not installed")
 
 
 def test_its_decoder_finds_the_weights(modelopt_checkpoint: Path) -> None:

@@ -2,6 +2,7 @@
 said, held by a p48ray.json like any other, and nothing half-written."""
 
 import json
+import pickle
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -202,7 +203,7 @@ def test_interrupted_conversion_goes_on(foreign: Folder, monkeypatch: pytest.Mon
     survey = survey_foreign_conversion(source, target, "dense")
     assert len(survey.shards) > 3 and not survey.is_done
     begin_conversion(target, survey.note)
-    convert_foreign_shard(survey.shards[0])
+    convert_foreign_shard(pickle.loads(pickle.dumps(survey.shards[0])))  # as a worker gets it
     convert_foreign_shard(survey.shards[1])
     target.delete(survey.shards[1].record)  # killed between the two
     with pytest.raises(ConfigError, match="expected a finished checkpoint, found no"):
