@@ -49,6 +49,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+    parser.addoption(
+        "--chaos-first", type=int, default=0, help="The first of these seeds; the others follow."
+    )
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[LEDGER] = Ledger()
 
@@ -60,7 +65,9 @@ def num_seeds(config: pytest.Config) -> int:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "seed" in metafunc.fixturenames:
-        metafunc.parametrize("seed", range(max(1, num_seeds(metafunc.config))))
+        first = int(metafunc.config.getoption("--chaos-first", 0))
+        count = max(1, num_seeds(metafunc.config))
+        metafunc.parametrize("seed", range(first, first + count))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -111,11 +111,12 @@ class Site:
 
     def workers(self, node: Any, is_busy: bool = True) -> list[psutil.Process]:
         """A node's workers of ours that are in the middle of a task, by the title that Ray gives
-        them."""
+        them. is_busy: False for those between two tasks as well."""
         return [process for process in self.family(node)[1:] if is_worker(process, is_busy)]
 
-    def busy_workers(self) -> list[psutil.Process]:
-        return [worker for node in self.nodes for worker in self.workers(node)]
+    def busy_workers(self, is_busy: bool = True) -> list[psutil.Process]:
+        """Of all nodes; is_busy: as `workers` takes it."""
+        return [worker for node in self.nodes for worker in self.workers(node, is_busy)]
 
     def kill_node(self, node: Any) -> None:
         """The whole node at once, as a machine that is switched off."""
@@ -278,7 +279,8 @@ class Scene:
         """Strike when a stage has done a share of its work. `strike` returns how many processes it
         killed, none if it found nothing to hit."""
         self.wait_for(stage, share)
-        in_flight = len(self.site.busy_workers())
+        # a worker between two tasks has the next before it can be hit
+        in_flight = len(self.site.busy_workers(is_busy=False))
         killed = strike(self)
         done = self.manifests()
         assert killed, f"{name} in {stage}: nothing was there to be hit"
@@ -461,12 +463,21 @@ def flip_a_bit(path: Path, rng: random.Random) -> None:
 
 
 def corrupt_a_unit(damaged: list[str]) -> Callable[[Scene], int]:
-    """The shard of a unit that is done gets another bit. damaged: takes the unit's id."""
+    """The shard of a unit that is done gets another bit, before anything is stitched of it: nobody
+    reads it again afterwards. damaged: takes the unit's id."""
 
     def strike(scene: Scene) -> int:
-        unit = scene.rng.choice(sorted(scene.manifests()))
-        (shard,) = Path(scene.root, "units", unit).glob("*/shard.safetensors")
-        flip_a_bit(shard, scene.rng)
+        driver = psutil.Process(scene.driver.process.pid)
+        driver.suspend()  # so that it does not go on to reduce meanwhile
+        try:
+            done = sorted(scene.manifests())
+            if len(done) == NUM_UNITS:
+                return 0
+            unit = scene.rng.choice(done)
+            (shard,) = Path(scene.root, "units", unit).glob("*/shard.safetensors")
+            flip_a_bit(shard, scene.rng)
+        finally:
+            driver.resume()
         damaged.append(unit)
         return 1
 

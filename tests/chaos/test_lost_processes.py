@@ -38,7 +38,7 @@ def test_workers_and_a_node_killed_and_a_shard_corrupted(
     scene.hit("worker", "capture", scene.rng.uniform(0, 0.5), kill_a_worker)
     scene.hit("worker", "gradients", scene.rng.uniform(0, 0.5), kill_a_worker)
     scene.hit("node", "compress", scene.rng.uniform(0, 0.5), kill_a_node)
-    scene.hit("bit flip", "compress", scene.rng.uniform(0.6, 0.8), corrupt_a_unit(damaged))
+    scene.hit("bit flip", "compress", scene.rng.uniform(0.3, 0.6), corrupt_a_unit(damaged))
     assert_same_end(scene, undisturbed, tmp_path, redone=damaged)
     assert "made anew" in scene.logs
     # preemption is nobody's fault
