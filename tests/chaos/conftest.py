@@ -48,7 +48,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="Run every scenario of tests/chaos with this many seeds; 0: the short form.",
     )
 
-
     parser.addoption(
         "--chaos-first", type=int, default=0, help="The first of these seeds; the others follow."
     )

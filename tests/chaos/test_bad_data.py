@@ -87,7 +87,7 @@ def test_shard_corrupted_after_its_manifest_is_made_anew(
 ) -> None:
     damaged: list[str] = []
     driver = scene.submit()
-    scene.hit("bit flip", "compress", scene.rng.uniform(0, 0.8), corrupt_a_unit(damaged))
+    scene.hit("bit flip", "compress", scene.rng.uniform(0, 0.6), corrupt_a_unit(damaged))
     before = scene.hits[0].done[damaged[0]]
     assert_same_end(scene, undisturbed, tmp_path, redone=damaged)
     assert scene.manifests()[damaged[0]] != before
