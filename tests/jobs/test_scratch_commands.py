@@ -1,6 +1,7 @@
 """doctor, status and clean of a run whose blobs lie in run.scratch: where the folder is seen, and
 where it is not."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -82,6 +83,18 @@ def test_doctor_calls_nothing_missing_or_unsound_that_it_can_not_see(
     before = snapshot(root)
     command("doctor", root, "--fix")
     assert snapshot(root) == before
+
+
+def test_doctor_calls_nothing_unsound_of_which_another_machine_may_have_the_blob(
+    root: Path, scratch: Path, tmp_path: Path
+) -> None:
+    """The job was here, then went on elsewhere, where a part came to other bytes."""
+    (folder,) = scratch.iterdir()
+    elsewhere = {"id": "0" * 16, "folder": str(folder), "schema_version": 1}
+    (root / run_root.scratch_record("0" * 16)).write_text(json.dumps(elsewhere))
+    blob = blob_in(scratch)
+    blob.write_bytes(blob.read_bytes()[:-1] + b"!")
+    assert "0 unsound" in command("doctor", root)
 
 
 def test_doctor_says_what_is_made_again_where_the_disk_was_wiped(root: Path, scratch: Path) -> None:
