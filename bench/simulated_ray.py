@@ -138,7 +138,7 @@ class Actor:
             Method(self.call_close),
         )
 
-    def call_start(self, is_verbose: bool) -> Ref:
+    def call_start(self, is_verbose: bool, probe: str | None) -> Ref:
         assert self.open is not None
         return self.open
 

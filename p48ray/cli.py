@@ -14,6 +14,7 @@ from p48ray.report.watch import watch
 from p48ray.run.changing_hands import read_plan
 from p48ray.run.cleanup import delete_all, describe_removable, find_removable
 from p48ray.run.doctor import describe, diagnose, run_roots_in
+from p48ray.run.scratch import describe_others, known_scratch, other_runs
 from p48ray.store.base import Store
 from p48ray.store.open import open_store, scheme_of
 
@@ -84,7 +85,7 @@ def doctor(
             for line in describe(diagnosis):
                 typer.echo(line)
             if fix:
-                delete_all(part, diagnosis.keys)
+                delete_all(known_scratch(part).store, diagnosis.keys)
                 typer.echo(f"  deleted {len(diagnosis.keys)} objects")
             elif diagnosis.unsound:
                 typer.echo("  to delete what is unsound: the same command with --fix")
@@ -102,18 +103,27 @@ def clean(
     mirror: Annotated[
         bool, typer.Option("--mirror", help="The copy of a hf:// source too, likewise.")
     ] = False,
+    scratch: Annotated[
+        bool,
+        typer.Option(
+            "--scratch", help="Also what other runs left in this run's scratch, held by no driver."
+        ),
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what may go, and delete nothing.")
     ] = False,
     endpoint_url: Endpoint = None,
 ) -> None:
-    """Delete what nothing in a run root will read again: streams of finished layers and attempts
-    that lost; with options more."""
+    """Delete what nothing in a run root will read again: streams of finished layers, in run.scratch
+    too, and attempts that lost; with options more."""
 
     def action() -> bool:
         wanted = {"streams", "attempts", *(["units"] * units), *(["mirror"] * mirror)}
+        folders: set[Path] = set()
         for part in run_roots_in(open_run(run_root, endpoint_url)):
-            found = find_removable(read_plan(part), part)
+            known = known_scratch(part)
+            folders |= set(known.folders)
+            found = find_removable(read_plan(part), known.store)
             waiting = [f for f in found if f.name in wanted and f.keys and f.waits_for]
             if waiting and not dry_run:
                 raise ConfigError(
@@ -122,8 +132,16 @@ def clean(
                 )
             for line in describe_removable(part.uri, found, set() if dry_run else wanted):
                 typer.echo(line)
+            for folder in known.unseen:
+                typer.echo(f"  not seen from here: {folder} (run.scratch)")
             if not dry_run:
-                delete_all(part, [key for f in found if f.name in wanted for key in f.keys])
+                delete_all(known.store, [key for f in found if f.name in wanted for key in f.keys])
+        others = other_runs(folders)
+        for line in describe_others(others, is_deleted=scratch and not dry_run):
+            typer.echo(line)
+        for other in others:
+            if scratch and not dry_run and not other.is_held:
+                other.remove()
         return True
 
     guarded(action)

@@ -5,10 +5,10 @@ Order of a value's sources, later ones win: the defaults below, the file, `--set
 `--run-root`.
 
 Belongs here: keys, their types, defaults, units and rules between them. section has the base of all
-sections, compression and benchmarks are two of them, the others stand below; addresses has the
-types of places and endpoints; yaml_text reads YAML within bounds, load makes the tree from a file
-and words its errors. To add a key: a field with a description, its class in run.plan (does it
-change bytes?), `python -m p48ray.config_page`.
+sections, compression, output and benchmarks are three of them, the others stand below; addresses
+has the types of places and endpoints; yaml_text reads YAML within bounds, load makes the tree from
+a file and words its errors. To add a key: a field with a description, its class in run.plan (does
+it change bytes?), `python -m p48ray.config_page`.
 """
 
 from typing import Annotated, Literal
@@ -18,7 +18,8 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from p48ray.config.addresses import EndpointUrl, Place
 from p48ray.config.benchmarks import BenchmarksConfig
 from p48ray.config.compression import CompressionConfig
-from p48ray.config.section import MAX_BYTES, Section, SizeBytes, as_tuple, parse_size
+from p48ray.config.output import OutputConfig
+from p48ray.config.section import MAX_BYTES, Section, as_tuple, parse_size
 
 
 class SourceConfig(Section):
@@ -137,50 +138,6 @@ class CalibrationConfig(Section):
         description=(
             "[bits] Form of stored activations and gradients: bf16, or int8 with a scale per 16"
             " values (9/16 of the bytes)."
-        ),
-    )
-
-
-class OutputConfig(Section):
-    """The form of the finished checkpoint."""
-
-    max_shard_size: SizeBytes = Field(
-        5 * 10**9,
-        description=(
-            "[bytes, or a text such as 5GB] Largest file of weights; with sparse storage files are"
-            " 0.6 of that."
-        ),
-    )
-    storage: Literal["dense", "sparse"] = Field(
-        "dense",
-        description=(
-            "dense: for stock loaders; sparse: for the paired48 patch of vLLM alone, on the GPUs"
-            " that docs/serving-and-evaluating.md names."
-        ),
-    )
-    base_model: str | None = Field(
-        None,
-        description=(
-            "owner/name of the source on the Hub, for the card; default: what an hf:// source says."
-        ),
-    )
-    base_revision: str | None = Field(
-        None, description="Its commit there, for the card; default: what an hf:// source says."
-    )
-    license: str | None = Field(
-        None,
-        min_length=1,
-        description=(
-            "Licence of the checkpoint, for the card, by the Hub's id (mit); default: what the"
-            " source's card says."
-        ),
-    )
-    pipeline_tag: str | None = Field(
-        None,
-        min_length=1,
-        description=(
-            "Task of the model, for the card, by the Hub's id (text-generation); default: what the"
-            " source's card says."
         ),
     )
 
@@ -349,6 +306,14 @@ class RunSettings(Section):
         description=(
             "[layers] Unless all is kept, store every n-th layer boundary; the backward pass"
             " computes those between again."
+        ),
+    )
+    scratch: str | None = Field(
+        None,
+        description=(
+            "Folder for activations, gradients and boundaries, whose records stay in run.root: a"
+            " node's disk or memory for a job of that node, driver included, or a file system that"
+            " all nodes share; null: in run.root."
         ),
     )
     node_cache: str | None = Field(

@@ -6,6 +6,7 @@ Belongs here: hours, bytes and memory as functions of a plan. Every measured rat
 Read in this order:
     plan_cost   the whole: bytes read, written and stored, time and memory
     duration    FLOP, steps and bytes over measured rates (`Rates`)
+    nearness    what of a run crosses the network
     memory      a worker's peak, on its GPU and beside it
     fit         the peak against what a card and a machine have
 

@@ -14,13 +14,13 @@ from dataclasses import dataclass
 
 from p48ray.checkpoint.layout import ModelLayout
 from p48ray.config import RunConfig
+from p48ray.estimate.nearness import are_streams_near, is_near, is_source_near
 from p48ray.numerics import code_descent
 from p48ray.numerics.paired48 import INPUTS_IN_GROUP
 from p48ray.numerics.refine_tokens import BATCH_TOKENS
 from p48ray.numerics.solvers import SOLVERS
 from p48ray.numerics.two_sided import ROW_GROUPS
 from p48ray.run.plan import RunPlan
-from p48ray.store.open import scheme_of
 
 
 class Rate(float):
@@ -148,11 +148,6 @@ class Times:
     paid_gpu_hours: float
 
 
-def is_near(place: str, is_shared: bool) -> bool:
-    """A local folder that is not declared the same on every node (StageContext.store_is_near)."""
-    return not is_shared and scheme_of(place).is_local
-
-
 def num_nodes(workers: int, config: RunConfig, rates: Rates) -> int:
     """Nodes that so many workers fill; a folder of a node's own means that there is one."""
     if is_near(config.run.root, config.run.root_is_shared):
@@ -224,8 +219,8 @@ def stream_seconds(plan: RunPlan, moved: Bytes, flops: float, rates: Rates) -> f
     workers = min(run.capture_workers or run.num_workers, len(plan.parts))
     share = math.ceil(len(plan.parts) / workers) / len(plan.parts)
     nodes = num_nodes(workers, plan.config, rates)
-    near = is_near(run.root, run.root_is_shared)
-    source_near = near if plan.source.mirror else is_near(plan.config.source.checkpoint, False)
+    near = are_streams_near(run)
+    source_near = is_source_near(plan)
     written = moved.stream_written / ((rates.near_write if near else rates.link) * nodes)
     read = moved.stream_read / (rates.near_read if source_near else rates.link)
     read += moved.boundaries_read / ((rates.near_read if near else rates.link) * nodes)
@@ -241,7 +236,7 @@ def fetch_seconds(plan: RunPlan, unit_tokens: float, moved: Bytes, rates: Rates)
         plan, moved, rates: as for `stage_times`.
         unit_tokens: routed tokens of the unit.
     """
-    is_hashed_by_writers = is_near(plan.config.run.root, plan.config.run.root_is_shared)
+    is_hashed_by_writers = are_streams_near(plan.config.run)
     hashed = (
         0.0 if is_hashed_by_writers else moved.layer_tokens * len(plan.layers) / len(plan.units)
     )
@@ -278,18 +273,16 @@ def unit_seconds(
     left = total if units is None else units
     if not left:
         return 0.0
-    near, nodes = (
-        is_near(run.root, run.root_is_shared),
-        num_nodes(run.num_workers, plan.config, rates),
-    )
+    nodes = num_nodes(run.num_workers, plan.config, rates)
+    far, first_far = moved.unit_read, moved.layer_tokens + moved.unit_experts
+    if are_streams_near(run):
+        first_far = 0 if is_source_near(plan) else moved.unit_experts
+        far = first_far * total
     one, fetch = computed / total, fetch_seconds(plan, tokens_of_unit(plan), moved, rates)
     each = max(one, fetch) if run.prefetch_units else one + fetch
     wall = math.ceil(left / run.num_workers) * each
-    first = fetch
-    if not near:
-        wall = max(wall, moved.unit_read * left / total / (rates.link * nodes))
-        first += (moved.layer_tokens + moved.unit_experts) / rates.link
-    return wall + first
+    wall = max(wall, far * left / total / (rates.link * nodes))
+    return wall + fetch + first_far / rates.link
 
 
 def overlapped_seconds(

@@ -46,17 +46,17 @@ def shortages(memory: Memory, gpu_bytes: float | None, host_bytes: float | None)
     return found
 
 
-def lack_of_space(plan: RunPlan, peak_bytes: int) -> str | None:
-    """What the disk of a local run root lacks, in words; None where it has room, or where this
+def lack_of_space(place: str, peak_bytes: int) -> str | None:
+    """What the disk of a local folder lacks, in words; None where it has room, or where this
     machine does not have the folder that it is to lie in.
 
     Args:
-        plan: of the run.
-        peak_bytes: that the run root holds at the most (Estimate.peak_stored_bytes).
+        place: run.root or run.scratch.
+        peak_bytes: that it holds at the most (Estimate.peak_stored_bytes, .peak_scratch_bytes).
     """
-    root = Path(plan.config.run.root)
+    root = Path(place)
     folder = next((place for place in (root, root.parent) if place.is_dir()), None)
-    if not scheme_of(plan.config.run.root).is_local or folder is None:
+    if not scheme_of(place).is_local or folder is None:
         return None
     held = sum(info.size_bytes for info in LocalStore(root).list()) if root.is_dir() else 0
     free = shutil.disk_usage(folder).free
@@ -64,7 +64,7 @@ def lack_of_space(plan: RunPlan, peak_bytes: int) -> str | None:
         return None
     return (
         f"{root} needs about {(peak_bytes - held) / GB:,.1f} GB more at the peak and its disk has"
-        f" {free / GB:,.1f} GB free: see run.keep, or take another run root"
+        f" {free / GB:,.1f} GB free: see run.keep, or take another folder"
     )
 
 

@@ -12,12 +12,12 @@ from p48ray.estimate.duration import (
     Bytes,
     Rates,
     Times,
-    is_near,
     num_nodes,
     stage_times,
     tokens_of_unit,
 )
 from p48ray.estimate.memory import Memory, memory_of, routed_token_bytes, row_bytes
+from p48ray.estimate.nearness import are_streams_near, is_near, is_source_near
 from p48ray.run.output_layout import OutputShard, layer_of, unit_bytes, untouched_tensors
 from p48ray.run.plan import RunPlan
 
@@ -28,7 +28,11 @@ ROUTING_BYTES = 2 + 4  # expert id and router weight of one routed token
 class Estimate(Times):
     """Bytes, seconds and memory of one plan.
 
-    `_read_bytes`: of streams a node, of units all workers together. `_seconds`: see duration.Times;
+    `_read_bytes`: of streams a node, of units all workers together. `network_`: what passes between
+    nodes and stores that are not theirs, of all nodes: units as they are written and the checkpoint
+    as it is verified; small records, texts, the evaluation and what a bucket copies on its own side
+    are not counted. peak_stored_bytes: in the run root;
+    peak_scratch_bytes: in run.scratch. `_seconds`: see duration.Times;
     `_gpu_hours` of computing alone, paid_gpu_hours for as long as the job takes. memory: of one
     worker at its peaks.
     """
@@ -46,6 +50,10 @@ class Estimate(Times):
     untouched_bytes: int
     checkpoint_bytes: int
     peak_stored_bytes: int
+    peak_scratch_bytes: int
+    network_source_bytes: int
+    network_stream_bytes: int
+    network_output_bytes: int
     memory: Memory
 
     @property
@@ -162,11 +170,21 @@ def estimate(
         verified=checkpoint + source * bool(shards),
         num_shards=len(shards),
     )
+    run = plan.config.run
+    nodes = num_nodes(run.num_workers, plan.config, rates)
+    scanned = sum(entry.num_bytes for entry in stored_floats(index, layout))
+    # a mirror in a bucket is written there, then read as any source
+    of_source = mirror + scanned + streams.read * nodes + own_experts + moved.verified - checkpoint
+    peaks = (plan, streams.boundary, moe * streams.seen, moe * streams.felt)
+    in_root = peak_stored_bytes(*peaks, units, checkpoint)
+    in_scratch = 0
+    if run.scratch is not None:
+        in_root, in_scratch = units + checkpoint, peak_stored_bytes(*peaks, 0, 0)
     return Estimate(
         num_tokens=streams.num_tokens,
         source_bytes=source,
         mirror_bytes=mirror,
-        scan_bytes=sum(entry.num_bytes for entry in stored_floats(index, layout)),
+        scan_bytes=scanned,
         stream_read_bytes=streams.read,
         activation_bytes=streams.activations,
         residual_bytes=streams.residuals,
@@ -175,15 +193,15 @@ def estimate(
         unit_bytes=units,
         untouched_bytes=sum(e.num_bytes for e in untouched),
         checkpoint_bytes=checkpoint,
-        peak_stored_bytes=mirror
-        + peak_stored_bytes(
-            plan,
-            streams.boundary,
-            moe * streams.seen,
-            moe * streams.felt,
-            units,
-            checkpoint,
+        peak_stored_bytes=mirror + in_root,
+        peak_scratch_bytes=in_scratch,
+        network_source_bytes=mirror + (0 if is_source_near(plan) else of_source),
+        network_stream_bytes=(
+            0
+            if are_streams_near(run)
+            else moved.stream_written + moved.boundaries_read + unit_read - own_experts
         ),
+        network_output_bytes=(0 if is_near(run.root, run.root_is_shared) else units + checkpoint),
         memory=memory_of(plan, index, layout),
         **asdict(stage_times(plan, layout, moved, streams.passes, dense, rates)),
     )
@@ -197,7 +215,7 @@ def token_bytes_read(plan: RunPlan, stored: int, rates: Rates) -> int:
         stored: all activations and gradients.
     """
     run = plan.config.run
-    if is_near(run.root, run.root_is_shared):
+    if are_streams_near(run):
         return round(
             len(plan.units)
             * tokens_of_unit(plan)

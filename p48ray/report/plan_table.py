@@ -3,9 +3,9 @@
 from rich.console import Console
 from rich.table import Table
 
-from p48ray.estimate.duration import is_near
 from p48ray.estimate.fit import GB, lack_of_space, shortages
 from p48ray.estimate.memory import Memory
+from p48ray.estimate.nearness import are_streams_near
 from p48ray.estimate.plan_cost import Estimate, estimate
 from p48ray.model.source_check import carried_through
 from p48ray.report.work import duration
@@ -77,9 +77,11 @@ def work_rows(prepared: Prepared, e: Estimate) -> Rows:
 
 
 def traffic_rows(prepared: Prepared, e: Estimate) -> Rows:
-    r, lack = prepared.plan.config.run, lack_of_space(prepared.plan, e.peak_stored_bytes)
+    r = prepared.plan.config.run
+    peaks = {r.root: e.peak_stored_bytes} | ({r.scratch: e.peak_scratch_bytes} if r.scratch else {})
+    lacks = [lack for place, peak in peaks.items() if (lack := lack_of_space(place, peak))]
     reading = "a node a layer once for all its units, while its cache has room"
-    if is_near(r.root, r.root_is_shared):
+    if are_streams_near(r):
         reading = "each its own tokens"
     written = {
         "activations": e.activation_bytes,
@@ -93,9 +95,29 @@ def traffic_rows(prepared: Prepared, e: Estimate) -> Rows:
         ("read by streaming stages", f"{size(e.stream_read_bytes)} a node"),
         ("read by units", f"{size(e.unit_read_bytes)} ({reading})"),
         ("written", ", ".join(f"{name} {size(value)}" for name, value in written.items())),
+        ("over the network", network_words(e)),
         ("stored at the peak", f"{size(e.peak_stored_bytes)} (run.keep: {r.keep})"),
-        *([("warning", lack)] if lack else []),
+        *([("in run.scratch", scratch_words(r.scratch, e))] if r.scratch else []),
+        *(("warning", lack) for lack in lacks),
     ]
+
+
+def network_words(e: Estimate) -> str:
+    """What crosses it, by kind; of near folders nothing does."""
+    crossing = {
+        "source": e.network_source_bytes,
+        "activations, gradients and boundaries": e.network_stream_bytes,
+        "unit shards and checkpoint": e.network_output_bytes,
+    }
+    found = [f"{name} {size(value)}" for name, value in crossing.items() if value]
+    return ", ".join(found) + ", and small records" if found else "nothing"
+
+
+def scratch_words(folder: str, e: Estimate) -> str:
+    return (
+        f"activations, gradients and boundaries, {size(e.peak_scratch_bytes)} at the peak, in"
+        f" {folder}: a disk or memory of one node, the driver's too, or a folder that nodes share"
+    )
 
 
 def output_rows(prepared: Prepared, e: Estimate) -> Rows:

@@ -27,8 +27,10 @@ from p48ray.run.manifest import Failure
 from p48ray.run.output_layout import shard_count, shard_names
 from p48ray.run.plan import RunPlan
 from p48ray.run.records import Record, load_readable
+from p48ray.run.scratch import known_scratch
 from p48ray.stages.table import EVALUATE_STAGE, count_markers
 from p48ray.store.base import Store
+from p48ray.store.local import LocalStore
 from p48ray.store.view import SubStore
 
 
@@ -50,7 +52,9 @@ class RunStatus(Record):
 
     has_index: the checkpoint has its index, which verification writes last. has_report: the job has
     written its report. last_finished_at: Unix time of the last piece of work that takes hours.
-    is_complete: by the counts and the index, whatever report there is.
+    is_complete: by the counts and the index, whatever report there is. scratch: of every folder of
+    run.scratch that the run has had, its name and the bytes of blobs in it; None where this machine
+    does not see it.
     """
 
     schema_version: Literal[1] = 1
@@ -64,6 +68,7 @@ class RunStatus(Record):
     pilot: Extrapolation | None = None
     failures: tuple[str, ...]
     stored_bytes: int
+    scratch: tuple[tuple[str, int | None], ...] = ()
     has_index: bool
     has_report: bool
     last_finished_at: float | None
@@ -111,11 +116,19 @@ def read_status(store: Store, known: dict[str, Manifest] | None = None) -> RunSt
             for k, f in load_readable(Failure, store, failures).items()
         ),
         stored_bytes=sum(sizes.values()),
+        scratch=scratch_bytes(store),
         has_index=has_index,
         has_report=run_root.REPORT in keys,
         last_finished_at=max((m.finished_at for ms in found.values() for m in ms), default=None),
         is_complete=all(s.is_complete for s in stages) and (has_index or plan.is_pilot),
     )
+
+
+def scratch_bytes(store: Store) -> tuple[tuple[str, int | None], ...]:
+    """What lies in a run's scratch folders."""
+    known = known_scratch(store)
+    seen = [(str(f), sum(i.size_bytes for i in LocalStore(f).list())) for f in known.folders]
+    return (*seen, *((folder, None) for folder in known.unseen))
 
 
 def read_stages(plan: RunPlan, store: Store, keys: set[str]) -> tuple[StageStatus, ...]:
@@ -159,6 +172,9 @@ def print_status(status: RunStatus, console: Console, has_layers: bool = True) -
         f"{status.name}  plan {status.plan_digest[:12]}  {state}  {status.stored_bytes:,} bytes"
         " stored"
     )
+    for folder, num_bytes in status.scratch:
+        held = "not seen from here" if num_bytes is None else f"{num_bytes:,} bytes"
+        console.print(f"run.scratch: {folder}: {held}", soft_wrap=True, markup=False)
     table = Table("stage", "done", "of")
     for stage in status.stages:
         table.add_row(

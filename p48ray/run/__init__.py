@@ -15,6 +15,7 @@ Read in this order:
     scales          a layer's input scales, held against its parts
     changing_hands  whose run root it is, and how a pilot's becomes the full run's
     output_layout   where every byte of the output lies
+    scratch         a folder apart for what streams leave
     needs, cleanup  what a run root still lacks, and what of it nobody will read again
     doctor          what is unsound in a run root, and what to delete
     arrow           rows of tokens as files; benchmark_results: records of an evaluation by tasks

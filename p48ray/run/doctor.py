@@ -33,8 +33,9 @@ from p48ray.run.plan import RunPlan, WorkUnit
 from p48ray.run.records import LOADS_AT_ONCE, Record
 from p48ray.run.run_root import BlobKind
 from p48ray.run.scales import check_units, load_layer_scales
+from p48ray.run.scratch import KnownScratch, known_scratch
 from p48ray.store.base import Store
-from p48ray.store.view import SubStore, sha256_of
+from p48ray.store.view import SubStore, name_of, sha256_of
 
 Check = Callable[[], object]
 """Raises CorruptObjectError for what is unsound."""
@@ -63,6 +64,7 @@ class Diagnosis(Record):
     unsound: tuple[UnsoundObject, ...]
     unknown: tuple[str, ...]  # keys that belong to nothing a run makes
     made_anew: tuple[str, ...]  # by the next run, once what is unsound is deleted
+    unseen: tuple[str, ...] = ()  # scratch folders that are not there on this machine
 
     @property
     def keys(self) -> list[str]:
@@ -87,19 +89,23 @@ def diagnose(store: Store, reads_bytes: bool = True) -> Diagnosis:
         reads_bytes: else only sizes are compared.
     Raises: ConfigError or PlanMismatchError where there is no plan that can be read.
     """
-    plan = read_plan(store)
-    sizes = {info.key: info.size_bytes for info in store.list()}
-    examined = Examination(plan, store, sizes, reads_bytes)
-    checks = list(examined.checks())
+    plan, scratch = read_plan(store), known_scratch(store)
+    sizes = {info.key: info.size_bytes for info in scratch.store.list()}
+    checks = list(Examination(plan, scratch, sizes, reads_bytes).checks())
     with ThreadPoolExecutor(LOADS_AT_ONCE) as pool:
         unsound = [found for found in pool.map(unsoundness, checks) if found is not None]
     gone = {key for found in unsound for key in found.delete}
+    held = sizes.keys() - gone
+    if scratch.unseen:  # what has a manifest may be there
+        manifests = (key for key in held if PART.fullmatch(key))
+        held |= {run_root.data_of(key) for key in manifests}
     return Diagnosis(
         run_root=store.uri,
         num_checked=len(checks),
         unsound=tuple(unsound),
         unknown=tuple(sorted(key for key in sizes if not is_known(key))),
-        made_anew=made_anew(plan, sizes.keys() - gone, gone),
+        made_anew=made_anew(plan, held, gone),
+        unseen=scratch.unseen,
     )
 
 
@@ -115,17 +121,18 @@ class Examination:
     """Every check of a run root, given one listing of it."""
 
     def __init__(
-        self, plan: RunPlan, store: Store, sizes: dict[str, int], reads_bytes: bool
+        self, plan: RunPlan, scratch: KnownScratch, sizes: dict[str, int], reads_bytes: bool
     ) -> None:
         """Nothing is read yet.
 
         Args:
             plan: that lies in the run root.
-            store: the run root.
+            scratch: the run root, with what this machine sees of its scratch.
             sizes: of its objects, by key.
             reads_bytes: objects are hashed, where the store does not say their digest.
         """
-        self.plan, self.store, self.sizes, self.reads_bytes = plan, store, sizes, reads_bytes
+        self.plan, self.scratch, self.sizes, self.reads_bytes = plan, scratch, sizes, reads_bytes
+        self.store = scratch.store
         self.is_finished = run_root.checkpoint_file(INDEX_FILE) in sizes
 
     def checks(self) -> Iterator[Check]:
@@ -162,7 +169,9 @@ class Examination:
                 yield partial(self.check_mirrored, file.path)
 
     def check_blob(self, kind: BlobKind, layer: int, part: int) -> None:
-        """A blob that `run.keep` deleted is no fault where its manifest stays for the record."""
+        """A blob that `run.keep` deleted is no fault where its manifest stays for the record, and
+        one that was lost with a scratch folder is made again. Where not all scratch is seen, the
+        manifest may speak of a blob that lies there."""
         manifest_key, key = (
             run_root.blob_manifest(kind, layer, part),
             run_root.blob(kind, layer, part),
@@ -174,7 +183,8 @@ class Examination:
                 key,
             )
         manifest = load_part_manifest(self.plan, self.store, kind, layer, part)
-        if key in self.sizes or kind not in ("activations", "gradients"):
+        may_be_gone = kind in ("activations", "gradients") or self.scratch.is_used
+        if not self.scratch.unseen and (key in self.sizes or not may_be_gone):
             self.check_bytes(key, manifest.size_bytes, manifest.sha256, manifest_key)
 
     def check_tokens(self, key: str, owner: str) -> None:
@@ -243,7 +253,7 @@ class Examination:
                 return
             found += f" with SHA-256 {digest[:12]}"
         raise CorruptObjectError(
-            f"{self.store.uri}/{key}: expected {size_bytes} bytes with SHA-256 {sha256[:12]} as"
+            f"{name_of(self.store, key)}: expected {size_bytes} bytes with SHA-256 {sha256[:12]} as"
             f" {named_in} says, found {found}",
             named_in,
             key,
@@ -310,5 +320,9 @@ def describe(diagnosis: Diagnosis) -> Sequence[str]:
             for line in (f"  unsound: {found.problem}", f"    delete: {', '.join(found.delete)}")
         ),
         *(f"  unknown: {key}: nothing that a run makes" for key in diagnosis.unknown),
+        *(
+            f"  not seen from here: {folder} (run.scratch): blobs that lie there were not read"
+            for folder in diagnosis.unseen
+        ),
         *(f"  the next run makes: {line}" for line in diagnosis.made_anew),
     ]

@@ -99,6 +99,7 @@ SETTINGS: dict[str, Effect] = {
     "run.layers": "checkpoint",
     "run.keep": "free",
     "run.boundary_every": "free",  # what is run again comes out bit for bit
+    "run.scratch": "free",
     "run.node_cache": "free",
     "run.node_cache_size": "free",
 }

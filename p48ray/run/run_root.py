@@ -23,6 +23,8 @@ gradients/layer-007/part-0003.arrow (+ .json)
     the loss's gradient at its routed output, rows as in activations
 residual-gradients/layer-007/part-0003.arrow (+ .json)
     the gradient with respect to what enters layer 7, for resume
+scratch/3f9a1c2077d04e11.json
+    a folder in which blobs (.arrow) of this run lie, their manifests apart (run.scratch)
 units/L007-E048-055/<attempt>/shard.safetensors
     one attempt's output; units/L007-E048-055/manifest.json names the one that counts
 logs/20261130T171854Z-3f9a1c20.log
@@ -43,7 +45,7 @@ publish/<digest>/model-00001-of-00003.json
     a shard that the Hub has; digest of endpoint, repository and branch
 """
 
-from typing import Literal
+from typing import Literal, get_args
 
 BlobKind = Literal[
     "activations", "gradients", "residuals", "compressed-residuals", "residual-gradients"
@@ -61,6 +63,7 @@ GRADIENTS = "gradients/"
 RESIDUALS = "residuals/"
 COMPRESSED_RESIDUALS = "compressed-residuals/"
 RESIDUAL_GRADIENTS = "residual-gradients/"
+SCRATCH = "scratch/"
 UNITS = "units/"
 FAILURES = "failures/"
 LOGS = "logs/"
@@ -84,6 +87,7 @@ PREFIXES = (
     RESIDUALS,
     COMPRESSED_RESIDUALS,
     RESIDUAL_GRADIENTS,
+    SCRATCH,
     UNITS,
     FAILURES,
     LOGS,
@@ -97,6 +101,7 @@ PREFIXES = (
 )
 """Of everything but the single objects, which lie at the top."""
 SINGLE_OBJECTS = (STORE, PLAN)
+BLOB_FOLDERS = tuple(f"{kind}/" for kind in get_args(BlobKind))
 
 
 def source_file(name: str) -> str:
@@ -128,6 +133,15 @@ def blob(kind: BlobKind, layer: int, part: int) -> str:
     return f"{kind}/layer-{layer:03d}/part-{part:04d}.arrow"
 
 
+def is_blob(key: str) -> bool:
+    """Whether an object is what a stream leaves: all that run.scratch takes."""
+    return key.startswith(BLOB_FOLDERS) and key.endswith(".arrow")
+
+
+def scratch_record(scratch_id: str) -> str:
+    return f"{SCRATCH}{scratch_id}.json"
+
+
 def blob_manifest(kind: BlobKind, layer: int, part: int) -> str:
     return manifest_of(blob(kind, layer, part))
 
@@ -136,6 +150,11 @@ def manifest_of(blob_key: str) -> str:
     """The manifest beside a blob, which comes last when it is made and goes first when it is
     deleted."""
     return f"{blob_key.removesuffix('.arrow')}.json"
+
+
+def data_of(manifest_key: str) -> str:
+    """The blob beside a manifest."""
+    return f"{manifest_key.removesuffix('.json')}.arrow"
 
 
 def activation_part(layer: int, part: int) -> str:

@@ -31,6 +31,7 @@ from ray.exceptions import ActorUnavailableError, RayError
 
 from p48ray.errors import StageFailedError, UserError, WorkerLostError
 from p48ray.run.plan import RunPlan
+from p48ray.run.scratch import ScratchUse
 from p48ray.runner.base import POLL_S, TaskList, WorkSource
 from p48ray.runner.budget import budget_of
 from p48ray.runner.capacity import machine_gpus, workers_here
@@ -89,6 +90,7 @@ class RayRunner:
         self.starting: dict[Any, Any] = {}  # start() reference -> actor
         self.running: dict[Any, tuple[Worker, Task]] = {}  # by execute() reference
         self.store: Store = open_run_root(plan, store_uri)
+        self.scratch = ScratchUse(plan, self.store)
         self.failures: Counter[str] = Counter()  # attempts that failed, by task
         self.preemptions: Counter[str] = Counter()
         # tasks that failed or were lost: they share no worker any more
@@ -97,10 +99,11 @@ class RayRunner:
         self.budget = budget_of(plan, self.store, time.monotonic)
 
     def __enter__(self) -> Self:
-        """Raises: ConfigError for an address without a cluster, or a local run root on several
-        nodes."""
+        """Raises: ConfigError for an address without a cluster, a local run root on several nodes,
+        or a scratch folder that can not be written."""
         run = self.settings
         with ExitStack() as opened:
+            opened.enter_context(self.scratch)
             opened.enter_context(self.cluster)
             check_shared("run.root", self.store_uri, run.root_is_shared, SHARED_ROOT)
             actor = ray.remote(WorkerProcess)
@@ -194,7 +197,7 @@ class RayRunner:
 
     def start_worker(self) -> None:
         actor = self.factory.remote(self.plan.to_json(), self.store_uri)
-        self.starting[actor.start.remote(self.is_verbose)] = actor
+        self.starting[actor.start.remote(self.is_verbose, self.scratch.probe())] = actor
 
     def assign_ahead(self, waiting: Dispatcher, assigned: Mapping[Worker, Sequence[Task]]) -> None:
         """One more unit for workers that compute one, while there is one for every worker, those

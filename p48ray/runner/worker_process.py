@@ -8,6 +8,7 @@ import ray
 
 from p48ray.errors import P48Error
 from p48ray.run.plan import RunPlan
+from p48ray.run.scratch import check_probe
 from p48ray.runner.console import LineBuffer, configure_logging
 from p48ray.runner.metrics import WorkerMetrics
 from p48ray.stages.tasks import Task, TaskResult
@@ -23,20 +24,22 @@ class WorkerProcess:
         self.lines = LineBuffer()
         self.plan_json, self.store_uri = plan_json, store_uri
 
-    def start(self, is_verbose: bool = False) -> str | P48Error:
+    def start(self, is_verbose: bool = False, probe: str | None = None) -> str | P48Error:
         """Open what there is. Returns this worker's node, or what is wrong instead of raising it,
         which would reach the driver as a dead actor.
 
         Args:
             is_verbose: print all that is logged; the driver's log gets it in any case.
+            probe: what the driver wrote to run.scratch.
         """
         configure_logging(is_verbose=is_verbose)
         logging.getLogger("p48ray").addHandler(self.lines)
         node = str(ray.get_runtime_context().get_node_id())
         try:
-            self.workplace = Workplace(
-                RunPlan.from_json(self.plan_json, "the driver's plan"), self.store_uri, node
-            )
+            plan = RunPlan.from_json(self.plan_json, "the driver's plan")
+            address = ray.util.get_node_ip_address()
+            check_probe(plan, self.store_uri, probe, f"{node[:12]} ({address})")
+            self.workplace = Workplace(plan, self.store_uri, node)
         except P48Error as error:
             return error
         self.metrics = WorkerMetrics(lambda: self.workplace.traffic)

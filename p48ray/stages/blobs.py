@@ -26,6 +26,7 @@ from p48ray.run.checked import blob_facts, load_part_manifest
 from p48ray.run.manifest import PartManifest
 from p48ray.run.run_root import BlobKind
 from p48ray.store.base import Written
+from p48ray.store.view import name_of
 from p48ray.unit.context import StageContext
 from p48ray.unit.staging import Staging
 
@@ -236,9 +237,8 @@ def store_once(context: StageContext, key: str, file: arrow.ArrowFile) -> Writte
         and context.digest_of(key) != written.sha256
     ):
         log.warning(
-            "%s/%s: there is another file, and no manifest that knows it; it is replaced",
-            store.uri,
-            key,
+            "%s: there is another file, and no manifest that knows it; it is replaced",
+            name_of(store, key),
         )
         store.delete(key)
         written = store.write_once(key, file)

@@ -14,6 +14,7 @@ from p48ray.run.changing_hands import check_plan, finish_take_over, take_over
 from p48ray.run.checked import load_tokens_manifest
 from p48ray.run.manifest import StoreFacts, TokensManifest
 from p48ray.run.plan import RunPlan
+from p48ray.run.scratch import note_scratch, with_scratch
 from p48ray.stages.evaluate import evaluation_digest
 from p48ray.stages.prepare import Prepared
 from p48ray.store.base import Store
@@ -26,7 +27,11 @@ log = logging.getLogger("p48ray.progress")
 
 def open_run_root(plan: RunPlan, store_uri: str) -> Store:
     """The run root as its probe found it: where ranges can not be copied on the store's side, they
-    are streamed."""
+    are streamed. Blobs lie in run.scratch, if there is one."""
+    return with_scratch(plan, open_probed(plan, store_uri))
+
+
+def open_probed(plan: RunPlan, store_uri: str) -> Store:
     store = open_store(store_uri, plan.config.run.endpoint_url)
     if scheme_of(store_uri).must_be_probed and store.head(run_root.STORE) is not None:
         found = Capabilities(
@@ -120,3 +125,4 @@ def write_inputs(prepared: Prepared) -> None:
     for key, manifest, data in packed:
         store.put(key, data)
         store.put(run_root.manifest_of(key), manifest.to_json())
+    note_scratch(plan, store)

@@ -16,6 +16,7 @@ from p48ray.model.source_check import check_source
 from p48ray.run import run_root
 from p48ray.run.output_layout import OutputShard, plan_output
 from p48ray.run.plan import MirroredFile, RunPlan, make_plan
+from p48ray.run.scratch import with_scratch
 from p48ray.stages.evaluate import check_length
 from p48ray.stages.mirror import files_to_mirror, mirror_state, mirrored
 from p48ray.stages.revisions import hub_places, read_held_plan, resolve
@@ -65,6 +66,7 @@ def prepare(config: RunConfig, is_dry: bool = False) -> Prepared:
     config = absolute(config)
     store = open_place(config.run)
     check_apart(config, store)
+    check_scratch(config, store, is_dry)
     if is_dry:
         store = MemoryStore(DRY_RUN_STORE)
         look_at_texts(config.calibration.documents, "calibration.documents")
@@ -89,6 +91,8 @@ def prepare(config: RunConfig, is_dry: bool = False) -> Prepared:
         if plan.is_pilot
         else plan_output(plan.units, output.max_shard_size, source, layout, output.storage)
     )
+    if not is_dry:
+        store = with_scratch(plan, store)
     return Prepared(plan=plan, store=store, source=source, layout=layout, shards=shards)
 
 
@@ -103,19 +107,58 @@ def open_place(run: RunSettings) -> Store:
         raise ConfigError(f"run.root: {error}") from error
     if not scheme_of(run.root).is_local:
         return store
-    path = Path(store.uri)
+    check_writable("run.root", Path(store.uri))
+    return store
+
+
+def check_writable(key: str, path: Path) -> None:
+    """A folder of this machine that is there, or can be made.
+
+    Args: key: that names it.
+    Raises: ConfigError for one that can not be written, as far as permissions tell.
+    """
     try:
         nearest = next(place for place in (path, *path.parents) if place.exists())
     except OSError as error:
-        raise ConfigError(f"run.root: {path}: can not be used: {error.strerror}") from error
+        raise ConfigError(f"{key}: {path}: can not be used: {error.strerror}") from error
     if not nearest.is_dir():
-        raise ConfigError(f"run.root: {path}: expected a folder, found that {nearest} is a file")
+        raise ConfigError(f"{key}: {path}: expected a folder, found that {nearest} is a file")
     if not os.access(nearest, os.W_OK | os.X_OK):
         raise ConfigError(
-            f"run.root: {path}: expected a folder to write to, found that {nearest} may not be"
-            " written"
+            f"{key}: {path}: expected a folder to write to, found that {nearest} may not be written"
         )
-    return store
+
+
+def check_scratch(config: RunConfig, store: Store, is_dry: bool) -> None:
+    """Scratch is a folder, and apart from what is kept and from what is read.
+
+    Args:
+        config: with run.scratch or without.
+        store: the run root.
+        is_dry: another machine may have the folder.
+    Raises: ConfigError.
+    """
+    place = config.run.scratch
+    if place is None:
+        return
+    if not scheme_of(place).is_local:
+        raise ConfigError(
+            f"run.scratch: expected a folder, of a node or of a file system that all nodes share,"
+            f" found {place!r}"
+        )
+    folder = open_store(place)
+    kept = [("run.root", store)]
+    if not scheme_of(config.source.checkpoint).mirror:
+        source = open_store(config.source.checkpoint, config.source.endpoint_url)
+        kept.append(("source.checkpoint", source))
+    for key, other in kept:
+        if is_within(folder, other):
+            raise ConfigError(
+                f"run.scratch: {folder.uri}: expected a place apart from {key} ({other.uri}), found"
+                " one in it"
+            )
+    if not is_dry or Path(folder.uri).exists():
+        check_writable("run.scratch", Path(folder.uri))
 
 
 def check_apart(config: RunConfig, store: Store) -> None:
@@ -177,9 +220,6 @@ def absolute(config: RunConfig) -> RunConfig:
         return str(Path(path).expanduser().resolve()) if scheme_of(path).is_path else path
 
     source = config.source.model_copy(update={"checkpoint": full(config.source.checkpoint)})
-    return config.model_copy(
-        update={
-            "source": source,
-            "run": config.run.model_copy(update={"root": full(config.run.root)}),
-        }
-    )
+    scratch = None if config.run.scratch is None else full(config.run.scratch)
+    places = {"root": full(config.run.root), "scratch": scratch}
+    return config.model_copy(update={"source": source, "run": config.run.model_copy(update=places)})

@@ -6,7 +6,7 @@ Read in this order:
     base                        the protocol: ten operations over whole objects
     open                        from a text to a store; one Scheme says what a kind of store can do
     retry                       how often an outside service is asked again, by named policy
-    local, memory, s3, hub      the backends; view: a folder of a store as a store
+    local, memory, s3, hub      the backends; view: stores made of stores
     probe                       what a bucket can do, tried out
     node_cache, checked_files   what the processes of a node share
 

@@ -39,7 +39,7 @@ FREE_SHARE = 0.5
 REMOVE_TIMEOUT_S = 2.0
 REMOVE_PAUSE_S = 0.02
 
-_ALIVE, _GONE = "in-use", ".gone"
+IN_USE, _GONE = "in-use", ".gone"
 
 
 class NodeCache:
@@ -158,10 +158,10 @@ def join_folder(folder: Path) -> int:
                 raise
             continue
         with contextlib.suppress(FileNotFoundError):  # removed at this moment
-            descriptor = os.open(folder / _ALIVE, os.O_CREAT | os.O_RDWR, 0o600)
+            descriptor = os.open(folder / IN_USE, os.O_CREAT | os.O_RDWR, 0o600)
             fcntl.flock(descriptor, fcntl.LOCK_SH)
             with contextlib.suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(descriptor), os.stat(folder / _ALIVE)):
+                if os.path.samestat(os.fstat(descriptor), os.stat(folder / IN_USE)):
                     return descriptor
             os.close(descriptor)
 
@@ -178,7 +178,7 @@ def sweep_unused(base: str | None) -> int:
     for folder in folders:
         if folder.name.endswith(_GONE):  # whoever removed it was killed
             shutil.rmtree(folder, ignore_errors=True)
-        elif (folder / _ALIVE).exists():
+        elif (folder / IN_USE).exists():
             removed += sweep(folder)
     return removed
 
@@ -189,14 +189,14 @@ def sweep(folder: Path) -> bool:
     Returns: whether nobody uses it any more, which also holds where another process was quicker.
     """
     try:
-        descriptor = os.open(folder / _ALIVE, os.O_RDWR)
+        descriptor = os.open(folder / IN_USE, os.O_RDWR)
     except FileNotFoundError:
         return True
     except OSError:  # of another user
         return False
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if not os.path.samestat(os.fstat(descriptor), os.stat(folder / _ALIVE)):
+        if not os.path.samestat(os.fstat(descriptor), os.stat(folder / IN_USE)):
             return False  # the one that was opened is gone, and somebody has joined anew
         # aside first: whoever joins while files go finds no half of a folder
         gone = folder.with_name(f"{folder.name}.{os.getpid()}{_GONE}")

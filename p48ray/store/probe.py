@@ -11,7 +11,7 @@ from p48ray.errors import ConfigError, P48Error, TransientStoreError, UserError
 from p48ray.store.base import Store
 from p48ray.store.s3.multipart import MIN_PART_BYTES
 from p48ray.store.s3.store import S3Store
-from p48ray.store.view import SubStore
+from p48ray.store.view import SubStore, located
 
 PROBE_FOLDER = "probe"
 NUM_RACERS = 8
@@ -56,7 +56,8 @@ def probe(store: Store) -> Capabilities:
         _check_conditional_put(scratch)
         held = scratch.head("manifest")
         checksums = held is not None and held.sha256 == hashlib.sha256(b"first").hexdigest()
-        behind, folder = _behind(scratch)
+        behind, source = located(scratch, "source")
+        folder = source.removesuffix("source")
         if not isinstance(behind, S3Store):
             return Capabilities(range_copy=True, unequal_parts=True, checksums=checksums)
         data = b"0123456789abcdef" * (NUM_BYTES // 16)
@@ -95,16 +96,6 @@ def _check_conditional_put(scratch: SubStore) -> None:
             f"{scratch.uri}: {NEEDED}; of {NUM_RACERS} writers at once {sum(won)} were told that"
             " they were first"
         )
-
-
-def _behind(scratch: SubStore) -> tuple[Store, str]:
-    """The store behind all views, and the folder in it."""
-    store: Store = scratch
-    folder = ""
-    while isinstance(store, SubStore):
-        folder = store.prefix + folder
-        store = store.store
-    return store, folder
 
 
 def _joins(store: S3Store, key: str, data: bytes, *, is_copied: bool) -> bool:

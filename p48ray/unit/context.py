@@ -34,7 +34,7 @@ from p48ray.store.base import ByteRange, Store, Written
 from p48ray.store.checked_files import CheckedFiles
 from p48ray.store.node_cache import NodeCache, fetch
 from p48ray.store.open import scheme_of
-from p48ray.store.view import local_path, sha256_of
+from p48ray.store.view import lies_aside, local_path, name_of, sha256_of
 from p48ray.unit.compiling import Compiling
 from p48ray.unit.compute_lock import ComputeLock
 from p48ray.unit.staging import to_device
@@ -90,6 +90,12 @@ class StageContext:
         """The run root is a folder of this node's own: a copy on another of its disks would gain
         nothing."""
         return scheme_of(self.store.uri).is_local and not self.plan.config.run.root_is_shared
+
+    def near_path(self, key: str) -> str | None:
+        """The file of an object that is mapped where it lies: in a run root that is near, or in
+        run.scratch, whatever disk or memory that is."""
+        is_near = self.store_is_near or lies_aside(self.store, key)
+        return local_path(self.store, key) if is_near else None
 
     def decoder(self) -> Decoder:
         return Decoder(self.source, self.layout, self.device, self.compute_dtype, self.cache)
@@ -178,15 +184,15 @@ class StageContext:
         made_of = (run_root.manifest_of(key), key)
         data = self.checked(key, size_bytes, sha256, made_of)
         try:
-            return arrow.decode(data, f"{self.store.uri}/{key}", facts)
+            return arrow.decode(data, name_of(self.store, key), facts)
         except ShardCorruptError as error:
             raise CorruptObjectError(str(error), *made_of) from error
 
     def checked(
         self, key: str, size_bytes: int, sha256: str, made_of: tuple[str, ...]
     ) -> bytes | memoryview:
-        """The bytes of an object whose digest is known: mapped where the run root or the node's
-        cache is a file of this node.
+        """The bytes of an object whose digest is known: mapped where it is a file of this node, of
+        the run root, of run.scratch or of the node's cache.
 
         They are hashed once a node and file (store.checked_files), once a call where they come from
         afar and are not cached.
@@ -203,7 +209,7 @@ class StageContext:
                 is_same = len(data) == size_bytes and hashlib.sha256(data).hexdigest() == sha256
             if not is_same:
                 raise CorruptObjectError(
-                    f"{self.store.uri}/{key}: {expected}, found {len(data)} others", *made_of
+                    f"{name_of(self.store, key)}: {expected}, found {len(data)} others", *made_of
                 )
 
         def fill(descriptor: int) -> None:
@@ -213,7 +219,7 @@ class StageContext:
                 check(data)
 
         try:
-            if self.store_is_near and (path := local_path(self.store, key)) is not None:
+            if (path := self.near_path(key)) is not None:
                 return self.mapped(path, key, sha256, check)
             if (
                 self.cache is not None
@@ -247,16 +253,14 @@ class StageContext:
                     mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if facts.st_size else b""
                 )
         except OSError as error:
-            raise ObjectMissingError(
-                f"{key}: cannot be read in {self.store.uri}: {error.strerror}"
-            ) from error
+            raise ObjectMissingError(f"{path}: cannot be read: {error.strerror}") from error
         self.files.check_once(facts, sha256, lambda: check(data))
         return data
 
     def trust(self, key: str, written: Written) -> None:
         """Note that this process wrote an object and hashed it meanwhile, so that its node need not
         hash it again."""
-        path = local_path(self.store, key) if self.store_is_near else None
+        path = self.near_path(key)
         if path is not None and written.inode is not None:
             with suppress(OSError):  # another driver may have deleted it already
                 self.files.trust(path, written.inode, written.size_bytes, written.sha256)

@@ -76,8 +76,18 @@ def test_ray_accepts_the_file_with_its_defaults_filled_in(cluster: dict[str, Any
     assert [
         prepared[key]
         for key in ("setup_commands", "worker_setup_commands", "initialization_commands")
-    ] == [[], [], []]
+    ] == [[], [], ["cloud-init status --wait"] if cluster["provider"]["type"] == "aws" else []]
     assert prepared["file_mounts"] == {} and prepared["cluster_synced_files"] == []
+
+
+def test_workers_of_aws_mount_their_nvme_disks_before_the_container_sees_them() -> None:
+    (aws,) = load_yaml("aws.yaml")
+    script = (REPO / "infra" / "mount_scratch.sh").read_text()
+    for name, kind in workers(aws).items():
+        assert kind["node_config"]["UserData"] == script, name
+    assert "UserData" not in aws["available_node_types"]["head"]["node_config"]
+    assert aws["docker"]["worker_run_options"] == ["-v /mnt/scratch:/mnt/scratch"]
+    assert aws["initialization_commands"] == ["cloud-init status --wait"]
 
 
 def test_ray_refuses_the_file_with_a_misspelt_key(cluster: dict[str, Any]) -> None:

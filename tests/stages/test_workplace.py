@@ -32,14 +32,19 @@ LAYER, PART = 2, 0
 KEY = run_root.activation_part(LAYER, PART)
 
 
-@pytest.fixture
-def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunPlan:
-    """Of a run whose processes say what they hash."""
+@pytest.fixture(params=["run root", "scratch"])
+def plan(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> RunPlan:
+    """Of a run whose processes say what they hash. Its blobs are files of this node in its run
+    root, or in run.scratch, whose run root is everybody's."""
     monkeypatch.chdir(REPO)
     for folder in ("cache", "trace"):
         (tmp_path / folder).mkdir()
     monkeypatch.setenv(trace.TRACE_VARIABLE, str(tmp_path / "trace"))
     settings = (*SETTINGS, "run.threads_per_worker=1", f"run.node_cache={tmp_path / 'cache'}")
+    if request.param == "scratch":
+        settings = (*settings, "run.root_is_shared=true", f"run.scratch={tmp_path / 'scratch'}")
     prepared = prepare(load_config(REPO / "configs" / "tiny.yaml", settings, str(tmp_path / "run")))
     write_inputs(prepared)
     return prepared.plan

@@ -18,7 +18,7 @@ from p48ray.store import ByteRange, LocalStore, MemoryStore, ObjectInfo, S3Store
 from p48ray.store.base import CHUNK_BYTES, Written
 from p48ray.store.s3 import multipart
 from p48ray.store.s3 import store as s3
-from p48ray.store.view import SubStore
+from p48ray.store.view import SplitStore, SubStore
 from tests.servers.s3 import BUCKET
 
 BAD_KEYS = [
@@ -44,11 +44,17 @@ ONE_REQUEST_BYTES = 6 * MIB
 part, and a little more than it."""
 DATA = random.Random(2).randbytes(21 * MIB)
 
-KINDS = ["local", "memory", "view", "seaweedfs", "moto"]
+KINDS = ["local", "memory", "view", "split", "seaweedfs", "moto"]
+
+
+def is_even(key: str) -> bool:
+    """Some keys here, some there."""
+    return len(key) % 2 == 0
 
 
 def make_store(kind: str, root: Path, request: pytest.FixtureRequest) -> Store:
-    """A fresh, empty store. A view is a folder of a store that holds other things beside it."""
+    """A fresh, empty store. A view is a folder of a store that holds other things beside it; a
+    split one has half of its keys in another store."""
     if kind in ("seaweedfs", "moto"):
         server = request.getfixturevalue("seaweedfs" if kind == "seaweedfs" else "moto_server")
         return S3Store(f"s3://{BUCKET}/{uuid.uuid4().hex}", server.endpoint_url)
@@ -57,6 +63,8 @@ def make_store(kind: str, root: Path, request: pytest.FixtureRequest) -> Store:
         behind.put("beside", b"another object")
         behind.put("folder-of-another/a", b"another object")
         return SubStore(behind, "folder/")
+    if kind == "split":
+        return SplitStore(LocalStore(root / "kept"), LocalStore(root / "aside"), is_even)
     return LocalStore(root) if kind == "local" else MemoryStore(uuid.uuid4().hex)
 
 

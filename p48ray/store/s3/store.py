@@ -42,7 +42,7 @@ from p48ray.store.s3.multipart import (
     sha256_base64,
 )
 from p48ray.store.s3.replies import full_checksum, is_key, ranged_body, server_time
-from p48ray.store.view import SubStore
+from p48ray.store.view import resolved
 
 PUT_MAX_BYTES = 512 * 2**20
 """Larger objects are uploaded in parts: a part that fails is retried alone, and parts travel in
@@ -256,7 +256,7 @@ class S3Store:
         with Composer(
             self._api, full, writer, copy_source, is_streaming=not self.server_copy
         ) as composer:
-            for piece in merged_ranges(SubStore.resolved(piece) for piece in pieces):
+            for piece in merged_ranges(resolved(piece) for piece in pieces):
                 composer.add(piece)
             small = composer.finish()
         if small is not None:
