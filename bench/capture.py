@@ -41,7 +41,7 @@ from p48ray.checkpoint.tensors import tensor_bytes
 from p48ray.model.decoder import Decoder, attend, mix
 from p48ray.model.expert_loader import layer_experts
 from p48ray.model.experts import RoutedExperts
-from p48ray.stages.gradients import step_back
+from p48ray.stages.derivatives import step_back
 from p48ray.store.local import LocalStore
 
 VOCAB = 256  # embedding and head are not what is measured

@@ -52,7 +52,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 from rich.console import Console
@@ -98,6 +98,21 @@ LISTED_AT_ONCE = 1000  # keys of one LIST answer
 STUB = b"-"  # stands for the bytes of an object
 
 
+Place = tuple[BlobKind, int, int]
+"""An object of a stream: its kind, layer and part."""
+
+
+class Step(NamedTuple):
+    """What a stream does at one layer: parts that are computed, for so many seconds each, those
+    whose boundary is read, and what is left."""
+
+    number: int
+    computed: list[int]
+    seconds: float
+    read: Sequence[int]
+    left: list[Place]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Costs:
     """Seconds and bytes of the pieces of work, from the plan. `up` and `back`: one part at one
@@ -130,13 +145,7 @@ def costs_of(prepared: Prepared, unit_seconds: float | None = None) -> Costs:
     loop_s, product_s = (f(plan, layout) / len(plan.units) for f in (loop_seconds, product_seconds))
     factor = 1.0 if unit_seconds is None else unit_seconds / (loop_s + product_s)
     hidden_bytes = 2 * e.num_tokens * layout.hidden_size
-    up_s = (
-        e.stream_gpu_hours
-        * 3600
-        / (3 if plan.uses_gradients else 1)
-        / len(plan.parts)
-        / plan.num_streamed_layers
-    )
+    up_s = e.stream_gpu_hours * 3600 / len(plan.parts) / plan.passes.num_computed
     per_unit = plan.config.run.experts_per_unit
     return Costs(
         loop_s=factor * loop_s,
@@ -269,36 +278,68 @@ class Stubs:
         self.tally.bytes_written += num_bytes
 
     def stream(self, task: Task, node: Node, now: float) -> Attempt:
-        """Parts up or down the layers from where the store says that they are; what is written
-        counts at the end of each layer."""
-        needs, goes_up = read_needs(self.plan, self.store), task.stage == "capture"
-        ways = {
-            p: needs.forward_layers(p) if goes_up else needs.backward_layers(p) for p in task.item
-        }
-        top = self.plan.source.num_layers
-        self.tally.parts_repeated += sum(len(w) not in (0, top, top + 1) for w in ways.values())
+        """Parts up the layers, or through a segment, from where the store says that they are; what
+        is written counts at the end of each layer."""
+        needs = read_needs(self.plan, self.store)
+        steps = (
+            self.steps_up(needs, task.item)
+            if task.stage == "capture"
+            else self.steps_back(needs, *task.item)
+        )
         sharers = min(self.plan.config.run.capture_workers or 1, self.fleet.node_gpus)
         computes, effects = [], []
-        for number in range(self.plan.num_streamed_layers) if goes_up else range(top, -1, -1):
-            waiting = [p for p in task.item if number in ways[p]]
-            if not waiting:
-                continue
-            computed = [p for p in waiting if goes_up or number > ways[p][0]]
+        for step in steps:
             read_bytes = (
-                self.source_reads(computed) * self.costs.source_layer_bytes
-                if number in self.plan.layers
+                self.source_reads(step.computed) * self.costs.source_layer_bytes
+                if step.number in self.plan.layers
                 else 0.0
             )
-            part_bytes = len(waiting) * self.costs.part_bytes
-            ready = (
-                now + (read_bytes + (0 if goes_up else part_bytes)) * sharers / self.fleet.bandwidth
-            )
-            solved = ready + len(computed) * (self.costs.up_s if goes_up else self.costs.back_s)
-            now = solved + 2 * part_bytes * sharers / self.fleet.bandwidth
-            self.tally.bytes_read += read_bytes + (0 if goes_up else part_bytes)
+            read_bytes += len(step.read) * self.costs.part_bytes
+            ready = now + read_bytes * sharers / self.fleet.bandwidth
+            solved = ready + len(step.computed) * step.seconds
+            now = solved + len(step.left) * self.costs.part_bytes * sharers / self.fleet.bandwidth
+            self.tally.bytes_read += read_bytes
             computes.append((ready, solved))
-            effects.append((now, partial(self.leave, needs, number, waiting, goes_up)))
+            effects.append((now, partial(self.leave, step.left)))
         return Attempt(task, now, computes, effects)
+
+    def steps_up(self, needs: Needs, parts: list[int]) -> Iterator[Step]:
+        """The forward pass, layer by layer."""
+        passes, ways = self.plan.passes, {p: needs.forward_layers(p) for p in parts}
+        self.tally.parts_repeated += sum(len(w) not in (0, passes.num_up) for w in ways.values())
+        for number in range(passes.num_up):
+            own = [p for p in parts if number in ways[p]]
+            left: list[Place] = [("residuals", number + 1, p) for p in own]
+            left = left if number + 1 in passes.boundaries else []
+            if passes.sees_forth and number in self.plan.layers:
+                left += [("activations", number, p) for p in own]
+            if own:
+                yield Step(number, own, self.costs.up_s, (), left)
+
+    def steps_back(self, needs: Needs, number: int, parts: list[int]) -> Iterator[Step]:
+        """A segment up, then back down."""
+        visits = {p: v for p in parts for v in needs.visits(p) if number in v.segment}
+        whole = self.plan.passes.segment_of(number)
+        layers = range(whole.start, min(whole.stop, self.plan.source.num_layers))
+        self.tally.parts_repeated += sum(
+            v.up != layers for v in visits.values() if v.segment.start >= self.plan.layers[0]
+        )
+        for n in layers:
+            own = [p for p, v in visits.items() if n in v.up]
+            read = [p for p in own if n and n == visits[p].up.start]
+            left: list[Place] = [("activations", n, p) for p in own if n in visits[p].seen]
+            if own:
+                yield Step(n, own, self.costs.up_s, read, left)
+        for n in reversed(whole):
+            passing = [p for p, v in visits.items() if n in v.back]
+            own = [p for p in passing if n in visits[p].entered]
+            stored = n + 1 if n < self.plan.source.num_layers else None
+            read = [p for p in passing if visits[p].back.stop == stored]
+            left = [("gradients", n, p) for p in passing if n in visits[p].felt]
+            if n == whole.start:
+                left += [("residual-gradients", n, p) for p in own]
+            if passing:
+                yield Step(n, own, self.costs.back_s, read, left)
 
     def source_reads(self, parts: list[int]) -> float:
         """How often one worker reads a layer of the source; a node's workers share what is read
@@ -308,30 +349,17 @@ class Stubs:
             return bool(parts) / sharers
         return 1.0
 
-    def leave_boundary(self, kind: BlobKind, number: int, part: int) -> None:
-        self.put(run_root.blob(kind, number, part), self.costs.part_bytes)
-        self.store.put(run_root.blob_manifest(kind, number, part), b"{}")
-
-    def leave(self, needs: Needs, number: int, parts: list[int], goes_up: bool) -> None:
-        """The objects of one layer."""
-        for p in parts:
-            if goes_up and number + 1 in self.plan.boundaries:
-                self.leave_boundary("residuals", number + 1, p)
-            if not goes_up and number > needs.backward_layers(p)[0]:
-                self.leave_boundary("residual-gradients", number, p)
-            if goes_up and number in self.plan.layers:
-                self.put(run_root.activation_part(number, p), self.costs.part_bytes)
-                self.store.put(
-                    run_root.activation_manifest(number, p),
-                    self.activation_record(number, p).to_json(),
-                )
-            if not goes_up and number in self.plan.layers:
-                self.put(run_root.gradient_part(number, p), self.costs.part_bytes)
-                facts = self.facts(number, p)
-                self.store.put(
-                    run_root.gradient_manifest(number, p),
-                    GradientPart(mean_square=1e-6, **facts).to_json(),
-                )
+    def leave(self, places: Sequence[Place]) -> None:
+        """Objects of one layer."""
+        for kind, number, part in places:
+            self.put(run_root.blob(kind, number, part), self.costs.part_bytes)
+            record = b"{}"
+            if kind == "activations":
+                record = self.activation_record(number, part).to_json()
+            elif kind == "gradients":
+                facts = self.facts(number, part)
+                record = GradientPart(mean_square=1e-6, **facts).to_json()
+            self.store.put(run_root.blob_manifest(kind, number, part), record)
 
     def activation_record(self, layer: int, part: int) -> ActivationPart:
         return ActivationPart(

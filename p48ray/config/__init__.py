@@ -19,7 +19,7 @@ from p48ray.config.addresses import EndpointUrl, Place
 from p48ray.config.benchmarks import BenchmarksConfig
 from p48ray.config.compression import CompressionConfig
 from p48ray.config.output import OutputConfig
-from p48ray.config.section import MAX_BYTES, Section, as_tuple, parse_size
+from p48ray.config.section import MAX_BYTES, Count, Section, as_tuple, parse_size
 
 
 class SourceConfig(Section):
@@ -216,16 +216,12 @@ class RunSettings(Section):
             " an expert."
         ),
     )
-    num_workers: int = Field(
+    num_workers: Count = Field(
         1,
-        gt=0,
-        le=10**4,
         description="[workers] How many processes work at the same time, at most.",
     )
-    capture_workers: int | None = Field(
+    capture_workers: Count | None = Field(
         None,
-        gt=0,
-        le=10**4,
         description=(
             "[workers] How many may stream the model; null: num_workers. The nodes that hold them"
             " read the whole source."
@@ -299,13 +295,18 @@ class RunSettings(Section):
             " checkpoint: no unit shards either."
         ),
     )
-    boundary_every: int = Field(
+    boundary_every: Count = Field(
         1,
-        gt=0,
-        le=10**4,
         description=(
-            "[layers] Unless all is kept, store every n-th layer boundary; the backward pass"
-            " computes those between again."
+            "[layers] With compression.output_curvature: store every n-th layer boundary. The"
+            " backward pass runs n layers again and holds in memory what enters them."
+        ),
+    )
+    layers_in_flight: Count = Field(
+        3,
+        description=(
+            "[layers] The backward pass waits before its next run.boundary_every layers while so"
+            " many have units that are not done."
         ),
     )
     scratch: str | None = Field(

@@ -52,4 +52,5 @@ def parse_size(value: object) -> object:
     return value
 
 
+Count = Annotated[int, Field(gt=0, le=10**4)]
 SizeBytes = Annotated[int, BeforeValidator(parse_size), Field(gt=0, le=MAX_BYTES)]

@@ -8,6 +8,7 @@ Read in this order:
     duration    FLOP, steps and bytes over measured rates (`Rates`)
     nearness    what of a run crosses the network
     memory      a worker's peak, on its GPU and beside it
+    stored      the most that a run root holds at a time
     fit         the peak against what a card and a machine have
 
 To add a rate: measure it (docs/PERFORMANCE.md), then a field of `Rates` with machine and date.

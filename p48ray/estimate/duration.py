@@ -289,8 +289,7 @@ def overlapped_seconds(
     plan: RunPlan, stream: float, moved: Bytes, computed: float, rates: Rates
 ) -> float:
     """Streams, and the units that are left when they end: workers that do not stream solve what is
-    complete by then. Layers come down from the top after the forward pass, a third of the streams'
-    work, or with no backward pass as they are passed. In a run layer by layer nothing overlaps.
+    complete by then. In a run layer by layer nothing overlaps.
 
     Args:
         plan, moved, computed, rates: as for unit_seconds.
@@ -301,7 +300,7 @@ def overlapped_seconds(
         return stream + unit_seconds(plan, moved, computed, rates)
     solvers = run.num_workers - min(run.capture_workers or run.num_workers, len(plan.parts))
     each = max(computed / total, fetch_seconds(plan, tokens_of_unit(plan), moved, rates))
-    begins = stream / 3 if plan.uses_gradients else stream / max(1, plan.num_streamed_layers)
+    begins = stream * plan.passes.first_complete / plan.passes.num_computed
     done = int(max(0, solvers) * (stream - begins) / each)
     last_layer = math.ceil(total / len(plan.layers))
     return stream + unit_seconds(plan, moved, computed, rates, max(total - done, last_layer))

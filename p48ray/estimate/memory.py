@@ -1,7 +1,8 @@
 """How much memory a worker needs at its peak, on its GPU and beside it. Counts of copies are fitted
 to measured peaks (docs/PERFORMANCE.md).
 
-    streaming, GPU    residual of the worker's tokens, so many copies of a wave's and of a part's,
+    streaming, GPU    residual of the worker's tokens, or in the backward pass what enters each
+                      layer of a segment of a wave's; so many copies of a wave's and of a part's,
                       packed experts on their way, a layer's other weights
     a unit, GPU       its tokens as stored (those read ahead too), so many copies of its weights and
                       of its moments
@@ -95,20 +96,39 @@ def part_tokens(plan: RunPlan) -> int:
     return max(p.num_sequences for p in plan.parts) * plan.config.calibration.sequence_length
 
 
+def worker_tokens(plan: RunPlan) -> int:
+    """Of the worker that streams most."""
+    run = plan.config.run
+    workers = min(run.capture_workers or run.num_workers, len(plan.parts))
+    return -(-len(plan.parts) // workers) * part_tokens(plan)
+
+
+def wave_tokens(plan: RunPlan) -> int:
+    part = part_tokens(plan)
+    return max(part, min(worker_tokens(plan), WAVE_TOKENS // part * part))
+
+
+def waves_of_worker(plan: RunPlan) -> int:
+    """Times that a worker's tokens go through a segment."""
+    return -(-worker_tokens(plan) // wave_tokens(plan))
+
+
 def stream_bytes(plan: RunPlan, layout: ModelLayout, packed_expert: int, other_weights: int) -> int:
-    """Of the worker that has the most parts, in the backward pass where there is one.
+    """Of the worker that has the most parts, in the pass that takes more.
 
     Args:
         plan, layout: of the run.
         packed_expert: bytes of one expert as stored.
         other_weights: bytes of a layer's tensors outside its experts, at most.
     """
-    run, part = plan.config.run, part_tokens(plan)
-    workers = min(run.capture_workers or run.num_workers, len(plan.parts))
-    own = -(-len(plan.parts) // workers) * part
-    wave = max(part, min(own, WAVE_TOKENS // part * part))
-    copies = PART_COPIES_BACK if plan.uses_gradients else PART_COPIES_UP
-    tokens = own + WAVE_COPIES * wave + (copies + WRITES_BEHIND) * part
+    own, part, wave = worker_tokens(plan), part_tokens(plan), wave_tokens(plan)
+    tokens = own + PART_COPIES_UP * part
+    if plan.uses_gradients:
+        # the gradient in hand, and what enters the layers of a segment; of one of them the count of
+        # copies knows
+        held = min(plan.config.run.boundary_every, plan.source.num_layers)
+        tokens = max(tokens, held * wave + PART_COPIES_BACK * part)
+    tokens += WAVE_COPIES * wave + WRITES_BEHIND * part
     decoded = 3 * layout.hidden_size * layout.moe_intermediate_size * value_bytes(plan)
     return (
         tokens * layout.hidden_size * value_bytes(plan)

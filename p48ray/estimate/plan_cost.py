@@ -16,8 +16,15 @@ from p48ray.estimate.duration import (
     stage_times,
     tokens_of_unit,
 )
-from p48ray.estimate.memory import Memory, memory_of, routed_token_bytes, row_bytes
+from p48ray.estimate.memory import (
+    Memory,
+    memory_of,
+    routed_token_bytes,
+    row_bytes,
+    waves_of_worker,
+)
 from p48ray.estimate.nearness import are_streams_near, is_near, is_source_near
+from p48ray.estimate.stored import num_boundaries, peak_stored_bytes
 from p48ray.run.output_layout import OutputShard, layer_of, unit_bytes, untouched_tensors
 from p48ray.run.plan import RunPlan
 
@@ -32,7 +39,8 @@ class Estimate(Times):
     nodes and stores that are not theirs, of all nodes: units as they are written and the checkpoint
     as it is verified; small records, texts, the evaluation and what a bucket copies on its own side
     are not counted. peak_stored_bytes: in the run root;
-    peak_scratch_bytes: in run.scratch. `_seconds`: see duration.Times;
+    peak_scratch_bytes: in run.scratch. stream_peak_bytes: the most that activations,
+    gradients and boundaries take at a time. `_seconds`: see duration.Times;
     `_gpu_hours` of computing alone, paid_gpu_hours for as long as the job takes. memory: of one
     worker at its peaks.
     """
@@ -54,6 +62,7 @@ class Estimate(Times):
     network_source_bytes: int
     network_stream_bytes: int
     network_output_bytes: int
+    stream_peak_bytes: int
     memory: Memory
 
     @property
@@ -76,8 +85,9 @@ class Estimate(Times):
 class StreamedBytes:
     """What the streaming stages read and leave, bytes.
 
-    boundary: one, of all tokens. seen, felt: activations and gradients of one layer. passes: of all
-    layers, a backward pass counted as two.
+    boundary: one, of all tokens. seen, felt: activations and gradients of one layer. read: of the
+    source, a node. read_again: boundaries, by the backward pass. passes: of all layers, a backward
+    pass counted as two.
     """
 
     num_tokens: int
@@ -88,6 +98,7 @@ class StreamedBytes:
     activations: int
     residuals: int
     gradients: int
+    read_again: int
     passes: float
 
     @property
@@ -102,30 +113,31 @@ def streamed_bytes(plan: RunPlan, layout: ModelLayout, source: int, units: int) 
         plan, layout: of the run.
         source, units: bytes of the source, and of all units.
     """
-    c, moe = plan.config.calibration, len(plan.layers)
+    c, moe, passes = plan.config.calibration, len(plan.layers), plan.passes
     tokens = c.num_sequences * c.sequence_length
     boundary = tokens * layout.hidden_size * (4 if c.compute_dtype == "float32" else 2)
     seen = tokens * (row_bytes(layout.hidden_size, c.stored_bits) + ROUTING_BYTES * layout.top_k)
-    felt = tokens * row_bytes(layout.hidden_size, c.stored_bits) if plan.uses_gradients else 0
-    boundaries_back = layout.num_layers - plan.layers[0] if plan.uses_gradients else 0
-    # In the backward pass every layer is run again, then differentiated with respect to its
-    # activations.
-    directions = 3 if plan.uses_gradients else 0 if plan.propagates else 1
-    streamed = plan.num_streamed_layers / layout.num_layers
-    again = layers_run_again(plan)
+    felt = tokens * row_bytes(layout.hidden_size, c.stored_bits) * passes.draws
+    felt *= plan.uses_gradients
+    boundaries_back = passes.draws * len(passes.gradient_boundaries)
     # each layer as the source has it, then compressed
     layer_by_layer = plan.propagates * (plan.layers[-1] + 1) / layout.num_layers
-    layers_read = streamed * min(directions, 2) + again / layout.num_layers + layer_by_layer
+    # A wave goes through a segment before the next one does.
+    read_back = waves_of_worker(plan) * passes.num_read_back
     return StreamedBytes(
         num_tokens=tokens,
         boundary=boundary,
         seen=seen,
         felt=felt,
-        read=round(source * layers_read + units * plan.propagates),
+        read=round(
+            source * ((passes.num_up + read_back) / layout.num_layers + layer_by_layer)
+            + units * plan.propagates
+        ),
         activations=moe * seen,
-        residuals=(num_boundaries(plan) + again) * boundary,
+        residuals=num_boundaries(plan) * boundary,
         gradients=moe * felt + boundaries_back * boundary,
-        passes=directions * streamed + again / layout.num_layers + 2 * layer_by_layer,
+        read_again=(len(passes.bases) + boundaries_back) * boundary,
+        passes=passes.num_computed / layout.num_layers + 2 * layer_by_layer,
     )
 
 
@@ -160,7 +172,7 @@ def estimate(
     moved = Bytes(
         mirror=mirror,
         stream_read=streams.read,
-        boundaries_read=streams.residuals * plan.uses_gradients,
+        boundaries_read=streams.read_again,
         stream_written=streams.activations + streams.residuals + streams.gradients,
         unit_read=unit_read,
         layer_tokens=streams.layer_tokens,
@@ -176,10 +188,10 @@ def estimate(
     # a mirror in a bucket is written there, then read as any source
     of_source = mirror + scanned + streams.read * nodes + own_experts + moved.verified - checkpoint
     peaks = (plan, streams.boundary, moe * streams.seen, moe * streams.felt)
-    in_root = peak_stored_bytes(*peaks, units, checkpoint)
-    in_scratch = 0
+    of_streams = peak_stored_bytes(*peaks, 0, 0)
+    in_root, in_scratch = peak_stored_bytes(*peaks, units, checkpoint), 0
     if run.scratch is not None:
-        in_root, in_scratch = units + checkpoint, peak_stored_bytes(*peaks, 0, 0)
+        in_root, in_scratch = units + checkpoint, of_streams
     return Estimate(
         num_tokens=streams.num_tokens,
         source_bytes=source,
@@ -195,6 +207,7 @@ def estimate(
         checkpoint_bytes=checkpoint,
         peak_stored_bytes=mirror + in_root,
         peak_scratch_bytes=in_scratch,
+        stream_peak_bytes=of_streams,
         network_source_bytes=mirror + (0 if is_source_near(plan) else of_source),
         network_stream_bytes=(
             0
@@ -224,126 +237,3 @@ def token_bytes_read(plan: RunPlan, stored: int, rates: Rates) -> int:
     return round(
         stored * max(1.0, num_nodes(run.num_workers, plan.config, rates) / len(plan.layers))
     )
-
-
-def layers_run_again(plan: RunPlan) -> int:
-    """Layers that the backward pass runs up once more to get at boundaries that were not left to it
-    (run.boundary_every)."""
-    if plan.config.run.keep == "all" or not plan.uses_gradients:
-        return 0
-    read = range(plan.layers[0] + 1, plan.source.num_layers + 1)
-    segments: dict[int, int] = {}
-    for boundary in read:
-        base = plan.base_of(boundary)
-        segments[base] = max(segments.get(base, 0), boundary - base)
-    return sum(segments.values())
-
-
-def peak_stored_bytes(
-    plan: RunPlan, boundary: int, seen: int, felt: int, units: int, checkpoint: int
-) -> int:
-    """The most that the run root holds at a time under run.keep (run.cleanup), the mirror apart,
-    which stays.
-
-    With keep: all the sum of everything. Otherwise the largest over all states that streams and
-    units can be in together: so many layers streamed (from the top where there is a backward pass,
-    else from the bottom), so many of them finished, whose tokens are gone, and units under way in
-    as many more as there are workers that do not stream. Last, unit shards beside the checkpoint.
-
-    Args:
-        plan: of the run.
-        boundary: bytes of all tokens' residual stream at one boundary.
-        seen: bytes of all planned layers' activations and routing.
-        felt: bytes of all planned layers' gradients; 0 without a backward pass.
-        units: bytes of all unit shards.
-        checkpoint: bytes of the output's shards.
-    """
-    boundaries_back = plan.source.num_layers - plan.layers[0] if plan.uses_gradients else 0
-    if plan.config.run.keep == "all":
-        return (
-            seen
-            + num_boundaries(plan) * boundary
-            + felt
-            + boundaries_back * boundary
-            + units
-            + checkpoint
-        )
-    if plan.propagates:
-        return max(
-            peak_layer_by_layer(plan, boundary, boundaries_back, seen, felt, units),
-            units + checkpoint,
-        )
-    layers, workers = len(plan.layers), plan.config.run.num_workers
-    most = (
-        seen + (len(boundaries_held(plan, plan.source.num_layers)) + 1) * boundary
-        if plan.uses_gradients
-        else 0
-    )  # the head has answered with a first gradient
-    for streamed in range(1, layers + 1):
-        streams = boundaries_under_way(plan, streamed) * boundary
-        solvers = workers - 1  # whoever does not stream, while anybody does
-        for finished in range(streamed + 1 if solvers else 1):
-            tokens = seen * (
-                layers - finished if plan.uses_gradients else streamed - finished
-            ) + felt * (streamed - finished)
-            begun = min(streamed, finished + solvers)
-            most = max(most, (tokens + units * begun) // layers + streams)
-    for finished in range(layers + 1):
-        most = max(
-            most,
-            ((seen + felt) * (layers - finished) + units * min(layers, finished + workers))
-            // layers,
-        )
-    return max(most, units + checkpoint)
-
-
-def peak_layer_by_layer(
-    plan: RunPlan, boundary: int, boundaries_back: int, seen: int, felt: int, units: int
-) -> int:
-    """The same where the run goes layer by layer: first the gradients of all layers, then one
-    layer's activations at a time beside those that still wait.
-
-    Args:
-        plan, boundary, seen, felt, units: as for peak_stored_bytes.
-        boundaries_back: how many boundaries the gradient comes back through.
-    """
-    layers = len(plan.layers)
-    most = (boundaries_back + 1) * boundary if felt else 0
-    for streamed in range(1, layers + 1 if felt else 1):
-        most = max(
-            most, felt * streamed // layers + boundaries_under_way(plan, streamed) * boundary
-        )
-    for finished in range(layers):
-        waiting = felt * (layers - finished)
-        streaming = (waiting + units * finished) // layers + 2 * boundary
-        most = max(most, streaming, (waiting + seen + units * (finished + 1)) // layers + boundary)
-    return most
-
-
-def num_boundaries(plan: RunPlan) -> int:
-    """Of the residual stream: the source's own, unless it is not run, and those behind compressed
-    layers."""
-    is_run = not plan.propagates or plan.uses_gradients
-    return is_run * len(plan.boundaries) + plan.propagates * plan.layers[-1]
-
-
-def boundaries_under_way(plan: RunPlan, streamed: int) -> int:
-    """Layer boundaries stored for each part that has just been through `streamed` of the planned
-    layers.
-
-    Up: the one that the next layer starts from and the one that it writes. Back: a gradient in hand
-    and the next one coming, and the boundaries that are still to be read.
-    """
-    held = boundaries_held(plan, plan.layers[-streamed]) if plan.uses_gradients else set()
-    return len(held) + (1 if streamed == len(plan.layers) else 2)
-
-
-def boundaries_held(plan: RunPlan, number: int) -> set[int]:
-    """Boundaries that the backward pass holds when it comes to layer `number` (num_layers: the
-    head): those that are left to it (run.boundary_every) up to there, and of the segment that it is
-    in those that are run again."""
-    lowest = plan.layers[0]
-    if number <= lowest:
-        return set()
-    left = {plan.base_of(b) for b in range(lowest + 1, number + 1)} - {0}
-    return left | set(range(plan.base_of(number) + 1, number + 1))

@@ -96,7 +96,11 @@ def traffic_rows(prepared: Prepared, e: Estimate) -> Rows:
         ("read by units", f"{size(e.unit_read_bytes)} ({reading})"),
         ("written", ", ".join(f"{name} {size(value)}" for name, value in written.items())),
         ("over the network", network_words(e)),
-        ("stored at the peak", f"{size(e.peak_stored_bytes)} (run.keep: {r.keep})"),
+        (
+            "stored at the peak",
+            f"{size(e.peak_stored_bytes)} (run.keep: {r.keep}), of streams alone"
+            f" {size(e.stream_peak_bytes)}",
+        ),
         *([("in run.scratch", scratch_words(r.scratch, e))] if r.scratch else []),
         *(("warning", lack) for lack in lacks),
     ]

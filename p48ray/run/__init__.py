@@ -8,6 +8,7 @@ Read in this order:
     run_root        the name of every object
     records         the base of all that is stored: frozen, closed to unknown keys, strict JSON
     plan            what will be done: a function of the configuration and the checkpoint's headers
+    passes          what a plan's streams run and leave
     manifest        what was done: one record for each finished piece of work
     checkpoint_manifest   what a finished checkpoint says of itself
     checked         those records as readers get them: held against what was asked for

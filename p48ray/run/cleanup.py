@@ -47,7 +47,7 @@ def spent_streams(plan: RunPlan, store: Store) -> list[str]:
     unneeded = [
         key for key in needs.keys if is_data(key) and layer_of_key(key) not in needs.open_layers
     ]
-    if not any(needs.forward_layers(p.part) or needs.backward_layers(p.part) for p in plan.parts):
+    if not any(needs.is_under_way(p.part) for p in plan.parts):
         unneeded += [
             key
             for key in needs.keys

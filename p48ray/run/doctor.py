@@ -279,15 +279,13 @@ def made_anew(plan: RunPlan, keys: set[str], gone: set[str]) -> tuple[str, ...]:
         layers = ", ".join(map(str, needs.open_layers))
         lines.append(f"{len(needs.missing_units)} of {len(plan.units)} units, of layers {layers}")
     if not plan.propagates:
-        for way, layers_of in (
-            ("forward", needs.forward_layers),
-            ("backward", needs.backward_layers),
-        ):
-            passes = [layers_of(part.part) for part in plan.parts]
+        up = [len(needs.forward_layers(part.part)) for part in plan.parts]
+        back = [sum(len({*v.up, *v.back}) for v in needs.visits(part.part)) for part in plan.parts]
+        for way, passes in (("forward", up), ("backward", back)):
             if any(passes):
                 lines.append(
                     f"{sum(map(bool, passes))} of {len(plan.parts)} parts pass {way} through"
-                    f" {max(map(len, passes))} layers at most"
+                    f" {max(passes)} layers at most"
                 )
     lines += describe_gone(gone)
     return tuple(lines)

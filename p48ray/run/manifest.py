@@ -136,6 +136,7 @@ class GradientPart(PartManifest):
     """One part of the gradients at one layer's routed output."""
 
     kind: Literal["gradients"] = "gradients"
+    draws: int = Field(1, gt=0, description="Of labels, each with a column of gradients.")
     mean_square: float = Field(ge=0, description="Mean over tokens of |delta|^2.")
 
 

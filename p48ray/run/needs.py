@@ -4,7 +4,7 @@ of the plan and the keys that are there.
 A layer is open while one of its units has no manifest. Only open layers need activations and
 gradients, so what `run.keep` deleted is not made again unless a unit has to be. A part of the
 calibration sequences goes up from the highest stored boundary that serves, and back down from the
-lowest.
+lowest. What a pass leaves is the plan's to say (run.passes).
 
 Where compressed layers feed the next (calibration.propagate), the run goes layer by layer: only the
 lowest open one can be captured, because those below it are all compressed. The source's own forward
@@ -14,7 +14,7 @@ Boundary n is what enters layer n; boundary num_layers is what enters the head. 
 mixture's output is that at the boundary above it.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -31,6 +31,30 @@ NEEDED_PREFIXES = (
     run_root.GRADIENTS,
     run_root.UNITS,
 )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Visit:
+    """What the backward pass does with one part in one segment.
+
+    segment: its layers, num_layers for the head. up: layers that are run again, from a boundary
+    that is stored, or that the forward pass has to store. back: those that it comes down through;
+    the lowest of all is not differentiated. entered: those of them that are, so that what enters
+    them is needed. seen, felt: whose activations and gradients are to be written. All of layers
+    ascend.
+    """
+
+    segment: range
+    up: range
+    back: range
+    entered: Sequence[int]
+    seen: Sequence[int]
+    felt: Sequence[int]
+
+    @property
+    def reads_boundary(self) -> bool:
+        """Of the residual stream, that at up.start."""
+        return bool(self.entered or self.seen)
 
 
 @dataclass(frozen=True)
@@ -81,56 +105,65 @@ class Needs:
         key = run_root.blob(kind, layer, part)
         return key in self.keys and run_root.manifest_of(key) in self.keys
 
-    def with_residuals(self, made: Iterable[tuple[int, int]]) -> "Needs":
-        """The same with boundaries (boundary, part) that are there now."""
-        keys = {
-            key
-            for place in made
-            for key in (
-                run_root.blob("residuals", *place),
-                run_root.blob_manifest("residuals", *place),
-            )
-        }
-        return Needs(self.plan, self.keys | keys)
-
     def backward_layers(self, part: int) -> range:
-        """Layers (num_layers stands for the head) that the backward pass still visits with this
-        part, lowest first; empty when it is done.
+        """Layers (num_layers stands for the head) through which the gradient still comes down with
+        this part, lowest first; empty when it is done.
 
-        At each layer above the lowest the stored residual is read and the gradient taken one
-        boundary down; the lowest only gets its gradient written.
+        Above the lowest each is differentiated; the lowest only gets its gradient written.
         """
         wanted = self.gradient_layers(part)
         if not wanted:
             return range(0)
         top = self.plan.source.num_layers
         stored = (
-            b
-            for b in range(wanted[-1] + 1, top + 1)
-            if self.has_blob("residual-gradients", b, part)
+            b for b in range(wanted[-1] + 1, top) if self.has_blob("residual-gradients", b, part)
         )
         return range(wanted[0], next(stored, top + 1))
 
-    def start_of(self, boundary: int, part: int) -> int:
-        """The boundary from which the backward pass gets at this one: the highest stored at or
-        below it, down to its base, which is answered in any case."""
-        base = self.plan.base_of(boundary)
-        return next(
-            (b for b in range(boundary, base, -1) if self.has_blob("residuals", b, part)), base
-        )
+    def visits(self, part: int) -> list[Visit]:
+        """Segments in which the backward pass has something to do with this part, top first."""
+        felt, back = self.gradient_layers(part), self.backward_layers(part)
+        seen = self.activation_layers(part) if self.plan.passes.sees_back else []
+        found = []
+        for segment in self.plan.passes.segments:
+            own = [n for n in back if n in segment]
+            seen_here = [n for n in seen if n in segment]
+            entered = [n for n in own if n > back.start]
+            first = min(entered + seen_here, default=segment.start)
+            stop = max([*entered, *(n + 1 for n in seen_here)], default=segment.start)
+            entry = (
+                b for b in range(first, segment.start, -1) if self.has_blob("residuals", b, part)
+            )
+            if own or seen_here:
+                visit = Visit(
+                    segment=segment,
+                    up=range(next(entry, segment.start), stop),
+                    back=range(own[0], own[-1] + 1) if own else range(0),
+                    entered=entered,
+                    seen=seen_here,
+                    felt=[n for n in felt if n in own],
+                )
+                found.append(visit)
+        return found
+
+    def bases(self, part: int) -> set[int]:
+        """Boundaries from which the backward pass runs layers again with this part."""
+        return {v.up.start for v in self.visits(part) if v.reads_boundary and v.up.start}
 
     def forward_layers(self, part: int) -> range:
         """Layers that capture still runs with this part; empty when it is done."""
-        starts = {self.start_of(b, part) for b in self.backward_layers(part)[1:]}
-        layers = {
-            *self.activation_layers(part),
-            *(b - 1 for b in starts if b and not self.has_blob("residuals", b, part)),
-        }
+        layers = {b - 1 for b in self.bases(part) if not self.has_blob("residuals", b, part)}
+        if self.plan.passes.sees_forth:
+            layers |= set(self.activation_layers(part))
         if not layers:
             return range(0)
         first = min(layers)
         entry = next((b for b in range(first, 0, -1) if self.has_blob("residuals", b, part)), 0)
         return range(entry, max(layers) + 1)
+
+    def is_under_way(self, part: int) -> bool:
+        """Whether either pass of the source is still to go on with this part."""
+        return bool(self.visits(part) or self.forward_layers(part))
 
     @property
     def next_layer(self) -> int | None:

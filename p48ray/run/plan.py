@@ -23,9 +23,10 @@ from p48ray.config import RunConfig
 from p48ray.config.benchmarks import BenchmarksConfig
 from p48ray.config.load import dotted_keys, lookup
 from p48ray.errors import ConfigError
+from p48ray.run.passes import Passes
 from p48ray.run.records import Record, canonical_json
 
-FORMAT_VERSION = 4  # layout of the run root and of unit shards
+FORMAT_VERSION = 5  # layout of the run root and of unit shards
 NUMERICS_VERSION = 5  # bumped by whoever changes a number that reaches an output byte
 
 Effect = Literal["units", "checkpoint", "free"]
@@ -100,6 +101,7 @@ SETTINGS: dict[str, Effect] = {
     "run.keep": "free",
     "run.boundary_every": "free",  # what is run again comes out bit for bit
     "run.scratch": "free",
+    "run.layers_in_flight": "free",
     "run.node_cache": "free",
     "run.node_cache_size": "free",
 }
@@ -229,27 +231,15 @@ class RunPlan(Record):
         return self.config.calibration.propagate == "compressed"
 
     @property
-    def num_streamed_layers(self) -> int:
-        """Layers that capture runs: up to the last one compressed, or all of them where gradients
-        come back from the head."""
-        return self.source.num_layers if self.uses_gradients else self.layers[-1] + 1
-
-    @property
-    def boundaries(self) -> range:
-        """Layers before which the residual stream is stored; num_layers stands for what enters the
-        head."""
-        return range(1, self.num_streamed_layers + self.uses_gradients)
-
-    def base_of(self, boundary: int) -> int:
-        """The boundary, at or below this one, that the forward pass leaves to the backward pass for
-        it; 0 stands for the embedding.
-
-        With run.boundary_every every n-th is left, and those above the last of them, which the
-        backward pass reads first.
-        """
-        every = self.config.run.boundary_every
-        last = (self.source.num_layers - 1) // every * every
-        return boundary if boundary > last else boundary // every * every
+    def passes(self) -> Passes:
+        """How the streams go, and what they leave."""
+        return Passes(
+            num_layers=self.source.num_layers,
+            layers=self.layers,
+            goes_back=self.uses_gradients,
+            propagates=self.propagates,
+            every=self.config.run.boundary_every,
+        )
 
 
 def make_plan(

@@ -4,7 +4,7 @@ again while it is done.
 A slice of the calibration sequences goes up the layers, then back down, whatever other slices do. A
 layer's units can be solved once all slices have passed it: in the backward pass, from the top where
 there is a backward pass, else in the forward pass. So of many workers a few stream, and the others
-solve what the stream left.
+solve what the stream left. A backward pass that gets too far ahead of them waits (runner.streams).
 """
 
 import logging
@@ -44,24 +44,34 @@ class Overlap:
         self.clock = clock
         # Open layers as streams complete them.
         self.waiting = sorted(needs.open_layers, reverse=self.plan.uses_gradients)
+        self.unfinished = set(needs.open_layers)
         self.streams, self.units = Streams(self.plan, needs), LayerUnits(context)
-        self.ready = self.streams.take()
+        self.ready: list[Task] = []
         self.next_poll = clock() + POLL_S
         if not self.streams.num_open:
             self.end_streams()
         for layer in sorted(n for n in self.waiting if needs.is_complete(n)):
-            self.ready += self.units.begin_layer(layer, needs)
-            self.waiting.remove(layer)
+            self.ready += self.begin_layer(layer, needs)
 
     def next(self, is_idle: bool) -> Sequence[Task]:
         """Tasks that became ready since the last call."""
-        found, self.ready = [*self.ready, *self.streams.take()], []
+        units, self.ready = self.ready, []
         if self.waiting and (is_idle or self.clock() >= self.next_poll):
             start = self.clock()
-            found += self.complete_layers(is_idle)
+            units += self.complete_layers(is_idle)
             now = self.clock()
             self.next_poll = now + max(POLL_S, POLLING_SHARE * (now - start))
-        return found
+        complete = self.unfinished.difference(self.waiting)
+        streams = self.streams.take(self.unfinished, complete, is_stuck=is_idle and not units)
+        return [*streams, *units]
+
+    def begin_layer(self, layer: int, needs: Needs) -> list[Task]:
+        """Units of a layer that is complete now."""
+        tasks = self.units.begin_layer(layer, needs)
+        self.waiting.remove(layer)
+        if not tasks:  # others did them
+            self.unfinished.discard(layer)
+        return tasks
 
     def complete_layers(self, is_all: bool) -> list[Task]:
         """Units of layers that are complete by now.
@@ -73,8 +83,7 @@ class Overlap:
             for layer in list(self.waiting):
                 if Needs(self.plan, self.keys_of(layer)).is_complete(layer):
                     lacking = read_needs(self.plan, self.store, [run_root.unit_prefix(layer)])
-                    found += self.units.begin_layer(layer, lacking)
-                    self.waiting.remove(layer)
+                    found += self.begin_layer(layer, lacking)
                 elif not is_all:
                     break
         except TransientStoreError as error:
@@ -94,7 +103,8 @@ class Overlap:
     def done(self, task: Task) -> None:
         """What follows a task is ready now; what nobody reads any more goes (run.cleanup)."""
         if task.stage == COMPRESS_STAGE.name:
-            self.units.done(task)
+            if self.units.done(task):
+                self.unfinished.discard(task.item.layer)
             return
         self.next_poll = -float("inf")
         if self.streams.done(task):

@@ -1,10 +1,13 @@
 """Forward and backward pass of the source through its layers, the second where gradients are used.
 
-Each slice of the calibration sequences is one task forward and one backward; the backward pass
-follows from the forward pass of the same slice, whatever other slices do.
+Each slice of the calibration sequences is one task forward and one for each segment of the backward
+pass (run.passes). They follow from each other, whatever other slices do, but for the back-pressure:
+a segment is begun, for all slices, only while fewer than run.layers_in_flight layers have units
+that are not done, and never before one above it. What a segment that is begun leaves can always be
+used up: every slice's way to it is free. So a segment waits for units, and never for another one.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from p48ray.run.needs import Needs
 from p48ray.run.plan import RunPlan
@@ -19,38 +22,78 @@ class Streams:
     """
 
     def __init__(self, plan: RunPlan, needs: Needs) -> None:
-        self.ready: list[Task] = []
-        self.backward_tasks: dict[str, Task] = {}  # id of the forward pass -> what follows it
+        self.plan = plan
+        self.following: dict[str, list[Task]] = {}  # id of a task -> those of its slice after it
+        self.ready: list[Task] = []  # what precedes them in their slice is done
+        self.under_way: set[str] = set()  # ids of those that were handed out, and are not done
+        self.begun: list[range] = []
         self.num_open = 0
-        parts = [
-            p.part
-            for p in plan.parts
-            if needs.forward_layers(p.part) or needs.backward_layers(p.part)
-        ]
+        parts = [p.part for p in plan.parts if needs.is_under_way(p.part)]
+        waiting: set[range] = set()
         for share in share_out_parts(plan, parts):
-            self.begin(needs, share)
+            waiting |= self.begin(needs, share)
+        self.waiting = sorted(waiting, key=lambda segment: segment.start)  # the next one last
 
-    def begin(self, needs: Needs, parts: list[int]) -> None:
+    def begin(self, needs: Needs, parts: list[int]) -> set[range]:
+        """Name a slice's tasks. Returns the segments that they pass."""
+        visits = {p: {visit.segment for visit in needs.visits(p)} for p in parts}
+        segments = [s for s in self.plan.passes.segments if any(s in visits[p] for p in parts)]
         up = [p for p in parts if needs.forward_layers(p)]
-        back = [p for p in parts if needs.backward_layers(p)]
-        steps = ((CAPTURE_STAGE.name, up), (GRADIENTS_STAGE.name, back))
-        tasks = [Task(stage=stage, id=slice_id(s), item=s) for stage, s in steps if s]
+        tasks = [Task(stage=CAPTURE_STAGE.name, id=slice_id(up), item=up)] if up else []
+        for segment in segments:
+            own = [p for p in parts if segment in visits[p]]
+            name = f"layer-{segment.start:03d}-{slice_id(own)}"
+            tasks.append(Task(stage=GRADIENTS_STAGE.name, id=name, item=(segment.start, own)))
         self.ready.append(tasks[0])
-        if len(tasks) > 1:
-            self.backward_tasks[tasks[0].id] = tasks[1]
+        self.following[tasks[0].id] = tasks[1:]
         self.num_open += 1
+        return set(segments)
 
-    def take(self) -> list[Task]:
-        """Tasks that became ready since the last call."""
-        found, self.ready = self.ready, []
+    def take(
+        self,
+        unfinished: Collection[int] = (),
+        complete: Collection[int] = (),
+        is_stuck: bool = False,
+    ) -> list[Task]:
+        """Tasks that became ready since the last call.
+
+        Args:
+            unfinished: layers with units that are not done; none where units wait for all passes.
+            complete: those whose parts are all there.
+            is_stuck: nothing runs, and nothing else is left to do. The next segment is begun then
+                all the same, unless a stream failed: a unit that failed for good holds up its own
+                layer alone.
+        """
+        limit = self.plan.config.run.layers_in_flight
+        while self.waiting and self.in_flight(unfinished, complete) < limit:
+            self.begun.append(self.waiting.pop())
+        found = self.pop_free()
+        if not found and is_stuck and self.waiting and not self.under_way:
+            self.begun.append(self.waiting.pop())
+            found = self.pop_free()
+        self.under_way |= {task.id for task in found}
+        return found
+
+    def in_flight(self, unfinished: Collection[int], complete: Collection[int]) -> int:
+        """Layers whose tokens lie in the run root, or will once segments that are begun are
+        passed."""
+        return sum(n in complete or any(n in s for s in self.begun) for n in unfinished)
+
+    def pop_free(self) -> list[Task]:
+        """Tasks that wait for nothing, which leave the list."""
+        bases = {segment.start for segment in self.begun}
+        found = [t for t in self.ready if t.stage == CAPTURE_STAGE.name or t.item[0] in bases]
+        self.ready = [task for task in self.ready if task not in found]
         return found
 
     def done(self, task: Task) -> bool:
-        """What follows a forward pass is ready now. Returns whether this was the last of all
+        """What follows a task in its slice is ready now. Returns whether this was the last of all
         passes."""
-        back = self.backward_tasks.pop(task.id, None) if task.stage == CAPTURE_STAGE.name else None
-        if back is not None:
-            self.ready.append(back)
+        self.under_way.discard(task.id)
+        following = self.following.pop(task.id, [])
+        if following:
+            self.ready.append(following[0])
+            self.following[following[0].id] = following[1:]
             return False
         self.num_open -= 1
         return not self.num_open

@@ -10,7 +10,7 @@ Read in this order:
     prepare, revisions, inputs      before anything is written, then the first things written
     mirror                          the Hub's files, copied once
     scan                            values that are not finite outside the experts, before any work
-    capture, gradients, propagate   what experts see; streaming, recompute, blobs are their parts
+    capture, gradients, propagate   the streams; streaming, derivatives, blobs are their parts
     reduce, verify, final_files     the checkpoint; shard_proof, linear_proof, index_proof,
                                     read_ahead verify
     evaluate                        held-out text through source and checkpoint;

@@ -1,9 +1,10 @@
-"""Capture: what the experts of every layer see. Layers are streamed one at a time, straight from
-the source's packed experts.
+"""Capture: the forward pass. Layers are streamed one at a time, straight from the source's packed
+experts.
 
 A capture task owns some parts of the calibration sequences and carries their residual stream up the
 layers. Everything it writes is named by layer and part, so a task that died is repeated from the
-last boundary of each of its parts, by whoever takes it, to the same bytes.
+last boundary of each of its parts, by whoever takes it, to the same bytes. What the experts see is
+written here only if there is no backward pass, which runs every layer again (run.passes).
 
 Legend: N calibration sequences, B those of a part, S positions, T = B S tokens, H hidden size, K
 experts a token.
@@ -33,22 +34,25 @@ from p48ray.unit.token_columns import to_columns
 
 @torch.no_grad()
 def capture_parts(context: StageContext, parts: Sequence[int]) -> list[ActivationPart]:
-    """Run the given parts up the layers, writing activations and boundaries that are missing.
-    Returns the manifests of activations."""
+    """Run the given parts up the layers, writing what is missing of what the plan wants of this
+    pass. Returns the manifests of activations."""
     plan = context.plan
     decoder = context.decoder()
     needs = read_needs(plan, context.store)
     ways = {p: needs.forward_layers(p) for p in parts}
+    wanted = {p: needs.activation_layers(p) if plan.passes.sees_forth else [] for p in parts}
     positions = decoder.positions(plan.config.calibration.sequence_length)
     micro_batch = plan.config.calibration.sequences_per_micro_batch
     with BlobWriter(context) as writer:
         stream = ResidualStream(context, decoder, needs, writer)
-        for number in range(plan.num_streamed_layers):
+        for number in range(plan.passes.num_up):
             waiting = [plan.parts[p] for p in parts if number in ways[p]]
             if not waiting:
                 continue
             seen: list[RoutedInputs] = []
-            with opened_layer(context, decoder, number, seen.append) as layer:
+            is_watched = any(number in wanted[part.part] for part in waiting)
+            observe = seen.append if is_watched else None
+            with opened_layer(context, decoder, number, observe) as layer:
                 if any(number + 1 in ways[part.part] for part in waiting):
                     decoder.prefetch(number + 1)
                 for wave in waves(plan, waiting):
@@ -68,7 +72,7 @@ def capture_parts(context: StageContext, parts: Sequence[int]) -> list[Activatio
                         check_finite(decoder, plan, number, part, x_BSH)
                         stream.put(number + 1, part, x_BSH, start)
                         observed = seen.pop(0) if seen else None
-                        if number in needs.activation_layers(part.part):
+                        if number in wanted[part.part]:
                             assert observed is not None
                             write_activations(context, writer, number, part, observed, start)
                         stream.delete_boundary(number, part)
@@ -112,11 +116,12 @@ class ResidualStream:
         Args:
             context: of the run.
             decoder: embeds the parts that start at layer 0.
-            needs: say which boundaries the backward pass reads.
+            needs: say which boundaries are there, and which the backward pass reads.
             writer: stores and deletes boundaries; the caller's, who closes it.
         """
         self.context, self.decoder, self.needs, self.writer = context, decoder, needs, writer
         self.held: dict[int, tuple[int, Tensor]] = {}  # part -> (layer it enters, values)
+        self.below: dict[int, set[int]] = {}  # part -> the stored boundary that was passed last
 
     def take(self, number: int, part: SequencePart) -> Tensor:
         """What enters layer `number`, (B, S, H)."""
@@ -125,6 +130,7 @@ class ResidualStream:
             return x_BSH
         if number == 0:
             return self.decoder.embed(self.token_ids(part))
+        self.below[part.part] = {number}
         x_TH = self.context.boundary(self.kind, number, part.part)
         return x_TH.reshape(part.num_sequences, -1, x_TH.shape[-1])
 
@@ -143,20 +149,16 @@ class ResidualStream:
             write_boundary(self.writer, self.kind, number, part, x_BSH, start)
 
     def is_stored(self, number: int) -> bool:
-        return number in self.context.plan.boundaries
+        return number in self.context.plan.passes.boundaries
 
     def delete_boundary(self, number: int, part: SequencePart) -> None:
-        """Delete a boundary that neither a resume nor the backward pass will read, once the next
-        one is stored, and all that this layer leaves."""
-        is_read_again = number in {
-            self.context.plan.base_of(b) for b in self.needs.backward_layers(part.part)[1:]
-        }
-        if (
-            self.context.plan.config.run.keep != "all"
-            and self.is_stored(number + 1)
-            and not is_read_again
-        ):
-            self.delete(number, part)
+        """Delete boundaries that neither a resume nor the backward pass will read, once the one
+        above layer `number` is stored, and all that this layer leaves."""
+        if self.context.plan.config.run.keep == "all" or not self.is_stored(number + 1):
+            return
+        for boundary in self.below.pop(part.part, set()) - self.needs.bases(part.part):
+            self.delete(boundary, part)
+        self.below[part.part] = {number + 1}
 
     def delete(self, number: int, part: SequencePart) -> None:
         keys = [

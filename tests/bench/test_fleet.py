@@ -98,7 +98,8 @@ def test_time_and_money_add_up_when_nothing_is_lost(planned: Prepared) -> None:
         / 3600
     )
     assert outcome.hours == outcome.gpu_hours
-    assert work < outcome.hours - outcome.stream_hours < 1.02 * work
+    assert work < outcome.hours < 1.02 * work, "streams of this model take seconds"
+    assert outcome.stream_hours < outcome.hours
     assert outcome.layer_loads == outcome.layers_joined == len(mine.plan.layers)
     assert simulated(planned, CALM)[0].hours < outcome.hours
 

@@ -12,15 +12,16 @@ from p48ray.model.decoder import run_layer
 from p48ray.model.experts import RoutedInputs
 from p48ray.run import arrow, run_root
 from p48ray.run.plan import SequencePart
-from p48ray.stages import capture, gradients
+from p48ray.stages import gradients
 from p48ray.stages.blobs import BlobWriter
 from p48ray.stages.capture import capture_parts
-from p48ray.stages.gradients import gradient_parts, sample_labels
+from p48ray.stages.derivatives import sample_labels
 from p48ray.stages.prepare import prepare
 from p48ray.stages.streaming import opened_layer
 from p48ray.unit.context import StageContext
 from tests.reference import tiny_families, whole_gradients, whole_model
 from tests.stages.small_run import configure, write_inputs_once
+from tests.stages.ways import go_back
 
 pytestmark = pytest.mark.slow
 
@@ -54,12 +55,14 @@ def token_ids(context: StageContext) -> Tensor:
     return arrow.decode(context.store.get(run_root.TOKENS), "tokens")["token_ids"].long()
 
 
-def captured(context: StageContext) -> dict[int, RoutedInputs]:
-    """What capture saw at every layer, before the cast to what is stored."""
+def streamed(context: StageContext) -> tuple[dict[int, RoutedInputs], dict[int, Tensor]]:
+    """What experts saw at every layer, and the gradients at its routed output, before the cast to
+    what is stored."""
     raw: dict[tuple[int, int], RoutedInputs] = {}
-    write = capture.write_activations
+    felt: dict[tuple[int, int], Tensor] = {}
+    write_activations, write_gradients = gradients.write_activations, gradients.write_gradients
 
-    def spy(
+    def see(
         context: StageContext,
         writer: BlobWriter,
         layer: int,
@@ -68,25 +71,9 @@ def captured(context: StageContext) -> dict[int, RoutedInputs]:
         start: float,
     ) -> None:
         raw[layer, part.part] = RoutedInputs(*(t.clone() for t in seen))
-        write(context, writer, layer, part, seen, start)
+        write_activations(context, writer, layer, part, seen, start)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(capture, "write_activations", spy)
-        capture_parts(context, PARTS)
-    layers = context.plan.source.moe_layers
-    joined = {
-        n: [torch.cat([raw[n, p][field] for p in PARTS]) for field in range(3)] for n in layers
-    }
-    return {n: RoutedInputs(*joined[n], torch.zeros(()), torch.zeros(0)) for n in layers}
-
-
-def deltas(context: StageContext) -> dict[int, Tensor]:
-    """Gradients at every layer's routed output, before the cast to what is stored. Needs what
-    capture wrote."""
-    raw: dict[tuple[int, int], Tensor] = {}
-    write = gradients.write_gradients
-
-    def spy(
+    def feel(
         context: StageContext,
         writer: BlobWriter,
         layer: int,
@@ -94,13 +81,21 @@ def deltas(context: StageContext) -> dict[int, Tensor]:
         delta_TH: Tensor,
         start: float,
     ) -> None:
-        raw[layer, part.part] = delta_TH.clone()
-        write(context, writer, layer, part, delta_TH, start)
+        felt[layer, part.part] = delta_TH.clone()
+        write_gradients(context, writer, layer, part, delta_TH, start)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gradients, "write_gradients", spy)
-        gradient_parts(context, PARTS)
-    return {n: torch.cat([raw[n, p] for p in PARTS]) for n in context.plan.source.moe_layers}
+        patch.setattr(gradients, "write_activations", see)
+        patch.setattr(gradients, "write_gradients", feel)
+        capture_parts(context, PARTS)
+        go_back(context, PARTS)
+    layers = context.plan.source.moe_layers
+    joined = {
+        n: [torch.cat([raw[n, p][field] for p in PARTS]) for field in range(3)] for n in layers
+    }
+    return {n: RoutedInputs(*joined[n], torch.zeros(()), torch.zeros(0)) for n in layers}, {
+        n: torch.cat([felt[n, p] for p in PARTS]) for n in layers
+    }
 
 
 def labels_of(context: StageContext, probabilities_TV: Tensor) -> Tensor:
@@ -150,7 +145,7 @@ def distance(ours: Tensor, theirs: Tensor) -> float:
 
 def test_inputs_and_routing_are_the_whole_models(family: str, source: Path) -> None:
     context = open_run(source)
-    found = captured(context)
+    found, _ = streamed(context)
     _, expected = whole_model.run_and_record(whole_model.load(source), token_ids(context))
     assert tuple(found) == tuple(sorted(expected)) == tiny_families.moe_layers(family)
     for layer, want in expected.items():
@@ -174,8 +169,7 @@ def test_logits_are_the_whole_models(source: Path) -> None:
 
 def test_delta_is_autograds_through_the_whole_model(source: Path) -> None:
     context = open_run(source)
-    captured(context)
-    found = deltas(context)
+    _, found = streamed(context)
     expected, _ = whole_gradients.at_routed_outputs(
         whole_model.load(source), token_ids(context), lambda p_TV: labels_of(context, p_TV)
     )
@@ -197,7 +191,7 @@ def test_bf16_is_as_near_to_float32_as_transformers_own_bf16(source: Path) -> No
     noise = distance(rounded, exact)
     assert 1e-3 < noise < 0.3
     assert distance(streamed_logits(context, ids_BS), exact) <= 1.25 * noise
-    found = captured(context)
+    found, _ = streamed(context)
     for layer, want in exact_seen.items():
         assert distance(found[layer].hidden_TH, want.hidden_TH) <= 1.25 * distance(
             rounded_seen[layer].hidden_TH, want.hidden_TH

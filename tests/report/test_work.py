@@ -25,11 +25,12 @@ from p48ray.run import run_root
 from p48ray.run.manifest import ActivationPart, GradientPart, UnitManifest
 from p48ray.run.plan import RunPlan
 from p48ray.run.scale_counts import GroupHistogram
-from p48ray.stages import capture, gradients
+from p48ray.stages import gradients
+from p48ray.stages.capture import capture_parts
 from p48ray.stages.prepare import prepare
-from p48ray.stages.table import STAGES
 from p48ray.store import MemoryStore
 from tests.stages.small_run import SmallRun, configure, write_inputs_once
+from tests.stages.ways import go_back
 
 
 def part(layer: int, number: int, finished_at: float, seconds: float = 1.0) -> ActivationPart:
@@ -264,8 +265,8 @@ NAP_S = 0.05
 def test_seconds_of_a_part_hold_the_pass_through_its_layer(
     stage: str, finished: SmallRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """They are what GPU-hours and cost rest on. Every pass through a layer is slowed down by a
-    nap."""
+    """They are what GPU-hours and cost rest on. Every pass of the backward pass through a layer, up
+    and down, is slowed down by a nap."""
     prepared = prepare(
         configure(
             finished.source,
@@ -275,17 +276,12 @@ def test_seconds_of_a_part_hold_the_pass_through_its_layer(
         )
     )
     write_inputs_once(prepared)
-    if stage == "gradients":
-        STAGES["capture"].body(prepared.context, [0])
-    slow(
-        monkeypatch,
-        capture if stage == "capture" else gradients,
-        "attend" if stage == "capture" else "step_down",
-    )
-    STAGES[stage].body(prepared.context, [0])
+    capture_parts(prepared.context, [0])
+    slow(monkeypatch, gradients, "attend" if stage == "capture" else "step_down")
+    go_back(prepared.context, [0])
     store, keys = prepared.store, {info.key for info in prepared.store.list()}
     (work,) = [w for w in read_work(prepared.plan, store, keys) if w.stage == stage]
-    assert work.worker_seconds >= 3 * NAP_S, "of 5 passes, the first of which belongs to no mixture"
+    assert work.worker_seconds >= 3 * NAP_S, "of 4 passes up, or 4 down with that through the head"
 
 
 def slow(monkeypatch: pytest.MonkeyPatch, module: object, name: str) -> None:

@@ -110,7 +110,7 @@ def test_streams_of_a_finished_run_are_deleted_and_nothing_else_is(
     }
     # with their manifests
     deleted |= {k for k in before if k.startswith(("residuals/", "residual-gradients/"))}
-    assert delete_spent_streams(plan, store) == len(deleted) == 2 * (4 + 4 + 2 * 5 + 2 * 4)
+    assert delete_spent_streams(plan, store) == len(deleted) == 2 * (4 + 4 + 2 * 4 + 2 * 3)
     assert before - keys_of(store) == deleted
 
 
@@ -156,9 +156,9 @@ def test_collecting_streams_never_adds_to_what_is_still_to_be_done(
             if k.endswith(".json") and not k.startswith(("residuals/", "residual-gradients/"))
         } <= after.keys
         for part in PARTS:
-            assert (after.forward_layers(part), after.backward_layers(part)) == (
+            assert (after.forward_layers(part), after.visits(part)) == (
                 before.forward_layers(part),
-                before.backward_layers(part),
+                before.visits(part),
             )
             assert after.activation_layers(part) == before.activation_layers(part)
         assert delete_spent_streams(plan, store) == 0, "nothing is left for a second time"

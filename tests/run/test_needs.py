@@ -2,14 +2,15 @@
 finds them."""
 
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 
 import pytest
 
 from p48ray.config.load import load_config
 from p48ray.run import run_root
-from p48ray.run.needs import Needs, read_needs
+from p48ray.run.needs import Needs, Visit, read_needs
 from p48ray.run.plan import RunPlan
 from p48ray.stages.prepare import prepare
 from p48ray.store import MemoryStore
@@ -45,7 +46,7 @@ PLANS = {
         "run.boundary_every=3",
         "run.layers=[1,3]",
     ),
-    "and back, no boundary but the last": (
+    "and back, no boundary at all": (
         "compression.output_curvature=true",
         "run.boundary_every=5",
     ),
@@ -89,15 +90,10 @@ def all_keys(plan: RunPlan) -> list[str]:
         for p in parts
         for name in (*SEEN, *(FELT if goes_back(plan) else ()))
     ]
+    names += [key for b in range(1, HEAD) for p in parts for key in sorted(BOUNDARY(b, p))]
     names += [
         key
-        for b in range(1, HEAD + goes_back(plan))
-        for p in parts
-        for key in sorted(BOUNDARY(b, p))
-    ]
-    names += [
-        key
-        for b in range(2, HEAD + 1)
+        for b in range(2, HEAD)
         for p in parts
         if goes_back(plan)
         for key in sorted(BOUNDARY_BACK(b, p))
@@ -125,27 +121,33 @@ def open_layers(plan: RunPlan, keys: frozenset[str]) -> list[int]:
     ]
 
 
+def is_left(plan: RunPlan, boundary: int) -> bool:
+    """Whether the passes leave it: every n-th where there is a backward pass, else every one."""
+    return not goes_back(plan) or boundary in range(0, HEAD, plan.config.run.boundary_every)
+
+
 def climb(
     plan: RunPlan, keys: frozenset[str], part: int, layers: Iterable[int]
 ) -> frozenset[str] | None:
-    """What there is after running the layers upwards; None if one of them has nothing to start
-    from."""
+    """What there is after the forward pass through the layers; None if one of them has nothing to
+    start from."""
     found, held = set(keys), 0
     for n in sorted(layers):
         if n != held and not BOUNDARY(n, part) <= keys:
             return None
         held = n + 1
-        found |= BOUNDARY(held, part) | {name(n, part) for name in SEEN}
+        if is_left(plan, held):
+            found |= BOUNDARY(held, part)
+        if not goes_back(plan):
+            found |= {name(n, part) for name in SEEN}
     return frozenset(found)
 
 
 def is_reached(plan: RunPlan, keys: frozenset[str], part: int, boundary: int) -> bool:
     """Whether the layers below can be run again up to a boundary: from a stored one, without
     passing one that the forward pass was to leave."""
-    every = plan.config.run.boundary_every
-    left = {*range(every, HEAD, every), *range((HEAD - 1) // every * every + 1, HEAD + 1)}
     while boundary and not BOUNDARY(boundary, part) <= keys:
-        if boundary in left:
+        if is_left(plan, boundary):
             return False
         boundary -= 1
     return True
@@ -154,8 +156,8 @@ def is_reached(plan: RunPlan, keys: frozenset[str], part: int, boundary: int) ->
 def descend(
     plan: RunPlan, keys: frozenset[str], part: int, layers: Iterable[int]
 ) -> frozenset[str] | None:
-    """What there is after the backward pass; None if a gradient or a boundary is missing on it. The
-    lowest layer is not differentiated."""
+    """What there is after the gradient came down through the layers; None if it or a boundary is
+    missing on the way. The lowest layer is not differentiated."""
     found, held = set(keys), HEAD + 1
     visited = sorted(layers, reverse=True)
     for n in visited:
@@ -166,8 +168,34 @@ def descend(
         if n != visited[-1]:
             if not is_reached(plan, keys, part, n):
                 return None
-            found |= BOUNDARY_BACK(n, part)
+            if is_left(plan, n):
+                found |= BOUNDARY_BACK(n, part)
             held = n
+    return frozenset(found)
+
+
+def follow(
+    plan: RunPlan, keys: frozenset[str], part: int, visits: Sequence[Visit]
+) -> frozenset[str] | None:
+    """What there is after the backward pass, visit by visit as a worker goes; None if one of them
+    has nothing to start from, or does not come to what it is to write."""
+    found = set(keys)
+    for visit in visits:
+        entered = set(visit.up) | {visit.up.stop} if visit.reads_boundary else set()
+        if entered and visit.up.start and not BOUNDARY(visit.up.start, part) <= found:
+            return None
+        if not set(visit.entered) <= entered or not set(visit.seen) <= set(visit.up):
+            return None
+        found |= {name(n, part) for n in visit.seen for name in SEEN}
+        stop = visit.back.stop
+        if visit.back and stop <= HEAD and not BOUNDARY_BACK(stop, part) <= found:
+            return None
+        for n in reversed(visit.back):
+            found |= {name(n, part) for name in FELT if n in visit.felt}
+            if n in visit.entered and n == visit.segment.start:
+                found |= BOUNDARY_BACK(n, part)
+            if n not in visit.entered and n != visit.back.start:
+                return None
     return frozenset(found)
 
 
@@ -191,30 +219,52 @@ def test_both_ways_give_open_layers_all_they_read_and_nothing_shorter_would(plan
             up, back = needs.forward_layers(part), needs.backward_layers(part)
             captured = climb(plan, keys, part, up)
             assert captured is not None, "starts where nothing is stored"
-            felt = descend(plan, captured, part, back)
+            visits = Needs(plan, captured).visits(part)
+            felt = follow(plan, captured, part, visits)
             assert felt is not None, "misses a boundary in the backward pass"
             assert is_served(plan, felt, part)
             assert len(back) <= len(shortest_back(plan, keys, part))
+            assert sorted(n for visit in visits for n in visit.back) == list(back)
             assert len(up) == len(shortest_up(plan, keys, part, back))
 
 
 def shortest_up(plan: RunPlan, keys: frozenset[str], part: int, back: range) -> range:
-    """By trying all: the forward pass after which the given backward pass can be gone and open
-    layers have their activations."""
+    """By trying all: the forward pass after which the given backward pass can be gone, and open
+    layers have their activations or can be run again for them."""
 
     def serves(way: range) -> bool:
         found = climb(plan, keys, part, way)
-        is_captured = found is not None and all(
-            name(n, part) in found for n in open_layers(plan, keys) for name in SEEN
-        )
-        return is_captured and found is not None and descend(plan, found, part, back) is not None
+        if found is None or descend(plan, found, part, back) is None:
+            return False
+        unseen = [
+            n for n in open_layers(plan, keys) if not {name(n, part) for name in SEEN} <= found
+        ]
+        if plan.propagates:
+            return True
+        return all(goes_back(plan) and is_reached(plan, found, part, n) for n in unseen)
 
     return next(way for way in slices(HEAD) if serves(way))
 
 
+def test_no_segment_is_run_again_from_further_below_or_further_up_than_it_has_to(
+    plan: RunPlan,
+) -> None:
+    chance = random.Random(11)
+    for _ in range(50):
+        keys = random_keys(plan, chance)
+        captured = climb(plan, keys, 0, Needs(plan, keys).forward_layers(0))
+        assert captured is not None
+        visits = Needs(plan, captured).visits(0)
+        for i, visit in enumerate(visits):
+            for first in range(visit.segment.start, HEAD):
+                for stop in range(first, first + len(visit.up)):
+                    other = replace(visit, up=range(first, stop))
+                    assert follow(plan, captured, 0, [*visits[:i], other]) is None
+
+
 def shortest_back(plan: RunPlan, keys: frozenset[str], part: int) -> range:
     """By trying all, with every boundary of the forward pass there."""
-    everywhere = keys.union(*(BOUNDARY(b, part) for b in range(1, HEAD + 1)))
+    everywhere = keys.union(*(BOUNDARY(b, part) for b in range(1, HEAD)))
 
     def serves(way: range) -> bool:
         found = descend(plan, everywhere, part, way)
@@ -233,11 +283,9 @@ def test_ways_that_were_gone_need_not_be_gone_again(plan: RunPlan) -> None:
             captured = climb(plan, keys, part, Needs(plan, keys).forward_layers(part))
             assert captured is not None
             assert not Needs(plan, captured).forward_layers(part)
-            felt = descend(plan, captured, part, Needs(plan, captured).backward_layers(part))
+            felt = follow(plan, captured, part, Needs(plan, captured).visits(part))
             assert felt is not None
-            assert not Needs(plan, felt).backward_layers(part) and not Needs(
-                plan, felt
-            ).forward_layers(part)
+            assert not Needs(plan, felt).is_under_way(part)
 
 
 def test_part_that_is_missing_says_nothing_about_the_other(plans: dict[str, RunPlan]) -> None:
@@ -249,7 +297,7 @@ def test_part_that_is_missing_says_nothing_about_the_other(plans: dict[str, RunP
     assert (needs.forward_layers(0), needs.backward_layers(0)) == (range(0), range(0))
     assert needs.open_layers == (2,)
     assert (needs.activation_layers(1), needs.gradient_layers(1)) == ([2], [2])
-    assert (needs.forward_layers(1), needs.backward_layers(1)) == (range(5), range(2, 6))
+    assert (needs.forward_layers(1), needs.backward_layers(1)) == (range(4), range(2, 6))
 
 
 @pytest.mark.parametrize(
@@ -258,9 +306,12 @@ def test_part_that_is_missing_says_nothing_about_the_other(plans: dict[str, RunP
         ("forth", range(5), range(0)),
         ("forth, layers 1 and 3", range(4), range(0)),
         ("forth, layer 2", range(3), range(0)),
-        ("and back", range(5), range(1, 6)),
-        ("and back, layers 1 and 3", range(5), range(1, 6)),
-        ("and back, layer 4", range(5), range(4, 6)),
+        ("and back", range(4), range(1, 6)),
+        ("and back, layers 1 and 3", range(4), range(1, 6)),
+        ("and back, layer 4", range(4), range(4, 6)),
+        ("and back, every second boundary", range(4), range(1, 6)),
+        ("and back, every third boundary, layers 1 and 3", range(3), range(1, 6)),
+        ("and back, no boundary at all", range(0), range(1, 6)),
     ],
 )
 def test_empty_run_root_needs_every_layer_up_to_the_last_and_back_to_the_first(
@@ -297,7 +348,7 @@ def test_one_open_layer_is_run_from_the_highest_stored_boundary_below_it(
 
 
 @pytest.mark.parametrize("layer", [1, 2, 3, 4])
-@pytest.mark.parametrize("stored", [(), (5,), (3, 5), (2, 3, 4, 5)])
+@pytest.mark.parametrize("stored", [(), (4,), (3, 4), (2, 3, 4)])
 def test_one_open_layer_is_reached_from_the_lowest_stored_gradient_above_it(
     layer: int, stored: tuple[int, ...], plans: dict[str, RunPlan]
 ) -> None:
@@ -431,7 +482,7 @@ def test_the_sources_own_way_up_serves_the_way_back_alone(turn_plan: RunPlan) ->
             assert goes_back(turn_plan) or (up, back) == (range(0), range(0))
             climbed = climb(turn_plan, keys, part, up)
             assert climbed is not None
-            felt = descend(turn_plan, climbed, part, back)
+            felt = follow(turn_plan, climbed, part, Needs(turn_plan, climbed).visits(part))
             assert felt is not None
             assert all(
                 name(n, part) in felt

@@ -221,12 +221,30 @@ def test_pilot_has_units_of_its_layers_and_streams_up_to_the_last_of_them() -> N
     assert [(u.layer, e) for u in plan.units for e in u.experts] == [
         (n, e) for n in (1, 3) for e in range(16)
     ]
-    assert (plan.num_streamed_layers, plan.boundaries) == (4, range(1, 4))
+    assert (plan.passes.num_up, plan.passes.boundaries) == (4, range(1, 4))
 
 
-def test_pilot_that_goes_back_streams_up_to_the_head() -> None:
+def test_pilot_that_goes_back_streams_up_to_the_top_segment() -> None:
     plan = planned("run.layers=[1,3]").plan
-    assert (plan.num_streamed_layers, plan.boundaries) == (5, range(1, 6))
+    assert (plan.passes.num_up, plan.passes.boundaries) == (4, range(1, 5))
+    assert plan.passes.segments == (range(4, 6), range(3, 4), range(2, 3), range(1, 2))
+
+
+def test_segments_end_where_boundaries_are_stored_and_the_head_is_in_the_top_one() -> None:
+    passes = planned("run.boundary_every=2", "run.layers=[2,4]").plan.passes
+    assert (passes.num_up, passes.boundaries) == (4, range(2, 5, 2))
+    assert passes.segments == (range(4, 6), range(2, 4))
+    assert passes.gradient_boundaries == (4,)
+    assert (passes.num_again, passes.num_back) == (3, 2)
+    whole = planned("run.boundary_every=5").plan.passes
+    assert (whole.num_up, whole.segments, whole.num_again) == (0, (range(6),), 5)
+    in_turn = planned("run.boundary_every=2", "calibration.propagate=compressed").plan.passes
+    assert (in_turn.num_again, in_turn.num_back) == (3, 3)
+    assert (in_turn.bases, planned("run.boundary_every=1").plan.passes.bases) == (
+        (4, 2),
+        (4, 3, 2, 1),
+    )
+    assert planned("calibration.propagate=compressed").plan.passes.bases == (4, 3, 2)
 
 
 def test_plan_of_all_layers_is_no_pilot() -> None:

@@ -30,12 +30,12 @@ from p48ray.errors import (
     ShardCorruptError,
     StageFailedError,
 )
-from p48ray.estimate.plan_cost import estimate, layers_run_again
+from p48ray.estimate.plan_cost import estimate
 from p48ray.report.report import Report
 from p48ray.report.status import read_status
 from p48ray.run import arrow, run_root
 from p48ray.run.manifest import ActivationPart, GradientPart, TokensManifest, UnitManifest
-from p48ray.run.needs import Needs
+from p48ray.run.needs import Needs, Visit
 from p48ray.run.output_layout import unit_bytes, unit_rows
 from p48ray.run.plan import RunPlan, WorkUnit
 from p48ray.run.scale_counts import ScaleCounts
@@ -259,10 +259,10 @@ def expected_files(prepared: Prepared, keep: str, root: Path) -> set[str]:
             run_root.gradient_part(*p) for p in parts
         }
         boundaries = {
-            run_root.blob("residuals", b, p.part) for b in (1, 2, 3, 4, 5) for p in plan.parts
+            run_root.blob("residuals", b, p.part) for b in (1, 2, 3, 4) for p in plan.parts
         }
         boundaries |= {
-            run_root.blob("residual-gradients", b, p.part) for b in (2, 3, 4, 5) for p in plan.parts
+            run_root.blob("residual-gradients", b, p.part) for b in (2, 3, 4) for p in plan.parts
         }
         names |= boundaries | {run_root.manifest_of(key) for key in boundaries}
     if keep != "checkpoint":
@@ -310,9 +310,9 @@ def test_status_counts_everything_as_done_though_the_data_is_gone(
 # What is deleted, and when.
 
 
-def remaining_work(plan: RunPlan, keys: set[str]) -> list[tuple[range, range]]:
+def remaining_work(plan: RunPlan, keys: set[str]) -> list[tuple[range, list[Visit]]]:
     needs = Needs(plan, frozenset(keys))
-    return [(needs.forward_layers(p.part), needs.backward_layers(p.part)) for p in plan.parts]
+    return [(needs.forward_layers(p.part), needs.visits(p.part)) for p in plan.parts]
 
 
 @DELETING
@@ -320,7 +320,7 @@ def test_nothing_is_deleted_that_a_resume_would_have_to_make_again(kept: KeptRun
     """No deletion adds a layer to what is still to be run, and unit shards stay until the whole
     checkpoint has its verdicts."""
     assert (
-        len(kept.deletions) == {"units": 52, "checkpoint": 68}[kept.prepared.plan.config.run.keep]
+        len(kept.deletions) == {"units": 44, "checkpoint": 60}[kept.prepared.plan.config.run.keep]
     )
     for key, held in kept.deletions:
         is_boundary = key.startswith((run_root.RESIDUALS, run_root.RESIDUAL_GRADIENTS))
@@ -335,8 +335,8 @@ def test_nothing_is_deleted_that_a_resume_would_have_to_make_again(kept: KeptRun
 
 @DELETING
 def test_layers_data_goes_before_the_next_layers_last_unit_is_done(kept: KeptRun) -> None:
-    """One layer after the other on one worker: while data of layer n is deleted, no unit of a later
-    layer is done yet."""
+    """One layer after the other on one worker, from the top: while data of layer n is deleted, no
+    unit of a lower layer is done yet."""
     seen = [
         (key, held)
         for key, held in kept.deletions
@@ -350,7 +350,7 @@ def test_layers_data_goes_before_the_next_layers_last_unit_is_done(kept: KeptRun
             for name in held
             if name.startswith("units/") and name.endswith("manifest.json")
         }
-        assert max(done) == layer
+        assert min(done) == layer
 
 
 @pytest.fixture
@@ -363,20 +363,16 @@ def one_blob_behind(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("one_blob_behind", "replayed")
 @pytest.mark.parametrize("keep", ["units", "checkpoint"])
-def test_way_back_holds_two_boundaries_of_gradients_at_most(
+def test_way_back_holds_two_boundaries_of_a_part_s_gradients_at_most(
     keep: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root, most = tmp_path / "run", 0
 
     def count(what: str, key: str) -> None:
         nonlocal most
-        most = max(
-            most,
-            sum(
-                name.startswith("residual-gradients/") and name.endswith(".arrow")
-                for name in files_of(root)
-            ),
-        )
+        for part in (0, 1):
+            stored = (run_root.blob("residual-gradients", n, part) for n in (2, 3, 4))
+            most = max(most, len(files_of(root).intersection(stored)))
 
     prepared = prepared_run(root, run__keep=keep)
     Watched(root, monkeypatch, count)
@@ -416,7 +412,7 @@ def test_run_cut_after_every_third_deletion_ends_in_the_same_bytes(
 
     root = tmp_path / "run"
     prepared = prepared_run(root, run__keep="checkpoint")
-    assert run_through_cuts(prepared, is_cut) == 23
+    assert run_through_cuts(prepared, is_cut) == 20
     assert snapshot(root / "checkpoint") == snapshot(local_run / "checkpoint")
     assert_kept(prepared, "checkpoint", root)
     assert sorted(replayed) == [u.id for u in prepared.plan.units], "no unit is done twice"
@@ -463,23 +459,23 @@ def boundaries_written(prepared: Prepared) -> tuple[list[str], int]:
 
 
 @pytest.mark.usefixtures("one_blob_behind")
-@pytest.mark.parametrize(
-    ("every", "again", "most"), [("1", 0, 4), ("2", 1, 3), ("4", 3, 3), ("60", 0, 4)]
-)
-def test_boundaries_that_are_not_left_to_the_way_back_are_run_again_to_the_same_bytes(
-    every: str, again: int, most: int, local_run: Path, replayed: list[str], tmp_path: Path
+@pytest.mark.parametrize("every", [1, 2, 3, 4, 60])
+def test_boundaries_between_segments_alone_are_stored_and_each_once(
+    every: int, local_run: Path, replayed: list[str], tmp_path: Path
 ) -> None:
-    """Five boundaries of two parts, the lowest not read in the backward pass. As many are stored
-    once more as the plan counts, and fewer lie there at once (one part is a boundary ahead)."""
+    """Of two parts; the layers between are run again to the same bytes."""
     root = tmp_path / "run"
-    prepared = prepared_run(root, run__keep="units", run__boundary_every=every)
+    prepared = prepared_run(root, run__keep="units", run__boundary_every=str(every))
     written, held = boundaries_written(prepared)
-    assert layers_run_again(prepared.plan) == again
-    assert len(written) == 2 * (5 + again) and len(set(written)) == 2 * 5
-    assert held <= 2 * most + 1
+    stored = [n for n in (1, 2, 3, 4) if n % every == 0]
+    assert sorted(written) == sorted(
+        run_root.blob("residuals", n, p) for n in stored for p in (0, 1)
+    )
+    assert held == len(written), "the backward pass begins when all are there"
     assert_kept(prepared, "units", root)
     assert snapshot(root / "checkpoint") == snapshot(local_run / "checkpoint")
-    assert snapshot_of_manifests(root, "gradients") == snapshot_of_manifests(local_run, "gradients")
+    for folder in ("activations", "gradients"):
+        assert snapshot_of_manifests(root, folder) == snapshot_of_manifests(local_run, folder)
 
 
 def test_run_with_few_boundaries_cut_after_every_twenty_first_change_ends_in_the_same_bytes(
@@ -813,7 +809,7 @@ def test_driver_that_lags_behind_leaves_manifests_of_parts_that_are_there(
     for module in (capture, gradients):
         monkeypatch.setattr(module, "read_needs", lambda plan, store: Needs(plan, frozenset()))
     Watched(finished, monkeypatch, before=deleted.append)
-    STAGES[stage].body(context, [0])
+    STAGES[stage].body(context, [0] if stage == "capture" else (4, [0]))
     assert deleted == []
 
 

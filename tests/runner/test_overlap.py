@@ -80,11 +80,12 @@ class WaitingWorker(WorkerProcess):
 
 
 class CorruptingWorker(WaitingWorker):
-    """Flips a bit in what the first layer's units read, and waits until one has found out."""
+    """Flips a bit in what units of the layer before the last will read, and waits until one has
+    found out."""
 
     def before_last(self, store: Store, first: int) -> None:
         if not any(True for _ in store.list(run_root.FAILURES)):
-            key = run_root.activation_part(first, 0)
+            key = run_root.activation_part(BOTTOM + 1, 0)
             data = bytearray(store.get(key))
             data[len(data) // 2] ^= 1
             store.put(key, bytes(data))
@@ -97,7 +98,7 @@ def quick_looks(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "POLL_S", 0.1)
 
 
-ONE_STREAM = {"run.capture_workers": "1", "run.num_workers": "2"}
+ONE_STREAM = {"run.capture_workers": "1", "run.num_workers": "2", "run.layers_in_flight": "9"}
 
 
 @pytest.mark.ray
@@ -151,8 +152,9 @@ def test_object_that_a_unit_finds_corrupt_while_the_stream_goes_on_is_made_anew(
     monkeypatch.setattr(ray_runner, "WorkerProcess", CorruptingWorker)
     outcome = invoke(*arguments(tmp_path / "run", ONE_STREAM), on_ray=True)
     assert outcome.code == 0, outcome
-    assert f"{run_root.activation_part(TOP, 0)}, made anew next" in outcome.out.replace(
-        f"{run_root.activation_manifest(TOP, 0)}, ", ""
+    corrupt = run_root.activation_part(BOTTOM + 1, 0)
+    assert f"{corrupt}, made anew next" in outcome.out.replace(
+        f"{run_root.manifest_of(corrupt)}, ", ""
     )
     assert_same_bytes(local_run, tmp_path / "run")
 
@@ -235,10 +237,13 @@ def test_slices_go_up_and_each_back_down_as_soon_as_it_is_up(prepared: Prepared)
     assert names(up) == [("capture", [0, 3]), ("capture", [1]), ("capture", [2])]
     assert work.next(False) == []
     work.done(up[1])
-    back = work.next(False)
-    assert names(back) == [("gradients", [1])]
-    work.done(back[0])
-    assert work.next(True) == []
+    (back,) = work.next(False)
+    assert names([back]) == [("gradients", (4, [1]))]
+    work.done(back)
+    (back,) = work.next(False)
+    assert names([back]) == [("gradients", (3, [1]))]
+    work.done(up[0])
+    assert names(work.next(False)) == [("gradients", (4, [0, 3]))]
 
 
 def test_layer_is_ready_when_all_its_parts_are_there_both_ways(prepared: Prepared) -> None:
@@ -336,12 +341,16 @@ def test_data_goes_with_its_layers_last_unit_and_boundaries_with_the_last_stream
     boundaries = [run_root.blob("residuals", 2, 0), run_root.blob("residual-gradients", 3, 0)]
     for key in boundaries:
         prepared.store.put(key, b"-")
-    for n in (2, 3, TOP):
-        leave(prepared, n)
-    leave(prepared, BOTTOM, way="up")
     work.done(up)
-    back, *units = work.next(True)
-    assert names([back]) == [("gradients", [0, 1, 2, 3])]
+    found = list(work.next(True))
+    for n in (TOP, 3, 2):
+        back = next(task for task in found if task.item == (n, [0, 1, 2, 3]))
+        leave(prepared, n)
+        work.done(back)
+        found += work.next(True)
+    units = [task for task in found if task.stage == "compress"]
+    assert names(units) == [("compress", n) for n in (TOP, 3, 2) for _ in range(4)]
+    assert len(found) == 3 + len(units), "the lowest segment waits"
     for task in (t for t in units if t.layer == TOP):
         assert prepared.store.head(run_root.activation_part(TOP, 0)) is not None
         prepared.store.put(task.marker or "", b"{}")
@@ -353,7 +362,9 @@ def test_data_goes_with_its_layers_last_unit_and_boundaries_with_the_last_stream
     assert all(prepared.store.head(key) is not None for key in boundaries), (
         "the backward pass reads them"
     )
-    leave(prepared, BOTTOM, way="back")
+    (back,) = work.next(False)
+    assert names([back]) == [("gradients", (BOTTOM, [0, 1, 2, 3]))]
+    leave(prepared, BOTTOM)
     work.done(back)
     assert all(prepared.store.head(key) is None for key in boundaries)
 

@@ -29,6 +29,7 @@ SETTINGS = (
     "calibration.num_sequences=5",
     "calibration.sequence_length=64",
     "calibration.sequences_per_part=2",
+    "compression.output_curvature=false",
     "evaluation=null",
 )
 

@@ -6,32 +6,29 @@ import shutil
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from p48ray.errors import CalibrationError
+from p48ray.errors import CalibrationError, CorruptObjectError
 from p48ray.model.decoder import Decoder, run_layer
 from p48ray.model.experts import ExpertWeights
 from p48ray.run import arrow, run_root
-from p48ray.run.manifest import GradientPart
+from p48ray.run.manifest import ActivationPart, GradientPart
 from p48ray.run.plan import SequencePart
-from p48ray.stages import gradients, streaming
+from p48ray.stages import derivatives, gradients, streaming
 from p48ray.stages.blobs import BlobWriter
 from p48ray.stages.capture import capture_parts, write_boundary
-from p48ray.stages.gradients import (
-    GradientStream,
-    gradient_parts,
-    head_gradient,
-    sample_labels,
-    step_back,
-)
+from p48ray.stages.derivatives import head_gradient, layer_or_head, sample_labels, step_back
+from p48ray.stages.gradients import SegmentPass, gradient_parts
 from p48ray.unit.context import StageContext
 from tests.conftest import REPO, TINY
 from tests.reference import whole_gradients, whole_model
 from tests.stages.test_capture import files, open_run, token_ids
+from tests.stages.ways import go_back
 
 CURVED = "compression.output_curvature=true"
 EXPERT = -1  # among layers' numbers: a decoded expert, whatever its layer
@@ -107,7 +104,7 @@ def test_delta_is_autograds_through_the_whole_model(
         write(context, writer, layer, part, delta_TH, start)
 
     monkeypatch.setattr(gradients, "write_gradients", spy)
-    manifests = gradient_parts(context, [0, 1, 2])
+    manifests = go_back(context, [0, 1, 2])
     routed, entering = whole_gradients.at_routed_outputs(
         whole_model.load(TINY),
         token_ids(context).long(),
@@ -125,7 +122,7 @@ def test_delta_is_autograds_through_the_whole_model(
             assert torch.equal(
                 stored_TH.view(torch.int16), delta_TH.to(torch.bfloat16).view(torch.int16)
             )
-    for number in range(2, HEAD + 1):
+    for number in range(2, HEAD):
         stored = [
             arrow.decode(
                 context.store.get(run_root.blob("residual-gradients", number, p.part)), "r"
@@ -150,7 +147,7 @@ def test_delta_is_autograds_through_the_whole_model(
 
 
 def test_rows_of_delta_are_those_of_the_activations(context: StageContext) -> None:
-    gradient_parts(context, [0, 1, 2])
+    go_back(context, [0, 1, 2])
     lengths = [(len(part["hidden"]), len(part["delta"])) for part in context.activation_parts(3)]
     assert lengths == [(128, 128), (128, 128), (64, 64)]
 
@@ -205,22 +202,22 @@ def die_at_manifest(monkeypatch: pytest.MonkeyPatch, layer: int, part: int) -> N
 
 def die_at_put(monkeypatch: pytest.MonkeyPatch, number: int, part: int) -> None:
     """Before a boundary is stored; inside a layer's parts."""
-    real = GradientStream.put
+    real = SegmentPass.put
 
     def put(
-        self: GradientStream, layer: int, owner: SequencePart, gradient_BSH: Tensor, start: float
+        self: SegmentPass, layer: int, owner: SequencePart, gradient_BSH: Tensor, start: float
     ) -> None:
         if (layer, owner.part) == (number, part):
             raise Death
         real(self, layer, owner, gradient_BSH, start)
 
-    monkeypatch.setattr(GradientStream, "put", put)
+    monkeypatch.setattr(SegmentPass, "put", put)
 
 
 def test_gradients_are_the_same_whoever_owns_the_parts_and_wherever_they_stopped(
     captured: Path, tmp_path: Path
 ) -> None:
-    gradient_parts(copy_of(captured, tmp_path / "whole"), [0, 1, 2])
+    go_back(copy_of(captured, tmp_path / "whole"), [0, 1, 2])
     resumed = copy_of(captured, tmp_path / "resumed")
     deaths = [
         (die_at_put, (HEAD, 2), [0, 2]),
@@ -235,12 +232,12 @@ def test_gradients_are_the_same_whoever_owns_the_parts_and_wherever_they_stopped
         with pytest.MonkeyPatch.context() as patch:
             die(patch, *where)  # type: ignore[operator]
             with pytest.raises(Death):
-                gradient_parts(resumed, parts)
-    gradient_parts(resumed, [2])
-    gradient_parts(resumed, [1, 0])
-    prefixes = ("gradients", "residual-gradients")
+                go_back(resumed, parts)
+    go_back(resumed, [2])
+    go_back(resumed, [1, 0])
+    prefixes = ("activations", "gradients", "residual-gradients")
     whole = files(tmp_path / "whole", *prefixes)
-    assert len(whole) == 4 * (4 * 3)
+    assert len(whole) == 2 * 3 * (4 + 4 + 3)
     assert whole == files(tmp_path / "resumed", *prefixes)
 
 
@@ -250,9 +247,9 @@ def test_a_repeated_task_starts_at_the_boundary_where_it_stopped(
     with pytest.MonkeyPatch.context() as patch:
         die_at_layer(patch, 3)
         with pytest.raises(Death):
-            gradient_parts(context, [0, 1])
+            go_back(context, [0, 1])
     steps = record_steps(monkeypatch)
-    written = gradient_parts(context, [1, 0, 2])
+    written = go_back(context, [1, 0, 2])
     assert steps == [(5, 2), (4, 2), (3, 1), (3, 0), (3, 2), (2, 1), (2, 0), (2, 2)]
     assert sorted((m.layer, m.part) for m in written) == [
         (1, 0),
@@ -271,22 +268,28 @@ def test_a_repeated_task_starts_at_the_boundary_where_it_stopped(
 def record_steps(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     """(layer or head, part) of every step down from here on."""
     steps: list[tuple[int, int]] = []
-    real = GradientStream.boundary
+    real = SegmentPass.step
 
-    def boundary(self: GradientStream, number: int, part: SequencePart) -> Tensor:
-        steps.append((number, part.part))
-        return real(self, number, part)
+    def step(
+        self: SegmentPass,
+        number: int,
+        module: nn.Module | None,
+        passing: list[SequencePart],
+        stepping: list[SequencePart],
+    ) -> None:
+        steps.extend((number, part.part) for part in stepping)
+        real(self, number, module, passing, stepping)
 
-    monkeypatch.setattr(GradientStream, "boundary", boundary)
+    monkeypatch.setattr(SegmentPass, "step", step)
     return steps
 
 
 def test_finished_parts_are_not_run_again(
     context: StageContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gradient_parts(context, [0, 1])
+    go_back(context, [0, 1])
     steps = record_steps(monkeypatch)
-    assert [(m.layer, m.part) for m in gradient_parts(context, [0, 1, 2])] == [
+    assert [(m.layer, m.part) for m in go_back(context, [0, 1, 2])] == [
         (4, 2),
         (3, 2),
         (2, 2),
@@ -299,7 +302,7 @@ def test_finished_parts_are_not_run_again(
 
     monkeypatch.setattr(Decoder, "layer", refuse)
     monkeypatch.setattr(Decoder, "head", refuse)
-    assert gradient_parts(context, [0, 1, 2]) == []
+    assert go_back(context, [0, 1, 2]) == []
 
 
 def test_no_two_layers_weights_are_ever_held_together(
@@ -349,37 +352,147 @@ def test_no_two_layers_weights_are_ever_held_together(
     monkeypatch.setattr(Decoder, "layer", watched_layer)
     monkeypatch.setattr(Decoder, "head", watched_head)
     monkeypatch.setattr(streaming, "layer_experts", watched_experts)
-    gradient_parts(context, [0, 1, 2])
-    assert built == [
-        5,
-        4,
-        3,
-        2,
-    ], "each is built once for all parts, and the lowest mixture not at all"
-    assert set(asked) == {4, 3, 2}
-    assert {owner for owner, _ in alive} == {5, 4, 3, 2, EXPERT}
+    go_back(context, [0, 1, 2])
+    assert built == [4, 5, 4, 3, 3, 2, 2, 1], (
+        "each is built once up and once down for all parts, and the lowest mixture not down"
+    )
+    assert set(asked) == {4, 3, 2, 1}
+    assert {owner for owner, _ in alive} == {5, 4, 3, 2, 1, EXPERT}
     assert sum(thing() is not None for _, thing in alive) == 0
 
 
-@pytest.mark.parametrize(("number", "found"), [(HEAD, 4), (3, 2)])
-def test_gradients_that_are_not_finite_are_refused_by_layer_and_part(
-    context: StageContext, number: int, found: int
-) -> None:
-    residual_TH = context.boundary("residuals", number, 1).clone()
-    residual_TH[5, 7] = torch.nan
-    for key in (
-        run_root.blob_manifest("residuals", number, 1),
-        run_root.blob("residuals", number, 1),
-    ):
-        context.store.delete(key)
+def spoil(context: StageContext, kind: run_root.BlobKind, number: int, part: int) -> None:
+    """A boundary with a value that is not a number, and a manifest that knows it."""
+    values_TH = context.boundary(kind, number, part).clone()
+    values_TH[5, 7] = torch.nan
+    for key in (run_root.blob_manifest, run_root.blob):
+        context.store.delete(key(kind, number, part))
     with BlobWriter(context) as writer:
-        write_boundary(writer, "residuals", number, context.plan.parts[1], residual_TH[None], 0.0)
+        write_boundary(writer, kind, number, context.plan.parts[part], values_TH[None], 0.0)
+
+
+def test_gradients_that_are_not_finite_are_refused_by_layer_and_part(
+    context: StageContext,
+) -> None:
+    gradient_parts(context, (4, [0, 1]))
+    spoil(context, "residual-gradients", 4, 1)
+    with pytest.raises(CalibrationError, match="layer 3, part 1: the gradients are not finite"):
+        gradient_parts(context, (3, [0, 1]))
+    assert context.store.head(run_root.gradient_manifest(3, 1)) is None
+    assert context.store.head(run_root.gradient_manifest(3, 0)) is not None
+
+
+def test_activations_that_are_not_finite_on_the_second_way_up_are_refused(
+    context: StageContext,
+) -> None:
+    """The top segment's layers are run by the backward pass alone."""
+    spoil(context, "residuals", 4, 1)
     with pytest.raises(
-        CalibrationError, match=f"layer {found}, part 1: the gradients are not finite"
+        CalibrationError, match="layer 4, part 1: the model's own activations are not finite"
     ):
-        gradient_parts(context, [0, 1])
-    assert context.store.head(run_root.gradient_manifest(found, 1)) is None
-    assert context.store.head(run_root.gradient_manifest(found, 0)) is not None
+        go_back(context, [0, 1])
+    assert context.store.head(run_root.activation_manifest(4, 1)) is None
+    assert context.store.head(run_root.activation_manifest(4, 0)) is not None
+
+
+SPARSE = (CURVED, "run.boundary_every=3")
+
+
+@pytest.mark.parametrize("every", [2, 3, 5, 60])
+def test_a_segment_leaves_what_single_layers_leave_and_no_boundary_between(
+    every: int, captured: Path, tmp_path: Path
+) -> None:
+    """To the bytes, the maxima and histograms that scales are made of among them."""
+    go_back(copy_of(captured, tmp_path / "single"), [0, 1, 2])
+    context = open_run(tmp_path / "segments", CURVED, f"run.boundary_every={every}")
+    capture_parts(context, [0, 1, 2])
+    go_back(context, [0, 1, 2])
+    both = "activations", "gradients"
+    assert files(tmp_path / "segments", *both) == files(tmp_path / "single", *both) != {}
+    for folder in ("residuals", "residual-gradients"):
+        found, every_layer = (
+            files(tmp_path / "segments", folder),
+            files(tmp_path / "single", folder),
+        )
+        assert found == {
+            name: data
+            for name, data in every_layer.items()
+            if int(name.split("/")[1].removeprefix("layer-")) % every == 0
+        }
+
+
+HAS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, HAS_GPU])])
+def test_second_way_up_sees_what_the_first_saw(device: str, tmp_path: Path) -> None:
+    """In bf16, as on GPUs: what a forward pass alone writes of a layer is what a segment writes,
+    and so are the facts that scales are made of."""
+    contexts = [
+        replace(
+            open_run(tmp_path / name, "calibration.compute_dtype=bfloat16", *settings),
+            device=torch.device(device),
+        )
+        for name, settings in (("forth", ()), ("back", SPARSE))
+    ]
+    for context in contexts:
+        capture_parts(context, [0, 1, 2])
+    go_back(contexts[1], [0, 1, 2])
+    for layer in (1, 2, 3, 4):
+        for part in (0, 1, 2):
+            first, second = (c.blob("activations", layer, part) for c in contexts)
+            assert list(first) == list(second)
+            assert all(torch.equal(first[name], second[name]) for name in first)
+            known, found = (
+                ActivationPart.load(c.store, run_root.activation_manifest(layer, part))
+                for c in contexts
+            )
+            for fact in (
+                "amax_input",
+                "amax_by_expert",
+                "input_groups",
+                "intermediate_groups",
+                "tokens_per_expert",
+            ):
+                assert getattr(known, fact) == getattr(found, fact)
+
+
+def test_segments_of_two_lengths_stopped_anywhere_leave_the_same_bytes(
+    captured: Path, tmp_path: Path
+) -> None:
+    """A resumed run may have another run.boundary_every than the one that stopped."""
+    go_back(copy_of(captured, tmp_path / "single"), [0, 1, 2])
+    root = tmp_path / "resumed"
+    deaths = [
+        (3, die_at_write, (4, 1), [0, 1]),
+        (3, die_at_put, (3, 0), [0, 2]),
+        (2, die_at_layer, (2,), [1, 0]),
+        (5, die_at_manifest, (2, 2), [2, 1]),
+        (3, die_at_write, (1, 0), [0, 2]),
+    ]
+    for every, die, where, parts in deaths:
+        context = open_run(root, CURVED, f"run.boundary_every={every}")
+        with pytest.MonkeyPatch.context() as patch:
+            die(patch, *where)  # type: ignore[operator]
+            with pytest.raises(Death):
+                capture_parts(context, parts)
+                go_back(context, parts)
+    last = open_run(root, *SPARSE)
+    capture_parts(last, [0, 1, 2])
+    go_back(last, [0, 1, 2])
+    both = "activations", "gradients"
+    assert files(root, *both) == files(tmp_path / "single", *both) != {}
+
+
+def test_boundary_that_a_segment_starts_from_and_is_gone_is_named(tmp_path: Path) -> None:
+    context = open_run(tmp_path / "run", *SPARSE)
+    capture_parts(context, [0])
+    key = run_root.blob("residual-gradients", 3, 0)
+    gradient_parts(context, (HEAD, [0]))
+    context.store.delete(key)
+    with pytest.raises(CorruptObjectError) as caught:
+        gradient_parts(context, (0, [0]))
+    assert key in caught.value.keys
 
 
 def test_infinite_gradients_are_refused(context: StageContext) -> None:
@@ -400,7 +513,7 @@ def small_head(seed: int) -> tuple[nn.Module, Tensor]:
 def test_slices_of_the_head_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     head, x_BSH = small_head(0)
     whole = head_gradient(head, x_BSH, torch.Generator().manual_seed(3))
-    monkeypatch.setattr(gradients, "TOKENS_PER_HEAD_GRADIENT", 4)
+    monkeypatch.setattr(derivatives, "TOKENS_PER_HEAD_GRADIENT", 4)
     torch.testing.assert_close(head_gradient(head, x_BSH, torch.Generator().manual_seed(3)), whole)
 
 
@@ -422,7 +535,7 @@ def test_a_step_back_is_the_same_by_micro_batches(context: StageContext) -> None
         torch.randn(3, 64, 256, generator=generator),
         torch.randn(3, 64, 256, generator=generator),
     )
-    with gradients.layer_or_head(context, decoder, 2) as layer:
+    with layer_or_head(context, decoder, 2) as layer:
         one, three = (
             step_back(layer, [x_BSH], [above_BSH], positions, micro_batch)[0]
             for micro_batch in (1, 3)
@@ -439,7 +552,7 @@ def test_a_step_back_through_a_dense_layer_and_a_mixture_is_autograds(
     positions, generator = decoder.positions(64), torch.Generator().manual_seed(0)
     entering = [torch.randn(n, 64, 256, generator=generator) for n in (3, 1)]
     above = [torch.randn(n, 64, 256, generator=generator) for n in (3, 1)]
-    with gradients.layer_or_head(context, decoder, number) as layer:
+    with layer_or_head(context, decoder, number) as layer:
         found = step_back(layer, entering, above, positions, 2)
         for x_BSH, above_BSH, below_BSH in zip(entering, above, found, strict=True):
             leaf = x_BSH.clone().requires_grad_(True)

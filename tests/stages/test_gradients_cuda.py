@@ -9,7 +9,7 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
     DeepseekV3RotaryEmbedding,
 )
 
-from p48ray.stages.gradients import through_attention
+from p48ray.stages.derivatives import through_attention
 
 pytestmark = [
     pytest.mark.gpu,
