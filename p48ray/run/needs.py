@@ -166,6 +166,20 @@ class Needs:
         return bool(self.visits(part) or self.forward_layers(part))
 
     @property
+    def lost(self) -> list[str]:
+        """Manifests of what open layers' units read whose blobs are gone: of a scratch folder that
+        was wiped, say."""
+        kinds: tuple[BlobKind, ...] = ("activations", "gradients")
+        return [
+            manifest
+            for layer in self.open_layers
+            for kind in kinds
+            for p in self.plan.parts
+            if (manifest := run_root.blob_manifest(kind, layer, p.part)) in self.keys
+            and run_root.blob(kind, layer, p.part) not in self.keys
+        ]
+
+    @property
     def next_layer(self) -> int | None:
         """The layer that is to be captured and compressed next where the run goes layer by layer;
         None when all are done."""

@@ -149,7 +149,10 @@ def run_all(
 
 def delete_corrupt(store: Store, message: str, keys: Sequence[str]) -> None:
     """Delete what was found corrupt, and say so."""
-    log.warning("%s; deleting %s, made anew next", message, ", ".join(keys))
+    more = f" and {len(keys) - LISTED_FAILURES} more" if len(keys) > LISTED_FAILURES else ""
+    log.warning(
+        "%s; deleting %s%s, made anew next", message, ", ".join(keys[:LISTED_FAILURES]), more
+    )
     for key in keys:
         store.delete(key)
 

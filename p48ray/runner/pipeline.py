@@ -218,12 +218,23 @@ class Job:
             for progress in shown:
                 stack.enter_context(progress)
             run_all(self.runner, work, self.store, times)
+        self.check_nothing_is_lost()
         for progress in shown:
             self.check_complete(progress)
         self.units = load_unit_manifests(self.plan, self.store)
         check_units(self.units, known_scales(self.plan, self.store))
         delete_lost_attempts(self.plan, self.store)
         check_fallbacks(self.plan, self.units)
+
+    def check_nothing_is_lost(self) -> None:
+        """Raises: CorruptObjectError where units could not begin because what streams had left for
+        them is gone, so that it is made again."""
+        if lost := read_needs(self.plan, self.store).lost:
+            raise CorruptObjectError(
+                f"{self.store.uri}: {len(lost)} blobs that open layers' units read are gone, the"
+                f" first of {lost[0]}",
+                *lost,
+            )
 
 
 def layer_markers(plan: RunPlan, layer: int) -> list[str]:

@@ -179,7 +179,7 @@ def test_run_cut_after_every_thirtieth_change_without_its_scratch_ends_in_the_sa
     assert not done.items() - attempts(root).items()
 
 
-@pytest.mark.parametrize("n", [20, 45, 70, 95, 120, 150, 175, 200])
+@pytest.mark.parametrize("n", [20, 45, 70, 95, 120, 150, 170, 190])
 def test_disk_emptied_under_a_run_that_goes_on_changes_no_byte(
     n: int, root: Path, disk: Path, local_run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -187,6 +187,35 @@ def test_disk_emptied_under_a_run_that_goes_on_changes_no_byte(
     counted = Wiped(prepared, monkeypatch, n)
     run_locally(prepared)
     assert counted.left <= 0, "the run was shorter"
+    assert_same_end(root, local_run)
+
+
+class WipedBehindStreams(Wiped):
+    """After so many manifests of parts."""
+
+    def after(self, what: str, key: str) -> None:
+        with self.lock:
+            folders = (run_root.ACTIVATIONS, run_root.GRADIENTS)
+            if key.startswith(folders) and key.endswith(".json") and "/part-" in key:
+                self.left -= 1
+                if not self.left:
+                    self.strike()
+
+
+def test_disk_emptied_between_streams_and_units_changes_no_byte(
+    root: Path,
+    disk: Path,
+    local_run: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """All layers are one segment, so that nobody looks for complete ones before it is too late."""
+    prepared = prepared_in(root, disk, run__boundary_every="5")
+    plan = prepared.plan
+    counted = WipedBehindStreams(prepared, monkeypatch, 2 * len(plan.parts) * len(plan.layers) - 1)
+    run_locally(prepared)
+    assert counted.left <= 0
+    assert "blobs that open layers' units read are gone" in caplog.text
     assert_same_end(root, local_run)
 
 
