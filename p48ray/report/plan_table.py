@@ -10,6 +10,7 @@ from p48ray.estimate.plan_cost import Estimate, estimate
 from p48ray.model.source_check import carried_through
 from p48ray.report.work import duration
 from p48ray.run.run_root import SOURCE
+from p48ray.stages.inputs import sampled_texts
 from p48ray.stages.prepare import Prepared
 from p48ray.stages.table import STAGES
 
@@ -29,6 +30,12 @@ def print_plan(prepared: Prepared, console: Console) -> None:
     for name, value in plan_rows(prepared, e):
         table.add_row(name, value)
     console.print(table)
+
+
+def print_texts(prepared: Prepared, console: Console) -> None:
+    """What a dry run reads of the texts, a line for each source."""
+    for line in sampled_texts(prepared):
+        console.print(line, soft_wrap=True, markup=False)
 
 
 Rows = list[tuple[str, str]]
