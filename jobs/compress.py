@@ -24,7 +24,7 @@ from p48ray.config import RunConfig
 from p48ray.config.load import load_config
 from p48ray.errors import ConfigError, P48Error, UserError
 from p48ray.report.ending import ending
-from p48ray.report.plan_table import print_plan, print_texts
+from p48ray.report.plan_table import print_plan
 from p48ray.report.report import print_report
 from p48ray.runner.console import Interrupts, configure_logging
 from p48ray.runner.pipeline import run_job
@@ -58,9 +58,8 @@ def compress(path: Path, config: RunConfig, dry_run: bool, verbose: bool) -> Non
     console = Console(width=None if os.isatty(1) else 160)
     check_run_root(path, config)
     prepared = prepare(config, is_dry=dry_run)
-    print_plan(prepared, console)
+    print_plan(prepared, console, with_texts=dry_run)
     if dry_run:
-        print_texts(prepared, console)
         return
     from p48ray.runner.ray_runner import RayRunner  # Ray, which a plan needs not
 
