@@ -10,11 +10,13 @@ from typing import Any
 import pyarrow
 import pytest
 from pyarrow import parquet
+from pydantic import ValidationError
 from transformers import AutoTokenizer
 
 from p48ray.config.documents import DocumentSource
-from p48ray.errors import CalibrationError
+from p48ray.errors import CalibrationError, ConfigError
 from p48ray.store import LocalStore
+from p48ray.texts import documents
 from p48ray.texts.documents import read_documents
 from p48ray.texts.parquet_rows import opened_parquet
 from p48ray.texts.sequences import pack_sequences
@@ -503,3 +505,64 @@ def test_documents_are_kept_apart_by_bos_or_else_by_eos(
     tally = Tally()
     rows = pack_sequences(iter(texts), Words(bos, eos), len(expected), tally=tally)
     assert rows.tolist() == [expected] and tally.tokens == len(expected)
+
+
+# What is counted of a source that is sampled, and which of its files are read.
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_rows_of_a_sampled_source_are_counted_once_though_visits_read_them_again(
+    small: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
+) -> None:
+    rows = [{"text": None if i % 10 == 3 else f"{i}" * 30} for i in range(60)]
+    rows[7] = {"text": "x" * 500}
+    path = tmp_path / f"a.{suffix}"
+    if suffix == "jsonl":
+        lines(path, *rows)
+    else:
+        parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    monkeypatch.setattr(documents, "WHOLE_BYTES", 100)
+    monkeypatch.setattr(documents, "VISIT_CHARACTERS", 100)
+    tally = Tally()
+    texts = read(path, small, tally)
+    assert (tally.rows, tally.documents, len(texts)) == (60, 54, 54)
+    assert dict(tally.skipped) == {"null where a text should be": 6}
+    assert dict(tally.cut) == {"longer than 100 characters": 1}
+    assert tally.characters == sum(map(len, texts)) and max(map(len, texts)) == 100
+
+
+def test_sampled_source_of_nothing_usable_is_not_read_to_its_end(
+    small: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(documents, "WHOLE_BYTES", 100)
+    monkeypatch.setattr(documents, "ENOUGH_ROWS", 20)
+    tally = Tally()
+    path = lines(tmp_path / "a.jsonl", *[{"text": None}] * 1000)
+    with pytest.raises(CalibrationError, match=r"line 1: .*the first of 20 skipped of 20 rows"):
+        read(path, small, tally, max_skipped_share=0.5)
+    assert tally.rows == 20
+
+
+def test_split_takes_files_with_its_word_in_name_or_folder(small: Any, tmp_path: Path) -> None:
+    names = (
+        "train-00000-of-00001.jsonl",
+        "data/train.jsonl",
+        "train/0.jsonl",
+        "test.jsonl",
+        "constrained.jsonl",
+        "trainer/a.jsonl",
+    )
+    for name in names:
+        (tmp_path / "d" / name).parent.mkdir(parents=True, exist_ok=True)
+        lines(tmp_path / "d" / name, {"text": name})
+    assert sorted(read(tmp_path / "d", small, split="train")) == sorted(names[:3])
+    assert read(tmp_path / "d", small, split="test") == ["test.jsonl"]
+    with pytest.raises(ConfigError, match=r"split: expected files with 'valid' in their name"):
+        read(tmp_path / "d", small, split="valid")
+    with pytest.raises(ConfigError, match="split: expected a folder, of whose files 'test' takes"):
+        read(tmp_path / "d" / "test.jsonl", small, split="test")
+
+
+def test_arguments_that_are_not_the_templates_are_refused_by_name() -> None:
+    with pytest.raises(ValidationError, match="of the template itself, not add_generation_prompt"):
+        DocumentSource(path="a", template_arguments={"add_generation_prompt": True})
