@@ -58,7 +58,7 @@ def compress(path: Path, config: RunConfig, dry_run: bool, verbose: bool) -> Non
     console = Console(width=None if os.isatty(1) else 160)
     check_run_root(path, config)
     prepared = prepare(config, is_dry=dry_run)
-    print_plan(prepared, console)
+    print_plan(prepared, console, with_texts=dry_run)
     if dry_run:
         return
     from p48ray.runner.ray_runner import RayRunner  # Ray, which a plan needs not

@@ -18,8 +18,9 @@ import yaml
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from p48ray.config import DocumentSource, RunConfig
+from p48ray.config import RunConfig
 from p48ray.config.benchmarks import BenchmarkTask
+from p48ray.config.documents import DocumentSource
 from p48ray.config.section import Section
 from p48ray.run.plan import SETTINGS
 
@@ -111,6 +112,8 @@ def spell_type(annotation: Any, metadata: list[Any]) -> str:
     if origin in (Union, UnionType):
         choices = [(choice, [] if choice is NOTHING else metadata) for choice in inner]
         return " or ".join(spell_type(*choice) for choice in choices)
+    if origin is dict:
+        return "mapping"
     if origin is tuple:
         item = inner[0]
         return "list of entries" if item in LISTS else f"list of {WORDS[item]}s"

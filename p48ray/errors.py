@@ -27,6 +27,20 @@ class CalibrationError(UserError):
     finite."""
 
 
+class RowSkippedError(P48Error):
+    """A record of texts is of no use; texts.tally counts it. Arguments: the reason in a few words,
+    then key, what was expected and what was found."""
+
+    def __str__(self) -> str:
+        """The detail alone."""
+        return str(self.args[-1])
+
+    @property
+    def reason(self) -> str:
+        """By which it is counted."""
+        return str(self.args[0])
+
+
 class PlanMismatchError(UserError):
     """The run root holds the plan of another run. Names the first setting that differs and both
     values."""

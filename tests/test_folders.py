@@ -149,7 +149,6 @@ TESTED_IN = {
     "p48ray.stages.compressed_experts": "stages/test_evaluate.py",
     "p48ray.stages.final_files": "stages/test_reduce.py",
     "p48ray.stages.index_proof": "stages/test_verify.py",
-    "p48ray.stages.inputs": "jobs/test_bad_input.py",
     "p48ray.stages.linear_proof": "stages/test_verify.py",
     "p48ray.stages.mirror": "jobs/test_mirror_job.py",
     "p48ray.stages.prepare": "jobs/test_bad_input.py",

@@ -5,10 +5,10 @@ Order of a value's sources, later ones win: the defaults below, the file, `--set
 `--run-root`.
 
 Belongs here: keys, their types, defaults, units and rules between them. section has the base of all
-sections, compression, output and benchmarks are three of them, the others stand below; addresses
-has the types of places and endpoints; yaml_text reads YAML within bounds, load makes the tree from
-a file and words its errors. To add a key: a field with a description, its class in run.plan (does
-it change bytes?), `python -m p48ray.config_page`.
+sections, compression, output and benchmarks are three of them, documents has a source of texts, the
+others stand below; addresses has the types of places and endpoints; yaml_text reads YAML within
+bounds, load makes the tree from a file and words its errors. To add a key: a field with a
+description, its class in run.plan (does it change bytes?), `python -m p48ray.config_page`.
 """
 
 from typing import Annotated, Literal
@@ -18,6 +18,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from p48ray.config.addresses import EndpointUrl, Place
 from p48ray.config.benchmarks import BenchmarksConfig
 from p48ray.config.compression import CompressionConfig
+from p48ray.config.documents import Documents
 from p48ray.config.output import OutputConfig
 from p48ray.config.section import MAX_BYTES, Count, Section, as_tuple, parse_size
 
@@ -41,36 +42,6 @@ class SourceConfig(Section):
             "URL of the S3-compatible store that holds the source; null: as the environment says."
         ),
     )
-
-
-class DocumentSource(Section):
-    """One source of texts in a mix: JSON or Parquet with a column text, messages or
-    conversations."""
-
-    path: Place = Field(
-        min_length=1,
-        description=(
-            "File or folder, local or s3://, or hf://datasets/owner/name[@revision][/path]."
-        ),
-    )
-    weight: float = Field(
-        1.0,
-        gt=0,
-        le=10**6,
-        description="[relative] Share of the sequences, as a proportion of the sum of all weights.",
-    )
-    endpoint_url: EndpointUrl = Field(
-        None,
-        description="URL of the S3-compatible store that holds it; null: as the environment says.",
-    )
-
-
-def as_mix(value: object) -> object:
-    """A single path means a mix of one."""
-    return ({"path": value},) if isinstance(value, str) else as_tuple(value)
-
-
-Documents = Annotated[tuple[DocumentSource, ...], BeforeValidator(as_mix), Field(min_length=1)]
 
 
 class CalibrationConfig(Section):

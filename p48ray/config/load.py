@@ -8,8 +8,9 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
-from p48ray.config import DocumentSource, RunConfig
+from p48ray.config import RunConfig
 from p48ray.config.addresses import USER_INFO_ERROR
+from p48ray.config.documents import DocumentSource
 from p48ray.config.section import Section
 from p48ray.config.yaml_text import parse_yaml
 from p48ray.errors import ConfigError

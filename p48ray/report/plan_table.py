@@ -10,6 +10,7 @@ from p48ray.estimate.plan_cost import Estimate, estimate
 from p48ray.model.source_check import carried_through
 from p48ray.report.work import duration
 from p48ray.run.run_root import SOURCE
+from p48ray.stages.inputs import sampled_texts
 from p48ray.stages.prepare import Prepared
 from p48ray.stages.table import STAGES
 
@@ -17,8 +18,9 @@ LISTED_FILES = 8
 CARDS = (80e9, 141e9)  # bytes of an H100, of an H200
 
 
-def print_plan(prepared: Prepared, console: Console) -> None:
-    """Counts, bytes and hours of a prepared run."""
+def print_plan(prepared: Prepared, console: Console, with_texts: bool = False) -> None:
+    """Counts, bytes and hours of a prepared run; `with_texts` also what a dry run reads of its
+    texts, a line for each source."""
     plan, layout = prepared.plan, prepared.layout
     e = estimate(plan, prepared.source, layout, prepared.shards)
     table = Table(
@@ -29,6 +31,8 @@ def print_plan(prepared: Prepared, console: Console) -> None:
     for name, value in plan_rows(prepared, e):
         table.add_row(name, value)
     console.print(table)
+    for line in sampled_texts(prepared) if with_texts else ():
+        console.print(line, soft_wrap=True, markup=False)
 
 
 Rows = list[tuple[str, str]]

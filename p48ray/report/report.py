@@ -4,6 +4,7 @@ import math
 from collections import Counter
 from typing import Literal
 
+from pydantic import Field
 from rich.console import Console
 from rich.table import Table
 
@@ -19,11 +20,12 @@ from p48ray.report.scale_figures import (
 from p48ray.report.work import Extrapolation, duration, extrapolate, pilot_words, read_work
 from p48ray.run import run_root
 from p48ray.run.benchmark_results import BenchmarkTable
-from p48ray.run.manifest import LinearRecord, UnitManifest
+from p48ray.run.manifest import LinearRecord, SourceTexts, UnitManifest
 from p48ray.run.output_layout import OutputShard, unit_bytes
 from p48ray.run.plan import RunPlan, WorkUnit
 from p48ray.run.records import Record
 from p48ray.stages.evaluate import EvaluationResult
+from p48ray.stages.inputs import spell_texts, texts_read
 from p48ray.stages.scan import router_notes, scans_so_far
 from p48ray.unit.context import StageContext
 
@@ -84,6 +86,9 @@ class Report(Record):
     benchmarks: BenchmarkTable | None = None
     pilot: Extrapolation | None = None
     source_notes: tuple[str, ...] = ()
+    texts: dict[str, tuple[SourceTexts, ...]] = Field(
+        {}, description="What was read, by section: calibration, evaluation."
+    )
     stage_seconds: dict[str, float]
     unit_seconds: dict[str, float]
     devices: dict[str, int]
@@ -156,6 +161,7 @@ def build_report(
             else None
         ),
         source_notes=tuple(router_notes(scans_so_far(context))),
+        texts=texts_read(context),
         stage_seconds=stage_seconds,
         unit_seconds={name: round(value, 1) for name, value in phases.items()},
         devices=dict(Counter(u.device for u in units)),
@@ -184,6 +190,15 @@ def zero_layer_words(report: Report) -> list[str]:
         f" The activation scale of {whose} is 1 there."
         for what, whose, layers in kinds
         if layers
+    ]
+
+
+def texts_words(report: Report) -> list[str]:
+    """A line for each source of texts, with what was skipped and cut."""
+    return [
+        f"{section} texts: {spell_texts(found)}"
+        for section, sources in report.texts.items()
+        for found in sources
     ]
 
 
@@ -243,6 +258,8 @@ def print_report(report: Report, console: Console) -> None:
         console.print(f"warning: {words}", soft_wrap=True)
     for note in report.source_notes:
         console.print(f"source: {note}", soft_wrap=True)
+    for words in texts_words(report):
+        console.print(words, soft_wrap=True, markup=False)
     storage = f" in {report.storage} storage" if report.storage != "dense" else ""
     console.print(
         f"size: {report.checkpoint_bytes:,} bytes (source {report.source_bytes:,}), experts"

@@ -13,7 +13,7 @@ from p48ray.report import charts
 from p48ray.report.charts import Part
 from p48ray.report.fold import MERGED_SHARE, Facts, Values
 from p48ray.report.gains import gains
-from p48ray.report.report import Report
+from p48ray.report.report import Report, texts_words
 from p48ray.report.scales import time_ticks
 from p48ray.report.spans import Span, busy, merged_spans, most_at_once, shared_seconds
 from p48ray.report.work import Work, duration, gpu_hours, pilot_words
@@ -245,5 +245,6 @@ def made(facts: Facts) -> Values:
         "report": facts.report,
         "is_pilot": facts.context.plan.is_pilot,
         "calibration": config.calibration,
+        "texts": texts_words(facts.report),
         "settings": json.dumps(settings, indent=1),
     }

@@ -73,6 +73,19 @@ class ScanManifest(Record):
     finished_at: float = Field(description="Unix time, seconds.")
 
 
+class SourceTexts(Record):
+    """What was read of one source of texts. `skipped`, `cut`: rows by reason; a row may be cut for
+    several. `tokens`: packed, before the draw."""
+
+    path: str
+    rows: int
+    documents: int
+    characters: int
+    tokens: int
+    skipped: dict[str, int]
+    cut: dict[str, int]
+
+
 class TokensManifest(Record):
     """Packed token ids: of the calibration sequences, or of an evaluation's."""
 
@@ -80,6 +93,9 @@ class TokensManifest(Record):
     owner: str = Field(description="The digest of the plan's units, or the evaluation's.")
     size_bytes: int
     sha256: str
+    sources: tuple[SourceTexts, ...] = Field(
+        (), description="In the order of the mix. None in run roots of before."
+    )
 
 
 class PartManifest(Record):

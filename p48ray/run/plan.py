@@ -27,7 +27,7 @@ from p48ray.run.passes import Passes
 from p48ray.run.records import Record, canonical_json
 
 FORMAT_VERSION = 5  # layout of the run root and of unit shards
-NUMERICS_VERSION = 5  # bumped by whoever changes a number that reaches an output byte
+NUMERICS_VERSION = 6  # bumped by whoever changes a number that reaches an output byte
 
 Effect = Literal["units", "checkpoint", "free"]
 
@@ -40,7 +40,7 @@ SETTINGS: dict[str, Effect] = {
     "source.checkpoint": "free",
     "source.trust_remote_code": "free",
     "source.endpoint_url": "free",
-    "calibration.documents": "free",  # their bytes and weights count (documents_digest)
+    "calibration.documents": "free",  # bytes, weights and reading count (documents_digest)
     "calibration.num_sequences": "units",
     "calibration.sequence_length": "units",
     "calibration.seed": "units",

@@ -69,7 +69,7 @@ def run_job(prepared: Prepared, make_runner: RunnerFactory) -> Report:
         log.info("baseline  the published one-shot reference, under %s/baseline", store.uri)
         baseline = run_job(prepare(baseline_config(plan.config)), make_runner).quality
     seconds["total"] = round(time.monotonic() - start, 1)
-    report = build_report(prepared.context, job.units, prepared.shards, result, seconds)
+    report = build_report(job.context, job.units, prepared.shards, result, seconds)
     benchmarks = None if plan.is_pilot else read_table(store)
     report = report.model_copy(update={"baseline": baseline, "benchmarks": benchmarks})
     write_report(prepared.context, report, job.units)

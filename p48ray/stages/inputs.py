@@ -5,23 +5,31 @@ Legend: N sequences, S tokens of each.
 
 import hashlib
 import logging
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 
 from p48ray.config import CalibrationConfig, EvaluationConfig
+from p48ray.config.documents import DocumentSource
 from p48ray.errors import CorruptObjectError, ObjectMissingError, ShardCorruptError
 from p48ray.run import arrow, run_root
 from p48ray.run.changing_hands import check_plan, finish_take_over, take_over
 from p48ray.run.checked import load_tokens_manifest
-from p48ray.run.manifest import StoreFacts, TokensManifest
+from p48ray.run.manifest import SourceTexts, StoreFacts, TokensManifest
 from p48ray.run.plan import RunPlan
+from p48ray.run.records import load_readable
 from p48ray.run.scratch import note_scratch, with_scratch
 from p48ray.stages.evaluate import evaluation_digest
 from p48ray.stages.prepare import Prepared
 from p48ray.store.base import Store
 from p48ray.store.open import open_store, scheme_of
 from p48ray.store.probe import Capabilities, probe
-from p48ray.texts.sequences import load_sequences, load_tokenizer
+from p48ray.texts.documents import read_documents, too_little
+from p48ray.texts.sequences import load_sequences, load_tokenizer, pack_sequences, shares
+from p48ray.texts.tally import Tally, spell_counts
+from p48ray.unit.context import StageContext
 
+SAMPLE_CHARACTERS = 4 * 2**20
+"""Of each source, after which a dry run reads no further document."""
 log = logging.getLogger("p48ray.progress")
 
 
@@ -74,6 +82,89 @@ def are_packed(store: Store, key: str, owner: str) -> bool:
     return store.head(key) is not None
 
 
+def source_texts(
+    documents: Sequence[DocumentSource], tallies: Sequence[Tally]
+) -> tuple[SourceTexts, ...]:
+    """The records of what was read of each source of a mix."""
+    return tuple(
+        SourceTexts(
+            path=source.path,
+            rows=tally.rows,
+            documents=tally.documents,
+            characters=tally.characters,
+            tokens=tally.tokens,
+            skipped=dict(tally.skipped),
+            cut=dict(tally.cut),
+        )
+        for source, tally in zip(documents, tallies, strict=True)
+    )
+
+
+def texts_read(context: StageContext) -> dict[str, tuple[SourceTexts, ...]]:
+    """What was read of the texts, by section of the configuration, as far as it is known without
+    looking at them again: of the held-out ones while they are evaluated, by the same process."""
+    keys = {"calibration": run_root.TOKENS}
+    if digest := context.known.get("evaluation"):
+        keys["evaluation"] = run_root.evaluation_tokens(digest)
+    manifests = {name: run_root.manifest_of(key) for name, key in keys.items()}
+    found = load_readable(TokensManifest, context.store, list(manifests.values()))
+    return {name: found[key].sources for name, key in manifests.items() if key in found}
+
+
+def spell_texts(found: SourceTexts) -> str:
+    """A line for people, with what was skipped and cut by reason."""
+    skipped = f"; skipped: {spell_counts(found.skipped)}" if found.skipped else ""
+    cut = f"; cut: {spell_counts(found.cut)}" if found.cut else ""
+    return (
+        f"{found.path}: {found.documents:,} documents of {found.rows:,} rows, {found.tokens:,}"
+        f" tokens{skipped}{cut}"
+    )
+
+
+def sampled_texts(prepared: Prepared) -> list[str]:
+    """What a dry run says of the texts: a line for each source, read and tokenized as the run will,
+    up to SAMPLE_CHARACTERS. Nobody else is asked: of a source elsewhere it says that.
+
+    Raises: CalibrationError as the run would, of what was read; SourceError where the tokenizer can
+        not be loaded.
+    """
+    config, lines = prepared.plan.config, []
+    c, e = config.calibration, config.evaluation
+    wanted: list[tuple[str, CalibrationConfig | EvaluationConfig, int]] = [
+        ("calibration", c, c.sequence_length)
+    ]
+    if e is not None:
+        wanted.append(("evaluation", e, e.sequence_length + 1))
+    tokenizer = None
+    for name, section, length in wanted:
+        weights = [d.weight for d in section.documents]
+        counts = shares(weights, section.num_sequences)
+        for source, share in zip(section.documents, counts, strict=True):
+            if not scheme_of(source.path).is_local:
+                lines.append(f"{name} texts: {source.path}: not read, it is not on this machine")
+                continue
+            if tokenizer is None:
+                tokenizer = load_tokenizer(prepared.source, config.source.trust_remote_code)
+            key, tally = f"{name}.documents", Tally()
+            texts = beginning(read_documents(source, key, section.seed, tokenizer, tally), tally)
+            rows = pack_sequences(texts, tokenizer, length, tally=tally)
+            is_all = tally.characters < SAMPLE_CHARACTERS
+            if is_all and len(rows) < share:
+                raise too_little(source, key, share, length, len(rows), tally)
+            part = "" if is_all else f" (a sample: the first {SAMPLE_CHARACTERS:,} characters)"
+            (found,) = source_texts([source], [tally])
+            lines.append(f"{name} texts: {spell_texts(found)}{part}")
+    return lines
+
+
+def beginning(texts: Iterator[str], tally: Tally) -> Iterator[str]:
+    """Documents until they have SAMPLE_CHARACTERS. Args: tally: that counts them."""
+    for text in texts:
+        yield text
+        if tally.characters >= SAMPLE_CHARACTERS:
+            return
+
+
 def write_inputs(prepared: Prepared) -> None:
     """plan.json first, then the packed texts; the texts are read before either is written, so that
     a bad one leaves nothing behind."""
@@ -95,6 +186,7 @@ def write_inputs(prepared: Prepared) -> None:
     )
     vocab_size = prepared.layout.text_config["vocab_size"]
     for key, section, length, name, owner in missing:
+        tallies: list[Tally] = []
         ids_NS = load_sequences(
             section.documents,
             tokenizer,
@@ -103,13 +195,20 @@ def write_inputs(prepared: Prepared) -> None:
             section.seed,
             vocab_size,
             name,
+            tallies,
         )
+        sources = source_texts(section.documents, tallies)
+        for found in sources:
+            log.info("%s texts: %s", name, spell_texts(found))
         data = arrow.encode({"token_ids": ids_NS}, {"kind": "tokens", "owner": owner}).to_bytes()
         packed.append(
             (
                 key,
                 TokensManifest(
-                    owner=owner, size_bytes=len(data), sha256=hashlib.sha256(data).hexdigest()
+                    owner=owner,
+                    size_bytes=len(data),
+                    sha256=hashlib.sha256(data).hexdigest(),
+                    sources=sources,
                 ),
                 data,
             )

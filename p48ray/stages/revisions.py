@@ -8,7 +8,8 @@ that plan is there.
 
 from collections.abc import Callable, Mapping
 
-from p48ray.config import DocumentSource, RunConfig
+from p48ray.config import RunConfig
+from p48ray.config.documents import DocumentSource
 from p48ray.run import run_root
 from p48ray.run.changing_hands import read_plan
 from p48ray.run.plan import RunPlan

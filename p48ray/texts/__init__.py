@@ -6,7 +6,9 @@ Read in this order:
     documents   which files are read, on a disk, in a bucket or in a data set of the Hub
     rows        records of a file, one after the other, by its form:
                 json_rows (.jsonl, .json, packed as .gz), parquet_rows; text_file is what they share
-    chat        from a row to its document: plain text, or a chat through the tokenizer's template
+    chat        from a row to its document: plain text, or a chat through the tokenizer's template;
+                messages reads the spellings that chats, tool calls and reasoning have
+    tally       what was read, skipped and cut, and when that is too much
     sequences   tokenize, pack into sequences of one length, draw a seeded sample
 
 To add a file format: a module as parquet_rows, its ending in rows, and in documents for folders.

@@ -1,121 +1,161 @@
 """From a record to its document: the text itself, or a chat in the words of the tokenizer's own
-template."""
+template, without a prompt for an answer that is not there."""
 
-from collections.abc import Mapping
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
-from p48ray.errors import CalibrationError
-from p48ray.texts.text_file import COLUMNS, Row
+from p48ray.config.documents import DocumentSource
+from p48ray.errors import CalibrationError, RowSkippedError
+from p48ray.texts.messages import NULL, WRONG_TYPE, Chat, kind_words, read_chat
+from p48ray.texts.tally import EMPTY_ROW
+from p48ray.texts.text_file import Columns, Row
 
-CHAT_ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "model": "assistant",
-    "system": "system",
-    "tool": "tool",
-}
-"""Names of speakers in `conversations`, and the roles that chat templates know."""
+REFUSED = "refused by the chat template"
+NOT_UNICODE = "not Unicode"
 
 
-def document_text(row: Row, tokenizer: Any) -> str:
-    """The document of one record, without the bos that packing puts before each.
+@dataclass(frozen=True, slots=True)
+class Document:
+    """A text, without the bos that packing puts before it, and what its record has lost."""
 
-    Raises: CalibrationError naming the place of the record and the column.
+    text: str
+    cut: set[str] = field(default_factory=set)
+
+
+def document_of(row: Row, source: DocumentSource, tokenizer: Any) -> Document:
+    """The document of one record.
+
+    Raises: RowSkippedError naming column, expected and found; CalibrationError naming the record's
+        place where no chat of this source can be read: the tokenizer has no template.
     """
-    column = next(name for name in COLUMNS if name in row.values)
-    value = row.values[column]
-    if column == "text":
-        text = value
+    columns = Columns.of(source)
+    name = next((n for n in columns.documents if row.values.get(n)), None)
+    if name is None:
+        raise _nothing_in(row, columns)
+    if name in columns.texts:
+        text = row.values[name]
         if not isinstance(text, str):
-            raise CalibrationError(
-                f"{row.where}: 'text' should be a string, found {type(text).__name__}"
+            raise RowSkippedError(
+                WRONG_TYPE, f"{name!r}: expected a text, found {kind_words(text)}"
             )
+        document = Document(text)
     else:
-        messages = _messages(row, value) if column == "messages" else _turns(row, value)
-        text = _rendered(row, column, messages, tokenizer)
+        template = _template(tokenizer)
+        if template is None:
+            raise CalibrationError(
+                f"{row.where}: {name!r} holds a chat, and the source's tokenizer has no chat"
+                " template; name a column of texts (columns: {text: NAME})"
+            )
+        chat = read_chat(row, name, columns, source.reasoning, template)
+        document = _rendered(name, chat, source, tokenizer)
     try:
         # JSON can spell half a surrogate pair (\ud83d alone), which is no text and stops tokenizers
-        text.encode("utf-8")
+        document.text.encode("utf-8")
     except UnicodeEncodeError as error:
         found = f"a lone surrogate at character {error.start}"
-        raise CalibrationError(
-            f"{row.where}: expected a {column!r} that is Unicode, found {found}"
+        raise RowSkippedError(
+            NOT_UNICODE, f"expected a {name!r} that is Unicode, found {found}"
         ) from None
-    return text
+    if not document.text.strip():
+        raise RowSkippedError(EMPTY_ROW, f"{name!r}: expected a text, found white space")
+    return document
 
 
-def _messages(row: Row, value: Any) -> list[dict[str, Any]]:
-    """[{role, content}, ...], content a string or parts with a text each."""
-    turns = _list_of_objects(row, "messages", value)
-    return [
-        {"role": _string(row, f"messages[{i}].role", t.get("role")), "content": _content(row, i, t)}
-        for i, t in enumerate(turns)
-    ]
+def _nothing_in(row: Row, columns: Columns) -> RowSkippedError:
+    """Why no column of a record has a document."""
+    held = {n: row.values[n] for n in columns.documents if n in row.values}
+    if not held:
+        found = ", ".join(row.values) or "none"
+        return RowSkippedError(
+            "without such a column", f"expected a column {columns}, found {found}"
+        )
+    name = next((n for n in held if held[n] is not None), next(iter(held)))
+    value = held[name]
+    if value is None:
+        return RowSkippedError(NULL, f"{name!r}: expected a text or a chat, found null")
+    if isinstance(value, str | list):
+        return RowSkippedError(
+            EMPTY_ROW, f"{name!r}: expected a text or a chat, found an empty one"
+        )
+    return RowSkippedError(
+        WRONG_TYPE, f"{name!r}: expected a text or a chat, found {kind_words(value)}"
+    )
 
 
-def _content(row: Row, number: int, turn: Mapping[str, Any]) -> str:
-    content = turn.get("content")
-    if isinstance(content, list) and all(
-        isinstance(part, dict) and isinstance(part.get("text"), str) for part in content
-    ):
-        return "".join(part["text"] for part in content)
-    return _string(row, f"messages[{number}].content", content)
+def _template(tokenizer: Any) -> str | None:
+    """Its text (of several all, one after the other); None where there is none."""
+    found = getattr(tokenizer, "chat_template", None)
+    return "\n".join(map(str, found.values())) if isinstance(found, dict) else found
 
 
-def _turns(row: Row, value: Any) -> list[dict[str, Any]]:
-    """[{from, value}, ...], with the record's `system` text before them where it has one."""
-    messages: list[dict[str, Any]] = []
-    if isinstance(system := row.values.get("system"), str) and system.strip():
-        messages.append({"role": "system", "content": system})
-    for i, turn in enumerate(_list_of_objects(row, "conversations", value)):
-        speaker = _string(row, f"conversations[{i}].from", turn.get("from"))
-        if speaker not in CHAT_ROLES:
-            known = ", ".join(sorted(CHAT_ROLES))
-            raise CalibrationError(
-                f"{row.where}: conversations[{i}].from: expected one of {known}, found {speaker!r}"
+def _rendered(name: str, chat: Chat, source: DocumentSource, tokenizer: Any) -> Document:
+    """Through the chat template."""
+    extra: dict[str, Any] = dict(source.template_arguments)
+    if chat.tools:
+        extra["tools"] = chat.tools
+    reason: Exception | None = None
+    for messages in _spellings(chat.messages):
+        try:
+            # templates and tokenizers that are code differ in the default: Kimi's ask for an answer
+            text = tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=False, **extra
             )
-        messages.append(
-            {
-                "role": CHAT_ROLES[speaker],
-                "content": _string(row, f"conversations[{i}].value", turn.get("value")),
-            }
+            break
+        except Exception as error:  # noqa: BLE001  templates and their code raise anything
+            reason = reason or error
+    else:
+        raise RowSkippedError(
+            REFUSED,
+            f"{name!r}: expected a chat that the tokenizer's chat template takes, found"
+            f" {type(reason).__name__}: {reason}",
         )
-    return messages
-
-
-def _list_of_objects(row: Row, column: str, value: Any) -> list[Mapping[str, Any]]:
-    if not isinstance(value, list) or not all(isinstance(turn, dict) for turn in value):
-        raise CalibrationError(
-            f"{row.where}: {column!r} should be a list of objects, found {type(value).__name__}"
-        )
-    return value
-
-
-def _string(row: Row, name: str, value: Any) -> str:
-    if not isinstance(value, str):
-        raise CalibrationError(
-            f"{row.where}: {name} should be a string, found {type(value).__name__}"
-        )
-    return value
-
-
-def _rendered(row: Row, column: str, messages: list[dict[str, Any]], tokenizer: Any) -> str:
-    """Through the chat template; nothing for a chat without turns."""
-    if not messages:
-        return ""
-    if getattr(tokenizer, "chat_template", None) is None:
-        raise CalibrationError(
-            f"{row.where}: {column!r} holds a chat, and the source's tokenizer has no chat"
-            " template; use a 'text' column"
-        )
-    try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False)
-    except Exception as error:
-        raise CalibrationError(
-            f"{row.where}: {column!r}: the tokenizer's chat template refuses it:"
-            f" {type(error).__name__}: {error}"
-        ) from error
     bos = getattr(tokenizer, "bos_token", None)
-    return str(text).removeprefix(bos) if bos else str(text)
+    text = str(text).removeprefix(bos) if bos else str(text)
+    return Document(text, chat.cut | _left_out(chat, text, _template(tokenizer) or ""))
+
+
+def _spellings(messages: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    """The same messages as templates may want them: arguments of calls as objects, as servers pass
+    them (GLM's template takes nothing else), or as JSON in a text (as DeepSeek's does)."""
+    yield messages
+    if any("tool_calls" in m for m in messages):
+        yield [_with_text_arguments(m) for m in messages]
+
+
+def _with_text_arguments(message: dict[str, Any]) -> dict[str, Any]:
+    if "tool_calls" not in message:
+        return message
+
+    def spelt(call: dict[str, Any]) -> dict[str, Any]:
+        function = call["function"]
+        arguments = function["arguments"]
+        is_text = isinstance(arguments, str)
+        text = arguments if is_text else json.dumps(arguments, ensure_ascii=False)
+        return call | {"function": function | {"arguments": text}}
+
+    return message | {"tool_calls": [spelt(call) for call in message["tool_calls"]]}
+
+
+def _left_out(chat: Chat, text: str, template: str) -> set[str]:
+    """What the template has not put into the text: some drop the reasoning of past turns, or roles
+    that they do not know."""
+
+    def is_there(part: str) -> bool:
+        return part.strip() in text or json.dumps(part, ensure_ascii=False)[1:-1] in text
+
+    lost = set()
+    for message in chat.messages:
+        if not is_there(message["content"] or ""):
+            lost.add(f"{message['role']} content")
+        if not is_there(message.get("reasoning_content", "")):
+            lost.add("reasoning")
+        calls = message.get("tool_calls", ())
+        if not all(is_there(call["function"]["name"]) for call in calls):
+            lost.add("tool calls")
+    names = [str(tool.get("function", tool).get("name", "")) for tool in chat.tools]
+    # a name may stand in a call
+    if names and not ("tools" in template and all(map(is_there, names))):
+        lost.add("tools")
+    return {f"{what} left out by the template" for what in lost}

@@ -16,7 +16,6 @@ from typing import Any
 
 from p48ray.errors import CalibrationError
 from p48ray.texts.text_file import (
-    COLUMNS,
     MAX_EXPANSION,
     MAX_ROW_BYTES,
     READ_BYTES,
@@ -165,11 +164,8 @@ def _parsed(line: bytes, where: str, is_first: bool) -> dict[str, Any]:
 
 
 def _record(values: object, where: str, shown: bytes | str) -> dict[str, Any]:
-    if not isinstance(values, dict) or not any(name in values for name in COLUMNS):
-        raise CalibrationError(
-            f"{where}: expected a JSON object with a 'text', found {shown!r} (or with"
-            " 'messages' or 'conversations')"
-        )
+    if not isinstance(values, dict):
+        raise CalibrationError(f"{where}: expected a JSON object, found {shown!r}")
     return values
 
 

@@ -1,6 +1,7 @@
 """Records of a Parquet file by row groups, within memory: a row that decodes to too much is refused
 before its pages are decoded."""
 
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -8,10 +9,10 @@ from typing import Any
 
 from p48ray.errors import CalibrationError
 from p48ray.texts.text_file import (
-    COLUMNS,
     MAX_EXPANSION,
     MAX_ROW_BYTES,
     READ_BYTES,
+    Columns,
     RangeReader,
     Row,
     TextFile,
@@ -20,16 +21,23 @@ from p48ray.texts.text_file import (
 LARGE_BYTES = 512 * 2**20
 """A row group that decodes to more, and to more than MAX_EXPANSION times what is stored, is not
 decoded to find out that it is no text."""
-EXTRA_COLUMNS = ("system",)
-"""Read beside `conversations`."""
 ROWS_AT_ONCE = 64
 MAX_LISTED_VALUES = 2**26
 """Of a row group's lists: their levels take memory whether or not there is text in them."""
 
 
-def opened_parquet(file: TextFile, key: str, dictionaries: Sequence[str] = ()) -> Any:
-    """A pyarrow ParquetFile. `dictionaries`: leaves whose values are kept once however often they
-    are named. Raises: CalibrationError for what is none, or has no column of ours."""
+def opened_parquet(
+    file: TextFile, key: str, columns: Columns, dictionaries: Sequence[str] = ()
+) -> Any:
+    """A pyarrow ParquetFile.
+
+    Args:
+        file: the file.
+        key: dotted configuration key, for messages.
+        columns: of which it has to have one with documents.
+        dictionaries: leaves whose values are kept once however often they are named.
+    Raises: CalibrationError for what is none, or has no such column.
+    """
     import pyarrow
     from pyarrow import parquet
 
@@ -39,20 +47,23 @@ def opened_parquet(file: TextFile, key: str, dictionaries: Sequence[str] = ()) -
             buffer_size=READ_BYTES,
             pre_buffer=False,
             read_dictionary=list(dictionaries),
+            # Arrow's JSON would not be read as a dictionary: to it, it is a text like others then
+            arrow_extensions_enabled=not dictionaries,
         )
     except (pyarrow.ArrowException, OSError) as error:
         raise CalibrationError(f"{key}: {file.where}: not a Parquet file: {error}") from None
     names = opened.schema_arrow.names
-    if not any(name in names for name in COLUMNS):
+    if not any(name in names for name in columns.documents):
         opened.close()
         raise CalibrationError(
-            f"{key}: {file.where}: expected a column 'text', 'messages' or 'conversations', found"
-            f" {', '.join(names) or 'none'}"
+            f"{key}: {file.where}: expected a column {columns}, found {', '.join(names) or 'none'}"
         )
     return opened
 
 
-def rows_of_group(file: TextFile, parquet: Any, group: int, key: str) -> Iterator[Row]:
+def rows_of_group(
+    file: TextFile, parquet: Any, group: int, key: str, columns: Columns
+) -> Iterator[Row]:
     """Rows of one row group, numbered from 1 in the file; pages are read as they are needed.
 
     Args:
@@ -60,19 +71,19 @@ def rows_of_group(file: TextFile, parquet: Any, group: int, key: str) -> Iterato
         parquet: the same, as opened_parquet gives it.
         group: number of the row group.
         key: dotted configuration key, for messages.
+        columns: those that are read.
     Raises: CalibrationError naming the row.
     """
     import pyarrow
 
-    names = parquet.schema_arrow.names
-    column = next(name for name in COLUMNS if name in names)
-    wanted = [column, *(n for n in EXTRA_COLUMNS if n in names and column == "conversations")]
+    schema = parquet.schema_arrow
+    wanted = [name for name in columns.all if name in schema.names]
     first = 1 + sum(parquet.metadata.row_group(i).num_rows for i in range(group))
     expected = _Group.of(parquet, group, wanted)
     expected.check(f"{key}: {file.where}", first)
     try:
         with (
-            opened_parquet(file, key, expected.lists)
+            opened_parquet(file, key, columns, expected.lists)
             if expected.lists
             else nullcontext(parquet) as read
         ):
@@ -86,9 +97,11 @@ def rows_of_group(file: TextFile, parquet: Any, group: int, key: str) -> Iterato
                         raise CalibrationError(
                             f"{where}: expected at most {MAX_ROW_BYTES} bytes, found {found}"
                         )
-                    yield Row(
-                        where, {name: _value(one.column(name)[0], name, where) for name in wanted}
-                    )
+                    # types as the file has them, with Arrow's JSON
+                    values = {
+                        n: _value(one.column(n)[0], schema.field(n).type, n, where) for n in wanted
+                    }
+                    yield Row(where, values)
                 first += batch.num_rows
     except (pyarrow.ArrowException, OSError) as error:
         raise CalibrationError(
@@ -166,6 +179,8 @@ def _decoded_bytes(array: Any) -> int:
     from pyarrow import compute, types
 
     kind = array.type
+    if isinstance(kind, pyarrow.BaseExtensionType):
+        return _decoded_bytes(array.storage)
     if types.is_list(kind) or types.is_large_list(kind):
         return _decoded_bytes(array.flatten())
     if types.is_struct(kind):
@@ -178,8 +193,32 @@ def _decoded_bytes(array: Any) -> int:
     return int(array.nbytes)
 
 
-def _value(scalar: Any, column: str, where: str) -> Any:
+def _value(scalar: Any, kind: Any, column: str, where: str) -> Any:
     try:
-        return scalar.as_py()
+        return _plain(scalar.as_py(), kind)
     except UnicodeDecodeError as error:
         raise CalibrationError(f"{where}: {column!r} is not UTF-8 (byte {error.start})") from None
+    except (ValueError, RecursionError) as error:
+        raise CalibrationError(f"{where}: {column!r} is not JSON: {error}") from None
+
+
+def _plain(value: Any, kind: Any) -> Any:
+    """What as_py gave, as the writer meant it: Arrow's JSON is read, wherever it stands, and a
+    field that is null is absent, because a struct has all fields that any row has."""
+    from pyarrow import BaseExtensionType, types
+
+    if value is None:
+        return None
+    if isinstance(kind, BaseExtensionType):
+        is_json = kind.extension_name == "arrow.json"
+        return json.loads(value) if is_json else _plain(value, kind.storage_type)
+    if types.is_dictionary(kind):
+        return _plain(value, kind.value_type)
+    if types.is_struct(kind):
+        found = {field.name: _plain(value[field.name], field.type) for field in kind}
+        return {name: inner for name, inner in found.items() if inner is not None}
+    if types.is_map(kind):
+        return {name: _plain(inner, kind.item_type) for name, inner in value}
+    if isinstance(value, list):
+        return [_plain(inner, kind.value_type) for inner in value]
+    return value

@@ -1,10 +1,11 @@
 """Calibration and held-out texts: read, tokenize, pack into sequences of one length, draw a seeded
 sample.
 
-Documents are packed as `bos document bos document ...` per source and cut into chunks; a document
-may span several chunks. Chunks are drawn without replacement by a seeded permutation, each source
-giving its share of a weighted mix: from all its chunks, or, of a source that is too large to be
-read whole (texts.documents), from the first SPREAD times its share.
+Documents are packed as `bos document bos document ...` per source, or where the tokenizer has no
+bos as `document eos document ...`, and cut into chunks; a document may span several chunks. Chunks
+are drawn without replacement by a seeded permutation, each source giving its share of a weighted
+mix: from all its chunks, or, of a source that is too large to be read whole (texts.documents), from
+the first SPREAD times its share.
 """
 
 import hashlib
@@ -23,11 +24,12 @@ from torch import Tensor
 from p48ray.checkpoint.header import json_object, unmarked
 from p48ray.checkpoint.index import CONFIG_FILE, CheckpointIndex
 from p48ray.checkpoint.sidecars import CHAT_TEMPLATES
-from p48ray.config import DocumentSource
+from p48ray.config.documents import DocumentSource
 from p48ray.errors import SourceError
 from p48ray.store.base import Store
 from p48ray.store.open import scheme_of
 from p48ray.texts.documents import open_texts, read_documents, too_little
+from p48ray.texts.tally import Tally
 
 SPREAD = 4
 """Of a large source so many times its share is packed before the draw, so that neighbours in the
@@ -144,23 +146,37 @@ def starts_with_mark(store: Store, name: str) -> bool:
 
 
 def pack_sequences(
-    texts: Iterator[str], tokenizer: Any, length: int, most: int | None = None
+    texts: Iterator[str],
+    tokenizer: Any,
+    length: int,
+    most: int | None = None,
+    tally: Tally | None = None,
 ) -> Tensor:
     """Token ids of all texts, bos before each, cut into rows of `length`; the rest is dropped.
+    Where the tokenizer has no bos, eos stands between two texts, unless the first ends with it.
     Returns (rows, length) int32.
 
     Args:
         texts: taken one by one, until there are enough.
-        tokenizer: of the source; none of its special tokens but bos.
+        tokenizer: of the source; none of its special tokens but these two are added.
         length: tokens a row.
         most: rows after which no further text is asked for; None takes all texts.
+        tally: its tokens are counted.
     """
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    eos_id = None if bos else getattr(tokenizer, "eos_token_id", None)
+    between: list[Any] = []
     ids = array("i")
     for text in texts:
-        ids.extend(bos + tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        own = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        ids.extend(between + bos + own)
+        # a template may end with eos and white space after it
+        ends_itself = eos_id is None or text.rstrip().endswith(tokenizer.eos_token)
+        between = [] if ends_itself else [eos_id]
         if most is not None and len(ids) >= most * length:
             break
+    if tally is not None:
+        tally.tokens = len(ids)
     rows = len(ids) // length if most is None else min(most, len(ids) // length)
     return torch.from_numpy(np.array(ids[: rows * length], dtype=np.int32)).reshape(rows, length)
 
@@ -173,6 +189,7 @@ def load_sequences(
     seed: int,
     vocab_size: int,
     key: str,
+    tallies: list[Tally] | None = None,
 ) -> Tensor:
     """A seeded sample of packed sequences from a weighted mix.
 
@@ -184,6 +201,7 @@ def load_sequences(
         seed: draws texts, sequences and their order.
         vocab_size: ids at or above it are refused.
         key: dotted configuration key of the section, for messages.
+        tallies: gets what was read of each source, in the order of the mix.
     Returns: (num_sequences, length) int32.
     Raises: CalibrationError when a source is empty or holds fewer sequences than its share.
     """
@@ -193,11 +211,14 @@ def load_sequences(
         documents, shares([d.weight for d in documents], num_sequences), strict=True
     ):
         most = None if open_texts(document, name).is_whole else SPREAD * share
-        rows = pack_sequences(
-            read_documents(document, name, seed, tokenizer), tokenizer, length, most
-        )
+        tally = Tally()
+        texts = read_documents(document, name, seed, tokenizer, tally)
+        rows = pack_sequences(texts, tokenizer, length, most, tally)
+        tally.check(document)
         if len(rows) < share:
-            raise too_little(document, name, share, length, len(rows))
+            raise too_little(document, name, share, length, len(rows), tally)
+        if tallies is not None:
+            tallies.append(tally)
         drawn.append(rows[torch.randperm(len(rows), generator=generator)[:share]])
     sequences = torch.cat(drawn)
     if int(sequences.max()) >= vocab_size:

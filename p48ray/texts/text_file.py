@@ -4,10 +4,9 @@ import io
 from dataclasses import dataclass
 from typing import Any
 
+from p48ray.config.documents import DocumentSource
 from p48ray.store.base import Store
 
-COLUMNS = ("text", "messages", "conversations")
-"""Of these the first that a record has is its document."""
 READ_BYTES = 2**20
 MAX_ROW_BYTES = 64 * 2**20
 """Of a line, of an object in an array, and of what a row of Parquet decodes to."""
@@ -28,6 +27,41 @@ class TextFile:
     def ends_with(self, *endings: str) -> bool:
         """Whether its name does, in letters of any case."""
         return self.key.lower().endswith(endings)
+
+
+@dataclass(frozen=True, slots=True)
+class Columns:
+    """Names of the columns that are read. Of `chats`, then `texts`, the first that a record has
+    filled is its document; `tools` and `system` belong to a chat."""
+
+    chats: tuple[str, ...] = ("messages", "conversations")
+    texts: tuple[str, ...] = ("text",)
+    tools: str = "tools"
+    system: str = "system"
+
+    @classmethod
+    def of(cls, source: DocumentSource) -> "Columns":
+        """Those that a source names. One that names a chat or a text has no other."""
+        named = source.columns or {}
+        is_bare = not named.keys() & {"messages", "text"}
+        return cls(
+            chats=(named["messages"],) if "messages" in named else cls().chats if is_bare else (),
+            texts=(named["text"],) if "text" in named else cls().texts if is_bare else (),
+            tools=named.get("tools", "tools"),
+            system=named.get("system", "system"),
+        )
+
+    @property
+    def documents(self) -> tuple[str, ...]:
+        return (*self.chats, *self.texts)
+
+    @property
+    def all(self) -> tuple[str, ...]:
+        return (*self.documents, *((self.tools, self.system) if self.chats else ()))
+
+    def __str__(self) -> str:
+        """As messages have it."""
+        return " or ".join(f"'{name}'" for name in self.documents)
 
 
 @dataclass(frozen=True, slots=True)

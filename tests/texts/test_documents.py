@@ -15,14 +15,14 @@ import pytest
 import torch
 from pyarrow import parquet
 
-from p48ray.config import DocumentSource
+from p48ray.config.documents import DocumentSource
 from p48ray.errors import CalibrationError, ConfigError
 from p48ray.store import LocalStore, MemoryStore
 from p48ray.texts import documents, json_rows, parquet_rows
 from p48ray.texts.documents import digest_documents, open_texts, read_documents
 from p48ray.texts.rows import num_parts, read_part, read_rows
 from p48ray.texts.sequences import load_sequences
-from p48ray.texts.text_file import TextFile
+from p48ray.texts.text_file import Columns, TextFile
 from tests.conftest import REPO
 
 KEY = "calibration.documents"
@@ -36,8 +36,10 @@ class Chat:
     def __call__(self, text: str, add_special_tokens: bool, verbose: bool) -> dict[str, list[int]]:
         return {"input_ids": [ord(c) % 128 for c in text]}
 
-    def apply_chat_template(self, messages: list[dict[str, str]], tokenize: bool) -> str:
-        assert not tokenize
+    def apply_chat_template(
+        self, messages: list[dict[str, str]], tokenize: bool, add_generation_prompt: bool
+    ) -> str:
+        assert not tokenize and not add_generation_prompt
         if any(m["content"] == "!" for m in messages):
             raise ValueError("no exclamations")
         return "^" + "".join(f"<{m['role']}>{m['content']}" for m in messages)
@@ -96,7 +98,13 @@ TURNS = [{"from": "human", "value": "u"}, {"from": "gpt", "value": "a"}]
         ({"messages": MESSAGES}, "<system>s<user>u<assistant>a"),
         ({"conversations": TURNS}, "<user>u<assistant>a"),
         ({"system": "s", "conversations": TURNS}, "<system>s<user>u<assistant>a"),
-        ({"text": "plain", "messages": MESSAGES}, "plain"),
+        ({"text": "plain", "messages": MESSAGES}, "<system>s<user>u<assistant>a"),
+        ({"text": "plain", "messages": []}, "plain"),
+        ({"text": "plain", "messages": None}, "plain"),
+        ({"text": None, "messages": MESSAGES}, "<system>s<user>u<assistant>a"),
+        ({"conversations": MESSAGES}, "<system>s<user>u<assistant>a"),
+        ({"messages": TURNS}, "<user>u<assistant>a"),
+        ({"messages": json.dumps(TURNS)}, "<user>u<assistant>a"),
         ({"messages": MESSAGES[:1], "conversations": TURNS}, "<system>s"),
     ],
 )
@@ -126,17 +134,21 @@ class NoTemplate(Chat):
 @pytest.mark.parametrize(
     ("row", "tokenizer", "words"),
     [
-        ({"messages": "hello"}, Chat(), "'messages' should be a list of objects, found str"),
-        ({"messages": ["hello"]}, Chat(), "'messages' should be a list of objects, found list"),
+        (
+            {"messages": "hello"},
+            Chat(),
+            "'messages': expected a list of objects, or it as JSON, found 'hello'",
+        ),
+        ({"messages": ["hello"]}, Chat(), "'messages': expected a list of objects, found a list"),
         (
             {"messages": [{"role": "user"}]},
             Chat(),
-            r"messages\[0\].content should be a string, found NoneType",
+            r"messages\[0\].content: expected a text, found null",
         ),
         (
             {"messages": [{"content": "u"}]},
             Chat(),
-            r"messages\[0\].role should be a string, found NoneType",
+            r"messages\[0\].role: expected a text, found null",
         ),
         (
             {"conversations": [{"from": "ghost", "value": "u"}]},
@@ -146,19 +158,20 @@ class NoTemplate(Chat):
         (
             {"conversations": [{"from": "gpt", "value": 3}]},
             Chat(),
-            r"conversations\[0\].value should be a string, found int",
+            r"conversations\[0\].value: expected a text or a list of parts, found a number",
         ),
         (
             {"messages": [{"role": "user", "content": "!"}]},
             Chat(),
-            "chat template refuses it: ValueError: no exclamations",
+            "'messages': expected a chat that the tokenizer's chat template takes, found"
+            " ValueError: no exclamations",
         ),
         (
             {"messages": MESSAGES},
             NoTemplate(),
             "'messages' holds a chat, and the source's tokenizer has no chat template",
         ),
-        ({"text": 3}, Chat(), "'text' should be a string, found int"),
+        ({"text": 3}, Chat(), "'text': expected a text, found a number"),
     ],
 )
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
@@ -183,7 +196,7 @@ def test_bad_record_is_refused_by_file_place_and_column(
 
 def test_parquet_text_that_is_absent_or_not_utf8_is_refused_by_row(tmp_path: Path) -> None:
     with pytest.raises(
-        CalibrationError, match=r"a\.parquet, row 3: 'text' should be a string, found NoneType"
+        CalibrationError, match=r"a\.parquet, row 3: 'text': expected a text or a chat, found null"
     ):
         read(table(tmp_path / "a.parquet", [{"text": "a"}, {"text": "b"}, {"text": None}], group=1))
     array = pyarrow.array([b"fine", b"\xff"], pyarrow.binary()).view(pyarrow.string())
@@ -236,7 +249,7 @@ HUGE: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
 
 READ_HUGE = """
 import resource, sys
-from p48ray.config import DocumentSource
+from p48ray.config.documents import DocumentSource
 from p48ray.errors import CalibrationError
 from p48ray.texts.documents import read_documents
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -297,7 +310,7 @@ def test_file_that_is_no_parquet_or_has_no_column_of_ours_is_refused(tmp_path: P
     with pytest.raises(
         CalibrationError,
         match=(
-            r"b\.parquet: expected a column 'text', 'messages' or 'conversations', found prompt,"
+            r"b\.parquet: expected a column 'messages' or 'conversations' or 'text', found prompt,"
             r" answer"
         ),
     ):
@@ -407,12 +420,12 @@ def test_spans_of_a_jsonl_give_every_line_once(
         LocalStore(tmp_path), "a.jsonl", (tmp_path / "a.jsonl").stat().st_size, "a.jsonl"
     )
     parts = [
-        [row.values["text"] for row in read_part(file, part, KEY)]
-        for part in range(num_parts(file, KEY))
+        [row.values["text"] for row in read_part(file, part, KEY, Columns())]
+        for part in range(num_parts(file, KEY, Columns()))
     ]
     assert (
         [t for part in parts for t in part]
-        == [row.values["text"] for row in read_rows(file, KEY)]
+        == [row.values["text"] for row in read_rows(file, KEY, Columns())]
         == ["x" * n for n in (0, 1, 5, 40, 3)] + ["last"]
     )
 
@@ -520,7 +533,7 @@ def test_large_sequences_are_drawn_by_the_seed_and_are_enough(large: Path) -> No
         CalibrationError,
         match=(
             r"calibration\.documents: .*d: expected text for 1000 sequences of 16 tokens, found"
-            r" 315; add text"
+            r" 315 in 240 documents \(240 rows, skipped: none\); add text"
         ),
     ):
         load_sequences([source(large)], Chat(), 1000, 16, 0, 128, "calibration")
@@ -550,7 +563,8 @@ def test_bad_record_of_a_large_source_is_named_by_its_place(
     )
     place = f"line at byte {63 * 10}" if suffix == "jsonl" else "row 11"
     with pytest.raises(
-        CalibrationError, match=rf"a\.{suffix}, {place}: 'text' should be a string, found NoneType"
+        CalibrationError,
+        match=rf"a\.{suffix}, {place}: 'text': expected a text or a chat, found null \(the first",
     ):
         read(path)
 

@@ -9,7 +9,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from p48ray.config import DocumentSource
+from p48ray.config.documents import DocumentSource
 from p48ray.errors import CalibrationError, ConfigError
 from p48ray.run.plan import RunPlan
 from p48ray.store import LocalStore, open_store, retry

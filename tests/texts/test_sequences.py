@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from p48ray.checkpoint.index import open_checkpoint
-from p48ray.config import DocumentSource
+from p48ray.config.documents import DocumentSource
 from p48ray.errors import CalibrationError, ConfigError, SourceError
 from p48ray.store import LocalStore
 from p48ray.texts.documents import digest_documents, read_documents
@@ -73,12 +73,12 @@ def test_documents_are_read_line_by_line_and_empty_ones_skipped(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        (b"not json", r"expected a JSON object with a 'text', found b'not json'"),
-        (b'{"txt": "a"}', r"expected a JSON object with a 'text', found"),
-        (b'["text"]', r"expected a JSON object with a 'text', found"),
-        (b"3", r"expected a JSON object with a 'text', found"),
-        (b'{"text": 3}', "'text' should be a string, found int"),
-        (b'{"text": null}', "'text' should be a string, found NoneType"),
+        (b"not json", r"expected a JSON object, found b'not json'"),
+        (b'{"txt": "a"}', r"expected a column 'messages' or 'conversations' or 'text', found txt"),
+        (b'["text"]', r"expected a JSON object, found"),
+        (b"3", r"expected a JSON object, found"),
+        (b'{"text": 3}', "'text': expected a text, found a number"),
+        (b'{"text": null}', "'text': expected a text or a chat, found null"),
         (b'{"text": "\xff"}', r"not UTF-8 \(byte 10 of the line\)"),
     ],
 )
@@ -169,7 +169,7 @@ def test_too_little_text_is_refused_by_file_with_both_counts(tmp_path: Path) -> 
         CalibrationError,
         match=(
             r"calibration\.documents: .*little\.jsonl: expected text for 4 sequences of 4 tokens,"
-            r" found 3; "
+            r" found 3 in 1 documents \(1 rows"
         ),
     ):
         load_sequences([source(plenty), source(little)], Letters(), 8, 4, 0, 2000, "calibration")

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from p48ray.checkpoint.index import open_checkpoint
-from p48ray.config import DocumentSource
+from p48ray.config.documents import DocumentSource
 from p48ray.errors import SourceError
 from p48ray.run import arrow
 from p48ray.store import HubStore, LocalStore, Store, open_store
