@@ -124,6 +124,8 @@ def job_settings(args: argparse.Namespace, checkpoint: Path, texts: Path) -> lis
             f"evaluation={{documents: {held_out}, num_sequences: 8, sequence_length: {length},"
             " sequences_per_part: 4}"
         ),
+        # few layers: else all would be one segment, without a forward pass
+        "run.boundary_every=2",
         f"run.num_workers={args.workers}",
         f"run.capture_workers={args.workers}",
         f"run.gpus_per_worker={min(1.0, gpus / args.workers):g}",

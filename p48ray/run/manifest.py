@@ -111,8 +111,9 @@ class PartManifest(Record):
     sha256: str
     seconds: float = Field(
         description=(
-            "That the stream took for the part at this layer, a share of what its parts did"
-            " together included."
+            "That the stream took for the part at this layer, and since its record before, a share"
+            " of what its parts did together included. What the backward pass writes of experts'"
+            " inputs has the forward pass's too, up to the boundary that it runs from."
         )
     )
     write_seconds: float = Field(

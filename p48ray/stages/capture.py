@@ -11,6 +11,7 @@ experts a token.
 """
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
@@ -122,6 +123,8 @@ class ResidualStream:
         self.context, self.decoder, self.needs, self.writer = context, decoder, needs, writer
         self.held: dict[int, tuple[int, Tensor]] = {}  # part -> (layer it enters, values)
         self.below: dict[int, set[int]] = {}  # part -> the stored boundary that was passed last
+        # part -> seconds since then
+        self.spent: Counter[int] = Counter()
 
     def take(self, number: int, part: SequencePart) -> Tensor:
         """What enters layer `number`, (B, S, H)."""
@@ -146,7 +149,10 @@ class ResidualStream:
         """
         self.held[part.part] = (number, x_BSH)
         if self.is_stored(number):
-            write_boundary(self.writer, self.kind, number, part, x_BSH, start)
+            begun = start - self.spent.pop(part.part, 0.0)
+            write_boundary(self.writer, self.kind, number, part, x_BSH, begun)
+        else:
+            self.spent[part.part] += time.monotonic() - start  # type: ignore[assignment]
 
     def is_stored(self, number: int) -> bool:
         return number in self.context.plan.passes.boundaries
@@ -188,8 +194,8 @@ def write_boundary(
         number: of the layer that is entered.
         part: that the values belong to.
         values_BSH: must not change any more.
-        start: when the stream began with this part at the layer passed last, by the monotonic
-            clock.
+        start: when the stream began with this part behind the boundary stored before, by the
+            monotonic clock.
     """
     seconds = round(time.monotonic() - start, 3)
     columns = {"values": values_BSH.flatten(0, 1)}

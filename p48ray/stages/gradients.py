@@ -32,7 +32,8 @@ from p48ray.errors import CalibrationError
 from p48ray.model.decoder import Decoder, attend, mix
 from p48ray.model.experts import RoutedInputs
 from p48ray.run import run_root
-from p48ray.run.manifest import ActivationPart, GradientPart
+from p48ray.run.checked import load_part_manifest
+from p48ray.run.manifest import ActivationPart, GradientPart, PartManifest
 from p48ray.run.needs import Needs, Visit, read_needs
 from p48ray.run.plan import SequencePart
 from p48ray.run.run_root import BlobKind
@@ -101,6 +102,10 @@ class SegmentPass:
             visit = self.visits[part.part]
             if visit.reads_boundary:
                 self.hold(visit.up.start, part, stream.take(visit.up.start, part))
+            if visit.seen and visit.up.start:
+                # the forward pass leaves no record that stays: its seconds go with what is seen
+                below = self.load_boundary(visit.up.start, part)
+                self.spent[part.part] += below.seconds  # type: ignore[assignment]
         ups = [self.visits[part.part].up for part in self.wave if self.visits[part.part].up]
         positions = self.decoder.positions(plan.config.calibration.sequence_length)
         micro_batch = plan.config.calibration.sequences_per_micro_batch
@@ -138,6 +143,11 @@ class SegmentPass:
                     write_activations(self.context, self.writer, number, part, observed, begun)
                 else:
                     self.spent[part.part] += time.monotonic() - start  # type: ignore[assignment]
+
+    def load_boundary(self, number: int, part: SequencePart) -> PartManifest:
+        return load_part_manifest(
+            self.context.plan, self.context.store, "residuals", number, part.part
+        )
 
     def hold(self, number: int, part: SequencePart, x_BSH: Tensor) -> None:
         visit = self.visits[part.part]

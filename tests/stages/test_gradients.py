@@ -3,6 +3,7 @@ much of the model they hold at once."""
 
 import hashlib
 import shutil
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,9 +18,10 @@ from p48ray.errors import CalibrationError, CorruptObjectError
 from p48ray.model.decoder import Decoder, run_layer
 from p48ray.model.experts import ExpertWeights
 from p48ray.run import arrow, run_root
+from p48ray.run.checked import load_part_manifest
 from p48ray.run.manifest import ActivationPart, GradientPart
 from p48ray.run.plan import SequencePart
-from p48ray.stages import derivatives, gradients, streaming
+from p48ray.stages import capture, derivatives, gradients, streaming
 from p48ray.stages.blobs import BlobWriter
 from p48ray.stages.capture import capture_parts, write_boundary
 from p48ray.stages.derivatives import head_gradient, layer_or_head, sample_labels, step_back
@@ -482,6 +484,52 @@ def test_segments_of_two_lengths_stopped_anywhere_leave_the_same_bytes(
     go_back(last, [0, 1, 2])
     both = "activations", "gradients"
     assert files(root, *both) == files(tmp_path / "single", *both) != {}
+
+
+class Ticking:
+    """A clock that is looked at once a second."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def monotonic(self) -> float:
+        self.now += 1.0
+        return self.now
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(time, name)
+
+
+def test_forward_pass_s_seconds_go_with_what_the_backward_pass_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Boundaries have the seconds of all layers since the one below, and the lowest layer of each
+    segment whose inputs are written has them once more: so nothing that was paid for is missed when
+    the boundaries are gone."""
+    found = {}
+    for every in (1, 2):
+        context = open_run(tmp_path / f"run-{every}", CURVED, f"run.boundary_every={every}")
+        with monkeypatch.context() as patch:
+            patch.setattr(capture, "time", Ticking())
+            capture_parts(context, [0, 1, 2])
+        found[every] = {
+            number: load_part_manifest(context.plan, context.store, "residuals", number, 0).seconds
+            for number in context.plan.passes.boundaries
+        }
+    assert found[1].keys() == {1, 2, 3, 4} and found[2].keys() == {2, 4}
+    assert found[2][4] > max(found[1][3], found[1][4])
+    key = run_root.blob_manifest("residuals", 2, 0)
+    manifest = load_part_manifest(context.plan, context.store, "residuals", 2, 0)
+    context.store.put(key, manifest.model_copy(update={"seconds": 1e6}).to_json())
+    go_back(context, [0, 1, 2])
+    seconds = {
+        (layer, part): load_part_manifest(
+            context.plan, context.store, "activations", layer, part
+        ).seconds
+        for layer in context.plan.layers
+        for part in range(3)
+    }
+    assert [place for place, s in seconds.items() if s >= 1e6] == [(2, 0)]
 
 
 def test_boundary_that_a_segment_starts_from_and_is_gone_is_named(tmp_path: Path) -> None:
