@@ -38,6 +38,8 @@ QUICK_HEALTH_CHECK = {
     "health_check_failure_threshold": 3,
 }
 WAIT_S = 240.0
+BUSY_S = 30.0
+"""In which some worker has to be at work again: a new one starts in ten seconds or more."""
 
 # The small job with all its stages; calibration is cut into enough parts for a fault to find
 # capture and gradients in the middle of their work.
@@ -332,7 +334,7 @@ def kill_a_worker(scene: Scene) -> int:
     """One of those that are in the middle of a task."""
     wait_until(
         lambda: bool(scene.site.busy_workers()) or not scene.driver.is_running,
-        timeout_s=5,
+        timeout_s=BUSY_S,
         pause_s=0.001,
     )
     return kill(pick(scene.rng, scene.site.busy_workers()))
@@ -374,7 +376,7 @@ def kill_while_there(path: Path) -> int:
 def kill_all_workers(scene: Scene) -> int:
     wait_until(
         lambda: bool(scene.site.busy_workers()) or not scene.driver.is_running,
-        timeout_s=5,
+        timeout_s=BUSY_S,
         pause_s=0.001,
     )
     return kill(scene.site.busy_workers())
@@ -384,7 +386,7 @@ def kill_a_node(scene: Scene) -> int:
     """One with a busy worker; another node takes its place."""
     wait_until(
         lambda: bool(scene.site.busy_workers()) or not scene.driver.is_running,
-        timeout_s=5,
+        timeout_s=BUSY_S,
         pause_s=0.001,
     )
     victims = [(node, len(scene.site.workers(node))) for node in scene.site.nodes]
@@ -401,7 +403,7 @@ def freeze_a_node(scene: Scene) -> int:
     gone; another takes its place. See thaw."""
     wait_until(
         lambda: bool(scene.site.busy_workers()) or not scene.driver.is_running,
-        timeout_s=5,
+        timeout_s=BUSY_S,
         pause_s=0.001,
     )
     victims = [(node, len(scene.site.workers(node))) for node in scene.site.nodes]

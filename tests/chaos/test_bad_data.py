@@ -18,12 +18,14 @@ from p48ray.store.local import LocalStore
 from tests.chaos.checks import assert_same_end, checkpoint_bytes, failures
 from tests.chaos.harness import (
     NUM_UNITS,
+    PIECES,
     Hit,
     Scene,
     corrupt_a_unit,
     flip_a_bit,
     launch_deadly,
     pick,
+    wait_until,
 )
 from tests.jobs.command import copy_model, narrow_model
 
@@ -190,12 +192,18 @@ def test_unit_whose_input_is_bad_is_set_aside(
     model = copy_model(tmp_path / "model", narrow_model())
     fingerprint = open_checkpoint(LocalStore(model)).fingerprint
     # units that are under way have no folder yet, and read their experts before they are hit
-    scene.settings = {"source.checkpoint": str(model), "run.prefetch_units": "0"}
+    scene.settings = {
+        "source.checkpoint": str(model),
+        "run.prefetch_units": "0",
+        "run.layers_in_flight": "4",  # all streams come first
+    }
     poisoned: list[str] = []
 
     def strike(scene: Scene) -> int:
         """A unit of a layer none of whose units is done, the one that its layer gives out last:
-        those that are under way have read their experts."""
+        those that are under way have read their experts. Once no stream reads any more."""
+        gradients = PIECES["gradients"]
+        assert wait_until(lambda: gradients.count(scene.listing()) == gradients.total)
         begun = {path.name[:4] for path in Path(scene.root, "units").iterdir()}
         waiting = sorted(
             unit
