@@ -40,11 +40,11 @@ from p48ray.checkpoint.sparse_storage import (
     PACKED,
     QUANTIZERS,
     SCALE,
+    doubled,
     storage_of,
 )
 from p48ray.errors import NumericsError, SourceError
 from p48ray.numerics import nvfp4, paired48
-from p48ray.numerics.nvfp4 import SCALE_GROUP
 from p48ray.numerics.shared_scale import rescaled, shared_divisor
 
 COMMON: Mapping[str, Any] = {
@@ -185,12 +185,6 @@ def weight_values(linear: ForeignLinear) -> Tensor:
     """(out, in) float32, as a server of that checkpoint has it."""
     divisor = torch.tensor([linear.weight_divisor], device=linear.packed.device)
     return nvfp4.dequantize_packed(linear.packed[None], doubled(linear.scale)[None], divisor)[0]
-
-
-def doubled(scale: Tensor) -> Tensor:
-    """(out, in/32) -> (out, in/16), the same scale for both halves."""
-    bytes_OS = scale.view(torch.uint8)
-    return bytes_OS.repeat_interleave(FOREIGN_GROUP // SCALE_GROUP, dim=-1).view(scale.dtype)
 
 
 def shared_expert(

@@ -133,10 +133,15 @@ def dense_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
                 mask, paired48.unpack_sparse, tensor, tensors[mask]
             )
         elif suffix == SCALE:
-            found[name] = tensor.view(torch.uint8).repeat_interleave(2, dim=-1).view(tensor.dtype)
+            found[name] = doubled(tensor)
         elif suffix != MASK:
             found[name] = tensor
     return found
+
+
+def doubled(scale: Tensor) -> Tensor:
+    """One scale per 32 inputs, (out, in/32), as one per 16: the same for both halves."""
+    return scale.view(torch.uint8).repeat_interleave(2, dim=-1).view(scale.dtype)
 
 
 def _named(name: str, act: Callable[..., Any], *tensors: Tensor) -> Any:

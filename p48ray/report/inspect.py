@@ -13,12 +13,12 @@ from torch import Tensor
 
 from p48ray.checkpoint.decode import read_expert
 from p48ray.checkpoint.families import describe_any, describe_foreign
-from p48ray.checkpoint.foreign import Folding, doubled, is_foreign, read_linear
+from p48ray.checkpoint.foreign import Folding, is_foreign, read_linear
 from p48ray.checkpoint.index import CheckpointIndex, open_checkpoint
 from p48ray.checkpoint.layout import EXPERT_NAME
 from p48ray.checkpoint.modelopt import WEIGHT_DIVISOR, Form, GlobalScales, form_suffixes
 from p48ray.checkpoint.modelopt_config import form_of, format_problem
-from p48ray.checkpoint.sparse_storage import PACKED
+from p48ray.checkpoint.sparse_storage import PACKED, doubled
 from p48ray.checkpoint.storage_stream import as_dense
 from p48ray.checkpoint.tensors import read_tensors
 from p48ray.errors import ConfigError

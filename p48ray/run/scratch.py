@@ -12,7 +12,6 @@ numbers depends on it, so a run may go on with another folder, or with none.
 """
 
 import errno
-import fcntl
 import hashlib
 import logging
 import os
@@ -30,7 +29,7 @@ from p48ray.run.plan import RunPlan
 from p48ray.run.records import Record, load_readable
 from p48ray.store.base import Store
 from p48ray.store.local import LocalStore
-from p48ray.store.node_cache import IN_USE, join_folder, sweep
+from p48ray.store.node_cache import IN_USE, is_held, join_folder, sweep
 from p48ray.store.open import open_store
 from p48ray.store.view import SplitStore
 
@@ -247,20 +246,3 @@ def describe_others(others: Iterable[OtherRun], is_deleted: bool) -> Iterator[st
         state = "deleted" if is_deleted else "may go, with --scratch"
         state = "held by a driver" if other.is_held else state
         yield f"{other.folder}: of another run, {other.num_bytes:,} bytes: {state}"
-
-
-def is_held(folder: Path) -> bool:
-    """Whether a driver works with a run's folder, as far as its locks tell."""
-    try:
-        descriptor = os.open(folder / IN_USE, os.O_RDWR)
-    except FileNotFoundError:
-        return False
-    except OSError:  # of another user
-        return True
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return True
-    finally:
-        os.close(descriptor)
-    return False

@@ -211,6 +211,23 @@ def sweep(folder: Path) -> bool:
     return True
 
 
+def is_held(folder: Path) -> bool:
+    """Whether a process has joined a folder and not left it, as far as locks tell."""
+    try:
+        descriptor = os.open(folder / IN_USE, os.O_RDWR)
+    except FileNotFoundError:
+        return False
+    except OSError:  # of another user
+        return True
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
 def reserve_file(path: Path, num_bytes: int) -> None:
     """An empty file of its final size, its blocks taken now: a full disk says so here, and not as a
     bus error in a mapping."""
