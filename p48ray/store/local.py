@@ -39,6 +39,9 @@ _ABSENT = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 _RETRIABLE = frozenset({errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN})
 """What a shared file system answers when a server restarts or a handle went stale; everything else
 (full, forbidden) will not pass."""
+_WRITE_RETRIABLE = _RETRIABLE | {errno.ENOENT}
+"""While a file is written its folder is there, or was removed under it by somebody who empties a
+disk; the next attempt makes it again."""
 
 
 class LocalStore:
@@ -160,7 +163,7 @@ class LocalStore:
         whether `publish` took effect, inode)."""
         folder = os.path.dirname(path)
         temp = os.path.join(folder, f"{TEMP_PREFIX}{os.getpid()}-{uuid.uuid4().hex}")
-        with _errors_name(path):
+        with _errors_name(path, _WRITE_RETRIABLE):
             self._make_folder(folder)
             try:
                 with open(temp, "xb", buffering=0) as file:
@@ -240,12 +243,12 @@ class LocalStore:
 
 
 @contextmanager
-def _errors_name(path: str) -> Iterator[None]:
+def _errors_name(path: str, retriable: frozenset[int] = _RETRIABLE) -> Iterator[None]:
     """Turns errors of the operating system into ours, naming the path."""
     try:
         yield
     except OSError as error:
-        kind = TransientStoreError if error.errno in _RETRIABLE else P48Error
+        kind = TransientStoreError if error.errno in retriable else P48Error
         raise kind(
             f"{path}: {error.strerror or error}"
             f" ({errno.errorcode.get(error.errno or 0, 'no errno')})"

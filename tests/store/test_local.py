@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -98,6 +99,35 @@ def test_failed_write_names_the_path_and_leaves_nothing(
     assert [info.key for info in store.list()] == ["folder/a"]
     assert store.get("folder/a") == b"before"
     assert temp_files(tmp_path) == []
+
+
+@pytest.mark.parametrize("write", ["put", "put_if_absent", "compose", "write_once"])
+@pytest.mark.parametrize("when", ["before its file", "before its name"])
+def test_folder_removed_under_a_writer_is_made_again_by_the_next_attempt(
+    write: str, when: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, body = LocalStore(tmp_path / "root"), (b"body",)
+    attempt = {
+        "put": lambda: store.put("folder/key", b"body"),
+        "put_if_absent": lambda: store.put_if_absent("folder/key", b"body"),
+        "compose": lambda: store.compose("folder/key", body),
+        "write_once": lambda: store.write_once("folder/key", Pieces(body)),
+    }[write]
+    step = "_make_folder" if when == "before its file" else "_write_piece"
+    real = getattr(LocalStore, step)
+
+    def then_emptied(self: LocalStore, *args: object) -> object:
+        made = real(self, *args)
+        shutil.rmtree(tmp_path / "root")
+        return made
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalStore, step, then_emptied)
+        with pytest.raises(TransientStoreError, match=r"folder/key: No such file.*ENOENT"):
+            attempt()
+    attempt()
+    assert store.get("folder/key") == b"body"
+    assert [info.key for info in store.list()] == ["folder/key"]
 
 
 def test_full_disk_in_the_middle_of_write_once_leaves_nothing_and_names_the_path(
