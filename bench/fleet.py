@@ -25,7 +25,11 @@ What is assumed (printed with the results, with the numbers in force):
     gradients          the last `--layers-held`; reads "own" (nodes without room for a cache): every
                        unit reads them itself, once
     source layers      "shared": once per node and direction; "own": once per worker and direction
-    SHA-256            of what is read, at `--hash-rate` in the process that reads it, afterwards
+    scratch            run.scratch on the disk of one node: what streams leave is written and read
+                       at `--scratch` GB/s each way, a layer once (then it is in memory); its
+                       writers hash it; each unit picks its own rows
+    SHA-256            of what is read from the store, at `--hash-rate` in the process that reads
+                       it, afterwards
     losses             a node is lost as a whole; times are exponential, independent, without
                        warning; seen after `--detect-s`
     nodes              asked for when workers wait; a first node takes `--boot-s`, one in a lost
@@ -64,8 +68,8 @@ from bench.simulated_ray import Attempt, Fleet, Node, SimulatedRay, Tally
 from p48ray.checkpoint.layout import PROJECTIONS
 from p48ray.checkpoint.skeleton import write_kimi_k25_skeleton
 from p48ray.config.load import load_config
-from p48ray.estimate.duration import loop_seconds, product_seconds
-from p48ray.estimate.memory import row_bytes
+from p48ray.estimate.duration import H200_NODE, loop_seconds, product_seconds
+from p48ray.estimate.memory import routed_token_bytes, row_bytes, tokens_of_unit, value_bytes
 from p48ray.estimate.plan_cost import estimate
 from p48ray.report.report import build_report
 from p48ray.run import run_root
@@ -104,7 +108,7 @@ Place = tuple[BlobKind, int, int]
 
 class Step(NamedTuple):
     """What a stream does at one layer: parts that are computed, for so many seconds each, those
-    whose boundary is read, and what is left."""
+    whose boundary is read, and what is left of them."""
 
     number: int
     computed: list[int]
@@ -127,7 +131,9 @@ class Costs:
     source_layer_bytes: int
     up_s: float
     back_s: float
-    part_bytes: int  # hidden states of one part, bf16
+    boundary_bytes: int  # of one part
+    rows_bytes: int  # activations of one part at one layer, or its gradients
+    unit_rows_s: float  # a unit's rows picked from a layer in memory
 
     def unit_s(self, load: float) -> float:
         return self.loop_s + self.product_s * load / self.mean_load
@@ -144,23 +150,24 @@ def costs_of(prepared: Prepared, unit_seconds: float | None = None) -> Costs:
     e = estimate(plan, prepared.source, layout, prepared.shards)
     loop_s, product_s = (f(plan, layout) / len(plan.units) for f in (loop_seconds, product_seconds))
     factor = 1.0 if unit_seconds is None else unit_seconds / (loop_s + product_s)
-    hidden_bytes = 2 * e.num_tokens * layout.hidden_size
+    c, parts = plan.config.calibration, len(plan.parts)
+    rows = e.num_tokens * row_bytes(layout.hidden_size, c.stored_bits)
+    unit_rows = tokens_of_unit(plan) * routed_token_bytes(layout.hidden_size, plan.config)
     up_s = e.stream_gpu_hours * 3600 / len(plan.parts) / plan.passes.num_computed
     per_unit = plan.config.run.experts_per_unit
     return Costs(
         loop_s=factor * loop_s,
         product_s=factor * product_s,
         mean_load=e.num_tokens * layout.top_k * per_unit / layout.num_experts,
-        layer_bytes=e.activation_bytes // len(plan.layers)
-        + plan.uses_gradients
-        * e.num_tokens
-        * row_bytes(layout.hidden_size, plan.config.calibration.stored_bits),
+        layer_bytes=e.activation_bytes // len(plan.layers) + plan.uses_gradients * rows,
         source_unit_bytes=(e.source_bytes - e.untouched_bytes) // len(plan.units),
         unit_bytes=unit_bytes(layout, plan.units[0]),
         source_layer_bytes=(e.source_bytes - e.untouched_bytes) // len(plan.layers),
         up_s=up_s,
         back_s=2 * up_s,
-        part_bytes=hidden_bytes // len(plan.parts),
+        boundary_bytes=e.num_tokens * layout.hidden_size * value_bytes(plan) // parts,
+        rows_bytes=rows // parts,
+        unit_rows_s=unit_rows / H200_NODE.gather_bytes,
     )
 
 
@@ -195,6 +202,7 @@ class Stubs:
         self.tally.joined.add((node.id, unit.layer))
         if self.fleet.reads == "shared":
             ready = self.load_layer(node, unit.layer, now)
+            ready += c.unit_rows_s * (self.fleet.scratch is not None)
         else:
             num_bytes = c.layer_bytes
             self.tally.bytes_read += num_bytes
@@ -210,15 +218,17 @@ class Stubs:
         return Attempt(task, written, [(ready, solved)], [shard, manifest])
 
     def load_layer(self, node: Node, layer: int, now: float) -> float:
-        """When a layer's activations and gradients are on the node, read once and hashed by one of
-        its processes."""
+        """When a layer's activations and gradients are in the node's memory, read once: from its
+        scratch, or from the store and then hashed by one of its processes."""
+        num_bytes, f = self.costs.layer_bytes, self.fleet
         if layer not in node.layers:
             self.tally.layer_loads += 1
-            self.tally.bytes_read += self.costs.layer_bytes
-            node.layers[layer] = (
-                node.read(now, self.costs.layer_bytes, self.fleet.bandwidth)
-                + self.costs.layer_bytes / self.fleet.hash_rate
-            )
+            if f.scratch is not None:
+                node.layers[layer] = node.read_disk(now, num_bytes, f.scratch)
+            else:
+                self.tally.bytes_read += num_bytes
+                read = node.read(now, num_bytes, f.bandwidth)
+                node.layers[layer] = read + num_bytes / f.hash_rate
             while len(node.layers) > self.fleet.layers_held:
                 node.layers.popitem(last=False)
         node.layers.move_to_end(layer)
@@ -287,18 +297,20 @@ class Stubs:
             else self.steps_back(needs, *task.item)
         )
         sharers = min(self.plan.config.run.capture_workers or 1, self.fleet.node_gpus)
+        link = self.fleet.bandwidth / sharers
+        blobs = link if self.fleet.scratch is None else self.fleet.scratch / sharers
         computes, effects = [], []
         for step in steps:
-            read_bytes = (
+            source_bytes = (
                 self.source_reads(step.computed) * self.costs.source_layer_bytes
                 if step.number in self.plan.layers
                 else 0.0
             )
-            read_bytes += len(step.read) * self.costs.part_bytes
-            ready = now + read_bytes * sharers / self.fleet.bandwidth
+            read_bytes = len(step.read) * self.costs.boundary_bytes
+            ready = now + source_bytes / link + read_bytes / blobs
             solved = ready + len(step.computed) * step.seconds
-            now = solved + len(step.left) * self.costs.part_bytes * sharers / self.fleet.bandwidth
-            self.tally.bytes_read += read_bytes
+            now = solved + sum(self.blob_bytes(kind) for kind, _, _ in step.left) / blobs
+            self.tally.bytes_read += source_bytes + read_bytes * (self.fleet.scratch is None)
             computes.append((ready, solved))
             effects.append((now, partial(self.leave, step.left)))
         return Attempt(task, now, computes, effects)
@@ -349,10 +361,16 @@ class Stubs:
             return bool(parts) / sharers
         return 1.0
 
+    def blob_bytes(self, kind: BlobKind) -> int:
+        """Of one part."""
+        is_rows = kind in ("activations", "gradients")
+        return self.costs.rows_bytes if is_rows else self.costs.boundary_bytes
+
     def leave(self, places: Sequence[Place]) -> None:
         """Objects of one layer."""
         for kind, number, part in places:
-            self.put(run_root.blob(kind, number, part), self.costs.part_bytes)
+            in_store = self.fleet.scratch is None
+            self.put(run_root.blob(kind, number, part), self.blob_bytes(kind) * in_store)
             record = b"{}"
             if kind == "activations":
                 record = self.activation_record(number, part).to_json()
@@ -375,7 +393,7 @@ class Stubs:
         c = self.plan.config.calibration
         sizes = {
             "num_tokens": c.sequences_per_part * c.sequence_length,
-            "size_bytes": self.costs.part_bytes,
+            "size_bytes": self.costs.rows_bytes,
             "sha256": "0" * 64,
         }
         return {
@@ -428,6 +446,7 @@ class Outcome:
     loss_rate: float
     loss_per: str
     reads: str
+    scratch: float | None
     hours: float
     stream_hours: float
     gpu_hours: float
@@ -494,6 +513,7 @@ def simulate(prepared: Prepared, fleet: Fleet, costs: Costs) -> tuple[Outcome, S
         loss_rate=fleet.loss_rate,
         loss_per=fleet.loss_per,
         reads=fleet.reads,
+        scratch=fleet.scratch,
         hours=end / 3600,
         stream_hours=streamed / 3600,
         gpu_hours=paid_s / 3600,
@@ -576,7 +596,7 @@ class IdleWorker:
     def __init__(self, plan_json: bytes, store_uri: str) -> None:
         """As WorkerProcess."""
 
-    def ready(self) -> str:
+    def start(self, is_verbose: bool, probe: str | None) -> str:
         import ray
 
         return str(ray.get_runtime_context().get_node_id())
@@ -648,6 +668,8 @@ def assumptions(args: argparse.Namespace, c: Costs) -> list[str]:
             "Reads 'shared': activations and gradients once per node and layer; source layers once"
             " per node and direction (DESIGN 9). Reads 'own': every unit reads its layer's"
             " activations and gradients once; source layers once per worker and direction."
+            " 'scratch': what streams leave lies on the disk of one node, written and read at its"
+            " rate, a layer once, and not hashed again."
         ),
         (
             f"Streaming: {c.up_s:.2f} s up and {c.back_s:.2f} s back for a part at a layer (assumed"
@@ -689,7 +711,7 @@ def cells(o: Outcome, price: float) -> list[str]:
         str(o.gpus),
         str(o.gpus_per_node),
         f"{o.loss_rate:g}",
-        o.reads,
+        o.reads if o.scratch is None else f"scratch {o.scratch / 1e9:g} GB/s",
         f"{o.hours:.1f}",
         f"{o.stream_hours:.2f}",
     ]
@@ -781,6 +803,13 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         default=[1, 8, 64],
         help="also with reads 'own', without losses",
     )
+    parser.add_argument(
+        "--scratch",
+        type=float,
+        nargs="*",
+        default=[1.2, 10.0],
+        help="also one node with run.scratch at so many GB/s each way, without losses",
+    )
     parser.add_argument("--keep", choices=["all", "units"], default="units")
     parser.add_argument(
         "--unit-seconds",
@@ -838,6 +867,11 @@ def run(args: argparse.Namespace, prepared: Prepared, console: Console) -> None:
     fleets += [
         Fleet(gpus=gpus, gpus_per_node=min(gpus, max(args.gpus_per_node)), reads="own", **shared)
         for gpus in args.own_gpus
+    ]
+    one_node = max(args.gpus_per_node)
+    fleets += [
+        Fleet(gpus=one_node, gpus_per_node=one_node, scratch=rate * 1e9, **shared)
+        for rate in args.scratch
     ]
     outcomes = []
     for fleet in dict.fromkeys(fleets):

@@ -24,8 +24,9 @@ from p48ray.stages.tasks import Task, TaskResult
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fleet:
-    """The machines of one simulation. `bandwidth` is a node's, in bytes a second; `loss_rate` is
-    per hour of a GPU or of a node (`loss_per`)."""
+    """The machines of one simulation. `bandwidth` is a node's link, in bytes a second; `scratch`
+    the disk of its only node, where it has one; `loss_rate` is per hour of a GPU or of a node
+    (`loss_per`)."""
 
     gpus: int
     gpus_per_node: int = 8
@@ -33,6 +34,7 @@ class Fleet:
     loss_per: str = "gpu"
     reads: str = "shared"
     bandwidth: float = 2.5e9
+    scratch: float | None = None
     hash_rate: float = 1.5e9
     layers_held: int = 2
     replace_s: float = 300.0
@@ -40,6 +42,13 @@ class Fleet:
     start_s: float = 30.0
     detect_s: float = 15.0
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.scratch is not None and (self.max_nodes > 1 or self.loss_rate):
+            raise ValueError(
+                f"a node's own scratch serves one node that is not lost: found {self.max_nodes}"
+                f" nodes, {self.loss_rate:g} losses an hour"
+            )
 
     @property
     def node_gpus(self) -> int:
@@ -71,8 +80,8 @@ class Tally:
 
 @dataclass(eq=False, slots=True)
 class Node:
-    """A machine. Its link is free for another read from `link_free` on; `layers`: when those it
-    holds are (or will be) there."""
+    """A machine. Its link is free for another read from `link_free` on, its disk from `disk_free`;
+    `layers`: when those it holds are (or will be) there."""
 
     id: str
     free: int
@@ -80,6 +89,7 @@ class Node:
     is_up: bool = False
     lost_at: float | None = None
     link_free: float = 0.0
+    disk_free: float = 0.0
     layers: OrderedDict[int, float] = field(default_factory=OrderedDict)
     actors: list["Actor"] = field(default_factory=list)
 
@@ -87,6 +97,11 @@ class Node:
         """When a read asked for now is through."""
         self.link_free = max(now, self.link_free) + num_bytes / bandwidth
         return self.link_free
+
+    def read_disk(self, now: float, num_bytes: float, bandwidth: float) -> float:
+        """The same, of its disk."""
+        self.disk_free = max(now, self.disk_free) + num_bytes / bandwidth
+        return self.disk_free
 
 
 @dataclass(eq=False, slots=True)

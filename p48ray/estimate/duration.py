@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from p48ray.checkpoint.layout import ModelLayout
 from p48ray.config import RunConfig
+from p48ray.estimate.memory import tokens_of_unit
 from p48ray.estimate.nearness import are_streams_near, is_near, is_source_near
 from p48ray.numerics import code_descent
 from p48ray.numerics.paired48 import INPUTS_IN_GROUP
@@ -244,18 +245,6 @@ def fetch_seconds(plan: RunPlan, unit_tokens: float, moved: Bytes, rates: Rates)
         hashed / rates.hash_bytes
         + unit_tokens * moved.routed_token / rates.gather_bytes
         + moved.unit_experts / rates.near_read
-    )
-
-
-def tokens_of_unit(plan: RunPlan) -> float:
-    """Routed tokens of a unit, on average."""
-    c, source = plan.config.calibration, plan.source
-    return (
-        c.num_sequences
-        * c.sequence_length
-        * source.top_k
-        / source.num_experts
-        * plan.config.run.experts_per_unit
     )
 
 

@@ -34,17 +34,21 @@ EXPERT_SLOTS = 10  # packed experts on the device: those on their way, one in us
 UNIT_WEIGHT_COPIES, UNIT_REFINE_COPIES = 6, 5
 # of H, and of G where gradients are used, in float32: 31.2 GB for 8 experts of Kimi-K2.5
 UNIT_MOMENT_COPIES = 2.5
+USED_SHARE = 0.85  # of a GPU's memory, that is given out; pieces that do not fit a gap are the rest
 LIBRARIES_GPU, LIBRARIES_HOST = 10**9, 3 * 10**9  # a context and its libraries; CUDA and torch
 LIBRARIES_CPU = 7 * 10**8  # torch without CUDA
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Memory:
-    """Bytes of one worker. gpu_stream and gpu_unit are 0 for workers without a GPU."""
+    """Bytes of one worker. gpu_stream and gpu_unit are 0 for workers without a GPU. tokens: of the
+    units that it holds, whose place is on the GPU as long as there is room (token_room_bytes).
+    """
 
     gpu_stream: int
     gpu_unit: int
     host: int
+    tokens: int = 0
 
     @property
     def gpu(self) -> int:
@@ -74,15 +78,20 @@ def memory_of(plan: RunPlan, index: CheckpointIndex, layout: ModelLayout) -> Mem
     stream = stream_bytes(
         plan, layout, packed // layout.num_experts, max(outside.values(), default=0)
     )
-    unit = unit_peak_bytes(plan, layout)
+    tokens, unit = unit_tokens_bytes(plan), unit_peak_bytes(plan, layout)
     shard = max(unit_bytes(layout, u) for u in plan.units)
     staged = WRITES_BEHIND * part_tokens(plan) * layout.hidden_size * value_bytes(plan)
     experts = packed * run.experts_per_unit // layout.num_experts
     host = packed + staged + (1 + run.prefetch_units) * experts + 2 * shard
     if not run.gpus_per_worker:
-        return Memory(gpu_stream=0, gpu_unit=0, host=LIBRARIES_CPU + host + max(stream, unit))
+        return Memory(
+            gpu_stream=0, gpu_unit=0, host=LIBRARIES_CPU + host + max(stream, unit), tokens=tokens
+        )
     return Memory(
-        gpu_stream=stream + LIBRARIES_GPU, gpu_unit=unit + LIBRARIES_GPU, host=LIBRARIES_HOST + host
+        gpu_stream=stream + LIBRARIES_GPU,
+        gpu_unit=unit + LIBRARIES_GPU,
+        host=LIBRARIES_HOST + host,
+        tokens=tokens,
     )
 
 
@@ -138,21 +147,47 @@ def stream_bytes(plan: RunPlan, layout: ModelLayout, packed_expert: int, other_w
     )
 
 
+def tokens_of_unit(plan: RunPlan) -> float:
+    """Routed tokens of a unit, on average."""
+    c, source = plan.config.calibration, plan.source
+    return (
+        c.num_sequences
+        * c.sequence_length
+        * source.top_k
+        / source.num_experts
+        * plan.config.run.experts_per_unit
+    )
+
+
 def unit_peak_bytes(plan: RunPlan, layout: ModelLayout) -> int:
     """Of a unit with the average number of tokens, and the tokens of those that are read ahead."""
-    c, run, h, f = (
-        plan.config.compression,
-        plan.config.run,
-        layout.hidden_size,
-        layout.moe_intermediate_size,
-    )
+    return unit_tokens_bytes(plan) + solving_bytes(plan, layout)
+
+
+def unit_tokens_bytes(plan: RunPlan) -> int:
+    """Tokens of a unit that has the average number, and of those that are read ahead."""
+    each = tokens_of_unit(plan) * routed_token_bytes(plan.source.hidden_size, plan.config)
+    return round((1 + plan.config.run.prefetch_units) * each)
+
+
+def solving_bytes(plan: RunPlan, layout: ModelLayout) -> int:
+    """Of a unit that is solved, its tokens apart."""
+    c, h, f = plan.config.compression, layout.hidden_size, layout.moe_intermediate_size
     moments = h * h + 3 * f * f + c.output_curvature * (h * h + 4 * f * f)
     weights = (UNIT_WEIGHT_COPIES + UNIT_REFINE_COPIES * (c.refine_steps > 0)) * 3 * h * f
-    calibration = plan.config.calibration
-    tokens = (
-        calibration.num_sequences * calibration.sequence_length * layout.top_k / layout.num_experts
-    )
-    held = (
-        (1 + run.prefetch_units) * tokens * routed_token_bytes(plan.source.hidden_size, plan.config)
-    )
-    return round(run.experts_per_unit * (held + 4 * (weights + UNIT_MOMENT_COPIES * moments)))
+    each = 4 * (weights + UNIT_MOMENT_COPIES * moments)
+    return round(plan.config.run.experts_per_unit * each)
+
+
+def token_room_bytes(plan: RunPlan, layout: ModelLayout, gpu_bytes: int) -> int:
+    """What a unit may hold of its tokens on a GPU, beside what solving takes and the tokens of
+    units that are read ahead.
+
+    Args:
+        plan, layout: of the run.
+        gpu_bytes: memory of the GPU.
+    """
+    run = plan.config.run
+    own = gpu_bytes * min(1.0, run.gpus_per_worker or 1.0) * USED_SHARE
+    left = own - LIBRARIES_GPU - solving_bytes(plan, layout)
+    return max(0, int(left / (1 + run.prefetch_units)))

@@ -14,13 +14,13 @@ from p48ray.estimate.duration import (
     Times,
     num_nodes,
     stage_times,
-    tokens_of_unit,
 )
 from p48ray.estimate.memory import (
     Memory,
     memory_of,
     routed_token_bytes,
     row_bytes,
+    tokens_of_unit,
     waves_of_worker,
 )
 from p48ray.estimate.nearness import are_streams_near, is_near, is_source_near

@@ -182,7 +182,8 @@ def memory_words(memory: Memory) -> str:
     """Needs, and what the smallest class of cards lacks of them."""
     needs = (
         f"needs about {memory.gpu / GB:.0f} GB of GPU memory (streaming"
-        f" {memory.gpu_stream / GB:.0f}, a unit {memory.gpu_unit / GB:.0f}) and"
+        f" {memory.gpu_stream / GB:.0f}, a unit {memory.gpu_unit / GB:.0f}, of it tokens"
+        f" {memory.tokens / GB:.0f}) and"
         f" {memory.host / GB:.0f} GB beside it"
     )
     lacking = [(card, short) for card in CARDS if (short := shortages(memory, card, None))]

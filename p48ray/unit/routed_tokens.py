@@ -11,21 +11,27 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from p48ray.estimate.memory import routed_token_bytes
+from p48ray.estimate.memory import part_tokens, routed_token_bytes, row_bytes, token_room_bytes
 from p48ray.numerics.activation import quantize_activations
 from p48ray.numerics.token_rows import TokenRows
 from p48ray.run.manifest import LayerScales
 from p48ray.run.plan import WorkUnit
 from p48ray.unit.context import StageContext
-from p48ray.unit.token_columns import DeviceRoom, HostRoom, Room, of_columns, reserve_spill
+from p48ray.unit.token_columns import (
+    DeviceRoom,
+    HostRoom,
+    Room,
+    RoomsInOrder,
+    of_columns,
+    reserve_spill,
+)
 
 # tokens of the whole layer that stand in for what an expert saw too little of
 LAYER_SAMPLE_TOKENS = 8192
 # Routed tokens kept in a worker's memory, those of units read ahead included (a unit of Kimi-K2.5,
-# 2.1 M tokens in all: 10 GB in bf16, 5.6 GB in int8); a unit that passes its share has them in a
-# file of the node.
+# 2.1 M tokens in all: 10 GB in bf16, 5.6 GB in int8); what passes a unit's share is in a file of
+# the node.
 GATHERED_BYTES = 16 * 10**9
-DEVICE_SHARE = 0.3  # of a GPU's memory for routed tokens, those of units read ahead included
 
 
 class StoredSlice(NamedTuple):
@@ -65,8 +71,8 @@ class LayerSample(NamedTuple):
 class RoutedTokens:
     """The tokens of a unit's experts, in the plan's order, and a sample of the whole layer's.
 
-    One pass over the layer's parts takes both. The tokens are kept as stored: on a GPU where they
-    fit the unit's share of DEVICE_SHARE, else in memory, and where they pass the unit's share of
+    One pass over the layer's parts takes both. The tokens are kept as stored: on a GPU as long as
+    they fit there (memory.token_room_bytes), then in memory, and what passes the unit's share of
     GATHERED_BYTES in a mapped file of this node. `gathered` is None where its disk has no room:
     then every pass reads the layer's parts again."""
 
@@ -95,22 +101,31 @@ class RoutedTokens:
         room.synchronize()
 
     def room(self, num_bytes: int, num_tensors: int) -> Room | None:
-        """Where to keep so many bytes; None where there is no place for them."""
-        units = 1 + self.context.plan.config.run.prefetch_units
-        device = self.context.device
-        if (
-            device.type == "cuda"
-            and num_bytes
-            <= DEVICE_SHARE * torch.cuda.get_device_properties(device).total_memory / units
-        ):
-            return DeviceRoom(num_bytes, num_tensors, device)
-        if num_bytes <= GATHERED_BYTES // units:
-            return HostRoom()
-        return reserve_spill(
-            num_bytes,
-            num_tensors,
-            None if self.context.cache is None else self.context.cache.folder,
+        """Where to keep so many bytes; None where there is no place for them.
+
+        A tensor lies in one room, so less than the largest one is left empty in each but the last.
+        """
+        context, plan = self.context, self.context.plan
+        largest = part_tokens(plan) * row_bytes(
+            context.layout.hidden_size, plan.config.calibration.stored_bits
         )
+        rooms: list[Room] = []
+        if context.device.type == "cuda":
+            memory = torch.cuda.get_device_properties(context.device).total_memory
+            there = min(num_bytes, token_room_bytes(plan, context.layout, memory))
+            rooms.append(DeviceRoom(there, num_tensors, context.device))
+            if there == num_bytes:
+                return rooms[0]
+            num_bytes += largest - there
+        share = GATHERED_BYTES // (1 + plan.config.run.prefetch_units)
+        if num_bytes <= share:
+            return RoomsInOrder([*rooms, HostRoom()])
+        if share:
+            rooms.append(HostRoom(share))
+            num_bytes += largest - share
+        folder = None if context.cache is None else context.cache.folder
+        spill = reserve_spill(num_bytes, num_tensors, folder)
+        return None if spill is None else RoomsInOrder([*rooms, spill])
 
     @cached_property
     def sample(self) -> LayerSample:

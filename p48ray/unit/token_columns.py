@@ -1,8 +1,8 @@
 """Rows of values, one a token, as columns of a part (calibration.stored_bits): bf16, or int8 codes
 with their scales.
 
-And rooms for rows that a unit takes out of parts: in memory, in a file of the node, on a GPU. Parts
-are mapped, so only those rows are read.
+And rooms for rows that a unit takes out of parts: on a GPU, in memory, in a file of the node, or in
+several of these, filled in order. Parts are mapped, so only those rows are read.
 
 Legend: T tokens, H values of a token, G blocks of a row (H/16), R rows that are taken.
 """
@@ -11,6 +11,7 @@ import logging
 import mmap
 import os
 import tempfile
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -44,6 +45,9 @@ def of_columns(part: dict[str, Tensor], name: str) -> TokenRows:
 class Room(Protocol):
     """Where rows go that are taken out of a part."""
 
+    def fits(self, num_bytes: int) -> bool:
+        """Whether there is space left for a tensor of so many bytes."""
+
     def copy_rows(self, source: Tensor, rows_R: Tensor) -> Tensor:
         """A copy of some rows of a tensor on the CPU; complete once the room is synchronized."""
 
@@ -51,10 +55,24 @@ class Room(Protocol):
         """Wait until all copies are complete."""
 
 
+def taken_bytes(source: Tensor, rows_R: Tensor) -> int:
+    """Of so many rows of a tensor."""
+    return len(rows_R) * (source.nbytes // max(1, len(source)))
+
+
 class HostRoom:
-    """Memory of this process, as rows come."""
+    """Memory of this process, as rows come. left_bytes: as long as there are so many; None for all
+    that comes."""
+
+    def __init__(self, left_bytes: int | None = None) -> None:
+        self.left_bytes = left_bytes
+
+    def fits(self, num_bytes: int) -> bool:
+        return self.left_bytes is None or num_bytes <= self.left_bytes
 
     def copy_rows(self, source: Tensor, rows_R: Tensor) -> Tensor:
+        if self.left_bytes is not None:
+            self.left_bytes -= taken_bytes(source, rows_R)
         return source.index_select(0, rows_R)
 
     def synchronize(self) -> None:
@@ -81,12 +99,19 @@ class Spill:
             self.data = mmap.mmap(file.fileno(), num_bytes)
         self.end = 0
 
+    @property
+    def start(self) -> int:
+        """Of the next tensor."""
+        return -(-self.end // self.ALIGNMENT) * self.ALIGNMENT
+
+    def fits(self, num_bytes: int) -> bool:
+        return self.start + num_bytes <= len(self.data)
+
     def copy_rows(self, source: Tensor, rows_R: Tensor) -> Tensor:
         shape = (len(rows_R), *source.shape[1:])
         if not len(rows_R):
             return source.new_empty(shape)
-        start = -(-self.end // self.ALIGNMENT) * self.ALIGNMENT
-        count = len(rows_R) * (source.numel() // len(source))
+        start, count = self.start, len(rows_R) * (source.numel() // len(source))
         self.end = start + count * source.itemsize
         copy = torch.frombuffer(self.data, dtype=source.dtype, count=count, offset=start).view(
             shape
@@ -111,17 +136,42 @@ class DeviceRoom:
         # which may still use what lay there before
         self.staging.stream.wait_stream(torch.cuda.default_stream(device))
 
+    @property
+    def start(self) -> int:
+        """Of the next tensor."""
+        return -(-self.end // self.ALIGNMENT) * self.ALIGNMENT
+
+    def fits(self, num_bytes: int) -> bool:
+        return self.start + num_bytes <= len(self.data)
+
     def copy_rows(self, source: Tensor, rows_R: Tensor) -> Tensor:
-        shape = (len(rows_R), *source.shape[1:])
-        num_bytes = len(rows_R) * (source.nbytes // max(1, len(source)))
-        start = -(-self.end // self.ALIGNMENT) * self.ALIGNMENT
-        self.end = start + num_bytes
+        shape, start = (len(rows_R), *source.shape[1:]), self.start
+        self.end = start + taken_bytes(source, rows_R)
         out = self.data[start : self.end].view(source.dtype).view(shape)
         self.staging.gather(source, rows_R, out)
         return out
 
     def synchronize(self) -> None:
         self.staging.synchronize()
+
+
+class RoomsInOrder:
+    """Rooms of which each tensor takes the first that has space left for it. So whoever passes over
+    them again and again finds most in the fastest."""
+
+    def __init__(self, rooms: Sequence[Room]) -> None:
+        self.rooms = rooms
+
+    def fits(self, num_bytes: int) -> bool:
+        return any(room.fits(num_bytes) for room in self.rooms)
+
+    def copy_rows(self, source: Tensor, rows_R: Tensor) -> Tensor:
+        num_bytes = taken_bytes(source, rows_R)
+        return next(r for r in self.rooms if r.fits(num_bytes)).copy_rows(source, rows_R)
+
+    def synchronize(self) -> None:
+        for room in self.rooms:
+            room.synchronize()
 
 
 def reserve_spill(

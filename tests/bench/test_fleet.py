@@ -1,6 +1,7 @@
 """The fleet simulation: the product's own driver, the same answer for the same seed, and no unit
 lost whatever the losses."""
 
+import inspect
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from p48ray.run import run_root
 from p48ray.run.checked import load_unit_manifests
 from p48ray.run.manifest import UnitManifest
 from p48ray.runner import dispatch, layer_units, overlap, pipeline, ray_runner
+from p48ray.runner.worker_process import WorkerProcess
 from p48ray.stages.prepare import Prepared, prepare
 from tests.conftest import REPO
 
@@ -176,3 +178,34 @@ def test_measures_and_markdown(
     assert "units done twice: 0" in (tmp_path / "fleet.md").read_text()
     assert (tmp_path / "fleet.json").stat().st_size > 0
     assert "GPU-hours" in capsys.readouterr().out
+
+
+def test_scratch_takes_what_streams_leave_off_the_link(planned: Prepared) -> None:
+    """One node of four GPUs; the link is made slow, so that what crosses it shows."""
+    calm = replace(CALM, gpus_per_node=4, bandwidth=1e5)
+    store, slow, fast = (
+        simulated(planned, replace(calm, scratch=rate))[0] for rate in (None, 1e5, 1e8)
+    )
+    mine = fleet.sized(planned, calm, "fleet-test", "all")
+    costs = fleet.costs_of(mine)
+    units = costs.unit_bytes * len(mine.plan.units)
+    assert slow.bytes_written == fast.bytes_written == units < store.bytes_written
+    assert fast.bytes_read == slow.bytes_read < store.bytes_read
+    assert fast.stream_hours < slow.stream_hours
+    assert fast.hours < min(slow.hours, store.hours)
+    assert fast.layer_loads == len(mine.plan.layers)
+
+
+@pytest.mark.parametrize("wrong", [{"gpus": 8}, {"loss_rate": 0.1}])
+def test_scratch_of_a_node_that_is_lost_or_of_several_is_refused(wrong: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=r"one node that is not lost: found [12] nodes, 0"):
+        replace(CALM, gpus_per_node=4, scratch=1e9, **wrong)
+
+
+def test_the_idle_worker_is_called_as_the_real_one() -> None:
+    for name in ("start", "execute", "close"):
+        ours, real = (
+            list(inspect.signature(getattr(kind, name)).parameters)
+            for kind in (fleet.IdleWorker, WorkerProcess)
+        )
+        assert ours == real, name

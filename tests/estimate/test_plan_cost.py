@@ -15,7 +15,15 @@ from p48ray.checkpoint.skeleton import write_kimi_k25_skeleton
 from p48ray.config.load import load_config
 from p48ray.estimate.duration import H200_NODE, Rate
 from p48ray.estimate.fit import lack_of_space, shortages, warn_of_memory
-from p48ray.estimate.memory import Memory, stream_bytes, unit_peak_bytes
+from p48ray.estimate.memory import (
+    LIBRARIES_GPU,
+    USED_SHARE,
+    Memory,
+    stream_bytes,
+    token_room_bytes,
+    unit_peak_bytes,
+    unit_tokens_bytes,
+)
 from p48ray.estimate.nearness import is_near
 from p48ray.estimate.plan_cost import Estimate, estimate
 from p48ray.report.plan_table import hours_words, memory_words, plan_rows, spell, two_digits
@@ -182,6 +190,39 @@ def test_kimi_s_streams_fit_a_node_s_disk(tmp_path: Path) -> None:
     assert e.activation_bytes + e.residual_bytes + e.gradient_bytes <= 2.8e12
     assert passes.num_computed <= 1.35 * 3 * passes.num_layers
     assert e.memory.gpu <= 80e9, "cards of 80 GB go on to do"
+
+
+@pytest.mark.slow
+def test_sixteen_times_the_tokens_of_kimi_fit_too(tmp_path: Path) -> None:
+    """33.6 M tokens, one draw: at most 10 TB of streams at a time, 35 GPU-hours of computing, cards
+    of 80 GB, and a unit's tokens in such a card's memory beside those of the next."""
+    write_kimi_k25_skeleton(tmp_path / "kimi")
+    overrides = (
+        f"source.checkpoint={tmp_path / 'kimi'}",
+        "calibration.documents=examples/tiny-kimi-k2.5/calibration.jsonl",
+    )
+    config = REPO / "configs" / "kimi_k25_p48_nvfp4_33m_tokens.yaml"
+    prepared = prepare(load_config(config, overrides, "memory://kimi"))
+    e, plan = estimated(prepared), prepared.plan
+    assert e.num_tokens == 33_554_432 and plan.passes.draws == 1
+    assert e.stream_peak_bytes <= 10e12
+    assert e.gpu_hours <= 35
+    assert e.memory.gpu <= 80e9
+    held = e.memory.tokens / (1 + plan.config.run.prefetch_units)
+    assert held <= token_room_bytes(plan, prepared.layout, int(80e9)) < 1.5 * held
+    assert token_room_bytes(plan, prepared.layout, int(141e9)) > 2 * held, "popular experts too"
+
+
+def test_room_for_tokens_is_what_solving_leaves_of_a_card() -> None:
+    plan, layout = kimi(16, 32, prefetch_units=1)
+    solving = unit_peak_bytes(plan, layout) - unit_tokens_bytes(plan)
+    room = token_room_bytes(plan, layout, 141 * GB)
+    assert 2 * room + solving + LIBRARIES_GPU == pytest.approx(USED_SHARE * 141 * GB, rel=1e-6)
+    assert token_room_bytes(plan, layout, 16 * GB) == 0, "a card that solving fills"
+    alone, _ = kimi(16, 32, prefetch_units=0)
+    assert token_room_bytes(alone, layout, 141 * GB) == pytest.approx(2 * room, rel=1e-6)
+    half, _ = kimi(16, 32, prefetch_units=1, gpus_per_worker=0.5)
+    assert token_room_bytes(half, layout, 141 * GB) < room / 2
 
 
 def test_eight_bits_store_nine_sixteenths_of_activations_and_gradients() -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from p48ray.checkpoint.index import open_checkpoint
 from p48ray.errors import CorruptObjectError, NumericsError, ShardCorruptError
+from p48ray.estimate.memory import routed_token_bytes
 from p48ray.model.experts import RoutedInputs
 from p48ray.numerics import block_int8
 from p48ray.run import run_root
@@ -29,6 +31,7 @@ from p48ray.store import LocalStore
 from p48ray.unit import moments, refinement, routed_tokens, token_columns
 from p48ray.unit.compress import compress_unit, count_weight_scales
 from p48ray.unit.context import StageContext
+from p48ray.unit.token_columns import reserve_spill
 from tests.conftest import TINY
 from tests.reference import whole_model
 from tests.stages.slow_nvfp4 import decode_weights, quantize_tokens
@@ -434,7 +437,9 @@ def test_unit_that_streams_tokens_and_gradients_makes_the_bytes_of_one_that_hold
             assert compress(opened(*settings)) == held
 
 
-@pytest.mark.parametrize("gathered_bytes", [10**9, 0], ids=["in memory", "in a file"])
+@pytest.mark.parametrize(
+    "gathered_bytes", [10**9, 0, 60_000], ids=["in memory", "in a file", "in both"]
+)
 @pytest.mark.parametrize("bits", [16, 8])
 def test_a_unit_gathers_its_own_tokens_rows_in_the_parts_order(
     opened: Opener, bits: int, gathered_bytes: int, monkeypatch: pytest.MonkeyPatch
@@ -464,6 +469,65 @@ def test_a_unit_gathers_its_own_tokens_rows_in_the_parts_order(
         ]
         assert torch.equal(s.router_T, router_R)
         assert all(torch.equal(ours, theirs) for ours, theirs in zip(taken, rows, strict=True))
+
+
+@pytest.mark.parametrize("first", ["memory", "file"])
+def test_rows_go_to_the_first_room_with_space_for_them(first: str, tmp_path: Path) -> None:
+    """A small tensor still fits where a large one did not; none is cut."""
+    source = torch.arange(600, dtype=torch.int32).view(100, 6)
+    spill = token_columns.Spill(2048, tmp_path)
+    host = token_columns.HostRoom(1024 if first == "memory" else None)
+    rooms = token_columns.RoomsInOrder([host, spill] if first == "memory" else [spill, host])
+    wanted = [torch.arange(n) for n in (30, 20, 10, 0, 40)]  # 720, 480, 240, 0, 960 bytes
+    in_spill, found = [], []
+    for rows_R in wanted:
+        before = spill.end
+        found.append(rooms.copy_rows(source, rows_R))
+        in_spill.append(spill.end > before)
+    rooms.synchronize()
+    if first == "memory":
+        assert in_spill == [False, True, False, False, True]
+    else:
+        assert in_spill == [True, True, True, False, False]
+    for rows_R, rows in zip(wanted, found, strict=True):
+        assert torch.equal(rows, source[rows_R])
+
+
+def test_tokens_that_pass_the_memory_go_to_a_file_and_memory_does_not_grow(
+    opened: Opener, layer_inputs: RoutedInputs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sixteen times the tokens of a unit whose share of the memory is its tokens once."""
+    once = opened()
+    sequences = once.plan.config.calibration.num_sequences
+    counts = once.layer_scales(1).tokens_per_expert
+    fits = sum(counts[e] for e in PAIR.experts) * routed_token_bytes(256, once.plan.config)
+    monkeypatch.setattr(routed_tokens, "GATHERED_BYTES", 2 * fits)  # for one that is read ahead
+    held, in_file = {}, {}
+    for times in (1, 16):
+        seen = RoutedInputs(*(t.repeat(times, 1) for t in layer_inputs[:3]), *layer_inputs[3:])
+        context = opened(f"calibration.num_sequences={times * sequences}", seen=seen)
+        files: list[token_columns.Spill | None] = []
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                routed_tokens,
+                "reserve_spill",
+                lambda *asked, files=files: files.append(reserve_spill(*asked)) or files[-1],
+            )
+            tokens = routed_tokens.RoutedTokens(context, PAIR, context.layer_scales(1))
+        assert tokens.gathered is not None
+        mapped = [np.frombuffer(file.data, np.uint8) for file in files if file is not None]
+        columns = [t for s in tokens.gathered for t in (s.x.values_TH, s.router_T)]
+        is_mapped = [
+            any(np.may_share_memory(t.view(torch.uint8).numpy(), m) for m in mapped)
+            for t in columns
+        ]
+        held[times], in_file[times] = (
+            sum(t.nbytes for t, there in zip(columns, is_mapped, strict=True) if there is wanted)
+            for wanted in (False, True)
+        )
+    assert held[1] == fits and not in_file[1]
+    assert 0.5 * fits < held[16] <= fits
+    assert held[16] + in_file[16] == 16 * fits
 
 
 @pytest.mark.parametrize("bits", [16, 8])
