@@ -194,8 +194,8 @@ class RunSettings(Section):
     capture_workers: Count | None = Field(
         None,
         description=(
-            "[workers] How many may stream the model; null: num_workers. The nodes that hold them"
-            " read the whole source."
+            "[workers] How many may stream the model, num_workers at most; null: all. The nodes"
+            " that hold them read the whole source."
         ),
     )
     threads_per_worker: int = Field(
@@ -304,6 +304,11 @@ class RunSettings(Section):
             " what the disk has free."
         ),
     )
+
+    @property
+    def stream_workers(self) -> int:
+        """How many workers share the parts among them."""
+        return min(self.capture_workers or self.num_workers, self.num_workers)
 
 
 class RunConfig(Section):

@@ -217,7 +217,7 @@ def stream_seconds(plan: RunPlan, moved: Bytes, flops: float, rates: Rates) -> f
         flops: of all parts.
     """
     run = plan.config.run
-    workers = min(run.capture_workers or run.num_workers, len(plan.parts))
+    workers = min(run.stream_workers, len(plan.parts))
     share = math.ceil(len(plan.parts) / workers) / len(plan.parts)
     nodes = num_nodes(workers, plan.config, rates)
     near = are_streams_near(run)
@@ -287,7 +287,7 @@ def overlapped_seconds(
     run, total = plan.config.run, len(plan.units)
     if plan.propagates:
         return stream + unit_seconds(plan, moved, computed, rates)
-    solvers = run.num_workers - min(run.capture_workers or run.num_workers, len(plan.parts))
+    solvers = run.num_workers - min(run.stream_workers, len(plan.parts))
     each = max(computed / total, fetch_seconds(plan, tokens_of_unit(plan), moved, rates))
     begins = stream * plan.passes.first_complete / plan.passes.num_computed
     done = int(max(0, solvers) * (stream - begins) / each)

@@ -108,7 +108,7 @@ def part_tokens(plan: RunPlan) -> int:
 def worker_tokens(plan: RunPlan) -> int:
     """Of the worker that streams most."""
     run = plan.config.run
-    workers = min(run.capture_workers or run.num_workers, len(plan.parts))
+    workers = min(run.stream_workers, len(plan.parts))
     return -(-len(plan.parts) // workers) * part_tokens(plan)
 
 

@@ -156,7 +156,7 @@ def extrapolate(
         layers=len(plan.layers),
         of_layers=len(plan.source.moe_layers),
         worker_hours=streams + solving,
-        wall_hours=streams / (run.capture_workers or run.num_workers) + solving / run.num_workers,
+        wall_hours=streams / run.stream_workers + solving / run.num_workers,
         gpu_hours=hours,
         cost=hours * run.gpu_hour_price if run.gpu_hour_price else None,
         pilot_kl=quality.kl if quality else None,

@@ -101,7 +101,7 @@ class Streams:
 
 def share_out_parts(plan: RunPlan, parts: Sequence[int]) -> list[list[int]]:
     """Parts shared out to the workers that stream."""
-    workers = plan.config.run.capture_workers or plan.config.run.num_workers
+    workers = plan.config.run.stream_workers
     return [list(s) for s in (parts[i::workers] for i in range(workers)) if s]
 
 

@@ -417,8 +417,7 @@ def kimi(
         }
     )
     r = plan.config.run.model_copy(
-        update={"gpus_per_worker": 1.0, "capture_workers": capture_workers, "experts_per_unit": 8}
-        | run
+        update={"gpus_per_worker": 1.0, "num_workers": capture_workers, "experts_per_unit": 8} | run
     )
     config = plan.config.model_copy(update={"calibration": c, "run": r})
     cut = tuple(

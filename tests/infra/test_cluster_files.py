@@ -118,8 +118,8 @@ def test_all_nodes_are_in_one_zone_of_the_region(cluster: dict[str, Any]) -> Non
     assert re.fullmatch(re.escape(provider["region"]) + r"-?[a-f]", provider["availability_zone"])
 
 
-def test_capture_workers_get_one_whole_node(cluster: dict[str, Any]) -> None:
-    assert nodes_for(cluster, KIMI.capture_workers or KIMI.num_workers) == {"gpu8.spot": 1}
+def test_capture_workers_get_two_whole_nodes(cluster: dict[str, Any]) -> None:
+    assert nodes_for(cluster, KIMI.stream_workers) == {"gpu8.spot": 2}
 
 
 def test_all_workers_of_the_kimi_configuration_fit(cluster: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ from p48ray.run import run_root
 from p48ray.run.needs import read_needs
 from p48ray.run.run_root import BlobKind
 from p48ray.runner.overlap import Overlap
-from p48ray.runner.streams import Streams
+from p48ray.runner.streams import Streams, share_out_parts
 from p48ray.stages.prepare import Prepared
 from p48ray.stages.tasks import Task
 from tests.conftest import REPO
@@ -21,7 +21,7 @@ LAYERS = (1, 2, 3, 4)
 SETTINGS = {
     "calibration.num_sequences": "4",
     "calibration.sequences_per_part": "1",
-    "run.capture_workers": "3",
+    "run.num_workers": "3",
 }
 DRAWS = 25
 
@@ -227,3 +227,14 @@ def test_layer_whose_units_another_driver_did_holds_nothing_up() -> None:
     for back in backs:
         work.done(back)
     assert {task.item[0] for task in work.next(False)} == {3}
+
+
+@pytest.mark.parametrize(("workers", "capture", "slices"), [(3, 2, 2), (2, 3, 2), (9, 9, 4)])
+def test_parts_are_shared_by_workers_that_there_are(
+    workers: int, capture: int, slices: int
+) -> None:
+    """More slices than workers would each read the source once more."""
+    own = {"run.num_workers": str(workers), "run.capture_workers": str(capture)}
+    plan = make("units", **SETTINGS | own).plan
+    shared = share_out_parts(plan, [0, 1, 2, 3])
+    assert len(shared) == slices and sorted(part for own in shared for part in own) == [0, 1, 2, 3]

@@ -34,7 +34,8 @@ def test_unit_whose_tokens_pass_the_room_on_a_gpu_makes_the_same_bytes(
         assert tokens.gathered is not None
         columns = [s.x.values_TH for s in tokens.gathered]
         places[name] = {
-            kind: sum(t.nbytes for t in columns if t.device.type == kind) for kind in ("cuda", "cpu")
+            kind: sum(t.nbytes for t in columns if t.device.type == kind)
+            for kind in ("cuda", "cpu")
         }
         shards.add(shard_bytes(context, compress_unit(context, PAIR)))
     assert len(shards) == 1
