@@ -27,7 +27,7 @@ from p48ray.run.passes import Passes
 from p48ray.run.records import Record, canonical_json
 
 FORMAT_VERSION = 5  # layout of the run root and of unit shards
-NUMERICS_VERSION = 6  # bumped by whoever changes a number that reaches an output byte
+NUMERICS_VERSION = 7  # bumped by whoever changes a number that reaches an output byte
 
 Effect = Literal["units", "checkpoint", "free"]
 

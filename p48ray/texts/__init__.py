@@ -7,7 +7,8 @@ Read in this order:
     rows        records of a file, one after the other, by its form:
                 json_rows (.jsonl, .json, packed as .gz), parquet_rows; text_file is what they share
     chat        from a row to its document: plain text, or a chat through the tokenizer's template;
-                messages reads the spellings that chats, tool calls and reasoning have
+                messages reads the spellings that chats, tool calls and reasoning have,
+                reasoning puts back what a template takes from a chat's last answer
     tally       what was read, skipped and cut, and when that is too much
     sequences   tokenize, pack into sequences of one length, draw a seeded sample
 

@@ -9,6 +9,7 @@ from typing import Any
 from p48ray.config.documents import DocumentSource
 from p48ray.errors import CalibrationError, RowSkippedError
 from p48ray.texts.messages import NULL, WRONG_TYPE, Chat, kind_words, read_chat
+from p48ray.texts.reasoning import with_answer_reasoning
 from p48ray.texts.tally import EMPTY_ROW
 from p48ray.texts.text_file import Columns, Row
 
@@ -96,12 +97,18 @@ def _rendered(name: str, chat: Chat, source: DocumentSource, tokenizer: Any) -> 
     if chat.tools:
         extra["tools"] = chat.tools
     reason: Exception | None = None
-    for messages in _spellings(chat.messages):
-        try:
-            # templates and tokenizers that are code differ in the default: Kimi's ask for an answer
-            text = tokenizer.apply_chat_template(
+
+    def render(messages: list[dict[str, Any]]) -> str:
+        # templates and tokenizers that are code differ in the default: Kimi's ask for an answer
+        return str(
+            tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=False, **extra
             )
+        )
+
+    for messages in _spellings(chat.messages):
+        try:
+            text = with_answer_reasoning(render(messages), messages, render)
             break
         except Exception as error:  # noqa: BLE001  templates and their code raise anything
             reason = reason or error
@@ -112,7 +119,7 @@ def _rendered(name: str, chat: Chat, source: DocumentSource, tokenizer: Any) -> 
             f" {type(reason).__name__}: {reason}",
         )
     bos = getattr(tokenizer, "bos_token", None)
-    text = str(text).removeprefix(bos) if bos else str(text)
+    text = text.removeprefix(bos) if bos else text
     return Document(text, chat.cut | _left_out(chat, text, _template(tokenizer) or ""))
 
 

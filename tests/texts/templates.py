@@ -24,6 +24,28 @@ KIMI = """
 {%- if add_generation_prompt -%}<|im_assistant|>assistant<|im_middle|><think>{%- endif -%}
 """
 
+KIMI_THINKING = """
+{%- set last = namespace(answer=-1) -%}
+{%- for m in messages if m.role == 'assistant' and not m.tool_calls -%}
+{%- set last.answer = messages.index(m) -%}
+{%- endfor -%}
+{%- for m in messages -%}
+{%- if m.role == 'user' -%}<|im_user|>user
+{%- elif m.role == 'assistant' -%}<|im_assistant|>assistant
+{%- else -%}<|im_system|>{{ m.role }}{%- endif -%}
+<|im_middle|>
+{%- if m.role == 'assistant' and loop.index0 <= last.answer -%}<think></think>
+{%- elif m.role == 'assistant' -%}<think>{{ m.reasoning_content or '' }}</think>{%- endif -%}
+{%- if m.content is string -%}{{ m.content }}{%- endif -%}
+{%- for call in m.tool_calls or [] -%}<|tool_call_begin|>{{ call['id'] }}<|tool_call_end|>
+{%- endfor -%}
+<|im_end|>
+{%- endfor -%}
+{%- if add_generation_prompt -%}<|im_assistant|>assistant<|im_middle|><think>{%- endif -%}
+"""
+"""All up to the last answer is history, whose reasoning goes; calls after it keep theirs. So a chat
+that ends with an answer has none."""
+
 QWEN3 = """
 {%- if tools %}<|im_start|>system\n<tools>{{ tools | tojson }}</tools><|im_end|>\n{% endif -%}
 {%- set last = namespace(user=-1) -%}
