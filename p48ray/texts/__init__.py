@@ -9,7 +9,9 @@ Read in this order:
     chat        from a row to its document: plain text, or a chat through the tokenizer's template;
                 messages reads the spellings that chats, tool calls and reasoning have
     tally       what was read, skipped and cut, and when that is too much
-    sequences   tokenize, pack into sequences of one length, draw a seeded sample
+    tokenizing  from texts to token ids: transformers' own, faster
+    packing     documents into sequences of one length, some tokenized ahead
+    sequences   the source's tokenizer; a seeded sample of a mix, several sources read at once
 
 To add a file format: a module as parquet_rows, its ending in rows, and in documents for folders.
 """
