@@ -24,8 +24,10 @@ from p48ray.store.base import Store
 from p48ray.store.open import open_store, scheme_of
 from p48ray.store.probe import Capabilities, probe
 from p48ray.texts.documents import read_documents, too_little
-from p48ray.texts.sequences import load_sequences, load_tokenizer, pack_sequences, shares
+from p48ray.texts.packing import packer_of
+from p48ray.texts.sequences import load_sequences, load_tokenizer, shares
 from p48ray.texts.tally import Tally, spell_counts
+from p48ray.texts.tokenizing import Encoder, with_encoder
 from p48ray.unit.context import StageContext
 
 SAMPLE_CHARACTERS = 4 * 2**20
@@ -128,33 +130,56 @@ def sampled_texts(prepared: Prepared) -> list[str]:
     Raises: CalibrationError as the run would, of what was read; SourceError where the tokenizer can
         not be loaded.
     """
-    config, lines = prepared.plan.config, []
+    config = prepared.plan.config
     c, e = config.calibration, config.evaluation
     wanted: list[tuple[str, CalibrationConfig | EvaluationConfig, int]] = [
         ("calibration", c, c.sequence_length)
     ]
     if e is not None:
         wanted.append(("evaluation", e, e.sequence_length + 1))
-    tokenizer = None
-    for name, section, length in wanted:
-        weights = [d.weight for d in section.documents]
-        counts = shares(weights, section.num_sequences)
-        for source, share in zip(section.documents, counts, strict=True):
-            if not scheme_of(source.path).is_local:
-                lines.append(f"{name} texts: {source.path}: not read, it is not on this machine")
-                continue
-            if tokenizer is None:
-                tokenizer = load_tokenizer(prepared.source, config.source.trust_remote_code)
-            key, tally = f"{name}.documents", Tally()
-            texts = beginning(read_documents(source, key, section.seed, tokenizer, tally), tally)
-            rows = pack_sequences(texts, tokenizer, length, tally=tally)
-            is_all = tally.characters < SAMPLE_CHARACTERS
-            if is_all and len(rows) < share:
-                raise too_little(source, key, share, length, len(rows), tally)
-            part = "" if is_all else f" (a sample: the first {SAMPLE_CHARACTERS:,} characters)"
-            (found,) = source_texts([source], [tally])
-            lines.append(f"{name} texts: {spell_texts(found)}{part}")
-    return lines
+
+    def sampled(encoder: Encoder | None) -> list[str]:
+        return [
+            f"{name} texts: {source.path}: not read, it is not on this machine"
+            if encoder is None or not scheme_of(source.path).is_local
+            else _sampled(source, name, share, length, section.seed, encoder)
+            for name, section, length in wanted
+            for source, share in zip(
+                section.documents,
+                shares([d.weight for d in section.documents], section.num_sequences),
+                strict=True,
+            )
+        ]
+
+    if not any(scheme_of(d.path).is_local for _, section, _ in wanted for d in section.documents):
+        return sampled(None)
+    tokenizer = load_tokenizer(prepared.source, config.source.trust_remote_code)
+    return with_encoder(tokenizer, sampled)
+
+
+def _sampled(
+    source: DocumentSource, name: str, share: int, length: int, seed: int, encoder: Encoder
+) -> str:
+    """The line of one source on this machine.
+
+    Args:
+        source: of the mix.
+        name: section of the configuration.
+        share: sequences that are wanted of it.
+        length: tokens of each.
+        seed: of the section.
+        encoder: of the source's tokenizer.
+    """
+    key, tally = f"{name}.documents", Tally()
+    texts = beginning(read_documents(source, key, seed, encoder.tokenizer, tally), tally)
+    with packer_of(encoder) as packer:
+        rows = packer.pack(texts, length, tally=tally)
+    is_all = tally.characters < SAMPLE_CHARACTERS
+    if is_all and len(rows) < share:
+        raise too_little(source, key, share, length, len(rows), tally)
+    part = "" if is_all else f" (a sample: the first {SAMPLE_CHARACTERS:,} characters)"
+    (found,) = source_texts([source], [tally])
+    return f"{name} texts: {spell_texts(found)}{part}"
 
 
 def beginning(texts: Iterator[str], tally: Tally) -> Iterator[str]:

@@ -10,7 +10,9 @@ Read in this order:
                 messages reads the spellings that chats, tool calls and reasoning have,
                 reasoning puts back what a template takes from a chat's last answer
     tally       what was read, skipped and cut, and when that is too much
-    sequences   tokenize, pack into sequences of one length, draw a seeded sample
+    tokenizing  from texts to token ids: transformers' own, faster
+    packing     documents into sequences of one length, some tokenized ahead
+    sequences   the source's tokenizer; a seeded sample of a mix, several sources read at once
 
 To add a file format: a module as parquet_rows, its ending in rows, and in documents for folders.
 """

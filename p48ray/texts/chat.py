@@ -2,6 +2,7 @@
 template, without a prompt for an answer that is not there."""
 
 import json
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +16,9 @@ from p48ray.texts.text_file import Columns, Row
 
 REFUSED = "refused by the chat template"
 NOT_UNICODE = "not Unicode"
+TOKENIZER_CODE = threading.RLock()
+"""Held while a tokenizer's own Python runs, which may be code of the checkpoint that was never
+meant for threads. Sources of texts are read in several."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,11 +104,12 @@ def _rendered(name: str, chat: Chat, source: DocumentSource, tokenizer: Any) -> 
 
     def render(messages: list[dict[str, Any]]) -> str:
         # templates and tokenizers that are code differ in the default: Kimi's ask for an answer
-        return str(
-            tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=False, **extra
+        with TOKENIZER_CODE:
+            return str(
+                tokenizer.apply_chat_template(
+                    messages, tokenize=False, add_generation_prompt=False, **extra
+                )
             )
-        )
 
     for messages in _spellings(chat.messages):
         try:

@@ -1,5 +1,5 @@
-"""Calibration and held-out texts: read, tokenize, pack into sequences of one length, draw a seeded
-sample.
+"""Calibration and held-out texts: the source's tokenizer, and a seeded sample of sequences of one
+length from a weighted mix.
 
 Documents are packed as `bos document bos document ...` per source, or where the tokenizer has no
 bos as `document eos document ...`, and cut into chunks; a document may span several chunks. Chunks
@@ -9,15 +9,15 @@ the first SPREAD times its share.
 """
 
 import hashlib
-from array import array
 from codecs import BOM_UTF8
+from collections import deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,11 +29,14 @@ from p48ray.errors import SourceError
 from p48ray.store.base import Store
 from p48ray.store.open import scheme_of
 from p48ray.texts.documents import open_texts, read_documents, too_little
+from p48ray.texts.packing import PackingProgress, packer_of
 from p48ray.texts.tally import Tally
+from p48ray.texts.tokenizing import Encoder, with_encoder
 
 SPREAD = 4
 """Of a large source so many times its share is packed before the draw, so that neighbours in the
 draw rarely are neighbours in a document."""
+SOURCES_AT_ONCE = 4
 TOKENIZER_CONFIG = "tokenizer_config.json"
 TOKENIZER_FILES = (
     "tokenizer",
@@ -145,42 +148,6 @@ def starts_with_mark(store: Store, name: str) -> bool:
     return size_bytes > 0 and store.get_range(name, 0, size_bytes) == BOM_UTF8
 
 
-def pack_sequences(
-    texts: Iterator[str],
-    tokenizer: Any,
-    length: int,
-    most: int | None = None,
-    tally: Tally | None = None,
-) -> Tensor:
-    """Token ids of all texts, bos before each, cut into rows of `length`; the rest is dropped.
-    Where the tokenizer has no bos, eos stands between two texts, unless the first ends with it.
-    Returns (rows, length) int32.
-
-    Args:
-        texts: taken one by one, until there are enough.
-        tokenizer: of the source; none of its special tokens but these two are added.
-        length: tokens a row.
-        most: rows after which no further text is asked for; None takes all texts.
-        tally: its tokens are counted.
-    """
-    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    eos_id = None if bos else getattr(tokenizer, "eos_token_id", None)
-    between: list[Any] = []
-    ids = array("i")
-    for text in texts:
-        own = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        ids.extend(between + bos + own)
-        # a template may end with eos and white space after it
-        ends_itself = eos_id is None or text.rstrip().endswith(tokenizer.eos_token)
-        between = [] if ends_itself else [eos_id]
-        if most is not None and len(ids) >= most * length:
-            break
-    if tally is not None:
-        tally.tokens = len(ids)
-    rows = len(ids) // length if most is None else min(most, len(ids) // length)
-    return torch.from_numpy(np.array(ids[: rows * length], dtype=np.int32)).reshape(rows, length)
-
-
 def load_sequences(
     documents: Sequence[DocumentSource],
     tokenizer: Any,
@@ -191,7 +158,8 @@ def load_sequences(
     key: str,
     tallies: list[Tally] | None = None,
 ) -> Tensor:
-    """A seeded sample of packed sequences from a weighted mix.
+    """A seeded sample of packed sequences from a weighted mix. Several sources are read at once;
+    what is drawn, counted and raised is what it is when they are read one after the other.
 
     Args:
         documents: the sources of the mix with their weights.
@@ -205,21 +173,20 @@ def load_sequences(
     Returns: (num_sequences, length) int32.
     Raises: CalibrationError when a source is empty or holds fewer sequences than its share.
     """
-    generator, name = torch.Generator().manual_seed(seed), f"{key}.documents"
-    drawn = []
-    for document, share in zip(
-        documents, shares([d.weight for d in documents], num_sequences), strict=True
-    ):
-        most = None if open_texts(document, name).is_whole else SPREAD * share
-        tally = Tally()
-        texts = read_documents(document, name, seed, tokenizer, tally)
-        rows = pack_sequences(texts, tokenizer, length, most, tally)
-        tally.check(document)
-        if len(rows) < share:
-            raise too_little(document, name, share, length, len(rows), tally)
-        if tallies is not None:
-            tallies.append(tally)
-        drawn.append(rows[torch.randperm(len(rows), generator=generator)[:share]])
+    wanted = shares([d.weight for d in documents], num_sequences)
+
+    def draw(encoder: Encoder) -> tuple[list[Tensor], list[Tally], torch.Generator]:
+        generator, drawn, counted = torch.Generator().manual_seed(seed), [], []
+        for share, (rows, tally) in zip(
+            wanted, packed_sources(documents, wanted, encoder, length, seed, key), strict=True
+        ):
+            drawn.append(rows[torch.randperm(len(rows), generator=generator)[:share]])
+            counted.append(tally)
+        return drawn, counted, generator
+
+    drawn, counted, generator = with_encoder(tokenizer, draw)
+    if tallies is not None:
+        tallies.extend(counted)
     sequences = torch.cat(drawn)
     if int(sequences.max()) >= vocab_size:
         raise SourceError(
@@ -231,6 +198,52 @@ def load_sequences(
         if len(drawn) == 1
         else sequences[torch.randperm(num_sequences, generator=generator)]
     )
+
+
+def packed_sources(
+    documents: Sequence[DocumentSource],
+    wanted: Sequence[int],
+    encoder: Encoder,
+    length: int,
+    seed: int,
+    key: str,
+) -> Iterator[tuple[Tensor, Tally]]:
+    """(rows, what was read) of every source, in the order of the mix; SOURCES_AT_ONCE are read at a
+    time.
+
+    Args:
+        documents: the sources.
+        wanted: sequences of each.
+        encoder: of the source's tokenizer.
+        length, seed, key: as load_sequences takes them.
+    Raises: the error of the first source in the mix that has one.
+    """
+    name = f"{key}.documents"
+
+    def pack(document: DocumentSource, share: int) -> tuple[Tensor, Tally]:
+        packer.check()
+        most = None if open_texts(document, name).is_whole else SPREAD * share
+        tally = Tally()
+        texts = read_documents(document, name, seed, encoder.tokenizer, tally)
+        progress = PackingProgress(f"{name}: {document.path}", (most or share) * length)
+        rows = packer.pack(texts, length, most, tally, progress)
+        tally.check(document)
+        if len(rows) < share:
+            raise too_little(document, name, share, length, len(rows), tally)
+        return rows, tally
+
+    readers = ThreadPoolExecutor(min(len(documents), SOURCES_AT_ONCE), thread_name_prefix="texts")
+    with packer_of(encoder) as packer:
+        futures = deque(
+            readers.submit(pack, document, share)
+            for document, share in zip(documents, wanted, strict=True)
+        )
+        try:
+            while futures:
+                yield futures.popleft().result()
+        finally:
+            packer.stopped.set()
+            readers.shutdown(cancel_futures=True)
 
 
 def shares(weights: Sequence[float], total: int) -> list[int]:

@@ -5,7 +5,8 @@ things and still be a document.
 """
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 from p48ray.config.documents import DocumentSource
 from p48ray.errors import CalibrationError, RowSkippedError
@@ -46,6 +47,19 @@ class Tally:
         self.documents += 1
         self.characters += len(text)
         self.cut.update(cut)
+
+    def copy(self) -> "Tally":
+        """Of its own, as it is now."""
+        return Tally(**self._values())
+
+    def become(self, other: "Tally") -> None:
+        """Count from where another one is."""
+        for name, value in other._values().items():
+            setattr(self, name, value)
+
+    def _values(self) -> dict[str, Any]:
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {n: v if isinstance(v, int) else v.copy() for n, v in values.items()}
 
     def check(self, source: DocumentSource) -> None:
         """Raises: CalibrationError when more rows were skipped than the source allows; it names the

@@ -19,10 +19,10 @@ from p48ray.store import LocalStore
 from p48ray.texts import documents
 from p48ray.texts.documents import read_documents
 from p48ray.texts.parquet_rows import opened_parquet
-from p48ray.texts.sequences import pack_sequences
 from p48ray.texts.tally import Tally
 from p48ray.texts.text_file import Columns, TextFile
 from tests.conftest import TINY
+from tests.texts.packed import packed
 from tests.texts.templates import CALLS_WITHOUT_CONTENT, TEMPLATES
 
 KEY = "calibration.documents"
@@ -503,7 +503,7 @@ def test_documents_are_kept_apart_by_bos_or_else_by_eos(
     bos: int | None, eos: int | None, texts: list[str], expected: list[int]
 ) -> None:
     tally = Tally()
-    rows = pack_sequences(iter(texts), Words(bos, eos), len(expected), tally=tally)
+    rows = packed(texts, Words(bos, eos), len(expected), tally=tally)
     assert rows.tolist() == [expected] and tally.tokens == len(expected)
 
 

@@ -18,10 +18,10 @@ from p48ray.texts.sequences import (
     digest_tokenizer,
     load_sequences,
     load_tokenizer,
-    pack_sequences,
     shares,
 )
 from tests.conftest import TINY
+from tests.texts.packed import packed
 
 BOS = 1000
 
@@ -47,17 +47,17 @@ def source(path: Path, weight: float = 1.0) -> DocumentSource:
 
 
 def test_documents_are_packed_with_bos_before_each_and_the_rest_is_dropped() -> None:
-    rows = pack_sequences(iter(["abc", "de", "fghij"]), Letters(), 4)
+    rows = packed(["abc", "de", "fghij"], Letters(), 4)
     assert rows.dtype == torch.int32
     assert rows.tolist() == [[BOS, 0, 1, 2], [BOS, 3, 4, BOS], [5, 6, 7, 8]]
 
 
 def test_tokenizer_without_bos_packs_documents_alone() -> None:
-    assert pack_sequences(iter(["abc", "de"]), Letters(None), 2).tolist() == [[0, 1], [2, 3]]
+    assert packed(["abc", "de"], Letters(None), 2).tolist() == [[0, 1], [2, 3]]
 
 
 def test_no_text_packs_to_no_rows() -> None:
-    assert pack_sequences(iter([]), Letters(), 4).shape == (0, 4)
+    assert packed([], Letters(), 4).shape == (0, 4)
 
 
 def test_documents_are_read_line_by_line_and_empty_ones_skipped(tmp_path: Path) -> None:
@@ -154,7 +154,7 @@ def test_draw_is_the_same_for_the_same_seed_and_another_for_another(tmp_path: Pa
 def test_sequences_are_drawn_without_replacement(tmp_path: Path) -> None:
     """Asked for all of them, a draw is a permutation of the packed text."""
     path = write(tmp_path / "a.jsonl", "abcdefghijklmnopqrstuvwxyz" * 3)
-    rows = pack_sequences(read_documents(source(path), "k"), Letters(), 5)
+    rows = packed(read_documents(source(path), "k"), Letters(), 5)
     drawn = load_sequences([source(path)], Letters(), len(rows), 5, 1, 2000, "calibration")
     assert drawn.tolist() != rows.tolist()
     assert sorted(drawn.tolist()) == sorted(rows.tolist())
@@ -247,7 +247,7 @@ def test_small_models_own_tokenizer_packs_what_its_texts_hold() -> None:
     rows = load_sequences([source(TINY / "heldout.jsonl")], tokenizer, 4, 64, 0, 2048, "evaluation")
     assert rows.shape == (4, 64) and int(rows.min()) >= 0
     texts = list(read_documents(source(TINY / "heldout.jsonl"), "k"))
-    first = pack_sequences(iter(texts[:1]), tokenizer, 16)[0]
+    first = packed(texts[:1], tokenizer, 16)[0]
     assert int(first[0]) == tokenizer.bos_token_id == 0
     assert texts[0].startswith(tokenizer.decode(first[1:].tolist()))
 

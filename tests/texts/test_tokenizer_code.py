@@ -14,10 +14,11 @@ from p48ray.config.documents import DocumentSource
 from p48ray.errors import SourceError
 from p48ray.run import arrow
 from p48ray.store import HubStore, LocalStore, Store, open_store
-from p48ray.texts.sequences import load_sequences, load_tokenizer, pack_sequences
+from p48ray.texts.sequences import load_sequences, load_tokenizer
 from tests.jobs.command import ROUNDED, arguments, invoke
 from tests.servers.hub import MODEL, Hub, tiny_files
 from tests.servers.s3 import BUCKET, Server
+from tests.texts.packed import packed
 from tests.texts.tiktoken_source import MERGES, NUM_RANKS, model_files
 
 pytestmark = pytest.mark.server
@@ -75,9 +76,7 @@ def test_trusted_code_tokenizes_as_its_ranks_say(place: Store) -> None:
     tokenizer = load_tokenizer(open_checkpoint(place), trust_remote_code=True)
     expected = [i for word in words(TEXT) for i in slow_bpe(word)]
     assert max(expected) >= 256, "a text without a merge would prove little"
-    assert pack_sequences(iter([TEXT]), tokenizer, 1 + len(expected)).tolist() == [
-        [NUM_RANKS, *expected]
-    ]
+    assert packed([TEXT], tokenizer, 1 + len(expected)).tolist() == [[NUM_RANKS, *expected]]
     assert tokenizer.decode(expected) == TEXT
 
 
