@@ -24,42 +24,22 @@ from p48ray.config import RunConfig
 from p48ray.config.load import load_config
 from p48ray.errors import ConfigError, P48Error, UserError
 from p48ray.report.ending import ending
-from p48ray.report.plan_table import print_plan
+from p48ray.report.plan_table import print_plan, print_texts
 from p48ray.report.report import print_report
 from p48ray.runner.console import Interrupts, configure_logging
 from p48ray.runner.pipeline import run_job
-from p48ray.stages.prepare import prepare
-from p48ray.store.open import scheme_of, writable_examples
-
-# set by Ray's job supervisor for the entrypoint it runs
-RAY_JOB_MARK = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+from p48ray.stages.prepare import check_run_place, prepare
 
 
-def check_run_root(path: Path, config: RunConfig) -> None:
-    """Something that can be written to; and under a Ray job nothing relative, which would land in
-    Ray's temporary copy of the working directory, and be lost.
-
-    Raises: ConfigError.
-    """
-    if not scheme_of(config.run.root).is_writable:
-        raise ConfigError(
-            f"{path}: run.root: expected {writable_examples()}, found {config.run.root!r}"
-        )
-    is_relative = scheme_of(config.run.root).is_path and not os.path.isabs(config.run.root)
-    if RAY_JOB_MARK in os.environ and is_relative:
-        raise ConfigError(
-            "run.root: expected an absolute path under `ray job submit`, found"
-            f" {config.run.root!r}: it would lie in Ray's temporary copy of the working directory;"
-            " pass --run-root with an absolute path"
-        )
-
-
-def compress(path: Path, config: RunConfig, dry_run: bool, verbose: bool) -> None:
+def compress(path: Path, config: RunConfig, dry_run: bool, texts: bool, verbose: bool) -> None:
+    if texts and not dry_run:
+        raise ConfigError("--texts: expected beside --dry-run; a run reads its texts anyway")
     console = Console(width=None if os.isatty(1) else 160)
-    check_run_root(path, config)
+    check_run_place(path, config)
     prepared = prepare(config, is_dry=dry_run)
-    print_plan(prepared, console, with_texts=dry_run)
+    print_plan(prepared, console)
     if dry_run:
+        print_texts(prepared, console, is_asking=texts)
         return
     from p48ray.runner.ray_runner import RayRunner  # Ray, which a plan needs not
 
@@ -81,13 +61,18 @@ def main(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Plan, print counts, bytes and estimates, and stop.")
     ] = False,
+    texts: Annotated[
+        bool, typer.Option("--texts", help="With --dry-run: sample texts in buckets, Hub, too.")
+    ] = False,
     verbose: Annotated[bool, typer.Option("--verbose", help="Print a line a unit too.")] = False,
 ) -> None:
     """Compress a mixture-of-experts checkpoint to paired-4:8 sparse NVFP4."""
     configure_logging(is_verbose=verbose)
     with Interrupts() as interrupts:
         try:
-            compress(config, load_config(config, tuple(set_ or ()), run_root), dry_run, verbose)
+            compress(
+                config, load_config(config, tuple(set_ or ()), run_root), dry_run, texts, verbose
+            )
         except P48Error as error:
             typer.echo(f"error: {error}", err=True)
             raise typer.Exit(2 if isinstance(error, UserError) else 1) from None

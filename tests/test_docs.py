@@ -127,6 +127,7 @@ def test_options_are_those_that_typer_makes() -> None:
         "--run-root",
         "--set",
         "--dry-run",
+        "--texts",
         "--verbose",
     }
 

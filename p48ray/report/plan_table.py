@@ -18,9 +18,8 @@ LISTED_FILES = 8
 CARDS = (80e9, 141e9)  # bytes of an H100, of an H200
 
 
-def print_plan(prepared: Prepared, console: Console, with_texts: bool = False) -> None:
-    """Counts, bytes and hours of a prepared run; `with_texts` also what a dry run reads of its
-    texts, a line for each source."""
+def print_plan(prepared: Prepared, console: Console) -> None:
+    """Counts, bytes and hours of a prepared run."""
     plan, layout = prepared.plan, prepared.layout
     e = estimate(plan, prepared.source, layout, prepared.shards)
     table = Table(
@@ -31,7 +30,11 @@ def print_plan(prepared: Prepared, console: Console, with_texts: bool = False) -
     for name, value in plan_rows(prepared, e):
         table.add_row(name, value)
     console.print(table)
-    for line in sampled_texts(prepared) if with_texts else ():
+
+
+def print_texts(prepared: Prepared, console: Console, is_asking: bool) -> None:
+    """What a dry run reads of the texts, a line for each source (inputs.sampled_texts)."""
+    for line in sampled_texts(prepared, is_asking):
         console.print(line, soft_wrap=True, markup=False)
 
 

@@ -123,12 +123,16 @@ def spell_texts(found: SourceTexts) -> str:
     )
 
 
-def sampled_texts(prepared: Prepared) -> list[str]:
+def sampled_texts(prepared: Prepared, is_asking: bool = False) -> list[str]:
     """What a dry run says of the texts: a line for each source, read and tokenized as the run will,
-    up to SAMPLE_CHARACTERS. Nobody else is asked: of a source elsewhere it says that.
+    up to SAMPLE_CHARACTERS.
 
+    Args:
+        prepared: the run, planned.
+        is_asking: buckets and the Hub are asked too; else of a source there it is said that it was
+            not read.
     Raises: CalibrationError as the run would, of what was read; SourceError where the tokenizer can
-        not be loaded.
+        not be loaded; what a store raises that can not be reached.
     """
     config = prepared.plan.config
     c, e = config.calibration, config.evaluation
@@ -140,8 +144,9 @@ def sampled_texts(prepared: Prepared) -> list[str]:
 
     def sampled(encoder: Encoder | None) -> list[str]:
         return [
-            f"{name} texts: {source.path}: not read, it is not on this machine"
-            if encoder is None or not scheme_of(source.path).is_local
+            f"{name} texts: {source.path}: not read, it is not on this machine (--texts asks for a"
+            " sample)"
+            if encoder is None or not (is_asking or scheme_of(source.path).is_local)
             else _sampled(source, name, share, length, section.seed, encoder)
             for name, section, length in wanted
             for source, share in zip(
@@ -151,7 +156,8 @@ def sampled_texts(prepared: Prepared) -> list[str]:
             )
         ]
 
-    if not any(scheme_of(d.path).is_local for _, section, _ in wanted for d in section.documents):
+    places = [d.path for _, section, _ in wanted for d in section.documents]
+    if not (is_asking or any(scheme_of(place).is_local for place in places)):
         return sampled(None)
     tokenizer = load_tokenizer(prepared.source, config.source.trust_remote_code)
     return with_encoder(tokenizer, sampled)
@@ -160,7 +166,7 @@ def sampled_texts(prepared: Prepared) -> list[str]:
 def _sampled(
     source: DocumentSource, name: str, share: int, length: int, seed: int, encoder: Encoder
 ) -> str:
-    """The line of one source on this machine.
+    """The line of one source that is read.
 
     Args:
         source: of the mix.

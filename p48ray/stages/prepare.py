@@ -22,13 +22,15 @@ from p48ray.stages.mirror import files_to_mirror, mirror_state, mirrored
 from p48ray.stages.revisions import hub_places, read_held_plan, resolve
 from p48ray.store.base import Store
 from p48ray.store.memory import MemoryStore
-from p48ray.store.open import is_within, mirror_source, open_store, scheme_of
+from p48ray.store.open import is_within, mirror_source, open_store, scheme_of, writable_examples
 from p48ray.store.view import SubStore
 from p48ray.texts.documents import digest_documents, look_at_texts
 from p48ray.texts.sequences import digest_tokenizer
 from p48ray.unit.context import StageContext
 
 DRY_RUN_STORE = "dry-run"
+# set by Ray's job supervisor for the entrypoint it runs
+RAY_JOB_MARK = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,6 +128,26 @@ def check_writable(key: str, path: Path) -> None:
     if not os.access(nearest, os.W_OK | os.X_OK):
         raise ConfigError(
             f"{key}: {path}: expected a folder to write to, found that {nearest} may not be written"
+        )
+
+
+def check_run_place(path: Path, config: RunConfig) -> None:
+    """The run root is something that can be written to; and under a Ray job nothing relative, which
+    would land in Ray's temporary copy of the working directory, and be lost.
+
+    Args: path: of the configuration, for messages.
+    Raises: ConfigError.
+    """
+    if not scheme_of(config.run.root).is_writable:
+        raise ConfigError(
+            f"{path}: run.root: expected {writable_examples()}, found {config.run.root!r}"
+        )
+    is_relative = scheme_of(config.run.root).is_path and not os.path.isabs(config.run.root)
+    if RAY_JOB_MARK in os.environ and is_relative:
+        raise ConfigError(
+            "run.root: expected an absolute path under `ray job submit`, found"
+            f" {config.run.root!r}: it would lie in Ray's temporary copy of the working directory;"
+            " pass --run-root with an absolute path"
         )
 
 

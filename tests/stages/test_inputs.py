@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from p48ray.config.load import load_config
-from p48ray.errors import CalibrationError, PlanMismatchError
+from p48ray.errors import CalibrationError, ConfigError, PlanMismatchError
 from p48ray.report.report import texts_words
 from p48ray.run import plan as plans
 from p48ray.run import run_root
@@ -18,7 +18,10 @@ from p48ray.stages.inputs import are_packed, sampled_texts, write_inputs
 from p48ray.stages.prepare import Prepared, prepare
 from p48ray.store import LocalStore
 from tests.conftest import REPO
+from tests.servers.hub import Hub, hub
 from tests.stages.small_run import SETTINGS, SmallRun
+
+__all__ = ["hub"]
 
 ROWS = [{"text": f"A sentence of prose, the number {i} of many."} for i in range(40)]
 MESSY = [{"text": None}, {"text": ""}, *ROWS]
@@ -64,7 +67,27 @@ def test_dry_run_asks_nobody_else(tmp_path: Path) -> None:
     found = prepared(tmp_path, "calibration.documents=hf://datasets/nobody/nothing", is_dry=True)
     assert sampled_texts(found)[0] == (
         "calibration texts: hf://datasets/nobody/nothing: not read, it is not on this machine"
+        " (--texts asks for a sample)"
     )
+
+
+def test_dry_run_that_asks_reads_a_sample_of_a_data_set(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inputs, "SAMPLE_CHARACTERS", 200)
+    lines = b"".join(json.dumps(row).encode() + b"\n" for row in MESSY)
+    hub.commit("datasets/owner/texts", {"data/a.jsonl": lines})
+    setting = "calibration.documents=hf://datasets/owner/texts/data"
+    found = sampled_texts(prepared(tmp_path, setting, is_dry=True), is_asking=True)[0]
+    assert found.startswith("calibration texts: hf://datasets/owner/texts/data: 5 documents of 7")
+    assert found.endswith(" (a sample: the first 200 characters)")
+    assert not (tmp_path / "run").exists()
+
+
+def test_dry_run_that_asks_in_vain_says_for_what(hub: Hub, tmp_path: Path) -> None:
+    found = prepared(tmp_path, "calibration.documents=hf://datasets/nobody/nothing", is_dry=True)
+    with pytest.raises(ConfigError, match=r"calibration\.documents: .*datasets/nobody/nothing"):
+        sampled_texts(found, is_asking=True)
 
 
 @pytest.mark.parametrize(
