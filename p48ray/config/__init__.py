@@ -5,9 +5,9 @@ Order of a value's sources, later ones win: the defaults below, the file, `--set
 `--run-root`.
 
 Belongs here: keys, their types, defaults, units and rules between them. section has the base of all
-sections, compression, output and benchmarks are three of them, documents has a source of texts, the
-others stand below; addresses has the types of places and endpoints; yaml_text reads YAML within
-bounds, load makes the tree from a file and words its errors. To add a key: a field with a
+sections, compression, greedy, output and benchmarks are four of them, documents has a source of
+texts, the others stand below; addresses has the types of places and endpoints; yaml_text reads YAML
+within bounds, load makes the tree from a file and words its errors. To add a key: a field with a
 description, its class in run.plan (does it change bytes?), `python -m p48ray.config_page`.
 """
 
@@ -19,6 +19,7 @@ from p48ray.config.addresses import EndpointUrl, Place
 from p48ray.config.benchmarks import BenchmarksConfig
 from p48ray.config.compression import CompressionConfig
 from p48ray.config.documents import Documents
+from p48ray.config.greedy import GreedyConfig
 from p48ray.config.output import OutputConfig
 from p48ray.config.section import MAX_BYTES, Count, Section, as_tuple, parse_size
 
@@ -149,6 +150,14 @@ class EvaluationConfig(Section):
             " the result."
         ),
     )
+    greedy: GreedyConfig | None = None
+
+    @model_validator(mode="after")
+    def greedy_fits_the_sequences(self) -> "EvaluationConfig":
+        """Prompts are the first sequences' beginnings, and drafts their own continuations."""
+        if self.greedy is not None:
+            self.greedy.check_fits(self.num_sequences, self.sequence_length)
+        return self
 
 
 def as_ray_counts(gpus: float) -> float:

@@ -5,7 +5,9 @@ Belongs here: hours, bytes and memory as functions of a plan. Every measured rat
 
 Read in this order:
     plan_cost   the whole: bytes read, written and stored, time and memory
-    duration    FLOP, steps and bytes over measured rates (`Rates`)
+    duration    FLOP, steps and bytes over measured rates
+    rates       those rates (`Rates`)
+    held_out    the same of what is compared on held-out text
     nearness    what of a run crosses the network
     memory      a worker's peak, on its GPU and beside it
     stored      the most that a run root holds at a time

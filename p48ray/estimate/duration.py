@@ -1,6 +1,6 @@
 """How long a plan will take: the stages' FLOP, steps and bytes over the rates of `Rates`.
 
-    start | mirror | streams ......................... | units left | reduce | verify | evaluate
+    start | mirror | streams ............... | units left | reduce | verify | evaluate | greedy
                         units of layers that are complete, by the workers that do not stream
 
 A worker streams at the slowest of computing, reading, hashing and writing, which lie beside each
@@ -14,8 +14,10 @@ from dataclasses import dataclass
 
 from p48ray.checkpoint.layout import ModelLayout
 from p48ray.config import RunConfig
+from p48ray.estimate.held_out import evaluate_seconds, forward_flops, greedy_seconds
 from p48ray.estimate.memory import tokens_of_unit
 from p48ray.estimate.nearness import are_streams_near, is_near, is_source_near
+from p48ray.estimate.rates import H200_NODE, Rates
 from p48ray.numerics import code_descent
 from p48ray.numerics.paired48 import INPUTS_IN_GROUP
 from p48ray.numerics.refine_tokens import BATCH_TOKENS
@@ -23,102 +25,14 @@ from p48ray.numerics.solvers import SOLVERS
 from p48ray.numerics.two_sided import ROW_GROUPS
 from p48ray.run.plan import RunPlan
 
-
-class Rate(float):
-    """A number with its unit, and where it comes from."""
-
-    unit: str
-    where: str
-
-    def __new__(cls, value: float, unit: str, where: str) -> "Rate":
-        rate = super().__new__(cls, value)
-        rate.unit, rate.where = unit, where
-        return rate
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Rates:
-    """What the hardware does: FLOP, bytes or weights a second; `_s`: seconds that a step takes."""
-
-    # The solver: a part that a unit pays whatever it holds, because columns wait for each other,
-    # and a part for every weight.
-    column_step_s: Rate  # one column of a one-shot pass
-    pair_group_step_s: Rate  # one pair_group of a descent sweep, of all rows or of a row group
-    # one weight of a one-shot pass or of a one-sided sweep, with its share of what lies between
-    # them
-    weight_s: Rate
-    two_sided_weight_s: Rate  # one weight of a two-sided sweep
-    code_step_s: Rate  # a pair_group of code descent, which is torch code
-    # expert forwards and gradients in TF32, with all that lies between products in a unit
-    matmul_flops: Rate
-    moment_flops: Rate  # second moments, counted as whole squares
-    factor_flops: Rate  # factors, counted as one cube
-    refine_flops: Rate  # refinement
-    # Streams
-    # until a stream's first write begins, imports and a GPU context included, and what is deleted
-    # at its end
-    stream_begin_s: Rate
-    stream_flops: Rate  # a worker's forwards and gradients through a layer
-    decode_weights: Rate  # experts of a checkpoint decoded for the evaluation
-    # Bytes: near is a folder of the node's own, far is a store that is read over the node's link
-    near_read: Rate  # a node, mapped files
-    near_write: Rate  # a node
-    near_copy: Rate  # a node, files into a file: reduce
-    link: Rate  # a node, each way
-    far_copy: Rate  # a node's calls for copies inside a bucket: reduce
-    hash_bytes: Rate  # a thread, SHA-256
-    # a worker, a unit's own rows picked from mapped parts and brought to the device
-    gather_bytes: Rate
-    check_bytes: Rate  # a worker, what verification reads, decodes and compares
-    # Once
-    ray_start_s: Rate
-    # imports, the source's headers, a GPU context, what is left of compiling kernels
-    worker_start_s: Rate
-    gpus_a_node: Rate  # GPUs that share a link
-
-
 HASHING_THREADS = 4  # of a streaming worker (stages.blobs.WRITERS)
-H200 = "one H200, bench/job.py, docs/PERFORMANCE.md"
-DISK = (
-    "a virtual disk beside one H200, fsync included, bench/job.py, docs/PERFORMANCE.md: yours may"
-    " be faster"
-)
-H100 = "one H100 80GB, 8 experts a unit, docs/PERFORMANCE.md"
-ASSUMED = "assumed, to be measured on a node of H200s"
-
-H200_NODE = Rates(
-    column_step_s=Rate(1.2e-6, "s", H100),
-    pair_group_step_s=Rate(3.5e-6, "s", H100),
-    weight_s=Rate(1.0e-10, "s", H100),
-    two_sided_weight_s=Rate(2.3e-10, "s", H100),
-    code_step_s=Rate(
-        1.6e-3, "s", "five descent steps of that kind, by count of kernels: not measured"
-    ),
-    matmul_flops=Rate(1.75e14, "FLOP/s", H200),
-    moment_flops=Rate(6.5e14, "FLOP/s", H100),
-    factor_flops=Rate(2.8e13, "FLOP/s", H100),
-    refine_flops=Rate(1.37e14, "FLOP/s", H200),
-    stream_begin_s=Rate(15.0, "s", H200),
-    stream_flops=Rate(2.4e14, "FLOP/s", ASSUMED),
-    decode_weights=Rate(3.7e9, "weights/s", H200),
-    near_read=Rate(4e9, "bytes/s", ASSUMED),
-    near_write=Rate(1.2e9, "bytes/s", DISK),
-    near_copy=Rate(0.9e9, "bytes/s", DISK),
-    link=Rate(2.5e9, "bytes/s", ASSUMED),
-    far_copy=Rate(2.5e9, "bytes/s", ASSUMED),
-    hash_bytes=Rate(1.3e9, "bytes/s", H200),
-    gather_bytes=Rate(7e9, "bytes/s", H200),
-    check_bytes=Rate(1.35e9, "bytes/s", H200),
-    ray_start_s=Rate(7.0, "s", H200),
-    worker_start_s=Rate(13.0, "s", H200),
-    gpus_a_node=Rate(8, "GPUs", "assumed"),
-)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bytes:
     """What the stages move, all workers and nodes together; stream_read, of the source, a node."""
 
+    source: int
     mirror: int
     stream_read: int
     stream_written: int
@@ -143,6 +57,7 @@ class Times:
     reduce_seconds: float
     verify_seconds: float
     evaluate_seconds: float
+    greedy_seconds: float
     job_seconds: float
     stream_gpu_hours: float
     solver_gpu_hours: float
@@ -186,6 +101,7 @@ def stage_times(
     checkers = max(1, min(workers, moved.num_shards))
     verify = max(moved.verified / (read * nodes), moved.verified / (rates.check_bytes * checkers))
     evaluate = evaluate_seconds(plan, layout, dense_elements, rates)
+    greedy = greedy_seconds(plan, layout, moved.source, dense_elements, rates)
     job = (
         start
         + mirror
@@ -193,6 +109,7 @@ def stage_times(
         + reduce
         + verify
         + evaluate
+        + greedy
     )
     return Times(
         start_seconds=start,
@@ -202,6 +119,7 @@ def stage_times(
         reduce_seconds=reduce,
         verify_seconds=verify,
         evaluate_seconds=evaluate,
+        greedy_seconds=greedy,
         job_seconds=job,
         stream_gpu_hours=flops / rates.stream_flops / 3600,
         solver_gpu_hours=computed / 3600,
@@ -293,50 +211,6 @@ def overlapped_seconds(
     done = int(max(0, solvers) * (stream - begins) / each)
     last_layer = math.ceil(total / len(plan.layers))
     return stream + unit_seconds(plan, moved, computed, rates, max(total - done, last_layer))
-
-
-def evaluate_seconds(
-    plan: RunPlan, layout: ModelLayout, dense_elements: int, rates: Rates
-) -> float:
-    """Source and result on held-out text; each part decodes each expert, the result's once a view.
-
-    Args:
-        plan, layout, dense_elements, rates: as for `stage_times`.
-    """
-    settings, c = plan.config.evaluation, plan.config.compression
-    if settings is None:
-        return 0.0
-    sees_both = (
-        settings.activations == "nvfp4" and c.sparsity == "paired-4:8" and c.scale_span == 32
-    )
-    models = 2 + (sees_both and (settings.activation_group or c.activation_group) == 16)
-    parts = math.ceil(settings.num_sequences / settings.sequences_per_part)
-    share = math.ceil(parts / min(plan.config.run.num_workers, parts)) / parts
-    flops = models * forward_flops(
-        settings.num_sequences * settings.sequence_length, layout, dense_elements
-    )
-    weights = (
-        models
-        * parts
-        * len(layout.moe_layers)
-        * layout.num_experts
-        * 3
-        * layout.hidden_size
-        * layout.moe_intermediate_size
-    )
-    return share * (flops / rates.stream_flops + weights / rates.decode_weights)
-
-
-def forward_flops(tokens: int, layout: ModelLayout, dense_elements: int) -> float:
-    """Two FLOP per weight that a token meets, outside the experts and in top_k experts a layer."""
-    routed = (
-        len(layout.moe_layers)
-        * layout.top_k
-        * 3
-        * layout.hidden_size
-        * layout.moe_intermediate_size
-    )
-    return 2.0 * tokens * (dense_elements + routed)
 
 
 def loop_seconds(plan: RunPlan, layout: ModelLayout, rates: Rates = H200_NODE) -> float:

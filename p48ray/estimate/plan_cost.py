@@ -8,9 +8,7 @@ from p48ray.checkpoint.header import DTYPE_BYTES
 from p48ray.checkpoint.index import CheckpointIndex
 from p48ray.checkpoint.layout import ModelLayout
 from p48ray.estimate.duration import (
-    H200_NODE,
     Bytes,
-    Rates,
     Times,
     num_nodes,
     stage_times,
@@ -24,6 +22,7 @@ from p48ray.estimate.memory import (
     waves_of_worker,
 )
 from p48ray.estimate.nearness import are_streams_near, is_near, is_source_near
+from p48ray.estimate.rates import H200_NODE, Rates
 from p48ray.estimate.stored import num_boundaries, peak_stored_bytes
 from p48ray.run.output_layout import OutputShard, layer_of, unit_bytes, untouched_tensors
 from p48ray.run.plan import RunPlan
@@ -37,8 +36,8 @@ class Estimate(Times):
 
     `_read_bytes`: of streams a node, of units all workers together. `network_`: what passes between
     nodes and stores that are not theirs, of all nodes: units as they are written and the checkpoint
-    as it is verified; small records, texts, the evaluation and what a bucket copies on its own side
-    are not counted. peak_stored_bytes: in the run root;
+    as it is verified; small records, texts, what is compared on held-out text and what a bucket
+    copies on its own side are not counted. peak_stored_bytes: in the run root;
     peak_scratch_bytes: in run.scratch. stream_peak_bytes: the most that activations,
     gradients and boundaries take at a time. `_seconds`: see duration.Times;
     `_gpu_hours` of computing alone, paid_gpu_hours for as long as the job takes. memory: of one
@@ -170,6 +169,7 @@ def estimate(
     own_experts = experts * moe // len(layout.moe_layers)
     unit_read = own_experts + token_bytes_read(plan, moe * streams.layer_tokens, rates)
     moved = Bytes(
+        source=source,
         mirror=mirror,
         stream_read=streams.read,
         boundaries_read=streams.read_again,

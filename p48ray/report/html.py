@@ -26,6 +26,7 @@ from p48ray.report.charts import pct
 from p48ray.report.expert_sections import errors, masks, outcomes, regularization, routing
 from p48ray.report.fold import Facts, Values, gather_facts
 from p48ray.report.gains import gains
+from p48ray.report.greedy_section import greedy
 from p48ray.report.heat import ERROR_RAMP, LOAD_RAMP
 from p48ray.report.ladder_section import ladder
 from p48ray.report.plan_table import size
@@ -40,6 +41,7 @@ from p48ray.unit.context import StageContext
 
 SECTIONS: tuple[tuple[str, Callable[[Facts], Values | None]], ...] = (
     ("quality", quality),
+    ("greedy", lambda facts: greedy(facts.report.agreements, emulates_w4a4(facts))),
     ("benchmarks", lambda facts: benchmarks(facts.report.benchmarks)),
     ("ladder", ladder),
     ("timeline", timeline),
@@ -98,6 +100,11 @@ def unfinished(status: RunStatus | None) -> Values | None:
     at = status.last_finished_at
     moment = None if at is None else f"{datetime.fromtimestamp(at, UTC):%Y-%m-%d %H:%M:%S}"
     return {"stages": status.stages, "moment": moment}
+
+
+def emulates_w4a4(facts: Facts) -> bool:
+    settings = facts.context.plan.config.evaluation
+    return settings is not None and settings.activations == "nvfp4"
 
 
 def render(name: str, values: Values) -> Markup:

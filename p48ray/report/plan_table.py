@@ -4,6 +4,7 @@ from rich.console import Console
 from rich.table import Table
 
 from p48ray.estimate.fit import GB, lack_of_space, shortages
+from p48ray.estimate.held_out import source_passes
 from p48ray.estimate.memory import Memory
 from p48ray.estimate.nearness import are_streams_near
 from p48ray.estimate.plan_cost import Estimate, estimate
@@ -47,6 +48,7 @@ def plan_rows(prepared: Prepared, e: Estimate) -> Rows:
         *source_rows(prepared, e),
         *work_rows(prepared, e),
         *traffic_rows(prepared, e),
+        *greedy_rows(prepared, e),
         *output_rows(prepared, e),
         *cost_rows(prepared, e),
     ]
@@ -111,6 +113,20 @@ def traffic_rows(prepared: Prepared, e: Estimate) -> Rows:
         *([("in run.scratch", scratch_words(r.scratch, e))] if r.scratch else []),
         *(("warning", lack) for lack in lacks),
     ]
+
+
+def greedy_rows(prepared: Prepared, e: Estimate) -> Rows:
+    """What greedy agreement reads, which may be more than all the rest."""
+    parts, passes = source_passes(prepared.plan)
+    evaluation = prepared.plan.config.evaluation
+    if not parts or evaluation is None or evaluation.greedy is None:
+        return []
+    g = evaluation.greedy
+    each = f"{parts:,} parts x" if parts > 1 else "one part x"
+    words = f"at most {size(parts * (passes + 1) * e.source_bytes)} of the source: {each} at most"
+    words += f" {passes:,} passes and one of the checkpoint"
+    texts = f"{g.prompts:,} prompts of {g.prompt_tokens:,} tokens continued by {g.tokens:,}"
+    return [("read for greedy agreement", f"{words} ({texts})")]
 
 
 def network_words(e: Estimate) -> str:

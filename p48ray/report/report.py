@@ -11,6 +11,7 @@ from rich.table import Table
 from p48ray.checkpoint.layout import PROJECTIONS
 from p48ray.checkpoint.sparse_storage import Storage
 from p48ray.numerics.zeros import ZERO_INPUTS
+from p48ray.report.greedy_section import print_agreements
 from p48ray.report.scale_figures import (
     LayerScaleFigures,
     headroom_words,
@@ -25,6 +26,7 @@ from p48ray.run.output_layout import OutputShard, unit_bytes
 from p48ray.run.plan import RunPlan, WorkUnit
 from p48ray.run.records import Record
 from p48ray.stages.evaluate import EvaluationResult
+from p48ray.stages.greedy import GreedyAgreement
 from p48ray.stages.inputs import spell_texts, texts_read
 from p48ray.stages.scan import router_notes, scans_so_far
 from p48ray.unit.context import StageContext
@@ -83,6 +85,8 @@ class Report(Record):
     expert_bytes: int
     quality: EvaluationResult | None
     baseline: EvaluationResult | None = None
+    greedy: GreedyAgreement | None = None
+    baseline_greedy: GreedyAgreement | None = None
     benchmarks: BenchmarkTable | None = None
     pilot: Extrapolation | None = None
     source_notes: tuple[str, ...] = ()
@@ -93,6 +97,17 @@ class Report(Record):
     unit_seconds: dict[str, float]
     devices: dict[str, int]
     versions: dict[str, str]
+
+    @property
+    def own_name(self) -> str:
+        """Of what this run has made, beside other checkpoints."""
+        return f"{self.solver}, {self.sparsity}"
+
+    @property
+    def agreements(self) -> dict[str, GreedyAgreement]:
+        """The baseline's, if there is one, and this run's."""
+        found = {"one-shot baseline": self.baseline_greedy, self.own_name: self.greedy}
+        return {name: agreement for name, agreement in found.items() if agreement is not None}
 
 
 def build_report(
@@ -242,6 +257,7 @@ def projection_errors(records: list[LinearRecord], projection: str) -> Projectio
 def print_report(report: Report, console: Console) -> None:
     """The report as tables for a person."""
     print_quality(report, console)
+    print_agreements(report.agreements, console)
     print_linears(report, console)
     few = f"(under {report.few_tokens:,}, {FEW_TOKENS_SHARE:.0%} of the average)"
     console.print(
@@ -290,8 +306,7 @@ def print_quality(report: Report, console: Console) -> None:
     table.add_row("source", f"{q.source_perplexity:.4f}", f"{q.source_accuracy:.4f}", "0")
     if (b := report.baseline) is not None:
         add("one-shot baseline", b.compressed_perplexity, b.compressed_accuracy, b.kl)
-    own = f"{report.solver}, {report.sparsity}"
-    add(own, q.compressed_perplexity, q.compressed_accuracy, q.kl)
+    add(report.own_name, q.compressed_perplexity, q.compressed_accuracy, q.kl)
     if (other := q.in_groups_of_32) is not None:
         name = "the same, activations in groups of 32"
         add(name, other.perplexity, other.accuracy, other.kl)

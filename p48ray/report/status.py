@@ -28,7 +28,7 @@ from p48ray.run.output_layout import shard_count, shard_names
 from p48ray.run.plan import RunPlan
 from p48ray.run.records import Record, load_readable
 from p48ray.run.scratch import known_scratch
-from p48ray.stages.table import EVALUATE_STAGE, count_markers
+from p48ray.stages.table import EVALUATE_STAGE, GREEDY_STAGE, count_markers
 from p48ray.store.base import Store
 from p48ray.store.local import LocalStore
 from p48ray.store.view import SubStore
@@ -131,19 +131,24 @@ def scratch_bytes(store: Store) -> tuple[tuple[str, int | None], ...]:
     return (*seen, *((folder, None) for folder in known.unseen))
 
 
+MEASURED = {EVALUATE_STAGE.name: "quality", GREEDY_STAGE.name: "greedy"}
+"""Fields of the report that have the figures of stages."""
+
+
 def read_stages(plan: RunPlan, store: Store, keys: set[str]) -> tuple[StageStatus, ...]:
     """The stages that the run was asked for, and the one-shot baseline as one more.
 
     What is measured afterwards may change when a run is resumed, and the plan keeps what was asked
-    for first: a report without quality, and no sums, say that no evaluation is wanted any more.
+    for first: a report without its figures, and no records, say that they are not wanted any more.
     """
     stages = count_stages(plan, keys)
-    evaluated = next((s for s in stages if s.stage == EVALUATE_STAGE.name), None)
-    if evaluated is None:
+    unwanted = {s.stage for s in stages if s.stage in MEASURED and not s.done}
+    if unwanted and run_root.REPORT in keys:
+        report = Report.load(store, run_root.REPORT)
+        unwanted = {name for name in unwanted if getattr(report, MEASURED[name]) is None}
+        stages = tuple(s for s in stages if s.stage not in unwanted)
+    if EVALUATE_STAGE.name not in {s.stage for s in stages}:
         return stages
-    may_be_unwanted = not evaluated.done and run_root.REPORT in keys
-    if may_be_unwanted and Report.load(store, run_root.REPORT).quality is None:
-        return tuple(s for s in stages if s is not evaluated)
     settings = plan.config.evaluation
     if settings is None or not settings.baseline:
         return stages

@@ -11,6 +11,7 @@ Read in this order:
     passes          what a plan's streams run and leave
     manifest        what was done: one record for each finished piece of work
     checkpoint_manifest   what a finished checkpoint says of itself
+    greedy_records  what is known of greedy continuations, and how far they are followed
     checked         those records as readers get them: held against what was asked for
     scale_counts    what becomes of values that share a scale
     scales          a layer's input scales, held against its parts

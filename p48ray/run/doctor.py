@@ -27,6 +27,7 @@ from p48ray.run.checked import (
     load_tokens_manifest,
     load_unit_manifest,
 )
+from p48ray.run.greedy_records import load_continuations, load_greedy_part
 from p48ray.run.manifest import MirrorManifest
 from p48ray.run.needs import NEEDED_PREFIXES, Needs
 from p48ray.run.plan import RunPlan, WorkUnit
@@ -42,6 +43,8 @@ Check = Callable[[], object]
 
 PART = re.compile(r"(?P<kind>[a-z-]+)/layer-(?P<layer>\d{3})/part-(?P<part>\d{4})\.json")
 EVALUATED = re.compile(r"evaluation/(?P<digest>[0-9a-f]+)/part-(?P<part>\d{4})\.json")
+FOLLOWED = re.compile(r"greedy/(?P<digest>[0-9a-f]+)/part-(?P<part>\d{4})\.json")
+CONTINUED = re.compile(r"greedy/continuations/(?P<digest>[0-9a-f]+)\.json")
 PACKED_TEXTS = re.compile(r"evaluation/(?P<digest>[0-9a-f]+)/tokens\.json")
 SCALES = re.compile(r"activations/layer-(?P<layer>\d{3})/scales\.json")
 VERDICT = re.compile(r"verification/(?P<shard>[^/]+)\.json")
@@ -149,6 +152,10 @@ class Examination:
                 yield partial(
                     load_evaluation_part, plan, store, found["digest"], int(found["part"])
                 )
+            elif found := FOLLOWED.fullmatch(key):
+                yield partial(load_greedy_part, plan, store, found["digest"], int(found["part"]))
+            elif found := CONTINUED.fullmatch(key):
+                yield partial(load_continuations, store, found["digest"])
             elif found := PACKED_TEXTS.fullmatch(key):
                 owner = found["digest"]
                 yield partial(self.check_tokens, run_root.evaluation_tokens(owner), owner)
@@ -297,6 +304,7 @@ def describe_gone(gone: set[str]) -> Iterator[str]:
         (run_root.CHECKPOINT, "output shards"),
         (run_root.VERIFICATION, "verdicts on output shards"),
         (run_root.EVALUATION, "objects of the evaluation"),
+        (run_root.GREEDY, "objects of the greedy agreement"),
         (run_root.BENCHMARKS, "benchmark results (jobs/evaluate.py)"),
         (run_root.SOURCE, "files of the source's mirror"),
         (run_root.SCAN, "records of what is not finite in the source"),

@@ -21,6 +21,7 @@ from p48ray.checkpoint.fp8 import Fp8Weight, plain_tensors, stored_floats
 from p48ray.checkpoint.index import CheckpointIndex
 from p48ray.config import RunConfig
 from p48ray.config.benchmarks import BenchmarksConfig
+from p48ray.config.greedy import GreedyConfig
 from p48ray.config.load import dotted_keys, lookup
 from p48ray.errors import ConfigError
 from p48ray.run.passes import Passes
@@ -79,6 +80,7 @@ SETTINGS: dict[str, Effect] = {
     "evaluation.activations": "free",
     "evaluation.activation_group": "free",
     "evaluation.baseline": "free",
+    **dict.fromkeys(dotted_keys(GreedyConfig, "evaluation.greedy."), "free"),  # likewise
     **dict.fromkeys(
         dotted_keys(BenchmarksConfig, "benchmarks."), "free"
     ),  # measured afterwards; each result is kept under what it was measured with

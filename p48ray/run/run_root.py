@@ -37,6 +37,10 @@ verification/model-00001-of-00003.json
     verdict per output shard
 evaluation/<digest>/part-0003.json
     sums over held-out sequences; tokens.arrow (+ .json): their packed token ids
+greedy/<digest>/part-0003.json
+    how far the checkpoint follows its source's greedy continuations of some prompts
+greedy/continuations/<digest>.json
+    those continuations, as far as they are, written anew after each pass over the source
 benchmarks/<digest>/result.json
     a task's figure for one checkpoint, beside the harness's own harness.json; table.json: what is
     shown
@@ -70,6 +74,8 @@ LOGS = "logs/"
 CHECKPOINT = "checkpoint/"
 VERIFICATION = "verification/"
 EVALUATION = "evaluation/"
+GREEDY = "greedy/"
+CONTINUATIONS = "greedy/continuations/"
 BENCHMARKS = "benchmarks/"
 BENCHMARK_TABLE = "benchmarks/table.json"
 REPORT_FOLDER = "report/"
@@ -94,6 +100,7 @@ PREFIXES = (
     CHECKPOINT,
     VERIFICATION,
     EVALUATION,
+    GREEDY,
     BENCHMARKS,
     REPORT_FOLDER,
     BASELINE,
@@ -207,6 +214,14 @@ def evaluation_tokens(digest: str) -> str:
 
 def evaluation_part(digest: str, part: int) -> str:
     return f"{EVALUATION}{digest}/part-{part:04d}.json"
+
+
+def greedy_part(digest: str, part: int) -> str:
+    return f"{GREEDY}{digest}/part-{part:04d}.json"
+
+
+def continuations(digest: str) -> str:
+    return f"{CONTINUATIONS}{digest}.json"
 
 
 def benchmark_result(digest: str) -> str:

@@ -31,9 +31,10 @@ from p48ray.runner.progress import Progress
 from p48ray.runner.run_log import RunLog
 from p48ray.runner.stage_times import StageTimes
 from p48ray.stages.evaluate import EvaluationResult
+from p48ray.stages.greedy import GreedyAgreement, share_continuations
 from p48ray.stages.inputs import check_run_root, write_inputs
 from p48ray.stages.prepare import Prepared, prepare
-from p48ray.stages.table import EVALUATE_STAGE, Stage, stages_of
+from p48ray.stages.table import EVALUATE_STAGE, GREEDY_STAGE, Stage, stages_of
 from p48ray.store.view import SubStore
 from p48ray.unit.context import StageContext
 
@@ -64,14 +65,17 @@ def run_job(prepared: Prepared, make_runner: RunnerFactory) -> Report:
             job = Job(prepared, runner, seconds)
             result = run_stages(job)
     check_still_ours(plan, store)
-    baseline = None
+    baseline = theirs = None
     if plan.config.evaluation is not None and plan.config.evaluation.baseline and not plan.is_pilot:
         log.info("baseline  the published one-shot reference, under %s/baseline", store.uri)
-        baseline = run_job(prepare(baseline_config(plan.config)), make_runner).quality
+        share_continuations(store)
+        theirs = run_job(prepare(baseline_config(plan.config)), make_runner)
+        baseline = theirs.quality
     seconds["total"] = round(time.monotonic() - start, 1)
     report = build_report(job.context, job.units, prepared.shards, result, seconds)
     benchmarks = None if plan.is_pilot else read_table(store)
-    report = report.model_copy(update={"baseline": baseline, "benchmarks": benchmarks})
+    greedy = {"greedy": job.agreement, "baseline_greedy": theirs and theirs.greedy}
+    report = report.model_copy(update={"baseline": baseline, "benchmarks": benchmarks} | greedy)
     write_report(prepared.context, report, job.units)
     return report
 
@@ -142,6 +146,7 @@ class Job:
             clock,
         )
         self.units: list[UnitManifest] = []  # of all units, once they are done
+        self.agreement: GreedyAgreement | None = None  # if the plan has any, likewise
 
     def run(self) -> EvaluationResult | None:
         """Stages that stream go on beside each other, the others one after the other. Returns: what
@@ -153,8 +158,10 @@ class Job:
                 continue
             for stage in stages:
                 results[stage.name] = self.run_stage(stage)
-        result = results.get(EVALUATE_STAGE.name)
+        result, agreement = (results.get(s.name) for s in (EVALUATE_STAGE, GREEDY_STAGE))
         assert result is None or isinstance(result, EvaluationResult)
+        assert agreement is None or isinstance(agreement, GreedyAgreement)
+        self.agreement = agreement
         return result
 
     def run_stage(self, stage: Stage) -> object:

@@ -12,27 +12,28 @@ exist at once, V vocabulary.
 
 import hashlib
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from p48ray.config import EvaluationConfig, RunConfig
+from p48ray.config import EvaluationConfig
 from p48ray.errors import ConfigError, NumericsError
-from p48ray.model.decoder import Decoder, run_layer
-from p48ray.model.expert_loader import layer_experts
-from p48ray.model.experts import ActivationScales, ExpertWeights, RoutedExperts, RoutedInputs
-from p48ray.numerics.headroom import group_amax
 from p48ray.run import run_root
 from p48ray.run.checked import load_each, load_evaluation_part
 from p48ray.run.manifest import CompressedSums, EvaluationPart, UnitManifest
 from p48ray.run.output_layout import OutputShard
 from p48ray.run.plan import RunPlan, SequencePart, cut_parts
 from p48ray.run.records import Record, canonical_json
-from p48ray.run.scale_counts import LayerScaleCounts, count_groups
+from p48ray.run.scale_counts import LayerScaleCounts
 from p48ray.stages.compressed_experts import CompressedExperts, finished_experts
+from p48ray.stages.side_by_side import (
+    activation_groups,
+    mixtures,
+    sees_both_groups,
+    through_layers,
+)
 from p48ray.stages.tasks import Task
 from p48ray.texts.documents import digest_documents
 from p48ray.unit.context import StageContext
@@ -67,7 +68,7 @@ class EvaluationResult(Record):
 
 def evaluation_digest(plan: RunPlan, settings: EvaluationConfig) -> str:
     """Identity of an evaluation: the plan, the held-out bytes and how they are drawn."""
-    facts = settings.model_dump(mode="json", exclude={"documents", "baseline"}) | {
+    facts = settings.model_dump(mode="json", exclude={"documents", "baseline", "greedy"}) | {
         "plan": plan.digest,
         "documents": digest_documents(settings.documents, "evaluation.documents"),
     }
@@ -100,21 +101,14 @@ def evaluate_part(
     """
     decoder = context.decoder()
     inputs_BS, labels_BS = token_ids_BS[:, :-1], token_ids_BS[:, 1:].to(context.device).long()
-    positions = decoder.positions(inputs_BS.shape[1])
-    streams = [decoder.embed(inputs_BS)] * (1 + len(activation_groups(context.plan.config)))
-    micro_batch = context.plan.config.calibration.sequences_per_micro_batch
     counts: list[LayerScaleCounts] = []
-    for number in range(context.plan.source.num_layers):
-        is_mixture = number in context.plan.source.moe_layers
-        with (
-            mixtures(context, decoder, compressed, number, counts) if is_mixture else nullcontext()
-        ) as experts:
-            layer = decoder.layer(number, experts[0] if experts else None)
-            for k, x_BSH in enumerate(streams):
-                if experts:
-                    layer.mlp.experts = experts[k]
-                streams[k] = run_layer(layer, x_BSH, positions, micro_batch)
-        layer = experts = None  # the layer goes before the one above is read
+    streams = through_layers(
+        context,
+        decoder,
+        inputs_BS,
+        1 + len(activation_groups(context.plan.config)),
+        lambda number: mixtures(context, decoder, compressed, number, counts),
+    )
     sums = torch.zeros(2 + 3 * (len(streams) - 1), dtype=torch.float64)
     head = decoder.head()
     rows = zip(
@@ -161,89 +155,6 @@ def check_sums(part: SequencePart, sums: Sequence[float]) -> None:
             f" the source are finite by now, so {advice}; or evaluation.documents has a text that"
             " the model itself has no number for"
         )
-
-
-@contextmanager
-def mixtures(
-    context: StageContext,
-    decoder: Decoder,
-    compressed: CompressedExperts,
-    number: int,
-    counts: list[LayerScaleCounts],
-) -> Iterator[list[RoutedExperts]]:
-    """The source's experts as they are, then the compressed ones, once for every view of the
-    activations; in a layer that a pilot leaves out, the source's again.
-
-    Args:
-        context: of the run.
-        decoder: of the source.
-        compressed: as evaluate_part takes it.
-        number: of a layer with experts.
-        counts: what becomes of the served view's activations is appended.
-    """
-    count, groups = context.layout.num_experts, activation_groups(context.plan.config)
-    if number not in context.plan.layers:
-        with layer_experts(decoder, number) as originals:
-            yield [RoutedExperts(count, originals)] * (1 + len(groups))
-        return
-    scales = context.stored_scales(number)
-
-    def smaller(expert: int) -> ExpertWeights:
-        return ExpertWeights(*(w.to(decoder.dtype) for w in compressed(number, expert)))
-
-    def count_served(seen: RoutedInputs) -> None:
-        group = groups[0]
-        assert group is not None
-        counts.append(
-            LayerScaleCounts(
-                layer=number,
-                gate_up=count_groups(group_amax(seen.hidden_TH, group), scales[0]),
-                down=count_groups(seen.group_amax_G, scales[1]),
-            )
-        )
-
-    with layer_experts(decoder, number) as originals:
-        views = [RoutedExperts(count, originals)]
-        for place, group in enumerate(groups):
-            if group is None:
-                views.append(RoutedExperts(count, smaller))
-                continue
-            observe = None if place else count_served
-            view = ActivationScales(*scales, group)
-            views.append(RoutedExperts(count, smaller, view, observe, group))
-        yield views
-
-
-def activation_groups(config: RunConfig) -> list[int | None]:
-    """How the compressed experts' inputs are quantized under evaluation, the served way first:
-    values that share a scale; None for original activations."""
-    settings = config.evaluation
-    if settings is not None and settings.activations == "original":
-        return [None]
-    return [*dict.fromkeys([served_group(config), *([32] if sees_both_groups(config) else [])])]
-
-
-def served_group(config: RunConfig) -> int:
-    settings = config.evaluation
-    return (
-        settings.activation_group
-        if settings is not None and settings.activation_group
-        else config.compression.activation_group
-    )
-
-
-def sees_both_groups(config: RunConfig) -> bool:
-    """Whether activations in groups of 32 are looked at beside the served groups of 16: kernels
-    that run paired-4:8 as sparse apply one scale to 32 inputs of both operands, so that this is
-    what the same checkpoint is on them."""
-    compression, settings = config.compression, config.evaluation
-    is_for_them = compression.sparsity == "paired-4:8" and compression.scale_span == 32
-    return (
-        is_for_them
-        and settings is not None
-        and settings.activations == "nvfp4"
-        and served_group(config) == 16
-    )
 
 
 def compare_logits(source_TV: Tensor, *compressed_TV: Tensor, labels_T: Tensor) -> Tensor:

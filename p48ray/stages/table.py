@@ -23,6 +23,14 @@ from p48ray.stages.evaluate import (
     parts_to_evaluate,
 )
 from p48ray.stages.gradients import gradient_parts
+from p48ray.stages.greedy import (
+    agreement_markers,
+    agreements_to_find,
+    finish_agreement,
+    follow_and_record,
+    greedy_settings,
+    wants_agreement,
+)
 from p48ray.stages.mirror import files_to_copy, mirror_file
 from p48ray.stages.propagate import propagate_parts
 from p48ray.stages.reduce import shards_to_stitch, stitch_shard
@@ -80,11 +88,21 @@ def has_checkpoint(plan: RunPlan) -> bool:
 
 
 def count_evaluated(plan: RunPlan, keys: set[str]) -> tuple[int, int]:
-    """Of the evaluation that has come furthest: which one is the newest only its texts could
-    tell."""
     settings = plan.config.evaluation
     total = len(cut_parts(settings.num_sequences, settings.sequences_per_part)) if settings else 0
-    parts = (k for k in keys if k.startswith(run_root.EVALUATION) and "/part-" in k)
+    return count_furthest(run_root.EVALUATION, keys, total)
+
+
+def count_agreements(plan: RunPlan, keys: set[str]) -> tuple[int, int]:
+    settings = greedy_settings(plan)
+    total = len(cut_parts(settings.prompts, settings.prompts_per_part)) if settings else 0
+    return count_furthest(run_root.GREEDY, keys, total)
+
+
+def count_furthest(prefix: str, keys: set[str], total: int) -> tuple[int, int]:
+    """Of the evaluation that has come furthest: which one is the newest only its texts could
+    tell."""
+    parts = (k for k in keys if k.startswith(prefix) and "/part-" in k)
     found = Counter(key.rpartition("/")[0] for key in parts)
     return min(total, max(found.values(), default=0)), total
 
@@ -186,6 +204,19 @@ EVALUATE_STAGE = Stage(
     finish=finish_evaluation,
     cost=("evaluate", "evaluate_seconds"),
 )
+GREEDY_STAGE = Stage(
+    name="greedy",
+    noun="prompt parts",
+    body=follow_and_record,
+    prefix=run_root.GREEDY,
+    markers=None,
+    markers_in=agreement_markers,
+    count=count_agreements,
+    is_used=wants_agreement,
+    work=agreements_to_find,
+    finish=finish_agreement,
+    cost=("greedy", "greedy_seconds"),
+)
 # Those that stream stand together: they are one step of the job.
 STAGES = {
     stage.name: stage
@@ -199,6 +230,7 @@ STAGES = {
         REDUCE_STAGE,
         VERIFY_STAGE,
         EVALUATE_STAGE,
+        GREEDY_STAGE,
     )
 }
 

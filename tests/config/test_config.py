@@ -111,6 +111,25 @@ def test_overrides_are_typed_as_in_the_file() -> None:
         ),
         ("compression.solver=magic", ["compression.solver", "'block_descent'", "found 'magic'"]),
         (
+            "evaluation.greedy={prompts: 97, prompt_tokens: 8, tokens: 8}",
+            ["evaluation: greedy.prompts: expected at most num_sequences = 96, found 97"],
+        ),
+        (
+            "evaluation.greedy={prompts: 96, prompt_tokens: 500, tokens: 13}",
+            [
+                "evaluation: greedy.prompt_tokens + greedy.tokens: expected at most"
+                " sequence_length = 512, found 500 + 13",
+            ],
+        ),
+        (
+            "evaluation.greedy={prompts: 4, tokens: 8}",
+            ["evaluation.greedy.prompt_tokens: required"],
+        ),
+        (
+            "evaluation.greedy={prompts: 0, prompt_tokens: 8, tokens: 8}",
+            ["evaluation.greedy.prompts", "greater than 0", "found 0"],
+        ),
+        (
             "compression={solver: gptq}",
             ["compression", "solver 'gptq' needs sparsity 'none', found 'paired-4:8'"],
         ),
@@ -166,8 +185,13 @@ NUMBERS = [
 
 def section_is_there(key: str) -> tuple[str, ...]:
     """What else a key's section needs."""
+    greedy = (
+        "evaluation.greedy={prompts: 1, prompt_tokens: 4, tokens: 4}"
+        if key.startswith("evaluation.greedy.")
+        else "evaluation.greedy=null"
+    )
     if key.startswith("evaluation."):
-        return ("evaluation={documents: a, num_sequences: 1, sequence_length: 8}",)
+        return ("evaluation={documents: a, num_sequences: 1, sequence_length: 8}", greedy)
     return ("benchmarks={}",) if key.startswith("benchmarks.") else ()
 
 

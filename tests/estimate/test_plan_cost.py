@@ -13,7 +13,6 @@ import torch
 from p48ray.checkpoint.layout import ModelLayout
 from p48ray.checkpoint.skeleton import write_kimi_k25_skeleton
 from p48ray.config.load import load_config
-from p48ray.estimate.duration import H200_NODE, Rate
 from p48ray.estimate.fit import lack_of_space, shortages, warn_of_memory
 from p48ray.estimate.memory import (
     LIBRARIES_GPU,
@@ -26,7 +25,8 @@ from p48ray.estimate.memory import (
 )
 from p48ray.estimate.nearness import is_near
 from p48ray.estimate.plan_cost import Estimate, estimate
-from p48ray.report.plan_table import hours_words, memory_words, plan_rows, spell, two_digits
+from p48ray.estimate.rates import H200_NODE, Rate
+from p48ray.report.plan_table import hours_words, memory_words, plan_rows, size, spell, two_digits
 from p48ray.run.plan import RunPlan, SequencePart
 from p48ray.stages.capture import capture_parts
 from p48ray.stages.inputs import write_inputs
@@ -259,7 +259,7 @@ def test_more_workers_solve_more_layers_at_once() -> None:
 
 # Time
 
-STAGES = ("start", "mirror", "stream", "unit", "reduce", "verify", "evaluate")
+STAGES = ("start", "mirror", "stream", "unit", "reduce", "verify", "evaluate", "greedy")
 NEAR, FAR = "near-run-root", "memory://far"
 TOKENS = "calibration.num_sequences=192"
 
@@ -390,6 +390,43 @@ def test_evaluation_and_slower_rates_take_time() -> None:
     )
     e = estimate(prepared.plan, prepared.source, prepared.layout, prepared.shards, slower)
     assert e.stream_seconds > estimated(prepared).stream_seconds
+
+
+GREEDY = (
+    "evaluation={documents: examples/tiny-kimi-k2.5/heldout.jsonl, num_sequences: 8,"
+    " sequence_length: 64, greedy: {prompts: 8, prompt_tokens: 16, tokens: 32,"
+    " prompts_per_part: 3}}"
+)
+
+
+def test_greedy_agreement_reads_the_source_once_a_pass_and_part() -> None:
+    prepared = planned(NEAR, GREEDY)
+    e = estimated(prepared)
+    rows = dict(plan_rows(prepared, e))
+    read = 3 * (32 + 1) * e.source_bytes
+    assert rows["read for greedy agreement"] == (
+        f"at most {size(read)} of the source: 3 parts x at most 32 passes and one of the"
+        " checkpoint (8 prompts of 16 tokens continued by 32)"
+    )
+    one = dict(plan_rows(*with_estimate(NEAR, GREEDY, "evaluation.greedy.prompts_per_part=8")))
+    assert (
+        f"at most {size(read // 3)} of the source: one part x" in one["read for greedy agreement"]
+    )
+    for without in ("evaluation.greedy=null", "run.layers=[1]"):
+        prepared, none = with_estimate(NEAR, GREEDY, without)
+        assert "read for greedy agreement" not in dict(plan_rows(prepared, none))
+        assert none.greedy_seconds == 0 < e.greedy_seconds
+    for workers, rounds in ((2, 2), (3, 1), (8, 1)):
+        more = estimated(planned(NEAR, GREEDY, f"run.num_workers={workers}"))
+        alone = estimated(planned(NEAR, GREEDY, "run.num_workers=1"))
+        assert more.greedy_seconds == pytest.approx(alone.greedy_seconds * rounds / 3)
+    longer = estimated(planned(NEAR, GREEDY, "evaluation.greedy.tokens=48"))
+    assert longer.greedy_seconds >= e.greedy_seconds * 49 / 33 * (1 - 1e-9)
+
+
+def with_estimate(root: str, *overrides: str) -> tuple[Prepared, Estimate]:
+    prepared = planned(root, *overrides)
+    return prepared, estimated(prepared)
 
 
 def test_near_is_a_folder_of_the_node_s_own() -> None:

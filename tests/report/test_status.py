@@ -287,6 +287,28 @@ def test_evaluation_that_is_not_asked_for_any_more_is_not_shown_as_unfinished(
     assert counts(status)["evaluate"] == (1, 2) and not status.is_complete
 
 
+def test_greedy_agreement_is_counted_and_where_it_is_no_longer_asked_for_not_shown(
+    root: Path, finished: SmallRun
+) -> None:
+    own = "evaluation.greedy={prompts: 3, prompt_tokens: 9, tokens: 9, prompts_per_part: 2}"
+    plan = prepare(configure(finished.source, root, own)).plan
+    (root / "plan.json").write_bytes(plan.to_json())
+    status = read_status(LocalStore(root))
+    assert "greedy" not in counts(status) and status.is_complete, "the report has none"
+    folder = root / "greedy" / "abc"
+    folder.mkdir(parents=True)
+    (folder / "part-0001.json").write_bytes(b"{}")
+    (root / "greedy" / "continuations").mkdir()
+    for name in ("d", "e"):  # which are no parts
+        (root / "greedy" / "continuations" / f"{name}.json").write_bytes(b"{}")
+    status = read_status(LocalStore(root))
+    assert counts(status)["greedy"] == (1, 2) and not status.is_complete
+    shutil.rmtree(root / "report")
+    shutil.rmtree(root / "greedy")
+    status = read_status(LocalStore(root))
+    assert counts(status)["greedy"] == (0, 2) and not status.is_complete
+
+
 def test_pilot_is_complete_without_a_checkpoint(finished: SmallRun, root: Path) -> None:
     pilot = configure(finished.source, "/nowhere", "run.layers=[1,2]", "evaluation=null")
     (root / "plan.json").write_bytes(prepare(pilot).plan.to_json())
