@@ -68,9 +68,10 @@ from bench.simulated_ray import Attempt, Fleet, Node, SimulatedRay, Tally
 from p48ray.checkpoint.layout import PROJECTIONS
 from p48ray.checkpoint.skeleton import write_kimi_k25_skeleton
 from p48ray.config.load import load_config
-from p48ray.estimate.duration import H200_NODE, loop_seconds, product_seconds
+from p48ray.estimate.duration import loop_seconds, product_seconds
 from p48ray.estimate.memory import routed_token_bytes, row_bytes, tokens_of_unit, value_bytes
 from p48ray.estimate.plan_cost import estimate
+from p48ray.estimate.rates import H200_NODE
 from p48ray.report.report import build_report
 from p48ray.run import run_root
 from p48ray.run.checked import load_unit_manifests
