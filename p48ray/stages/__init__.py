@@ -14,7 +14,8 @@ Read in this order:
     reduce, verify, final_files     the checkpoint; shard_proof, linear_proof, index_proof,
                                     read_ahead verify
     evaluate                        held-out text through source and checkpoint;
-                                    compressed_experts: where its experts come from
+                                    compressed_experts: where its experts come from;
+                                    cells: its sums, by source and position
 
 To add a stage: a module here and a record in table (docs/EXTENDING.md).
 """

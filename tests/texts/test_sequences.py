@@ -141,6 +141,23 @@ def test_every_source_of_a_mix_gives_exactly_its_share(tmp_path: Path) -> None:
     assert ((rows == 0).any(1) != of_b).all(), "a sequence comes from one source"
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_draw_says_which_source_every_sequence_is_of(tmp_path: Path, seed: int) -> None:
+    letters, weights = "abc", (3.0, 1.0, 2.0)
+    mixed = [
+        source(write(tmp_path / f"{x}.jsonl", *(x * n for n in range(1, 30))), weight)
+        for x, weight in zip(letters, weights, strict=True)
+    ]
+    origins: list[int] = []
+    rows = load_sequences(mixed, Letters(), 12, 4, seed, 2000, "evaluation", origins=origins)
+    seen = [next(i for i in row if i != BOS) for row in rows.tolist()]
+    assert origins == seen, "a is 0, b is 1, c is 2"
+    assert [origins.count(n) for n in range(3)] == [6, 2, 4]
+    alone: list[int] = []
+    load_sequences(mixed[:1], Letters(), 5, 4, seed, 2000, "evaluation", origins=alone)
+    assert alone == [0] * 5
+
+
 def test_sources_of_a_mix_are_shuffled_together(tmp_path: Path) -> None:
     orders = {tuple((mix(tmp_path, seed) == 1).any(1).tolist()) for seed in range(5)}
     assert len(orders) > 1
