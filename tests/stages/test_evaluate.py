@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from p48ray.checkpoint.index import open_checkpoint
-from p48ray.errors import NumericsError, StageFailedError
+from p48ray.errors import ConfigError, NumericsError, StageFailedError
 from p48ray.model.decoder import Decoder
 from p48ray.model.experts import RoutedExperts
 from p48ray.report.report import Report
@@ -47,7 +47,7 @@ from p48ray.stages.prepare import prepare
 from p48ray.stages.table import STAGES
 from p48ray.store import LocalStore
 from p48ray.unit.context import StageContext
-from tests.conftest import TINY
+from tests.conftest import REPO, TINY
 from tests.reference import whole_model
 from tests.reference.formats import e4m3
 from tests.stages.slow_nvfp4 import decode_weights, quantize_tokens
@@ -638,6 +638,148 @@ def test_digest_of_an_evaluation_follows_the_texts_and_not_their_place(
     assert found() == digest
     copy.write_bytes(copy.read_bytes() + b'{"text": "one more"}\n')
     assert found() != digest
+
+
+# By domain
+
+GERMAN, HELD_OUT = REPO / "examples" / "held-out" / "german.jsonl", TINY / "heldout.jsonl"
+
+
+def mix(*names: str | None) -> str:
+    """Two sequences of Python's texts, three of German ones, one more of Python's, as a setting.
+    `names`: of the sources."""
+    sources = [
+        {"path": str(path), "weight": weight, "name": name}
+        for (path, weight), name in zip(
+            ((HELD_OUT, 2.0), (GERMAN, 3.0), (HELD_OUT, 1.0)), names, strict=True
+        )
+    ]
+    return f"evaluation.documents={json.dumps(sources)}"
+
+
+def test_domains_figures_are_those_of_their_own_sequences(
+    finished: SmallRun, checkpoint: CompressedExperts, copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each evaluated by itself, whatever the draw has put between them."""
+    settings = (mix("python", "German", "python"), "evaluation.num_sequences=6")
+    report, evaluated = run_again(monkeypatch, finished, copied, *settings)
+    assert evaluated == [0, 1, 2]
+    q = report.quality
+    assert q is not None and [d.name for d in q.domains] == ["python", "German"]
+    assert [(s.first, s.last) for s in q.stretches] == [(1, 8), (9, 32), (33, 64)]
+    prepared = prepare(configure(finished.source, copied, *settings))
+    assert prepared.plan.config.evaluation is not None
+    own = evaluation_digest(prepared.plan, prepared.plan.config.evaluation)
+    ids_NS, origins = evaluate.held_out_sequences(prepared.context, own)
+    assert sorted(origins) == [0, 0, 1, 1, 1, 2]
+    assert origins != tuple(sorted(origins)), "a draw that shuffles nothing would prove nothing"
+    for domain, places in (("python", (0, 2)), ("German", (1,))):
+        ids_BS = ids_NS[[o in places for o in origins]].long()
+        alone = combine_parts([evaluate_all(finished.context, checkpoint, ids_BS)])
+        found = next(d for d in q.domains if d.name == domain)
+        assert found.num_tokens == 3 * 64
+        for name in ("source_perplexity", "compressed_perplexity", "kl"):
+            assert getattr(found, name) == pytest.approx(getattr(alone, name), rel=1e-5)
+            for a, b in zip(found.stretches, alone.stretches, strict=True):
+                assert getattr(a, name) == pytest.approx(getattr(b, name), rel=1e-5)
+    assert q.domains[1].source_perplexity > 2 * q.domains[0].source_perplexity
+    assert q.kl == pytest.approx((q.domains[0].kl + q.domains[1].kl) / 2, rel=1e-12)
+
+
+def test_names_are_given_and_changed_without_evaluating_again_and_parts_are_resumed(
+    finished: SmallRun, copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def again(*names: str | None) -> tuple[list[tuple[str, float]], list[int]]:
+        settings = (mix(*names), "evaluation.num_sequences=6")
+        report, evaluated = run_again(monkeypatch, finished, copied, *settings)
+        assert report.quality is not None
+        return [(d.name, d.kl) for d in report.quality.domains], evaluated
+
+    assert again(None, None, None) == ([], [0, 1, 2])
+    parts = sorted(copied.glob("evaluation/*/part-*.json"), key=lambda p: p.stat().st_mtime)[-3:]
+    before = {path: path.read_bytes() for path in parts}
+    ((prose, kl), (other, _)), evaluated = again("prose", None, "prose")
+    assert (prose, other, evaluated) == ("prose", "other", [])
+    parts[1].unlink()
+    found, evaluated = again("Python", "German", "Python")
+    assert found[0] == ("Python", kl) and found[1][0] == "German"
+    assert len(evaluated) == 1
+    assert {path: path.read_bytes() for path in parts} == before
+
+
+def test_part_of_before_stretches_is_made_anew(
+    finished: SmallRun, digest: str, copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever its digest: a record without cells is none."""
+    path = copied / run_root.evaluation_part(digest, 0)
+    before = path.read_bytes()
+    said = json.loads(before)
+    sums = {k: v for k, v in said["cells"][0].items() if k not in ("document", "stretch")}
+    old = {k: v for k, v in said.items() if k not in ("cells", "stretch_ends")} | sums
+    path.write_text(json.dumps(old))
+    report, evaluated = run_again(monkeypatch, finished, copied)
+    assert evaluated == [0]
+    assert path.read_bytes() == before and report.quality == finished.report.quality
+
+
+def test_ends_of_the_stretches_are_in_the_digest_and_names_are_not(
+    finished: SmallRun, digest: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def found(*overrides: str) -> str:
+        plan = prepare(configure(finished.source, "memory://digests", *overrides)).plan
+        assert plan.config.evaluation is not None
+        assert plan.units_digest == finished.prepared.plan.units_digest
+        return evaluation_digest(plan, plan.config.evaluation)
+
+    named = json.dumps([{"path": str(HELD_OUT), "name": "python"}])
+    assert found(f"evaluation.documents={named}") == digest
+    calibration = json.dumps([{"path": f"{TINY}/calibration.jsonl", "name": "python"}])
+    assert found(f"calibration.documents={calibration}") == digest
+    monkeypatch.setattr(evaluate, "stretch_ends", lambda length: (length,))
+    assert found() != digest
+
+
+def test_packed_texts_that_do_not_say_their_origins_are_packed_again(
+    finished: SmallRun, digest: str, copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = run_root.evaluation_tokens(digest)
+    shutil.copy(finished.root / key, copied / key)
+    path = copied / run_root.manifest_of(key)
+    before = path.read_bytes()
+    path.write_text(json.dumps(json.loads(before) | {"origins": []}))
+    part = copied / run_root.evaluation_part(digest, 1)
+    sums = part.read_bytes()
+    part.unlink()
+    report, _ = run_again(monkeypatch, finished, copied)
+    assert (path.read_bytes(), part.read_bytes()) == (before, sums)
+    assert report.quality == finished.report.quality
+
+
+def test_domain_without_a_sequence_is_refused_before_anything_is_written(
+    finished: SmallRun, tmp_path: Path
+) -> None:
+    words = (
+        "evaluation.num_sequences: expected a sequence of every domain, found 1 with none of"
+        " python, other: by the weights of evaluation.documents"
+    )
+    with pytest.raises(ConfigError, match=words):
+        prepare(
+            configure(
+                finished.source,
+                tmp_path / "run",
+                mix("python", "German", None),
+                "evaluation.num_sequences=1",
+            )
+        )
+    assert not (tmp_path / "run").exists()
+    prepare(
+        configure(
+            finished.source,
+            tmp_path,
+            mix("python", "German", "python"),
+            "evaluation.num_sequences=2",
+        )
+    )
 
 
 def test_run_without_evaluation_settings_reports_no_quality(
