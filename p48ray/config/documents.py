@@ -36,7 +36,7 @@ def as_template_arguments(arguments: dict[str, JsonValue]) -> dict[str, JsonValu
     return arguments
 
 
-DOMAIN_NAME = re.compile(r"\w([\w +./-]{0,38}\w)?")
+DOMAIN_NAME = re.compile(r"\w([\w +./-]{0,38}[\w+])?")
 
 
 def as_domain_name(name: str) -> str:

@@ -20,8 +20,8 @@ from p48ray.run.manifest import CompressedSums, EvaluationCell
 from p48ray.run.plan import SequencePart
 
 FIRST_EDGE, EDGE_RATIO = 512, 4
-FIGURES = ("the source's loss", "", "the compressed model's loss", "", "KL")
-FIGURES_IN_GROUPS_OF_32 = ("its loss with activations in groups of 32", "", "its KL with these")
+SUMS = ("the source's loss", "", "the compressed model's loss", "", "KL")
+GROUPS_OF_32 = ("its loss with activations in groups of 32", "", "its KL with these")
 
 
 def stretch_ends(length: int) -> tuple[int, ...]:
@@ -124,7 +124,7 @@ def check_sums(part: SequencePart, document: int, sums: Sequence[float]) -> None
 
     Raises: NumericsError, naming part, source and figure, for one that is not finite.
     """
-    for name, value in zip((*FIGURES, *FIGURES_IN_GROUPS_OF_32), sums, strict=False):
+    for name, value in zip((*SUMS, *GROUPS_OF_32), sums, strict=False):
         if math.isfinite(value):
             continue
         last = part.first_sequence + part.num_sequences - 1

@@ -153,7 +153,7 @@ def test_overrides_are_typed_as_in_the_file() -> None:
                 ("evaluation", "a|b"),
                 ("evaluation", "<b>"),
                 ("evaluation", "x" * 41),
-                ("calibration", "code\\n"),
+                ("calibration", "code-"),
             )
         ),
         ("evaluation.documents=[{path: a, name: 3}]", ["evaluation.documents.0.name", "found 3"]),
