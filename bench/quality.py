@@ -36,11 +36,16 @@ from p48ray.config.load import load_config
 from p48ray.model.experts import ExpertWeights
 from p48ray.numerics.solvers import sparse_values
 from p48ray.report.report import Report
-from p48ray.run import arrow, run_root
 from p48ray.run.plan import WorkUnit, cut_parts
 from p48ray.runner.console import configure_logging
 from p48ray.runner.pipeline import run_job
-from p48ray.stages.evaluate import EvaluationResult, combine_parts, evaluate_part, evaluation_digest
+from p48ray.stages.evaluate import (
+    EvaluationResult,
+    combine_parts,
+    evaluate_part,
+    evaluation_digest,
+    held_out_sequences,
+)
 from p48ray.stages.prepare import prepare
 from p48ray.stages.workplace import open_context
 from p48ray.unit.compress import decode_originals, fetch_unit, solver_arguments
@@ -175,13 +180,18 @@ def sparsity_alone(config: RunConfig) -> EvaluationResult:
             (unit.layer, expert): w
             for expert, w in zip(unit.experts, sparse_unit(context, unit), strict=True)
         }
-    key = run_root.evaluation_tokens(evaluation_digest(plan, settings))
-    ids_NS = arrow.decode(prepared.store.get(key), key)["token_ids"]
+    ids_NS, documents_N = held_out_sequences(context, evaluation_digest(plan, settings))
     sums = []
     for part in cut_parts(settings.num_sequences, settings.sequences_per_part):
         rows = slice(part.first_sequence, part.first_sequence + part.num_sequences)
         sums.append(
-            evaluate_part(context, lambda layer, expert: experts[layer, expert], ids_NS[rows], part)
+            evaluate_part(
+                context,
+                lambda layer, expert: experts[layer, expert],
+                ids_NS[rows],
+                documents_N[rows],
+                part,
+            )
         )
     return combine_parts(sums)
 

@@ -1,5 +1,6 @@
 """A source of texts in a mix: where it lies, how much of the mix it is, and how it is read."""
 
+import re
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, JsonValue
@@ -35,6 +36,18 @@ def as_template_arguments(arguments: dict[str, JsonValue]) -> dict[str, JsonValu
     return arguments
 
 
+DOMAIN_NAME = re.compile(r"\w([\w +./-]{0,38}[\w+])?")
+
+
+def as_domain_name(name: str) -> str:
+    """A short label, which stands in tables."""
+    if not DOMAIN_NAME.fullmatch(name):
+        raise ValueError(
+            "expected 1 to 40 letters and digits, with spaces, _ + . / or - between them"
+        )
+    return name
+
+
 class DocumentSource(Section):
     """One source of texts in a mix: JSON or Parquet with a column text, messages or
     conversations. docs/sources-and-texts.md says how they are read."""
@@ -50,6 +63,14 @@ class DocumentSource(Section):
         gt=0,
         le=10**6,
         description="[relative] Share of the sequences, as a proportion of the sum of all weights.",
+    )
+    name: Annotated[str, AfterValidator(as_domain_name)] | None = Field(
+        None,
+        description=(
+            "Domain of the texts (prose, code, chat): the evaluation has figures of each. Sources"
+            " of one name are one domain; null: other, in a mix where some have names. Calibration"
+            " is the same with and without."
+        ),
     )
     endpoint_url: EndpointUrl = Field(
         None,

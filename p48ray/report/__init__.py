@@ -6,7 +6,8 @@ read bounded pieces of a checkpoint.
 Read in this order:
     report, fold          numbers of a run; its manifests folded once
     html                  the page, by templates/ (Jinja2): run_sections, expert_sections,
-                          scale_section, ladder_section, greedy_section, benchmark_section;
+                          scale_section, ladder_section, domain_section, greedy_section,
+                          benchmark_section;
                           charts, heat, scales draw for it
     scale_figures         what scales cost, layer by layer
     gains                 bits a weight, before and after

@@ -15,6 +15,7 @@ from p48ray.checkpoint.families import FAMILIES
 from p48ray.numerics.solution import PAIRED_48
 from p48ray.numerics.solvers import SOLVERS
 from p48ray.report.benchmark_section import cells
+from p48ray.report.domain_section import domain_tables
 from p48ray.report.front_matter import base_model, base_revision, front_matter, stated_fields
 from p48ray.report.markdown import code, fenced, plain, table_of
 from p48ray.report.serving_card import TRANSFORMERS, serving
@@ -251,12 +252,13 @@ def evaluation(
     how = (
         "NVFP4 activations emulated" if settings.activations == "nvfp4" else "original activations"
     )
-    return (
+    whole = (
         table_of(("", "perplexity", "token accuracy", "KL to source, nats a token"), rows)
         + f"\n\n{quality.num_tokens:,} held-out tokens in sequences of"
         f" {settings.sequence_length:,}, {how}, by p48ray's own"
         f" evaluation{'' if is_measured(benchmarks) else '; no other benchmark was run'}."
     )
+    return "\n\n".join([whole, *domain_tables(quality, baseline)])
 
 
 def is_measured(benchmarks: BenchmarkTable | None) -> bool:

@@ -23,6 +23,7 @@ from p48ray import __version__
 from p48ray.numerics.solution import PAIRED_48
 from p48ray.report.benchmark_section import benchmarks
 from p48ray.report.charts import pct
+from p48ray.report.domain_section import domains
 from p48ray.report.expert_sections import errors, masks, outcomes, regularization, routing
 from p48ray.report.fold import Facts, Values, gather_facts
 from p48ray.report.gains import gains
@@ -41,6 +42,7 @@ from p48ray.unit.context import StageContext
 
 SECTIONS: tuple[tuple[str, Callable[[Facts], Values | None]], ...] = (
     ("quality", quality),
+    ("domains", lambda facts: domains(facts.report.quality, facts.report.baseline)),
     ("greedy", lambda facts: greedy(facts.report.agreements, emulates_w4a4(facts))),
     ("benchmarks", lambda facts: benchmarks(facts.report.benchmarks)),
     ("ladder", ladder),

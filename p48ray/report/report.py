@@ -11,6 +11,7 @@ from rich.table import Table
 from p48ray.checkpoint.layout import PROJECTIONS
 from p48ray.checkpoint.sparse_storage import Storage
 from p48ray.numerics.zeros import ZERO_INPUTS
+from p48ray.report.domain_section import print_domains
 from p48ray.report.greedy_section import print_agreements
 from p48ray.report.scale_figures import (
     LayerScaleFigures,
@@ -257,6 +258,7 @@ def projection_errors(records: list[LinearRecord], projection: str) -> Projectio
 def print_report(report: Report, console: Console) -> None:
     """The report as tables for a person."""
     print_quality(report, console)
+    print_domains(report.quality, console)
     print_agreements(report.agreements, console)
     print_linears(report, console)
     few = f"(under {report.few_tokens:,}, {FEW_TOKENS_SHARE:.0%} of the average)"

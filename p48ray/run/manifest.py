@@ -96,6 +96,9 @@ class TokensManifest(Record):
     sources: tuple[SourceTexts, ...] = Field(
         (), description="In the order of the mix. None in run roots of before."
     )
+    origins: tuple[int, ...] = Field(
+        (), description="Of every sequence, the place of its source in the mix. None before."
+    )
 
 
 class PartManifest(Record):
@@ -286,13 +289,9 @@ class CompressedSums(Record):
     kl: float
 
 
-class EvaluationPart(Record):
-    """Sums over some held-out sequences; natural logarithms."""
+class TokenSums(Record):
+    """Sums over some held-out tokens; natural logarithms."""
 
-    schema_version: Literal[1] = 1
-    plan_digest: str
-    evaluation: str = Field(description="Digest of what the figures depend on.")
-    part: int
     num_tokens: int
     source_loss: float
     source_correct: int
@@ -302,6 +301,24 @@ class EvaluationPart(Record):
     in_groups_of_32: CompressedSums | None = Field(
         None, description="With activation scales of 32 inputs, as kernels of paired-4:8 see them."
     )
+
+
+class EvaluationCell(TokenSums):
+    """Those of one source of the mix in one stretch of positions."""
+
+    document: int = Field(description="Place of the source in evaluation.documents.")
+    stretch: int = Field(description="By position in the sequence, the first is 0.")
+
+
+class EvaluationPart(Record):
+    """Some held-out sequences, their tokens by cell."""
+
+    schema_version: Literal[1] = 1
+    plan_digest: str
+    evaluation: str = Field(description="Digest of what the figures depend on.")
+    part: int
+    stretch_ends: tuple[int, ...] = Field(description="After which position each stretch ends.")
+    cells: tuple[EvaluationCell, ...] = Field(description="Those that have tokens.")
     activation_scales: tuple[LayerScaleCounts, ...] = Field(
         (), description="By layer, as served; none where activations are not quantized."
     )

@@ -57,6 +57,21 @@ class LayerScaleCounts(Record):
     down: ScaleCounts
 
 
+def summed_by_layer(counts: Iterable[LayerScaleCounts]) -> tuple[LayerScaleCounts, ...]:
+    """Those of each layer added up, in the order in which layers come first."""
+    sums: dict[int, LayerScaleCounts] = {}
+    for c in counts:
+        before = sums.get(c.layer)
+        sums[c.layer] = (
+            c
+            if before is None
+            else LayerScaleCounts(
+                layer=c.layer, gate_up=before.gate_up + c.gate_up, down=before.down + c.down
+            )
+        )
+    return tuple(sums.values())
+
+
 def merged_bins(histograms: Iterable[GroupHistogram]) -> dict[int, int]:
     """Counts by bin of all of them together."""
     bins: Counter[int] = Counter()

@@ -15,7 +15,8 @@ Read in this order:
                                     read_ahead verify
     evaluate                        held-out text through source and checkpoint;
                                     compressed_experts: where its experts come from;
-                                    side_by_side: the models that it compares
+                                    side_by_side: the models that it compares;
+                                    cells: its sums, by source and position
     greedy                          how long the checkpoint writes what its source writes
 
 To add a stage: a module here and a record in table (docs/EXTENDING.md).

@@ -7,26 +7,27 @@ everything else is the same bytes in both. So the difference is what a server
 of the checkpoint would lose, kernel rounding apart.
 
 Legend: N held-out sequences, B those of a part, S positions, H hidden size, T tokens whose logits
-exist at once, V vocabulary.
+exist at once.
 """
 
 import hashlib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from p48ray.config import EvaluationConfig
-from p48ray.errors import ConfigError, NumericsError
+from p48ray.errors import ConfigError, CorruptObjectError, NumericsError
 from p48ray.run import run_root
-from p48ray.run.checked import load_each, load_evaluation_part
-from p48ray.run.manifest import CompressedSums, EvaluationPart, UnitManifest
+from p48ray.run.checked import load_each, load_evaluation_part, load_tokens_manifest
+from p48ray.run.manifest import EvaluationCell, EvaluationPart, TokenSums, UnitManifest
 from p48ray.run.output_layout import OutputShard
 from p48ray.run.plan import RunPlan, SequencePart, cut_parts
 from p48ray.run.records import Record, canonical_json
-from p48ray.run.scale_counts import LayerScaleCounts
+from p48ray.run.scale_counts import LayerScaleCounts, summed_by_layer
+from p48ray.stages.cells import CellSums, cells_of, compare_logits, stretch_ends
 from p48ray.stages.compressed_experts import CompressedExperts, finished_experts
 from p48ray.stages.side_by_side import (
     activation_groups,
@@ -39,6 +40,8 @@ from p48ray.texts.documents import digest_documents
 from p48ray.unit.context import StageContext
 
 TOKENS_PER_HEAD_CALL = 4096  # tokens whose logits exist at once
+OTHER_DOMAIN = "other"
+"""Of the sources without a name, in a mix where some have one."""
 
 
 class CompressedQuality(Record):
@@ -49,11 +52,10 @@ class CompressedQuality(Record):
     kl: float
 
 
-class EvaluationResult(Record):
+class TextQuality(Record):
     """Source and compressed model on the same held-out tokens. KL in nats a token.
 
     in_groups_of_32: the same checkpoint as kernels of paired-4:8 run it (see `sees_both_groups`).
-    activation_scales: by layer, as served.
     """
 
     num_tokens: int
@@ -63,14 +65,40 @@ class EvaluationResult(Record):
     compressed_accuracy: float
     kl: float
     in_groups_of_32: CompressedQuality | None = None
+
+
+class StretchQuality(TextQuality):
+    """Of the tokens at some positions of their sequences, of which the first is 1."""
+
+    first: int
+    last: int
+
+
+class DomainQuality(TextQuality):
+    """Of the tokens of one domain; `stretches`: and by position."""
+
+    name: str
+    stretches: tuple[StretchQuality, ...]
+
+
+class EvaluationResult(TextQuality):
+    """Of all held-out tokens, by position, and by domain where sources have names.
+
+    activation_scales: by layer, as served.
+    """
+
+    stretches: tuple[StretchQuality, ...] = ()
+    domains: tuple[DomainQuality, ...] = ()
     activation_scales: tuple[LayerScaleCounts, ...] = ()
 
 
 def evaluation_digest(plan: RunPlan, settings: EvaluationConfig) -> str:
-    """Identity of an evaluation: the plan, the held-out bytes and how they are drawn."""
+    """Identity of an evaluation: the plan, the held-out bytes, how they are drawn and how sums are
+    cut. Names of domains are not in it: sums are by source."""
     facts = settings.model_dump(mode="json", exclude={"documents", "baseline", "greedy"}) | {
         "plan": plan.digest,
         "documents": digest_documents(settings.documents, "evaluation.documents"),
+        "stretches": stretch_ends(settings.sequence_length),
     }
     if sees_both_groups(plan.config):
         facts["groups"] = [16, 32]
@@ -87,9 +115,14 @@ def check_length(plan: RunPlan, settings: EvaluationConfig, longest: int | None)
 
 @torch.no_grad()
 def evaluate_part(
-    context: StageContext, compressed: CompressedExperts, token_ids_BS: Tensor, part: SequencePart
+    context: StageContext,
+    compressed: CompressedExperts,
+    token_ids_BS: Tensor,
+    documents_B: Sequence[int],
+    part: SequencePart,
 ) -> EvaluationPart:
-    """Sums of loss, correct next tokens and KL(source || compressed) over some held-out sequences.
+    """Sums of loss, correct next tokens and KL(source || compressed) over some held-out sequences,
+    by source and position.
 
     Args:
         context: of the run.
@@ -97,6 +130,7 @@ def evaluate_part(
             float dtype.
         token_ids_BS: (sequences of the part, sequence_length + 1); the last column is only
             predicted.
+        documents_B: of every sequence, the place of its source in evaluation.documents.
         part: that the sums are recorded for.
     """
     decoder = context.decoder()
@@ -109,102 +143,82 @@ def evaluate_part(
         1 + len(activation_groups(context.plan.config)),
         lambda number: mixtures(context, decoder, compressed, number, counts),
     )
-    sums = torch.zeros(2 + 3 * (len(streams) - 1), dtype=torch.float64)
-    head = decoder.head()
+    length = inputs_BS.shape[1]
+    cells, head = CellSums(), decoder.head()
     rows = zip(
         *(x.flatten(0, 1).split(TOKENS_PER_HEAD_CALL) for x in streams),
         labels_BS.flatten().split(TOKENS_PER_HEAD_CALL),
+        cells_of(documents_B, length).flatten().split(TOKENS_PER_HEAD_CALL),
         strict=True,
     )
-    for *found, labels_T in rows:
-        sums += compare_logits(*(head(x_TH) for x_TH in found), labels_T=labels_T).cpu()
-    check_sums(part, sums.tolist())
-    source_loss, source_correct, loss, correct, kl, *other = sums.tolist()
+    for *found, labels_T, cells_T in rows:
+        cells.add(compare_logits(*(head(x_TH) for x_TH in found), labels_T=labels_T), cells_T)
     return EvaluationPart(
         plan_digest=context.plan.digest,
         evaluation="",  # whoever records it says of which
         part=part.part,
-        num_tokens=labels_BS.numel(),
-        source_loss=source_loss,
-        source_correct=int(source_correct),
-        compressed_loss=loss,
-        compressed_correct=int(correct),
-        kl=kl,
-        in_groups_of_32=(
-            CompressedSums(loss=other[0], correct=int(other[1]), kl=other[2]) if other else None
-        ),
+        stretch_ends=stretch_ends(length),
+        cells=cells.records(part, length),
         activation_scales=tuple(counts),
     )
 
 
-SUMS = ("the source's loss", "", "the compressed model's loss", "", "KL")
-GROUPS_OF_32 = ("its loss with activations in groups of 32", "", "its KL with these")
+def combine_parts(
+    parts: Sequence[EvaluationPart], names: Sequence[str | None] = ()
+) -> EvaluationResult:
+    """Perplexities, accuracies and mean KL of all tokens, by position and by domain.
 
-
-def check_sums(part: SequencePart, sums: Sequence[float]) -> None:
-    """Raises: NumericsError for a sum that is not finite, before anything is written of the
-    part."""
-    for name, value in zip((*SUMS, *GROUPS_OF_32), sums, strict=False):
-        if math.isfinite(value):
-            continue
-        last = part.first_sequence + part.num_sequences - 1
-        advice = "calibration.compute_dtype may be too narrow for this model (float32 is not)"
-        raise NumericsError(
-            f"evaluation, part {part.part} (held-out sequences {part.first_sequence} to {last}):"
-            f" {name}: expected a finite sum, found {value}; nothing was written of it. Weights of"
-            f" the source are finite by now, so {advice}; or evaluation.documents has a text that"
-            " the model itself has no number for"
-        )
-
-
-def compare_logits(source_TV: Tensor, *compressed_TV: Tensor, labels_T: Tensor) -> Tensor:
-    """Summed over tokens, float64: the source's loss and correct tokens, then loss, correct tokens
-    and KL from the source for each of the others."""
-    p_TV = F.log_softmax(source_TV.float(), -1)
-    sums = [F.nll_loss(p_TV, labels_T, reduction="sum"), (p_TV.argmax(-1) == labels_T).sum()]
-    for logits_TV in compressed_TV:
-        q_TV = F.log_softmax(logits_TV.float(), -1)
-        sums += [F.nll_loss(q_TV, labels_T, reduction="sum"), (q_TV.argmax(-1) == labels_T).sum()]
-        sums.append(F.kl_div(q_TV, p_TV, reduction="sum", log_target=True))
-    return torch.stack([value.double() for value in sums])
-
-
-def combine_parts(parts: list[EvaluationPart]) -> EvaluationResult:
-    """Parts in order -> perplexities, accuracies and mean KL."""
-    tokens = sum(p.num_tokens for p in parts)
-    others = [p.in_groups_of_32 for p in parts if p.in_groups_of_32 is not None]
+    Args:
+        parts: of one evaluation, in any order.
+        names: of the sources of the mix, in its order; without any there are no domains.
+    """
+    ends, cells = parts[0].stretch_ends, [c for p in parts for c in p.cells]
+    domains = dict.fromkeys(name for name in names if name)
+    if domains and not all(names):
+        domains[OTHER_DOMAIN] = None
+    own = {d: [c for c in cells if (names[c.document] or OTHER_DOMAIN) == d] for d in domains}
     return EvaluationResult(
-        num_tokens=tokens,
-        source_perplexity=perplexity(sum(p.source_loss for p in parts) / tokens),
-        source_accuracy=sum(p.source_correct for p in parts) / tokens,
-        compressed_perplexity=perplexity(sum(p.compressed_loss for p in parts) / tokens),
-        compressed_accuracy=sum(p.compressed_correct for p in parts) / tokens,
-        kl=sum(p.kl for p in parts) / tokens,
-        in_groups_of_32=(
-            CompressedQuality(
-                perplexity=perplexity(sum(o.loss for o in others) / tokens),
-                accuracy=sum(o.correct for o in others) / tokens,
-                kl=sum(o.kl for o in others) / tokens,
-            )
-            if len(others) == len(parts)
-            else None
+        **qualities(cells),
+        stretches=by_stretch(cells, ends),
+        domains=tuple(
+            DomainQuality(**qualities(some), name=name, stretches=by_stretch(some, ends))
+            for name, some in own.items()
         ),
         activation_scales=summed_by_layer(c for p in parts for c in p.activation_scales),
     )
 
 
-def summed_by_layer(counts: Iterable[LayerScaleCounts]) -> tuple[LayerScaleCounts, ...]:
-    sums: dict[int, LayerScaleCounts] = {}
-    for c in counts:
-        before = sums.get(c.layer)
-        sums[c.layer] = (
-            c
-            if before is None
-            else LayerScaleCounts(
-                layer=c.layer, gate_up=before.gate_up + c.gate_up, down=before.down + c.down
-            )
+def by_stretch(cells: Sequence[EvaluationCell], ends: Sequence[int]) -> tuple[StretchQuality, ...]:
+    """From the beginning of the sequences on. `ends`: as EvaluationPart has them."""
+    firsts = (1, *(end + 1 for end in ends[:-1]))
+    return tuple(
+        StretchQuality(
+            **qualities([c for c in cells if c.stretch == n]), first=firsts[n], last=ends[n]
         )
-    return tuple(sums.values())
+        for n in range(len(ends))
+    )
+
+
+def qualities(sums: Sequence[TokenSums]) -> dict[str, Any]:
+    """The fields of TextQuality, of all tokens together. Sums are exact, so that their order does
+    not matter."""
+    tokens = sum(s.num_tokens for s in sums)
+    others = [s.in_groups_of_32 for s in sums if s.in_groups_of_32 is not None]
+    return {
+        "num_tokens": tokens,
+        "source_perplexity": perplexity(math.fsum(s.source_loss for s in sums) / tokens),
+        "source_accuracy": sum(s.source_correct for s in sums) / tokens,
+        "compressed_perplexity": perplexity(math.fsum(s.compressed_loss for s in sums) / tokens),
+        "compressed_accuracy": sum(s.compressed_correct for s in sums) / tokens,
+        "kl": math.fsum(s.kl for s in sums) / tokens,
+        "in_groups_of_32": CompressedQuality(
+            perplexity=perplexity(math.fsum(o.loss for o in others) / tokens),
+            accuracy=sum(o.correct for o in others) / tokens,
+            kl=math.fsum(o.kl for o in others) / tokens,
+        )
+        if len(others) == len(sums)
+        else None,
+    }
 
 
 def perplexity(loss: float) -> float:
@@ -245,12 +259,31 @@ def evaluation_markers(context: StageContext) -> list[str]:
     return [run_root.evaluation_part(digest, p.part) for p in parts]
 
 
+def held_out_sequences(context: StageContext, digest: str) -> tuple[Tensor, tuple[int, ...]]:
+    """Token ids (N, S + 1), and of every sequence the place of its source in evaluation.documents.
+
+    Raises: CorruptObjectError when they are not what was written: the driver packs the texts again.
+    """
+    key = run_root.evaluation_tokens(digest)
+    ids_NS = context.tokens(key, digest)
+    origins = load_tokens_manifest(context.store, key, digest).origins
+    if len(origins) != len(ids_NS):
+        raise CorruptObjectError(
+            f"{context.store.uri}/{run_root.manifest_of(key)}: origins: expected one for each of"
+            f" {len(ids_NS)} sequences, found {len(origins)}",
+            run_root.manifest_of(key),
+            key,
+        )
+    return ids_NS, origins
+
+
 def evaluate_and_record(context: StageContext, item: tuple[str, SequencePart]) -> None:
     """Evaluate one part of the held-out sequences; the sums are the done-marker."""
     digest, part = item
-    ids_NS = context.tokens(run_root.evaluation_tokens(digest), digest)
-    ids_BS = ids_NS[part.first_sequence : part.first_sequence + part.num_sequences]
-    sums = evaluate_part(context, finished_experts(context), ids_BS, part)
+    ids_NS, documents_N = held_out_sequences(context, digest)
+    own = slice(part.first_sequence, part.first_sequence + part.num_sequences)
+    compressed = finished_experts(context)
+    sums = evaluate_part(context, compressed, ids_NS[own], documents_N[own], part)
     record = sums.model_copy(update={"evaluation": digest})
     context.store.put(run_root.evaluation_part(digest, part.part), record.to_json())
 
@@ -259,7 +292,8 @@ def finish_evaluation(
     context: StageContext, shards: tuple[OutputShard, ...], units: Sequence[UnitManifest]
 ) -> EvaluationResult:
     digest, parts = held_out_parts(context)
-    plan, store = context.plan, context.store
+    plan, store, settings = context.plan, context.store, context.plan.config.evaluation
     return combine_parts(
-        load_each(lambda p: load_evaluation_part(plan, store, digest, p.part), parts)
+        load_each(lambda p: load_evaluation_part(plan, store, digest, p.part), parts),
+        [d.name for d in settings.documents] if settings else [],
     )

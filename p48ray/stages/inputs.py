@@ -218,6 +218,7 @@ def write_inputs(prepared: Prepared) -> None:
     vocab_size = prepared.layout.text_config["vocab_size"]
     for key, section, length, name, owner in missing:
         tallies: list[Tally] = []
+        origins: list[int] = []
         ids_NS = load_sequences(
             section.documents,
             tokenizer,
@@ -227,6 +228,7 @@ def write_inputs(prepared: Prepared) -> None:
             vocab_size,
             name,
             tallies,
+            origins,
         )
         sources = source_texts(section.documents, tallies)
         for found in sources:
@@ -240,6 +242,7 @@ def write_inputs(prepared: Prepared) -> None:
                     size_bytes=len(data),
                     sha256=hashlib.sha256(data).hexdigest(),
                     sources=sources,
+                    origins=tuple(origins),
                 ),
                 data,
             )

@@ -2,6 +2,7 @@
 nothing behind."""
 
 import os
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,14 +11,14 @@ import torch
 from p48ray.checkpoint.families import describe_model
 from p48ray.checkpoint.index import CheckpointIndex, open_checkpoint
 from p48ray.checkpoint.layout import ModelLayout
-from p48ray.config import RunConfig, RunSettings
+from p48ray.config import EvaluationConfig, RunConfig, RunSettings
 from p48ray.errors import ConfigError, P48Error
 from p48ray.model.source_check import check_source
 from p48ray.run import run_root
 from p48ray.run.output_layout import OutputShard, plan_output
 from p48ray.run.plan import MirroredFile, RunPlan, make_plan
 from p48ray.run.scratch import with_scratch
-from p48ray.stages.evaluate import check_length
+from p48ray.stages.evaluate import OTHER_DOMAIN, check_length
 from p48ray.stages.mirror import files_to_mirror, mirror_state, mirrored
 from p48ray.stages.revisions import hub_places, read_held_plan, resolve
 from p48ray.store.base import Store
@@ -25,7 +26,7 @@ from p48ray.store.memory import MemoryStore
 from p48ray.store.open import is_within, mirror_source, open_store, scheme_of, writable_examples
 from p48ray.store.view import SubStore
 from p48ray.texts.documents import digest_documents, look_at_texts
-from p48ray.texts.sequences import digest_tokenizer
+from p48ray.texts.sequences import digest_tokenizer, shares
 from p48ray.unit.context import StageContext
 
 DRY_RUN_STORE = "dry-run"
@@ -87,6 +88,7 @@ def prepare(config: RunConfig, is_dry: bool = False) -> Prepared:
     plan = make_plan(config, source, layout, documents, digest_tokenizer(source), mirror, commits)
     if config.evaluation is not None:
         check_length(plan, config.evaluation, layout.text_config.get("max_position_embeddings"))
+        check_domains(config.evaluation)
     output = config.output
     shards = (
         ()
@@ -96,6 +98,24 @@ def prepare(config: RunConfig, is_dry: bool = False) -> Prepared:
     if not is_dry:
         store = with_scratch(plan, store)
     return Prepared(plan=plan, store=store, source=source, layout=layout, shards=shards)
+
+
+def check_domains(settings: EvaluationConfig) -> None:
+    """Raises: ConfigError for a domain of which the mix has no sequence, so no figure either."""
+    documents = settings.documents
+    if not any(d.name for d in documents):
+        return
+    counts: Counter[str] = Counter()
+    for document, count in zip(
+        documents, shares([d.weight for d in documents], settings.num_sequences), strict=True
+    ):
+        counts[document.name or OTHER_DOMAIN] += count
+    if empty := [name for name, count in counts.items() if not count]:
+        raise ConfigError(
+            f"evaluation.num_sequences: expected a sequence of every domain, found"
+            f" {settings.num_sequences} with none of {', '.join(empty)}: by the weights of"
+            " evaluation.documents they are too few"
+        )
 
 
 def open_place(run: RunSettings) -> Store:

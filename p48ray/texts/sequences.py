@@ -157,6 +157,7 @@ def load_sequences(
     vocab_size: int,
     key: str,
     tallies: list[Tally] | None = None,
+    origins: list[int] | None = None,
 ) -> Tensor:
     """A seeded sample of packed sequences from a weighted mix. Several sources are read at once;
     what is drawn, counted and raised is what it is when they are read one after the other.
@@ -170,6 +171,7 @@ def load_sequences(
         vocab_size: ids at or above it are refused.
         key: dotted configuration key of the section, for messages.
         tallies: gets what was read of each source, in the order of the mix.
+        origins: gets for every sequence the place of its source in the mix.
     Returns: (num_sequences, length) int32.
     Raises: CalibrationError when a source is empty or holds fewer sequences than its share.
     """
@@ -193,11 +195,13 @@ def load_sequences(
             f"{key}: the tokenizer gave id {int(sequences.max())}, but the model's vocab_size is"
             f" {vocab_size}"
         )
-    return (
-        sequences
-        if len(drawn) == 1
-        else sequences[torch.randperm(num_sequences, generator=generator)]
-    )
+    places = torch.arange(len(drawn)).repeat_interleave(torch.tensor([len(d) for d in drawn]))
+    if len(drawn) > 1:
+        order = torch.randperm(num_sequences, generator=generator)
+        sequences, places = sequences[order], places[order]
+    if origins is not None:
+        origins.extend(places.tolist())
+    return sequences
 
 
 def packed_sources(

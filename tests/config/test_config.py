@@ -158,6 +158,24 @@ def test_overrides_are_typed_as_in_the_file() -> None:
             "calibration.documents=[{path: a, weight: .inf}]",
             ["calibration.documents.0.weight", "finite number"],
         ),
+        *(
+            (
+                f"{section}.documents=[{{path: a}}, {{path: b, name: {name!r}}}]",
+                [
+                    f"{section}.documents.1.name: expected 1 to 40 letters and digits",
+                    f"found {name!r}",
+                ],
+            )
+            for section, name in (
+                ("evaluation", ""),
+                ("evaluation", " code"),
+                ("evaluation", "a|b"),
+                ("evaluation", "<b>"),
+                ("evaluation", "x" * 41),
+                ("calibration", "code-"),
+            )
+        ),
+        ("evaluation.documents=[{path: a, name: 3}]", ["evaluation.documents.0.name", "found 3"]),
         (
             "benchmarks.tasks=[{task: a, metric: b, shots: 99999}]",
             ["benchmarks.tasks.0.shots", "less than or equal to 10000"],
@@ -173,6 +191,13 @@ def test_bad_value_is_refused_by_file_key_expected_and_found(
         load_config(TINY_CONFIG, (override,))
     for word in [str(TINY_CONFIG), *words]:
         assert word in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["c", "chat with reasoning", "C++", "zh-Hans", "日本語", "x" * 40])
+def test_short_label_is_a_domains_name(name: str) -> None:
+    config = load_config(TINY_CONFIG, (f"evaluation.documents=[{{path: a, name: {name!r}}}]",))
+    assert config.evaluation is not None
+    assert config.evaluation.documents[0].name == name
 
 
 NUMBERS = [

@@ -144,6 +144,7 @@ def test_page_has_every_section(page: Page) -> None:
     assert list(page.words) == [
         "top",
         "quality",
+        "domains",
         "ladder",
         "timeline",
         "errors",

@@ -212,12 +212,13 @@ def test_seconds_of_units_are_summed_by_phase_and_stages_are_the_drivers(
 def test_quality_is_that_of_the_evaluation_parts(finished: SmallRun) -> None:
     (folder,) = (finished.root / "evaluation").iterdir()
     parts = [json.loads(path.read_text()) for path in sorted(folder.glob("part-*.json"))]
+    cells = [cell for part in parts for cell in part["cells"]]
     found = finished.report.quality
     assert found is not None
-    assert found.num_tokens == sum(p["num_tokens"] for p in parts) == 3 * 64
-    assert found.kl == pytest.approx(sum(p["kl"] for p in parts) / 192)
+    assert found.num_tokens == sum(c["num_tokens"] for c in cells) == 3 * 64
+    assert found.kl == pytest.approx(sum(c["kl"] for c in cells) / 192)
     assert found.compressed_accuracy == pytest.approx(
-        sum(p["compressed_correct"] for p in parts) / 192
+        sum(c["compressed_correct"] for c in cells) / 192
     )
     assert 1 < found.source_perplexity < 2048 and found.compressed_perplexity > 1 and found.kl > 0
 

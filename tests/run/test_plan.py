@@ -15,7 +15,7 @@ from p48ray.errors import (
 )
 from p48ray.run import run_root
 from p48ray.run.changing_hands import check_plan
-from p48ray.run.manifest import CompressedSums, EvaluationPart, LadderStep
+from p48ray.run.manifest import CompressedSums, EvaluationCell, EvaluationPart, LadderStep
 from p48ray.run.plan import NUMERICS_VERSION, SETTINGS, RunPlan, cut_parts
 from p48ray.run.records import Record
 from p48ray.stages.prepare import Prepared, prepare
@@ -75,10 +75,9 @@ def test_record_with_a_number_that_no_reader_takes_is_not_written(value: float) 
     """JSON has no such number: pydantic's own writer makes a null of it, which its reader
     refuses."""
     sums = CompressedSums(loss=1.0, correct=2, kl=value)
-    part = EvaluationPart(
-        plan_digest="NaN, Infinity",
-        evaluation="",
-        part=0,
+    cell = EvaluationCell(
+        document=0,
+        stretch=0,
         num_tokens=3,
         source_loss=1.0,
         source_correct=1,
@@ -86,10 +85,14 @@ def test_record_with_a_number_that_no_reader_takes_is_not_written(value: float) 
         compressed_correct=1,
         kl=0.5,
     )
+    part = EvaluationPart(
+        plan_digest="NaN, Infinity", evaluation="", part=0, stretch_ends=(2,), cells=(cell,)
+    )
     assert EvaluationPart.from_json(part.to_json(), "memory") == part, "words are no numbers"
-    words = f"EvaluationPart: in_groups_of_32.kl: expected a finite number, found {value}"
+    words = f"EvaluationPart: cells.0.in_groups_of_32.kl: expected a finite number, found {value}"
     with pytest.raises(NumericsError, match=words):
-        part.model_copy(update={"in_groups_of_32": sums}).to_json()
+        loud = cell.model_copy(update={"in_groups_of_32": sums})
+        part.model_copy(update={"cells": (loud,)}).to_json()
     step = LadderStep(step="NaN", output_error={"down": 1.0}, loss_error={"gate_up": value})
     with pytest.raises(NumericsError, match=r"LadderStep: loss_error\.gate_up: expected"):
         step.to_json()

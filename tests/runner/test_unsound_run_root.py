@@ -149,7 +149,9 @@ def evaluation_exchanged(root: Path) -> None:
 def evaluation_of_others(root: Path) -> None:
     shutil.rmtree(root / "report")
     (folder,) = (root / "evaluation").iterdir()
-    edited(folder / "part-0000.json", evaluation="0123456789abcdef", kl=1000.0)
+    path = folder / "part-0000.json"
+    cells = [cell | {"kl": 1000.0} for cell in json.loads(path.read_text())["cells"]]
+    edited(path, evaluation="0123456789abcdef", cells=cells)
 
 
 def cut(path: Path) -> None:

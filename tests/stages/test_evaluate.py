@@ -4,7 +4,7 @@ evaluation another one."""
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -17,12 +17,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from p48ray.checkpoint.index import open_checkpoint
-from p48ray.errors import NumericsError, StageFailedError
+from p48ray.errors import ConfigError, NumericsError, StageFailedError
 from p48ray.model.decoder import Decoder
 from p48ray.model.experts import RoutedExperts
 from p48ray.report.report import Report
 from p48ray.run import arrow, run_root
-from p48ray.run.manifest import CompressedSums, EvaluationPart, LayerScales
+from p48ray.run.manifest import (
+    CompressedSums,
+    EvaluationCell,
+    EvaluationPart,
+    LayerScales,
+    TokenSums,
+)
 from p48ray.run.plan import SequencePart
 from p48ray.run.scale_counts import LayerScaleCounts
 from p48ray.stages import evaluate
@@ -30,7 +36,9 @@ from p48ray.stages.compressed_experts import compressed_expert
 from p48ray.stages.evaluate import (
     CompressedExperts,
     CompressedQuality,
+    DomainQuality,
     EvaluationResult,
+    StretchQuality,
     combine_parts,
     evaluate_part,
     evaluation_digest,
@@ -39,7 +47,7 @@ from p48ray.stages.prepare import prepare
 from p48ray.stages.table import STAGES
 from p48ray.store import LocalStore
 from p48ray.unit.context import StageContext
-from tests.conftest import TINY
+from tests.conftest import REPO, TINY
 from tests.reference import whole_model
 from tests.reference.formats import e4m3
 from tests.stages.slow_nvfp4 import decode_weights, quantize_tokens
@@ -70,8 +78,29 @@ def checkpoint(finished: SmallRun) -> CompressedExperts:
     )
 
 
-def everything(ids_BS: Tensor) -> SequencePart:
-    return SequencePart(part=0, first_sequence=0, num_sequences=len(ids_BS))
+def evaluate_all(
+    context: StageContext, compressed: CompressedExperts, ids_BS: Tensor
+) -> EvaluationPart:
+    """Sequences of one source as one part."""
+    part = SequencePart(part=0, first_sequence=0, num_sequences=len(ids_BS))
+    return evaluate_part(context, compressed, ids_BS, [0] * len(ids_BS), part)
+
+
+def total(*parts: EvaluationPart) -> TokenSums:
+    """Of all cells, in plain sums."""
+    cells = [c for p in parts for c in p.cells]
+    others = [c.in_groups_of_32 for c in cells if c.in_groups_of_32 is not None]
+    fields = [name for name in TokenSums.model_fields if name != "in_groups_of_32"]
+    return TokenSums(
+        **{name: sum(getattr(c, name) for c in cells) for name in fields},
+        in_groups_of_32=CompressedSums(
+            loss=sum(o.loss for o in others),
+            correct=sum(o.correct for o in others),
+            kl=sum(o.kl for o in others),
+        )
+        if others
+        else None,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -145,9 +174,9 @@ def test_source_stream_is_the_whole_source_model(
     store = finished.prepared.store
     parts = [EvaluationPart.load(store, run_root.evaluation_part(digest, p)) for p in range(2)]
     loss, correct = facts(source_logits, held_out[:, 1:].flatten())
-    assert sum(p.num_tokens for p in parts) == 3 * 64
+    assert total(*parts).num_tokens == 3 * 64
     assert combine_parts(parts).source_perplexity == pytest.approx(math.exp(loss / 192), rel=1e-4)
-    assert sum(p.source_correct for p in parts) == correct
+    assert total(*parts).source_correct == correct
 
 
 def test_source_against_itself_has_no_divergence_and_the_same_losses(
@@ -170,7 +199,7 @@ def test_source_against_itself_has_no_divergence_and_the_same_losses(
             yield [source] * (1 + len(others))
 
     monkeypatch.setattr(evaluate, "mixtures", source_thrice)
-    found = evaluate_part(finished.context, checkpoint, held_out, everything(held_out))
+    found = total(evaluate_all(finished.context, checkpoint, held_out))
     assert found.kl == 0
     assert found.compressed_loss == found.source_loss > 0
     assert found.compressed_correct == found.source_correct > 0
@@ -196,7 +225,7 @@ def test_groups_that_saturate_or_are_too_small_are_counted_as_served(
         return factor * gate_up, factor * down
 
     monkeypatch.setattr(StageContext, "stored_scales", others)
-    found = evaluate_part(finished.context, checkpoint, held_out, everything(held_out))
+    found = evaluate_all(finished.context, checkpoint, held_out)
     layers = finished.context.plan.layers
     assert [c.layer for c in found.activation_scales] == list(layers)
     _, seen = whole_model.run_and_record(whole_model.load(TINY), held_out[:, :-1])
@@ -250,7 +279,7 @@ def test_compressed_stream_is_the_whole_model_with_stored_experts_and_quantized_
         device=torch.device("cpu"),
     )
     ids_BS, labels_T = held_out[:2], held_out[:2, 1:].flatten()
-    found = evaluate_part(context, checkpoint, ids_BS, everything(ids_BS))
+    found = total(evaluate_all(context, checkpoint, ids_BS))
     logits_TV = compressed_logits(finished, ids_BS[:, :-1], group)
     loss, correct = facts(logits_TV, labels_T)
     p_TV, q_TV = source_logits[:128].double().log_softmax(1), logits_TV.double().log_softmax(1)
@@ -318,8 +347,7 @@ def test_labels_are_the_next_tokens_and_the_last_column_is_only_predicted(
     changed[:, -1] = (changed[:, -1] + 1) % 2048
     ids_BS, other_BS = held_out[:1], changed[:1]
     first, second = (
-        evaluate_part(finished.context, checkpoint, ids, everything(ids))
-        for ids in (ids_BS, other_BS)
+        total(evaluate_all(finished.context, checkpoint, ids)) for ids in (ids_BS, other_BS)
     )
     assert first.num_tokens == second.num_tokens == 64
     assert first.kl == second.kl, "inputs are the same"
@@ -333,9 +361,9 @@ def test_splitting_the_head_into_calls_changes_no_sum(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     ids_BS = held_out[:1]
-    whole = evaluate_part(finished.context, checkpoint, ids_BS, everything(ids_BS))
+    whole = total(evaluate_all(finished.context, checkpoint, ids_BS))
     monkeypatch.setattr(evaluate, "TOKENS_PER_HEAD_CALL", 7)
-    split = evaluate_part(finished.context, checkpoint, ids_BS, everything(ids_BS))
+    split = total(evaluate_all(finished.context, checkpoint, ids_BS))
     for name in ("source_loss", "compressed_loss", "kl"):
         assert getattr(split, name) == pytest.approx(getattr(whole, name), rel=1e-5)
     assert (split.source_correct, split.compressed_correct, split.num_tokens) == (
@@ -345,38 +373,104 @@ def test_splitting_the_head_into_calls_changes_no_sum(
     )
 
 
-def test_result_folds_parts_by_their_tokens() -> None:
-    def part(number: int, tokens: int, loss: float, correct: int) -> EvaluationPart:
-        return EvaluationPart(
-            plan_digest="d",
-            evaluation="e",
-            part=number,
-            num_tokens=tokens,
-            source_loss=loss,
-            source_correct=correct,
-            compressed_loss=2 * loss,
-            compressed_correct=correct - 1,
-            kl=loss / 10,
-            in_groups_of_32=CompressedSums(loss=3 * loss, correct=correct - 2, kl=loss / 5),
-        )
+def cell(
+    document: int, stretch: int, tokens: int, loss: float, correct: int, other: bool = True
+) -> EvaluationCell:
+    return EvaluationCell(
+        document=document,
+        stretch=stretch,
+        num_tokens=tokens,
+        source_loss=loss,
+        source_correct=correct,
+        compressed_loss=2 * loss,
+        compressed_correct=correct - 1,
+        kl=loss / 8,
+        in_groups_of_32=CompressedSums(loss=3 * loss, correct=correct - 2, kl=loss / 4)
+        if other
+        else None,
+    )
 
-    parts = [part(0, 30, 60.0, 12), part(1, 10, 40.0, 3)]
-    found = combine_parts(parts)
-    assert found == EvaluationResult(
-        num_tokens=40,
-        source_perplexity=math.exp(2.5),
-        source_accuracy=15 / 40,
-        compressed_perplexity=math.exp(5.0),
-        compressed_accuracy=13 / 40,
-        kl=0.25,
-        in_groups_of_32=CompressedQuality(perplexity=math.exp(7.5), accuracy=11 / 40, kl=0.5),
+
+def part_of(number: int, *cells: EvaluationCell) -> EvaluationPart:
+    return EvaluationPart(
+        plan_digest="d", evaluation="e", part=number, stretch_ends=(8, 32), cells=cells
     )
-    assert (
-        combine_parts(
-            [parts[0].model_copy(update={"in_groups_of_32": None}), parts[1]]
-        ).in_groups_of_32
-        is None
+
+
+def quality_of(tokens: int, loss: float, correct: int, cells: int = 2) -> dict[str, Any]:
+    """Of so many cells, which each lose one correct token of the source's, and two on sparse
+    kernels."""
+    return {
+        "num_tokens": tokens,
+        "source_perplexity": math.exp(loss / tokens),
+        "source_accuracy": correct / tokens,
+        "compressed_perplexity": math.exp(2 * loss / tokens),
+        "compressed_accuracy": (correct - cells) / tokens,
+        "kl": loss / 8 / tokens,
+        "in_groups_of_32": CompressedQuality(
+            perplexity=math.exp(3 * loss / tokens),
+            accuracy=(correct - 2 * cells) / tokens,
+            kl=loss / 4 / tokens,
+        ),
+    }
+
+
+def test_result_folds_cells_by_their_tokens() -> None:
+    parts = [
+        part_of(0, cell(0, 0, 10, 20.0, 5), cell(0, 1, 20, 44.0, 9)),
+        part_of(1, cell(0, 0, 4, 12.0, 3), cell(0, 1, 6, 24.0, 3)),
+    ]
+    assert combine_parts(parts) == EvaluationResult(
+        **quality_of(40, 100.0, 20, 4),
+        stretches=(
+            StretchQuality(**quality_of(14, 32.0, 8), first=1, last=8),
+            StretchQuality(**quality_of(26, 68.0, 12), first=9, last=32),
+        ),
     )
+    without = part_of(1, cell(0, 0, 4, 12.0, 3, other=False), cell(0, 1, 6, 24.0, 3))
+    found = combine_parts([parts[0], without])
+    assert found.in_groups_of_32 is None and found.stretches[0].in_groups_of_32 is None
+    assert found.stretches[1].in_groups_of_32 is not None, "where all have it, it is said"
+
+
+def test_domains_are_sources_of_a_name_and_those_without_one_are_other() -> None:
+    parts = [
+        part_of(0, cell(0, 0, 10, 20.0, 5), cell(0, 1, 20, 44.0, 9)),
+        part_of(1, cell(1, 0, 4, 12.0, 3), cell(1, 1, 6, 24.0, 3)),
+        part_of(2, cell(3, 0, 1, 7.0, 3), cell(3, 1, 3, 11.0, 3)),
+        part_of(3, cell(2, 0, 8, 8.0, 3), cell(2, 1, 8, 4.0, 3)),
+    ]
+    found = combine_parts(parts, ["code", None, "chat", "code"])
+    assert [d.name for d in found.domains] == ["code", "chat", "other"]
+    code, chat, other = found.domains
+    assert code == DomainQuality(
+        **quality_of(34, 82.0, 20, 4),
+        name="code",
+        stretches=(
+            StretchQuality(**quality_of(11, 27.0, 8), first=1, last=8),
+            StretchQuality(**quality_of(23, 55.0, 12), first=9, last=32),
+        ),
+    )
+    assert (chat.num_tokens, chat.kl) == (16, 12.0 / 8 / 16)
+    assert (other.num_tokens, other.kl) == (10, 36.0 / 8 / 10)
+    assert found.num_tokens == 60
+    assert combine_parts(parts, [None] * 4).domains == () == combine_parts(parts).domains
+    named = combine_parts(parts, ["code", "other", "chat", None])
+    assert [d.name for d in named.domains] == ["code", "other", "chat"]
+    assert named.domains[1].num_tokens == 14, "a source that is called other is with the others"
+
+
+def test_parts_are_combined_in_any_order_to_the_same_figures() -> None:
+    losses = torch.rand(40, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    parts = [
+        part_of(
+            n, *(cell(d, s, 3, losses[4 * n + 2 * d + s].item(), 3) for d in (0, 1) for s in (0, 1))
+        )
+        for n in range(10)
+    ]
+    names = ["a", "b"]
+    assert combine_parts(parts[::-1], names) == combine_parts(parts, names)
+    assert combine_parts(parts[3:] + parts[:3], names) == combine_parts(parts, names)
 
 
 # Resuming, and other settings
@@ -398,10 +492,14 @@ def run_again(
     evaluated: list[int] = []
 
     def spy(
-        context: StageContext, compressed: CompressedExperts, ids_BS: Tensor, part: SequencePart
+        context: StageContext,
+        compressed: CompressedExperts,
+        ids_BS: Tensor,
+        documents_B: Sequence[int],
+        part: SequencePart,
     ) -> EvaluationPart:
         evaluated.append(part.part)
-        return evaluate_part(context, compressed, ids_BS, part)
+        return evaluate_part(context, compressed, ids_BS, documents_B, part)
 
     def refuse(*_: object) -> None:
         raise AssertionError("this stage is done")
@@ -457,10 +555,10 @@ def test_sum_that_is_not_finite_is_an_error_that_names_the_part_and_leaves_nothi
     real = evaluate.compare_logits
 
     def spoiled(source_TV: Tensor, *others_TV: Tensor, labels_T: Tensor) -> Tensor:
-        sums = real(source_TV, *others_TV, labels_T=labels_T)
+        figures_RT = real(source_TV, *others_TV, labels_T=labels_T)
         if len(labels_T) == 2 * 64:  # of the first part
-            sums[place] = torch.nan
-        return sums
+            figures_RT[place, 70] = torch.nan
+        return figures_RT
 
     with monkeypatch.context() as patch:
         patch.setattr(evaluate, "compare_logits", spoiled)
@@ -480,26 +578,17 @@ def test_null_in_a_part_of_before_is_made_anew(
     path = copied / run_root.evaluation_part(digest, 1)
     before = path.read_bytes()
     said = json.loads(before)
-    path.write_text(json.dumps(said | {"kl": None}))
+    said["cells"][1]["kl"] = None
+    path.write_text(json.dumps(said))
     report, evaluated = run_again(monkeypatch, finished, copied)
     assert evaluated == [1]
     assert path.read_bytes() == before and report.quality == finished.report.quality
 
 
 def test_loss_whose_exponential_is_no_number_is_said() -> None:
-    part = EvaluationPart(
-        plan_digest="",
-        evaluation="",
-        part=0,
-        num_tokens=1,
-        source_loss=2.0,
-        source_correct=0,
-        compressed_loss=800.0,
-        compressed_correct=0,
-        kl=798.0,
-    )
+    loud = cell(0, 0, 1, 2.0, 1).model_copy(update={"compressed_loss": 800.0})
     with pytest.raises(NumericsError, match="found 800 nats a token"):
-        combine_parts([part])
+        combine_parts([part_of(0, loud, cell(0, 1, 1, 2.0, 1))])
 
 
 def test_other_held_out_settings_are_evaluated_anew_beside_the_old_ones(
@@ -549,6 +638,148 @@ def test_digest_of_an_evaluation_follows_the_texts_and_not_their_place(
     assert found() == digest
     copy.write_bytes(copy.read_bytes() + b'{"text": "one more"}\n')
     assert found() != digest
+
+
+# By domain
+
+GERMAN, HELD_OUT = REPO / "examples" / "held-out" / "german.jsonl", TINY / "heldout.jsonl"
+
+
+def mix(*names: str | None) -> str:
+    """Two sequences of Python's texts, three of German ones, one more of Python's, as a setting.
+    `names`: of the sources."""
+    sources = [
+        {"path": str(path), "weight": weight, "name": name}
+        for (path, weight), name in zip(
+            ((HELD_OUT, 2.0), (GERMAN, 3.0), (HELD_OUT, 1.0)), names, strict=True
+        )
+    ]
+    return f"evaluation.documents={json.dumps(sources)}"
+
+
+def test_domains_figures_are_those_of_their_own_sequences(
+    finished: SmallRun, checkpoint: CompressedExperts, copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each evaluated by itself, whatever the draw has put between them."""
+    settings = (mix("python", "German", "python"), "evaluation.num_sequences=6")
+    report, evaluated = run_again(monkeypatch, finished, copied, *settings)
+    assert evaluated == [0, 1, 2]
+    q = report.quality
+    assert q is not None and [d.name for d in q.domains] == ["python", "German"]
+    assert [(s.first, s.last) for s in q.stretches] == [(1, 8), (9, 32), (33, 64)]
+    prepared = prepare(configure(finished.source, copied, *settings))
+    assert prepared.plan.config.evaluation is not None
+    own = evaluation_digest(prepared.plan, prepared.plan.config.evaluation)
+    ids_NS, origins = evaluate.held_out_sequences(prepared.context, own)
+    assert sorted(origins) == [0, 0, 1, 1, 1, 2]
+    assert origins != tuple(sorted(origins)), "a draw that shuffles nothing would prove nothing"
+    for domain, places in (("python", (0, 2)), ("German", (1,))):
+        ids_BS = ids_NS[[o in places for o in origins]].long()
+        alone = combine_parts([evaluate_all(finished.context, checkpoint, ids_BS)])
+        found = next(d for d in q.domains if d.name == domain)
+        assert found.num_tokens == 3 * 64
+        for name in ("source_perplexity", "compressed_perplexity", "kl"):
+            assert getattr(found, name) == pytest.approx(getattr(alone, name), rel=1e-5)
+            for a, b in zip(found.stretches, alone.stretches, strict=True):
+                assert getattr(a, name) == pytest.approx(getattr(b, name), rel=1e-5)
+    assert q.domains[1].source_perplexity > 2 * q.domains[0].source_perplexity
+    assert q.kl == pytest.approx((q.domains[0].kl + q.domains[1].kl) / 2, rel=1e-12)
+
+
+def test_names_are_given_and_changed_without_evaluating_again_and_parts_are_resumed(
+    finished: SmallRun, copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def again(*names: str | None) -> tuple[list[tuple[str, float]], list[int]]:
+        settings = (mix(*names), "evaluation.num_sequences=6")
+        report, evaluated = run_again(monkeypatch, finished, copied, *settings)
+        assert report.quality is not None
+        return [(d.name, d.kl) for d in report.quality.domains], evaluated
+
+    assert again(None, None, None) == ([], [0, 1, 2])
+    parts = sorted(copied.glob("evaluation/*/part-*.json"), key=lambda p: p.stat().st_mtime)[-3:]
+    before = {path: path.read_bytes() for path in parts}
+    ((prose, kl), (other, _)), evaluated = again("prose", None, "prose")
+    assert (prose, other, evaluated) == ("prose", "other", [])
+    parts[1].unlink()
+    found, evaluated = again("Python", "German", "Python")
+    assert found[0] == ("Python", kl) and found[1][0] == "German"
+    assert len(evaluated) == 1
+    assert {path: path.read_bytes() for path in parts} == before
+
+
+def test_part_of_before_stretches_is_made_anew(
+    finished: SmallRun, digest: str, copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever its digest: a record without cells is none."""
+    path = copied / run_root.evaluation_part(digest, 0)
+    before = path.read_bytes()
+    said = json.loads(before)
+    sums = {k: v for k, v in said["cells"][0].items() if k not in ("document", "stretch")}
+    old = {k: v for k, v in said.items() if k not in ("cells", "stretch_ends")} | sums
+    path.write_text(json.dumps(old))
+    report, evaluated = run_again(monkeypatch, finished, copied)
+    assert evaluated == [0]
+    assert path.read_bytes() == before and report.quality == finished.report.quality
+
+
+def test_ends_of_the_stretches_are_in_the_digest_and_names_are_not(
+    finished: SmallRun, digest: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def found(*overrides: str) -> str:
+        plan = prepare(configure(finished.source, "memory://digests", *overrides)).plan
+        assert plan.config.evaluation is not None
+        assert plan.units_digest == finished.prepared.plan.units_digest
+        return evaluation_digest(plan, plan.config.evaluation)
+
+    named = json.dumps([{"path": str(HELD_OUT), "name": "python"}])
+    assert found(f"evaluation.documents={named}") == digest
+    calibration = json.dumps([{"path": f"{TINY}/calibration.jsonl", "name": "python"}])
+    assert found(f"calibration.documents={calibration}") == digest
+    monkeypatch.setattr(evaluate, "stretch_ends", lambda length: (length,))
+    assert found() != digest
+
+
+def test_packed_texts_that_do_not_say_their_origins_are_packed_again(
+    finished: SmallRun, digest: str, copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = run_root.evaluation_tokens(digest)
+    shutil.copy(finished.root / key, copied / key)
+    path = copied / run_root.manifest_of(key)
+    before = path.read_bytes()
+    path.write_text(json.dumps(json.loads(before) | {"origins": []}))
+    part = copied / run_root.evaluation_part(digest, 1)
+    sums = part.read_bytes()
+    part.unlink()
+    report, _ = run_again(monkeypatch, finished, copied)
+    assert (path.read_bytes(), part.read_bytes()) == (before, sums)
+    assert report.quality == finished.report.quality
+
+
+def test_domain_without_a_sequence_is_refused_before_anything_is_written(
+    finished: SmallRun, tmp_path: Path
+) -> None:
+    words = (
+        "evaluation.num_sequences: expected a sequence of every domain, found 1 with none of"
+        " python, other: by the weights of evaluation.documents"
+    )
+    with pytest.raises(ConfigError, match=words):
+        prepare(
+            configure(
+                finished.source,
+                tmp_path / "run",
+                mix("python", "German", None),
+                "evaluation.num_sequences=1",
+            )
+        )
+    assert not (tmp_path / "run").exists()
+    prepare(
+        configure(
+            finished.source,
+            tmp_path,
+            mix("python", "German", "python"),
+            "evaluation.num_sequences=2",
+        )
+    )
 
 
 def test_run_without_evaluation_settings_reports_no_quality(

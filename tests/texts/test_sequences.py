@@ -2,6 +2,7 @@
 refused."""
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ from p48ray.texts.sequences import (
     load_tokenizer,
     shares,
 )
-from tests.conftest import TINY
+from p48ray.texts.tally import Tally
+from tests.conftest import REPO, TINY
 from tests.texts.packed import packed
 
 BOS = 1000
@@ -139,6 +141,23 @@ def test_every_source_of_a_mix_gives_exactly_its_share(tmp_path: Path) -> None:
     of_b = (rows == 1).any(1)
     assert int(of_b.sum()) == 2
     assert ((rows == 0).any(1) != of_b).all(), "a sequence comes from one source"
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_draw_says_which_source_every_sequence_is_of(tmp_path: Path, seed: int) -> None:
+    letters, weights = "abc", (3.0, 1.0, 2.0)
+    mixed = [
+        source(write(tmp_path / f"{x}.jsonl", *(x * n for n in range(1, 30))), weight)
+        for x, weight in zip(letters, weights, strict=True)
+    ]
+    origins: list[int] = []
+    rows = load_sequences(mixed, Letters(), 12, 4, seed, 2000, "evaluation", origins=origins)
+    seen = [next(i for i in row if i != BOS) for row in rows.tolist()]
+    assert origins == seen, "a is 0, b is 1, c is 2"
+    assert [origins.count(n) for n in range(3)] == [6, 2, 4]
+    alone: list[int] = []
+    load_sequences(mixed[:1], Letters(), 5, 4, seed, 2000, "evaluation", origins=alone)
+    assert alone == [0] * 5
 
 
 def test_sources_of_a_mix_are_shuffled_together(tmp_path: Path) -> None:
@@ -285,3 +304,28 @@ def test_code_of_a_source_folder_runs_only_when_it_is_trusted(folder: Path) -> N
     with pytest.raises(SourceError, match="the tokenizer can not be loaded: RuntimeError: ran"):
         load_tokenizer(index, trust_remote_code=True)
     assert marker.exists()
+
+
+def test_held_out_texts_by_domain_are_what_their_page_says() -> None:
+    """As many texts, tokens and sequences; prose and code of the small model's held-out texts, the
+    others in none of its files."""
+    folder = REPO / "examples" / "held-out"
+    tokenizer = load_tokenizer(open_checkpoint(LocalStore(TINY)), trust_remote_code=False)
+    rows = re.findall(
+        r"^\| `(\w+\.jsonl)` \| .* \| (\d+) \| ([\d,]+) \| (\d+) \|$",
+        (folder / "README.md").read_text(),
+        re.MULTILINE,
+    )
+    assert sorted(row[0] for row in rows) == sorted(p.name for p in folder.glob("*.jsonl"))
+    held_out = read_texts(TINY / "heldout.jsonl")
+    for name, texts, tokens, sequences in rows:
+        own, tally = read_texts(folder / name), Tally()
+        rows_of_513 = packed(own, tokenizer, 513, tally=tally)
+        said = (int(texts), int(tokens.replace(",", "")), int(sequences))
+        assert (len(own), tally.tokens, len(rows_of_513)) == said
+        assert (set(own) <= set(held_out)) == (name in ("prose.jsonl", "code.jsonl"))
+        assert not set(own) & set(read_texts(TINY / "calibration.jsonl"))
+
+
+def read_texts(path: Path) -> list[str]:
+    return list(read_documents(source(path), "evaluation.documents"))
