@@ -307,14 +307,19 @@ def own_settings(plan: RunPlan) -> dict[str, object]:
     sections = {"name", "calibration", "compression", "output"}
     chosen = config.model_dump(mode="json", include=sections)
     chosen["calibration"]["documents"] = [
-        {"path": place_name(d.path), "weight": d.weight} for d in config.calibration.documents
+        {"path": place_name(d.path), "weight": d.weight}
+        | d.model_dump(
+            mode="json", exclude={"path", "weight", "endpoint_url"}, exclude_defaults=True
+        )
+        for d in config.calibration.documents
     ]
     chosen["output"] = {k: v for k, v in chosen["output"].items() if v is not None}
     base, revision = base_model(plan), base_revision(plan)
     source = HubPlace("model", base, revision, "").uri if base else "SOURCE"
     return {
         "name": chosen.pop("name"),
-        "source": {"checkpoint": source},
+        "source": {"checkpoint": source}
+        | ({"trust_remote_code": True} if config.source.trust_remote_code else {}),
         **chosen,
         "run": {"experts_per_unit": config.run.experts_per_unit},
     }

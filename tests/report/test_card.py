@@ -1,6 +1,7 @@
 """The card of a finished checkpoint: what the Hub's library reads from it, and that it says what
 was done and nothing else."""
 
+import json
 import re
 import shutil
 from dataclasses import replace
@@ -20,7 +21,7 @@ from p48ray.stages.prepare import prepare
 from p48ray.store import MemoryStore
 from p48ray.unit.context import StageContext
 from tests.conftest import TINY
-from tests.stages.small_run import SmallRun
+from tests.stages.small_run import SmallRun, configure
 
 QUALITY = EvaluationResult(
     num_tokens=192,
@@ -296,6 +297,35 @@ def test_configuration_in_the_card_is_yaml_whatever_is_in_it(
     assert settings["calibration"]["documents"] == [{"path": name, "weight": 1.0}]
     assert settings["compression"] == c.compression.model_dump(mode="json")
     assert "\nname: " in f"\n{found[2]}" and '"compression"' not in found[2]
+
+
+def test_configuration_in_the_card_says_how_texts_are_read(
+    finished: SmallRun, units: list[UnitManifest], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As much of a source as decides what becomes of it, and nothing of the machine."""
+    read = {
+        "columns": {"text": "text"},
+        "reasoning": "openthoughts",
+        "template_arguments": {"keep": True},
+        "max_skipped_share": 0.5,
+        "weight": 2.0,
+    }
+    path = str(TINY / "calibration.jsonl")
+    own = {"path": path, "endpoint_url": "http://127.0.0.1:9", **read}
+    setting = f"calibration.documents={json.dumps([own])}"
+    prepared = prepare(configure(finished.source, f"memory://{tmp_path.name}", setting))
+    context = replace(context_with(finished), plan=prepared.plan)
+    text = model_card(context, units, None, None)
+    found = re.search(r"```yaml\n(.*?)\n```", text, re.DOTALL)
+    assert found is not None
+    (document,) = yaml.safe_load(found[1])["calibration"]["documents"]
+    assert document == {"path": "calibration.jsonl", **read}
+    (tmp_path / "config.yaml").write_text(found[1].replace("SOURCE", str(finished.source)))
+    shutil.copy(path, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    plan = prepare(load_config(Path("config.yaml"), (), "memory://again")).plan
+    assert plan.documents_digest == prepared.plan.documents_digest
+    assert f"`{plan.documents_digest}`" in text
 
 
 def test_configuration_in_the_card_makes_the_same_plan(
