@@ -2,8 +2,8 @@
 
 While the served model answers, its reasoning is in its context. Kimi-K2.5's template knows no chat
 that ends with an answer: it takes the last answer for history, and of history it writes an empty
-think block. Without this a chat for calibration would hold none of the reasoning that the model is
-to write.
+think block; DeepSeek's from V3.2 on write the end of one. Without this a chat for calibration would
+hold none of the reasoning that the model is to write.
 """
 
 import re
@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 ANSWER_MARKS = ("\ue000", "\ue001")  # of private use: no text has them
-EMPTY_BLOCK = r"<think>(\s*)</think>(\s*)"
+EMPTY_BLOCK = r"(?:<think>(\s*))?</think>(\s*)"
 
 
 def with_answer_reasoning(
@@ -53,7 +53,10 @@ def with_answer_reasoning(
 
         def filled(block: re.Match[str], reasoning: str = reasoning) -> str:
             inside, after = block.groups()
-            line = "\n" * ("\n" in inside)
+            before = block.string[: block.start()]
+            if inside is None and before.rfind("<think>") > before.rfind("</think>"):
+                return block.group()  # a block that is not empty: reasoning in other words
+            line = "\n" * ("\n" in (inside or ""))
             return f"<think>{line}{reasoning}{line}</think>{after}"
 
         marked = re.sub(EMPTY_BLOCK + marks[n], filled, marked)

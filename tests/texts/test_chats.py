@@ -120,10 +120,11 @@ def test_reasoning_reaches_the_template_apart_from_the_answer(
     tally = Tally()
     path = lines(tmp_path / "a.jsonl", {"messages": [USER, turn]})
     (text,) = read(path, family, tally, reasoning=rule)
-    assert text == own(family, [USER, REASONED])
-    lost = {"reasoning left out by the template": 1} if "Two twos." not in text else {}
-    assert dict(tally.cut) == lost
-    assert bool(lost) == (family.chat_template == TEMPLATES["deepseek"])
+    rendered = own(family, [USER, REASONED])
+    if family.chat_template == TEMPLATES["deepseek"]:  # it has the end of a block only
+        rendered = rendered.replace("</think>", "<think>Two twos.</think>")
+    assert text == rendered and "Two twos." in text
+    assert not tally.cut
 
 
 def test_without_a_rule_the_content_stays_as_it_is(family: Any, tmp_path: Path) -> None:

@@ -37,8 +37,8 @@ def renderer(template: str, **extra: Any) -> Any:
     return lambda messages: compiled.render(messages=messages, **extra)
 
 
-def whole(template: str, messages: list[dict[str, Any]]) -> str:
-    render = renderer(template)
+def whole(template: str, messages: list[dict[str, Any]], **extra: Any) -> str:
+    render = renderer(template, **extra)
     return with_answer_reasoning(render(messages), messages, render)
 
 
@@ -96,12 +96,29 @@ def test_text_is_as_the_template_has_it_where_nothing_is_to_be_put_back(
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_templates_that_keep_it_or_have_no_empty_block_are_left_alone(name: str) -> None:
+def test_templates_that_keep_it_are_left_alone(name: str) -> None:
     messages = [USER, answer("4.", "Two twos.")]
     render = renderer(TEMPLATES[name], bos_token="<s>", eos_token="</s>")
-    text = render(messages)
-    assert with_answer_reasoning(text, messages, render) == text
-    assert ("Two twos." in text) == (name != "deepseek")
+    text, found = render(messages), whole(TEMPLATES[name], messages, eos_token="</s>")
+    if name == "deepseek":  # which leaves the end of a block
+        assert "Two twos." not in text
+        assert found.endswith("<|Assistant|><think>Two twos.</think>4.</s>")
+        assert found.count("<think>") == found.count("</think>") == 1
+    else:
+        assert "Two twos." in text and with_answer_reasoning(text, messages, render) == text
+
+
+def test_without_a_block_nothing_is_put_anywhere() -> None:
+    template = KIMI_THINKING.replace("<think></think>", "")
+    messages = [USER, answer("4.", "Two twos.")]
+    assert whole(template, messages) == renderer(template)(messages)
+
+
+def test_block_that_has_the_reasoning_in_other_words_is_left_alone() -> None:
+    shouted = "<think>{{ m.reasoning_content | upper }}</think>"
+    template = KIMI_THINKING.replace("<think></think>", shouted)
+    text = whole(template, [USER, answer("4.", "Two twos.")])
+    assert text.endswith(end("4.", "TWO TWOS."))
 
 
 def test_template_that_reads_the_answer_is_left_alone() -> None:
