@@ -6,6 +6,7 @@ another. What is not what was asked for raises CorruptObjectError with the keys 
 run makes it anew.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
@@ -59,14 +60,29 @@ def load_checked(
             f"{store.uri}/{key}: gone or unreadable: {error}", key, *also
         ) from error
     for name, value in expected.items():
-        if getattr(found, name) != value:
-            raise CorruptObjectError(
-                f"{store.uri}/{key}: {name}: expected {short(value)}, found"
-                f" {short(getattr(found, name))}",
-                key,
-                *also,
-            )
+        check_found(store, key, name, value, getattr(found, name), *also)
     return found
+
+
+def check_found(
+    store: Store, key: str, what: str, expected: object, found: object, *also: str
+) -> None:
+    """Of a record that has been read: something that is as it should be.
+
+    Args:
+        store: the run root.
+        key: of the record.
+        what: is looked at, for the message.
+        expected, found: equal, else the record is corrupt.
+        also: further keys to delete with it.
+    Raises: CorruptObjectError.
+    """
+    if expected != found:
+        raise CorruptObjectError(
+            f"{store.uri}/{key}: {what}: expected {short(expected)}, found {short(found)}",
+            key,
+            *also,
+        )
 
 
 def short(value: object) -> str:
@@ -196,12 +212,24 @@ def load_evaluation_part(plan: RunPlan, store: Store, digest: str, part: int) ->
         plan, store: of the run.
         digest: of the evaluation.
         part: its number.
+    Raises: CorruptObjectError, also where its tokens are not those of whole sequences: figures by
+        position would not add up to those of all.
     """
-    return load_checked(
-        EvaluationPart,
-        store,
-        run_root.evaluation_part(digest, part),
-        evaluation=digest,
-        part=part,
-        plan_digest=plan.digest,
+    key = run_root.evaluation_part(digest, part)
+    found = load_checked(
+        EvaluationPart, store, key, evaluation=digest, part=part, plan_digest=plan.digest
     )
+    starts = (0, *found.stretch_ends[:-1])
+    widths = [end - start for start, end in zip(starts, found.stretch_ends, strict=True)]
+    tokens = Counter[int]()
+    for cell in found.cells:
+        tokens[cell.stretch] += cell.num_tokens
+    sequences = tokens[0] // max(1, *widths[:1]) if widths else 0
+    check_found(
+        store,
+        key,
+        "tokens by stretch",
+        {n: sequences * width for n, width in enumerate(widths)} if sequences else "some",
+        dict(sorted(tokens.items())),
+    )
+    return found

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, NonNegativeInt
 
 from p48ray.run.records import Record
 from p48ray.run.run_root import BlobKind
@@ -96,7 +96,7 @@ class TokensManifest(Record):
     sources: tuple[SourceTexts, ...] = Field(
         (), description="In the order of the mix. None in run roots of before."
     )
-    origins: tuple[int, ...] = Field(
+    origins: tuple[NonNegativeInt, ...] = Field(
         (), description="Of every sequence, the place of its source in the mix. None before."
     )
 
@@ -306,7 +306,7 @@ class TokenSums(Record):
 class EvaluationCell(TokenSums):
     """Those of one source of the mix in one stretch of positions."""
 
-    document: int = Field(description="Place of the source in evaluation.documents.")
+    document: int = Field(ge=0, description="Place of the source in evaluation.documents.")
     stretch: int = Field(description="By position in the sequence, the first is 0.")
 
 

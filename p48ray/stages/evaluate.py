@@ -21,7 +21,7 @@ from torch import Tensor
 from p48ray.config import EvaluationConfig
 from p48ray.errors import ConfigError, CorruptObjectError, NumericsError
 from p48ray.run import run_root
-from p48ray.run.checked import load_each, load_evaluation_part, load_tokens_manifest
+from p48ray.run.checked import check_found, load_each, load_evaluation_part, load_tokens_manifest
 from p48ray.run.manifest import EvaluationCell, EvaluationPart, TokenSums, UnitManifest
 from p48ray.run.output_layout import OutputShard
 from p48ray.run.plan import RunPlan, SequencePart, cut_parts
@@ -267,14 +267,22 @@ def held_out_sequences(context: StageContext, digest: str) -> tuple[Tensor, tupl
     key = run_root.evaluation_tokens(digest)
     ids_NS = context.tokens(key, digest)
     origins = load_tokens_manifest(context.store, key, digest).origins
-    if len(origins) != len(ids_NS):
+    sources = num_sources(context.plan)
+    if len(origins) != len(ids_NS) or max(origins) >= sources:
         raise CorruptObjectError(
             f"{context.store.uri}/{run_root.manifest_of(key)}: origins: expected one for each of"
-            f" {len(ids_NS)} sequences, found {len(origins)}",
+            f" {len(ids_NS)} sequences, below {sources}, found {len(origins)} up to"
+            f" {max(origins, default=0)}",
             run_root.manifest_of(key),
             key,
         )
     return ids_NS, origins
+
+
+def num_sources(plan: RunPlan) -> int:
+    """Of held-out texts."""
+    settings = plan.config.evaluation
+    return len(settings.documents) if settings else 0
 
 
 def evaluate_and_record(context: StageContext, item: tuple[str, SequencePart]) -> None:
@@ -293,7 +301,19 @@ def finish_evaluation(
 ) -> EvaluationResult:
     digest, parts = held_out_parts(context)
     plan, store, settings = context.plan, context.store, context.plan.config.evaluation
+
+    def load(part: SequencePart) -> EvaluationPart:
+        found, key = (
+            load_evaluation_part(plan, store, digest, part.part),
+            run_root.evaluation_part(digest, part.part),
+        )
+        sequences = sum(cell.num_tokens for cell in found.cells) / found.stretch_ends[-1]
+        unknown = {c.document for c in found.cells if c.document >= num_sources(plan)}
+        check_found(store, key, "sequences", part.num_sequences, sequences)
+        check_found(store, key, "sources that are not in the mix", set(), unknown)
+        return found
+
     return combine_parts(
-        load_each(lambda p: load_evaluation_part(plan, store, digest, p.part), parts),
+        load_each(load, parts),
         [d.name for d in settings.documents] if settings else [],
     )

@@ -34,7 +34,7 @@ from p48ray.config.greedy import GreedyConfig
 from p48ray.errors import NumericsError
 from p48ray.model.decoder import Decoder
 from p48ray.run import run_root
-from p48ray.run.checked import load_each
+from p48ray.run.checked import check_found, load_each
 from p48ray.run.greedy_records import (
     Continuations,
     ContinuedPrompt,
@@ -163,7 +163,7 @@ def continue_prompts(
     """
     prompts_BP, draft_BG = text_BS.tensor_split([prompt_tokens], 1)
     digest = continuations_digest(context, text_BS, prompt_tokens)
-    found = load_continuations(context.store, digest) or Continuations(
+    found = stored_continuations(context, digest, draft_BG) or Continuations(
         digest=digest,
         passes=0,
         prompts=tuple(ContinuedPrompt(tokens=tuple(ids), margins=()) for ids in draft_BG.tolist()),
@@ -190,6 +190,30 @@ def continue_prompts(
             *(part, found.passes, length),
             *(sum(settled), draft_BG.numel(), settled.count(length), len(settled)),
         )
+    return found
+
+
+def stored_continuations(
+    context: StageContext, digest: str, draft_BG: Tensor
+) -> Continuations | None:
+    """What an earlier attempt has left. Raises: CorruptObjectError for a record of other prompts.
+
+    Args:
+        context, digest: of the run, and of the continuations.
+        draft_BG: the first draft, of the same shape.
+    """
+    found = load_continuations(context.store, digest)
+    if found is not None:
+        key, vocab_size = run_root.continuations(digest), context.layout.text_config["vocab_size"]
+        length = draft_BG.shape[1]
+        lengths = [len(p.tokens) for p in found.prompts]
+        check_found(context.store, key, "tokens of each prompt", [length] * len(draft_BG), lengths)
+        wrong = [
+            p.tokens
+            for p in found.prompts
+            if p.settled > length or not all(0 <= t < vocab_size for t in p.tokens)
+        ]
+        check_found(context.store, key, "prompts with other tokens or margins", [], wrong)
     return found
 
 
@@ -322,8 +346,17 @@ def finish_agreement(
     plan, store = context.plan, context.store
     settings = greedy_settings(plan)
     assert settings is not None
-    found = load_each(lambda p: load_greedy_part(plan, store, digest, p.part), parts)
-    return combine_agreements(found, settings.prompt_tokens)
+
+    def load(part: SequencePart) -> GreedyPart:
+        found, key = (
+            load_greedy_part(plan, store, digest, part.part),
+            run_root.greedy_part(digest, part.part),
+        )
+        check_found(store, key, "prompts", part.num_sequences, len(found.prompts))
+        check_found(store, key, "tokens", settings.tokens, found.tokens)
+        return found
+
+    return combine_agreements(load_each(load, parts), settings.prompt_tokens)
 
 
 def combine_agreements(parts: Sequence[GreedyPart], prompt_tokens: int) -> GreedyAgreement:

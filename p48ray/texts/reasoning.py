@@ -26,8 +26,8 @@ def with_answer_reasoning(
         text: as the template renders the messages.
         messages: of the chat, with `reasoning_content` where there is any.
         render: messages -> text, the template.
-    Returns: the text as it is where no reasoning is missing, where the template leaves no empty
-        block in front of an answer, or treats an answer by what it says.
+    Returns: the text as it is where the template leaves no empty block in front of an answer that
+        has reasoning, or treats an answer by what it says.
     """
     asked = max((n for n, m in enumerate(messages) if m["role"] == "user"), default=-1)
     missing = {
@@ -36,9 +36,8 @@ def with_answer_reasoning(
         if n > asked
         and m["role"] == "assistant"
         and (reasoning := str(m.get("reasoning_content") or "").strip())
-        and reasoning not in text
     }
-    if not missing or any(mark in text for mark in ANSWER_MARKS):
+    if not missing or "</think>" not in text or any(mark in text for mark in ANSWER_MARKS):
         return text
     marks = {n: f"{ANSWER_MARKS[0]}{n}{ANSWER_MARKS[1]}" for n in missing}
     marked = render(

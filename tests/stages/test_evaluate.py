@@ -812,3 +812,42 @@ def test_texts_are_looked_at_once_and_may_be_gone_when_all_sums_are_there(
     report = run_locally(prepared)
     assert report.quality == finished.report.quality
     assert len(looked) == 2, "once for the packed texts, once for the stage"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("damage", ["no cells", "a cell less", "other stretch", "other source"])
+def test_part_whose_cells_are_not_its_sequences_is_made_anew(
+    finished: SmallRun, tmp_path: Path, damage: str
+) -> None:
+    root = tmp_path / "run"
+    shutil.copytree(finished.root, root)
+    (path, *_) = sorted((root / "evaluation").rglob("part-*.json"))
+    expected, said = path.read_bytes(), json.loads(path.read_bytes())
+    if damage == "no cells":
+        said["cells"] = []
+    elif damage == "a cell less":
+        del said["cells"][0]
+    elif damage == "other stretch":
+        said["cells"][0]["stretch"] = 9
+    else:
+        said["cells"][0]["document"] = 9
+    path.write_text(json.dumps(said))
+    shutil.rmtree(root / "report")
+    report = run_locally(prepare(configure(finished.source, root)))
+    assert path.read_bytes() == expected
+    assert report.quality == finished.report.quality
+
+
+@pytest.mark.slow
+def test_origins_beyond_the_mix_are_packed_anew(finished: SmallRun, tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    shutil.copytree(finished.root, root)
+    (path,) = (root / "evaluation").rglob("tokens.json")
+    said = json.loads(path.read_bytes())
+    path.write_text(json.dumps(said | {"origins": [9] * len(said["origins"])}))
+    for part in (root / "evaluation").rglob("part-*.json"):
+        part.unlink()
+    shutil.rmtree(root / "report")
+    report = run_locally(prepare(configure(finished.source, root)))
+    assert json.loads(path.read_bytes())["origins"] == said["origins"]
+    assert report.quality == finished.report.quality

@@ -347,6 +347,34 @@ def test_unsound_records_are_made_anew_by_the_same_run(
     assert greedy_files(root) == expected
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("damage", ["no prompts", "fewer", "shorter", "unknown token"])
+def test_records_of_other_prompts_are_made_anew_by_the_same_run(
+    finished: SmallRun, root: Path, damage: str
+) -> None:
+    """Readable ones, which the next pass or the figures would trip over."""
+    report = run_on(finished, root)
+    expected = greedy_files(root)
+    (part,) = (key for key in expected if "/part-" in key)
+    (written,) = expected.keys() - {part}
+    if damage == "no prompts":
+        (root / part).write_text(json.dumps(json.loads(expected[part]) | {"prompts": []}))
+    else:
+        (root / part).unlink()
+        said = json.loads(expected[written])
+        first = said["prompts"][0]
+        if damage == "fewer":
+            del said["prompts"][0]
+        elif damage == "shorter":
+            first["tokens"] = first["tokens"][:-1]
+        else:
+            first["tokens"][0] = 10**6
+        (root / written).write_text(json.dumps(said))
+    shutil.rmtree(root / "report")
+    assert run_on(finished, root).greedy == report.greedy
+    assert greedy_files(root) == expected
+
+
 def test_logits_that_are_not_finite_are_an_error_and_leave_nothing(
     finished: SmallRun, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

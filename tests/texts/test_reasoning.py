@@ -70,6 +70,17 @@ def test_an_answer_that_another_repeats_is_told_apart() -> None:
     assert "First." not in text and text.endswith(end("4.", "Second."))
 
 
+@pytest.mark.parametrize(
+    ("asked", "said", "thought"),
+    [("Is 2+2=4?", "Yes.", "2+2=4"), ("2 + 2?", "The answer is 4.", "4.")],
+)
+def test_reasoning_in_words_of_the_chat_is_put_back_too(
+    asked: str, said: str, thought: str
+) -> None:
+    text = whole(KIMI_THINKING, [USER | {"content": asked}, answer(said, thought)])
+    assert text.endswith(end(said, thought))
+
+
 @pytest.mark.parametrize("form", ["\n", "\n\n", ""])
 def test_lines_of_an_empty_block_stay_lines(form: str) -> None:
     template = KIMI_THINKING.replace("<think></think>", f"<think>{form}</think>")
