@@ -16,7 +16,7 @@ from tests.chaos.harness import DELETING, NUM_UNITS, PIECES, Hit, Scene, launch_
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
-FULL_IN = {"capture": 0.3, "gradients": 0.48, "compress": 0.735, "reduce": 0.86}
+FULL_IN = {"capture": 0.3, "gradients": 0.48, "compress": 0.71, "reduce": 0.86}
 """Stage -> size of the disk, as a share of what the whole run takes."""
 FULL_BEHIND = 0.26  # in the second segment, with boundaries of the first deleted
 ROOM = 4.0
