@@ -330,33 +330,35 @@ PIECES = {
 # Faults.
 
 
+def until_hit(scene: Scene, strike: Callable[[], int]) -> int:
+    """What `strike` says that it has hit. It is tried again and again: whoever was busy when one
+    looked may be between two tasks when one strikes."""
+    hit = 0
+
+    def has_struck() -> bool:
+        nonlocal hit
+        hit = strike()
+        return bool(hit) or not scene.driver.is_running
+
+    wait_until(has_struck, timeout_s=BUSY_S, pause_s=0.001)
+    return hit
+
+
 def kill_a_worker(scene: Scene) -> int:
     """One of those that are in the middle of a task."""
-    wait_until(
-        lambda: bool(scene.site.busy_workers()) or not scene.driver.is_running,
-        timeout_s=BUSY_S,
-        pause_s=0.001,
-    )
-    return kill(pick(scene.rng, scene.site.busy_workers()))
+    return until_hit(scene, lambda: kill(pick(scene.rng, scene.site.busy_workers())))
 
 
 def kill_a_writer(*kinds: str) -> Callable[["Scene"], int]:
     """A worker that is in the middle of writing blobs of these kinds."""
 
     def strike(scene: Scene) -> int:
-        killed = 0
+        found = (
+            path for kind in kinds for path in Path(scene.root).glob(f"{kind}/*/{TEMP_PREFIX}*")
+        )
+        return next((killed for path in found if (killed := kill_while_there(path))), 0)
 
-        def has_struck() -> bool:
-            nonlocal killed
-            for kind in kinds:
-                for path in Path(scene.root).glob(f"{kind}/*/{TEMP_PREFIX}*"):
-                    killed = killed or kill_while_there(path)
-            return bool(killed) or not scene.driver.is_running
-
-        wait_until(has_struck, timeout_s=30, pause_s=0.001)
-        return killed
-
-    return strike
+    return lambda scene: until_hit(scene, lambda: strike(scene))
 
 
 def kill_while_there(path: Path) -> int:
@@ -374,48 +376,47 @@ def kill_while_there(path: Path) -> int:
 
 
 def kill_all_workers(scene: Scene) -> int:
-    wait_until(
-        lambda: bool(scene.site.busy_workers()) or not scene.driver.is_running,
-        timeout_s=BUSY_S,
-        pause_s=0.001,
-    )
-    return kill(scene.site.busy_workers())
+    return until_hit(scene, lambda: kill(scene.site.busy_workers()))
 
 
 def kill_a_node(scene: Scene) -> int:
     """One with a busy worker; another node takes its place."""
-    wait_until(
-        lambda: bool(scene.site.busy_workers()) or not scene.driver.is_running,
-        timeout_s=BUSY_S,
-        pause_s=0.001,
-    )
-    victims = [(node, len(scene.site.workers(node))) for node in scene.site.nodes]
-    killed = 0
-    for node, num_busy in pick(scene.rng, [v for v in victims if v[1]]):
-        scene.site.kill_node(node)
-        killed = num_busy
+
+    def strike() -> int:
+        killed = 0
+        for node, num_busy in pick(scene.rng, with_busy_workers(scene)):
+            scene.site.kill_node(node)
+            killed = num_busy
+        return killed
+
+    killed = until_hit(scene, strike)
     scene.site.mend()
     return killed
+
+
+def with_busy_workers(scene: Scene) -> list[tuple[Any, int]]:
+    """Nodes, each with how many there are."""
+    found = [(node, len(scene.site.workers(node))) for node in scene.site.nodes]
+    return [(node, num_busy) for node, num_busy in found if num_busy]
 
 
 def freeze_a_node(scene: Scene) -> int:
     """One with a busy worker stops in the middle of what it does, as a machine whose network is
     gone; another takes its place. See thaw."""
-    wait_until(
-        lambda: bool(scene.site.busy_workers()) or not scene.driver.is_running,
-        timeout_s=BUSY_S,
-        pause_s=0.001,
-    )
-    victims = [(node, len(scene.site.workers(node))) for node in scene.site.nodes]
-    frozen = 0
-    for node, num_busy in pick(scene.rng, [v for v in victims if v[1]]):
-        family = scene.site.family(node)
-        for process in family:
-            with suppress(psutil.NoSuchProcess):
-                process.suspend()
-        scene.site.nodes.remove(node)
-        scene.frozen.append((node, family))
-        frozen = num_busy
+
+    def strike() -> int:
+        frozen = 0
+        for node, num_busy in pick(scene.rng, with_busy_workers(scene)):
+            family = scene.site.family(node)
+            for process in family:
+                with suppress(psutil.NoSuchProcess):
+                    process.suspend()
+            scene.site.nodes.remove(node)
+            scene.frozen.append((node, family))
+            frozen = num_busy
+        return frozen
+
+    frozen = until_hit(scene, strike)
     scene.site.mend()
     return frozen
 
