@@ -5,6 +5,7 @@ import logging
 import os
 import re
 import signal
+import sys
 from collections.abc import Iterator
 from functools import cache
 from importlib.util import find_spec
@@ -147,6 +148,19 @@ def only_what_is_marked(request: pytest.FixtureRequest, monkeypatch: pytest.Monk
             "ray.init",
             lambda *_, **__: pytest.fail(f"{request.node.name} starts Ray without pytest.mark.ray"),
         )
+
+
+@pytest.fixture
+def module_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where transformers copies a checkpoint's code to before it imports it. The package that it
+    makes of the folder is imported once a process, so that of an earlier test is forgotten."""
+    folder = tmp_path / "modules"
+    others = [p for p in sys.path if not Path(p, "transformers_modules").is_dir()]
+    monkeypatch.setattr("sys.path", others)
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(folder))
+    for name in [n for n in sys.modules if n.partition(".")[0] == "transformers_modules"]:
+        monkeypatch.delitem(sys.modules, name)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -20,10 +20,8 @@ def texts() -> list[str]:
 
 
 @pytest.fixture
-def made(tmp_path: Path, texts: list[str], monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Any]:
+def made(tmp_path: Path, texts: list[str], module_cache: Path) -> tuple[Any, Any]:
     """The tokenizer of Kimi's form, and the fast one of the same merges."""
-    cache = str(tmp_path / "modules")
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", cache)
     (tmp_path / "model").mkdir()
     fast = train(tmp_path / "model", texts, 600)
     index = open_checkpoint(LocalStore(tmp_path / "model"))

@@ -124,10 +124,8 @@ def test_files_in_folders_are_mirrored_carried_verified_converted_and_published(
 
 
 def test_every_side_file_of_kimis_release_arrives_and_only_the_tokenizers_code_runs(
-    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    hub: Hub, tmp_path: Path, module_cache: Path
 ) -> None:
-    modules = str(tmp_path / "modules")
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", modules)
     source = kimis_release()
     carried = KIMI_CARRIED | {"tiktoken.model": source["tiktoken.model"]}
     checkpoint = check_all_the_way(hub, tmp_path, source, carried, set(KIMI_LEFT))

@@ -38,7 +38,7 @@ def root(finished_run: Path) -> Path:
     return finished_run
 
 
-def test_flags_are_five_and_help() -> None:
+def test_flags_are_six_and_help() -> None:
     outcome = invoke("--help")
     assert outcome.code == 0
     assert set(re.findall(r"--[a-z][a-z-]*", outcome.out)) == {
@@ -46,6 +46,7 @@ def test_flags_are_five_and_help() -> None:
         "--run-root",
         "--set",
         "--dry-run",
+        "--texts",
         "--verbose",
         "--help",
     }

@@ -79,14 +79,6 @@ def model_with_code(folder: Path, marker: Path) -> Path:
     return folder
 
 
-@pytest.fixture
-def module_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where transformers copies a folder's code to before it imports it."""
-    monkeypatch.setattr(
-        "transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules")
-    )
-
-
 @pytest.mark.usefixtures("module_cache")
 def test_code_from_the_source_does_not_run_unless_trusted(tmp_path: Path) -> None:
     marker, root = tmp_path / "ran", tmp_path / "run"

@@ -21,17 +21,10 @@ from tests.servers.s3 import BUCKET, Server
 from tests.texts.packed import packed
 from tests.texts.tiktoken_source import MERGES, NUM_RANKS, model_files
 
-pytestmark = pytest.mark.server
+pytestmark = [pytest.mark.server, pytest.mark.usefixtures("module_cache")]
+
 
 TEXT = "the rain in Ünterland 'ther'"
-
-
-@pytest.fixture(autouse=True)
-def module_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where transformers copies a checkpoint's code to before it imports it."""
-    monkeypatch.setattr(
-        "transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules")
-    )
 
 
 def fill(store: Store) -> Store:

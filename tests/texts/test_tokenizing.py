@@ -27,6 +27,8 @@ from p48ray.texts.tokenizing import (
 from tests.conftest import TINY
 from tests.texts.tiktoken_source import NAMED, pieces_files, tokenizer_files
 
+pytestmark = pytest.mark.usefixtures("module_cache")
+
 WORDS = ("encyclopedia", "中文", "你好", " the", "123", "<|", "|>")
 LONG = {
     "no white space": "encyclopedia," * 40_000,
@@ -38,14 +40,6 @@ LONG = {
     "a run one longer": "ab" * (DIRECT_RUN // 2) + "c encyclopedia",
     "as long as is taken": ("encyclopedia " * DIRECT_CHARACTERS)[:DIRECT_CHARACTERS],
 }
-
-
-@pytest.fixture(autouse=True)
-def module_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where transformers copies a checkpoint's code to before it imports it."""
-    monkeypatch.setattr(
-        "transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules")
-    )
 
 
 def of_files(folder: Path, files: dict[str, bytes]) -> Any:
