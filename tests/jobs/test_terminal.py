@@ -22,7 +22,7 @@ from tests.jobs.command import HELD_OUT, ROUNDED, Outcome, arguments, invoke, la
 
 UNIT_LINE = re.compile(r'\{"unit": "(L\d+-E\d+-\d+)"')
 # slow enough to be stopped among the units
-SLOW = {"source.checkpoint": str(TINY), "compression.sweeps": "60", "run.num_workers": "1"}
+SLOW = {"source.checkpoint": str(TINY), "compression.sweeps": "240", "run.num_workers": "1"}
 
 
 def logged(root: Path) -> str:
@@ -152,8 +152,8 @@ def family(mark: Path) -> list[psutil.Process]:
 
 
 def wait_for_none(mark: Path) -> list[str]:
-    """What is left of a job after a while."""
-    deadline = time.monotonic() + 60
+    """What is left of a job after a while; a raylet's agents notice late that it is gone."""
+    deadline = time.monotonic() + 150
     while (left := family(mark)) and time.monotonic() < deadline:
         time.sleep(0.2)
     return [process.name() for process in left]
