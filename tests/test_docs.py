@@ -191,6 +191,11 @@ def test_every_reference_to_the_design_leads_to_a_heading() -> None:
             assert found in anchors, f"{name}: DESIGN.md#{found}"
 
 
+def test_no_merge_has_left_its_marks() -> None:
+    marks = re.compile(r"^(<{7} |>{7} |={7}$)", re.MULTILINE)
+    assert [name for name, text in project_texts().items() if marks.search(text)] == []
+
+
 def test_nobody_is_sent_to_the_laboratory() -> None:
     """The script behind the first figures is not in the repository; docs/LOG.md has its figures."""
     found = [name for name, text in project_texts().items() if re.search(r"\blab\b", text)]
