@@ -40,12 +40,15 @@ def with_answer_reasoning(
     if not missing or "</think>" not in text or any(mark in text for mark in ANSWER_MARKS):
         return text
     marks = {n: f"{ANSWER_MARKS[0]}{n}{ANSWER_MARKS[1]}" for n in missing}
-    marked = render(
-        [
-            m | {"content": f"{marks[n]}{m.get('content') or ''}"} if n in marks else m
-            for n, m in enumerate(messages)
-        ]
-    )
+    try:
+        marked = render(
+            [
+                m | {"content": f"{marks[n]}{m.get('content') or ''}"} if n in marks else m
+                for n, m in enumerate(messages)
+            ]
+        )
+    except Exception:  # noqa: BLE001  a template may refuse a call with a content beside it
+        return text
     if re.sub(f"{ANSWER_MARKS[0]}\\d+{ANSWER_MARKS[1]}", "", marked) != text:
         return text
     for n, reasoning in missing.items():

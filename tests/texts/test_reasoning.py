@@ -119,6 +119,15 @@ def test_templates_that_keep_it_are_left_alone(name: str) -> None:
         assert "Two twos." in text and with_answer_reasoning(text, messages, render) == text
 
 
+def test_template_that_refuses_the_marks_has_its_own_text() -> None:
+    """A chat that it takes is not lost for them."""
+    template = (
+        "{% for m in messages if m.tool_calls and m.content is not none %}{{ 1 // 0 }}{% endfor %}"
+    ) + KIMI_THINKING
+    messages = [USER, LOOKS_UP, FOUND, answer("4.", "It says 4.")]
+    assert whole(template, messages) == renderer(template)(messages)
+
+
 def test_without_a_block_nothing_is_put_anywhere() -> None:
     template = KIMI_THINKING.replace("<think></think>", "")
     messages = [USER, answer("4.", "Two twos.")]
