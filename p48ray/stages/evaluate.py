@@ -303,10 +303,8 @@ def finish_evaluation(
     plan, store, settings = context.plan, context.store, context.plan.config.evaluation
 
     def load(part: SequencePart) -> EvaluationPart:
-        found, key = (
-            load_evaluation_part(plan, store, digest, part.part),
-            run_root.evaluation_part(digest, part.part),
-        )
+        found = load_evaluation_part(plan, store, digest, part.part)
+        key = run_root.evaluation_part(digest, part.part)
         sequences = sum(cell.num_tokens for cell in found.cells) / found.stretch_ends[-1]
         unknown = {c.document for c in found.cells if c.document >= num_sources(plan)}
         check_found(store, key, "sequences", part.num_sequences, sequences)

@@ -348,10 +348,8 @@ def finish_agreement(
     assert settings is not None
 
     def load(part: SequencePart) -> GreedyPart:
-        found, key = (
-            load_greedy_part(plan, store, digest, part.part),
-            run_root.greedy_part(digest, part.part),
-        )
+        found = load_greedy_part(plan, store, digest, part.part)
+        key = run_root.greedy_part(digest, part.part)
         check_found(store, key, "prompts", part.num_sequences, len(found.prompts))
         check_found(store, key, "tokens", settings.tokens, found.tokens)
         return found

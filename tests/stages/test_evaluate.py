@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from p48ray.checkpoint.index import open_checkpoint
 from p48ray.errors import ConfigError, NumericsError, StageFailedError
@@ -135,7 +136,7 @@ def w4a4_forward(
     return forward
 
 
-def compressed_logits(run: SmallRun, ids_BS: Tensor, group: int = 16) -> Tensor:
+def compressed_model(run: SmallRun, group: int = 16) -> PreTrainedModel:
     """The whole model by transformers with the stored experts in it, scales from the checkpoint's
     own input_global_scale."""
     model, tensors = whole_model.load(TINY), whole_model.read_all(run.checkpoint)
@@ -155,9 +156,13 @@ def compressed_logits(run: SmallRun, ids_BS: Tensor, group: int = 16) -> Tensor:
             tensors[f"{stem}.0.{p}.input_global_scale"].item() for p in ("gate_proj", "down_proj")
         )
         layer.mlp.experts.forward = w4a4_forward(weights, gate_up, down, group)
+    return model
+
+
+def compressed_logits(run: SmallRun, ids_BS: Tensor, group: int = 16) -> Tensor:
     with torch.no_grad():
-        logits: Tensor = model(input_ids=ids_BS, use_cache=False).logits
-    return logits.flatten(0, 1)
+        found: Tensor = compressed_model(run, group)(input_ids=ids_BS, use_cache=False).logits
+    return found.flatten(0, 1)
 
 
 def facts(logits_TV: Tensor, labels_T: Tensor) -> tuple[float, int]:

@@ -37,7 +37,7 @@ from tests.conftest import TINY
 from tests.jobs.command import HELD_OUT, ROUNDED, arguments, invoke, snapshot
 from tests.reference import whole_model
 from tests.stages.small_run import SmallRun, configure, run_locally
-from tests.stages.test_evaluate import PROJECTIONS, decode_weights, w4a4_forward
+from tests.stages.test_evaluate import compressed_model
 
 PROMPT, LENGTH = 20, 24
 SETTINGS = f"evaluation.greedy={{prompts: 3, prompt_tokens: {PROMPT}, tokens: {LENGTH}}}"
@@ -235,26 +235,9 @@ def test_checkpoint_differs_where_its_whole_model_with_quantized_inputs_does(
     finished: SmallRun, context: StageContext, texts: Tensor, source: PreTrainedModel
 ) -> None:
     """W4A4 by the test's own tables, one token at a time."""
-    other, tensors = whole_model.load(TINY), whole_model.read_all(finished.checkpoint)
-    suffixes = ("weight_packed", "weight_scale", "weight_global_scale")
-    for number, layer in enumerate(other.model.layers):
-        if not hasattr(layer.mlp, "experts"):
-            continue
-        stem = f"language_model.model.layers.{number}.mlp.experts"
-        weights = [
-            {
-                p: decode_weights({s: tensors[f"{stem}.{e}.{p}.{s}"] for s in suffixes}).float()
-                for p in PROJECTIONS
-            }
-            for e in range(16)
-        ]
-        scales = (
-            tensors[f"{stem}.0.{p}.input_global_scale"].item() for p in ("gate_proj", "down_proj")
-        )
-        layer.mlp.experts.forward = w4a4_forward(weights, *scales, 16)
     found = continue_prompts(context, texts, PROMPT, 0)
     followed = followed_prompts(context, finished_experts(context), texts[:, :PROMPT], found)
-    expected = lengths_one_by_one(source, other, texts[:, :PROMPT], LENGTH)
+    expected = lengths_one_by_one(source, compressed_model(finished), texts[:, :PROMPT], LENGTH)
     assert [p.followed for p in followed] == expected
     assert len(set(expected)) > 1 and max(expected) > 2, expected
 
